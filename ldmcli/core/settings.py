@@ -1,0 +1,266 @@
+"""Every setting of a run, as plain frozen dataclasses: one level of sections, typed, with defaults and units.
+
+`core.config` fills them from defaults < preset < recipe < environment < options < `--set`. This module holds no
+logic beyond checks that span several fields.
+"""
+
+from dataclasses import dataclass, field
+
+from ldmcli.core.errors import UsageError
+
+FACTORS = (1, 2, 4, 8, 16, 32)
+
+
+def _choice(section: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{section}.{name} = {value!r}: choose one of {', '.join(allowed)}")
+
+
+def _positive(section: str, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise UsageError(f"{section}.{name} = {value}: must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which rows, and how a row becomes a square of pixels."""
+
+    source: str = "shapes"  # folder, hub id, files, save_to_disk folder, or "shapes" / "shapes:LEVEL"
+    config_name: str = ""  # configuration of a hub data set
+    split: str = "train"
+    val_split: str = ""  # "" = validation/val/test where there is one, else a held-out fraction
+    val_fraction: float = 0.05  # held out by a hash of the row's content where no validation split exists
+    streaming: bool = False
+    limit: int = 0  # rows, 0 = all
+    image_column: str = ""  # "" = found by name and type
+    caption_column: str = ""
+    label_column: str = ""
+    objects_column: str = ""
+    map_column: str = ""
+    size: tuple[int, int] = (0, 0)  # height, width in pixels; (0, 0) = 64x64, or what the autoencoder was trained at
+    crop: str = "center"  # center | random (of the resized image)
+    resize: str = "bicubic"  # short side to size, antialiased
+    flip: bool = False  # mirror half of the images; off by default: text, flags and "left of" have a side
+    background: str = "white"  # what shows through transparent pixels
+    max_pixels: int = 100_000_000  # a larger image counts as bad
+    skip_bad: bool = False
+    cache: bool = True  # latents (train-ldm): encode once
+    cache_dtype: str = "float32"  # float32 | float16
+    cache_dir: str = ""  # "" = $LDM_CACHE, else .cache/ldm in the home folder
+    workers: int = 2  # threads that decode ahead of the loop
+
+    def __post_init__(self):
+        _choice("data", "crop", self.crop, ("center", "random"))
+        _choice("data", "resize", self.resize, ("bicubic", "bilinear", "lanczos", "box"))
+        _choice("data", "cache_dtype", self.cache_dtype, ("float32", "float16"))
+        if not 0 < self.val_fraction < 1:
+            raise UsageError(f"data.val_fraction = {self.val_fraction}: must lie between 0 and 1")
+        if self.limit < 0 or self.workers < 0:
+            raise UsageError("data.limit and data.workers must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings:
+    """First stage. family "paper" is the network of Rombach et al. 2022; "fast" a small one that trains on a CPU."""
+
+    family: str = "fast"  # fast | paper
+    f: int = 4  # downsampling factor; 1 = identity (pixels)
+    reg: str = "kl"  # kl | vq
+    in_channels: int = 3
+    z_channels: int = 4
+    embed_dim: int = 4  # channels of the latent
+    codebook_size: int = 1024  # vq only
+    channels: int = 64  # width of the first level
+    channel_mult: tuple[int, ...] = (1, 2)  # paper: len = log2(f) + 1; fast: widths after the unshuffle stem
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = ()  # paper: nominal resolutions that carry attention
+    resolution: int = 256  # paper: nominal resolution that attn_resolutions counts from
+    mid_attention: bool = True  # paper: attention in the middle block ("noattn" models: False)
+    dropout: float = 0.0
+    beta: float = 0.25  # vq: weight of the commitment term
+    legacy_beta: bool = False  # vq: weight on the codebook term instead, as the original code has it
+    revive_codes: int = 0  # vq: every N steps codes unused since the last time are re-drawn from the batch; 0 = never
+
+    def __post_init__(self):
+        _choice("autoencoder", "family", self.family, ("fast", "paper"))
+        _choice("autoencoder", "reg", self.reg, ("kl", "vq"))
+        if self.f not in FACTORS:
+            raise UsageError(f"autoencoder.f = {self.f}: choose one of {', '.join(map(str, FACTORS))}")
+        if self.family == "paper" and self.f > 1 and 2 ** (len(self.channel_mult) - 1) != self.f:
+            raise UsageError(
+                f"autoencoder.channel_mult = {list(self.channel_mult)}: f = {self.f} needs "
+                f"{self.f.bit_length()} entries, one a resolution"
+            )
+        _positive("autoencoder", {"z_channels": self.z_channels, "embed_dim": self.embed_dim, "channels": self.channels})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """First-stage losses (Sec. 3.1, App. G): L_rec + regulariser + adaptive weight times the adversarial term."""
+
+    style: str = "mean"  # mean: every term averaged over elements; paper: summed over C, H, W for KL as in the original
+    l1: float = 1.0
+    l2: float = 0.0
+    edge: float = 0.0  # L1 of finite differences: sharp borders at small sizes without a GAN
+    perceptual_weight: float = 0.0
+    perceptual: str = ""  # "" = lpips VGG (downloads once) when the weight is > 0; or a .safetensors backbone
+    kl_weight: float = 1e-6
+    codebook_weight: float = 1.0
+    gan: str = "hinge"  # hinge | vanilla
+    disc_weight: float = 0.0  # 0 = no discriminator
+    disc_start: int = 50_001  # step
+    disc_channels: int = 64
+    disc_layers: int = 3
+    disc_lr: float = 0.0  # 0 = train.lr
+    adaptive_weight: bool = True
+
+    def __post_init__(self):
+        _choice("loss", "style", self.style, ("mean", "paper"))
+        _choice("loss", "gan", self.gan, ("hinge", "vanilla"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings:
+    """UNet (App. E), noise schedule and objective."""
+
+    # network
+    channels: int = 48
+    channel_mult: tuple[float, ...] = (1, 2, 3.3334)
+    num_res_blocks: int = 1
+    attention_resolutions: tuple[int, ...] = (2, 4)  # downsampling factors, not pixels
+    num_heads: int = 0  # fixed number of heads; 0 = use head_channels
+    head_channels: int = 32
+    spatial_transformer: bool = True  # cross-attention blocks; False = plain attention blocks (no context)
+    transformer_depth: int = 1
+    middle_attention: bool = True
+    scale_shift: bool = True
+    resblock_updown: bool = False
+    dropout: float = 0.0
+    groups: int = 32  # of GroupNorm; a width that 32 does not divide takes the largest divisor below
+    patch: int = 1  # fold patch x patch latent positions into channels before the UNet
+    position: str = "learned"  # position code inside attention: none | learned (resized to the map) | sinusoidal
+    # process
+    prediction: str = "flow"  # eps | v | x0 | flow
+    schedule: str = "linear"  # linear | cosine | sqrt_linear | sqrt; unused by flow
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    timesteps: int = 1000
+    t_sampling: str = "logit_normal"  # uniform | logit_normal
+    t_mean: float = 0.5  # logit-normal: > 0 leans towards noise
+    t_std: float = 1.0
+    loss: str = "l2"  # l2 | l1
+    loss_weight: str = "uniform"  # uniform | min_snr
+    snr_gamma: float = 5.0
+    latent_scale: str = "per_channel"  # per_channel | global | none
+
+    def __post_init__(self):
+        _choice("diffusion", "prediction", self.prediction, ("eps", "v", "x0", "flow"))
+        _choice("diffusion", "schedule", self.schedule, ("linear", "cosine", "sqrt_linear", "sqrt"))
+        _choice("diffusion", "t_sampling", self.t_sampling, ("uniform", "logit_normal"))
+        _choice("diffusion", "loss", self.loss, ("l2", "l1"))
+        _choice("diffusion", "loss_weight", self.loss_weight, ("uniform", "min_snr"))
+        _choice("diffusion", "latent_scale", self.latent_scale, ("per_channel", "global", "none"))
+        _choice("diffusion", "position", self.position, ("none", "learned", "sinusoidal"))
+        _positive("diffusion", {"channels": self.channels, "timesteps": self.timesteps, "patch": self.patch})
+        if self.loss_weight == "min_snr" and self.prediction == "flow":
+            raise UsageError("diffusion.loss_weight = 'min_snr' is defined for eps, v and x0; flow takes 'uniform'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionSettings:
+    """What the model is told. Kinds are joined with "+": tokens join, planes stack, vectors add."""
+
+    kinds: tuple[str, ...] = ()  # class, text
+    drop: float = 0.1  # share of training samples whose condition is replaced by its null (for guidance)
+    context_dim: int = 128  # width of tokens for cross-attention
+    text_encoder: str = "joint"  # joint = the paper's transformer trained with the model; else folder or hub id (frozen)
+    text_layers: int = 1
+    text_length: int = 0  # tokens; 0 = longest caption, rounded up to 8, at most 77
+    text_heads: int = 8
+    text_head_channels: int = 64
+    vocabulary: str = ""  # folder with a tokeniser; "" = a WordPiece vocabulary is trained on the captions
+    vocabulary_size: int = 8192  # at most
+    text_pooled: bool = True  # pooled text added to the time embedding beside cross-attention
+    class_vector: bool = True  # class embedding added to the time embedding, too
+
+    def __post_init__(self):
+        if not 0 <= self.drop < 1:
+            raise UsageError(f"condition.drop = {self.drop}: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The loop. Steps are optimiser updates; the batch is the global one, over processes and accumulation."""
+
+    steps: int = 10_000
+    batch_size: int = 32
+    micro_batch: int = 0  # samples that one device takes at a time; 0 = the whole share of the device
+    lr: float = 1e-3
+    optimizer: str = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW at `adam_lr`)
+    adam_lr: float = 1e-3  # muon only: rate of the part that AdamW trains
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    muon_every: int = 1  # orthogonalise the update every N steps; in between, the momentum accumulates
+    warmup: int = 0  # steps, linear
+    cooldown: float = 0.0  # share of the steps at the end over which the rate falls linearly to 0
+    clip: float = 0.0  # global gradient norm; 0 = off
+    ema: bool = True
+    ema_decay: float = 0.9999  # the rate in effect is min(ema_decay, (1 + n) / (10 + n))
+    ema_scope: str = "all"  # all | unet (the original averages the UNet only)
+    seed: int = 0
+    mixed_precision: str = "auto"  # auto | no | bf16 | fp16
+    compile: bool = False
+    max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5
+    save_every: int = 1000
+    keep: int = 2  # newest checkpoints that stay
+    sample_every: int = 1000
+    eval_every: int = 1000
+    log_every: int = 50
+    max_hours: float = 0.0  # save and end before; 0 = no limit
+    max_minutes: float = 0.0  # steps end early so that training takes this long, cooldown included; 0 = no limit
+    track: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _choice("train", "optimizer", self.optimizer, ("adamw", "muon"))
+        _choice("train", "mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        _choice("train", "ema_scope", self.ema_scope, ("all", "unet"))
+        _positive("train", {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "keep": self.keep,
+                            "log_every": self.log_every, "save_every": self.save_every})
+        if not 0 <= self.cooldown <= 1:
+            raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """How the run's own previews and `ldm sample` draw when the command line does not say."""
+
+    sampler: str = "dpm++"
+    steps: int = 20
+    guidance: float = 3.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the noise range (0 = clean) in which guidance acts
+    eta: float = 0.0
+    spacing: str = ""  # "" = linspace for eps/v/x0, uniform for flow; "original" = the subset of the original DDIM code
+    n: int = 16  # images of a preview grid
+    prompts: tuple[str, ...] = ()  # of the preview grid; () = captions of validation rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """All that `ldm train-ae` reads."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """All that `ldm train-ldm` reads."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    condition: ConditionSettings = field(default_factory=ConditionSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
