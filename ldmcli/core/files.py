@@ -1,0 +1,164 @@
+"""Files that are whole or absent: atomic writes, content hashes, disk-space checks, self-verifying safetensors."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldmcli.core.errors import ModelError, ResourceError, UsageError
+
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that an ordinary user may still write on the disk of `path` (or of its nearest existing parent)."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raises ResourceError unless `needed` bytes (plus 1 %) fit on the disk of `path`."""
+    free = free_bytes(path)
+    if free < needed * 1.01:
+        raise ResourceError(
+            f"{path}: {human_bytes(needed)} are needed and {human_bytes(free)} are free; "
+            "make room or choose another --out"
+        )
+
+
+@contextmanager
+def writing(path: Path, needed: int = 0):
+    """Turns what the system says of a failed write into one of our errors, naming path and sizes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            size = f"{human_bytes(needed)} to write, " if needed else ""
+            raise ResourceError(
+                f"{path}: the disk (or a file-size limit) is full: {size}{human_bytes(free_bytes(path.parent))} free; "
+                "make room and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: Path, needed: int = 0):
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, else removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path, needed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data`, whole or not at all."""
+    with atomic_path(path, len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by UTF-8 `text`, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of `path`. Raises ModelError when it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: missing") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: damaged or unreadable ({error})") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def tensors_hash(tensors: dict) -> str:
+    """Hex SHA-256 over names, dtypes, shapes and bytes of CPU tensors, in order of name."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> str:
+    """Writes tensors (moved to the CPU) as safetensors with their content hash in the metadata; returns the hash."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    digest = tensors_hash(tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with writing(path, size):
+        require_space(path, size)
+    with atomic_path(path, size) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", "content_sha256": digest, **(metadata or {})})
+        except Exception as error:  # safetensors wraps the system's error in a class of its own
+            code = next((code for code in _FULL if f"os error {code}" in str(error)), None)
+            raise OSError(code, os.strerror(code), str(path)) if code else error from error
+    return digest
+
+
+def load_tensors(path: Path, *, verify: bool = True) -> tuple[dict, dict[str, str]]:
+    """(tensors on the CPU, metadata) of a file written by `save_tensors`.
+
+    Raises ModelError when the file is missing, cut, or (verify) its content is not what was written.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: missing") from error
+    except Exception as error:
+        raise ModelError(f"{path}: damaged, not a readable safetensors file ({error})") from error
+    if verify and metadata.get("content_sha256", "") != tensors_hash(tensors):
+        raise ModelError(f"{path}: damaged, its content does not match its hash; restore it from a copy")
+    return tensors, metadata

@@ -1,0 +1,246 @@
+"""The run folder: who writes in it, what it holds, and checkpoints that are complete or not there.
+
+Layout (contract): config.toml, run.json, model.safetensors, checkpoints/step-NNNNNNNN/, metrics.jsonl, samples/,
+tokenizer/, stats.json, report.html, README.md. Nothing in it refers to an absolute path that use needs.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from ldmcli.core import files
+from ldmcli.core.errors import LdmError, ModelError, UsageError
+
+_STEP_NAME = re.compile(r"^step-(\d{8,})$")
+
+
+class RunFolder:
+    """A run folder opened for writing by one process (the lock goes with the process, however it ends)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = None
+
+    def acquire(self) -> None:
+        """Creates the folder and becomes its only writer. Raises UsageError when another process is."""
+        with files.writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / ".lock", "a+")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            handle.close()
+            raise UsageError(f"{self.path}: {holder} is writing here; wait for it or choose another --out") from error
+        handle.seek(0)
+        handle.truncate()
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        self._lock = handle
+
+    def release(self) -> None:
+        """Lets another writer in."""
+        if self._lock:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def clear(self) -> None:
+        """Removes an earlier run's files (for --fresh); files that are not a run's stay."""
+        for name in ("checkpoints", "samples", "tokenizer", "autoencoder"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("config.toml", "run.json", "model.safetensors", "metrics.jsonl", "stats.json", "report.html",
+                     "README.md", "bad-batch.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def update(self, **changes: Any) -> None:
+        """Merges `changes` into run.json, replacing it atomically."""
+        files.write_json(self.path / "run.json", {**self.state(), **changes, "updated": _now()})
+
+    def state(self) -> dict[str, Any]:
+        """The content of run.json; {} where there is none."""
+        path = self.path / "run.json"
+        return files.read_json(path) if path.exists() else {}
+
+    def log(self, **values: Any) -> None:
+        """Appends one JSON object to metrics.jsonl. Values that JSON cannot hold (NaN, Inf) are written as text."""
+        clean = {k: repr(v) if isinstance(v, float) and (v != v or v in (float("inf"), -float("inf"))) else v
+                 for k, v in values.items()}
+        path = self.path / "metrics.jsonl"
+        with files.writing(path), open(path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(clean, ensure_ascii=False) + "\n")
+
+    def trim_log(self, step: int) -> None:
+        """Drops log lines of steps after `step`: they will be trained again. A line cut by a crash goes, too."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_log(self.path) if line.get("step", 0) <= step]
+            files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl; lines cut short by a crash are left out."""
+    lines = []
+    log = path / "metrics.jsonl"
+    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def machine() -> dict[str, Any]:
+    """What stands in run.json of the machine: no host name, no paths."""
+    return {"system": platform.system(), "python": platform.python_version(), "cpu_count": os.cpu_count()}
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def write_checkpoint(run: RunFolder, step: int, tensors: dict[str, dict], state: dict[str, Any], keep: int) -> Path:
+    """Writes checkpoints/step-NNNNNNNN: one safetensors file an entry of `tensors`, state.json, manifest.json.
+
+    Everything is flushed under a temporary name, the manifest last, then one rename. Older checkpoints beyond `keep`
+    are removed only after the new one was read back and its hashes agree. Raises ResourceError when the disk is full:
+    the earlier checkpoints then stand as they were.
+    """
+    root = run.path / "checkpoints"
+    final = root / f"step-{step:08d}"
+    if final.exists() and not problems(final):
+        return final
+    temporary = root / f".step-{step:08d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    try:
+        with files.writing(final, needed):
+            temporary.mkdir(parents=True)
+            files.require_space(root, needed)
+        for name, group in tensors.items():
+            files.save_tensors(temporary / f"{name}.safetensors", group)
+            _pause(f"after {name}")
+        files.write_json(temporary / "state.json", {**state, "step": step})
+        listed = {p.name: {"size": p.stat().st_size, "sha256": files.sha256_file(p)} for p in temporary.iterdir()}
+        _pause("before manifest")
+        files.write_json(temporary / "manifest.json", {"step": step, "files": listed})
+        _pause("before rename")
+        with files.writing(final):
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+            files._sync_folder(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _rotate(root, final, keep)
+    return final
+
+
+def _pause(point: str) -> None:
+    """Test hook: LDM_DEBUG_PAUSE="before rename=5" sleeps there, so that a test can kill the process at that point."""
+    wanted, _, seconds = os.environ.get("LDM_DEBUG_PAUSE", "").partition("=")
+    if wanted == point:
+        time.sleep(float(seconds or 60))
+
+
+def _rotate(root: Path, newest: Path, keep: int) -> None:
+    if problems(newest):
+        return
+    others = [path for _, path in sorted(_named(root), reverse=True) if path != newest]
+    for path in others[max(keep - 1, 0):]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _named(root: Path) -> list[tuple[int, Path]]:
+    if not root.is_dir():
+        return []
+    found = [(_STEP_NAME.match(path.name), path) for path in root.iterdir()]
+    return [(int(match.group(1)), path) for match, path in found if match]
+
+
+def problems(checkpoint: Path) -> str:
+    """'' when a checkpoint is complete and its hashes agree, else what is wrong with it."""
+    try:
+        manifest = files.read_json(checkpoint / "manifest.json")
+        for name, facts in manifest["files"].items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["size"] or files.sha256_file(path) != facts["sha256"]:
+                return f"{name} is damaged"
+    except (LdmError, KeyError, TypeError, AttributeError) as error:
+        return f"no valid manifest ({error})"
+    return ""
+
+
+def newest_checkpoint(path: Path, warn=lambda text: None) -> Path | None:
+    """The complete checkpoint with the highest step (as stored inside), or None. Damaged and stray ones are named."""
+    root = path / "checkpoints"
+    for stray in root.iterdir() if root.is_dir() else []:
+        if not _STEP_NAME.match(stray.name) and not stray.name.startswith("."):
+            warn(f"{stray}: not a checkpoint of this run, left alone")
+    for _, candidate in sorted(_named(root), reverse=True):
+        wrong = problems(candidate)
+        if not wrong:
+            return candidate
+        warn(f"{candidate}: {wrong}; the checkpoint before it is used")
+    return None
+
+
+def sweep_unfinished(run: RunFolder, warn=lambda text: None) -> None:
+    """Removes what a killed process left half-written in checkpoints/ and beside the run's files."""
+    for path in (run.path / "checkpoints").glob(".step-*.tmp"):
+        warn(f"{path.name}: an unfinished checkpoint, removed")
+        shutil.rmtree(path, ignore_errors=True)
+    for path in [*run.path.glob(".*.tmp"), *run.path.glob("samples/.*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- finding runs
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` looks like a run folder."""
+    return (path / "run.json").is_file()
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """run.json of a run folder. Raises ModelError when `path` is none."""
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such run folder; `ldm runs` lists those there are")
+    if not is_run(path):
+        raise ModelError(f"{path}: not a run folder (no run.json in it)")
+    return files.read_json(path / "run.json")
+
+
+def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
+    """Runs below `root`, newest last: path, kind, state, step, data, the latest evaluation, time of the last change."""
+    rows = []
+    for marker in sorted(root.glob("**/run.json"), key=lambda p: p.stat().st_mtime):
+        try:
+            state = files.read_json(marker)
+        except ModelError:
+            continue
+        rows.append({"path": str(marker.parent), "kind": state.get("kind"), "state": state.get("state"),
+                     "step": state.get("step"), "data": (state.get("data") or {}).get("source"),
+                     "metrics": state.get("metrics") or {}, "updated": state.get("updated")})
+    return rows
+
+
+def newest_run(kind: str, root: Path = Path("runs")) -> Path:
+    """The run of `kind` with weights that changed last. Raises ModelError when there is none."""
+    for row in reversed(list_runs(root)):
+        if row["kind"] == kind and (Path(row["path"]) / "model.safetensors").exists():
+            return Path(row["path"])
+    command = "ldm train-ae" if kind == "autoencoder" else "ldm train-ldm"
+    raise ModelError(f"no {kind} run with weights below {root}/: train one with `{command}` or name one with --model")
