@@ -1,0 +1,166 @@
+"""First-stage losses (Rombach et al. 2022, Sec. 3.1 and App. G), as functions of tensors.
+
+Two styles, one balance. "paper" sums the loss of a KL model over the C·H·W values of an image, as the original
+does; "mean" is exactly that divided by C·H·W, so every weight, `kl_weight` included, keeps its meaning: the KL of
+a posterior, in nats summed over its latent, counts `kl_weight / (C·H·W)` beside the mean error of a pixel value.
+VQ models are averaged in both styles.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmcli.core.settings import LossSettings
+from ldmcli.networks.discriminator import world_size
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+Stats = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """What the generator's side needs of the discriminator. `factor` is 0 before `disc_start`."""
+
+    logits_fake: Tensor  # D(rec), with a graph back to rec
+    factor: float = 1.0
+
+
+def disc_factor(step: int, settings: LossSettings) -> float:
+    """1 from `disc_start` on when there is a discriminator, else 0: the factor of both adversarial losses."""
+    return 1.0 if settings.disc_weight > 0 and step >= settings.disc_start else 0.0
+
+
+def reconstruction_terms(x: Tensor, rec: Tensor, settings: LossSettings,
+                         perceptual: Perceptual | None = None) -> dict[str, Tensor]:
+    """Unweighted means of the terms whose weight is not 0. x, rec: (B, C, H, W) in [-1, 1]."""
+    terms: dict[str, Tensor] = {}
+    x, rec = x.float(), rec.float()
+    if settings.l1:
+        terms["l1"] = (x - rec).abs().mean()
+    if settings.l2:
+        terms["l2"] = (x - rec).square().mean()
+    if settings.edge:
+        terms["edge"] = edge_distance(x, rec)
+    if settings.perceptual_weight:
+        assert perceptual is not None, "loss.perceptual_weight > 0 needs a perceptual network"
+        terms["perceptual"] = perceptual(x, rec).mean()
+    return terms
+
+
+def edge_distance(x: Tensor, rec: Tensor) -> Tensor:
+    """L1 distance of the differences between neighbouring pixels, mean of the two directions."""
+    error = x - rec  # differencing is linear
+    sides = [error.diff(dim=axis).abs().mean() for axis in (-1, -2) if error.shape[axis] > 1]
+    return sum(sides, error.new_zeros(())) / 2
+
+
+def weighted_sum(terms: dict[str, Tensor], settings: LossSettings) -> Tensor | None:
+    """Reconstruction error per pixel value; None where every weight is 0."""
+    weights = {"l1": settings.l1, "l2": settings.l2, "edge": settings.edge,
+               "perceptual": settings.perceptual_weight}
+    parts = [weights[name] * value for name, value in terms.items()]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def generator_loss(reg: str, x: Tensor, rec: Tensor, regulariser: Tensor, settings: LossSettings, *,
+                   last_layer: Tensor, perceptual: Perceptual | None = None, adversary: Adversary | None = None,
+                   logvar: Tensor | None = None, norms: bool = False) -> tuple[Tensor, Stats]:
+    """Loss of the autoencoder, and its parts as detached tensors under the original's names.
+
+    reg "kl": regulariser (B,), nats summed over the latent; "vq": the quantiser's loss.
+    last_layer: weight of the decoder's last convolution, for the adaptive weight and, with `norms`, for the
+    gradient norm of each term (`grad_nll`, `grad_perceptual`, `grad_g`).
+    logvar: scalar of the original's likelihood, which no optimiser ever saw; None stands for its value 0.
+    """
+    values = x[0].numel()
+    scale = values if (reg, settings.style) == ("kl", "paper") else 1
+    terms = reconstruction_terms(x, rec, settings, perceptual)
+    nll, stats = _likelihood(terms, settings, scale, logvar)
+    named = {"nll": nll, "perceptual": terms.get("perceptual")}
+    # the zero term keeps the decoder in the graph: DistributedDataParallel waits for each parameter's gradient
+    total = rec.float().sum() * 0 if nll is None else nll
+    if adversary is not None:
+        named["g"], weight, parts = _adversarial_term(nll, adversary, settings, last_layer)
+        total, stats = total + weight * named["g"], stats | parts
+    term, parts = _regularisation(reg, regulariser, settings, scale / values)
+    total, stats = total + term, stats | parts
+    if norms:
+        stats |= {f"grad_{name}": gradient_norm(value, last_layer) for name, value in named.items()
+                  if value is not None and value.requires_grad}
+    return total, stats | {"total_loss": total.detach()}
+
+
+def _likelihood(terms: dict[str, Tensor], settings: LossSettings, scale: int,
+                logvar: Tensor | None) -> tuple[Tensor | None, Stats]:
+    """Negative log-likelihood over `scale` values, None where no term has a weight."""
+    stats = {f"{name}_loss": value.detach() for name, value in terms.items()}
+    error = weighted_sum(terms, settings)
+    if error is None:
+        return None, stats
+    nll = error if logvar is None else error / logvar.exp() + logvar
+    return nll * scale, stats | {"rec_loss": error.detach(), "nll_loss": (nll * scale).detach()}
+
+
+def _regularisation(reg: str, value: Tensor, settings: LossSettings, kl_scale: float) -> tuple[Tensor, Stats]:
+    mean = value.float().mean()
+    if reg == "kl":
+        return settings.kl_weight * kl_scale * mean, {"kl_loss": mean.detach()}
+    return settings.codebook_weight * mean, {"quant_loss": mean.detach()}
+
+
+def _adversarial_term(nll: Tensor | None, adversary: Adversary, settings: LossSettings,
+                      last_layer: Tensor) -> tuple[Tensor, Tensor, Stats]:
+    """The term, the weight in effect, and statistics (where `d_weight` is the weight without the factor)."""
+    g_loss = -adversary.logits_fake.float().mean()
+    weight = adversarial_weight(nll, g_loss, settings, last_layer)
+    stats = {"g_loss": g_loss.detach(), "d_weight": weight, "disc_factor": weight.new_tensor(adversary.factor)}
+    return g_loss, weight * adversary.factor, stats
+
+
+def adversarial_weight(nll: Tensor | None, g_loss: Tensor, settings: LossSettings, last_layer: Tensor) -> Tensor:
+    """λ = clamp(‖∇nll‖ / (‖∇g‖ + 1e-4), 0, 1e4) · disc_weight, gradients with respect to the last layer.
+
+    Without a reconstruction term there is nothing to balance against and λ = disc_weight; without a graph
+    (validation) λ = 0, as in the original.
+    """
+    if not settings.adaptive_weight or nll is None:
+        return g_loss.new_tensor(settings.disc_weight)
+    if not (nll.requires_grad and g_loss.requires_grad):
+        return g_loss.new_zeros(())
+    ratio = gradient_norm(nll, last_layer) / (gradient_norm(g_loss, last_layer) + 1e-4)
+    return ratio.clamp(0, 1e4) * settings.disc_weight
+
+
+def gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:
+    """L2 norm of the gradient averaged over all processes, so equal on each. Keeps the graph, leaves `.grad`."""
+    (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    gradient = gradient.detach().float()
+    if world_size() > 1:
+        torch.distributed.all_reduce(gradient)
+    return gradient.norm() / world_size()
+
+
+def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str = "hinge", factor: float = 1.0) -> Tensor:
+    """Loss of D from its logits on images and on detached reconstructions; factor 0 gives a zero gradient."""
+    penalty = GAN_LOSSES[kind]
+    return factor * 0.5 * (penalty(-logits_real.float()).mean() + penalty(logits_fake.float()).mean())
+
+
+def _hinge(logits: Tensor) -> Tensor:
+    return F.relu(1 + logits)
+
+
+GAN_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"hinge": _hinge, "vanilla": F.softplus}
+
+
+def codebook_stats(indices: Tensor, size: int) -> Stats:
+    """Perplexity exp(-Σ p log p), number of codes in use and their share, over all processes (a collective)."""
+    counts = torch.bincount(indices.flatten(), minlength=size).float()
+    if world_size() > 1:
+        torch.distributed.all_reduce(counts)
+    p = counts / counts.sum()
+    used = (counts > 0).sum()
+    return {"perplexity": torch.special.entr(p).sum().exp(), "codes_used": used, "code_usage": used / size}
