@@ -1,0 +1,378 @@
+"""The denoising UNet (Sec. 3.2-3.3, App. E) with the original's state-dict keys, and a few extensions.
+
+Extensions, all off in the published models: position codes inside attention, folding of latent patches, a vector
+beside the time embedding, widths that 32 groups do not divide. Their keys lie outside of the original's set.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DiffusionSettings
+from ldmcli.networks.blocks import (
+    TransformerBlock,
+    attention,
+    check_divisible,
+    group_norm,
+    timestep_embedding,
+    zeroed,
+)
+
+NORM_EPS = 1e-5
+TRANSFORMER_NORM_EPS = 1e-6
+POSITION_STD = 0.3  # of the code inside attention; smaller ones left "left of" unlearned in the demo's minutes
+INPUT_POSITION_STD = 0.02  # of the map added after the first convolution
+POSITION_WAVES = 5  # sinusoidal: half-waves across the map 1, 2, 4, ... 16
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What layers see beside the map: time embedding (B, 4·channels), tokens (B, M, d) or None, position codes."""
+
+    embedding: Tensor
+    context: Tensor | None
+    position: Callable[[str, Tensor], Tensor | None]
+
+
+class Conditioned(nn.Module):
+    """A layer whose forward takes (x, StepInputs)."""
+
+
+class LayerList(nn.ModuleList):
+    """Layers in a row; those that are `Conditioned` also get the step's inputs."""
+
+    def forward(self, x: Tensor, inputs: StepInputs) -> Tensor:
+        for layer in self:
+            x = layer(x, inputs) if isinstance(layer, Conditioned) else layer(x)
+        return x
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2 with symmetric padding (the autoencoder's is asymmetric)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour twice as large, then a 3x3 convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(upsample_2(x))
+
+
+def upsample_2(x: Tensor) -> Tensor:
+    """Each position becomes 2x2 equal ones."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def downsample_2(x: Tensor) -> Tensor:
+    """Mean of each 2x2 block."""
+    return F.avg_pool2d(x, 2)
+
+
+class ResBlock(Conditioned):
+    """Two 3x3 convolutions with the time embedding between them, residual; optionally resampling both ways.
+
+    scale_shift: GroupNorm's output · (1 + scale) + shift, both from the embedding, instead of adding it.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        settings: DiffusionSettings,
+        *,
+        resample: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__()
+        self.scale_shift, self.resample = settings.scale_shift, resample
+        embedding_width = 4 * settings.channels
+        self.in_layers = nn.Sequential(
+            group_norm(in_width, NORM_EPS, settings.groups), nn.SiLU(), nn.Conv2d(in_width, out_width, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(embedding_width, out_width * (2 if self.scale_shift else 1))
+        )
+        self.out_layers = nn.Sequential(
+            group_norm(out_width, NORM_EPS, settings.groups),
+            nn.SiLU(),
+            nn.Dropout(settings.dropout),
+            zeroed(nn.Conv2d(out_width, out_width, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
+
+    def forward(self, x: Tensor, inputs: StepInputs) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        shift = self.emb_layers(inputs.embedding)[:, :, None, None]
+        norm, rest = self.out_layers[0], self.out_layers[1:]
+        if self.scale_shift:
+            scale, shift = shift.chunk(2, dim=1)
+            h = torch.addcmul(shift, norm(h), 1 + scale)
+        else:
+            h = norm(h + shift)
+        return self.skip_connection(x) + rest(h)
+
+
+def head_count(width: int, settings: DiffusionSettings) -> int:
+    """Attention heads of a level: the fixed number, or width / head_channels rounded down to a divisor of width."""
+    if settings.num_heads > 0:
+        if width % settings.num_heads:
+            raise UsageError(f"diffusion.num_heads = {settings.num_heads} does not divide a width of {width}")
+        return settings.num_heads
+    heads = max(1, width // settings.head_channels)
+    while width % heads:
+        heads -= 1
+    return heads
+
+
+class AttentionBlock(Conditioned):
+    """Self-attention over all positions, residual; channels of qkv are ordered (head, {q, k, v}, d)."""
+
+    def __init__(self, width: int, settings: DiffusionSettings, position_key: str):
+        super().__init__()
+        self.heads, self.position_key = head_count(width, settings), position_key
+        self.norm = group_norm(width, NORM_EPS, settings.groups)
+        self.qkv = nn.Conv1d(width, 3 * width, 1)
+        self.proj_out = zeroed(nn.Conv1d(width, width, 1))
+
+    def forward(self, x: Tensor, inputs: StepInputs) -> Tensor:
+        h = self.norm(x)
+        code = inputs.position(self.position_key, x)
+        h = h if code is None else h + code
+        qkv = self.qkv(h.flatten(2)).unflatten(1, (self.heads, 3, -1))
+        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(2))
+        h = attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+        return x + self.proj_out(h).view_as(x)
+
+
+class SpatialTransformer(Conditioned):
+    """Transformer blocks over the positions of a map with cross-attention to the context, residual (App. E.2.1)."""
+
+    def __init__(self, width: int, settings: DiffusionSettings, context_dim: int | None, position_key: str):
+        super().__init__()
+        heads, self.position_key = head_count(width, settings), position_key
+        self.norm = group_norm(width, TRANSFORMER_NORM_EPS, settings.groups)
+        self.proj_in = nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, heads, width // heads, context_dim, settings.dropout)
+            for _ in range(settings.transformer_depth)
+        )
+        self.proj_out = zeroed(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor, inputs: StepInputs) -> Tensor:
+        h = self.norm(x)
+        code = inputs.position(self.position_key, x)
+        h = h if code is None else h + code
+        tokens = self.proj_in(h).flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, inputs.context)
+        return x + self.proj_out(tokens.transpose(1, 2).reshape(x.shape))
+
+
+class LearnedPosition(nn.Module):
+    """A learned map (C, h, w), resized bilinearly where the input has another size."""
+
+    def __init__(self, width: int, size: tuple[int, int], std: float):
+        super().__init__()
+        self.map = nn.Parameter(std * torch.randn(width, *size))
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        if tuple(self.map.shape[1:]) == size:
+            return self.map[None]
+        return F.interpolate(self.map[None], size=size, mode="bilinear", align_corners=False)
+
+
+class SinusoidalPosition(nn.Module):
+    """Sines and cosines of both coordinates, relative to the map's sides, mixed linearly into C channels."""
+
+    def __init__(self, width: int, std: float):
+        super().__init__()
+        features = 4 * POSITION_WAVES
+        self.weight = nn.Parameter(std * (2 / features) ** 0.5 * torch.randn(width, features))
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        return F.conv2d(sinusoidal_map(size).to(self.weight), self.weight[:, :, None, None])
+
+
+def sinusoidal_map(size: tuple[int, int]) -> Tensor:
+    """sin and cos of π·2^k·y and π·2^k·x, y and x in (0, 1) at cell centres: (1, 20, h, w)."""
+    planes = []
+    for axis, side in enumerate(size):
+        place = (torch.arange(side, dtype=torch.float32) + 0.5) / side
+        place = place.view(-1, 1) if axis == 0 else place.view(1, -1)
+        for k in range(POSITION_WAVES):
+            angle = (torch.pi * 2**k * place).expand(size)
+            planes += [angle.sin(), angle.cos()]
+    return torch.stack(planes)[None]
+
+
+def level_widths(settings: DiffusionSettings) -> list[int]:
+    """Channels of each level: whole multiples exactly, others rounded to a multiple of 8."""
+    widths = [settings.channels * mult for mult in settings.channel_mult]
+    return [int(width) if width == int(width) else max(8, round(width / 8) * 8) for width in widths]
+
+
+class UNet(nn.Module):
+    """Predicts what the objective asks for (ε, v, x₀ or velocity) from a noisy latent.
+
+    x: (B, in_channels, h, w), planes of concat conditions included; t: (B,) float or integer; context: (B, M,
+    context_dim) or None; vector: (B, vector_dim) or None; returns (B, out_channels, h, w). h and w must be multiples
+    of `size_factor`. sample_size is the (h, w) that position maps are made for; other sizes resize them.
+    """
+
+    def __init__(
+        self,
+        settings: DiffusionSettings,
+        in_channels: int,
+        out_channels: int,
+        *,
+        context_dim: int | None = None,
+        vector_dim: int | None = None,
+        sample_size: tuple[int, int] = (16, 16),
+    ):
+        super().__init__()
+        self.settings, self.context_dim, self.sample_size = settings, context_dim, sample_size
+        self.checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
+        self.positions = nn.ModuleDict()
+        widths = level_widths(settings)
+        embedding_width = 4 * settings.channels
+        self.time_embed = _two_layers(settings.channels, embedding_width)
+        self.input_blocks = nn.ModuleList()
+        skips = self._build_down(in_channels * settings.patch**2, widths)
+        self._build_middle(skips[-1], 2 ** (len(widths) - 1))
+        self.output_blocks = nn.ModuleList()
+        self._build_up(skips, widths)
+        self.out = nn.Sequential(
+            group_norm(widths[0], NORM_EPS, settings.groups),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(widths[0], out_channels * settings.patch**2, 3, padding=1)),
+        )
+        if settings.position != "none":
+            self._add_position("input", widths[0], 1, INPUT_POSITION_STD)
+        self.vector_embed = _two_layers(vector_dim, embedding_width) if vector_dim else None
+
+    @property
+    def size_factor(self) -> int:
+        """Both sides of the latent must be multiples of this."""
+        return self.settings.patch * 2 ** (len(self.settings.channel_mult) - 1)
+
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None
+    ) -> Tensor:
+        check_divisible(x.shape[-2], x.shape[-1], self.size_factor, "a latent")
+        inputs = StepInputs(self._embed(t, vector), context, self._position_codes())
+        h = F.pixel_unshuffle(x, self.settings.patch) if self.settings.patch > 1 else x
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.input_blocks):
+            h = self._run(block, h, inputs)
+            if i == 0:
+                code = inputs.position("input", h)
+                h = h if code is None else h + code
+            skips.append(h)
+        h = self._run(self.middle_block, h, inputs)
+        for block in self.output_blocks:
+            h = self._run(block, torch.cat([h, skips.pop()], dim=1), inputs)
+        h = self.out(h)
+        return F.pixel_shuffle(h, self.settings.patch) if self.settings.patch > 1 else h
+
+    def _embed(self, t: Tensor, vector: Tensor | None) -> Tensor:
+        # the angles need fp32: bf16 cannot tell t = 998 from 999
+        code = timestep_embedding(t, self.settings.channels).to(self.time_embed[0].weight.dtype)
+        embedding = self.time_embed(code)
+        if vector is None or self.vector_embed is None:
+            return embedding
+        return embedding + self.vector_embed(vector)
+
+    def _position_codes(self) -> Callable[[str, Tensor], Tensor | None]:
+        """A function (key, map) to the code of that key at the map's size and dtype; each is made once a pass."""
+        made: dict[str, Tensor] = {}
+
+        def position(key: str, like: Tensor) -> Tensor | None:
+            if key not in self.positions:
+                return None
+            if key not in made:
+                made[key] = self.positions[key](tuple(like.shape[-2:])).to(like.dtype)
+            return made[key]
+
+        return position
+
+    def _run(self, block: LayerList, x: Tensor, inputs: StepInputs) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, inputs, use_reentrant=False)
+        return block(x, inputs)
+
+    def _build_down(self, in_channels: int, widths: list[int]) -> list[int]:
+        """Fills input_blocks; returns the width that each hands to its skip connection."""
+        width, skips = widths[0], [widths[0]]
+        self.input_blocks.append(LayerList([nn.Conv2d(in_channels, width, 3, padding=1)]))
+        for level, out_width in enumerate(widths):
+            for _ in range(self.settings.num_res_blocks):
+                layers = [ResBlock(width, out_width, self.settings), *self._attention(out_width, 2**level)]
+                self.input_blocks.append(LayerList(layers))
+                width = out_width
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.input_blocks.append(LayerList([self._resampling(width, up=False)]))
+                skips.append(width)
+        return skips
+
+    def _build_middle(self, width: int, factor: int) -> None:
+        between = self._attention(width, factor, always=True) if self.settings.middle_attention else []
+        blocks = [ResBlock(width, width, self.settings) for _ in range(2)]
+        self.middle_block = LayerList([blocks[0], *between, blocks[1]])
+
+    def _build_up(self, skips: list[int], widths: list[int]) -> None:
+        width, skips = skips[-1], list(skips)
+        for level, out_width in reversed(list(enumerate(widths))):
+            for i in range(self.settings.num_res_blocks + 1):
+                layers: list[nn.Module] = [ResBlock(width + skips.pop(), out_width, self.settings)]
+                width = out_width
+                layers += self._attention(width, 2**level)
+                if level > 0 and i == self.settings.num_res_blocks:
+                    layers.append(self._resampling(width, up=True))
+                self.output_blocks.append(LayerList(layers))
+
+    def _resampling(self, width: int, up: bool) -> nn.Module:
+        if self.settings.resblock_updown:
+            return ResBlock(width, width, self.settings, resample=upsample_2 if up else downsample_2)
+        return Upsample(width) if up else Downsample(width)
+
+    def _attention(self, width: int, factor: int, always: bool = False) -> list[nn.Module]:
+        """The attention layer of a level, or none; levels with one get a position code, shared both ways."""
+        if not always and factor not in self.settings.attention_resolutions:
+            return []
+        key = f"d{factor}_c{width}"
+        if self.settings.position != "none" and key not in self.positions:
+            self._add_position(key, width, factor, POSITION_STD)
+        if self.settings.spatial_transformer:
+            return [SpatialTransformer(width, self.settings, self.context_dim, key)]
+        return [AttentionBlock(width, self.settings, key)]
+
+    def _add_position(self, key: str, width: int, factor: int, std: float) -> None:
+        if self.settings.position == "sinusoidal":
+            self.positions[key] = SinusoidalPosition(width, std)
+            return
+        height, breadth = (max(1, -(-side // (factor * self.settings.patch))) for side in self.sample_size)
+        self.positions[key] = LearnedPosition(width, (height, breadth), std)
+
+
+def _two_layers(in_width: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_width, width), nn.SiLU(), nn.Linear(width, width))
