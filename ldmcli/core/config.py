@@ -1,0 +1,376 @@
+"""From defaults, preset, recipe, environment, options and `--set` to one configuration that knows each value's origin.
+
+Every source goes through `_value`, so an unknown name or a wrong type fails everywhere in the same words. Environment
+variables are LDM_SECTION_KEY, as in LDM_TRAIN_BATCH_SIZE for train.batch_size: no section has an underscore in its
+name, so the first one ends it. A variable whose first word is no section (LDM_CACHE) is no setting, and one that only
+the other command reads (LDM_LOSS_L1 while `ldm train-ldm` runs) is left alone.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ldmcli.core import settings
+from ldmcli.core.errors import UsageError
+
+KINDS = {"autoencoder": settings.AutoencoderConfig, "diffusion": settings.DiffusionConfig}
+COMMAND_OF = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-ldm"}
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+Config = settings.AutoencoderConfig | settings.DiffusionConfig
+Layer = tuple[str, Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and where each of its values came from ("default", "preset kl-f4", "--steps", …)."""
+
+    kind: str
+    config: Config
+    origins: dict[str, str]
+
+
+def paths(kind: str) -> dict[str, object]:
+    """Every setting of a kind, "section.name" to its type, in the order of the settings."""
+    found = {}
+    for section in fields(KINDS[kind]):
+        hints = typing.get_type_hints(section.type)
+        found |= {f"{section.name}.{setting.name}": hints[setting.name] for setting in fields(section.type)}
+    return found
+
+
+def default_of(path: str) -> object:
+    """The default of "section.name", whichever command reads it."""
+    section, _, name = path.partition(".")
+    for config_class in KINDS.values():
+        for each in fields(config_class):
+            if each.name == section:
+                return {setting.name: setting.default for setting in fields(each.type)}[name]
+    raise KeyError(path)
+
+
+# --- one value -------------------------------------------------------------------------------------------------
+
+
+def parse_size(value: object) -> object:
+    """Pixels as height and width from 64, "64" or "48x64" (height first)."""
+    match = re.fullmatch(r"(\d+)(?:\s*[x×]\s*(\d+))?", str(value).strip(), re.IGNORECASE)
+    return (int(match[1]), int(match[2] or match[1])) if match else value
+
+
+def _parse_kinds(value: object) -> object:
+    if not isinstance(value, str) or value.startswith("["):
+        return value
+    return tuple(part.strip() for part in re.split(r"[+,]", value) if part.strip() not in ("", "none"))
+
+
+# settings that people write in a shorter form than their type
+_SHORT_FORMS: dict[str, Callable[[object], object]] = {
+    "data.size": lambda value: value if isinstance(value, (list, tuple)) else parse_size(value),
+    "condition.kinds": _parse_kinds,
+    "train.micro_batch": lambda value: 0 if value == "auto" else value,
+}
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _toml_value(text: str) -> object:
+    return tomllib.loads(f"value = {text}")["value"]
+
+
+def _scalar(kind: type, value: object) -> object:
+    """`value` (or text) as `kind`; ValueError where it is none."""
+    if kind is bool:
+        if isinstance(value, str):
+            value = _WORDS.get(value.strip().lower())
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError
+        value.encode("utf-8")  # UnicodeEncodeError is a ValueError: a name that no TOML file could hold
+        if value[:1] in ("'", '"') and value[:1] == value[-1:] and len(value) > 1:
+            return _toml_value(value)
+        return value
+    if isinstance(value, bool):
+        raise ValueError
+    number = float(value.replace("_", "")) if isinstance(value, str) else value
+    if not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise ValueError
+    if kind is int:
+        if number != int(number):
+            raise ValueError
+        return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value) else int(number)
+    return float(number)
+
+
+def _coerce(kind: object, value: object) -> object:
+    """`value` in the type that a setting declares; ValueError where it doesn't fit."""
+    if typing.get_origin(kind) is not tuple:
+        return _scalar(kind, value)
+    members = typing.get_args(kind)
+    if isinstance(value, str):
+        text = value.strip()
+        parts = [part.strip() for part in text.split(",")]
+        value = _toml_value(text) if text.startswith("[") else [part for part in parts if part]
+    elif not isinstance(value, (list, tuple)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    if members[-1] is Ellipsis:
+        return tuple(_scalar(members[0], item) for item in value)
+    if len(value) != len(members):
+        raise ValueError
+    return tuple(_scalar(member, item) for member, item in zip(members, value))
+
+
+def _describe_type(path: str, kind: object) -> str:
+    if path == "data.size":
+        return "pixels, as 64 or 48x64"
+    if typing.get_origin(kind) is not tuple:
+        return _TYPE_NAMES[kind]
+    members = typing.get_args(kind)
+    count = "a list" if members[-1] is Ellipsis else f"{len(members)} values"
+    return f"{count}, each {_TYPE_NAMES[members[0]]}"
+
+
+def _value(kind: str, path: str, value: object, origin: str) -> object:
+    """One setting's value in its type, or the UsageError that says what is wrong with it and where it stands."""
+    known = paths(kind)
+    if path not in known:
+        raise UsageError(f"{origin}: {_unknown(kind, path, known)}")
+    try:
+        return _coerce(known[path], _SHORT_FORMS.get(path, lambda same: same)(value))
+    except (ValueError, OverflowError, tomllib.TOMLDecodeError):
+        where = origin if origin.startswith("--") and "=" not in origin and origin != "--set" else f"{origin}: {path}"
+        raise UsageError(f"{where}: {_quoted(value)} is not {_describe_type(path, known[path])}") from None
+
+
+def _quoted(value: object) -> str:
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _unknown(kind: str, path: str, known: Mapping[str, object]) -> str:
+    for other in KINDS:
+        if other != kind and path in paths(other):
+            return f"{path} is a setting of `{COMMAND_OF[other]}`, not of `{COMMAND_OF[kind]}`"
+    return f"{path}: no such setting{did_you_mean(suggestions(path, known))}"
+
+
+def suggestions(path: str, known: Iterable[str]) -> list[str]:
+    """Settings that `path` may be a slip of, by the whole name and by its last part in any section; at most two."""
+    last = path.rpartition(".")[2]
+
+    def likeness(name: str) -> float:
+        whole = difflib.SequenceMatcher(None, path, name).ratio()
+        by_last = difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()
+        return max(whole, by_last - 0.05)  # a slip in the section weighs more than one in the name
+
+    scored = sorted(((likeness(name), name) for name in known), key=lambda pair: -pair[0])
+    return [name for score, name in scored[:2] if score >= 0.75 and score > scored[0][0] - 0.05]
+
+
+def did_you_mean(names: list[str]) -> str:
+    """"; did you mean a or b?", or nothing."""
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+# --- layers ----------------------------------------------------------------------------------------------------
+
+
+def preset_layer(kind: str, name: str) -> Layer:
+    """A named preset's values."""
+    try:
+        from ldmcli.networks.presets import PRESETS
+    except ModuleNotFoundError as error:
+        if error.name != "ldmcli.networks.presets":
+            raise
+        PRESETS = {}
+    of_kind = [each for each, preset in PRESETS.items() if preset.kind == kind]
+    if name not in PRESETS:
+        raise UsageError(
+            f"--preset {name}: no such preset{did_you_mean(difflib.get_close_matches(name, of_kind))}"
+            " (`ldm presets` lists them)"
+        )
+    if PRESETS[name].kind != kind:
+        other = COMMAND_OF[PRESETS[name].kind]
+        raise UsageError(f"--preset {name}: a preset of `{other}`, not of `{COMMAND_OF[kind]}`")
+    return f"preset {name}", dict(PRESETS[name].values)
+
+
+def recipe_path(name: str | Path) -> Path:
+    """The file that --recipe means: a path, or the name of a recipe that comes with the package."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {each.stem: each for each in sorted(RECIPES.glob("*.toml"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    hint = did_you_mean(difflib.get_close_matches(path.stem, shipped))
+    raise UsageError(f"--recipe {name}: no such file or recipe{hint} (`ldm recipes` lists those that come with ldm)")
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """A recipe's values as {"section.name": value}; UsageError with file and line where it is no TOML."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    return _flatten(text, str(path))
+
+
+def _flatten(text: str, name: str) -> dict[str, object]:
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{name}: {_toml_complaint(error, text)}") from None
+    found = {}
+    for section, content in document.items():
+        if not isinstance(content, dict):
+            raise UsageError(f"{name}: {section}: settings stand in sections, as in [train]")
+        found |= {f"{section}.{key}": value for key, value in content.items()}
+    return found
+
+
+def _toml_complaint(error: tomllib.TOMLDecodeError, text: str) -> str:
+    message = str(error)
+    match = re.search(r"\(at line (\d+), column (\d+)\)", message)
+    line = match[1] if match else str(text.count("\n") + 1)
+    reason = message.split(" (at ")[0]
+    return f"line {line}: not TOML: {reason[:1].lower() + reason[1:]}"
+
+
+def recipe_layer(name: str | Path) -> Layer:
+    path = recipe_path(name)
+    return f"recipe {path}", read_toml(path)
+
+
+def environment_layers(kind: str, environ: Mapping[str, str]) -> list[Layer]:
+    """LDM_SECTION_KEY variables, each its own origin."""
+    found = []
+    sections = {each.name for config_class in KINDS.values() for each in fields(config_class)}
+    elsewhere = {path for other in KINDS if other != kind for path in paths(other)} - set(paths(kind))
+    for variable in sorted(environ):
+        match = re.fullmatch(r"LDM_([A-Z]+)_([A-Z0-9_]+)", variable)
+        if match and match[1].lower() in sections:
+            path = f"{match[1].lower()}.{match[2].lower()}"
+            if path not in elsewhere:
+                found.append((f"environment {variable}", {path: environ[variable]}))
+    return found
+
+
+def set_layers(assignments: Iterable[str]) -> list[Layer]:
+    """`--set section.name=value`, in the order given."""
+    found = []
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: write it as section.name=value, as in --set train.lr=1e-3")
+        found.append(("--set", {path.strip().replace("-", "_"): value.strip()}))
+    return found
+
+
+def gather(kind: str, *, preset: str = "", recipe: str | Path = "", environ: Mapping[str, str] | None = None,
+           named: Iterable[Layer] = (), assignments: Iterable[str] = ()) -> list[Layer]:
+    """All layers in their order: preset < recipe < environment < named options < --set."""
+    return [
+        *([preset_layer(kind, preset)] if preset else []),
+        *([recipe_layer(recipe)] if recipe else []),
+        *environment_layers(kind, environ or {}),
+        *named,
+        *set_layers(assignments),
+    ]
+
+
+def resolve(kind: str, layers: Iterable[Layer]) -> Resolved:
+    """Apply (origin, {path: value or text}) layers over the defaults, later ones over earlier ones.
+
+    Checks between fields run once, on the result, so that a preset and a recipe may each be incomplete.
+    """
+    known = paths(kind)
+    values = {path: default_of(path) for path in known}
+    origins = dict.fromkeys(known, "default")
+    for origin, layer in layers:
+        for path, value in layer.items():
+            values[path] = _value(kind, path, value, origin)
+            origins[path] = origin
+    return Resolved(kind, _build(kind, values, origins), origins)
+
+
+def _build(kind: str, values: Mapping[str, object], origins: Mapping[str, str]) -> Config:
+    config_class, known = KINDS[kind], paths(kind)
+    try:
+        return config_class(**{
+            section.name: section.type(**{
+                setting.name: _coerce(known[path := f"{section.name}.{setting.name}"], values[path])
+                for setting in fields(section.type)
+            })
+            for section in fields(config_class)
+        })
+    except UsageError as error:
+        named = [path for path in re.findall(r"[a-z]+\.[a-z_0-9]+", str(error)) if path in known]
+        where = list(dict.fromkeys(origins[path] for path in named if origins[path] != "default"))
+        raise UsageError(f"{error} (from {', '.join(where)})" if where else str(error)) from None
+
+
+# --- out again -------------------------------------------------------------------------------------------------
+
+
+def flat(config: Config) -> dict[str, object]:
+    """{"section.name": value} of a configuration."""
+    return {
+        f"{section.name}.{setting.name}": getattr(getattr(config, section.name), setting.name)
+        for section in fields(config) for setting in fields(section.type)
+    }
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def to_toml(config: Config, header: str = "") -> str:
+    """The whole configuration as TOML; `from_toml` gives an equal one back. `header` becomes comment lines."""
+    hints = paths(kind_of(config))
+    lines = [f"# {line}".rstrip() for line in header.splitlines()]
+    section = ""
+    for path, value in flat(config).items():
+        if path.partition(".")[0] != section:
+            section = path.partition(".")[0]
+            lines += ["", f"[{section}]"]
+        lines.append(f"{path.partition('.')[2]} = {_literal(_coerce(hints[path], value))}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def from_toml(kind: str, text: str, name: str = "config.toml") -> Config:
+    """The configuration that `to_toml` wrote, or any recipe's text over the defaults."""
+    return resolve(kind, [(name, _flatten(text, name))]).config
+
+
+def kind_of(config: Config) -> str:
+    return next(kind for kind, config_class in KINDS.items() if isinstance(config, config_class))
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 (hex) of the configuration's TOML; equal configurations have equal hashes."""
+    return hashlib.sha256(to_toml(config).encode()).hexdigest()
+
+
+def describe(resolved: Resolved) -> list[tuple[str, str, str]]:
+    """(setting, value as TOML, origin) of each setting, for `--plan`."""
+    return [(path, _literal(value), resolved.origins[path]) for path, value in flat(resolved.config).items()]

@@ -1,0 +1,196 @@
+"""What a command says. stdout carries the result, stderr the conversation; only process 0 of several speaks.
+
+Text that came from data (captions, file names, metadata) passes `clean` on its way to a terminal, and nothing here
+interprets markup: a caption `[red]` is printed as it stands.
+"""
+
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_URL_LOGIN = re.compile(r"(://)[^/\s:@]+:[^/\s@]+@")
+_SECRET_NAME = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+
+
+@dataclass
+class _State:
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+    warned: set[str] = field(default_factory=set)
+
+
+_state = _State()
+
+
+def set_verbosity(*, quiet: bool = False, verbose: bool = False, json: bool = False) -> None:
+    """Called once a command. `json` sends people's text to stderr so that stdout holds one document."""
+    _state.quiet, _state.verbose, _state.json = quiet, verbose, json
+    _state.warned.clear()
+
+
+def is_verbose() -> bool:
+    return _state.verbose
+
+
+def speaks() -> bool:
+    """True in process 0, and where there is only one."""
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
+def clean(text: object) -> str:
+    """`text` without control characters (newline and tab stay) and without marks that turn the writing direction."""
+    return _CONTROL.sub("", str(text)).encode("utf-8", "replace").decode("utf-8")
+
+
+def redact(text: str) -> str:
+    """`text` without logins in URLs and without the values of environment variables that hold secrets."""
+    text = _URL_LOGIN.sub(r"\1***@", text)
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_NAME.search(name):
+            text = text.replace(value, f"<{name}>")
+    return text
+
+
+def _to_stderr(text: str) -> None:
+    # a reader of the conversation who went away never stops the work
+    try:
+        print(clean(text), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")
+
+
+def out(text: object = "") -> None:
+    """The result, on stdout (on stderr with --json, where stdout belongs to the document)."""
+    if not speaks():
+        return
+    if _state.json:
+        _to_stderr(str(text))
+    else:
+        print(clean(text), flush=True)
+
+
+def say(text: object) -> None:
+    """Conversation, on stderr; silent with --quiet."""
+    if speaks() and not _state.quiet:
+        _to_stderr(str(text))
+
+
+def detail(text: object) -> None:
+    """As `say`, only with --verbose."""
+    if _state.verbose:
+        say(text)
+
+
+def warn(text: object) -> None:
+    """One line on stderr that the user can act on; also with --quiet."""
+    if speaks():
+        _to_stderr(f"ldm: warning: {_one_line(text)}")
+
+
+def warn_once(key: str, text: object) -> None:
+    """As `warn`, the first time that `key` comes up in this command."""
+    if key not in _state.warned:
+        _state.warned.add(key)
+        warn(text)
+
+
+def fail(text: object) -> None:
+    """The one line of a failure. Every process may fail, so this one isn't kept to process 0."""
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank in ("", "0") else f"process {rank}: "
+    _to_stderr(f"ldm: {who}{redact(_one_line(text))}")
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def emit_json(document: dict) -> None:
+    """The document of --json on stdout; NaN and infinities become null, which every JSON reader takes."""
+    if speaks():
+        print(json.dumps(_plain(document), ensure_ascii=False, indent=2, default=str), flush=True)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def table(rows: list[list | tuple], headers: list[str]) -> str:
+    """Plain aligned columns, numbers to the right; each cell on one line."""
+    cells = [[_one_line(clean(cell)) for cell in row] for row in rows]
+    columns = range(len(headers))
+    numeric = [
+        bool(rows) and all(isinstance(row[i], (int, float)) or row[i] in ("", None) for row in rows) for i in columns
+    ]
+    widths = [max(len(line[i]) for line in [headers, *cells]) for i in columns]
+
+    def line(row):
+        pairs = [row[i].rjust(widths[i]) if numeric[i] else row[i].ljust(widths[i]) for i in columns]
+        return "  ".join(pairs).rstrip()
+
+    return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+class _Lines:
+    """Progress for logs: a line each tenth of the way, no control characters."""
+
+    def __init__(self, total: int, label: str):
+        self.total, self.label, self.done, self.shown = max(total, 1), label, 0, -1
+
+    def advance(self, n: int = 1, **fields) -> None:
+        self.done += n
+        tenth = 10 * self.done // self.total
+        if tenth > self.shown:
+            self.shown = tenth
+            say(f"{self.label}: {self.done}/{self.total}{_fields(fields)}")
+
+
+class _Bar:
+    """Progress on a terminal."""
+
+    def __init__(self, bar, task):
+        self._bar, self._task = bar, task
+
+    def advance(self, n: int = 1, **fields) -> None:
+        self._bar.update(self._task, advance=n, fields=clean(_fields(fields)))
+
+
+class _Silent:
+    def advance(self, n: int = 1, **fields) -> None:
+        pass
+
+
+def _fields(fields: dict) -> str:
+    shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items())
+    return "".join(f"  {text}" for text in shown)
+
+
+@contextmanager
+def progress(total: int, label: str):
+    """Yields an object whose `.advance(n=1, **fields)` reports progress: a bar on a terminal, plain lines elsewhere."""
+    if _state.quiet or not speaks():
+        yield _Silent()
+        return
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield _Lines(total, clean(label))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[fields]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True, markup=False)) as bar:
+        yield _Bar(bar, bar.add_task(clean(label), total=total, fields=""))
