@@ -1,0 +1,294 @@
+"""Noise schedules, parametrisations and the levels that a sampler visits.
+
+z_t = α_t x0 + σ_t ε. Variance preserving (VP) for eps, v and x0: α² = ᾱ, σ² = 1 − ᾱ. Flow: α = 1 − t, σ = t, with
+t = (i + ½)/T at timestep i. Every difference between parametrisations ends here: samplers see (x0, ε).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import floor, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DiffusionSettings
+
+Scale = Tensor | float
+
+
+def _cosine(timesteps: int, start: float, end: float) -> np.ndarray:
+    offset = 8e-3
+    u = np.arange(timesteps + 1, dtype=np.float64) / timesteps + offset
+    alphas_cumprod = np.cos(u / (1 + offset) * np.pi / 2) ** 2
+    return np.clip(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0, 0.999)
+
+
+BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
+    "linear": lambda timesteps, start, end: np.linspace(sqrt(start), sqrt(end), timesteps) ** 2,
+    "sqrt_linear": lambda timesteps, start, end: np.linspace(start, end, timesteps),
+    "sqrt": lambda timesteps, start, end: np.sqrt(np.linspace(start, end, timesteps)),
+    "cosine": _cosine,
+}
+
+
+def betas(name: str, timesteps: int, start: float, end: float) -> np.ndarray:
+    """β_t, (timesteps,) float64, under the names of CompVis/latent-diffusion.
+
+    "linear" is linear in √β, "sqrt_linear" linear in β, "sqrt" the root of that; "cosine" reads neither end.
+    """
+    if name not in BETAS:
+        raise UsageError(f"diffusion.schedule = {name!r}: choose one of {', '.join(BETAS)}")
+    if not 0 < start <= end < 1:
+        raise UsageError(f"diffusion.beta_start = {start}, beta_end = {end}: need 0 < beta_start <= beta_end < 1")
+    return BETAS[name](timesteps, start, end)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """α and σ of every timestep, 0 (clean) … T−1, (T,) float64 each; `prediction` is what the network outputs."""
+
+    alphas: np.ndarray
+    sigmas: np.ndarray
+    prediction: str
+    name: str
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.alphas)
+
+    @property
+    def flow(self) -> bool:
+        return self.prediction == "flow"
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """ᾱ, (T,) float64; for flow α²/(α² + σ²), the ᾱ at which a VP process has the same signal-to-noise ratio."""
+        signal = self.alphas**2
+        return signal / (signal + self.sigmas**2)
+
+
+def make_schedule(settings: DiffusionSettings) -> Schedule:
+    """The process that the settings describe; flow reads only the number of timesteps."""
+    if settings.prediction == "flow":
+        t = (np.arange(settings.timesteps, dtype=np.float64) + 0.5) / settings.timesteps
+        return Schedule(alphas=1 - t, sigmas=t, prediction="flow", name="flow")
+    beta = betas(settings.schedule, settings.timesteps, settings.beta_start, settings.beta_end)
+    alphas_cumprod = np.cumprod(1 - beta)
+    return Schedule(np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod), settings.prediction, settings.schedule)
+
+
+def buffers(schedule: Schedule, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
+    """Coefficients of the ancestral process and weights of the variational bound, (T,) float64 each.
+
+    The twelve names that a checkpoint of CompVis/latent-diffusion holds, and `lvlb_weights_eps`, `lvlb_weights_x0`
+    (the x0 form as the original has it, with its missing brackets). VP only.
+    """
+    if schedule.flow:
+        raise ValueError("a flow has no posterior of a Markov chain")
+    bar = schedule.alphas_cumprod
+    previous = np.append(1.0, bar[:-1])
+    alpha = bar / previous
+    beta = 1 - alpha
+    variance = (1 - v_posterior) * beta * (1 - previous) / (1 - bar) + v_posterior * beta
+    with np.errstate(divide="ignore"):
+        weights_eps = beta**2 / (2 * variance * alpha * (1 - bar))
+    weights_x0 = 0.5 * np.sqrt(bar) / (2 - bar)
+    for weights in (weights_eps, weights_x0):
+        weights[0] = weights[min(1, len(weights) - 1)]  # the variance at t = 0 is 0
+    return {
+        "betas": beta,
+        "alphas_cumprod": bar,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": np.sqrt(bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - bar),
+        "log_one_minus_alphas_cumprod": np.log(1 - bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / bar - 1),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": beta * np.sqrt(previous) / (1 - bar),
+        "posterior_mean_coef2": (1 - previous) * np.sqrt(alpha) / (1 - bar),
+        "lvlb_weights_eps": weights_eps,
+        "lvlb_weights_x0": weights_x0,
+    }
+
+
+def levels_at(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """α and σ at timesteps t in [0, T−1], any shape; float64 for float64 t, otherwise float32.
+
+    Flow takes any real t; VP has values at whole timesteps and takes the nearest.
+    """
+    dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
+    if schedule.flow:
+        t = t.to(dtype)
+        # T − ½ − t before the division: 1 − σ would lose the last digits of a small α in float32.
+        return (schedule.timesteps - 0.5 - t) / schedule.timesteps, (t + 0.5) / schedule.timesteps
+    i = t.round().long() if t.is_floating_point() else t.long()
+    alphas = torch.as_tensor(schedule.alphas, dtype=dtype).to(t.device)
+    sigmas = torch.as_tensor(schedule.sigmas, dtype=dtype).to(t.device)
+    return alphas[i], sigmas[i]
+
+
+def _per_sample(scale: Scale, x: Tensor) -> Scale:
+    """(B,) → (B, 1, 1, …) so that it multiplies samples; numbers and scales that already fit stay."""
+    if isinstance(scale, Tensor) and scale.ndim == 1 and x.ndim > 1:
+        return scale.reshape(-1, *[1] * (x.ndim - 1))
+    return scale
+
+
+def target(prediction: str, x0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
+    """What the network should output at z_t = α x0 + σ ε: ε, x0, v = α ε − σ x0, or the velocity u = ε − x0.
+
+    x0, eps: (B, …); alpha, sigma: (B,), or numbers. v: Salimans & Ho 2022.
+    """
+    match prediction:
+        case "eps":
+            return eps
+        case "x0":
+            return x0
+        case "v":
+            return _per_sample(alpha, x0) * eps - _per_sample(sigma, x0) * x0
+        case "flow":
+            return eps - x0
+    raise ValueError(f"no parametrisation {prediction!r}")
+
+
+def to_x0_eps(prediction: str, output: Tensor, z_t: Tensor, alpha: Scale, sigma: Scale) -> tuple[Tensor, Tensor]:
+    """x0 and ε from the network's output at z_t; α x0 + σ ε = z_t holds for each of the four.
+
+    z_t, output: (B, …); alpha, sigma: (B,), or numbers. v assumes α² + σ² = 1 and flow α + σ = 1, so neither
+    divides; eps divides by α, x0 by σ.
+    """
+    alpha, sigma = _per_sample(alpha, z_t), _per_sample(sigma, z_t)
+    match prediction:
+        case "eps":
+            return (z_t - sigma * output) / alpha, output
+        case "x0":
+            return output, (z_t - alpha * output) / sigma
+        case "v":
+            return alpha * z_t - sigma * output, alpha * output + sigma * z_t
+        case "flow":
+            return z_t - sigma * output, z_t + alpha * output
+    raise ValueError(f"no parametrisation {prediction!r}")
+
+
+def convert(source: str, to: str, output: Tensor, z_t: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
+    """The output that a network of parametrisation `to` would give where one of `source` gives `output`."""
+    x0, eps = to_x0_eps(source, output, z_t, alpha, sigma)
+    return target(to, x0, eps, alpha, sigma)
+
+
+def loss_weight(name: str, prediction: str, alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
+    """Factor of a sample's loss, shape of alpha: 1, or min-SNR-γ (Hang et al. 2023).
+
+    min_snr is min(SNR, γ) on the error of x0: divided by SNR for eps, by SNR + 1 for v.
+    """
+    if name == "uniform":
+        return torch.ones_like(alpha)
+    snr = (alpha / sigma) ** 2
+    divisors = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}
+    if name != "min_snr" or prediction not in divisors:
+        raise UsageError(f"diffusion.loss_weight = {name!r} does not go with diffusion.prediction = {prediction!r}")
+    return snr.clamp(max=gamma) / divisors[prediction]
+
+
+def sample_timesteps(settings: DiffusionSettings, u: Tensor, schedule: Schedule) -> Tensor:
+    """Training timesteps in [0, T−1] from one number in [0, 1) a sample; (B,) float32, whole numbers for VP.
+
+    uniform, or t/T = sigmoid(N(t_mean, t_std)) (Esser et al. 2024); both by the inverse of the distribution, so that
+    a timestep is a function of its sample's key.
+    """
+    u = u.double()
+    if settings.t_sampling == "logit_normal":
+        u = torch.sigmoid(settings.t_mean + settings.t_std * torch.special.ndtri(u))
+    t = u * schedule.timesteps
+    t = t - 0.5 if schedule.flow else t.floor()
+    return t.clamp(0, schedule.timesteps - 1).float()
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The way of a sampler: N evaluations at timesteps t, falling, with their α and σ, and where the last step ends.
+
+    alphas and sigmas have N + 1 entries; the last is (1, 0), clean, or the level of timestep 0 for the originals'
+    subsets.
+    """
+
+    t: tuple[float, ...]
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+
+def _round(x: float) -> int:
+    return floor(x + 0.5)  # round() takes halves to even numbers: two neighbours could meet
+
+
+def _linspace(schedule: Schedule, steps: int) -> list[float]:
+    last = schedule.timesteps - 1
+    return [_round(last * (1 - k / max(1, steps - 1))) for k in range(steps)]
+
+
+def _uniform(schedule: Schedule, steps: int) -> list[float]:
+    total = schedule.timesteps
+    if schedule.flow:  # times t_0 (1 − k/N), t_0 that of timestep T − 1: all N steps down to time 0 are equal
+        return [(total - 0.5) * (1 - k / steps) - 0.5 for k in range(steps)]
+    return [_round(total * (1 - k / steps)) - 1 for k in range(steps)]
+
+
+def _plus_one(schedule: Schedule, steps: int, subset: list[int], spacing: str) -> list[float]:
+    if subset[-1] + 1 >= schedule.timesteps:
+        raise UsageError(
+            f"{steps} steps: spacing {spacing!r} would evaluate timestep {subset[-1] + 1} of "
+            f"0 … {schedule.timesteps - 1}, as in the original code; take 10, 20, 50, 100, 200 or 250 steps, "
+            "or spacing linspace"
+        )
+    return [float(t + 1) for t in reversed(subset)]
+
+
+def _original(schedule: Schedule, steps: int) -> list[float]:
+    subset = list(range(0, schedule.timesteps, schedule.timesteps // steps))
+    return _plus_one(schedule, steps, subset, "original")
+
+
+def _original_quad(schedule: Schedule, steps: int) -> list[float]:
+    subset = (np.linspace(0, sqrt(0.8 * schedule.timesteps), steps) ** 2).astype(int).tolist()
+    return _plus_one(schedule, steps, subset, "original_quad")
+
+
+SPACINGS: dict[str, Callable[[Schedule, int], list[float]]] = {
+    "linspace": _linspace,
+    "uniform": _uniform,
+    "original": _original,
+    "original_quad": _original_quad,
+}
+
+
+def timesteps(schedule: Schedule, steps: int, spacing: str = "") -> list[float]:
+    """The timesteps at which a sampler of `steps` steps evaluates the network, falling.
+
+    linspace: whole numbers from T−1 to 0. uniform: equal steps from T−1 to clean (flow: real numbers).
+    original, original_quad: the subsets of the DDIM code of CompVis/latent-diffusion, whose number may differ from
+    `steps` (400 gives 500) and which do not exist for some. "" = uniform for flow, linspace otherwise.
+    """
+    spacing = spacing or ("uniform" if schedule.flow else "linspace")
+    if spacing not in SPACINGS:
+        raise UsageError(f"sample.spacing = {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    if not 1 <= steps <= schedule.timesteps:
+        raise UsageError(f"steps = {steps}: the model has {schedule.timesteps} timesteps, take 1 to as many")
+    return [float(t) for t in SPACINGS[spacing](schedule, steps)]
+
+
+def levels(schedule: Schedule, steps: int, spacing: str = "", *, strength: float = 1.0) -> Levels:
+    """The levels of `steps` steps, or of their last share `strength` in (0, 1], at least one, for image-to-image.
+
+    Image-to-image starts from α_0 x0 + σ_0 ε with α_0, σ_0 the first of the result.
+    """
+    if not 0 < strength <= 1:
+        raise UsageError(f"strength = {strength}: must be above 0 and at most 1")
+    t = timesteps(schedule, steps, spacing)
+    t = t[len(t) - max(1, _round(strength * len(t))) :]
+    alphas, sigmas = levels_at(schedule, torch.tensor(t, dtype=torch.float64))
+    end = (float(schedule.alphas[0]), float(schedule.sigmas[0])) if spacing.startswith("original") else (1.0, 0.0)
+    return Levels(tuple(t), (*alphas.tolist(), end[0]), (*sigmas.tolist(), end[1]))

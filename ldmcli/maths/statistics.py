@@ -1,0 +1,322 @@
+"""Numerics of the metrics, in float64: Fréchet distance, KID, precision and recall, Inception Score, PSNR, SSIM.
+
+Features come from elsewhere; nothing here knows an extractor. `generated` always stands before `reference`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, log10
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.ndimage import correlate1d
+
+from ldmcli.core.errors import InputError, UsageError
+
+Array = np.ndarray
+
+METRICS = ("fid", "kid", "pr", "is")
+BLOCK = 2**22  # numbers in a block of distances: 32 MiB
+
+
+def _rows(features: ArrayLike, name: str) -> Array:
+    """(N, D) float64 of finite numbers, from an array or a CPU tensor; InputError otherwise."""
+    rows = np.asarray(features, dtype=np.float64)
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise InputError(f"{name} features have shape {rows.shape}: need (N, D), a row for each image")
+    if not np.isfinite(rows).all():
+        bad = int((~np.isfinite(rows)).any(axis=1).sum())
+        raise InputError(f"{name} features: NaN or Inf in {bad} of {len(rows)} rows")
+    return rows
+
+
+def _pair(generated: ArrayLike, reference: ArrayLike) -> tuple[Array, Array]:
+    a, b = _rows(generated, "generated"), _rows(reference, "reference")
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"generated features have {a.shape[1]} dimensions, reference features {b.shape[1]}")
+    return a, b
+
+
+@dataclass
+class Gaussian:
+    """Mean and covariance of rows that arrive in batches, merged by (n, mean, M2) in float64 (Chan et al. 1979).
+
+    mean: (D,); m2: (D, D), the sum of outer products of deviations. Sums of squares would lose the covariance of
+    features with a large mean.
+    """
+
+    n: int
+    mean: Array
+    m2: Array
+
+    @classmethod
+    def empty(cls, dimensions: int) -> "Gaussian":
+        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
+
+    def update(self, features: ArrayLike) -> None:
+        """Adds rows, (B, D), any B."""
+        rows = _rows(features, "batch of")
+        if rows.shape[1] != len(self.mean):
+            raise InputError(f"features have {rows.shape[1]} dimensions, those before {len(self.mean)}")
+        if len(rows):
+            mean = rows.mean(axis=0)
+            centred = rows - mean
+            self.merge(Gaussian(len(rows), mean, centred.T @ centred))
+
+    def merge(self, other: "Gaussian") -> None:
+        """Adds what another one has seen, as from another process."""
+        n = self.n + other.n
+        if n == 0:
+            return
+        delta = other.mean - self.mean
+        self.m2 = self.m2 + other.m2 + np.outer(delta, delta) * (self.n * other.n / n)
+        self.mean = self.mean + delta * (other.n / n)
+        self.n = n
+
+    @property
+    def covariance(self) -> Array:
+        """(D, D) with divisor n − 1; InputError below two rows."""
+        _need_two(self.n, "this set")
+        return self.m2 / (self.n - 1)
+
+
+def _need_two(n: int, name: str) -> None:
+    if n < 2:
+        raise InputError(f"{name} has {n} image{'' if n == 1 else 's'}: a covariance needs at least 2")
+
+
+def _factor(sigma: Array) -> Array:
+    """F with F Fᵀ = Σ, (D, rank). Eigenvalues that are rounding noise are dropped: their roots would not be small."""
+    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
+    kept = values > len(sigma) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def _frechet(mu1: Array, mu2: Array, factor1: Array, factor2: Array, traces: float) -> float:
+    # tr (Σ₁Σ₂)^½ is the sum of the singular values of F₁ᵀF₂.
+    product = factor1.T @ factor2
+    cross = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
+    return float((mu1 - mu2) @ (mu1 - mu2) + traces - 2 * cross)
+
+
+def frechet(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
+    """Fréchet distance ‖μ₁−μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½ of two Gaussians; mu: (D,), sigma: (D, D).
+
+    Not clamped: equal Gaussians give ±1e-14 or so. Exact to rounding for singular covariances, too.
+    """
+    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
+    sigma1, sigma2 = np.asarray(sigma1, np.float64), np.asarray(sigma2, np.float64)
+    shapes = [mu1.shape, mu2.shape, sigma1.shape, sigma2.shape]
+    d = mu1.shape[0] if mu1.ndim else 0
+    if shapes != [(d,), (d,), (d, d), (d, d)] or d == 0:
+        raise InputError(f"means and covariances of shapes {shapes}: need (D,), (D,), (D, D), (D, D)")
+    if not all(np.isfinite(array).all() for array in (mu1, mu2, sigma1, sigma2)):
+        raise InputError("means or covariances hold NaN or Inf")
+    return _frechet(mu1, mu2, _factor(sigma1), _factor(sigma2), np.trace(sigma1) + np.trace(sigma2))
+
+
+def _centred_factor(rows: Array) -> tuple[Array, Array, float]:
+    """Mean, F with F Fᵀ = Σ, tr Σ. With fewer rows than dimensions the centred rows are F: no Σ is formed."""
+    mean = rows.mean(axis=0)
+    scaled = (rows - mean) / np.sqrt(len(rows) - 1)
+    return mean, scaled.T if len(rows) <= rows.shape[1] else _factor(scaled.T @ scaled), float((scaled**2).sum())
+
+
+def frechet_from_features(generated: ArrayLike, reference: ArrayLike) -> float:
+    """Fréchet distance of the Gaussians fitted to two sets of features, (N, D) each; InputError below two rows."""
+    a, b = _pair(generated, reference)
+    _need_two(len(a), "the generated set")
+    _need_two(len(b), "the reference set")
+    mu1, factor1, trace1 = _centred_factor(a)
+    mu2, factor2, trace2 = _centred_factor(b)
+    return _frechet(mu1, mu2, factor1, factor2, trace1 + trace2)
+
+
+def kid(
+    generated: ArrayLike, reference: ArrayLike, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> tuple[float, float]:
+    """Kernel Inception Distance: mean and population deviation over random subsets of the unbiased MMD² (may be < 0).
+
+    Kernel (x·y/D + 1)³; a subset of generated, then one of the reference rows, without replacement, from
+    RandomState(seed): the subsets of torch-fidelity. InputError when a set is smaller than a subset.
+    """
+    a, b = _pair(generated, reference)
+    if subsets < 1 or subset_size < 2:
+        raise UsageError(f"KID of {subsets} subsets of {subset_size}: need at least 1 of 2")
+    if min(len(a), len(b)) < subset_size:
+        raise InputError(
+            f"KID takes subsets of {subset_size}, but there are {len(a)} generated and {len(b)} reference images; "
+            f"choose a subset size of at most {min(len(a), len(b))}"
+        )
+    rng = np.random.RandomState(seed)
+
+    def kernel(x: Array, y: Array) -> Array:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def without_diagonal(k: Array) -> float:
+        return float((k.sum(axis=1) - np.diagonal(k)).sum()) / (subset_size * (subset_size - 1))
+
+    values = np.empty(subsets)
+    for i in range(subsets):
+        x = a[rng.choice(len(a), subset_size, replace=False)]
+        y = b[rng.choice(len(b), subset_size, replace=False)]
+        values[i] = without_diagonal(kernel(x, x)) + without_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
+    return float(values.mean()), float(values.std())
+
+
+def _squared_distances(a: Array, b: Array) -> Array:
+    """(len(a), len(b)). From ‖a‖² + ‖b‖² − 2 a·b, and where that cancels, from the difference: equal rows give 0."""
+    norms = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None]
+    squared = norms - 2 * (a @ b.T)
+    i, j = np.nonzero(squared < 1e-9 * norms)
+    for start in range(0, len(i), 4096):
+        part = slice(start, start + 4096)
+        squared[i[part], j[part]] = ((a[i[part]] - b[j[part]]) ** 2).sum(axis=1)
+    return squared
+
+
+def _blocks(n: int, width: int) -> list[slice]:
+    rows = max(1, BLOCK // max(1, width))
+    return [slice(start, start + rows) for start in range(0, n, rows)]
+
+
+def _squared_radii(rows: Array, k: int) -> Array:
+    """Squared distance of every row to its k-th neighbour, itself not counted."""
+    parts = [
+        # entry k of a row that holds the zero distance to itself
+        np.partition(_squared_distances(rows[block], rows), k, axis=1)[:, k]
+        for block in _blocks(len(rows), len(rows))
+    ]
+    return np.concatenate(parts)
+
+
+def _share_covered(points: Array, centres: Array, squared_radii: Array) -> float:
+    """Share of points that lie inside, or on, the ball of at least one centre."""
+    covered = 0
+    for block in _blocks(len(points), len(centres)):
+        covered += int((_squared_distances(points[block], centres) <= squared_radii).any(axis=1).sum())
+    return covered / len(points)
+
+
+def precision_recall(
+    generated: ArrayLike, reference: ArrayLike, k: int = 3
+) -> tuple[float, float] | tuple[None, None]:
+    """Precision and recall (Kynkäänniemi et al. 2019), or None twice where a set has no k-th neighbour (n ≤ k).
+
+    Precision: share of generated rows within the k-neighbour ball of a reference row; recall the other way round.
+    """
+    a, b = _pair(generated, reference)
+    if min(len(a), len(b)) <= k:
+        return None, None
+    centre = b.mean(axis=0)  # distances stay, cancellation in them goes
+    a, b = a - centre, b - centre
+    return _share_covered(a, b, _squared_radii(b, k)), _share_covered(b, a, _squared_radii(a, k))
+
+
+def inception_score(
+    logits: ArrayLike, *, splits: int = 10, shuffle: bool = True, seed: int = 2020
+) -> tuple[float, float]:
+    """Inception Score (Salimans et al. 2016): mean and population deviation over splits of exp E[KL(p(y|x) ‖ p(y))].
+
+    logits: (N, classes). Rows are shuffled by RandomState(seed); split i is rows ⌊iN/splits⌋ … (torch-fidelity).
+    """
+    rows = _rows(logits, "logit")
+    n = len(rows)
+    if n < splits:
+        raise InputError(f"Inception Score in {splits} splits: there are only {n} images")
+    if shuffle:
+        rows = rows[np.random.RandomState(seed).permutation(n)]
+    shifted = rows - rows.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    p = np.exp(log_p)
+    scores = []
+    for i in range(splits):
+        part = slice(i * n // splits, (i + 1) * n // splits)
+        marginal = p[part].mean(axis=0)
+        # a class whose probability underflows everywhere adds 0, not 0 · −∞
+        log_marginal = np.log(marginal, out=np.zeros_like(marginal), where=marginal > 0)
+        scores.append(np.exp((p[part] * (log_p[part] - log_marginal)).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def metrics_from_features(
+    generated: ArrayLike,
+    reference: ArrayLike | None = None,
+    metrics: Sequence[str] = ("fid", "kid", "pr"),
+    *,
+    logits: ArrayLike | None = None,
+    kid_subsets: int = 100,
+    kid_subset_size: int = 1000,
+    seed: int = 2020,
+) -> dict[str, float | None]:
+    """Metrics of (N, D) feature arrays, in float64: fid, kid_mean, kid_std, precision, recall, is_mean, is_std.
+
+    metrics: of "fid", "kid", "pr", "is". "is" reads `logits` (N, classes) of the generated images, the others both
+    feature sets. precision and recall are None when a set has three images or fewer.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UsageError(f"no metric {unknown[0]!r}: choose among {', '.join(METRICS)}")
+    if reference is None and set(metrics) != {"is"}:
+        raise InputError("fid, kid and pr compare with a reference: its features are missing")
+    values: dict[str, float | None] = {}
+    if "fid" in metrics:
+        values["fid"] = frechet_from_features(generated, reference)
+    if "kid" in metrics:
+        values["kid_mean"], values["kid_std"] = kid(
+            generated, reference, subsets=kid_subsets, subset_size=kid_subset_size, seed=seed
+        )
+    if "pr" in metrics:
+        values["precision"], values["recall"] = precision_recall(generated, reference)
+    if "is" in metrics:
+        if logits is None:
+            raise InputError("the Inception Score needs logits of the generated images")
+        values["is_mean"], values["is_std"] = inception_score(logits, seed=seed)
+    return values
+
+
+def _images(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
+    first, second = np.asarray(a), np.asarray(b)
+    for image in (first, second):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.size == 0:
+            raise InputError(f"an image of shape {image.shape} and type {image.dtype}: need uint8 (H, W, C)")
+    if first.shape != second.shape:
+        raise InputError(f"images of shapes {first.shape} and {second.shape}: need the same size")
+    return first.astype(np.float64), second.astype(np.float64)
+
+
+def psnr(a: ArrayLike, b: ArrayLike) -> float:
+    """Peak signal-to-noise ratio of two uint8 (H, W, C) images, dB, peak 255; inf for equal images."""
+    x, y = _images(a, b)
+    mse = float(((x - y) ** 2).mean())
+    return 10 * log10(255**2 / mse) if mse > 0 else inf
+
+
+def ssim(a: ArrayLike, b: ArrayLike) -> float:
+    """Structural similarity of two uint8 (H, W, C) images in the form of Wang et al. 2004, in [−1, 1].
+
+    Gaussian window of 11 × 11, σ 1.5, divisor N; only positions that the window covers fully; mean over positions
+    and channels. InputError below 11 × 11 pixels.
+    """
+    x, y = _images(a, b)
+    if min(x.shape[:2]) < 11:
+        raise InputError(f"SSIM needs images of at least 11 x 11 pixels, these have {x.shape[1]} x {x.shape[0]}")
+    taps = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    taps /= taps.sum()
+
+    def blur(image: Array) -> Array:
+        return correlate1d(correlate1d(image, taps, axis=0), taps, axis=1)[5:-5, 5:-5]
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    return float(similarity.mean())
+
+
+def image_metrics(a: ArrayLike, b: ArrayLike) -> dict[str, Any]:
+    """{"psnr": dB, inf for equal images; "ssim": the Wang form} of two uint8 (H, W, C) images."""
+    return {"psnr": psnr(a, b), "ssim": ssim(a, b)}
