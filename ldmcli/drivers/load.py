@@ -1,0 +1,352 @@
+"""A trained run, ready for use: weights verified, on a device, with the calls of the Python interface."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmcli.core import files, runs
+from ldmcli.core.config import config_hash, from_toml
+from ldmcli.core.console import warn
+from ldmcli.core.errors import LdmError, ModelError, UsageError
+from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
+from ldmcli.drivers.sampling import check_sampling, draw_latents, with_overrides
+from ldmcli.maths.schedule import make_schedule
+from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
+from ldmcli.networks.conditions import Conditioning, load_tokenizer
+from ldmcli.networks.diffusion import DiffusionModel, LatentScale
+
+
+def default_device() -> torch.device:
+    """CUDA, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def to_pixels(images: Any) -> Tensor:
+    """PIL images, uint8 NHWC, or float NCHW in [-1, 1] -> float NCHW in [-1, 1]."""
+    if isinstance(images, Tensor) and images.is_floating_point():
+        return images if images.ndim == 4 else images[None]
+    if not isinstance(images, (np.ndarray, Tensor)):
+        images = images if isinstance(images, (list, tuple)) else [images]
+        images = np.stack([np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in images])
+    array = torch.as_tensor(np.asarray(images))
+    array = array if array.ndim == 4 else array[None]
+    return array.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Float NCHW in [-1, 1] -> uint8 NHWC: clamped, rounded half to even."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(x: Tensor) -> list:
+    """Float NCHW in [-1, 1] -> list of PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(array) for array in to_uint8(x)]
+
+
+class LoadedAutoencoder:
+    """A first stage in use. Latents are normalised by `scale` on the way out and restored on the way in."""
+
+    kind = "autoencoder"
+
+    def __init__(self, network: Autoencoder, scale: LatentScale, fingerprint: str, config: AutoencoderConfig | None = None):
+        self.network, self.scale, self.fingerprint, self.config = network, scale, fingerprint, config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def moments(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """KL: (mean, log-variance), each (B, c, h, w), before scaling; VQ and pixels: the latent before quantisation."""
+        moments = self.network.moments(to_pixels(x).to(self.device))
+        return split_moments(moments) if self._is_kl else moments
+
+    @property
+    def _is_kl(self) -> bool:
+        return not self.network.is_vq and not self.network.is_identity
+
+    @torch.no_grad()
+    def encode(self, x: Any, sample: bool | torch.Generator = False) -> Tensor:
+        """Images -> normalised latents (B, c, h, w): the mode, or with `sample` (True or a generator) a draw."""
+        moments = self.network.moments(to_pixels(x).to(self.device))
+        return self.scale.normalise(self._draw(moments, sample))
+
+    def _draw(self, moments: Tensor, sample: bool | torch.Generator) -> Tensor:
+        if not self._is_kl:
+            return moments
+        noise = None
+        if sample is not False:
+            mean = split_moments(moments)[0]
+            generator = sample if isinstance(sample, torch.Generator) else None
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return posterior_sample(moments, noise)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Normalised latents -> pixels (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.decode_unscaled(self.scale.restore(z.to(self.device)))
+
+    @torch.no_grad()
+    def decode_unscaled(self, z: Tensor) -> Tensor:
+        """The decoder on latents without scaling (VQ: quantised first)."""
+        return self.network.decode(z.to(self.device))
+
+    @torch.no_grad()
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """VQ: (quantised latent, code indices (B, h, w)) of unscaled latents. Raises UsageError for other models."""
+        if not self.network.is_vq:
+            raise UsageError("quantize: this autoencoder has no codebook")
+        found = self.network.quantize(z.to(self.device))
+        return found.z, found.indices
+
+
+class LoadedDiffusion:
+    """A diffusion model in use, with its autoencoder, noise schedule and sampling defaults."""
+
+    kind = "diffusion"
+
+    def __init__(self, model: DiffusionModel, autoencoder: LoadedAutoencoder, config: DiffusionConfig, fingerprint: str):
+        self.model, self.autoencoder, self.config, self.fingerprint = model, autoencoder, config, fingerprint
+        self.schedule = make_schedule(config.diffusion)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes of a class-conditional model, else []."""
+        entries = self.model.conditions.entries
+        return entries["class"].names if "class" in entries else []
+
+    @torch.no_grad()
+    def predict(self, z_t: Tensor, t: Tensor, context: Tensor | Conditioning | None = None,
+                concat: Tensor | None = None, classes: Sequence[int] | None = None) -> Tensor:
+        """The network's raw output (B, c, h, w). `context`: tokens (B, M, d), or what `embed` gave."""
+        conditioning = context if isinstance(context, Conditioning) else Conditioning(context=context)
+        if classes is not None:
+            conditioning = conditioning.joined(self._embed({"class": list(classes)}))
+        conditioning = Conditioning(conditioning.context, concat, conditioning.vector)
+        return self.model.predict(z_t.to(self.device), t.to(self.device), conditioning)
+
+    @torch.no_grad()
+    def embed(self, prompt: str | list[str] | None = None, classes: Sequence[int | str] | None = None):
+        """tau(y): tokens (B, M, d), or a `Conditioning` where the model takes a vector beside them."""
+        values: dict[str, list] = {}
+        if prompt is not None:
+            values["text"] = [prompt] if isinstance(prompt, str) else list(prompt)
+        if classes is not None:
+            values["class"] = list(classes)
+        found = self._embed(values)
+        return found.context if found.vector is None and found.concat is None else found
+
+    def _embed(self, values: dict[str, list]) -> Conditioning:
+        inputs = self.model.conditions.prepare(values)
+        return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()})
+
+    @torch.no_grad()
+    def sample(self, prompt: str | list[str] | None = None, *, classes: Sequence[int | str] | None = None, n: int = 1,
+               negative_prompt: str = "", seed: int = 0, batch_size: int = 16, size: tuple[int, int] | None = None,
+               first: int = 0, **settings) -> list:
+        """PIL images, n for each prompt or class; sample k takes prompt k mod (number of prompts).
+
+        settings: steps, guidance, guidance_interval, sampler, eta, spacing. size: (height, width) in pixels.
+        """
+        images = []
+        for z in self.iter_latents(prompt, classes=classes, n=n, negative_prompt=negative_prompt, seed=seed,
+                                   batch_size=batch_size, size=size, first=first, **settings):
+            images += to_pil(self.autoencoder.decode(z))
+        return images
+
+    @torch.no_grad()
+    def iter_latents(self, prompt=None, *, classes=None, n: int = 1, negative_prompt: str = "", seed: int = 0,
+                     batch_size: int = 16, size: tuple[int, int] | None = None, first: int = 0, **settings):
+        """Final latents in batches, as `sample` draws them; `first` skips samples that exist."""
+        values = self.request_values(prompt, classes)
+        chosen = with_overrides(self.config.sample, **settings)
+        check_sampling(chosen, self.schedule)
+        self._warn_about_guidance(chosen.guidance, negative_prompt)
+        total = n * max([len(v) for v in values.values()], default=1)
+        shape = self.latent_shape(size)
+        for start in range(first, total, batch_size):
+            ids = list(range(start, min(start + batch_size, total)))
+            rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
+            inputs = self.model.conditions.prepare(rows) if rows else None
+            negative = self._negative(negative_prompt, len(ids))
+            yield draw_latents(self.model, self.schedule, chosen, ids=ids, seed=seed, inputs=inputs,
+                               negative=negative, shape=shape)
+
+    def request_values(self, prompt, classes) -> dict[str, list]:
+        """What the model is told, checked against what it takes. Raises UsageError."""
+        given = {"text": [prompt] if isinstance(prompt, str) else list(prompt or []), "class": list(classes or [])}
+        if given["class"] == ["all"]:
+            given["class"] = list(range(len(self.class_names)))
+        kinds = self.model.conditions.kinds
+        names = {"text": "--prompt", "class": "--class"}
+        for kind, value in given.items():
+            if value and kind not in kinds:
+                taken = " and ".join(names[k] for k in kinds) or "no condition"
+                raise UsageError(f"{names[kind]}: this model was trained without {kind}; it takes {taken}")
+            if kind in kinds and not value:
+                if kind == "class" and not given["text"]:
+                    given[kind] = list(range(len(self.class_names)))
+                elif kind == "class":
+                    raise UsageError("--class: this model takes a class beside the prompt")
+                else:
+                    raise UsageError("--prompt: this model draws what a prompt says; give one with --prompt \"…\"")
+        return {kind: given[kind] for kind in kinds}
+
+    def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(c, h, w) for an image size in pixels (None: as trained). Raises UsageError, naming the nearest sizes."""
+        if size is None:
+            return self.model.latent_shape
+        factor = self.autoencoder.network.f * self.model.unet.size_factor
+        wrong = [side for side in size if side < factor or side % factor]
+        if wrong:
+            near = "x".join(str(max(factor, round(side / factor) * factor)) for side in size)
+            raise UsageError(f"--size {size[0]}x{size[1]}: both sides must be multiples of {factor}; nearest: {near}")
+        return self.autoencoder.network.latent_shape(*size)
+
+    def _negative(self, text: str, n: int) -> dict[str, Tensor] | None:
+        if not text:
+            return None
+        if "text" not in self.model.conditions.kinds:
+            raise UsageError("--negative-prompt: this model takes no prompt")
+        null = self.model.conditions.null(n)
+        entry = self.model.conditions.entries["text"]
+        return {**null, **{f"text.{name}": tensor for name, tensor in entry.prepare([text] * n).items()}}
+
+    def _warn_about_guidance(self, scale: float, negative: str) -> None:
+        if scale == 1 and negative:
+            warn("--negative-prompt has no effect at --guidance 1")
+        if scale != 1 and self.model.conditions.kinds and self.config.condition.drop == 0:
+            warn("this model was trained without condition dropout, so guidance has nothing sound to push away from; "
+                 "use --guidance 1")
+
+    @torch.no_grad()
+    def sample_latents(self, z_T: Tensor | None = None, *, n: int | None = None, seed: int = 0, context=None,
+                       uncond=None, concat: Tensor | None = None, **settings) -> Tensor:
+        """The final latent (B, c, h, w) from given noise, with tokens (or what `embed` gave) for both halves."""
+        from ldmcli.drivers.sampling import Guidance, denoiser
+        from ldmcli.maths import rng
+        from ldmcli.maths.samplers import SAMPLERS
+        from ldmcli.maths.schedule import levels
+
+        chosen = with_overrides(self.config.sample, **settings)
+        if context is None and uncond is None and "guidance" not in settings:
+            chosen = replace(chosen, guidance=1.0)
+        z_T = rng.normal(seed, range(n or 1), self.model.latent_shape, "z_T") if z_T is None else z_T
+        given, null = (Conditioning(getattr(c, "context", c), concat, getattr(c, "vector", None)) if c is not None
+                       else Conditioning(concat=concat) for c in (context, uncond))
+        denoise = denoiser(self.model, self.schedule, given, null if uncond is not None else None,
+                           Guidance(chosen.guidance, chosen.guidance_interval))
+        ids = range(len(z_T))
+        return SAMPLERS[chosen.sampler].function(
+            denoise, z_T.to(self.device), levels(self.schedule, chosen.steps, chosen.spacing), eta=chosen.eta,
+            noise=lambda step: rng.normal(seed, ids, tuple(z_T.shape[1:]), "step", step, device=self.device))
+
+
+def pixel_autoencoder() -> LoadedAutoencoder:
+    """LDM-1: latents are the pixels."""
+    settings = AutoencoderSettings(f=1)
+    return LoadedAutoencoder(Autoencoder(settings), LatentScale.identity(settings.in_channels), "pixels")
+
+
+def read_scale(stats: dict[str, Any], channels: int) -> LatentScale:
+    """The latent scale of a run's stats.json; none for autoencoders that have not measured it yet."""
+    found = stats.get("latent_scale")
+    return LatentScale(tuple(found["mean"]), tuple(found["std"])) if found else LatentScale.identity(channels)
+
+
+def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Loads weights, refusing missing, extra or misshapen ones (ModelError names the first five)."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
+    if missing or extra or shapes:
+        parts = [f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''} ({len(names)})"
+                 for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes)) if names]
+        raise ModelError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
+    module.load_state_dict(tensors)
+
+
+def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAutoencoder:
+    """The autoencoder of a run folder (or of a diffusion run's autoencoder/)."""
+    if str(path) == "none":
+        return pixel_autoencoder()
+    state = runs.read_run(path)
+    if state.get("kind") != "autoencoder":
+        raise ModelError(f"{path}: a {state.get('kind')} run, not an autoencoder; pass a run of `ldm train-ae`")
+    config = read_config("autoencoder", path)
+    network = Autoencoder(config.autoencoder)
+    tensors, metadata = files.load_tensors(path / "model.safetensors")
+    strict_load(network, tensors, path / "model.safetensors")
+    stats = files.read_json(path / "stats.json") if (path / "stats.json").exists() else {}
+    network.eval().requires_grad_(False).to(device or default_device())
+    return LoadedAutoencoder(network, read_scale(stats, network.latent_channels), metadata["content_sha256"], config)
+
+
+def read_config(kind: str, path: Path):
+    """The resolved configuration of a run. Raises ModelError when it is missing or damaged."""
+    try:
+        return from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: config.toml is missing") from error
+    except LdmError as error:
+        raise ModelError(str(error)) from error
+
+
+def load_diffusion(path: Path, device: torch.device | None = None, weights: str = "ema") -> LoadedDiffusion:
+    """The diffusion model of a run folder. weights: "ema" (model.safetensors) or "raw" (the newest checkpoint's)."""
+    device = device or default_device()
+    config = read_config("diffusion", path)
+    stats = files.read_json(path / "stats.json")
+    tokenizer = load_tokenizer(path / "tokenizer") if "text" in config.condition.kinds else None
+    model = DiffusionModel(config.diffusion, config.condition, stats["conditions"], tokenizer, stats["latent_shape"])
+    source = path / "model.safetensors" if weights == "ema" else _raw_weights(path)
+    tensors, metadata = files.load_tensors(source)
+    stored = metadata.get("config_sha256")
+    if stored and stored != config_hash(config):
+        raise ModelError(f"{path}: model.safetensors was written for another config.toml; restore the one it came with")
+    strict_load(model, tensors, source)
+    autoencoder = _own_autoencoder(path, stats, device)
+    model.eval().requires_grad_(False).to(device)
+    return LoadedDiffusion(model, autoencoder, config, metadata.get("content_sha256", ""))
+
+
+def _own_autoencoder(path: Path, stats: dict[str, Any], device: torch.device) -> LoadedAutoencoder:
+    """The run's autoencoder, with the scale that the diffusion model was trained at."""
+    wanted = stats["autoencoder"]
+    found = pixel_autoencoder() if wanted == "pixels" else load_autoencoder(path / "autoencoder", device)
+    if found.fingerprint != wanted:
+        raise ModelError(f"{path}/autoencoder: not the autoencoder that this model was trained with "
+                         f"(hash {found.fingerprint[:12]}, wanted {wanted[:12]})")
+    found.scale = read_scale(stats, found.network.latent_channels)
+    return found
+
+
+def _raw_weights(path: Path) -> Path:
+    newest = runs.newest_checkpoint(path, warn)
+    if newest is None:
+        raise ModelError(f"{path}: no complete checkpoint, so no raw weights; use the averaged ones (--weights ema)")
+    return newest / "model.safetensors"
+
+
+def load(path: str | Path, device: str | torch.device | None = None, weights: str = "ema"):
+    """A run folder, ready for use: `LoadedAutoencoder` or `LoadedDiffusion`. Raises ModelError."""
+    path = Path(path)
+    chosen = torch.device(device) if device else default_device()
+    if runs.read_run(path).get("kind") == "autoencoder":
+        return load_autoencoder(path, chosen)
+    return load_diffusion(path, chosen, weights)

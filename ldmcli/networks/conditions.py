@@ -1,0 +1,246 @@
+"""What the diffusion model is told (Sec. 3.3): rows and requests become tokens, planes and vectors.
+
+The UNet knows only three things: `context` (B, M, d) for cross-attention, `concat` (B, c, h, w) beside z_t on the input,
+`vector` (B, v) added to the time embedding. Several conditions at once: tokens join, planes stack, vectors add. Each
+condition has its own null, which takes its place at random while training and in the unconditional half of guidance.
+A condition is one class and one line in `CONDITIONS`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmcli.core.errors import InputError, ModelError, UsageError
+from ldmcli.core.settings import ConditionSettings
+from ldmcli.networks.transformer import TextTransformer
+
+MAX_TEXT_LENGTH = 77
+
+
+@dataclass
+class Conditioning:
+    """What the UNet gets. Any of the three may be absent."""
+
+    context: Tensor | None = None
+    concat: Tensor | None = None
+    vector: Tensor | None = None
+
+    def joined(self, other: "Conditioning") -> "Conditioning":
+        """Tokens join, planes stack, vectors add."""
+        return Conditioning(
+            _both(self.context, other.context, lambda a, b: torch.cat([a, b], dim=1)),
+            _both(self.concat, other.concat, lambda a, b: torch.cat([a, b], dim=1)),
+            _both(self.vector, other.vector, lambda a, b: a + b),
+        )
+
+
+def _both(a, b, join):
+    return join(a, b) if a is not None and b is not None else (a if b is None else b)
+
+
+def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
+    """A lower-cased WordPiece vocabulary (BERT's way) learned from captions, saved as a tokeniser folder."""
+    from tokenizers import BertWordPieceTokenizer
+
+    tokenizer = BertWordPieceTokenizer(lowercase=True)
+    tokenizer.train_from_iterator(captions, vocab_size=size, min_frequency=1, show_progress=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_model(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}\n')
+
+
+def load_tokenizer(folder: str | Path):
+    """A fast tokeniser from a folder or the hub. Raises InputError when there is none."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no tokeniser could be loaded from there ({str(error).splitlines()[0]})") from error
+
+
+class TextCondition(nn.Module):
+    """Captions -> tokens, by the paper's transformer trained along ("joint") or a frozen encoder of transformers.
+
+    The null is the empty caption. `facts` keeps what use needs beside the weights: length, vocabulary size.
+    """
+
+    columns = ("caption",)
+    request = "prompt"
+
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer):
+        super().__init__()
+        self.length, self.tokenizer = facts["length"], tokenizer
+        self.joint = settings.text_encoder == "joint"
+        if self.joint:
+            width = settings.context_dim
+            self.encoder = TextTransformer(facts["vocabulary"], width, settings.text_layers, self.length,
+                                           settings.text_heads, settings.text_head_channels)
+        else:
+            frozen = _load_frozen(settings.text_encoder)
+            object.__setattr__(self, "_frozen", frozen)  # not a submodule: never trained, saved or averaged
+            width = frozen.config.hidden_size
+            self.encoder = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, settings.context_dim))
+        self.pool = nn.Sequential(nn.Linear(settings.context_dim, settings.context_dim), nn.SiLU(),
+                                  nn.Linear(settings.context_dim, settings.context_dim)) if settings.text_pooled else None
+
+    @staticmethod
+    def learn(settings: ConditionSettings, rows, folder: Path) -> dict[str, Any]:
+        """Facts from the training rows; saves the tokeniser into `folder`."""
+        if settings.text_encoder != "joint":
+            tokenizer = load_tokenizer(settings.text_encoder)
+        elif settings.vocabulary:
+            tokenizer = load_tokenizer(settings.vocabulary)
+        else:
+            train_vocabulary(sorted(set(rows.captions())), settings.vocabulary_size, folder)
+            tokenizer = load_tokenizer(folder)
+        tokenizer.save_pretrained(str(folder))
+        longest = max(len(ids) for ids in tokenizer(sorted(set(rows.captions())))["input_ids"])
+        length = settings.text_length or min(MAX_TEXT_LENGTH, -(-longest // 8) * 8)
+        return {"length": length, "vocabulary": len(tokenizer)}
+
+    def prepare(self, captions: list[str]) -> dict[str, Tensor]:
+        """Captions -> {"ids": (n, length) int64, "mask": (n, length) bool}."""
+        out = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
+
+    def null(self, n: int) -> dict[str, Tensor]:
+        """The empty caption, n times."""
+        return self.prepare([""] * n)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+        if self.joint:
+            tokens = self.encoder(inputs["ids"])
+        else:
+            with torch.no_grad():
+                self._frozen.to(inputs["ids"].device)
+                hidden = self._frozen(input_ids=inputs["ids"], attention_mask=inputs["mask"].long()).last_hidden_state
+            tokens = self.encoder(hidden.float()) * inputs["mask"][..., None]
+        if self.pool is None:
+            return Conditioning(context=tokens)
+        # sum over sqrt(length): keeps the spread of one token, where a mean would shrink it
+        pooled = tokens.sum(dim=1) / tokens.shape[1] ** 0.5
+        return Conditioning(context=tokens, vector=self.pool(pooled))
+
+
+def _load_frozen(name: str):
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        model = AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: no text encoder could be loaded from there ({str(error).splitlines()[0]})") from error
+    if hasattr(model, "text_model"):
+        model = model.text_model
+    return model.eval().requires_grad_(False)
+
+
+class ClassCondition(nn.Module):
+    """Labels -> one token, and by default a vector, too. The null is one class more (index n)."""
+
+    columns = ("label",)
+    request = "class"
+
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+        super().__init__()
+        self.names: list[str] = list(facts["class_names"])
+        self.embedding = nn.Embedding(len(self.names) + 1, settings.context_dim)
+        self.vector = nn.Linear(settings.context_dim, settings.context_dim) if settings.class_vector else None
+
+    @staticmethod
+    def learn(settings: ConditionSettings, rows, folder: Path) -> dict[str, Any]:
+        """Facts from the training rows: the names of the classes, in order."""
+        return {"class_names": list(rows.class_names)}
+
+    def index(self, value: str | int) -> int:
+        """A class by name or by number. Raises UsageError, naming close matches."""
+        import difflib
+
+        text = str(value)
+        if text in self.names:
+            return self.names.index(text)
+        if text.isdigit() and int(text) < len(self.names):
+            return int(text)
+        close = difflib.get_close_matches(text, self.names, 3) or self.names[:8]
+        raise UsageError(f"--class {text}: no such class among {len(self.names)}; for example {', '.join(close)}")
+
+    def prepare(self, labels: list[int | str]) -> dict[str, Tensor]:
+        """Labels (numbers or names) -> {"label": (n,) int64}."""
+        return {"label": torch.tensor([self.index(value) for value in labels])}
+
+    def null(self, n: int) -> dict[str, Tensor]:
+        """The null class, n times."""
+        return {"label": torch.full((n,), len(self.names))}
+
+    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+        token = self.embedding(inputs["label"])
+        return Conditioning(context=token[:, None], vector=self.vector(token) if self.vector is not None else None)
+
+
+CONDITIONS: dict[str, type] = {"class": ClassCondition, "text": TextCondition}
+
+
+class Conditions(nn.Module):
+    """All conditions of a model, in the order of `settings.kinds`."""
+
+    def __init__(self, settings: ConditionSettings, facts: dict[str, dict[str, Any]], tokenizer=None):
+        super().__init__()
+        self.settings = settings
+        self.entries = nn.ModuleDict({kind: CONDITIONS[kind](settings, facts[kind], tokenizer) for kind in settings.kinds})
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of the conditions."""
+        return list(self.entries)
+
+    @property
+    def context_dim(self) -> int | None:
+        """Width of the tokens; None where nothing gives tokens."""
+        return self.settings.context_dim if self.entries else None
+
+    @property
+    def vector_dim(self) -> int | None:
+        """Width of the vector; None where nothing gives one."""
+        wanted = {"text": self.settings.text_pooled, "class": self.settings.class_vector}
+        return self.settings.context_dim if any(wanted.get(kind) for kind in self.entries) else None
+
+    def prepare(self, values: dict[str, list]) -> dict[str, Tensor]:
+        """{"text": captions, "class": labels} -> flat dict of tensors "kind.name" with n rows each."""
+        out = {}
+        for kind, entry in self.entries.items():
+            if kind not in values:
+                raise ModelError(f"this model is conditioned on {' + '.join(self.kinds)}: {kind} is missing")
+            out.update({f"{kind}.{name}": tensor for name, tensor in entry.prepare(values[kind]).items()})
+        return out
+
+    def null(self, n: int) -> dict[str, Tensor]:
+        """The null of every condition, n times, in the form of `prepare`."""
+        return {f"{kind}.{name}": tensor for kind, entry in self.entries.items()
+                for name, tensor in entry.null(n).items()}
+
+    def drop(self, inputs: dict[str, Tensor], dropped: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Replaces rows by the null where dropped[kind] (n,) is true."""
+        n = len(next(iter(dropped.values()))) if dropped else 0
+        null = self.null(n) if n else {}
+        out = dict(inputs)
+        for name, tensor in inputs.items():
+            mask = dropped[name.split(".")[0]].reshape(-1, *[1] * (tensor.ndim - 1))
+            out[name] = torch.where(mask, null[name], tensor)
+        return out
+
+    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+        joined = Conditioning()
+        for kind, entry in self.entries.items():
+            own = {name.split(".", 1)[1]: tensor for name, tensor in inputs.items() if name.startswith(f"{kind}.")}
+            joined = joined.joined(entry(own))
+        return joined
