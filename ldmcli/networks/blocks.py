@@ -61,11 +61,11 @@ def join_heads(x: Tensor) -> Tensor:
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """[cos(t·w), sin(t·w)] with w from 1 down to about 1e-4, in fp32. t: (B,), any float or integer; returns (B, dim).
 
-    Frequencies are computed in fp32 as in the original: float64 would move the angle at t = 999 by 1e-5.
+    The order of operations is the original's: in fp32 another one moves the angle at t = 999 by 1e-5.
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t[:, None].float() * torch.exp(-math.log(10_000) * exponent)
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t[:, None].float() * exponents.exp()
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 

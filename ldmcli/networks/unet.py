@@ -27,7 +27,6 @@ NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
 POSITION_STD = 0.3  # of the code inside attention; smaller ones left "left of" unlearned in the demo's minutes
 INPUT_POSITION_STD = 0.02  # of the map added after the first convolution
-POSITION_WAVES = 5  # sinusoidal: half-waves across the map 1, 2, 4, ... 16
 
 
 @dataclass(frozen=True)
@@ -201,33 +200,39 @@ class LearnedPosition(nn.Module):
 
 
 class SinusoidalPosition(nn.Module):
-    """Sines and cosines of both coordinates, relative to the map's sides, mixed linearly into C channels."""
+    """Sines and cosines of both coordinates, relative to the map's sides, mixed linearly into C channels.
 
-    def __init__(self, width: int, std: float):
+    The shortest wave spans four cells of the trained size: shorter ones would alias there and mislead elsewhere.
+    """
+
+    def __init__(self, width: int, size: tuple[int, int], std: float):
         super().__init__()
-        features = 4 * POSITION_WAVES
+        self.waves = max(1, max(size).bit_length() - 1)
+        features = 4 * self.waves
         self.weight = nn.Parameter(std * (2 / features) ** 0.5 * torch.randn(width, features))
 
     def forward(self, size: tuple[int, int]) -> Tensor:
-        return F.conv2d(sinusoidal_map(size).to(self.weight), self.weight[:, :, None, None])
+        return F.conv2d(sinusoidal_map(size, self.waves).to(self.weight), self.weight[:, :, None, None])
 
 
-def sinusoidal_map(size: tuple[int, int]) -> Tensor:
-    """sin and cos of π·2^k·y and π·2^k·x, y and x in (0, 1) at cell centres: (1, 20, h, w)."""
+def sinusoidal_map(size: tuple[int, int], waves: int) -> Tensor:
+    """sin and cos of π·2^k·y and π·2^k·x, k < waves, y and x in (0, 1) at cell centres: (1, 4·waves, h, w)."""
     planes = []
     for axis, side in enumerate(size):
         place = (torch.arange(side, dtype=torch.float32) + 0.5) / side
         place = place.view(-1, 1) if axis == 0 else place.view(1, -1)
-        for k in range(POSITION_WAVES):
+        for k in range(waves):
             angle = (torch.pi * 2**k * place).expand(size)
             planes += [angle.sin(), angle.cos()]
     return torch.stack(planes)[None]
 
 
 def level_widths(settings: DiffusionSettings) -> list[int]:
-    """Channels of each level: whole multiples exactly, others rounded to a multiple of 8."""
-    widths = [settings.channels * mult for mult in settings.channel_mult]
-    return [int(width) if width == int(width) else max(8, round(width / 8) * 8) for width in widths]
+    """Channels of each level: exact for whole multipliers, else rounded to a multiple of 8."""
+    return [
+        settings.channels * int(mult) if mult == int(mult) else max(8, round(settings.channels * mult / 8) * 8)
+        for mult in settings.channel_mult
+    ]
 
 
 class UNet(nn.Module):
@@ -367,11 +372,9 @@ class UNet(nn.Module):
         return [AttentionBlock(width, self.settings, key)]
 
     def _add_position(self, key: str, width: int, factor: int, std: float) -> None:
-        if self.settings.position == "sinusoidal":
-            self.positions[key] = SinusoidalPosition(width, std)
-            return
         height, breadth = (max(1, -(-side // (factor * self.settings.patch))) for side in self.sample_size)
-        self.positions[key] = LearnedPosition(width, (height, breadth), std)
+        make = SinusoidalPosition if self.settings.position == "sinusoidal" else LearnedPosition
+        self.positions[key] = make(width, (height, breadth), std)
 
 
 def _two_layers(in_width: int, width: int) -> nn.Sequential:
