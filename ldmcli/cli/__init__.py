@@ -1,1 +1,239 @@
+"""The command line: the table of commands, and `main`, which turns every ending into one line and an exit code.
 
+Nothing heavy is imported here: a command's module is loaded when the command is used, and torch only by what it calls.
+"""
+
+import difflib
+import errno
+import os
+import sys
+import tempfile
+import time
+import traceback
+from importlib import import_module
+from pathlib import Path
+
+import typer
+from typer.exceptions import TyperException
+
+from ldmcli import __version__
+from ldmcli.cli.helptext import Command, Group
+from ldmcli.core import console, launch
+from ldmcli.core.errors import ExitCode, Interrupted, LdmError, UsageError
+
+_TRAIN, _USE, _LOOK = "Train", "Use and measure", "Look"
+# name → module in this package (the function is named after the command), summary, panel
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "train-ae": ("train", "Train an autoencoder: images to latents and back.", _TRAIN),
+    "train-ldm": ("train", "Train a diffusion model in an autoencoder's latents.", _TRAIN),
+    "demo": ("manage", "The whole chain, on embedded shapes or your own images.", _TRAIN),
+    "sample": ("generate", "Draw images with a trained model.", _USE),
+    "reconstruct": ("generate", "Images through an autoencoder, side by side, with PSNR.", _USE),
+    "eval-fid": ("measure", "Metrics of generated images: FID, KID, precision, PSNR, …", _USE),
+    "data": ("manage", "What ldm sees in a data set: columns, sizes, bad files.", _LOOK),
+    "report": ("manage", "Write the report of a run again.", _LOOK),
+    "runs": ("manage", "List runs with kind, data, step and metric.", _LOOK),
+    "recipes": ("manage", "List the recipes that come with ldm.", _LOOK),
+    "presets": ("manage", "List presets, such as the paper's networks.", _LOOK),
+    "doctor": ("manage", "Check this machine: versions, devices, memory, disk.", _LOOK),
+}
+_MEMORY_WORDS = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "MPS backend out of memory")
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+class LazyGroup(Group):
+    """Commands by name from `COMMANDS`; a module is imported when one of its commands is used."""
+
+    def list_commands(self, ctx) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name: str):
+        # what shell completion and listings see: name and summary, no import
+        return Command(name, help=COMMANDS[name][1]) if name in COMMANDS else None
+
+    def resolve_command(self, ctx, args: list[str]):
+        name = args[0].replace("_", "-")
+        if name in COMMANDS:
+            return name, load(name), args[1:]
+        if ctx.resilient_parsing:
+            return None, None, args[1:]
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; `ldm --help` lists them"
+        raise UsageError(f"{args[0]}: no such command{hint}")
+
+
+def load(name: str) -> Command:
+    """The command of that name with its options."""
+    from ldmcli.cli.options import plain_name
+
+    function = getattr(import_module(f"ldmcli.cli.{COMMANDS[name][0]}"), name.replace("-", "_"))
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name, cls=Command, context_settings={"token_normalize_func": plain_name})(function)
+    return typer.main.get_command(app)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        console.out(f"ldm {__version__}")
+        raise typer.Exit()
+
+
+def command_line() -> LazyGroup:
+    """The whole command line as one object."""
+    app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, help="Train, use and measure latent diffusion models.")
+
+    @app.callback()
+    def ldm(version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True,
+                                         help="Show the version and exit.")) -> None:
+        pass
+
+    return typer.main.get_command(app)
+
+
+def begin(values: dict) -> None:
+    """What options of every command ask for before it runs."""
+    if values.get("quiet") and values.get("verbose"):
+        raise UsageError("--quiet and --verbose exclude each other")
+    console.set_verbosity(quiet=bool(values.get("quiet")), verbose=bool(values.get("verbose")),
+                          json=bool(values.get("json")))
+    if values.get("offline"):
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns its exit code (the table in the README) and raises nothing but SystemExit."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    root = command_line()
+    if os.environ.get("_LDM_COMPLETE"):
+        root.main(args=argv, prog_name="ldm")
+    try:
+        code = _run(root, argv)
+        sys.stdout.flush()
+    except BaseException as error:  # every ending has a code, a bug's and Ctrl-C's, too
+        if isinstance(error, SystemExit):
+            raise
+        code, message = ending(error)
+        if launch.report_exit(code, message):
+            # after a signal all end by themselves; a failing status would make the launcher end the others
+            return ExitCode.OK if isinstance(error, Interrupted) else code
+        if message:
+            console.fail(message)
+        return code
+    launch.report_exit(code)
+    return code
+
+
+def _run(root: LazyGroup, argv: list[str]) -> int:
+    if not argv:
+        argv, code = ["--help"], ExitCode.USAGE
+    else:
+        code = ExitCode.OK
+    try:
+        with root.make_context("ldm", argv, obj={"argv": argv}) as context:
+            root.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code or code
+    return code
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """Exit code and line (without "ldm: ") of a failure. An empty line: nothing to say."""
+    if isinstance(error, LdmError):
+        return error.code, str(error)
+    if isinstance(error, TyperException):
+        return ExitCode.USAGE, _usage_line(error)
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return ExitCode.SIGINT, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        # the reader of our stdout has what it wanted (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK, ""
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return ExitCode.RESOURCE, f"{where}the disk is full ({error.strerror}); make room and run the command again"
+    if isinstance(error, PermissionError) and error.filename:
+        return _permission(error)
+    if _out_of_memory(error):
+        return ExitCode.RESOURCE, f"out of memory: {_first_line(error)}; lower --micro-batch or --batch-size, or --size"
+    return ExitCode.FAULT, _fault(error)
+
+
+def _permission(error: PermissionError) -> tuple[int, str]:
+    """A file that exists and can't be read is input (3); a place that can't be written was chosen by an option (2)."""
+    path = Path(os.fsdecode(error.filename))
+    if path.is_file() and not os.access(path, os.R_OK):
+        return ExitCode.INPUT, f"{path}: no permission to read it"
+    return ExitCode.USAGE, f"{path}: no permission to write there; choose another --out"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _MEMORY_WORDS)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _fault(error: BaseException) -> str:
+    text = console.redact("".join(traceback.format_exception(error)))
+    where = f"ldm-fault-{time.strftime('%Y%m%d-%H%M%S')}-"
+    try:
+        handle, path = tempfile.mkstemp(prefix=where, suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(f"ldm {__version__}, Python {sys.version.split()[0]}\n{text}")
+    except OSError:
+        path = "nowhere: no temporary folder can be written"
+    return f"a fault of ldm, not of yours: {type(error).__name__}: {_first_line(error)}; traceback in {path}"
+
+
+# --- wording of what the parser found --------------------------------------------------------------------------
+
+_EXPECTED = {"int_parsing": "is not a whole number", "int_from_float": "is not a whole number",
+             "float_parsing": "is not a number", "bool_parsing": "is neither true nor false"}
+
+
+def _usage_line(error: TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.info_name if context is not None and context.parent is not None else ""
+    where = f"{command}: " if command else ""
+    option = getattr(error, "option_name", None)
+    param = getattr(error, "param", None)
+    if hasattr(error, "possibilities"):
+        return f"{where}no such option {option}{_meant(option, context, error.possibilities)}"
+    if option:
+        return f"{where}{option} {'takes no value' if 'does not take' in error.message else 'needs a value'}"
+    if type(error).__name__ == "MissingParameter" and param is not None:
+        return f"{where}{param.metavar or param.name.upper()} is missing; see `ldm {command} --help`"
+    if param is not None:
+        return f"{where}{_bad_value(error, param)}"
+    extra = error.message.partition("(")[2].rstrip(")") if "unexpected extra argument" in error.message else ""
+    if extra and "[Ss]" not in extra:
+        return f"{where}unexpected argument {error.message[error.message.rindex('(') + 1:].rstrip(')')!r}"
+    return f"{where}{error.format_message()}"
+
+
+def _meant(option: str, context, possibilities) -> str:
+    near = list(possibilities or [])
+    if not near and context is not None:
+        known = [name for param in context.command.get_params(context)
+                 for name in (*param.opts, *param.secondary_opts) if not getattr(param, "hidden", False)]
+        near = difflib.get_close_matches(option, known, n=1)
+    command = f"ldm {context.info_name}" if context is not None and context.parent is not None else "ldm"
+    return f"; did you mean {near[0]}?" if near else f"; see `{command} --help`"
+
+
+def _bad_value(error: TyperException, param) -> str:
+    name = param.opts[0] if param.opts else param.name
+    details = getattr(error.__cause__, "errors", lambda: [])()
+    if not details:
+        return f"{name}: {error.message}"
+    first = details[0]
+    if first["type"] in _EXPECTED:
+        return f"{name}: {first['input']!r} {_EXPECTED[first['type']]}"
+    limits = first.get("ctx", {})
+    words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "below"}
+    limit = next((f"must be {words[key]} {limits[key]:g}" for key in words if key in limits), first["msg"])
+    return f"{name} {first['input']}: {limit}"

@@ -146,11 +146,12 @@ def _value(kind: str, path: str, value: object, origin: str) -> object:
     """One setting's value in its type, or the UsageError that says what is wrong with it and where it stands."""
     known = paths(kind)
     if path not in known:
-        raise UsageError(f"{origin}: {_unknown(kind, path, known)}")
+        raise UsageError(f"{origin}{' ' if origin == '--set' else ': '}{_unknown(kind, path, known)}")
     try:
         return _coerce(known[path], _SHORT_FORMS.get(path, lambda same: same)(value))
     except (ValueError, OverflowError, tomllib.TOMLDecodeError):
-        where = origin if origin.startswith("--") and "=" not in origin and origin != "--set" else f"{origin}: {path}"
+        named_option = origin.startswith("--") and origin != "--set"
+        where = origin if named_option else f"{origin}{' ' if origin == '--set' else ': '}{path}"
         raise UsageError(f"{where}: {_quoted(value)} is not {_describe_type(path, known[path])}") from None
 
 
@@ -186,24 +187,30 @@ def did_you_mean(names: list[str]) -> str:
 # --- layers ----------------------------------------------------------------------------------------------------
 
 
-def preset_layer(kind: str, name: str) -> Layer:
-    """A named preset's values."""
+def presets() -> dict:
+    """Presets by name: objects with `.kind`, `.values` ({"section.name": value}) and `.summary`."""
     try:
         from ldmcli.networks.presets import PRESETS
     except ModuleNotFoundError as error:
         if error.name != "ldmcli.networks.presets":
             raise
-        PRESETS = {}
-    of_kind = [each for each, preset in PRESETS.items() if preset.kind == kind]
-    if name not in PRESETS:
+        return {}
+    return PRESETS
+
+
+def preset_layer(kind: str, name: str) -> Layer:
+    """A named preset's values."""
+    known = presets()
+    of_kind = [each for each, preset in known.items() if preset.kind == kind]
+    if name not in known:
         raise UsageError(
             f"--preset {name}: no such preset{did_you_mean(difflib.get_close_matches(name, of_kind))}"
             " (`ldm presets` lists them)"
         )
-    if PRESETS[name].kind != kind:
-        other = COMMAND_OF[PRESETS[name].kind]
+    if known[name].kind != kind:
+        other = COMMAND_OF[known[name].kind]
         raise UsageError(f"--preset {name}: a preset of `{other}`, not of `{COMMAND_OF[kind]}`")
-    return f"preset {name}", dict(PRESETS[name].values)
+    return f"preset {name}", dict(known[name].values)
 
 
 def recipe_path(name: str | Path) -> Path:

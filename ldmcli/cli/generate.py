@@ -1,0 +1,125 @@
+"""`ldm sample` and `ldm reconstruct`: options to a request, then images in a folder."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from ldmcli.cli import options as opt
+from ldmcli.cli.train import require_folder
+from ldmcli.core import config, console
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.requests import SampleRequest
+
+_REQUEST = {
+    "prompt": opt.Prompt, "prompts": opt.Prompts, "classes": opt.Classes, "count": opt.Count,
+    "negative_prompt": opt.NegativePrompt, **opt.DRAWING, "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
+    "spacing": opt.Spacing, "size": opt.SampleSize, "init_image": opt.InitImage, "strength": opt.Strength,
+}
+Images = Annotated[list[Path], opt.argument("Image files, or folders of them.", "IMAGES...")]
+
+
+@opt.takes({"model": opt.Model, "weights": opt.Weights}, _REQUEST, opt.IMAGES_OUT, opt.TALK)
+def sample(given: opt.Given) -> None:
+    """Draw images with a trained model.
+
+    Image k depends on --seed and k alone: not on the batch size, the device count, or what else is asked for.
+    """
+    request = sample_request(given)
+    out = given.out or free_folder(Path("outputs") / _stated_name(request))
+    require_folder(out)
+    from ldmcli.drivers.generate import sample_to_folder
+
+    result = sample_to_folder(given.model, request, out, overwrite=given.overwrite, fmt=given.format,
+                              metadata=given.metadata)
+    show_folder(given, result, out)
+
+
+@opt.takes({"images": Images, "autoencoder": opt.ReconstructWith}, {"size": opt.SampleSize,
+           "batch_size": opt.SampleBatch}, opt.IMAGES_OUT, opt.TALK)
+def reconstruct(given: opt.Given) -> None:
+    """Pass images through an autoencoder and show each beside its reconstruction, with PSNR."""
+    missing = [path for path in given.images if not path.exists()]
+    if missing:
+        raise InputError(f"{missing[0]}: no such file or folder")
+    out = given.out or free_folder(Path("outputs") / f"{_slug(given.images[0].stem)}-reconstructed")
+    require_folder(out)
+    from ldmcli.drivers.generate import reconstruct_to_folder
+
+    result = reconstruct_to_folder(given.images, given.autoencoder, out, overwrite=given.overwrite, fmt=given.format,
+                                   metadata=given.metadata, size=_size(given.size), batch_size=given.batch_size)
+    show_folder(given, result, out)
+
+
+def sample_request(given: opt.Given) -> SampleRequest:
+    """What the options ask for; UsageError or InputError where they don't fit together."""
+    prompts = (*(given.prompt or ()), *(_read_prompts(given.prompts) if given.prompts else ()))
+    if prompts and given.classes:
+        raise UsageError("--prompt and --class exclude each other")
+    if given.init_image is not None and not given.init_image.is_file():
+        raise InputError(f"--init-image {given.init_image}: no such file")
+    return SampleRequest(
+        prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()), n=given.count,
+        steps=given.steps, guidance=given.guidance, guidance_interval=_interval(given.guidance_interval),
+        seed=given.seed, sampler=given.sampler, eta=given.eta, size=_size(given.size), batch_size=given.batch_size,
+        init_image=given.init_image, strength=given.strength, weights=given.weights, spacing=given.spacing,
+    )
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts {path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"--prompts {path}: {error.strerror}") from None
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts {path}: no prompt in it; write one a line")
+    return prompts
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    size = config.parse_size(text)
+    if not isinstance(size, tuple) or min(size) < 1:
+        raise UsageError(f"--size: {text!r} is not pixels, as 64 or 48x64")
+    return size
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise UsageError(f"--guidance-interval: {text!r} is not two shares, as 0.2,0.8")
+    return low, high
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:40].rstrip("-") or "images"
+
+
+def _stated_name(request: SampleRequest) -> str:
+    classes = " ".join(("class", *request.classes)) if request.classes else "sample"
+    return f"{_slug(request.prompts[0] if request.prompts else classes)}-seed{request.seed}"
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, … that doesn't exist."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def show_folder(given: opt.Given, result: dict, out: Path) -> None:
+    """The driver's document with --json, else the folder on stdout."""
+    if given.json:
+        console.emit_json(result)
+    else:
+        console.out(out)

@@ -1,0 +1,124 @@
+"""`ldm train-ae` and `ldm train-ldm`: options to one configuration, then the training loop."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import typer
+
+from ldmcli.cli import options as opt
+from ldmcli.core import config, console, launch
+from ldmcli.core.errors import ModelError, UsageError
+
+_AE_MODEL = {**opt.CONFIGURATION, "f": opt.Factor, "reg": opt.Reg, "embed_dim": opt.EmbedDim,
+             "codebook_size": opt.CodebookSize, "attn": opt.Attention}
+_LDM_MODEL = {"autoencoder": opt.Autoencoder, "condition": opt.Condition, "init_from": opt.InitFrom,
+              **opt.CONFIGURATION}
+_IMAGES = {**opt.ROWS, "crop": opt.Crop, "flip": opt.Flip}
+
+
+@opt.takes(_IMAGES, _AE_MODEL, opt.LOOP, opt.RUN_OUTPUT, opt.TALK, opt.TRAIN_MACHINE)
+def train_ae(given: opt.Given) -> None:
+    """Train an autoencoder, the first stage: images to small latents and back.
+
+    Without --preset a small network is taken that trains on any machine.
+    """
+    resolved = resolve("autoencoder", given, given.layers())
+    autoencoder = resolved.config.autoencoder
+    network = f"preset {given.preset}" if given.preset else f"the {autoencoder.family} network"
+    named = f"{network}, f = {autoencoder.f}, {autoencoder.reg}"
+    _run(given, resolved, named)
+
+
+@opt.takes(_IMAGES, {"cache": opt.Cache}, _LDM_MODEL, opt.LOOP, {"snr_gamma": opt.SnrGamma}, opt.RUN_OUTPUT, opt.TALK,
+           opt.TRAIN_MACHINE)
+def train_ldm(given: opt.Given) -> None:
+    """Train a diffusion model in the latents of an autoencoder, the second stage.
+
+    --autoencoder none works on pixels.
+    """
+    layers = given.layers()
+    if given.snr_gamma is not None:
+        layers.append(("--snr-gamma", {"diffusion.loss_weight": "min_snr"}))
+    resolved = resolve("diffusion", given, layers)
+    autoencoder = given.autoencoder or ("" if given.init_from else _newest_autoencoder())
+    where = f"in latents of {autoencoder}" if autoencoder not in ("", "none") else "on pixels"
+    if given.init_from:
+        where = f"from the weights of {given.init_from}"
+    conditions = "+".join(resolved.config.condition.kinds) or "none"
+    _run(given, resolved, f"diffusion {where}, condition: {conditions}", autoencoder=autoencoder,
+         init_from=given.init_from or "")
+
+
+def resolve(kind: str, given: opt.Given, named: list[config.Layer]) -> config.Resolved:
+    """The configuration of a training command from all of its sources."""
+    if given.train_batch_size is not None:
+        processes = max(launch.world()[1], given.gpus or 1)
+        named = [*named, ("--train-batch-size", {"train.batch_size": given.train_batch_size * processes})]
+    layers = config.gather(kind, preset=given.preset or "", recipe=given.recipe or "", environ=os.environ,
+                           named=named, assignments=given.assignments or ())
+    return config.resolve(kind, layers)
+
+
+def _newest_autoencoder() -> str:
+    from ldmcli.core.runs import newest_run
+
+    try:
+        return str(newest_run("autoencoder"))
+    except ModelError:
+        raise ModelError("no autoencoder run below runs/: train one with `ldm train-ae`, name one with --autoencoder, "
+                         "or say --autoencoder none for pixels") from None
+
+
+def data_name(source: str) -> str:
+    """A data set's name as part of a folder's."""
+    last = source.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._]+", "-", last).strip("-.").lower()[:40] or "data"
+
+
+def run_name(resolved: config.Resolved) -> str:
+    """The stated name of a run where --out gives none: its data and what it is, as in shapes-ae, photos-text."""
+    what = "ae" if resolved.kind == "autoencoder" else "-".join(resolved.config.condition.kinds) or "ldm"
+    return f"{data_name(resolved.config.data.source)}-{what}"
+
+
+def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) -> None:
+    if given.plan:
+        _show_plan(resolved, models.get("autoencoder", ""))
+        return
+    out = given.out or Path("runs") / run_name(resolved)
+    require_folder(out)
+    code = launch.relaunch_if_needed(given.gpus, given.argv)
+    if code is not None:
+        raise typer.Exit(code)
+    console.say(f"{given.command} → {out}: {what}")
+    # a scheduler may ask for a checkpoint before the loop listens; unhandled, that signal would end the process
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    from ldmcli.drivers.train import train
+
+    command_line = [console.redact(word) for word in ("ldm", *given.argv)]
+    options = {"fresh": given.fresh, "gpus": given.gpus or launch.world()[1], "allow": (),
+               "command_line": command_line, "max_hours": resolved.config.train.max_hours, "offline": given.offline}
+    train(resolved.kind, resolved, out, options=options, **models)
+    if given.json and launch.world()[0] == 0:
+        from ldmcli.core.runs import read_run
+
+        console.emit_json({"out": str(out), **read_run(out)})
+
+
+def _show_plan(resolved: config.Resolved, autoencoder: str) -> None:
+    from ldmcli.products.plan import plan
+
+    console.emit_json(plan(resolved.kind, resolved, autoencoder=autoencoder))
+
+
+def require_folder(path: Path) -> None:
+    """UsageError where `path` is a file, or stands below one."""
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UsageError(f"--out {path}: {part} is a file; choose another folder")
+            if not os.access(part, os.W_OK):
+                raise UsageError(f"--out {path}: no permission to write in {part}; choose another folder")
+            return
