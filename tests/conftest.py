@@ -1,0 +1,70 @@
+"""Shared by all tests: run a command in process or as a process, find the shared folder, keep torch small."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+for _name in [name for name in os.environ if name.startswith("LDM_") and name != "LDM_SHARED"]:
+    del os.environ[_name]  # a developer's settings must not reach the tests
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Ending:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads():
+    import torch
+
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def ldm(capsys):
+    """`ldm("runs", "--json")` runs a command in this process."""
+    from ldmcli.cli import main
+
+    def run(*args: object) -> Ending:
+        capsys.readouterr()
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as end:  # shell completion only
+            code = end.code
+        captured = capsys.readouterr()
+        return Ending(int(code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def ldm_process(tmp_path):
+    """`ldm_process("runs", env={…}, cwd=…)` runs a command as a process of its own, by default in an empty folder."""
+
+    def run(*args: object, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 300) -> Ending:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"} | (env or {})
+        done = subprocess.run([sys.executable, "-m", "ldmcli", *map(str, args)], cwd=cwd or tmp_path,
+                              env=environment, capture_output=True, text=True, timeout=timeout)
+        return Ending(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden data and real images; tests that need it are skipped where it isn't."""
+    folder = Path(os.environ.get("LDM_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared folder (not at {folder}); name it in LDM_SHARED")
+    return folder
