@@ -167,7 +167,9 @@ def dpm_solver_pp(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 
         first_order = order == 1 or before is None or (i == steps - 1 and steps < 15)
         mixed = x0
         if not first_order and 0 < h < inf and 0 < h_before < inf:
-            mixed = x0 + h / (2 * h_before) * (x0 - before)
+            # The value at λ + h/2, but never further ahead than one step back: where levels are uneven, as between
+            # timesteps 50 and 0, the line would leave the data.
+            mixed = x0 + min(1.0, h / (2 * h_before)) * (x0 - before)
         # σ'/σ z + α'(1 − e^{−h}) x0, the exponential written out: it is exact where σ' or α is 0.
         z = sigma_next / sigma * z + (alpha_next - alpha * sigma_next / sigma) * mixed
         before, h_before = x0, h

@@ -243,7 +243,7 @@ def inception_score(
 def metrics_from_features(
     generated: ArrayLike,
     reference: ArrayLike | None = None,
-    metrics: Sequence[str] = ("fid", "kid", "pr"),
+    metrics: Sequence[str] | None = None,
     *,
     logits: ArrayLike | None = None,
     kid_subsets: int = 100,
@@ -252,23 +252,26 @@ def metrics_from_features(
 ) -> dict[str, float | None]:
     """Metrics of (N, D) feature arrays, in float64: fid, kid_mean, kid_std, precision, recall, is_mean, is_std.
 
-    metrics: of "fid", "kid", "pr", "is". "is" reads `logits` (N, classes) of the generated images, the others both
-    feature sets. precision and recall are None when a set has three images or fewer.
+    metrics: of "fid", "kid", "pr", "is"; None = all, "is" only where its `logits` (N, classes) of the generated
+    images are given. precision and recall are None when a set has three images or fewer.
     """
+    if metrics is None:
+        metrics = METRICS if logits is not None else METRICS[:-1]
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UsageError(f"no metric {unknown[0]!r}: choose among {', '.join(METRICS)}")
-    if reference is None and set(metrics) != {"is"}:
-        raise InputError("fid, kid and pr compare with a reference: its features are missing")
     values: dict[str, float | None] = {}
-    if "fid" in metrics:
-        values["fid"] = frechet_from_features(generated, reference)
-    if "kid" in metrics:
-        values["kid_mean"], values["kid_std"] = kid(
-            generated, reference, subsets=kid_subsets, subset_size=kid_subset_size, seed=seed
-        )
-    if "pr" in metrics:
-        values["precision"], values["recall"] = precision_recall(generated, reference)
+    if set(metrics) != {"is"}:
+        if reference is None:
+            raise InputError("fid, kid and pr compare with a reference: its features are missing")
+        if "fid" in metrics:
+            values["fid"] = frechet_from_features(generated, reference)
+        if "kid" in metrics:
+            values["kid_mean"], values["kid_std"] = kid(
+                generated, reference, subsets=kid_subsets, subset_size=kid_subset_size, seed=seed
+            )
+        if "pr" in metrics:
+            values["precision"], values["recall"] = precision_recall(generated, reference)
     if "is" in metrics:
         if logits is None:
             raise InputError("the Inception Score needs logits of the generated images")
