@@ -49,7 +49,7 @@ class RunFolder:
     def release(self) -> None:
         """Lets another writer in."""
         if self._lock:
-            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 
@@ -57,8 +57,16 @@ class RunFolder:
         """Removes an earlier run's files (for --fresh); files that are not a run's stay."""
         for name in ("checkpoints", "samples", "tokenizer", "autoencoder"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("config.toml", "run.json", "model.safetensors", "metrics.jsonl", "stats.json", "report.html",
-                     "README.md", "bad-batch.json"):
+        for name in (
+            "config.toml",
+            "run.json",
+            "model.safetensors",
+            "metrics.jsonl",
+            "stats.json",
+            "report.html",
+            "README.md",
+            "bad-batch.json",
+        ):
             (self.path / name).unlink(missing_ok=True)
 
     def update(self, **changes: Any) -> None:
@@ -72,8 +80,10 @@ class RunFolder:
 
     def log(self, **values: Any) -> None:
         """Appends one JSON object to metrics.jsonl. Values that JSON cannot hold (NaN, Inf) are written as text."""
-        clean = {k: repr(v) if isinstance(v, float) and (v != v or v in (float("inf"), -float("inf"))) else v
-                 for k, v in values.items()}
+        clean = {
+            k: repr(v) if isinstance(v, float) and (v != v or v in (float("inf"), -float("inf"))) else v
+            for k, v in values.items()
+        }
         path = self.path / "metrics.jsonl"
         with files.writing(path), open(path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(clean, ensure_ascii=False) + "\n")
@@ -157,7 +167,7 @@ def _rotate(root: Path, newest: Path, keep: int) -> None:
     if problems(newest):
         return
     others = [path for _, path in sorted(_named(root), reverse=True) if path != newest]
-    for path in others[max(keep - 1, 0):]:
+    for path in others[max(keep - 1, 0) :]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -231,9 +241,17 @@ def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
             state = files.read_json(marker)
         except ModelError:
             continue
-        rows.append({"path": str(marker.parent), "kind": state.get("kind"), "state": state.get("state"),
-                     "step": state.get("step"), "data": (state.get("data") or {}).get("source"),
-                     "metrics": state.get("metrics") or {}, "updated": state.get("updated")})
+        rows.append(
+            {
+                "path": str(marker.parent),
+                "kind": state.get("kind"),
+                "state": state.get("state"),
+                "step": state.get("step"),
+                "data": (state.get("data") or {}).get("source"),
+                "metrics": state.get("metrics") or {},
+                "updated": state.get("updated"),
+            }
+        )
     return rows
 
 

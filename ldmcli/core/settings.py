@@ -92,7 +92,8 @@ class AutoencoderSettings:
                 f"autoencoder.channel_mult = {list(self.channel_mult)}: f = {self.f} needs "
                 f"{self.f.bit_length()} entries, one a resolution"
             )
-        _positive("autoencoder", {"z_channels": self.z_channels, "embed_dim": self.embed_dim, "channels": self.channels})
+        sizes = {"z_channels": self.z_channels, "embed_dim": self.embed_dim, "channels": self.channels}
+        _positive("autoencoder", sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,8 @@ class LossSettings:
 
     style: str = "mean"  # mean: every term averaged over elements; paper: summed over C, H, W for KL as in the original
     l1: float = 1.0
-    l2: float = 0.0
-    edge: float = 0.0  # L1 of finite differences: sharp borders at small sizes without a GAN
+    l2: float = 1.0
+    edge: float = 0.5  # L1 of finite differences: sharp borders at small sizes without a GAN
     perceptual_weight: float = 0.0
     perceptual: str = ""  # "" = lpips VGG (downloads once) when the weight is > 0; or a .safetensors backbone
     kl_weight: float = 1e-6
@@ -174,7 +175,7 @@ class ConditionSettings:
     kinds: tuple[str, ...] = ()  # class, text
     drop: float = 0.1  # share of training samples whose condition is replaced by its null (for guidance)
     context_dim: int = 128  # width of tokens for cross-attention
-    text_encoder: str = "joint"  # joint = the paper's transformer trained with the model; else folder or hub id (frozen)
+    text_encoder: str = "joint"  # joint = the transformer of the paper, trained along; else folder or hub id (frozen)
     text_layers: int = 1
     text_length: int = 0  # tokens; 0 = longest caption, rounded up to 8, at most 77
     text_heads: int = 8
@@ -245,6 +246,14 @@ class SampleSettings:
     prompts: tuple[str, ...] = ()  # of the preview grid; () = captions of validation rows
 
 
+def _autoencoder_training() -> TrainSettings:
+    return TrainSettings(optimizer="muon", lr=0.02, cooldown=0.4)
+
+
+def _diffusion_training() -> TrainSettings:
+    return TrainSettings(optimizer="muon", lr=0.01, cooldown=0.4, muon_every=2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """All that `ldm train-ae` reads."""
@@ -252,7 +261,7 @@ class AutoencoderConfig:
     data: DataSettings = field(default_factory=DataSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     loss: LossSettings = field(default_factory=LossSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
+    train: TrainSettings = field(default_factory=_autoencoder_training)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,5 +271,5 @@ class DiffusionConfig:
     data: DataSettings = field(default_factory=DataSettings)
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     condition: ConditionSettings = field(default_factory=ConditionSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
+    train: TrainSettings = field(default_factory=_diffusion_training)
     sample: SampleSettings = field(default_factory=SampleSettings)

@@ -63,8 +63,16 @@ class LatentCache:
         first = {key: index for index, key in reversed(list(enumerate(self.keys)))}
         return sorted(index for key, index in first.items() if key not in self._where)
 
-    def build(self, encode: Callable[[list[int]], np.ndarray], *, rank: int = 0, world: int = 1, batch: int = 64,
-              advance: Callable[[int], None] = lambda n: None, check: Callable[[], None] = lambda: None) -> int:
+    def build(
+        self,
+        encode: Callable[[list[int]], np.ndarray],
+        *,
+        rank: int = 0,
+        world: int = 1,
+        batch: int = 64,
+        advance: Callable[[int], None] = lambda n: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> int:
         """Encodes this process's share of what is missing; returns how many rows that was.
 
         `encode(indices)` gives moments (n, 2, c, h, w). `check()` may raise to stop between batches (signals).
@@ -73,11 +81,11 @@ class LatentCache:
         todo = self.missing()[rank::world]
         files.require_space(self.folder, len(todo) * 2 * int(np.prod(self.shape)) * self.dtype.itemsize)
         for start in range(0, len(todo), SHARD_ROWS):
-            part = todo[start:start + SHARD_ROWS]
+            part = todo[start : start + SHARD_ROWS]
             pieces = []
             for offset in range(0, len(part), batch):
                 check()
-                pieces.append(encode(part[offset:offset + batch]).astype(self.dtype))
+                pieces.append(encode(part[offset : offset + batch]).astype(self.dtype))
                 advance(len(pieces[-1]))
             self._write(np.concatenate(pieces), [self.keys[index] for index in part])
         return len(todo)

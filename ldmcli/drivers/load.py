@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldmcli.core import files, runs
 from ldmcli.core.config import config_hash, from_toml
-from ldmcli.core.console import warn
+from ldmcli.core.console import warn, warn_once
 from ldmcli.core.errors import LdmError, ModelError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
 from ldmcli.drivers.sampling import check_sampling, draw_latents, with_overrides
@@ -34,7 +34,9 @@ def to_pixels(images: Any) -> Tensor:
         return images if images.ndim == 4 else images[None]
     if not isinstance(images, (np.ndarray, Tensor)):
         images = images if isinstance(images, (list, tuple)) else [images]
-        images = np.stack([np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in images])
+        images = np.stack(
+            [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in images]
+        )
     array = torch.as_tensor(np.asarray(images))
     array = array if array.ndim == 4 else array[None]
     return array.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
@@ -57,7 +59,9 @@ class LoadedAutoencoder:
 
     kind = "autoencoder"
 
-    def __init__(self, network: Autoencoder, scale: LatentScale, fingerprint: str, config: AutoencoderConfig | None = None):
+    def __init__(
+        self, network: Autoencoder, scale: LatentScale, fingerprint: str, config: AutoencoderConfig | None = None
+    ):
         self.network, self.scale, self.fingerprint, self.config = network, scale, fingerprint, config
 
     @property
@@ -115,7 +119,9 @@ class LoadedDiffusion:
 
     kind = "diffusion"
 
-    def __init__(self, model: DiffusionModel, autoencoder: LoadedAutoencoder, config: DiffusionConfig, fingerprint: str):
+    def __init__(
+        self, model: DiffusionModel, autoencoder: LoadedAutoencoder, config: DiffusionConfig, fingerprint: str
+    ):
         self.model, self.autoencoder, self.config, self.fingerprint = model, autoencoder, config, fingerprint
         self.schedule = make_schedule(config.diffusion)
 
@@ -131,8 +137,14 @@ class LoadedDiffusion:
         return entries["class"].names if "class" in entries else []
 
     @torch.no_grad()
-    def predict(self, z_t: Tensor, t: Tensor, context: Tensor | Conditioning | None = None,
-                concat: Tensor | None = None, classes: Sequence[int] | None = None) -> Tensor:
+    def predict(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        context: Tensor | Conditioning | None = None,
+        concat: Tensor | None = None,
+        classes: Sequence[int] | None = None,
+    ) -> Tensor:
         """The network's raw output (B, c, h, w). `context`: tokens (B, M, d), or what `embed` gave."""
         conditioning = context if isinstance(context, Conditioning) else Conditioning(context=context)
         if classes is not None:
@@ -156,36 +168,95 @@ class LoadedDiffusion:
         return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()})
 
     @torch.no_grad()
-    def sample(self, prompt: str | list[str] | None = None, *, classes: Sequence[int | str] | None = None, n: int = 1,
-               negative_prompt: str = "", seed: int = 0, batch_size: int = 16, size: tuple[int, int] | None = None,
-               first: int = 0, **settings) -> list:
+    def sample(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        classes: Sequence[int | str] | None = None,
+        n: int = 1,
+        negative_prompt: str = "",
+        seed: int = 0,
+        batch_size: int = 16,
+        size: tuple[int, int] | None = None,
+        first: int = 0,
+        **settings,
+    ) -> list:
         """PIL images, n for each prompt or class; sample k takes prompt k mod (number of prompts).
 
         settings: steps, guidance, guidance_interval, sampler, eta, spacing. size: (height, width) in pixels.
         """
         images = []
-        for z in self.iter_latents(prompt, classes=classes, n=n, negative_prompt=negative_prompt, seed=seed,
-                                   batch_size=batch_size, size=size, first=first, **settings):
+        for z in self.iter_latents(
+            prompt,
+            classes=classes,
+            n=n,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            batch_size=batch_size,
+            size=size,
+            first=first,
+            **settings,
+        ):
             images += to_pil(self.autoencoder.decode(z))
         return images
 
     @torch.no_grad()
-    def iter_latents(self, prompt=None, *, classes=None, n: int = 1, negative_prompt: str = "", seed: int = 0,
-                     batch_size: int = 16, size: tuple[int, int] | None = None, first: int = 0, **settings):
+    def iter_latents(
+        self,
+        prompt=None,
+        *,
+        classes=None,
+        n: int = 1,
+        negative_prompt: str = "",
+        seed: int = 0,
+        batch_size: int = 16,
+        size: tuple[int, int] | None = None,
+        first: int = 0,
+        **settings,
+    ):
         """Final latents in batches, as `sample` draws them; `first` skips samples that exist."""
         values = self.request_values(prompt, classes)
+        total = n * max([len(v) for v in values.values()], default=1)
+        for start in range(first, total, batch_size):
+            yield self.latents_for(
+                range(start, min(start + batch_size, total)),
+                values,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                size=size,
+                **settings,
+            )
+
+    @torch.no_grad()
+    def latents_for(
+        self,
+        ids: Sequence[int],
+        values: dict[str, list],
+        *,
+        seed: int = 0,
+        negative_prompt: str = "",
+        size: tuple[int, int] | None = None,
+        start: Tensor | None = None,
+        strength: float = 1.0,
+        **settings,
+    ) -> Tensor:
+        """Final latents of samples `ids` of a call; sample k is told values[kind][k mod their number]."""
         chosen = with_overrides(self.config.sample, **settings)
         check_sampling(chosen, self.schedule)
         self._warn_about_guidance(chosen.guidance, negative_prompt)
-        total = n * max([len(v) for v in values.values()], default=1)
-        shape = self.latent_shape(size)
-        for start in range(first, total, batch_size):
-            ids = list(range(start, min(start + batch_size, total)))
-            rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
-            inputs = self.model.conditions.prepare(rows) if rows else None
-            negative = self._negative(negative_prompt, len(ids))
-            yield draw_latents(self.model, self.schedule, chosen, ids=ids, seed=seed, inputs=inputs,
-                               negative=negative, shape=shape)
+        rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
+        return draw_latents(
+            self.model,
+            self.schedule,
+            chosen,
+            ids=ids,
+            seed=seed,
+            inputs=self.model.conditions.prepare(rows) if rows else None,
+            negative=self._negative(negative_prompt, len(ids)),
+            shape=self.latent_shape(size),
+            start=start,
+            strength=strength,
+        )
 
     def request_values(self, prompt, classes) -> dict[str, list]:
         """What the model is told, checked against what it takes. Raises UsageError."""
@@ -204,7 +275,7 @@ class LoadedDiffusion:
                 elif kind == "class":
                     raise UsageError("--class: this model takes a class beside the prompt")
                 else:
-                    raise UsageError("--prompt: this model draws what a prompt says; give one with --prompt \"…\"")
+                    raise UsageError('--prompt: this model draws what a prompt says; give one with --prompt "…"')
         return {kind: given[kind] for kind in kinds}
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
@@ -229,14 +300,26 @@ class LoadedDiffusion:
 
     def _warn_about_guidance(self, scale: float, negative: str) -> None:
         if scale == 1 and negative:
-            warn("--negative-prompt has no effect at --guidance 1")
+            warn_once("negative", "--negative-prompt has no effect at --guidance 1")
         if scale != 1 and self.model.conditions.kinds and self.config.condition.drop == 0:
-            warn("this model was trained without condition dropout, so guidance has nothing sound to push away from; "
-                 "use --guidance 1")
+            warn_once(
+                "no-dropout",
+                "this model was trained without condition dropout, so guidance has nothing sound to "
+                "push away from; use --guidance 1",
+            )
 
     @torch.no_grad()
-    def sample_latents(self, z_T: Tensor | None = None, *, n: int | None = None, seed: int = 0, context=None,
-                       uncond=None, concat: Tensor | None = None, **settings) -> Tensor:
+    def sample_latents(
+        self,
+        z_T: Tensor | None = None,
+        *,
+        n: int | None = None,
+        seed: int = 0,
+        context=None,
+        uncond=None,
+        concat: Tensor | None = None,
+        **settings,
+    ) -> Tensor:
         """The final latent (B, c, h, w) from given noise, with tokens (or what `embed` gave) for both halves."""
         from ldmcli.drivers.sampling import Guidance, denoiser
         from ldmcli.maths import rng
@@ -247,14 +330,27 @@ class LoadedDiffusion:
         if context is None and uncond is None and "guidance" not in settings:
             chosen = replace(chosen, guidance=1.0)
         z_T = rng.normal(seed, range(n or 1), self.model.latent_shape, "z_T") if z_T is None else z_T
-        given, null = (Conditioning(getattr(c, "context", c), concat, getattr(c, "vector", None)) if c is not None
-                       else Conditioning(concat=concat) for c in (context, uncond))
-        denoise = denoiser(self.model, self.schedule, given, null if uncond is not None else None,
-                           Guidance(chosen.guidance, chosen.guidance_interval))
+        given, null = (
+            Conditioning(getattr(c, "context", c), concat, getattr(c, "vector", None))
+            if c is not None
+            else Conditioning(concat=concat)
+            for c in (context, uncond)
+        )
+        denoise = denoiser(
+            self.model,
+            self.schedule,
+            given,
+            null if uncond is not None else None,
+            Guidance(chosen.guidance, chosen.guidance_interval),
+        )
         ids = range(len(z_T))
         return SAMPLERS[chosen.sampler].function(
-            denoise, z_T.to(self.device), levels(self.schedule, chosen.steps, chosen.spacing), eta=chosen.eta,
-            noise=lambda step: rng.normal(seed, ids, tuple(z_T.shape[1:]), "step", step, device=self.device))
+            denoise,
+            z_T.to(self.device),
+            levels(self.schedule, chosen.steps, chosen.spacing),
+            eta=chosen.eta,
+            noise=lambda step: rng.normal(seed, ids, tuple(z_T.shape[1:]), "step", step, device=self.device),
+        )
 
 
 def pixel_autoencoder() -> LoadedAutoencoder:
@@ -275,8 +371,11 @@ def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: Path
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
     if missing or extra or shapes:
-        parts = [f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''} ({len(names)})"
-                 for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes)) if names]
+        parts = [
+            f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''} ({len(names)})"
+            for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+            if names
+        ]
         raise ModelError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
     module.load_state_dict(tensors)
 
@@ -330,8 +429,10 @@ def _own_autoencoder(path: Path, stats: dict[str, Any], device: torch.device) ->
     wanted = stats["autoencoder"]
     found = pixel_autoencoder() if wanted == "pixels" else load_autoencoder(path / "autoencoder", device)
     if found.fingerprint != wanted:
-        raise ModelError(f"{path}/autoencoder: not the autoencoder that this model was trained with "
-                         f"(hash {found.fingerprint[:12]}, wanted {wanted[:12]})")
+        raise ModelError(
+            f"{path}/autoencoder: not the autoencoder that this model was trained with "
+            f"(hash {found.fingerprint[:12]}, wanted {wanted[:12]})"
+        )
     found.scale = read_scale(stats, found.network.latent_channels)
     return found
 

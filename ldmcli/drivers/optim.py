@@ -10,14 +10,30 @@ from ldmcli.core.settings import TrainSettings
 from ldmcli.maths.lr import ema_decay_at
 
 # first and last layers, tables and position codes: their rows are not what orthogonalisation is for
-_NOT_HIDDEN = ("embedding", "token_emb", "pos_emb", "position", "input_blocks.0.0", "out.2", "conv_in", "conv_out",
-               "stem", "head", "quant_conv", "label_emb", "time_embed.0")
+_NOT_HIDDEN = (
+    "embedding",
+    "token_emb",
+    "pos_emb",
+    "position",
+    "input_blocks.0.0",
+    "out.2",
+    "conv_in",
+    "conv_out",
+    "stem",
+    "head",
+    "quant_conv",
+    "label_emb",
+    "time_embed.0",
+)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes a parameter: at least 2-d, and neither first layer, last layer, table nor position code."""
-    return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1 and not any(
-        part in name for part in _NOT_HIDDEN)
+    return (
+        parameter.ndim >= 2
+        and min(parameter.shape[0], parameter[0].numel()) > 1
+        and not any(part in name for part in _NOT_HIDDEN)
+    )
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -63,8 +79,12 @@ class Muon:
         for (rows, columns), members in self.groups:
             scale = max(1.0, rows / columns) ** 0.5
             if renew:
-                looked = torch.stack([torch.lerp(p.grad, self.velocity[name], self.momentum).reshape(rows, columns)
-                                      for name, p in members])
+                looked = torch.stack(
+                    [
+                        torch.lerp(p.grad, self.velocity[name], self.momentum).reshape(rows, columns)
+                        for name, p in members
+                    ]
+                )
                 moved = orthogonalise(looked.to(_matrix_dtype(looked.device))).to(looked.dtype)
                 if self.every > 1:
                     for (name, p), d in zip(members, moved):
@@ -110,8 +130,11 @@ class Updater:
         self.adam_names = [n for n, _ in self.named if n not in taken]
         self.base = settings.adam_lr if muon else lr
         fused = all(p.device.type in ("cpu", "cuda") for p in rest)
-        self.adam = torch.optim.AdamW(rest, lr=self.base, betas=settings.betas, weight_decay=settings.weight_decay,
-                                      fused=fused) if rest else None
+        self.adam = (
+            torch.optim.AdamW(rest, lr=self.base, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
+            if rest
+            else None
+        )
         self.muon = Muon(hidden, lr, settings.muon_every) if hidden else None
 
     def gradients(self) -> list[Tensor]:
@@ -165,8 +188,11 @@ class Updater:
         fresh = self.adam.state_dict()
         entries: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(self.adam_names):
-            found = {key: state[f"adam.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                     if f"adam.{name}.{key}" in state}
+            found = {
+                key: state[f"adam.{name}.{key}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam.{name}.{key}" in state
+            }
             if found:
                 entries[index] = found
         self.adam.load_state_dict({"state": entries, "param_groups": fresh["param_groups"]})

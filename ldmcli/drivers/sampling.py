@@ -27,8 +27,9 @@ def _pair(null: Tensor | None, given: Tensor | None) -> Tensor | None:
     return None if given is None else torch.cat([null, given])
 
 
-def denoiser(model: DiffusionModel, schedule: Schedule, given: Conditioning, null: Conditioning | None,
-             guidance: Guidance) -> Callable:
+def denoiser(
+    model: DiffusionModel, schedule: Schedule, given: Conditioning, null: Conditioning | None, guidance: Guidance
+) -> Callable:
     """The function that samplers call: (z, t, alpha, sigma) -> (x0, eps), each like z (B, c, h, w).
 
     scale 1: the conditional model in one call; 0: the unconditional one in one call; else both in one call of 2B.
@@ -46,7 +47,9 @@ def denoiser(model: DiffusionModel, schedule: Schedule, given: Conditioning, nul
             return call(z, t, given)
         if scale == 0:
             return call(z, t, null)
-        both = Conditioning(*[_pair(getattr(null, part), getattr(given, part)) for part in ("context", "concat", "vector")])
+        both = Conditioning(
+            *[_pair(getattr(null, part), getattr(given, part)) for part in ("context", "concat", "vector")]
+        )
         without, with_condition = call(torch.cat([z, z]), t, both).chunk(2)
         return without + scale * (with_condition - without)
 
@@ -63,10 +66,20 @@ def check_sampling(settings: SampleSettings, schedule: Schedule) -> None:
     levels(schedule, settings.steps, settings.spacing)
 
 
-def draw_latents(model: DiffusionModel, schedule: Schedule, settings: SampleSettings, *, ids: Sequence[int], seed: int,
-                 inputs: dict[str, Tensor] | None, negative: dict[str, Tensor] | None = None,
-                 shape: tuple[int, int, int] | None = None, z_T: Tensor | None = None,
-                 start: Tensor | None = None, strength: float = 1.0) -> Tensor:
+def draw_latents(
+    model: DiffusionModel,
+    schedule: Schedule,
+    settings: SampleSettings,
+    *,
+    ids: Sequence[int],
+    seed: int,
+    inputs: dict[str, Tensor] | None,
+    negative: dict[str, Tensor] | None = None,
+    shape: tuple[int, int, int] | None = None,
+    z_T: Tensor | None = None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+) -> Tensor:
     """Final latents (len(ids), c, h, w) for samples `ids`; sample k depends on (seed, k) alone.
 
     inputs: prepared conditions, n rows each; negative: what takes the null's place. start: clean latents from which an
@@ -85,8 +98,8 @@ def draw_latents(model: DiffusionModel, schedule: Schedule, settings: SampleSett
     z = z_T if start is None else way.alphas[0] * start + way.sigmas[0] * z_T
     denoise = denoiser(model, schedule, given, null, Guidance(settings.guidance, settings.guidance_interval))
     return SAMPLERS[settings.sampler].function(
-        denoise, z, way, eta=settings.eta,
-        noise=lambda step: rng.normal(seed, ids, shape, "step", step, device=device))
+        denoise, z, way, eta=settings.eta, noise=lambda step: rng.normal(seed, ids, shape, "step", step, device=device)
+    )
 
 
 def with_overrides(settings: SampleSettings, **values) -> SampleSettings:

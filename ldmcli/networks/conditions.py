@@ -82,34 +82,50 @@ class TextCondition(nn.Module):
         self.joint = settings.text_encoder == "joint"
         if self.joint:
             width = settings.context_dim
-            self.encoder = TextTransformer(facts["vocabulary"], width, settings.text_layers, self.length,
-                                           settings.text_heads, settings.text_head_channels)
+            self.encoder = TextTransformer(
+                facts["vocabulary"],
+                width,
+                settings.text_layers,
+                self.length,
+                settings.text_heads,
+                settings.text_head_channels,
+            )
         else:
             frozen = _load_frozen(settings.text_encoder)
             object.__setattr__(self, "_frozen", frozen)  # not a submodule: never trained, saved or averaged
             width = frozen.config.hidden_size
             self.encoder = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, settings.context_dim))
-        self.pool = nn.Sequential(nn.Linear(settings.context_dim, settings.context_dim), nn.SiLU(),
-                                  nn.Linear(settings.context_dim, settings.context_dim)) if settings.text_pooled else None
+        self.pool = (
+            nn.Sequential(
+                nn.Linear(settings.context_dim, settings.context_dim),
+                nn.SiLU(),
+                nn.Linear(settings.context_dim, settings.context_dim),
+            )
+            if settings.text_pooled
+            else None
+        )
 
     @staticmethod
-    def learn(settings: ConditionSettings, rows, folder: Path) -> dict[str, Any]:
-        """Facts from the training rows; saves the tokeniser into `folder`."""
+    def learn(settings: ConditionSettings, captions: list[str], rows, folder: Path) -> dict[str, Any]:
+        """Facts from the captions of the training rows; saves the tokeniser into `folder`."""
+        distinct = sorted(set(captions))
         if settings.text_encoder != "joint":
             tokenizer = load_tokenizer(settings.text_encoder)
         elif settings.vocabulary:
             tokenizer = load_tokenizer(settings.vocabulary)
         else:
-            train_vocabulary(sorted(set(rows.captions())), settings.vocabulary_size, folder)
+            train_vocabulary(distinct, settings.vocabulary_size, folder)
             tokenizer = load_tokenizer(folder)
         tokenizer.save_pretrained(str(folder))
-        longest = max(len(ids) for ids in tokenizer(sorted(set(rows.captions())))["input_ids"])
+        longest = max(len(ids) for ids in tokenizer(distinct)["input_ids"])
         length = settings.text_length or min(MAX_TEXT_LENGTH, -(-longest // 8) * 8)
         return {"length": length, "vocabulary": len(tokenizer)}
 
     def prepare(self, captions: list[str]) -> dict[str, Tensor]:
         """Captions -> {"ids": (n, length) int64, "mask": (n, length) bool}."""
-        out = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        out = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
         return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
 
     def null(self, n: int) -> dict[str, Tensor]:
@@ -139,7 +155,9 @@ def _load_frozen(name: str):
     try:
         model = AutoModel.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: no text encoder could be loaded from there ({str(error).splitlines()[0]})") from error
+        raise InputError(
+            f"{name}: no text encoder could be loaded from there ({str(error).splitlines()[0]})"
+        ) from error
     if hasattr(model, "text_model"):
         model = model.text_model
     return model.eval().requires_grad_(False)
@@ -158,7 +176,7 @@ class ClassCondition(nn.Module):
         self.vector = nn.Linear(settings.context_dim, settings.context_dim) if settings.class_vector else None
 
     @staticmethod
-    def learn(settings: ConditionSettings, rows, folder: Path) -> dict[str, Any]:
+    def learn(settings: ConditionSettings, labels: list[int], rows, folder: Path) -> dict[str, Any]:
         """Facts from the training rows: the names of the classes, in order."""
         return {"class_names": list(rows.class_names)}
 
@@ -196,7 +214,9 @@ class Conditions(nn.Module):
     def __init__(self, settings: ConditionSettings, facts: dict[str, dict[str, Any]], tokenizer=None):
         super().__init__()
         self.settings = settings
-        self.entries = nn.ModuleDict({kind: CONDITIONS[kind](settings, facts[kind], tokenizer) for kind in settings.kinds})
+        self.entries = nn.ModuleDict(
+            {kind: CONDITIONS[kind](settings, facts[kind], tokenizer) for kind in settings.kinds}
+        )
 
     @property
     def kinds(self) -> list[str]:
@@ -225,8 +245,9 @@ class Conditions(nn.Module):
 
     def null(self, n: int) -> dict[str, Tensor]:
         """The null of every condition, n times, in the form of `prepare`."""
-        return {f"{kind}.{name}": tensor for kind, entry in self.entries.items()
-                for name, tensor in entry.null(n).items()}
+        return {
+            f"{kind}.{name}": tensor for kind, entry in self.entries.items() for name, tensor in entry.null(n).items()
+        }
 
     def drop(self, inputs: dict[str, Tensor], dropped: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replaces rows by the null where dropped[kind] (n,) is true."""

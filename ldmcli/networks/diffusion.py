@@ -65,14 +65,26 @@ class DiffusionModel(nn.Module):
     `latent_shape` is (c, h, w) at the training size; `concat_channels` the planes that conditions stack on the input.
     """
 
-    def __init__(self, settings: DiffusionSettings, condition: ConditionSettings, facts: dict[str, dict[str, Any]],
-                 tokenizer, latent_shape: tuple[int, int, int]):
+    def __init__(
+        self,
+        settings: DiffusionSettings,
+        condition: ConditionSettings,
+        facts: dict[str, dict[str, Any]],
+        tokenizer,
+        latent_shape: tuple[int, int, int],
+    ):
         super().__init__()
         self.settings, self.latent_shape = settings, tuple(latent_shape)
         self.conditions = Conditions(condition, facts, tokenizer)
         channels, height, width = latent_shape
-        self.unet = UNet(settings, channels, channels, context_dim=self.conditions.context_dim,
-                         vector_dim=self.conditions.vector_dim, sample_size=(height, width))
+        self.unet = UNet(
+            settings,
+            channels,
+            channels,
+            context_dim=self.conditions.context_dim,
+            vector_dim=self.conditions.vector_dim,
+            sample_size=(height, width),
+        )
 
     def embed(self, inputs: dict[str, Tensor] | None) -> Conditioning:
         """tau(y): what the conditions make of prepared inputs (`Conditions.prepare`)."""

@@ -1,0 +1,117 @@
+"""Where a training process stands among the others: device, rank, and the few collective calls that the loop needs."""
+
+import os
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ldmcli.core.errors import LdmError, ResourceError, UsageError
+from ldmcli.core.settings import TrainSettings
+from ldmcli.drivers.optim import bf16_is_fast
+
+
+class Context:
+    """One process of a training. Accelerate gives device, wrapping, backward and gathering; precision is ours."""
+
+    def __init__(self, settings: TrainSettings):
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        # without an accelerator a bare Accelerator() ignores the launcher's variables and believes itself alone
+        cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        # buffers are equal on all processes already; broadcasting them between two forwards breaks the backward
+        kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
+        if self.accelerator.num_processes != asked:
+            raise UsageError(
+                f"{asked} processes were started but this one sees {self.accelerator.num_processes}; start with "
+                "`ldm … --gpus N`, or `accelerate launch --multi_gpu --num_processes N -m ldmcli …`"
+            )
+        self.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.dtype = autocast_dtype(settings.mixed_precision, self.device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder and speaks."""
+        return self.rank == 0
+
+    def autocast(self):
+        """Context in which matrix products run in the low precision, if one is in use."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on the main process; all get its result, or raise its error."""
+        result: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                result[0] = function()
+            except LdmError as error:
+                result[1] = error
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(result, src=0)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def together(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on every process; if it failed on any, all raise that error, so that nobody waits alone."""
+        result, error = None, None
+        try:
+            result = function()
+        except LdmError as caught:
+            error = caught
+        found = [e for e in self.gather(error) if e is not None]
+        if found:
+            raise error or found[0]
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """One Python object of each process, in order of rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(out, pickle.loads(pickle.dumps(value)))
+        return out
+
+    def maximum(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over processes of a few numbers."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float32, device=self.device)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def mean(self, values: dict[str, float], weight: float) -> dict[str, float]:
+        """Weighted mean over processes of equal-named numbers."""
+        if self.world == 1:
+            return values
+        names = sorted(values)
+        tensor = torch.tensor([weight] + [values[n] * weight for n in names], dtype=torch.float64)
+        tensor = tensor.to(self.device, torch.float32)
+        torch.distributed.all_reduce(tensor)
+        total = tensor.tolist()
+        return {name: value / total[0] for name, value in zip(names, total[1:])}
+
+    def check_equal(self, modules: dict[str, torch.nn.Module]) -> None:
+        """Raises ResourceError when the weights differ between processes."""
+        from ldmcli.core.files import tensors_hash
+
+        own = tensors_hash({f"{n}.{k}": t.cpu() for n, m in modules.items() for k, t in m.state_dict().items()})
+        hashes = self.gather(own)
+        if len(set(hashes)) > 1:
+            odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+            raise ResourceError(f"the weights of process {odd} differ from those of process 0; stop and resume the run")
+
+
+def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:
+    """auto: bfloat16 where it is fast (CUDA from Ampere on, CPUs with bf16 dot products), else full precision."""
+    if setting == "auto":
+        return torch.bfloat16 if bf16_is_fast(device) else None
+    if setting == "fp16" and device.type == "cpu":
+        raise UsageError("train.mixed_precision = 'fp16': needs a GPU; use bf16 or no")
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[setting]

@@ -1,0 +1,268 @@
+"""Requests to files: samples with their settings inside, reconstructions with their PSNR; nothing overwritten unasked."""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldmcli import __version__
+from ldmcli.core import console, files, runs
+from ldmcli.core.errors import InputError, Interrupted, UsageError
+from ldmcli.core.requests import SampleRequest
+from ldmcli.core.signals import StopRequest
+from ldmcli.data.decode import decode, to_size
+from ldmcli.drivers.grids import grid, in_rows, png_bytes, save_grid
+from ldmcli.drivers.load import LoadedAutoencoder, LoadedDiffusion, load, to_pil, to_uint8
+from ldmcli.maths.statistics import psnr, ssim
+
+FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def find_model(model: str | None, kind: str) -> Path:
+    """The run named, else the newest of its kind, which is then said."""
+    if model:
+        return Path(model)
+    path = runs.newest_run(kind)
+    console.say(f"model: {path} (the newest {kind} run)")
+    return path
+
+
+def image_bytes(image, fmt: str, metadata: dict[str, Any] | None) -> bytes:
+    """A PIL image as png, jpg or webp, with `metadata` as JSON inside (PNG text "ldm", EXIF description otherwise)."""
+    import io
+
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    buffer, text = io.BytesIO(), json.dumps(metadata, ensure_ascii=False) if metadata else ""
+    if fmt == "png":
+        info = PngInfo()
+        if text:
+            info.add_itxt("ldm", text)
+        image.save(buffer, "PNG", pnginfo=info)
+    else:
+        exif = Image.Exif()
+        if text:
+            exif[0x010E] = text.encode("ascii", "backslashreplace").decode()
+        image.save(buffer, FORMATS[fmt], quality=95, exif=exif)
+    return buffer.getvalue()
+
+
+def _output_names(out: Path, total: int, fmt: str, overwrite: bool) -> list[Path]:
+    if fmt not in FORMATS:
+        raise UsageError(f"--format {fmt}: choose one of {', '.join(FORMATS)}")
+    with files.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return [out / f"{k:06d}.{fmt}" for k in range(total)]
+
+
+def _plan(out: Path, names: list[Path], wanted: dict[str, Any], overwrite: bool) -> list[int]:
+    """Samples still to draw. A folder with other settings is refused; the same request fills what is missing."""
+    record = out / "request.json"
+    if overwrite:
+        for name in [*names, record, out / "grid.png"]:
+            name.unlink(missing_ok=True)
+    if record.exists():
+        if files.read_json(record) != wanted:
+            raise UsageError(f"{out}: holds samples of another request; choose another --out or add --overwrite")
+    elif any(name.exists() for name in names):
+        raise UsageError(f"{out}: holds images already ({names[0].name} …); choose another --out or add --overwrite")
+    files.write_json(record, wanted)
+    return [k for k, name in enumerate(names) if not name.exists()]
+
+
+def sample_to_folder(
+    model: str | None,
+    request: SampleRequest,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    fmt: str = "png",
+    metadata: bool = True,
+) -> dict[str, Any]:
+    """Draws what `request` says into `out`: 000000.png …, grid.png. Returns the document that --json prints.
+
+    Sample k depends on the seed and k alone; the same command again draws only what is missing. A signal leaves
+    whole images only and ends with 130 or 143.
+    """
+    path = find_model(model, "diffusion")
+    loaded = load(path, weights=request.weights)
+    if not isinstance(loaded, LoadedDiffusion):
+        raise UsageError(
+            f"{path}: an autoencoder; `ldm sample` needs a diffusion run (`ldm reconstruct` takes this one)"
+        )
+    values = loaded.request_values(list(request.prompts), list(request.classes))
+    groups = max([len(v) for v in values.values()], default=1)
+    n = request.n or (1 if values else loaded.config.sample.n)
+    total, settings = n * groups, _settings(request)
+    names = _output_names(out, total, fmt, overwrite)
+    todo = _plan(out, names, {"model": loaded.fingerprint, **_document(request), "total": total}, overwrite)
+    describe = _describe(loaded, path, request)
+    started = time.perf_counter()
+    with StopRequest() as stop, console.progress(len(todo), "sampling") as bar:
+        for batch in _batches(todo, request.batch_size or 16):
+            images = _draw(loaded, batch, values, request, settings)
+            for k, image in zip(batch, images):
+                facts = _facts(k, values, request, describe) if metadata else None
+                files.write_bytes(names[k], image_bytes(image, fmt, facts))
+            bar.advance(len(batch))
+            if stop.stop:
+                left = sum(not name.exists() for name in names)
+                raise Interrupted(
+                    f"{out}: stopped with {left} of {total} images missing; the same command draws them", stop.stop
+                )
+    seconds = time.perf_counter() - started
+    _write_grid(names, out / "grid.png", n, groups)
+    rate = len(todo) / seconds if todo else 0.0
+    console.say(f"{total} images in {out} ({len(todo)} drawn in {seconds:.1f} s, {rate:.2f} images/s)")
+    return {
+        "model": str(path),
+        "out": str(out),
+        "images": [str(name) for name in names],
+        "grid": str(out / "grid.png"),
+        "drawn": len(todo),
+        "seconds": seconds,
+        "images_per_s": rate,
+        **describe,
+    }
+
+
+def _settings(request: SampleRequest) -> dict[str, Any]:
+    return {
+        name: getattr(request, name) for name in ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing")
+    }
+
+
+def _document(request: SampleRequest) -> dict[str, Any]:
+    """The request as JSON, without what does not change pictures."""
+    return json.loads(json.dumps({k: v for k, v in asdict(request).items() if k != "batch_size"}, default=str))
+
+
+def _batches(todo: list[int], size: int) -> list[list[int]]:
+    return [todo[i : i + size] for i in range(0, len(todo), size)]
+
+
+def _draw(
+    loaded: LoadedDiffusion, ids: list[int], values: dict[str, list], request: SampleRequest, settings: dict[str, Any]
+) -> list:
+    start, strength = _start(loaded, request, len(ids))
+    z = loaded.latents_for(
+        ids,
+        values,
+        seed=request.seed,
+        negative_prompt=request.negative_prompt,
+        size=request.size,
+        start=start,
+        strength=strength,
+        **settings,
+    )
+    return to_pil(loaded.autoencoder.decode(z))
+
+
+def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int) -> tuple[torch.Tensor | None, float]:
+    if request.init_image is None:
+        return None, 1.0
+    if not 0 < request.strength <= 1:
+        raise UsageError(f"--strength {request.strength}: must be above 0 and at most 1")
+    size = request.size or tuple(side * loaded.autoencoder.network.f for side in loaded.model.latent_shape[1:])
+    pixels = to_size(decode(Path(request.init_image), name=str(request.init_image)), size)
+    z = loaded.autoencoder.encode(pixels[None])
+    return z.expand(n, -1, -1, -1), request.strength
+
+
+def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> dict[str, Any]:
+    given = {k: v for k, v in _settings(request).items() if v is not None}
+    used = {**{k: getattr(loaded.config.sample, k) for k in ("sampler", "steps", "guidance", "eta")}, **given}
+    return {
+        "weights": request.weights,
+        "model_sha256": loaded.fingerprint,
+        "ldm_version": __version__,
+        "negative_prompt": request.negative_prompt,
+        **used,
+    }
+
+
+def _facts(k: int, values: dict[str, list], request: SampleRequest, describe: dict[str, Any]) -> dict[str, Any]:
+    told = {{"text": "prompt"}.get(kind, kind): given[k % len(given)] for kind, given in values.items()}
+    return {**told, "seed": request.seed, "sample": k, **describe}
+
+
+def _write_grid(names: list[Path], path: Path, n: int, groups: int) -> None:
+    """One sheet of all samples, a prompt a column where there are several; at most 256 pictures."""
+    from PIL import Image
+
+    pictures = [np.asarray(Image.open(name).convert("RGB")) for name in names[:256]]
+    columns = groups if 1 < groups <= 16 else min(8, math.ceil(math.sqrt(len(pictures))))
+    save_grid(path, in_rows(pictures, columns))
+
+
+def _inputs(paths: list[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            )
+        elif path.exists():
+            found.append(path)
+        else:
+            raise InputError(f"{path}: no such file or folder")
+    if not found:
+        raise InputError(f"{paths[0]}: no images there")
+    return found
+
+
+def reconstruct_to_folder(
+    inputs: list[Path],
+    autoencoder: str | None,
+    out: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Images through the autoencoder: original and reconstruction side by side in `out`, with PSNR and SSIM.
+
+    Images keep their size, cropped to multiples of f (centre), unless `size` is given.
+    """
+    path = find_model(autoencoder, "autoencoder")
+    loaded = load(path)
+    loaded = loaded if isinstance(loaded, LoadedAutoencoder) else loaded.autoencoder
+    found = _inputs(inputs)
+    names = _output_names(out, len(found), "png", overwrite)
+    taken = [name for name in names if name.exists()]
+    if taken and not overwrite:
+        raise UsageError(f"{taken[0]}: exists; choose another --out or add --overwrite")
+    rows = []
+    with console.progress(len(found), "reconstructing") as bar:
+        for source, name in zip(found, names):
+            pixels = _whole(decode(source, name=str(source)), loaded.network.f, size)
+            rebuilt = to_uint8(loaded.decode(loaded.encode(pixels[None])))[0]
+            files.write_bytes(name, png_bytes(grid([[pixels, rebuilt]])))
+            rows.append(
+                {
+                    "image": str(source),
+                    "out": str(name),
+                    "psnr": psnr(pixels, rebuilt),
+                    "ssim": ssim(pixels, rebuilt) if min(pixels.shape[:2]) >= 11 else None,
+                }
+            )
+            bar.advance(1)
+    mean = float(np.mean([row["psnr"] for row in rows]))
+    return {"autoencoder": str(path), "out": str(out), "n": len(rows), "psnr": mean, "images": rows}
+
+
+def _whole(image, f: int, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 HWC at `size`, or at the image's own size cropped to multiples of f."""
+    if size is None:
+        size = (image.height // f * f, image.width // f * f)
+        if min(size) < f:
+            raise InputError(f"an image of {image.width}x{image.height} px is smaller than one latent ({f} px)")
+        top, left = (image.height - size[0]) // 2, (image.width - size[1]) // 2
+        return np.asarray(image)[top : top + size[0], left : left + size[1]]
+    return to_size(image, size)

@@ -1,0 +1,360 @@
+"""What the training of a diffusion model asks of the loop (Sec. 3.2, 3.3): cached latents, conditions, one phase."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmcli.core import console, files
+from ldmcli.core.errors import InputError, ModelError, UsageError
+from ldmcli.core.settings import DiffusionConfig
+from ldmcli.data.batches import positions, share
+from ldmcli.data.cache import LatentCache, cache_key, cache_root
+from ldmcli.drivers.context import Context
+from ldmcli.drivers.grids import in_rows, save_grid
+from ldmcli.drivers.load import (
+    LoadedAutoencoder,
+    LoadedDiffusion,
+    load_autoencoder,
+    read_scale,
+)
+from ldmcli.drivers.objective_ae import DEFAULT_SIZE, moment_sums, open_data, pixel_batch, scaled
+from ldmcli.maths import rng
+from ldmcli.maths.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
+from ldmcli.networks.autoencoder import posterior_sample
+from ldmcli.networks.conditions import CONDITIONS, load_tokenizer
+from ldmcli.networks.diffusion import DiffusionModel, LatentScale
+
+VALIDATION_ROWS = 512
+SCALE_ROWS = 10_000
+
+
+def condition_values(rows, kind: str) -> list:
+    """The raw values of a condition for all rows, in order. Raises InputError where the data has none."""
+    column = CONDITIONS[kind].columns[0]
+    if not rows.has(column):
+        raise InputError(
+            f"{rows.source}: --condition {kind} needs a {column} column, and there is none "
+            f"(found: {', '.join(f'{k} = {v}' for k, v in rows.columns.items() if v)}); "
+            f"name it with --{column}-column or train with --condition none"
+        )
+    return [getattr(rows, column)(i) for i in range(len(rows))]
+
+
+class DiffusionObjective:
+    """Denoising in the latents of a frozen autoencoder."""
+
+    kind = "diffusion"
+    main = "model"
+
+    def __init__(self, config: DiffusionConfig, run: Path, context: Context, autoencoder: str, check=lambda: None):
+        self.config, self.run, self.context, self._check = config, run, context, check
+        for kind in config.condition.kinds:
+            if kind not in CONDITIONS:
+                raise UsageError(f"--condition {kind}: choose among none, {', '.join(CONDITIONS)} (joined with +)")
+        self.autoencoder_path = Path(autoencoder)
+        self.autoencoder: LoadedAutoencoder = context.together(
+            lambda: load_autoencoder(self.autoencoder_path, context.device)
+        )
+        self.size = self._size()
+        self.latent_shape = self.autoencoder.network.latent_shape(*self.size)
+        self.is_vq = self.autoencoder.network.is_vq or self.autoencoder.network.is_identity
+        self.rows, self.validation, self.bad = open_data(config, context, self.size)
+        self.schedule = make_schedule(config.diffusion)
+        self.facts = context.on_main(self._learn_conditions)
+        tokenizer = load_tokenizer(run / "tokenizer") if "text" in config.condition.kinds else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.key(config.train.seed, "init"))
+            self.model = DiffusionModel(config.diffusion, config.condition, self.facts, tokenizer, self.latent_shape)
+        self._check_latent_size()
+        self.networks: dict[str, torch.nn.Module] = {"model": self.model}
+        self.tables = self._prepare_conditions(self.rows)
+        self.validation_tables = self._prepare_conditions(self.validation)
+        self.cache = self._build_cache(self.rows, "latents") if config.data.cache else None
+        self.scale = self._scale()
+        self._held = self._validation_latents()
+
+    def _size(self) -> tuple[int, int]:
+        if any(self.config.data.size):
+            return tuple(self.config.data.size)
+        own = self.autoencoder.config.data.size if self.autoencoder.config else (0, 0)
+        return tuple(own) if any(own) else DEFAULT_SIZE
+
+    def _check_latent_size(self) -> None:
+        factor, f = self.model.unet.size_factor, self.autoencoder.network.f
+        if self.latent_shape[1] % factor or self.latent_shape[2] % factor:
+            need = factor * f
+            raise UsageError(
+                f"--size {self.size[0]}x{self.size[1]}: the UNet halves {factor.bit_length() - 1} times, so "
+                f"both sides must be multiples of {need}; or use fewer diffusion.channel_mult levels"
+            )
+
+    def _stored_stats(self) -> dict[str, Any]:
+        path = self.run / "stats.json"
+        return files.read_json(path) if path.exists() else {}
+
+    def _learn_conditions(self) -> dict[str, dict[str, Any]]:
+        """Vocabulary and class names: from an earlier start of this run, else from the training rows."""
+        stored = self._stored_stats().get("conditions")
+        if stored is not None:
+            return stored
+        facts = {}
+        for kind in self.config.condition.kinds:
+            facts[kind] = CONDITIONS[kind].learn(
+                self.config.condition, condition_values(self.rows, kind), self.rows, self.run / "tokenizer"
+            )
+        return facts
+
+    def _prepare_conditions(self, rows) -> dict[str, Tensor]:
+        if not self.config.condition.kinds:
+            return {}
+        return self.model.conditions.prepare({k: condition_values(rows, k) for k in self.config.condition.kinds})
+
+    # ------------------------------------------------------------- latents
+
+    def _build_cache(self, rows, label: str) -> LatentCache:
+        data = self.config.data
+        if data.crop == "random":
+            raise UsageError("--set data.crop=random: cached latents are of one crop; add --no-cache or crop=center")
+        shape = (self.latent_shape[0] * (1 if self.is_vq else 2), *self.latent_shape[1:])
+        facts = (self.autoencoder.fingerprint, f"{self.size}", data.resize, data.background, data.cache_dtype)
+        folder = cache_root(data.cache_dir) / "latents" / cache_key(*facts)
+        cache = LatentCache(folder, [rows.content_hash(i) for i in range(len(rows))], shape, data.cache_dtype)
+        cache.refresh()
+        todo = len(cache.missing())
+        context = self.context
+        if todo:
+            with console.progress(-(-todo // context.world), f"encoding {label}") as bar:
+                context.together(
+                    lambda: cache.build(
+                        lambda ids: self._encode_rows(rows, ids),
+                        rank=context.rank,
+                        world=context.world,
+                        advance=bar.advance,
+                        check=self._check,
+                    )
+                )
+        elif context.is_main:
+            console.say(f"{label}: all {len(rows)} found in the cache")
+        context.together(cache.seal)
+        return cache
+
+    @torch.no_grad()
+    def _encode_rows(self, rows, ids: list[int]) -> np.ndarray:
+        pixels = np.stack([rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in ids])
+        both = []
+        for view in (pixels, np.ascontiguousarray(pixels[:, :, ::-1])):
+            with self.context.autocast():
+                moments = self.autoencoder.network.moments(scaled(torch.from_numpy(view), self.context.device))
+            both.append(moments.float().cpu().numpy())
+        return np.stack(both, axis=1)
+
+    def _scale(self) -> LatentScale:
+        """The scale of an earlier start of this run, else measured on up to 10,000 training rows."""
+        stored = self._stored_stats()
+        if stored:
+            return read_scale(stored, self.latent_shape[0])
+        return self.context.on_main(self._measure_scale)
+
+    def _measure_scale(self) -> LatentScale:
+        count = min(len(self.rows), SCALE_ROWS if self.cache else 512)
+        picked = np.linspace(0, len(self.rows) - 1, count).round().astype(int)
+        total = square = torch.zeros(self.latent_shape[0], dtype=torch.float64)
+        for start in range(0, count, 64):
+            ids = picked[start : start + 64].tolist()
+            found = self.cache.moments(ids) if self.cache else self._encode_rows(self.rows, ids)[:, 0]
+            mean, extra = moment_sums(torch.from_numpy(found).double(), self.is_vq)
+            total, square = total + mean, square + extra
+        n = count * self.latent_shape[1] * self.latent_shape[2]
+        return LatentScale.measured(total / n, square / n - (total / n) ** 2, self.config.diffusion.latent_scale)
+
+    def _validation_latents(self) -> Tensor:
+        """Latents (modes) of up to 512 validation rows, for a validation loss at fixed noise."""
+        ids = list(range(min(len(self.validation), VALIDATION_ROWS)))
+        found = self.context.on_main(
+            lambda: np.concatenate(
+                [self._encode_rows(self.validation, ids[i : i + 32])[:, 0] for i in range(0, len(ids), 32)]
+            )
+        )
+        return self._latents(torch.from_numpy(found), None)
+
+    def _latents(self, moments: Tensor, noise: Tensor | None) -> Tensor:
+        return self.scale.normalise(moments if self.is_vq else posterior_sample(moments, noise))
+
+    # ------------------------------------------------------------- training
+
+    def describe(self) -> str:
+        """The first line of a training."""
+        d, kinds = self.config.diffusion, " + ".join(self.config.condition.kinds) or "nothing"
+        count = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"diffusion in latents {'x'.join(map(str, self.latent_shape))} of {self.autoencoder_path.name}, told "
+            f"{kinds}; {d.prediction}, {count / 1e6:.2f} M parameters"
+        )
+
+    def learning_rate(self, phase: str) -> float | None:
+        """No phase has a rate of its own."""
+        return None
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        """One network, every step."""
+        return ("model",)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """This process's share of a step, on the CPU; every number in it depends on (seed, position) alone."""
+        train, context = self.config.train, self.context
+        ids, where = positions(step, train.batch_size, len(self.rows), train.seed)
+        mine = share(train.batch_size, context.rank, context.world)
+        ids, where = ids[mine], where[mine]
+        at, seed = where.tolist(), train.seed
+        out = {
+            "row": torch.from_numpy(ids.copy()),
+            "noise": rng.normal(seed, at, self.latent_shape, "noise"),
+            "u": rng.uniform(seed, at, "timestep"),
+        }
+        if not self.is_vq:
+            out["posterior"] = rng.normal(seed, at, self.latent_shape, "posterior")
+        if self.cache:
+            flips = (rng.uniform(seed, at, "flip") < 0.5).tolist() if self.config.data.flip else None
+            out["moments"] = torch.from_numpy(self.cache.moments(ids.tolist(), flips))
+        else:
+            out["pixels"] = pixel_batch(self.rows, self.config, ids, where, self.size)
+        if self.tables:
+            inputs = {name: table[torch.from_numpy(ids.copy())] for name, table in self.tables.items()}
+            dropped = {
+                kind: rng.uniform(seed, at, "drop", kind) < self.config.condition.drop
+                for kind in self.config.condition.kinds
+            }
+            out |= {f"condition.{k}": v for k, v in self.model.conditions.drop(inputs, dropped).items()}
+        return out
+
+    def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
+        """(mean loss of a micro-batch, statistics)."""
+        device = self.context.device
+        if "moments" in batch:
+            moments = batch["moments"].to(device)
+        else:
+            with torch.no_grad():
+                moments = self.autoencoder.network.moments(scaled(batch["pixels"], device)).float()
+        noise = batch.get("posterior")
+        z = self._latents(moments, noise.to(device) if noise is not None else None)
+        inputs = {k.removeprefix("condition."): v.to(device) for k, v in batch.items() if k.startswith("condition.")}
+        losses = self._losses(networks["model"], z, batch["noise"].to(device), batch["u"], inputs)
+        return losses.mean(), {}
+
+    def _losses(self, model, z: Tensor, noise: Tensor, u: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Weighted error of each sample, (B,)."""
+        d = self.config.diffusion
+        t = sample_timesteps(d, u, self.schedule).to(z.device)
+        alpha, sigma = levels_at(self.schedule, t.float())
+        z_t = alpha[:, None, None, None] * z + sigma[:, None, None, None] * noise
+        output = model(z_t, t.float(), inputs).float()
+        error = output - target(d.prediction, z, noise, alpha, sigma)
+        each = (error.abs() if d.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+        return each * loss_weight(d.loss_weight, d.prediction, alpha, sigma, d.snr_gamma)
+
+    def after_update(self, step: int) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Nothing beside weights and optimiser."""
+        return {}
+
+    def load_extra(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing."""
+
+    # ------------------------------------------------------------- looking
+
+    def loaded(self) -> LoadedDiffusion:
+        """The model as users load it."""
+        autoencoder = LoadedAutoencoder(
+            self.autoencoder.network, self.scale, self.autoencoder.fingerprint, self.autoencoder.config
+        )
+        return LoadedDiffusion(self.model, autoencoder, self.config, "")
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Validation loss at fixed timesteps (evenly spread quantiles) and fixed noise."""
+        count, context = len(self._held), self.context
+        mine = share(count, context.rank, context.world)
+        sums, seed = 0.0, self.config.train.seed
+        for start in range(mine.start, mine.stop, 64):
+            ids = list(range(start, min(start + 64, mine.stop)))
+            u = (torch.tensor(ids, dtype=torch.float64) + 0.5) / count
+            noise = rng.normal(seed, ids, self.latent_shape, "validation").to(context.device)
+            inputs = {k: v[ids].to(context.device) for k, v in self.validation_tables.items()}
+            with context.autocast():
+                losses = self._losses(self.model, self._held[ids].to(context.device), noise, u, inputs)
+            sums += float(losses.sum())
+        return {"val_loss": sum(context.gather(sums)) / max(count, 1)}
+
+    def preview_request(self) -> dict[str, Any]:
+        """What the preview grid shows: the run's prompts, else captions or classes of validation rows."""
+        n, kinds = self.config.sample.n, self.config.condition.kinds
+        if not kinds:
+            return {"n": n}
+        spread = np.linspace(0, len(self.validation) - 1, n).round().astype(int).tolist()
+        request: dict[str, Any] = {"n": 1}
+        if "text" in kinds:
+            request["prompt"] = list(self.config.sample.prompts) or [self.validation.caption(i) for i in spread]
+        if "class" in kinds:
+            names = self.facts["class"]["class_names"]
+            request["classes"] = (
+                [self.validation.label(i) for i in spread]
+                if "text" in kinds
+                else ([k % len(names) for k in range(max(n, 1))])
+            )
+        return request
+
+    def preview(self, path: Path) -> None:
+        """The picture that `ldm sample` with the run's seed and prompts would give."""
+        request = self.preview_request()
+        images = self.loaded().sample(request.pop("prompt", None), seed=self.config.train.seed, **request)
+        save_grid(path, in_rows([np.asarray(image) for image in images]))
+
+    def finish_stats(self) -> dict[str, Any]:
+        """stats.json."""
+        request = self.preview_request()
+        return {
+            "latent_scale": {
+                "kind": self.config.diffusion.latent_scale,
+                "mean": list(self.scale.mean),
+                "std": list(self.scale.std),
+            },
+            "latent_shape": list(self.latent_shape),
+            "size": list(self.size),
+            "conditions": self.facts,
+            "autoencoder": self.autoencoder.fingerprint,
+            "preview": request,
+        }
+
+    def save_use(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
+        """Writes what use needs: weights, statistics, the autoencoder."""
+        files.write_json(self.run / "stats.json", stats)
+        own = self.run / "autoencoder"
+        if self.autoencoder.fingerprint != "pixels" and not (own / "run.json").exists():
+            own.mkdir(exist_ok=True)
+            for name in ("config.toml", "stats.json", "model.safetensors", "run.json"):
+                if (self.autoencoder_path / name).exists():
+                    with files.atomic_path(own / name) as temporary:
+                        shutil.copyfile(self.autoencoder_path / name, temporary)
+        files.save_tensors(self.run / "model.safetensors", weights, metadata)
+
+    def starting_weights(self, path: Path) -> dict[str, Tensor]:
+        """Weights of another run to start from (--init-from): tensors that fit in name and shape.
+
+        Raises ModelError when fewer than half of this model's tensors are found there.
+        """
+        tensors, _ = files.load_tensors(path / "model.safetensors")
+        own = self.model.state_dict()
+        fitting = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
+        if len(fitting) < len(own) / 2:
+            raise ModelError(
+                f"{path}: only {len(fitting)} of {len(own)} tensors fit this model; --init-from needs a "
+                "run of the same network"
+            )
+        return fitting

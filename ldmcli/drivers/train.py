@@ -1,0 +1,658 @@
+"""The one training loop. What is trained is an objective's business; here are steps, rates, checkpoints and signals.
+
+Everything random is a function of (seed, position), the rate a function of the step, so a checkpoint is weights,
+optimiser state, average and step: the same command goes on exactly where it was.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmcli import __version__
+from ldmcli.core import console, files, runs
+from ldmcli.core.config import Resolved, config_hash, flat, from_toml, to_toml
+from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, ResourceError, UsageError
+from ldmcli.core.signals import StopRequest
+from ldmcli.data.batches import Prefetcher, micro_batches
+from ldmcli.drivers.context import Context
+from ldmcli.drivers.objective_ae import AutoencoderObjective, data_facts
+from ldmcli.drivers.objective_ldm import DiffusionObjective
+from ldmcli.drivers.optim import Ema, Updater
+from ldmcli.maths.lr import cooldown_factor, warmup_factor
+
+# settings that may change when a run goes on: they say how long, how often and where, not what is learned
+_HARMLESS = (
+    "train.steps",
+    "train.micro_batch",
+    "train.lr",
+    "train.adam_lr",
+    "train.warmup",
+    "train.cooldown",
+    "train.max_bad_steps",
+    "train.save_every",
+    "train.keep",
+    "train.sample_every",
+    "train.eval_every",
+    "train.log_every",
+    "train.max_hours",
+    "train.max_minutes",
+    "train.track",
+    "train.compile",
+    "sample.",
+    "data.workers",
+    "data.cache",
+    "data.skip_bad",
+    "data.max_pixels",
+    "train.ema_decay",
+)
+_CHECK_EVERY = 500  # steps between comparisons of the weights of all processes
+_FP16_SCALE, _FP16_GROWTH = 2.0**15, 2000
+
+
+@dataclass
+class Options:
+    """What a command says beside the configuration."""
+
+    fresh: bool = False
+    allow: tuple[str, ...] = ()  # settings that may differ from those the run was started with
+    command_line: list[str] = field(default_factory=list)
+    autoencoder: str = ""  # train-ldm
+    init_from: str = ""  # train-ldm: a run whose weights are the start
+
+
+@dataclass
+class Progress:
+    """All that the loop carries from step to step beside tensors; stored in a checkpoint's state.json."""
+
+    step: int = 0
+    images: int = 0
+    ema_count: int = 0
+    trained_seconds: float = 0.0
+    bad_in_a_row: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0
+
+
+def train(kind: str, resolved: Resolved, out: Path, options: Options) -> dict[str, Any]:
+    """Trains (or goes on training) the run in `out`; returns run.json's content.
+
+    Raises Interrupted after a signal (state saved), DivergedError, ResourceError, ModelError, InputError, UsageError.
+    """
+    context = Context(resolved.config.train)
+    run = runs.RunFolder(out)
+    with StopRequest() as request:
+        try:
+            done = context.on_main(lambda: _open(run, kind, resolved, options))
+            if done:
+                return done
+            return Training(kind, resolved, run, context, options, request).run_to_end()
+        except LdmError as error:
+            _record_failure(run, error, context)
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                _record_failure(run, error, context)
+                raise
+            text = "memory ran out; lower --micro-batch (the global batch stays), or --size, or the model's channels"
+            _record_failure(run, ResourceError(text), context)
+            raise ResourceError(f"{out}: {text}") from error
+        finally:
+            if context.is_main:
+                run.release()
+            if context.world > 1 and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
+
+
+def _record_failure(run: runs.RunFolder, error: BaseException, context: Context) -> None:
+    if not (context.is_main and run._lock and runs.is_run(run.path)):
+        return
+    code = int(getattr(error, "code", 1))
+    state = "interrupted" if isinstance(error, Interrupted) else "diverged" if code == 5 else "failed"
+    try:
+        run.update(state=state, reason=console.clean(str(error)), exit_code=code)
+    except LdmError:
+        pass  # the disk is full: the first error is the one to tell
+
+
+def _open(run: runs.RunFolder, kind: str, resolved: Resolved, options: Options) -> dict[str, Any] | None:
+    """Takes the folder; returns run.json when there is nothing left to do, else None."""
+    path = run.path
+    foreign = (
+        path.is_dir()
+        and not runs.is_run(path)
+        and any(p.name not in (".lock", "tokenizer", "checkpoints") for p in path.iterdir())
+    )
+    if foreign:
+        raise UsageError(f"{path}: holds files but is no run folder; choose an empty or new folder with --out")
+    run.acquire()
+    if options.fresh:
+        run.clear()
+    if not runs.is_run(path):
+        return None
+    state = run.state()
+    if state.get("kind") != kind:
+        raise UsageError(
+            f"{path}: holds a run of kind {state.get('kind')}; choose another --out or begin anew with --fresh"
+        )
+    _compare_settings(kind, path, resolved, options)
+    runs.sweep_unfinished(run, console.warn)
+    if state.get("state") == "finished" and state.get("step", 0) >= resolved.config.train.steps:
+        console.say(
+            f"{path}: finished at step {state['step']}; nothing to do (more --steps go on, --fresh begins anew)"
+        )
+        return state
+    return None
+
+
+def _compare_settings(kind: str, path: Path, resolved: Resolved, options: Options) -> None:
+    """Refuses to go on with settings that change what is learned; says what harmless ones changed."""
+    if not (path / "config.toml").exists():
+        return
+    old = flat(from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml")))
+    changed = {k: (old.get(k), v) for k, v in flat(resolved.config).items() if old.get(k) != v}
+    grave = {k: v for k, v in changed.items() if not k.startswith(_HARMLESS) and k not in options.allow}
+    if grave:
+        table = "; ".join(f"{k}: {a} -> {b}" for k, (a, b) in grave.items())
+        raise ModelError(
+            f"{path}: was started with other settings ({table}); choose another --out, begin anew with "
+            f"--fresh, or go on all the same with {' '.join('--allow ' + k for k in grave)}"
+        )
+    for name, (before, now) in changed.items():
+        console.say(f"{name}: {before} -> {now}")
+
+
+class Training:
+    """One process's part of a run, from opening the data to the last file."""
+
+    def __init__(
+        self,
+        kind: str,
+        resolved: Resolved,
+        run: runs.RunFolder,
+        context: Context,
+        options: Options,
+        request: StopRequest,
+    ):
+        self.config, self.run, self.context, self.options, self.request = (
+            resolved.config,
+            run,
+            context,
+            options,
+            request,
+        )
+        self.settings = self.config.train
+        self.started = time.monotonic()
+        self.progress = Progress(loss_scale=_FP16_SCALE if context.dtype == torch.float16 else 1.0)
+        if context.world > self.settings.batch_size:
+            raise UsageError(
+                f"train.batch_size = {self.settings.batch_size}: fewer samples than processes ({context.world})"
+            )
+        self.objective = self._objective(kind)
+        self._prepare()
+        self.resumed = self._resume()
+        self.flops = 0.0
+        self.trackers = self._trackers()
+
+    def _objective(self, kind: str):
+        if kind == "autoencoder":
+            return AutoencoderObjective(self.config, self.run.path, self.context)
+        return DiffusionObjective(
+            self.config, self.run.path, self.context, self.options.autoencoder, check=self._raise_if_stopped
+        )
+
+    def _raise_if_stopped(self) -> None:
+        if self.request.stop:
+            raise Interrupted(f"{self.run.path}: stopped before step 1; the same command goes on", self.request.stop)
+
+    def _prepare(self) -> None:
+        context, objective = self.context, self.objective
+        self.wrapped, self.updaters = {}, {}
+        for name, module in objective.networks.items():
+            module.to(context.device).train()
+            used = torch.compile(module) if self.settings.compile else module
+            self.wrapped[name] = context.accelerator.prepare_model(used) if context.world > 1 else used
+            self.updaters[name] = Updater(module.named_parameters(), self.settings, objective.learning_rate(name))
+        main = objective.networks[objective.main]
+        averaged = [
+            (n, p)
+            for n, p in main.named_parameters()
+            if self.settings.ema_scope == "all" or n.startswith("unet.") or objective.kind == "autoencoder"
+        ]
+        self.ema = Ema(averaged, self.settings.ema_decay) if self.settings.ema else None
+
+    # ------------------------------------------------------------- checkpoints
+
+    def _resume(self) -> bool:
+        path = self.context.on_main(lambda: runs.newest_checkpoint(self.run.path, console.warn))
+        if path is None:
+            return False
+        self.context.together(lambda: self._load(path))
+        if self.context.is_main:
+            self.run.trim_log(self.progress.step)
+            console.say(f"going on from step {self.progress.step}")
+        return True
+
+    def _load(self, path: Path) -> None:
+        state = files.read_json(path / "state.json")
+        fingerprint = self.objective.rows.fingerprint
+        if state["data_fingerprint"] != fingerprint and "data" not in self.options.allow:
+            raise ModelError(
+                f"{self.run.path}: the training data changed since the run was started ({state['rows']} rows "
+                f"then, {len(self.objective.rows)} now, or other content); restore it, begin anew with "
+                "--fresh, or go on all the same with --allow data"
+            )
+        self.progress = Progress(**{k: state[k] for k in Progress.__dataclass_fields__})
+        for name, module in self.objective.networks.items():
+            tensors, _ = files.load_tensors(path / f"{name}.safetensors")
+            module.load_state_dict(tensors)
+            optimiser, _ = files.load_tensors(path / f"optimizer-{name}.safetensors")
+            self.updaters[name].load({k: v.to(self.context.device) for k, v in optimiser.items()})
+        if self.ema:
+            averaged, _ = files.load_tensors(path / "ema.safetensors")
+            self.ema.load(averaged, self.progress.ema_count)
+        if (path / "extra.safetensors").exists():
+            self.objective.load_extra(files.load_tensors(path / "extra.safetensors")[0])
+
+    def _save(self) -> None:
+        """A checkpoint and the weights for use, written by the main process; all wait for it and share its errors."""
+
+        def write() -> None:
+            groups = {name: module.state_dict() for name, module in self.objective.networks.items()}
+            groups |= {f"optimizer-{name}": updater.state() for name, updater in self.updaters.items()}
+            if self.ema:
+                groups["ema"] = self.ema.shadow
+            if extra := self.objective.extra_state():
+                groups["extra"] = extra
+            for group in groups.values():
+                if not all(bool(t.isfinite().all()) for t in group.values() if t.is_floating_point()):
+                    raise DivergedError(
+                        f"{self.run.path}: weights or optimiser state hold NaN or Inf; not saved, the "
+                        "last good checkpoint stands"
+                    )
+            state = {
+                **vars(self.progress),
+                "data_fingerprint": self.objective.rows.fingerprint,
+                "rows": len(self.objective.rows),
+                "batch_size": self.settings.batch_size,
+            }
+            runs.write_checkpoint(self.run, self.progress.step, groups, state, self.settings.keep)
+            self._write_weights()
+            self.run.update(step=self.progress.step, checkpoint=self.progress.step)
+
+        self.context.on_main(write)
+
+    def _write_weights(self) -> None:
+        module = self.objective.networks[self.objective.main]
+        weights = {k: v.detach().cpu() for k, v in module.state_dict().items()}
+        if self.ema:
+            weights |= {k: v.cpu() for k, v in self.ema.shadow.items()}
+        metadata = {
+            "config_sha256": config_hash(self.config),
+            "step": str(self.progress.step),
+            "weights": "ema" if self.ema else "raw",
+            "ldm_version": __version__,
+        }
+        self.objective.save_use(weights, metadata, self._with_average(self.objective.finish_stats))
+
+    def _with_average(self, function: Callable[[], Any]) -> Any:
+        """Calls `function` in evaluation mode with the averaged weights in place; modes and weights come back."""
+        modules = self.objective.networks.values()
+        for module in modules:
+            module.eval()
+        if self.ema:
+            self.ema.swap()
+        try:
+            return function()
+        finally:
+            if self.ema:
+                self.ema.swap()
+            for module in modules:
+                module.train()
+
+    # ------------------------------------------------------------- the loop
+
+    def run_to_end(self) -> dict[str, Any]:
+        """Steps until the target, then the final evaluation; returns run.json's content."""
+        self._announce()
+        self.batches = Prefetcher(
+            self.objective.batch,
+            self.progress.step,
+            depth=3,
+            workers=self.config.data.workers,
+            limit=self.settings.steps,
+        )
+        self.window = Window(self.batches)
+        try:
+            while self.progress.step < self.settings.steps and not self._time_is_up():
+                self._step()
+                self._after_step()
+        finally:
+            self.batches.close()
+        return self._finish()
+
+    def _announce(self) -> None:
+        objective, context = self.objective, self.context
+        if self.options.init_from and not self.resumed:
+            tensors = context.together(lambda: objective.starting_weights(Path(self.options.init_from)))
+            objective.networks[objective.main].load_state_dict(tensors, strict=False)
+            if self.ema:
+                self.ema = Ema(self.ema.named, self.ema.decay)
+        context.on_main(self._write_start)
+        if context.is_main:
+            console.say(objective.describe())
+            console.say(
+                f"{len(objective.rows):,} rows to train on, {len(objective.validation):,} to validate; "
+                f"{context.device.type}, {context.world} process(es), "
+                f"{str(context.dtype).removeprefix('torch.') if context.dtype else 'float32'}; "
+                f"step {self.progress.step:,} of {self.settings.steps:,} -> {self.run.path}"
+            )
+
+    def _write_start(self) -> None:
+        size = sum(p.numel() * 4 for m in self.objective.networks.values() for p in m.parameters())
+        files.require_space(self.run.path, size * 4 * (self.settings.keep + 1))
+        files.write_text(self.run.path / "config.toml", to_toml(self.config))
+        parents = []
+        if self.objective.kind == "diffusion":
+            # written at once: a vocabulary learned twice need not come out the same
+            files.write_json(self.run.path / "stats.json", self.objective.finish_stats())
+            parents = [{"path": str(self.objective.autoencoder_path), "sha256": self.objective.autoencoder.fingerprint}]
+        self.run.update(
+            kind=self.objective.kind,
+            state="running",
+            step=self.progress.step,
+            version=__version__,
+            command=console.redact(" ".join(self.options.command_line)),
+            seed=self.settings.seed,
+            parents=parents,
+            machine=runs.machine(),
+            reason="",
+            exit_code=None,
+            weights="ema" if self.ema else "raw",
+            data=data_facts(self.objective.rows, self.objective.validation, self.objective.bad),
+        )
+
+    def _time_is_up(self) -> bool:
+        limit = self.settings.max_minutes * 60
+        late = bool(limit) and self.progress.trained_seconds >= limit
+        return self.context.maximum([float(late)])[0] > 0 if limit else False
+
+    def rate(self) -> float:
+        """Factor of every learning rate at this step: warm-up, and cooldown by steps or by time, whichever is ahead."""
+        s, p = self.settings, self.progress
+        done = p.step / s.steps
+        if s.max_minutes:
+            done = max(done, min(1.0, p.trained_seconds / (s.max_minutes * 60)))
+            done = self.context.maximum([done])[0]
+        return warmup_factor(p.step, s.warmup) * cooldown_factor(done, s.cooldown)
+
+    def _step(self) -> None:
+        begun, step = time.perf_counter(), self.progress.step
+        batch = self.batches.get(step)
+        logs = (step + 1) % self.settings.log_every == 0 or step == 0
+        rate, good, stats = self.rate(), True, {}
+        for phase in self.objective.phases(step):
+            good, found = self._update(phase, batch, step, rate, logs)
+            stats |= found
+            if not good:
+                break
+        if good:
+            stats |= self.objective.after_update(step)
+            if self.ema:
+                self.ema.update()
+                self.progress.ema_count = self.ema.count
+        self._count_bad(good, batch, stats)
+        self.progress.step = step + 1
+        self.progress.images += self.settings.batch_size
+        self.progress.trained_seconds += time.perf_counter() - begun
+        self.window.add(stats, self.settings.batch_size, rate)
+
+    def _update(self, phase: str, batch: dict[str, Tensor], step: int, rate: float, norms: bool):
+        """Backward over this process's micro-batches and one update; (applied?, statistics)."""
+        updater, wrapped, context = self.updaters[phase], self.wrapped[phase], self.context
+        for name, module in self.objective.networks.items():
+            module.requires_grad_(name == phase)
+        updater.zero()
+        count = len(batch["row"])
+        parts = micro_batches(count, self.settings.micro_batch)
+        sums: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            micro = {k: v[part] for k, v in batch.items()}
+            share_of_step = (part.stop - part.start) / self.settings.batch_size
+            last = index == len(parts) - 1
+            with context.accelerator.no_sync(wrapped) if not last and context.world > 1 else nullcontext():
+                with context.autocast(), self._count_flops(share_of_step):
+                    loss, stats = self.objective.loss(phase, self.wrapped, micro, step, norms)
+                # data-parallel wrapping averages over processes; the shares sum to 1 over all of them
+                (loss.float() * share_of_step * context.world * self.progress.loss_scale).backward()
+            for name, value in {f"loss_{phase}": loss, **stats}.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() * ((part.stop - part.start) / count)
+        grads = updater.gradients()
+        if self.progress.loss_scale != 1:
+            torch._foreach_div_(grads, self.progress.loss_scale)
+        norm = torch.nn.utils.get_total_norm(grads)
+        good = bool(context.maximum([float(not bool(norm.isfinite()))])[0] == 0)
+        if good:
+            if self.settings.clip and norm > self.settings.clip:
+                torch._foreach_mul_(grads, float(self.settings.clip / norm))
+            updater.step(rate)
+        self._adapt_scale(good)
+        return good, {**sums, f"grad_norm_{phase}": norm}
+
+    @contextmanager
+    def _count_flops(self, share_of_step: float):
+        """Counts the first step's forward pass; a training step is three of them."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        if self.flops or not self.context.is_main:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops = 3 * counter.get_total_flops() / share_of_step
+
+    def _adapt_scale(self, good: bool) -> None:
+        p = self.progress
+        if self.context.dtype != torch.float16:
+            return
+        p.good_steps = p.good_steps + 1 if good else 0
+        if not good:
+            p.loss_scale = max(p.loss_scale / 2, 1.0)
+        elif p.good_steps % _FP16_GROWTH == 0:
+            p.loss_scale *= 2
+
+    def _count_bad(self, good: bool, batch: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
+        if good:
+            self.progress.bad_in_a_row = 0
+            return
+        if self.progress.loss_scale > 1:
+            return  # float16 looks for its scale
+        self.progress.bad_in_a_row += 1
+        rows = [self.objective.rows.name(int(i)) for i in batch["row"]]
+        numbers = {k: repr(float(v)) for k, v in stats.items()}
+        named = self.context.gather(rows)
+        if self.context.is_main:
+            files.write_json(
+                self.run.path / "bad-batch.json",
+                {"step": self.progress.step, "rows": sum(named, []), "values": numbers},
+            )
+            self.run.log(step=self.progress.step, event="not applied: NaN or Inf")
+            console.warn(
+                f"step {self.progress.step}: NaN or Inf, the update was not applied "
+                f"({self.progress.bad_in_a_row} in a row; rows in bad-batch.json)"
+            )
+        if self.progress.bad_in_a_row >= self.settings.max_bad_steps:
+            raise DivergedError(
+                f"{self.run.path}: NaN or Inf in {self.progress.bad_in_a_row} steps in a row up to step "
+                f"{self.progress.step}; bad-batch.json has the rows and values, the last good checkpoint "
+                "stands; lower --lr or raise train.warmup"
+            )
+
+    def _after_step(self) -> None:
+        step, s = self.progress.step, self.settings
+        due = {
+            name: step % every == 0
+            for name, every in (
+                ("log", s.log_every),
+                ("sample", s.sample_every),
+                ("eval", s.eval_every),
+                ("save", s.save_every),
+            )
+            if every
+        }
+        if due.get("log") or step == 1:
+            self._log()
+        if self.context.world > 1 and step % _CHECK_EVERY in (0, 1):
+            self.context.check_equal(self.objective.networks)
+        hours_up = s.max_hours and time.monotonic() - self.started > s.max_hours * 3600 * 0.98
+        stop, save = self.context.maximum(
+            [float(self.request.stop or (-1 if not hours_up else 1)), float(self.request.save_requested)]
+        )
+        if step < s.steps:
+            if due.get("eval"):
+                self._evaluate()
+            if due.get("sample"):
+                self._preview()
+            if due.get("save") or save or stop > 0:
+                self._save()
+        if stop > 0:
+            self._end_early(int(stop))
+
+    def _end_early(self, signal_number: int) -> None:
+        if signal_number == 1:
+            text = f"{self.run.path}: saved at step {self.progress.step}, --max-hours reached; the same command goes on"
+            self.context.on_main(lambda: self.run.update(state="interrupted", reason="time limit", exit_code=0))
+            console.say(text)
+            raise SystemExit(0)
+        raise Interrupted(
+            f"{self.run.path}: saved at step {self.progress.step}; the same command goes on", signal_number
+        )
+
+    def _log(self) -> None:
+        values = self.context.mean(self.window.close(), 1.0)
+        if not self.context.is_main:
+            return
+        peak = peak_memory_bytes(self.context.device)
+        rate = values["images_per_s"]
+        line = {
+            "step": self.progress.step,
+            "images": self.progress.images,
+            **values,
+            "tflops_per_s": self.flops * rate / self.settings.batch_size / 1e12,
+            "peak_memory_bytes": peak,
+            "trained_seconds": self.progress.trained_seconds,
+        }
+        self.run.log(**line)
+        if self.trackers:
+            self.trackers.log({k: v for k, v in values.items()}, step=self.progress.step)
+        left = (self.settings.steps - self.progress.step) * self.settings.batch_size / max(rate, 1e-9)
+        if self.settings.max_minutes:
+            left = min(left, self.settings.max_minutes * 60 - self.progress.trained_seconds)
+        losses = "  ".join(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in values.items() if k.startswith("loss_"))
+        console.say(
+            f"step {self.progress.step:>7,}/{self.settings.steps:,}  loss {losses}  {rate:.1f} images/s  "
+            f"data-wait {values['data_wait'] * 100:.0f} %  {files.human_bytes(peak)}  ETA {_clock(left)}"
+        )
+
+    def _trackers(self):
+        if not self.settings.track or not self.context.is_main:
+            return None
+        from ldmcli.drivers.trackers import open_trackers
+
+        return open_trackers(self.settings.track, self.run.path, flat(self.config))
+
+    def _evaluate(self) -> dict[str, float]:
+        found = self._with_average(self.objective.evaluate)
+        if self.context.is_main:
+            self.run.log(
+                step=self.progress.step, images=self.progress.images, **{f"val/{k}": v for k, v in found.items()}
+            )
+            self.run.update(metrics=found)
+            console.say(
+                f"step {self.progress.step:>7,}  validation: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items())
+            )
+            if self.trackers:
+                self.trackers.log({f"val/{k}": v for k, v in found.items()}, step=self.progress.step)
+        return found
+
+    def _preview(self) -> None:
+        path = self.run.path / "samples" / f"step-{self.progress.step:08d}.png"
+        self.context.on_main(lambda: self._with_average(lambda: self.objective.preview(path)))
+
+    def _finish(self) -> dict[str, Any]:
+        self._evaluate()
+        if self.settings.sample_every:
+            self._preview()
+        self._save()
+        if self.trackers:
+            self.trackers.close()
+        if not self.context.is_main:
+            return {}
+        self.run.update(
+            state="finished", exit_code=0, trained_seconds=self.progress.trained_seconds, images=self.progress.images
+        )
+        console.say(
+            f"done: {self.run.path} at step {self.progress.step:,}, {_clock(self.progress.trained_seconds)} of training"
+        )
+        return self.run.state()
+
+
+class Window:
+    """What happened since the last log line. Numbers stay on the device until it is written."""
+
+    def __init__(self, batches: Prefetcher):
+        self.batches = batches
+        self._restart()
+
+    def _restart(self) -> None:
+        self.begun, self.waited = time.perf_counter(), self.batches.waited_s
+        self.images, self.steps, self.rate = 0, 0, 1.0
+        self.sums: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, stats: dict[str, Any], images: int, rate: float) -> None:
+        """One step's statistics."""
+        self.images, self.steps, self.rate = self.images + images, self.steps + 1, rate
+        for name, value in stats.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def close(self) -> dict[str, float]:
+        """Means over the window, throughput, share of time spent waiting for data; begins a new window."""
+        seconds = max(time.perf_counter() - self.begun, 1e-9)
+        out = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+        out |= {
+            "images_per_s": self.images / seconds,
+            "seconds_per_step": seconds / max(self.steps, 1),
+            "data_wait": (self.batches.waited_s - self.waited) / seconds,
+            "lr_factor": self.rate,
+        }
+        self._restart()
+        return out
+
+
+def _clock(seconds: float) -> str:
+    """3725 -> 1:02:05."""
+    seconds = int(max(seconds, 0))
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: of the device where it counts, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,130 @@
+"""`ldm demo`: the whole chain within minutes, on the embedded shapes or on anybody's images, measured at the end."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core import config, console, files, runs
+from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DataSettings
+
+# shares of the minutes: what the prototype's curves suggest; the rest is starting, encoding, sampling, measuring
+_AE_SHARE, _LDM_SHARE = 0.15, 0.62
+HELD_OUT = 128
+
+
+def _resolved(kind: str, values: dict[str, Any], preset: str = "") -> config.Resolved:
+    layers = [config.preset_layer(kind, preset)] if preset else []
+    return config.resolve(kind, [*layers, ("ldm demo", values)])
+
+
+def _data_values(data: DataSettings) -> dict[str, Any]:
+    default = DataSettings()
+    return {f"data.{name}": value for name, value in vars(data).items() if value != getattr(default, name)}
+
+
+def plan_for(rows, data: DataSettings, minutes: float) -> dict[str, Any]:
+    """Settings chosen for the data and the time: image size, what the model is told, steps as upper bounds."""
+    size = data.size if any(data.size) else (64, 64)
+    kinds = ("text",) if rows.has("caption") else ("class",) if rows.has("label") else ()
+    return {"size": size, "kinds": kinds, "ae_minutes": minutes * _AE_SHARE, "ldm_minutes": minutes * _LDM_SHARE}
+
+
+def demo(data: DataSettings, *, minutes: float = 10, out: Path = Path("runs/demo"), preset: str = "",
+         fresh: bool = True, seed: int = 0) -> dict[str, Any]:
+    """Autoencoder, cached latents, diffusion model, samples, numbers, report; returns summary.json's content.
+
+    `minutes` bounds the whole. preset "paper" trains the second stage as the paper does, for comparison.
+    """
+    from ldmcli.data.sources import open_rows
+
+    if minutes < 0.2:
+        raise UsageError(f"--minutes {minutes}: at least 0.2")
+    started = time.monotonic()
+    rows = open_rows(data, split="train")
+    chosen = plan_for(rows, data, minutes)
+    base = {**_data_values(data), "data.size": chosen["size"], "train.seed": seed}
+    console.say(f"demo: {rows.source}, {chosen['size'][0]}x{chosen['size'][1]} px, told "
+                f"{' + '.join(chosen['kinds']) or 'nothing'}; {minutes:g} minutes in all")
+    ae, ldm = out / "autoencoder", out / "diffusion"
+    _train("autoencoder", base, chosen["ae_minutes"], ae, fresh)
+    conditions = {"condition.kinds": chosen["kinds"]}
+    _train("diffusion", {**base, **conditions}, chosen["ldm_minutes"], ldm, fresh, preset, str(ae))
+    summary = {"data": rows.source, "minutes": minutes, "preset": preset or "default", "seed": seed,
+               **_measure(data, chosen, ae, ldm, out, seed)}
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    files.write_json(out / "summary.json", summary)
+    _report(out, [ae, ldm], summary)
+    return summary
+
+
+def _train(kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: bool, preset: str = "",
+           autoencoder: str = "") -> None:
+    from ldmcli.drivers.train import Options, train
+
+    never = 1_000_000
+    schedule = {"train.max_minutes": minutes, "train.steps": never, "train.save_every": never,
+                "train.sample_every": 250, "train.eval_every": 0, "train.log_every": 25}
+    resolved = _resolved(kind, {**schedule, **values}, preset)
+    train(kind, resolved, out, Options(fresh=fresh, command_line=["ldm", "demo"], autoencoder=autoencoder))
+
+
+def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
+    from ldmcli.products.report import write_demo_report, write_report
+
+    for part in parts:
+        write_report(part)
+    console.say(f"report: {write_demo_report(out, parts, summary)}")
+
+
+def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, out: Path, seed: int) -> dict[str, Any]:
+    """Samples of held-out requests beside reconstructions and real images, all scored the same way."""
+    from ldmcli.data.sources import open_rows
+    from ldmcli.drivers.grids import in_rows, save_grid
+    from ldmcli.drivers.load import load, to_uint8
+
+    model = load(ldm)
+    held = open_rows(replace(data, size=chosen["size"]), split="validation")
+    count = min(HELD_OUT, len(held))
+    picked = np.linspace(0, len(held) - 1, count).round().astype(int).tolist()
+    real = np.stack([held.pixels(i, chosen["size"], "center", (0.5, 0.5)) for i in picked])
+    request = {"text": {"prompt": [held.caption(i) for i in picked]},
+               "class": {"classes": [held.label(i) for i in picked]}}
+    told = request[chosen["kinds"][0]] if chosen["kinds"] else {"n": count}
+    begun = time.monotonic()
+    samples = np.stack([np.asarray(image) for image in model.sample(seed=seed, batch_size=32, **told)])
+    seconds = time.monotonic() - begun
+    rebuilt = np.concatenate([to_uint8(model.autoencoder.decode(model.autoencoder.encode(real[i:i + 32])))
+                              for i in range(0, count, 32)])
+    save_grid(out / "samples.png", in_rows(list(samples), 16))
+    if "prompt" in told:
+        files.write_text(out / "prompts.txt", "\n".join(told["prompt"]) + "\n")
+    result: dict[str, Any] = {"n": count, "sampling_images_per_s": count / seconds,
+                              "ae_psnr": runs.read_run(ae)["metrics"]["psnr"]}
+    if held.source.startswith("shapes"):
+        result |= _shape_scores(told["prompt"], samples, rebuilt, real)
+    return result | _frechet(samples, rebuilt, real, held)
+
+
+def _shape_scores(prompts: list[str], samples, rebuilt, real) -> dict[str, Any]:
+    """The checker's shares on samples (top level), reconstructions and real images."""
+    from ldmcli.data.shapes import score
+
+    return {**score(samples, prompts), "reconstructions": score(rebuilt, prompts), "real": score(real, prompts)}
+
+
+def _frechet(samples, rebuilt, real, held) -> dict[str, Any]:
+    from ldmcli.drivers.features import default_features
+    from ldmcli.maths.statistics import frechet_from_features
+
+    extractor = default_features()
+    features = {name: np.asarray(extractor.features(images), np.float64)
+                for name, images in (("samples", samples), ("rebuilt", rebuilt), ("real", real))}
+    return {"fd": frechet_from_features(features["samples"], features["real"]),
+            "fd_reconstructions": frechet_from_features(features["rebuilt"], features["real"]),
+            "fd_protocol": f"{extractor.display}, {len(samples)} samples against the {len(real)} held-out images of the "
+                           f"same requests ({held.split}); fewer images than feature dimensions ({extractor.dim}): only "
+                           "comparable with itself"}
