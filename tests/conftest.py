@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch reads it when it is imported
 for _name in [name for name in os.environ if name.startswith("LDM_") and name != "LDM_SHARED"]:
     del os.environ[_name]  # a developer's settings must not reach the tests
 
@@ -22,13 +23,6 @@ class Ending:
     code: int
     stdout: str
     stderr: str
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _few_threads():
-    import torch
-
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture
@@ -53,7 +47,7 @@ def ldm_process(tmp_path):
     """`ldm_process("runs", env={…}, cwd=…)` runs a command as a process of its own, by default in an empty folder."""
 
     def run(*args: object, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 300) -> Ending:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"} | (env or {})
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
         done = subprocess.run([sys.executable, "-m", "ldmcli", *map(str, args)], cwd=cwd or tmp_path,
                               env=environment, capture_output=True, text=True, timeout=timeout)
         return Ending(done.returncode, done.stdout, done.stderr)

@@ -44,7 +44,8 @@ class StopRequest:
     def _on_stop(self, number: int, frame) -> None:
         if not self.stop:
             self.stop, self._since = number, time.monotonic()
-            _note("ldm: finishing this step, then saving; Ctrl-C again ends at once\n")
+            again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+            _note(f"{signal.Signals(number).name}: finishing this step, then saving{again}\n")
         elif number == signal.SIGINT and time.monotonic() - self._since > _SAME_PRESS_SECONDS:
             raise KeyboardInterrupt
 
