@@ -1,10 +1,5 @@
 """Random numbers are functions of their path."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,20 +8,9 @@ from ldmcli.maths import rng
 
 
 def test_a_key_is_the_same_in_every_process_and_version():
+    # hash() of a string differs in each process
     assert rng.key(0) == 2631537505891389924
     assert rng.key(7, "noise", 3) == 1372190536921339175
-
-
-def test_a_key_does_not_depend_on_the_hash_seed_of_the_process():
-    command = [sys.executable, "-c", "from ldmcli.maths import rng; print(rng.key(1, 'a', 2))"]
-    root = Path(__file__).resolve().parents[1]
-    out = [
-        subprocess.run(
-            command, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=root, capture_output=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert out[0] == out[1] == f"{rng.key(1, 'a', 2)}\n".encode()
 
 
 def test_keys_fit_63_bits_and_fill_them():

@@ -237,6 +237,15 @@ def test_inception_score_is_one_for_equal_logits_and_the_number_of_classes_for_s
     assert st.inception_score(sure, splits=1)[0] == pytest.approx(5, rel=1e-12)
 
 
+def test_inception_score_does_not_mind_a_class_that_never_occurs():
+    assert st.inception_score(1e4 * np.eye(5)[np.arange(40) % 2], splits=1)[0] == pytest.approx(2, rel=1e-12)
+
+
+def test_precision_and_recall_do_not_see_where_the_origin_is():
+    a, b = rng().normal(size=(60, 4)), 0.7 + rng().normal(size=(50, 4))
+    assert st.precision_recall(a + 1e6, b + 1e6) == st.precision_recall(a, b)
+
+
 def test_psnr_of_images_that_differ_by_a_constant():
     a = np.full((12, 12, 3), 100, np.uint8)
     assert st.psnr(a, a + 5) == pytest.approx(20 * math.log10(255 / 5), abs=1e-12)
