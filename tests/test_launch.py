@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = '''
 import os, sys, types
 
-def train(kind, resolved, out, *, options, **models):
+def train(kind, resolved, out, options):
     import time
     from pathlib import Path
     from ldmcli.core.errors import Interrupted, InputError
@@ -44,7 +44,7 @@ def train(kind, resolved, out, *, options, **models):
         raise Interrupted("stopped, saved at step 3", request.stop)
 
 module = types.ModuleType("ldmcli.drivers.train")
-module.train = train
+module.train, module.Options = train, types.SimpleNamespace
 sys.modules["ldmcli.drivers.train"] = module
 '''
 

@@ -1,5 +1,6 @@
 """`ldm sample` and `ldm reconstruct`: options to a request, then images in a folder."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,8 @@ _REQUEST = {
     "negative_prompt": opt.NegativePrompt, **opt.DRAWING, "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
     "spacing": opt.Spacing, "size": opt.SampleSize, "init_image": opt.InitImage, "strength": opt.Strength,
 }
+ImageSize = Annotated[opt.Text, opt.option("--size", panel=opt.DATA, metavar="N|HxW", default="each image's own",
+    help="Height and width in pixels.")]
 Images = Annotated[list[Path], opt.argument("Image files, or folders of them.", "IMAGES...")]
 
 
@@ -25,29 +28,37 @@ def sample(given: opt.Given) -> None:
     Image k depends on --seed and k alone: not on the batch size, the device count, or what else is asked for.
     """
     request = sample_request(given)
-    out = given.out or free_folder(Path("outputs") / _stated_name(request))
+    out = given.out or Path("outputs") / _stated_name(given, request)
     require_folder(out)
     from ldmcli.drivers.generate import sample_to_folder
 
     result = sample_to_folder(given.model, request, out, overwrite=given.overwrite, fmt=given.format,
                               metadata=given.metadata)
-    show_folder(given, result, out)
+    if given.json:
+        console.emit_json(result)
+    else:
+        console.out(out)
 
 
-@opt.takes({"images": Images, "autoencoder": opt.ReconstructWith}, {"size": opt.SampleSize,
-           "batch_size": opt.SampleBatch}, opt.IMAGES_OUT, opt.TALK)
+@opt.takes({"images": Images, "autoencoder": opt.ReconstructWith, "size": ImageSize, "out": opt.Out,
+           "overwrite": opt.Overwrite}, opt.TALK)
 def reconstruct(given: opt.Given) -> None:
     """Pass images through an autoencoder and show each beside its reconstruction, with PSNR."""
     missing = [path for path in given.images if not path.exists()]
     if missing:
         raise InputError(f"{missing[0]}: no such file or folder")
-    out = given.out or free_folder(Path("outputs") / f"{_slug(given.images[0].stem)}-reconstructed")
+    out = given.out or Path("outputs") / f"{_slug(given.images[0].stem)}-reconstructed"
     require_folder(out)
     from ldmcli.drivers.generate import reconstruct_to_folder
 
-    result = reconstruct_to_folder(given.images, given.autoencoder, out, overwrite=given.overwrite, fmt=given.format,
-                                   metadata=given.metadata, size=_size(given.size), batch_size=given.batch_size)
-    show_folder(given, result, out)
+    result = reconstruct_to_folder(given.images, given.autoencoder, out, size=_size(given.size),
+                                   overwrite=given.overwrite)
+    if given.json:
+        console.emit_json(result)
+    else:
+        rows = [(row["image"], f"{row['psnr']:.2f}") for row in result["images"]]
+        console.out(console.table(rows, ["image", "PSNR / dB"]))
+        console.out(out)
 
 
 def sample_request(given: opt.Given) -> SampleRequest:
@@ -103,23 +114,9 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:40].rstrip("-") or "images"
 
 
-def _stated_name(request: SampleRequest) -> str:
+def _stated_name(given: opt.Given, request: SampleRequest) -> str:
+    """A folder's name for a request: the same for the same command, so that an interrupted one goes on in it."""
     classes = " ".join(("class", *request.classes)) if request.classes else "sample"
-    return f"{_slug(request.prompts[0] if request.prompts else classes)}-seed{request.seed}"
-
-
-def free_folder(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, … that doesn't exist."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def show_folder(given: opt.Given, result: dict, out: Path) -> None:
-    """The driver's document with --json, else the folder on stdout."""
-    if given.json:
-        console.emit_json(result)
-    else:
-        console.out(out)
+    asked = f"{given.model} {request} {given.format} {given.metadata}"
+    digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+    return f"{_slug(request.prompts[0] if request.prompts else classes)}-{digest}"

@@ -14,6 +14,10 @@ from ldmcli.core.errors import ModelError
 
 Minutes = Annotated[float, opt.option("--minutes", value=10.0, panel=opt.TRAINING, metavar="MINUTES", default="10",
     min=0.1, help="Time for the whole chain; settings are chosen for it.")]
+DemoSeed = Annotated[int, opt.option("--seed", value=0, panel=opt.TRAINING, metavar="N", default="0", min=0,
+    help="Decides every random draw.")]
+DemoPreset = Annotated[opt.Text, opt.option("--preset", panel=opt.MODEL, metavar="NAME", default="the quickest known",
+    help="Settings of the diffusion model; `paper` trains as the paper does, to compare.")]
 DemoOut = Annotated[Path | None, opt.option("--out", "-o", panel=opt.OUTPUT, metavar="DIR", default="runs/demo",
     help="Folder for the runs, images and the report.")]
 Source = Annotated[opt.Text, opt.argument("Data set, as for --data.", "D", default="shapes", required=False)]
@@ -22,7 +26,10 @@ Root = Annotated[Path | None, opt.argument("Folder that holds runs.", "FOLDER", 
 _OTHER_ROWS = {name: alias for name, alias in opt.ROWS.items() if name != "data"}
 
 
-@opt.takes(opt.ROWS, {"minutes": Minutes, "seed": opt.Seed, "out": DemoOut, "fresh": opt.Fresh}, opt.TALK)
+_CHAIN = {"preset": DemoPreset, "minutes": Minutes, "seed": DemoSeed, "out": DemoOut, "fresh": opt.Fresh}
+
+
+@opt.takes(opt.ROWS, _CHAIN, opt.TALK)
 def demo(given: opt.Given) -> None:
     """The whole chain in minutes: autoencoder, diffusion model, samples, metrics, report.
 
@@ -33,7 +40,8 @@ def demo(given: opt.Given) -> None:
     require_folder(out)
     from ldmcli.products.demo import demo as run_demo
 
-    result = run_demo(settings, given.minutes, out, seed=given.seed, fresh=given.fresh)
+    result = run_demo(settings, minutes=given.minutes, out=out, preset=given.preset or "", fresh=given.fresh,
+                      seed=given.seed)
     if given.json:
         console.emit_json(result)
 
@@ -51,15 +59,7 @@ def data(given: opt.Given) -> None:
     if given.json:
         console.emit_json(result)
     else:
-        console.out("\n".join(f"{key}: {_cell(value)}" for key, value in result.items()))
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_cell, value))
-    return str(value)
+        console.out(console.facts(result))
 
 
 @opt.takes({"run": Run}, opt.TALK)
@@ -89,9 +89,14 @@ def runs(given: opt.Given) -> None:
     elif not rows:
         console.say(f"no runs below {given.root or 'runs'}/; `ldm demo` makes some")
     else:
-        columns = ("path", "kind", "state", "step", "data", "metric")
-        headers = [name for name in columns if any(name in row for row in rows)]
-        console.out(console.table([[_cell(row.get(key) or "") for key in headers] for row in rows], headers))
+        names = ("path", "kind", "state", "step", "data")
+        cells = [[*(row.get(name, "") for name in names), _metrics(row.get("metrics") or {})] for row in rows]
+        console.out(console.table(cells, [*names, "metrics"]))
+
+
+def _metrics(found: dict) -> str:
+    numbers = {name: value for name, value in found.items() if isinstance(value, (int, float))}
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:3])
 
 
 @opt.takes(opt.TALK)
@@ -134,7 +139,7 @@ def doctor(given: opt.Given) -> None:
     if given.json:
         console.emit_json(facts)
     else:
-        console.out("\n".join(f"{key}: {_cell(value)}" for key, value in facts.items()))
+        console.out(console.facts(facts))
 
 
 def machine_facts() -> dict[str, object]:

@@ -120,7 +120,6 @@ def check_limits(result: dict, limits: list[tuple[str, float, bool]]) -> None:
 def describe(result: dict) -> str:
     """The document of an evaluation as lines for people."""
     found = numbers(result)
-    about = {key: value for key, value in result.items() if key not in found and not isinstance(value, (dict, list))}
+    about = {key: value for key, value in result.items() if key not in found and key not in ("metrics", "worse")}
     rows = [(name, f"{value:.4g}") for name, value in found.items()]
-    lines = [f"{key}: {value}" for key, value in about.items() if value is not None]
-    return "\n".join([console.table(rows, ["metric", "value"]), *lines])
+    return "\n".join([console.table(rows, ["metric", "value"]), console.facts(about)]).rstrip()

@@ -5,6 +5,7 @@ An option that sets a configuration value carries its path (`.path`), so that a 
 the groups it needs through `takes`.
 """
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def plain_name(token: str) -> str:
 
 
 def option(*names: str, help: str, panel: str, metavar: str = "", path: str = "", default: str | None = None,
-            choices: tuple[str, ...] = (), value: object = None, **more: Any):
+           choices: tuple[str, ...] = (), value: object = None, **more: Any):
     """A Typer option that also knows its setting (`.path`), allowed words (`.choices`) and Python default (`.value`).
 
     default: what help says about it; None says nothing.
@@ -56,10 +57,9 @@ def option(*names: str, help: str, panel: str, metavar: str = "", path: str = ""
 
 
 def setting(path: str, *names: str, help: str, panel: str, metavar: str = "", default: str | None = None,
-             **more: Any):
+            **more: Any):
     """An option that sets `path`; help shows the setting's own default unless `default` words it."""
-    return option(*names, help=help, panel=panel, metavar=metavar, path=path,
-                   default=_shown(config.default_of(path)) if default is None else default, **more)
+    return option(*names, help=help, panel=panel, metavar=metavar, path=path, default=default, **more)
 
 
 def _shown(value: object) -> str:
@@ -192,8 +192,9 @@ Sampler = Annotated[Text, option("--sampler", panel=SAMPLING, default="the run's
     choices=tuple(SAMPLERS), help="How to go from noise to image.")]
 Eta = Annotated[float | None, option("--eta", panel=SAMPLING, metavar="SHARE", min=0, max=1,
     default="0", help="DDIM: fresh noise a step, from 0 (none) to 1 (ancestral).")]
-Spacing = Annotated[Text, option("--spacing", panel=SAMPLING, choices=("linspace", "uniform", "original"),
-    default="the model's", help="Which timesteps are visited.")]
+Spacing = Annotated[Text, option("--spacing", panel=SAMPLING, metavar="NAME",
+    choices=("linspace", "uniform", "original", "original_quad"), default="the model's",
+    help="Which timesteps are visited: linspace, uniform, original or original_quad.")]
 Seed = Annotated[int, option("--seed", value=0, panel=SAMPLING, metavar="N", default="0", min=0,
     help="Image k depends on the seed and k alone.")]
 SampleSize = Annotated[Text, option("--size", panel=SAMPLING, metavar="N|HxW",
@@ -212,6 +213,8 @@ RunOut = Annotated[Path | None, option("--out", "-o", panel=OUTPUT, metavar="DIR
     default="runs/NAME, stated", help="Run folder; the same command again goes on where it was.")]
 Fresh = Annotated[bool, option("--fresh", value=False, panel=OUTPUT,
     help="Begin anew although the run folder holds a run.")]
+Allow = Annotated[list[str] | None, option("--allow", panel=OUTPUT, metavar="SECTION.NAME",
+    help="Go on with a run although this setting has changed; repeatable.")]
 Plan = Annotated[bool, option("--plan", value=False, panel=OUTPUT,
     help="Print settings, parameters, FLOPs a step, memory and time, and end.")]
 Track = Annotated[Text, setting("train.track", "--track", panel=OUTPUT, metavar="NAME[,NAME]",
@@ -249,7 +252,7 @@ LOOP = {
     "save_every": SaveEvery, "keep": Keep, "sample_every": SampleEvery, "eval_every": EvalEvery,
     "log_every": LogEvery, "max_hours": MaxHours, "train_batch_size": PerProcessBatch,
 }
-RUN_OUTPUT = {"out": RunOut, "fresh": Fresh, "plan": Plan, "track": Track}
+RUN_OUTPUT = {"out": RunOut, "fresh": Fresh, "allow": Allow, "plan": Plan, "track": Track}
 IMAGES_OUT = {"out": Out, "overwrite": Overwrite, "format": Format, "metadata": Metadata}
 TALK = {"json": Json, "verbose": Verbose, "quiet": Quiet, "offline": Offline}
 TRAIN_MACHINE = {"gpus": Gpus, "mixed_precision": MixedPrecision, "compile": Compile, "workers": Workers}
@@ -304,11 +307,22 @@ class Given:
                 raise UsageError(f"{long_name(info_of(alias))}: {value!r} is not one of {', '.join(choices)}{hint}")
 
 
-def takes(*groups: dict[str, Any]) -> Callable:
-    """Give a command `f(given)` the options and arguments of `groups`."""
+def _with_default(alias: Any, defaults: dict[str, object]) -> Any:
+    """The alias with the default of its setting in its help, where it words none itself."""
+    info = info_of(alias)
+    if not info.path or isinstance(info.show_default, str):
+        return alias
+    info = copy.copy(info)
+    info.show_default = _shown(defaults[info.path])
+    return Annotated[alias.__origin__, info]
+
+
+def takes(*groups: dict[str, Any], kind: str = "diffusion") -> Callable:
+    """Give a command `f(given)` the options and arguments of `groups`; `kind` says whose defaults help shows."""
     options: dict[str, Any] = {}
     for group in groups:
         options |= group
+    options = {name: _with_default(alias, config.defaults(kind)) for name, alias in options.items()}
 
     def decorate(function: Callable) -> Callable:
         def command(ctx: typer.Context, **values: Any) -> Any:

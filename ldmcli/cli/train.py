@@ -18,7 +18,7 @@ _LDM_MODEL = {"autoencoder": opt.Autoencoder, "condition": opt.Condition, "init_
 _IMAGES = {**opt.ROWS, "crop": opt.Crop, "flip": opt.Flip}
 
 
-@opt.takes(_IMAGES, _AE_MODEL, opt.LOOP, opt.RUN_OUTPUT, opt.TALK, opt.TRAIN_MACHINE)
+@opt.takes(_IMAGES, _AE_MODEL, opt.LOOP, opt.RUN_OUTPUT, opt.TALK, opt.TRAIN_MACHINE, kind="autoencoder")
 def train_ae(given: opt.Given) -> None:
     """Train an autoencoder, the first stage: images to small latents and back.
 
@@ -85,7 +85,7 @@ def run_name(resolved: config.Resolved) -> str:
 
 def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) -> None:
     if given.plan:
-        _show_plan(resolved, models.get("autoencoder", ""))
+        _show_plan(given, resolved, models.get("autoencoder", ""))
         return
     out = given.out or Path("runs") / run_name(resolved)
     require_folder(out)
@@ -95,22 +95,27 @@ def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) 
     console.say(f"{given.command} → {out}: {what}")
     # a scheduler may ask for a checkpoint before the loop listens; unhandled, that signal would end the process
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    from ldmcli.drivers.train import train
+    from ldmcli.drivers.train import Options, train
 
     command_line = [console.redact(word) for word in ("ldm", *given.argv)]
-    options = {"fresh": given.fresh, "gpus": given.gpus or launch.world()[1], "allow": (),
-               "command_line": command_line, "max_hours": resolved.config.train.max_hours, "offline": given.offline}
-    train(resolved.kind, resolved, out, options=options, **models)
-    if given.json and launch.world()[0] == 0:
-        from ldmcli.core.runs import read_run
-
-        console.emit_json({"out": str(out), **read_run(out)})
+    options = Options(fresh=given.fresh, allow=tuple(given.allow or ()), command_line=command_line, **models)
+    state = train(resolved.kind, resolved, out, options)
+    if given.json:
+        console.emit_json({"out": str(out), **state})
 
 
-def _show_plan(resolved: config.Resolved, autoencoder: str) -> None:
+def _show_plan(given: opt.Given, resolved: config.Resolved, autoencoder: str) -> None:
     from ldmcli.products.plan import plan
 
-    console.emit_json(plan(resolved.kind, resolved, autoencoder=autoencoder))
+    facts = plan(resolved.kind, resolved, autoencoder=autoencoder)
+    if given.json:
+        origins = {path: {"value": value, "from": resolved.origins[path]}
+                   for path, value in config.flat(resolved.config).items()}
+        console.emit_json({**facts, "settings": origins})
+    else:
+        console.out(console.table(config.describe(resolved), ["setting", "value", "from"]))
+        console.out()
+        console.out(console.facts(facts))
 
 
 def require_folder(path: Path) -> None:

@@ -46,14 +46,9 @@ def paths(kind: str) -> dict[str, object]:
     return found
 
 
-def default_of(path: str) -> object:
-    """The default of "section.name", whichever command reads it."""
-    section, _, name = path.partition(".")
-    for config_class in KINDS.values():
-        for each in fields(config_class):
-            if each.name == section:
-                return {setting.name: setting.default for setting in fields(each.type)}[name]
-    raise KeyError(path)
+def defaults(kind: str) -> dict[str, object]:
+    """{"section.name": default} of a kind; the two commands differ in some of what they share."""
+    return flat(KINDS[kind]())
 
 
 # --- one value -------------------------------------------------------------------------------------------------
@@ -305,7 +300,7 @@ def resolve(kind: str, layers: Iterable[Layer]) -> Resolved:
     Checks between fields run once, on the result, so that a preset and a recipe may each be incomplete.
     """
     known = paths(kind)
-    values = {path: default_of(path) for path in known}
+    values = defaults(kind)
     origins = dict.fromkeys(known, "default")
     for origin, layer in layers:
         for path, value in layer.items():

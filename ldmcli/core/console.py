@@ -142,6 +142,19 @@ def table(rows: list[list | tuple], headers: list[str]) -> str:
     return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, cells)])
 
 
+def facts(document: dict) -> str:
+    """A document as lines for people: `name: value`, lists and inner documents on their line."""
+    return "\n".join(f"{key}: {_cell(value)}" for key, value in document.items() if value is not None)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_cell, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 class _Lines:
     """Progress for logs: a line each tenth of the way, no control characters."""
 
