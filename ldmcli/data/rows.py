@@ -1,0 +1,289 @@
+"""Rows of a data set as everything above sees them: pictures, captions, labels, boxes and maps by number."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DataSettings
+from ldmcli.data import shapes
+from ldmcli.data.decode import BadImage, decode, probe, scaled_size, shown, to_size
+from ldmcli.data.tables import memory_bytes
+
+SHAPES_SIZE = (64, 64)
+WORKERS = 4
+
+
+@dataclass
+class Columns:
+    """What rows are made of: a function of the row's number for each role; None where there is no such column."""
+
+    encoded: Callable[[int], bytes] | None
+    name: Callable[[int], str]
+    caption: Callable[[int], str] | None = None
+    label: np.ndarray | None = None
+    objects: Callable[[int], dict] | None = None
+    map: Callable[[int], bytes] | None = None
+    class_names: list[str] = field(default_factory=list)
+    category_names: list[str] = field(default_factory=list)
+    chosen: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Rows:
+    """Rows of one split. `columns` says which column was taken for which role; `notes` what was left out;
+    `validation_is_train` is True when the only row had to serve as both. Indices count 0 … len - 1.
+
+    Getters that meet a picture which cannot be decoded raise BadImage.
+    """
+
+    def __init__(self, columns: Columns, ids: np.ndarray, settings: DataSettings, *, source: str, split: str):
+        self._columns, self._ids, self._settings = columns, ids, settings
+        self.source, self.split = source, split
+        self.columns, self.notes = dict(columns.chosen), list(columns.notes)
+        self.class_names, self.category_names = columns.class_names, columns.category_names
+        self.validation_is_train = False
+        self._hashes: dict[int, str] = {}
+        self._kept: dict[int, np.ndarray] = {}
+        self._kept_as: tuple | None = None
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def has(self, role: str) -> bool:
+        """Whether rows have a caption, label, objects or map."""
+        return role == "image" or getattr(self._columns, role, None) is not None
+
+    def name(self, i: int) -> str:
+        """Path relative to the data folder, or "row 12"."""
+        return self._columns.name(int(self._ids[i]))
+
+    def image(self, i: int) -> Image.Image:
+        """The whole picture, RGB, upright."""
+        settings = self._settings
+        return decode(self._columns.encoded(int(self._ids[i])), name=self.name(i), max_pixels=settings.max_pixels,
+                      background=settings.background)
+
+    def shape(self, i: int) -> tuple[int, int]:
+        """(height, width) of the whole picture in pixels, from its header."""
+        return probe(self._columns.encoded(int(self._ids[i])), name=self.name(i), max_pixels=self._settings.max_pixels)
+
+    def pixels(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> np.ndarray:
+        """uint8 (h, w, 3) at `size`: resized by data.resize and cropped in the middle, or ("random") at share u."""
+        whole = self._kept.get(int(self._ids[i])) if self._kept_as == (tuple(size), crop) else None
+        if whole is None:
+            return to_size(self.image(i), size, crop, self._settings.resize, u)
+        top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, whole.shape, size)) if crop == "random" else (0, 0)
+        return whole[top:top + size[0], left:left + size[1]]
+
+    def caption(self, i: int) -> str:
+        """The caption as it stands in the data; "" where there is none."""
+        return self._columns.caption(int(self._ids[i])) if self._columns.caption else ""
+
+    def label(self, i: int) -> int:
+        """Index into `class_names`."""
+        return int(self._columns.label[self._ids[i]])
+
+    def objects(self, i: int) -> dict:
+        """{"bbox": float32 (n, 4) x, y, width, height in pixels of the whole picture, "category": int64 (n,)}."""
+        return self._columns.objects(int(self._ids[i]))
+
+    def map(self, i: int) -> np.ndarray:
+        """Class map, uint8 (h, w), as large as the whole picture."""
+        row = int(self._ids[i])
+        return class_map(self._columns.map(row), self.name(i), self._settings.max_pixels)
+
+    def map_pixels(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> np.ndarray:
+        """The class map, uint8 (h, w), cut as `pixels` cuts the picture; classes are picked, never mixed."""
+        whole = self.map(i)
+        height, width = scaled_size(whole.shape, size)
+        u = (0.5, 0.5) if crop == "center" else u
+        top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, (height, width), size))
+        rows = ((np.arange(size[0]) + top + 0.5) * whole.shape[0] / height).astype(int)
+        columns = ((np.arange(size[1]) + left + 0.5) * whole.shape[1] / width).astype(int)
+        return whole[rows][:, columns]
+
+    def boxes(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> dict:
+        """`objects` cut as `pixels` cuts the picture: boxes clipped, as shares (0 … 1) of the crop; those that lie
+        outside are dropped."""
+        found, shape = self.objects(i), self.shape(i)
+        height, width = scaled_size(shape, size)
+        u = (0.5, 0.5) if crop == "center" else u
+        top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, (height, width), size))
+        x, y, w, h = found["bbox"].reshape(-1, 4).T
+        edges = [(x * width / shape[1] - left) / size[1], (y * height / shape[0] - top) / size[0]]
+        edges += [edges[0] + w * width / shape[1] / size[1], edges[1] + h * height / shape[0] / size[0]]
+        x0, y0, x1, y1 = np.clip(edges, 0, 1)
+        inside = (x1 > x0) & (y1 > y0)
+        bbox = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1).astype(np.float32)
+        return {"bbox": bbox[inside], "category": found["category"][inside]}
+
+    def content_hash(self, i: int) -> str:
+        """SHA-256 of the encoded picture, hexadecimal."""
+        row = int(self._ids[i])
+        if row not in self._hashes:
+            self._hashes[row] = hashlib.sha256(_read(self._columns.encoded, row, self.name(i))).hexdigest()
+        return self._hashes[row]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any picture, caption or label of these rows, and with their order."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            label = self.label(i) if self.has("label") else ""
+            digest.update(f"{self.content_hash(i)}\0{self.caption(i)}\0{label}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:32]
+
+    def select(self, indices: Sequence[int]) -> "Rows":
+        """These rows alone, in this order; what has been read already is shared."""
+        chosen = type(self)(self._columns, self._ids[np.asarray(indices, dtype=np.int64)], self._settings,
+                            source=self.source, split=self.split)
+        chosen.notes, chosen.validation_is_train = list(self.notes), self.validation_is_train
+        chosen._hashes, chosen._kept, chosen._kept_as = self._hashes, self._kept, self._kept_as
+        return chosen
+
+    def describe(self) -> str:
+        """One line for people: source, split, count, columns, what was left out."""
+        roles = ", ".join(f"{role} = {shown(column, 40)}" for role, column in self.columns.items())
+        classes = f"; {len(self.class_names)} classes" if self.has("label") else ""
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{shown(self.source)}, {self.split}: {len(self):,} rows; {roles}{classes}{notes}"
+
+    def preload(self, size: tuple[int, int], crop: str = "center", *, indices=None, progress=None,
+                workers: int = WORKERS) -> list[BadImage]:
+        """Decodes rows and keeps them in memory at `size` while an eighth of the memory holds them; returns the bad
+        ones. With crop = "random" the resized whole is kept, so that every crop can still be cut."""
+        indices = range(len(self)) if indices is None else indices
+        self._kept_as, self._kept, room = (tuple(size), crop), {}, memory_bytes() // 8
+        bad = []
+        for i, picture in zip(indices, in_threads(lambda i: self._prepared(i, size, crop), indices, workers)):
+            if isinstance(picture, BadImage):
+                bad.append(picture)
+            elif (room := room - picture.nbytes) > 0:
+                self._kept[int(self._ids[i])] = picture
+            if progress is not None:
+                progress.advance(1)
+        return bad
+
+    def _prepared(self, i: int, size: tuple[int, int], crop: str) -> np.ndarray | BadImage:
+        try:
+            picture = self.image(i)
+            if self.has("map"):
+                self.map(i)
+        except BadImage as error:
+            error.index = i
+            return error
+        whole = scaled_size((picture.height, picture.width), size) if crop == "random" else size
+        return to_size(picture, whole, "center", self._settings.resize)
+
+
+def in_threads(work: Callable, items, workers: int) -> Iterator:
+    """Results in order; at most a few batches ahead, so that what nobody keeps is freed."""
+    items = list(items)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for start in range(0, len(items), 256):
+            yield from pool.map(work, items[start:start + 256])
+
+
+def _read(encoded: Callable[[int], bytes], row: int, name: str) -> bytes:
+    try:
+        return encoded(row)
+    except OSError as error:
+        raise BadImage(name, f"cannot be read ({error.strerror or error})") from None
+
+
+def class_map(content: bytes, name: str, max_pixels: int) -> np.ndarray:
+    """Class indices of a map: a palette or grey picture as it stands; colours are refused."""
+    decode(content, name=f"map of {name}", max_pixels=max_pixels)  # the checks
+    with Image.open(BytesIO(content)) as image:
+        if image.mode not in ("L", "P", "1"):
+            raise BadImage(name, f"its map is a picture of mode {image.mode}; a map holds class indices (L or P)")
+        return np.array(image, dtype=np.uint8)
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+class ShapeRows(Rows):
+    """The embedded shapes; nothing is stored, every getter draws."""
+
+    def __init__(self, columns, ids, settings, *, source, split):
+        super().__init__(columns, ids, settings, source=source, split=split)
+        self.level = _level(settings.source)
+        self._size = tuple(settings.size) if any(settings.size) else SHAPES_SIZE
+
+    def spec(self, i: int) -> shapes.Spec:
+        return shapes.spec(int(self._ids[i]), level=self.level, split=self.split)
+
+    def image(self, i: int) -> Image.Image:
+        return Image.fromarray(shapes.render(self.spec(i), self._size))
+
+    def shape(self, i: int) -> tuple[int, int]:
+        return self._size
+
+    def pixels(self, i: int, size, crop="center", u=(0.5, 0.5)) -> np.ndarray:
+        return shapes.render(self.spec(i), tuple(size))
+
+    def caption(self, i: int) -> str:
+        return shapes.caption(self.spec(i))
+
+    def label(self, i: int) -> int:
+        return self.spec(i).things[0].shape
+
+    def objects(self, i: int) -> dict:
+        spec = self.spec(i)
+        return {"bbox": np.array(shapes.boxes(spec, self._size), np.float32),
+                "category": np.array([thing.shape for thing in spec.things], np.int64)}
+
+    def map(self, i: int) -> np.ndarray:
+        return shapes.segment(self.spec(i), self._size)
+
+    def map_pixels(self, i: int, size, crop="center", u=(0.5, 0.5)) -> np.ndarray:
+        return shapes.segment(self.spec(i), tuple(size))
+
+    def boxes(self, i: int, size, crop="center", u=(0.5, 0.5)) -> dict:
+        found = self.objects(i)
+        return {**found, "bbox": found["bbox"] / np.array([*self._size[::-1]] * 2, np.float32)}
+
+    def content_hash(self, i: int) -> str:
+        """SHA-256 of what is drawn; sizes do not enter."""
+        return hashlib.sha256(repr(self.spec(i)).encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the level, the split, the rows taken and the way that pictures are drawn."""
+        digest = hashlib.sha256(f"{self.level} {self.split}".encode() + self._ids.tobytes())
+        for i in range(min(len(self), 64)):
+            digest.update(f"{self.spec(i)} {self.caption(i)}".encode())
+            digest.update(self.pixels(i, (32, 32)).tobytes())
+        return digest.hexdigest()[:32]
+
+    def preload(self, size, crop="center", **options) -> list[BadImage]:
+        return []
+
+
+def is_shapes(source: str) -> bool:
+    return source == "shapes" or source.startswith("shapes:")
+
+
+def _level(source: str) -> int:
+    level = source.partition(":")[2] or "1"
+    if level not in ("1", "2", "3"):
+        raise UsageError(f"--data {shown(source)}: the levels are shapes:1, shapes:2 and shapes:3")
+    return int(level)
+
+
+def shape_rows(settings: DataSettings, split: str) -> Rows:
+    has_label = _level(settings.source) == 1
+    roles = ("image", "caption", *(("label",) if has_label else ()), "objects", "map")
+    drawn = Columns(None, "shape {}".format, *[lambda i: i] * 4, list(shapes.SHAPES), list(shapes.SHAPES),
+                    {role: "drawn" for role in roles})
+    drawn.label = np.zeros(0) if has_label else None
+    count = (settings.limit or shapes.TRAIN_ROWS) if split == "train" else shapes.VALIDATION_ROWS
+    return ShapeRows(drawn, np.arange(count), settings, source=settings.source, split=split)

@@ -1,0 +1,375 @@
+"""What a `--data` argument names, opened as tables: one a split, columns by name, pictures still encoded.
+
+Folders of pictures and CSV or JSON files are read by `folder`, tar archives (WebDataset) and Parquet or Arrow files
+here, `save_to_disk` folders and hub data sets by the datasets library.
+"""
+
+import json
+import os
+import re
+import ssl
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from ldmcli.core.config import did_you_mean, suggestions
+from ldmcli.core.errors import InputError
+from ldmcli.core.settings import DataSettings
+from ldmcli.data.decode import EXTENSIONS, shown
+from ldmcli.data.folder import METADATA, SPLITS, scan, scan_table, several
+
+TABLE_FILES = (".parquet", ".arrow", ".tar", ".csv", ".tsv", ".jsonl", ".json")
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?$")
+
+
+@dataclass(frozen=True)
+class TarEntry:
+    """A file inside an uncompressed archive."""
+
+    archive: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        with open(self.archive, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+
+@dataclass
+class Table:
+    """Columns of equal length. `kinds` says of each what it holds: image, text, texts, class, int, objects or other;
+    `classes` the names of class columns. Values of image columns are bytes, paths, archive entries or a
+    datasets dict of bytes and path. `name(i)` is what people call row i."""
+
+    length: int
+    columns: dict[str, Sequence]
+    kinds: dict[str, str]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    name: Callable[[int], str] = "row {}".format
+    notes: list[str] = field(default_factory=list)
+
+
+def open_tables(settings: DataSettings) -> dict[str, Table]:
+    """The splits of `settings.source`. Raises InputError when it is nothing that can be opened."""
+    source = settings.source
+    path = Path(source).expanduser()
+    if not path.exists():
+        return _from_hub(settings)
+    if path.is_file():
+        return {"train": _from_files([path], settings)}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _from_disk(path)
+    files = data_files(path)
+    if files:
+        return {split: _from_files(part, settings) for split, part in by_split(files, path).items()}
+    return {split: _listed(part) for split, part in scan(path, skip_bad=settings.skip_bad).items()}
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Data files of a folder; none where it holds loose pictures, whose metadata and archives are another's matter.
+    Raises InputError for a folder of both Parquet or Arrow files and pictures."""
+    found, pictures = [], 0
+    for here, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        visible = [Path(here, name) for name in sorted(names) if not name.startswith(".")]
+        pictures += sum(path.suffix.lower() in EXTENSIONS or path.name in METADATA for path in visible)
+        found += [path for path in visible if path.suffix.lower() in TABLE_FILES]
+    columnar = [path for path in found if path.suffix.lower() in (".parquet", ".arrow")]
+    if pictures and columnar:
+        raise InputError(f"{shown(folder)}: holds both pictures ({pictures}) and data files ({several(columnar)}); "
+                         "name the folder of one kind")
+    if pictures:
+        return []
+    archives = [path for path in found if path.suffix.lower() == ".tar"]
+    return columnar or archives or [path for path in found if path.suffix.lower() != ".json"]
+
+
+def by_split(files: list[Path], root: Path) -> dict[str, list[Path]]:
+    """Data files by the split that their name (`train-00000-of-00001.parquet`) or folder says; else train."""
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        words = [*path.relative_to(root).parts[:-1], *re.split(r"[-_.]", path.stem)]
+        named = [SPLITS[word.lower()] for word in words if word.lower() in SPLITS]
+        splits.setdefault(named[0] if named else "train", []).append(path)
+    return splits
+
+
+def _from_files(files: list[Path], settings: DataSettings) -> Table:
+    kinds = {path.suffix.lower() for path in files}
+    if kinds == {".tar"}:
+        return _listed_tar(files, settings.skip_bad)
+    if kinds == {".parquet"} or kinds == {".arrow"}:
+        return _from_dataset(_read_columns(files, kinds.pop()[1:]))
+    if len(files) == 1 and kinds & {".csv", ".tsv", ".jsonl", ".json"}:
+        listing = scan_table(files[0], skip_bad=settings.skip_bad)
+        return _typed(listing.columns, listing.names, listing.notes)
+    if kinds & set(EXTENSIONS):
+        raise InputError(f"{shown(files[0])}: one picture; name the folder that it lies in")
+    raise InputError(f"{several(files)}: not data files of one kind ({', '.join(TABLE_FILES)})")
+
+
+# --- tables of our own ------------------------------------------------------------------------------------------------
+
+
+def _listed(listing) -> Table:
+    return _typed(listing.columns, listing.names, listing.notes)
+
+
+def _typed(columns: dict[str, list], names: list[str], notes: list[str]) -> Table:
+    kinds = {key: _kind(values) for key, values in columns.items()}
+    return Table(len(names), columns, kinds, {}, names.__getitem__, notes)
+
+
+def _kind(values: Sequence) -> str:
+    known = [value for value in values if value is not None]
+    for kind, fits in (
+        ("image", lambda v: isinstance(v, (Path, TarEntry))),
+        ("text", lambda v: isinstance(v, str)),
+        ("int", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+        ("texts", lambda v: isinstance(v, list) and all(isinstance(one, str) for one in v)),
+        ("objects", lambda v: isinstance(v, dict) and {"bbox", "category"} <= set(v)),
+        ("objects", lambda v: isinstance(v, list) and all(isinstance(o, dict) and "bbox" in o for o in v)),
+    ):
+        if known and all(map(fits, known)):
+            return kind
+    return "other"
+
+
+_TAR_TEXT = {"txt": "caption", "text": "caption", "caption": "caption", "cls": "label"}
+
+
+def _listed_tar(archives: list[Path], skip_bad: bool) -> Table:
+    """WebDataset archives: files that share a name up to the first dot of its last part are one row."""
+    rows: dict[tuple[Path, str], dict] = {}
+    for archive in archives:
+        for key, extension, entry in _tar_entries(archive):
+            _put(rows.setdefault((archive, key), {}), extension, entry)
+    lonely = [key for (_, key), row in rows.items() if "image" not in row]
+    if lonely and not skip_bad:
+        raise InputError(f"{shown(archives[0])}: {len(lonely)} rows without a picture ({several(lonely)}); "
+                         "leave them out with --skip-bad")
+    kept = {key: row for key, row in rows.items() if "image" in row}
+    columns = {column: None for row in kept.values() for column in row}
+    notes = [f"{len(lonely)} rows without a picture left out"] * bool(lonely)
+    many = len(archives) > 1
+    names = [f"{archive.name}:{key}" if many else key for archive, key in kept]
+    return _typed({c: [row.get(c) for row in kept.values()] for c in columns}, names, notes)
+
+
+def _tar_entries(archive: Path):
+    """(row key, extension, entry) of each regular file. Entries that lead out of the archive or are no plain files
+    are refused; nothing is extracted, so a small archive of a huge file costs no more than its header."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                if member.isdir() or name.name.startswith("."):
+                    continue
+                if name.is_absolute() or ".." in name.parts or not member.isreg():
+                    raise InputError(f"{shown(archive)}: entry {shown(member.name)!r} is refused: "
+                                     "only plain files inside the archive are read")
+                stem, _, extension = name.name.partition(".")
+                yield str(name.parent / stem), extension.lower(), TarEntry(archive, member.offset_data, member.size)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(f"{shown(archive)}: not an uncompressed tar archive, or cut off ({shown(error)})") from None
+
+
+def _put(row: dict, extension: str, entry: TarEntry) -> None:
+    last = extension.rpartition(".")[2]
+    if f".{last}" in EXTENSIONS:
+        prefix = extension.rpartition(".")[0]
+        row["image" if not prefix else prefix] = entry
+    elif extension == "json":
+        row.update({key: value for key, value in _json_of(entry).items() if key not in row})
+    elif extension in _TAR_TEXT:
+        text = _text_of(entry).strip()
+        row[_TAR_TEXT[extension]] = int(text) if extension == "cls" and text.lstrip("-").isdigit() else text
+
+
+def _text_of(entry: TarEntry) -> str:
+    try:
+        return entry.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown(entry.archive)}: text that is not UTF-8 at byte "
+                         f"{entry.offset + error.start} of the archive") from None
+
+
+def _json_of(entry: TarEntry) -> dict:
+    try:
+        value = json.loads(_text_of(entry))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{shown(entry.archive)}: JSON at byte {entry.offset} is not valid ({error.msg})") from None
+    return value if isinstance(value, dict) else {}
+
+
+# --- tables of the datasets library ---------------------------------------------------------------------------------
+
+
+def memory_bytes() -> int:
+    """Memory of this machine or of its container, whichever is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return total
+
+
+def _read_columns(files: list[Path], kind: str):
+    """Parquet or Arrow files as a datasets.Dataset: in memory where they are small, so that no copy is kept that a
+    changed file could differ from; else mapped from the library's cache."""
+    import datasets
+
+    try:
+        if sum(path.stat().st_size for path in files) > memory_bytes() // 8:
+            return datasets.load_dataset(kind, data_files=[str(path) for path in files], split="train")
+        tables = [_read_table(path, kind) for path in files]
+        import pyarrow
+
+        whole = pyarrow.concat_tables(tables, promote_options="permissive")
+        return datasets.Dataset(datasets.table.InMemoryTable(whole.replace_schema_metadata(tables[0].schema.metadata)))
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+        raise InputError(f"{several(files)}: cannot be read as {kind} ({shown(error)})") from None
+
+
+def _read_table(path: Path, kind: str):
+    import pyarrow
+    from pyarrow import parquet
+
+    if kind == "parquet":
+        return parquet.ParquetFile(path).read()
+    with pyarrow.OSFile(os.fspath(path)) as file:
+        try:
+            return pyarrow.ipc.open_file(file).read_all()
+        except pyarrow.ArrowInvalid:
+            file.seek(0)
+            return pyarrow.ipc.open_stream(file).read_all()
+
+
+def _from_disk(path: Path) -> dict[str, Table]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{shown(path)}: not a complete save_to_disk folder ({shown(error)})") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        return {SPLITS.get(name, name): _from_dataset(part) for name, part in loaded.items()}
+    return {"train": _from_dataset(loaded)}
+
+
+def _from_hub(settings: DataSettings) -> dict[str, Table]:
+    loaded = load_hub(settings)
+    return {SPLITS.get(name, name): _from_dataset(part) for name, part in loaded.items()}
+
+
+def load_hub(settings: DataSettings, **options):
+    """A hub data set as a datasets.DatasetDict (or its streaming kind). Raises InputError in one line."""
+    source = settings.source
+    if _looks_like_a_path(source):
+        raise InputError(f"--data {shown(source)}: no such file or folder{_near_name(Path(source).expanduser())}")
+    import datasets
+
+    _mind_the_network()
+    try:
+        return datasets.load_dataset(source, settings.config_name or None, **options)
+    except Exception as error:  # the library raises dozens of kinds; its first line says what happened
+        near = did_you_mean(suggestions(source, ["shapes"]))
+        first = shown(str(error).partition("\n")[0] or type(error).__name__, 160)
+        raise InputError(f"--data {shown(source)}: no such folder here, and the hub does not give it ({first}){near}; "
+                         f"with a network, fetch it once: hf download --repo-type dataset {shown(source)}") from None
+
+
+def _looks_like_a_path(source: str) -> bool:
+    path = Path(source)
+    is_file_name = path.suffix.lower() in {*TABLE_FILES, *EXTENSIONS}
+    below_a_folder = len(path.parts) > 1 and path.parent.is_dir()
+    return source.startswith((".", "~", "/")) or is_file_name or below_a_folder or not _HUB_ID.match(source)
+
+
+def _near_name(path: Path) -> str:
+    """A hint when the folder that should hold `path` has something of nearly that name."""
+    try:
+        return did_you_mean([shown(name) for name in suggestions(path.name, os.listdir(path.parent))])
+    except OSError:
+        return ""
+
+
+def _mind_the_network() -> None:
+    """Turns the hub's own offline mode on when it does not answer within three seconds; its client would retry for
+    half a minute. Data sets in the cache open either way."""
+    import datasets
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
+        return
+    try:
+        request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=3).close()
+    except urllib.error.HTTPError:
+        return  # an answer all the same
+    except (OSError, ValueError) as error:
+        if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # its client may know other certificates
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def _from_dataset(dataset) -> Table:
+    """Any datasets.Dataset. Cells are read from its Arrow table: pictures stay encoded, and it is fast."""
+    if dataset._indices is not None:
+        dataset = dataset.flatten_indices()
+    kinds, classes = describe_features(dataset.features)
+    return Table(len(dataset), {c: ArrowColumn(dataset.data.column(c)) for c in dataset.features}, kinds, classes)
+
+
+class ArrowColumn(Sequence):
+    """A column of an Arrow table as a sequence of plain Python values."""
+
+    def __init__(self, chunks):
+        self._chunks = chunks
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, i):
+        return self._chunks[i].as_py() if not isinstance(i, slice) else self._chunks[i].to_pylist()
+
+    def __iter__(self):
+        for chunk in self._chunks.chunks:
+            yield from chunk.to_pylist()
+
+
+def describe_features(features) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """`kinds` and `classes` of a Table from a datasets library's features."""
+    kinds = {column: feature_kind(feature) for column, feature in features.items()}
+    classes = {}
+    for column, feature in features.items():
+        if kinds[column] == "class":
+            classes[column] = list(feature.names)
+        elif kinds[column] == "objects" and (names := category_names(feature)):
+            classes[column] = names
+    return kinds, classes
+
+
+def feature_kind(feature) -> str:
+    """What a datasets feature holds, in the words of `Table.kinds`."""
+    import datasets
+
+    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+        return "image"
+    if isinstance(feature, datasets.ClassLabel):
+        return "class"
+    if isinstance(feature, datasets.Value):
+        plain = feature.dtype
+        return "text" if "string" in plain else "int" if "int" in plain else "bytes" if "binary" in plain else "other"
+    if isinstance(feature, (datasets.List, datasets.LargeList)) and feature_kind(feature.feature) == "text":
+        return "texts"
+    return "objects" if isinstance(feature, dict) and {"bbox", "category"} <= set(feature) else "other"
+
+
+def category_names(feature: dict) -> list[str]:
+    """Names of an objects column's categories; empty where the column does not name them."""
+    inner = getattr(feature["category"], "feature", None)
+    return list(getattr(inner, "names", None) or [])
