@@ -1,9 +1,8 @@
 """LPIPS (Zhang et al. 2018) as a training loss and as a metric: deterministic, frozen, from any local backbone.
 
 The linear heads are those inside the `lpips` package (version 0.1); the backbone is an ImageNet network of
-torchvision. Constants and layers are LPIPS' own; two things differ from `lpips.LPIPS`. Dropout in front of the heads
-does not exist here, so switching a parent to training mode adds no noise. And the norm of a feature vector has a
-finite gradient where the vector is zero: a flat patch behind a ReLU would make NaN of a whole batch.
+torchvision. Constants and layers are LPIPS' own; the dropout in front of the heads is left out, so that switching a
+parent to training mode adds no noise.
 """
 
 from dataclasses import dataclass
@@ -78,8 +77,8 @@ class PerceptualNet(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Features divided by their norm over channels; 1e-10 is LPIPS' own, 1e-20 keeps the root differentiable at 0."""
-    return features / ((features.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10)
+    # the root has no gradient at 0, but a vector of zeros comes out of a ReLU, which passes none on
+    return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
 def _build_trunk(kind: str, weights: dict[str, Tensor]) -> nn.Sequential:
