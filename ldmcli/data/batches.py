@@ -108,6 +108,8 @@ class Prefetcher(Generic[T]):
             raise RuntimeError("the prefetcher is closed")
         if step != self._next:
             raise RuntimeError(f"batches come in order: step {self._next} is next, step {step} was asked for")
+        if self._limit is not None and step >= self._limit:
+            raise RuntimeError(f"step {step} was asked for, but batches end before step {self._limit}")
         started = time.perf_counter()
         try:
             return self._make(step) if not self._threads else self._wait(step)

@@ -68,12 +68,9 @@ def decode(
         image = data if isinstance(data, Image.Image) else _open(_bytes(data, name), name, max_pixels)
         _check_size(name, image.size, max_pixels)
         image.load()
-        image = _upright(image)
-        return _flat(_eight_bit(image, name), _colour(background))
-    except BadImage:
-        raise
+        return _flat(_eight_bit(_upright(image), name), _colour(background))
     except _DAMAGE as error:
-        raise BadImage(name, f"damaged {getattr(data, 'format', None) or 'picture'} ({_cause(error)})") from None
+        raise BadImage(name, f"damaged ({_cause(error)})") from None
 
 
 def probe(data: bytes | Path, *, name: str = "", max_pixels: int = 100_000_000) -> tuple[int, int]:
@@ -83,9 +80,10 @@ def probe(data: bytes | Path, *, name: str = "", max_pixels: int = 100_000_000) 
         image = _open(_bytes(data, name), name, max_pixels)
         _check_size(name, image.size, max_pixels)
         width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        lies = image.format != "TIFF" and _orientation(image) >= 5  # Pillow's TIFF reader has turned the size already
+        return (width, height) if lies else (height, width)
     except _DAMAGE as error:
-        raise BadImage(name, f"damaged picture ({_cause(error)})") from None
+        raise BadImage(name, f"damaged ({_cause(error)})") from None
 
 
 def to_size(

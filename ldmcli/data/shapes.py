@@ -9,7 +9,7 @@ network is trained for it.
 import re
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
+from itertools import count, permutations
 
 import numpy as np
 from scipy import ndimage
@@ -241,11 +241,16 @@ def _article(noun: str) -> str:
 
 
 def held_out_prompts(level: int = 1, n: int = N_HELD_OUT, *, seed: int = 0) -> list[tuple[str, Spec]]:
-    """The first n prompts that no training row shows, each with a picture of it. Level 1 has 128 and gives no more."""
+    """The first n distinct prompts that no training row shows, each with a picture of it. Level 1 has 128 and gives
+    no more."""
     if level == 1:
         n = min(n, N_HELD_OUT)
-    specs = [spec(index, seed=seed, level=level, split="validation") for index in range(n)]
-    return [(caption(one), one) for one in specs]
+    found: dict[str, Spec] = {}
+    for index in count():
+        if len(found) >= n:
+            return list(found.items())
+        one = spec(index, seed=seed, level=level, split="validation")
+        found.setdefault(caption(one), one)
 
 
 def _either(names) -> str:
@@ -353,9 +358,9 @@ def read(image: np.ndarray) -> tuple[int, list[Reading]]:
     background = _nearest(np.median(border, axis=0), _BACKGROUND_RGB)
     ground = np.median(border, axis=0)
     difference = np.sqrt(((pixels - ground) ** 2).sum(-1))
-    labels, count = ndimage.label(difference > _threshold(background))
+    labels, n = ndimage.label(difference > _threshold(background))
     smallest = MIN_AREA * min(image.shape[:2]) ** 2
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
+    areas = np.bincount(labels.ravel(), minlength=n + 1)
     kept = [k for k in np.argsort(-areas[1:], kind="stable") + 1 if areas[k] >= smallest]
     return background, [_read_blob(pixels, ground, difference, labels, k) for k in kept]
 
