@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def begin(values: dict) -> None:
         raise UsageError("--quiet and --verbose exclude each other")
     console.set_verbosity(quiet=bool(values.get("quiet")), verbose=bool(values.get("verbose")),
                           json=bool(values.get("json")))
+    if not values.get("verbose") and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what libraries tell programmers; ours come through the console
     if values.get("offline"):
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 

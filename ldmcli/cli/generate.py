@@ -51,7 +51,7 @@ def reconstruct(given: opt.Given) -> None:
     require_folder(out)
     from ldmcli.drivers.generate import reconstruct_to_folder
 
-    result = reconstruct_to_folder(given.images, given.autoencoder, out, size=_size(given.size),
+    result = reconstruct_to_folder(given.images, given.autoencoder, out, size=config.size_of(given.size) if given.size else None,
                                    overwrite=given.overwrite)
     if given.json:
         console.emit_json(result)
@@ -71,7 +71,7 @@ def sample_request(given: opt.Given) -> SampleRequest:
     return SampleRequest(
         prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()), n=given.count,
         steps=given.steps, guidance=given.guidance, guidance_interval=_interval(given.guidance_interval),
-        seed=given.seed, sampler=given.sampler, eta=given.eta, size=_size(given.size), batch_size=given.batch_size,
+        seed=given.seed, sampler=given.sampler, eta=given.eta, size=config.size_of(given.size) if given.size else None, batch_size=given.batch_size,
         init_image=given.init_image, strength=given.strength, weights=given.weights, spacing=given.spacing,
     )
 
@@ -87,15 +87,6 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise InputError(f"--prompts {path}: no prompt in it; write one a line")
     return prompts
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    size = config.parse_size(text)
-    if not isinstance(size, tuple) or min(size) < 1:
-        raise UsageError(f"--size: {text!r} is not pixels, as 64 or 48x64")
-    return size
 
 
 def _interval(text: str | None) -> tuple[float, float] | None:

@@ -1,28 +1,29 @@
 """`ldm eval-fid`: metrics of generated images, and limits that they must keep."""
 
+import json
 import math
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ldmcli.cli import options as opt
 from ldmcli.core import config, console
 from ldmcli.core.errors import InputError, ThresholdError, UsageError
 
-# names that people write for numbers that go by a longer one
-_SHORT = {"kid": "kid_mean", "is": "is_mean", "pr": "precision", "fd": "fid"}
-
 Reference = Annotated[opt.Text, opt.setting("data.source", "--data", panel=opt.DATA, metavar="D",
     default="the model's own", help="Images to measure against, as for training.")]
+ReferenceSplit = Annotated[opt.Text, opt.setting("data.split", "--split", panel=opt.DATA, metavar="NAME",
+    default="the validation rows", help="Rows to measure against.")]
 Images = Annotated[Path | None, opt.option("--images", panel=opt.DATA, metavar="DIR|FILE.npz", default="none",
     help="Measure these images instead of a model's.")]
 Pairs = Annotated[tuple[Path, Path] | None, opt.option("--pairs", panel=opt.DATA, metavar="DIR_A DIR_B",
     default="none", help="Paired metrics of two folders with the same file names.")]
 Metrics = Annotated[opt.Text, opt.option("--metrics", panel=opt.SAMPLING, metavar="NAME[,NAME]",
-    default="fid, or psnr,ssim for pairs", help="fid, kid, is, pr, psnr, ssim, lpips.")]
+    default="what fits", help="fid, kid, is, pr, psnr, ssim, lpips.")]
 Features = Annotated[opt.Text, opt.option("--features", panel=opt.SAMPLING, metavar="NAME|FILE",
     default="the best at hand, stated", help="Network of the features: inception, effnet-lite0, or a file.")]
 EvalCount = Annotated[int | None, opt.option("-n", "--count", panel=opt.SAMPLING, metavar="N", min=2,
-    default="chosen, stated", help="Images that are measured.")]
+    default="all, of a model at most 1000", help="Images that are measured.")]
 MeasuredAutoencoder = Annotated[opt.Text, opt.option("--autoencoder", panel=opt.MODEL, metavar="RUN", default="none",
     help="Measure this autoencoder's reconstructions instead.")]
 Compare = Annotated[Path | None, opt.option("--compare", panel=opt.OUTPUT, metavar="OLD.json", default="none",
@@ -38,29 +39,31 @@ _HOW = {"metrics": Metrics, "features": Features, "count": EvalCount}
 _LIMITS = {"compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
-@opt.takes({**opt.ROWS, "data": Reference}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
+@opt.takes({**opt.ROWS, "data": Reference, "split": ReferenceSplit}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
 def eval_fid(given: opt.Given) -> None:
     """Metrics of generated images against a data set: FID, KID, IS, precision and recall, PSNR, SSIM, LPIPS.
 
     One of --model, --images, --autoencoder and --pairs says what is measured.
     """
-    measured = {"--model": given.model, "--images": given.images, "--autoencoder": given.autoencoder,
-                "--pairs": given.pairs}
-    named = [name for name, value in measured.items() if value is not None]
-    if len(named) > 1:
-        raise UsageError(f"{' and '.join(named)} exclude each other: say which one is measured")
     limits = [(*parse_limit("--fail-above", text), True) for text in given.fail_above or ()]
     limits += [(*parse_limit("--fail-below", text), False) for text in given.fail_below or ()]
-    metrics = [name for name in (given.metrics or "").replace(" ", "").split(",") if name] or None
-    if given.compare is not None and not given.compare.is_file():
-        raise InputError(f"--compare {given.compare}: no such file")
-    data = data_settings(given)
-    from ldmcli.drivers.evaluate import evaluate
+    earlier = read_earlier(given.compare) if given.compare is not None else None
+    measured = what_is_measured(given)
+    request = {
+        **measured, "data": reference(given, measured), "metrics": chosen_metrics(given.metrics, measured),
+        "features": given.features, "n": given.count, "seed": given.seed, "steps": given.steps,
+        "guidance": given.guidance, "sampler": given.sampler, "batch_size": given.batch_size,
+        "size": config.size_of(given.size) if given.size else None,
+        # a split that is named is meant; without one the rows that training leaves out are taken
+        "split": "train" if given.split else None, "progress": console.progress,
+    }
+    from ldmcli.drivers.evaluate import compare, evaluate
 
-    result = evaluate(model=given.model, autoencoder=given.autoencoder, images=given.images, data=data,
-                      pairs=given.pairs, metrics=metrics, features=given.features, n=given.count, seed=given.seed,
-                      steps=given.steps, guidance=given.guidance, sampler=given.sampler,
-                      batch_size=given.batch_size, compare=given.compare)
+    result = evaluate(**{name: value for name, value in request.items() if value is not None})
+    if earlier is not None:
+        result["compare"] = compare(result, earlier)
+    for text in (*result.get("warnings", ()), *result.get("compare", {}).get("warnings", ())):
+        console.warn(text)
     if given.json:
         console.emit_json(result)
     else:
@@ -68,58 +71,89 @@ def eval_fid(given: opt.Given) -> None:
     check_limits(result, limits)
 
 
-def data_settings(given: opt.Given):
-    """Data settings from the options over those of the measured run; None where no option speaks of data."""
+def what_is_measured(given: opt.Given) -> dict[str, Any]:
+    """The one of model, images, autoencoder and pairs that was given; the newest diffusion run where none was."""
+    found = {name: getattr(given, name) for name in ("model", "images", "autoencoder", "pairs")
+             if getattr(given, name) is not None}
+    if len(found) > 1:
+        raise UsageError(f"{' and '.join(f'--{name}' for name in found)} exclude each other: say which is measured")
+    if found:
+        return found
+    from ldmcli.core.runs import newest_run
+
+    run = str(newest_run("diffusion"))
+    console.say(f"model: {run} (the newest diffusion run)")
+    return {"model": run}
+
+
+def chosen_metrics(text: str | None, measured: dict[str, Any]) -> tuple[str, ...]:
+    """The names in --metrics, or those that fit what is measured."""
+    if text is not None:
+        return tuple(name for name in re.split(r"[,+\s]+", text.lower()) if name)
+    return ("psnr", "ssim") if "pairs" in measured else ("fid", "psnr", "ssim") if "autoencoder" in measured else ("fid",)
+
+
+def reference(given: opt.Given, measured: dict[str, Any]):
+    """What to measure against: data settings, an .npz, or None where neither options nor the measured run name data."""
+    if given.data is not None and given.data.endswith(".npz"):
+        return given.data
     layers = given.layers("data.")
-    if not layers:
-        return None
-    run = given.values.get("model") or given.values.get("autoencoder")
+    run = measured.get("model") or measured.get("autoencoder")
     if given.data is None and run and (Path(run) / "config.toml").is_file():
         stored = config.read_toml(Path(run) / "config.toml")
         layers.insert(0, (f"run {run}", {path: value for path, value in stored.items() if path.startswith("data.")}))
-    return config.resolve("diffusion", layers).config.data
+    return config.resolve("diffusion", layers).config.data if layers else None
+
+
+def read_earlier(path: Path) -> dict[str, Any]:
+    """The document that an earlier `--json` printed."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--compare {path}: {error.strerror}") from None
+    except ValueError:
+        document = None
+    if not isinstance(document, dict) or "metrics" not in document:
+        raise InputError(f"--compare {path}: not a document that `ldm eval-fid --json` printed")
+    return document
 
 
 def parse_limit(option: str, text: str) -> tuple[str, float]:
-    """Metric and value of `METRIC=VALUE`, or of a bare number, which means the Fréchet distance."""
-    name, _, value = text.rpartition("=")
+    """Metric and value of `METRIC=VALUE`; a bare number has the metric "", which means the Fréchet distance."""
+    name, equals, value = text.rpartition("=")
     try:
         number = float(value)
     except ValueError:
         number = math.nan
-    if math.isnan(number):
+    if math.isnan(number) or (equals and not name.strip()):
         raise UsageError(f"{option} {text}: write METRIC=VALUE, as in fid=30, or a number")
-    name = name.strip().lower() or "fid"
-    return _SHORT.get(name, name), number
+    return name.strip().lower(), number
 
 
-def numbers(result: dict) -> dict[str, float]:
-    """The metrics of an evaluation's document by name."""
-    inside = result.get("metrics")
-    source = inside if isinstance(inside, dict) else result
-    return {name: value for name, value in source.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)}
+def check_limits(result: dict[str, Any], limits: list[tuple[str, float, bool]]) -> None:
+    """ThresholdError where a metric misses a limit (one without a value misses all) or got worse than in --compare."""
+    from ldmcli.drivers.evaluate import lookup
 
-
-def check_limits(result: dict, limits: list[tuple[str, float, bool]]) -> None:
-    """ThresholdError where a metric misses a limit (a NaN misses every limit) or --compare found one worse."""
-    found = numbers(result)
     missed = []
     for name, limit, above in limits:
-        if name not in found:
-            raise UsageError(f"--fail-{'above' if above else 'below'} {name}={limit:g}: {name} was not measured; "
-                             f"measured: {', '.join(found)}")
-        value = found[name]
-        if not (value <= limit if above else value >= limit):
-            missed.append(f"{name} = {value:.4g} is {'above' if above else 'below'} {limit:g}")
-    missed += [f"{name} is worse than in --compare" for name in result.get("worse", ())]
+        key, value = lookup(result, name)
+        if value is None or not (value <= limit if above else value >= limit):
+            missed.append(f"{key} = {_number(value)} is {'above' if above else 'below'} {limit:g}")
+    changes = result.get("compare", {})
+    for key in changes.get("worse", ()):
+        change = changes["metrics"][key]
+        missed.append(f"{key} = {_number(change['new'])} is worse than {_number(change['old'])} in --compare")
     if missed:
         raise ThresholdError("; ".join(missed))
 
 
-def describe(result: dict) -> str:
-    """The document of an evaluation as lines for people."""
-    found = numbers(result)
-    about = {key: value for key, value in result.items() if key not in found and key not in ("metrics", "worse")}
-    rows = [(name, f"{value:.4g}") for name, value in found.items()]
-    return "\n".join([console.table(rows, ["metric", "value"]), console.facts(about)]).rstrip()
+def describe(result: dict[str, Any]) -> str:
+    """The document of an evaluation as lines for people: a number a row, then how many images it stands on."""
+    labels = result.get("labels", {})
+    rows = [(labels.get(key, key), _number(value)) for key, value in result["metrics"].items()]
+    counts = f"n = {result.get('n_generated', 0):,} measured, {result.get('n_reference') or 0:,} reference"
+    return "\n".join([console.table(rows, ["metric", "value"]), counts])
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"

@@ -60,6 +60,14 @@ def parse_size(value: object) -> object:
     return (int(match[1]), int(match[2] or match[1])) if match else value
 
 
+def size_of(text: str, option: str = "--size") -> tuple[int, int]:
+    """Height and width from an option's text; UsageError where it is no size."""
+    size = parse_size(text)
+    if not isinstance(size, tuple) or min(size) < 1:
+        raise UsageError(f"{option}: {text!r} is not pixels, as 64 or 48x64")
+    return size
+
+
 def _parse_kinds(value: object) -> object:
     if not isinstance(value, str) or value.startswith("["):
         return value

@@ -1,0 +1,484 @@
+"""Metrics of images against a reference, with the protocol that gives each number its meaning.
+
+The result is one dict, `ldm eval-fid --json` prints it. Metric names carry their extractor (`fid_inception2048`,
+`fd_effnet_lite0`, `kid_effnet_lite0_mean`); `lookup` finds them by their short names.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.drivers.features import (
+    Collector,
+    Extractor,
+    FeatureSet,
+    default_features,
+    extract,
+    in_blocks,
+    open_extractor,
+)
+from ldmcli.drivers.image_sources import (
+    Source,
+    first_size,
+    loaded,
+    model_source,
+    open_images,
+    paired_sources,
+    rebuilt,
+    rows_source,
+    sampling_facts,
+    spread,
+    take,
+    trained_size,
+)
+from ldmcli.drivers.reference import Statistics, gaussian, read_statistics, reference_features
+
+SET_METRICS = ("fid", "kid", "is", "pr")  # of two sets of features
+PAIR_METRICS = ("psnr", "ssim", "lpips")  # of pairs of images
+METRICS = SET_METRICS + PAIR_METRICS
+REFERENCE_LIMIT = 10_000  # rows of a data set that a reference takes
+GENERATED_LIMIT = 1_000  # images that a model draws where nobody says how many
+KID = {"subsets": 100, "subset_size": 1000, "seed": 2020, "kernel": "(x.y/D + 1)^3, unbiased"}
+IS_SPLITS = 10
+NEIGHBOURS = 3
+BETTER_HIGH = ("psnr", "ssim", "precision", "recall", "is_")
+BLOCK = 16
+
+
+@dataclass
+class _Run:
+    """One evaluation under way: what measures, what was measured, and what has to be said of it."""
+
+    metrics: tuple[str, ...]
+    extractor: Extractor | None
+    perceptual: Any
+    progress: Callable[[int, str], Any]
+    values: dict[str, float | None] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def put(self, key: str, label: str, value: float | None) -> None:
+        self.values[key], self.labels[key] = value, label
+
+
+def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str = "validation", pairs=None,
+             metrics: Sequence[str] = ("fid",), features: str | None = None, n: int | None = None, seed: int = 0,
+             steps: int | None = None, guidance: float | None = None, sampler: str | None = None,
+             batch_size: int = 32, size: tuple[int, int] | None = None, perceptual: str = "",
+             progress: Callable[[int, str], Any] | None = None) -> dict[str, Any]:
+    """Metrics of exactly one of: a model's samples, an autoencoder's reconstructions, images, or pairs of images.
+
+    model, autoencoder: a run folder or what `load` gave. images: a folder or .npz. pairs: two folders (or .npz).
+    data: reference; `DataSettings`, a data set's name, an .npz of samples, or an .npz of statistics (mu, sigma).
+    n: images to measure; None = all, of a model at most 1,000. progress: `core.console.progress`, for example.
+    Raises UsageError for requests without sense and InputError for missing weights, images or captions,
+    before anything is generated.
+    """
+    started = time.monotonic()
+    _check_request({"model": model, "autoencoder": autoencoder, "images": images, "pairs": pairs}, metrics, data, n)
+    run = _begin(tuple(metrics), features, perceptual, progress)
+    if pairs is not None:
+        generated, reference = _of_pairs(run, pairs, n)
+    elif autoencoder is not None:
+        generated, reference = _of_autoencoder(run, autoencoder, data, split, n, size, batch_size)
+    else:
+        chosen = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        chosen = {key: value for key, value in chosen.items() if value is not None}
+        draw = {"seed": seed, "batch_size": batch_size, "settings": chosen}
+        generated, reference = _of_sets(run, model, images, data, split, n, size, draw)
+    return _document(run, generated, reference, time.monotonic() - started)
+
+
+def _check_request(subjects: dict[str, Any], metrics: Sequence[str], data: Any, n: int | None) -> None:
+    given = [name for name, value in subjects.items() if value is not None]
+    if len(given) != 1:
+        raise UsageError("measure one of --model, --autoencoder, --images and --pairs "
+                         f"(got {' and '.join(given) or 'none'})")
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise UsageError(f"--metrics {unknown[0] if unknown else ''}: choose among {', '.join(METRICS)}")
+    paired = [name for name in metrics if name in PAIR_METRICS]
+    if paired and given[0] in ("model", "images"):
+        raise UsageError(f"--metrics {paired[0]}: compares image with image; use --autoencoder or --pairs")
+    if given[0] == "autoencoder" and data is None:
+        raise UsageError("--autoencoder: name the images to reconstruct with --data")
+    if given[0] in ("model", "images") and data is None and set(metrics) != {"is"}:
+        raise UsageError(f"--{given[0]}: name the reference with --data")
+    if n is not None and n < 2 and set(metrics) & set(SET_METRICS):
+        raise InputError(f"-n {n}: a distribution needs at least 2 images")
+
+
+def _begin(metrics: tuple[str, ...], features: str | None, perceptual: str, progress) -> _Run:
+    """Opens everything that could be missing."""
+    extractor = open_extractor(features) if set(metrics) & set(SET_METRICS) else None
+    net = None
+    if "lpips" in metrics:
+        from ldmcli.networks.perceptual import perceptual_net
+
+        net = perceptual_net(perceptual)
+    run = _Run(metrics, extractor, net, progress or (lambda total, label: nullcontext(_Quiet())))
+    if extractor is not None and features is None and default_features() != "inception":
+        run.warnings.append(f"{extractor.display}, not FID: Inception's weights are not here "
+                            "(--features inception gets them, or says where to put them)")
+    if extractor is not None and not extractor.known:
+        run.warnings.append(f"weights of {extractor.name} are not known (SHA-256 {extractor.sha256[:12]}): "
+                            "numbers of others do not compare")
+    return run
+
+
+class _Quiet:
+    def advance(self, n: int = 1, **fields) -> None:
+        pass
+
+
+# --- who is measured against what ------------------------------------------------------------------------------
+
+
+def _of_pairs(run: _Run, pairs: Sequence[Any], n: int | None) -> tuple[FeatureSet, FeatureSet]:
+    first, second = paired_sources(Path(pairs[0]), Path(pairs[1]), n)
+    return _paired(run, first, second)
+
+
+def _of_autoencoder(run: _Run, autoencoder, data, split: str, n: int | None, size, batch_size: int):
+    autoencoder = loaded(autoencoder, "autoencoder")
+    size = size or trained_size(autoencoder)
+    source = _original(data, split, n, size)
+    facts = {**source.facts, "autoencoder": autoencoder.fingerprint, "float_to_uint8": "clamp, round half to even",
+             "latent": "mode of the posterior"}
+    made = replace(source, name="reconstructions", facts=facts, key="",
+                   stream=rebuilt(autoencoder, source, batch_size))
+    return _paired(run, made, source)
+
+
+def _original(data, split: str, n: int | None, size) -> Source:
+    if _is_npz(data):
+        return open_images(data, n)
+    rows, settings = _rows(data, split, size)
+    count = take(len(rows), n, f"{rows.source} ({rows.split})")
+    return rows_source(rows, settings, spread(len(rows), count))
+
+
+def _of_sets(run: _Run, model, images, data, split: str, n: int | None, size, draw: dict[str, Any]):
+    """Samples of a model, or given images, against a reference that need not have as many."""
+    if images is not None:
+        source = open_images(images, n)
+        size = size or first_size(source)
+    else:
+        model = loaded(model, "diffusion")
+        size = size or trained_size(model)
+    rows, settings = (None, None) if data is None or _is_npz(data) else _rows(data, split, size)
+    if images is None:
+        n = n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
+        source = model_source(model, rows, n, size=size, **draw)
+        run.facts["sampling"] = sampling_facts(model, draw)
+    reference = _reference(run, rows, settings, data)
+    with run.progress(source.count, "generated") as bar:
+        generated = extract(source.stream(), run.extractor, bar.advance)
+    run.facts["generated"] = source.facts
+    _warn_of_lossy(run, source, reference.lossy if isinstance(reference, Source) else False)
+    if isinstance(reference, Source):
+        run.facts["reference"] = reference.facts
+        with run.progress(reference.count, "reference") as bar:
+            reference = reference_features(run.extractor, reference, bar.advance, REFERENCE_LIMIT)
+    _set_metrics(run, generated, reference)
+    return generated, reference
+
+
+def _reference(run: _Run, rows, settings, data):
+    """A Source, the statistics of an .npz, or None."""
+    if data is None:
+        return None
+    if rows is None:
+        statistics = read_statistics(Path(data), run.extractor)
+        return statistics if statistics is not None else open_images(data)
+    count = min(len(rows), REFERENCE_LIMIT)
+    if count < len(rows):
+        run.warnings.append(f"reference: {count:,} of {len(rows):,} rows, evenly spread")
+    return rows_source(rows, settings, spread(len(rows), count))
+
+
+def _rows(data, split: str, size: tuple[int, int]):
+    """Rows of the data, and the settings by which they become pixels."""
+    from ldmcli.core.settings import DataSettings
+    from ldmcli.data.sources import open_rows
+
+    settings = data if isinstance(data, DataSettings) else DataSettings(source=str(data))
+    settings = replace(settings, size=tuple(size))
+    return open_rows(settings, split=split), settings
+
+
+def _is_npz(data: Any) -> bool:
+    return isinstance(data, (str, Path)) and str(data).endswith(".npz")
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------
+
+
+def _paired(run: _Run, generated: Source, reference: Source) -> tuple[FeatureSet, FeatureSet]:
+    """Image by image, and where a set metric is asked for, set by set."""
+    pairs = list(PAIR_METRICS) if set(run.metrics) & set(PAIR_METRICS) else []
+    sums: dict[str, list[float]] = {name: [] for name in pairs if name in run.metrics}
+    sides = Collector(run.extractor), Collector(run.extractor)
+    with run.progress(reference.count, "pairs") as bar:
+        for block in in_blocks(zip(generated.stream(), reference.stream()), BLOCK):
+            made, real = [a for a, _ in block], [b for _, b in block]
+            for name, values in pair_values(made, real, tuple(sums), run.perceptual).items():
+                sums[name] += values
+            sides[0].add(made)
+            sides[1].add(real)
+            bar.advance(len(block))
+    run.facts |= {"generated": generated.facts, "reference": reference.facts}
+    _warn_of_lossy(run, generated, reference.lossy)
+    for name, values in sums.items():
+        _put_pair_metric(run, name, values)
+    found = sides[0].result(), sides[1].result()
+    _set_metrics(run, *found, copies=False)
+    return found
+
+
+def pair_values(made: Sequence[np.ndarray], real: Sequence[np.ndarray], metrics: Sequence[str],
+                perceptual=None) -> dict[str, list[float]]:
+    """PSNR (dB), SSIM and LPIPS of each pair of uint8 (H, W, 3) images."""
+    from ldmcli.maths.statistics import psnr, ssim
+
+    functions = {"psnr": psnr, "ssim": ssim, "lpips": lambda a, b: _lpips(perceptual, a, b)}
+    return {name: [functions[name](a, b) for a, b in zip(made, real)] for name in metrics}
+
+
+def _lpips(net, a: np.ndarray, b: np.ndarray) -> float:
+    import torch
+
+    if a.dtype != np.uint8 or a.shape != b.shape:
+        raise InputError(f"LPIPS: images {a.shape} {a.dtype} and {b.shape}: need uint8 of one size")
+    device = next(net.buffers()).device
+    x, y = (torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1 for image in (a, b))
+    with torch.inference_mode():
+        return net(x, y).item()
+
+
+def _put_pair_metric(run: _Run, name: str, values: list[float]) -> None:
+    """Mean and population deviation over images; infinite PSNRs (equal images) are counted, not averaged."""
+    finite = [value for value in values if math.isfinite(value)]
+    kind = f"_{run.perceptual.kind}" if name == "lpips" else ""
+    label = {"psnr": "PSNR (dB)", "ssim": "SSIM (Wang)", "lpips": f"LPIPS ({kind[1:]})"}[name]
+    run.put(f"{name}{kind}", label, float(np.mean(finite)) if finite else math.inf)
+    run.put(f"{name}{kind}_std", f"{label}, deviation over images", float(np.std(finite)) if finite else 0.0)
+    if len(finite) < len(values):
+        run.put(f"{name}_equal_images", "pairs of equal images", len(values) - len(finite))
+    if name == "lpips":
+        run.facts["lpips"] = {"net": run.perceptual.kind, "version": "0.1", "weights": Path(run.perceptual.origin).name}
+
+
+def _set_metrics(run: _Run, generated: FeatureSet, reference: FeatureSet | Statistics | None,
+                 copies: bool = True) -> None:
+    """Everything that compares two sets of features, and the warnings about the sets."""
+    if run.extractor is None:
+        return
+    _check_counts(run, generated, reference)
+    if isinstance(reference, FeatureSet):
+        _warn_of_sets(run, generated, reference, copies)
+    for name in SET_METRICS:
+        if name in run.metrics:
+            _SET_FUNCTIONS[name](run, generated, reference)
+
+
+def _check_counts(run: _Run, generated: FeatureSet, reference: FeatureSet | Statistics | None) -> None:
+    counts = {"generated": len(generated)}
+    if isinstance(reference, FeatureSet):
+        counts["reference"] = len(reference)
+    for side, count in counts.items():
+        if count < 2:
+            raise InputError(f"{count} {side} image{'' if count == 1 else 's'}: a distribution needs at least 2")
+        if count < run.extractor.dim:
+            run.warnings.append(f"{count:,} {side} images for {run.extractor.dim:,} dimensions: the distance is biased "
+                                "upwards; compare only with numbers of the same n")
+
+
+def _warn_of_sets(run: _Run, generated: FeatureSet, reference: FeatureSet, copies: bool) -> None:
+    if generated.sizes != reference.sizes or len(generated.sizes) > 1:
+        shown = [", ".join(f"{w}x{h}" for h, w in sorted(each.sizes)[:4]) for each in (generated, reference)]
+        run.warnings.append(f"sizes differ: generated {shown[0]}, reference {shown[1]}")
+    for side, each in (("generated", generated), ("reference", reference)):
+        twice = len(each) - len(set(each.hashes))
+        if twice:
+            run.warnings.append(f"{twice:,} exact duplicates among the {side} images")
+    shared = sum(name in set(reference.hashes) for name in generated.hashes) if copies else 0
+    if shared:
+        run.warnings.append(f"{shared:,} generated images are exact copies of reference images")
+
+
+def _warn_of_lossy(run: _Run, generated: Source, reference_lossy: bool) -> None:
+    if generated.lossy != reference_lossy:
+        side = "generated" if generated.lossy else "reference"
+        run.warnings.append(f"only the {side} images are JPEG files: their artefacts count as a difference")
+
+
+def _put_fid(run: _Run, generated: FeatureSet, reference: FeatureSet | Statistics) -> None:
+    from ldmcli.maths.statistics import frechet, frechet_from_features
+
+    if isinstance(reference, Statistics):
+        own = gaussian(generated.features)
+        value = frechet(own.mean, own.covariance, reference.mu, reference.sigma)
+    else:
+        value = frechet_from_features(generated.features, reference.features)
+    run.put(run.extractor.metric_key, run.extractor.display, value)
+    run.facts["covariance_divisor"] = "n - 1"
+
+
+def _needs_features(reference: Any, name: str) -> None:
+    if not isinstance(reference, FeatureSet):
+        raise InputError(f"--metrics {name}: needs the reference's images, its statistics are not enough")
+
+
+def _put_kid(run: _Run, generated: FeatureSet, reference: Any) -> None:
+    from ldmcli.maths.statistics import kid
+
+    _needs_features(reference, "kid")
+    size = min(KID["subset_size"], len(generated), len(reference))
+    mean, std = kid(generated.features, reference.features, subsets=KID["subsets"], subset_size=size, seed=KID["seed"])
+    suffix, named = run.extractor.suffix, _named(run.extractor)
+    run.put(f"kid_{suffix}_mean", f"KID ({named})", mean)
+    run.put(f"kid_{suffix}_std", f"KID ({named}), deviation over subsets", std)
+    run.facts["kid"] = {**KID, "subset_size": size}
+
+
+def _put_is(run: _Run, generated: FeatureSet, reference: Any) -> None:
+    from ldmcli.maths.statistics import inception_score
+
+    suffix, named = run.extractor.suffix, _named(run.extractor)
+    mean = std = None
+    if len(generated) >= IS_SPLITS:
+        mean, std = inception_score(generated.logits, splits=IS_SPLITS)
+    else:
+        run.warnings.append(f"no IS: {len(generated)} images for {IS_SPLITS} splits")
+    run.put(f"is_{suffix}_mean", f"IS ({named})", mean)
+    run.put(f"is_{suffix}_std", f"IS ({named}), deviation over splits", std)
+    run.facts["is"] = {"splits": IS_SPLITS, "shuffle": True, "seed": 2020}
+
+
+def _put_pr(run: _Run, generated: FeatureSet, reference: Any) -> None:
+    from ldmcli.maths.statistics import precision_recall
+
+    _needs_features(reference, "pr")
+    precision, recall = precision_recall(generated.features, reference.features, NEIGHBOURS)
+    if precision is None:
+        run.warnings.append(f"no precision and recall: a set has no more than {NEIGHBOURS} images")
+    suffix, named = run.extractor.suffix, _named(run.extractor)
+    run.put(f"precision_{suffix}", f"precision ({named})", precision)
+    run.put(f"recall_{suffix}", f"recall ({named})", recall)
+    run.facts["pr"] = {"k": NEIGHBOURS, "precision": "share of generated images inside balls of reference images"}
+
+
+def _named(extractor: Extractor) -> str:
+    """The extractor as people read it."""
+    return "Inception" if extractor.display == "FID" else extractor.display.split("(")[1].rstrip(")")
+
+
+_SET_FUNCTIONS: dict[str, Callable[[_Run, FeatureSet, Any], None]] = {
+    "fid": _put_fid, "kid": _put_kid, "is": _put_is, "pr": _put_pr,
+}
+
+
+# --- the result ------------------------------------------------------------------------------------------------
+
+
+def _document(run: _Run, generated: FeatureSet, reference: Any, seconds: float) -> dict[str, Any]:
+    count = reference.n if isinstance(reference, Statistics) else len(reference) if reference is not None else 0
+    if isinstance(reference, Statistics):
+        run.facts["reference"] = {"source": reference.source, "statistics": "mu, sigma"}
+    dim = run.extractor.dim if run.extractor else 0
+    enough = len(generated) > dim and (count is None or count > dim or reference is None)
+    return {
+        "metrics": run.values,
+        "labels": run.labels,
+        "frechet": run.extractor.metric_key if run.extractor and "fid" in run.metrics else None,
+        "n_generated": len(generated),
+        "n_reference": count,
+        "reliable": enough,
+        "extractor": run.extractor.facts if run.extractor else None,
+        **run.facts,
+        "versions": _versions(),
+        "seconds": round(seconds, 2),
+        "warnings": run.warnings,
+    }
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    from ldmcli import __version__
+
+    return {"ldm": __version__, "torch": torch.__version__, "numpy": np.__version__}
+
+
+def lookup(result: dict[str, Any], name: str = "") -> tuple[str, float | None]:
+    """(key, value) of a metric by its key or short name; "" and "fid" mean the Fréchet distance.
+
+    Raises UsageError for a metric that the result does not have.
+    """
+    values = result["metrics"]
+    if name in ("", "fid", "fd") and result.get("frechet"):
+        return result["frechet"], values[result["frechet"]]
+    found = [key for key in values if key == name] or [key for key in values if key.split("_")[0] == name]
+    if not found:
+        raise UsageError(f"{name or 'fid'}: not measured; this result has {', '.join(values)}")
+    return found[0], values[found[0]]
+
+
+def higher_is_better(key: str) -> bool:
+    """The direction of a metric."""
+    return key.startswith(BETTER_HIGH)
+
+
+def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Changes since an earlier result: {"metrics": {key: {old, new, change}}, "worse": [keys], "warnings": […]}.
+
+    Raises InputError where the numbers mean different things: another extractor, layer or resize rule.
+    """
+    for key in ("weights_sha256", "layer", "resize"):
+        now, before = ((document.get("extractor") or {}).get(key) for document in (result, old))
+        if now and before and now != before:
+            raise InputError(f"--compare: the earlier result has another extractor ({key} {before!r}, now {now!r})")
+    shared = [key for key in result["metrics"] if key in old.get("metrics", {}) and not key.endswith("_std")]
+    if not shared:
+        raise InputError("--compare: the earlier result has none of these metrics "
+                         f"({', '.join(result['metrics'])})")
+    changes, worse = {}, []
+    for key in shared:
+        new, before = result["metrics"][key], old["metrics"][key]
+        change = new - before if isinstance(new, (int, float)) and isinstance(before, (int, float)) else None
+        changes[key] = {"old": before, "new": new, "change": change}
+        if change is not None and (change < 0 if higher_is_better(key) else change > 0):
+            worse.append(key)
+    warnings = [f"{key}: {old.get(key)} then, {result.get(key)} now"
+                for key in ("n_generated", "n_reference", "reference", "sampling") if old.get(key) != result.get(key)]
+    return {"metrics": changes, "worse": worse, "warnings": warnings}
+
+
+def reconstruction_metrics(real: np.ndarray, made: np.ndarray, perceptual=None,
+                           extractor: Extractor | None = None) -> dict[str, float]:
+    """psnr (dB), ssim, and where their networks are given perceptual and a Fréchet distance under its own key.
+
+    real, made: uint8 (N, H, W, 3). The measure of an autoencoder while it trains; SSIM needs 11 px a side.
+    """
+    names = ["psnr", *(["ssim"] if min(real.shape[1:3]) >= 11 else []), *(["lpips"] if perceptual is not None else [])]
+    values = pair_values(made, real, names, perceptual)
+    finite = [value for value in values["psnr"] if math.isfinite(value)]
+    out = {"psnr": float(np.mean(finite)) if finite else 100.0}
+    out |= {{"lpips": "perceptual"}.get(name, name): float(np.mean(values[name])) for name in names[1:]}
+    if extractor is not None:
+        from ldmcli.maths.statistics import frechet_from_features
+
+        features = [extractor.features(side) for side in (made, real)]
+        out[extractor.metric_key] = frechet_from_features(*features)
+    return out
+
+

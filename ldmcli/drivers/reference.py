@@ -1,0 +1,94 @@
+"""References that need not be computed again: statistics files, and features cached by content."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core.errors import InputError
+from ldmcli.core.files import atomic_path
+from ldmcli.data.cache import cache_key, cache_root
+from ldmcli.drivers.features import Extractor, FeatureSet, extract
+from ldmcli.drivers.image_sources import Source
+from ldmcli.maths.statistics import Gaussian
+
+SAME = ("weights_sha256", "layer", "resize")  # facts of an extractor without which numbers do not compare
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A reference that is known by mean and covariance only."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    n: int | None
+    source: str
+
+
+def gaussian(features: np.ndarray) -> Gaussian:
+    """Mean and covariance of features (N, D), in float64."""
+    found = Gaussian.empty(features.shape[1])
+    for start in range(0, len(features), 1024):
+        found.update(features[start: start + 1024])
+    return found
+
+
+def write_statistics(path: Path, features: np.ndarray, extractor: Extractor, facts: dict[str, Any]) -> None:
+    """mu, sigma (float64, divisor n - 1), n and the protocol as JSON text, in an .npz that `data=` takes."""
+    found = gaussian(features)
+    protocol = json.dumps({"extractor": extractor.facts, **facts})
+    with atomic_path(path) as part, open(part, "wb") as file:
+        np.savez(file, mu=found.mean, sigma=found.covariance, n=found.n, protocol=protocol)
+
+
+def read_statistics(path: Path, extractor: Extractor) -> Statistics | None:
+    """mu and sigma of an .npz, None where it has none. Raises InputError for statistics of another extractor."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not {"mu", "sigma"} <= set(file.files):
+                return None
+            mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+            n = int(file["n"]) if "n" in file.files else None
+            stored = json.loads(str(file["protocol"]))["extractor"] if "protocol" in file.files else {}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a readable .npz of statistics or images ({error})") from error
+    wrong = [key for key in SAME if key in stored and stored[key] != extractor.facts[key]]
+    if mu.shape != (extractor.dim,) or sigma.shape != (extractor.dim, extractor.dim) or wrong:
+        raise InputError(f"{path}: statistics of another extractor ({', '.join(wrong) or f'shape {mu.shape}'}), "
+                         f"not of {extractor.name} with {extractor.dim} dimensions")
+    return Statistics(mu, sigma, n, str(path))
+
+
+def reference_features(extractor: Extractor, source: Source, advance: Callable[[int], None],
+                       limit: int) -> FeatureSet:
+    """Features of a reference, from the cache where the same content met the same extractor before."""
+    path = _cache_path(extractor, source) if source.count <= limit else None
+    if path is not None and path.is_file():
+        advance(source.count)
+        return _read(path)
+    found = extract(source.stream(), extractor, advance)
+    if path is not None and len(found):
+        _write(path, found)
+    return found
+
+
+def _cache_path(extractor: Extractor, source: Source) -> Path | None:
+    if not source.key:
+        return None
+    facts = [str(extractor.facts[key]) for key in SAME]
+    return cache_root("") / "features" / f"{cache_key('reference-1', source.key, *facts)}.npz"
+
+
+def _read(path: Path) -> FeatureSet:
+    with np.load(path, allow_pickle=False) as file:
+        sizes = {(int(height), int(width)) for height, width in file["sizes"]}
+        features = file["features"]
+        return FeatureSet(features, features[:, :0], [str(name) for name in file["hashes"]], sizes)
+
+
+def _write(path: Path, found: FeatureSet) -> None:
+    with atomic_path(path) as part, open(part, "wb") as file:
+        np.savez(file, features=found.features, hashes=np.array(found.hashes), sizes=np.array(sorted(found.sizes)))
