@@ -4,7 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,11 +114,12 @@ def test_a_conditioner_speaks_the_width_that_the_unet_reads(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_value_is_a_setting_of_its_kind_and_of_the_default_type(name):
     preset = PRESETS[name]
-    sections = {field.name: field.default_factory for field in fields(CONFIGS[preset.kind])}
+    defaults = CONFIGS[preset.kind]()
     for part in {key.split(".")[0] for key in preset.values}:
-        made = sections[part](**section(preset, part))
-        for key, value in section(preset, part).items():
-            assert type(value) is type(getattr(sections[part](), key)), key
+        default, values = getattr(defaults, part), section(preset, part)
+        made = replace(default, **values)
+        for key, value in values.items():
+            assert type(value) is type(getattr(default, key)), key
             assert getattr(made, key) == value
     assert 0 < len(preset.summary) < 110 and "\n" not in preset.summary
 
@@ -127,6 +128,28 @@ def test_every_value_is_a_setting_of_its_kind_and_of_the_default_type(name):
 def test_learning_rate_of_a_first_stage_is_the_base_rate_times_the_batch(name):
     values = PRESETS[name].values
     assert values["train.lr"] == pytest.approx(4.5e-6 * values["train.batch_size"])
+
+
+PINNED = {
+    "autoencoder": ("autoencoder.family", "autoencoder.legacy_beta", "loss.style", "loss.l1", "loss.l2", "loss.edge",
+                    "loss.perceptual_weight", "loss.kl_weight", "loss.codebook_weight", "loss.gan", "loss.disc_weight",
+                    "loss.disc_start", "loss.adaptive_weight"),
+    "diffusion": ("diffusion.prediction", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end",
+                  "diffusion.t_sampling", "diffusion.loss", "diffusion.loss_weight", "diffusion.latent_scale",
+                  "diffusion.position", "diffusion.scale_shift", "condition.text_pooled", "condition.class_vector",
+                  "train.ema_scope", "sample.sampler", "sample.steps", "sample.eta", "sample.spacing"),
+}
+PINNED_TRAINING = ("optimizer", "lr", "betas", "weight_decay", "warmup", "cooldown", "clip", "ema")
+
+
+@pytest.mark.parametrize("name", [*FIRST_STAGES, *MODELS, "paper", "paper-ae"])
+def test_the_papers_way_leaves_nothing_of_the_objective_to_our_defaults(name):
+    preset = PRESETS[name]
+    wanted = {*PINNED[preset.kind], *(f"train.{key}" for key in PINNED_TRAINING)}
+    assert wanted - set(preset.values) == set()
+    if preset.kind == "autoencoder":
+        assert preset.values["loss.l2"] == preset.values["loss.edge"] == 0.0
+    assert preset.values["train.optimizer"] == "adamw" and preset.values["train.cooldown"] == 0.0
 
 
 def test_models_whose_head_width_was_ignored_in_training_have_one_head():
