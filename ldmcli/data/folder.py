@@ -46,10 +46,13 @@ def scan(root: Path, *, skip_bad: bool = False) -> dict[str, Listing]:
                          "copy the pictures or leave them out with --skip-bad")
     if not walk.images and not walk.tables:
         raise InputError(f"{shown(root)}: no pictures in this folder")
-    splits = {}
-    for split, base in _split_folders(root, walk).items():
+    splits, bases = {}, _split_folders(root, walk)
+    classes = {part for base in bases.values() for path in walk.images for part in _class_of(path, base)}
+    for split, base in bases.items():
         part = _Walk(*([p for p in paths if base == root or base in p.parents] for paths in walk.lists()))
-        splits[split] = _listing(root, base, part, skip_bad)
+        splits[split] = _listing(root, part, skip_bad)
+        if not part.tables and len(classes) > 1:
+            _add_classes(splits[split], base)
         splits[split].notes += [f"{len(walk.outside)} links that lead out of the folder left out"] * bool(walk.outside)
     return splits
 
@@ -104,15 +107,13 @@ def _split_folders(root: Path, walk: _Walk) -> dict[str, Path]:
     return named
 
 
-def _listing(root: Path, base: Path, walk: _Walk, skip_bad: bool) -> Listing:
+def _listing(root: Path, walk: _Walk, skip_bad: bool) -> Listing:
     if walk.tables:
         return _with_metadata(root, walk, skip_bad)
     listing = Listing([_id(path, root) for path in walk.images], {"image": list(walk.images)})
     captions = [path.with_suffix(".txt") for path in walk.images]
     if any(path.is_file() for path in captions):
         _add_text_files(listing, captions, root, skip_bad)
-    else:
-        _add_classes(listing, base)
     return listing
 
 
@@ -132,13 +133,17 @@ def _add_text_files(listing: Listing, captions: list[Path], root: Path, skip_bad
     listing.notes += [f"{len(lonely)} pictures without a text file left out"] * bool(lonely)
 
 
+def _class_of(path: Path, base: Path) -> tuple[str, ...]:
+    """The first-level folder of a picture below `base`; nothing for one that lies beside the folders."""
+    return path.relative_to(base).parts[:-1][:1] if base in path.parents else ()
+
+
 def _add_classes(listing: Listing, base: Path) -> None:
-    """First-level folders as labels, where every picture lies in one and there are at least two."""
-    parts = [path.relative_to(base).parts for path in listing.columns["image"]]
-    names = {part[0] for part in parts if len(part) > 1}
-    if len(names) > 1 and all(len(part) > 1 for part in parts):
-        listing.columns["label"] = [part[0] for part in parts]
-    elif names and any(len(part) == 1 for part in parts):
+    """First-level folders as labels, where every picture lies in one."""
+    labels = [_class_of(path, base) for path in listing.columns["image"]]
+    if all(labels):
+        listing.columns["label"] = [label[0] for label in labels]
+    elif any(labels):
         listing.notes.append("pictures lie beside folders, so folders are not taken as classes")
 
 

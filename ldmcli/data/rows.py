@@ -66,13 +66,15 @@ class Rows:
 
     def image(self, i: int) -> Image.Image:
         """The whole picture, RGB, upright."""
-        settings = self._settings
-        return decode(self._columns.encoded(int(self._ids[i])), name=self.name(i), max_pixels=settings.max_pixels,
-                      background=settings.background)
+        limits = {"max_pixels": self._settings.max_pixels, "background": self._settings.background}
+        return decode(self._encoded(i), name=self.name(i), **limits)
 
     def shape(self, i: int) -> tuple[int, int]:
         """(height, width) of the whole picture in pixels, from its header."""
-        return probe(self._columns.encoded(int(self._ids[i])), name=self.name(i), max_pixels=self._settings.max_pixels)
+        return probe(self._encoded(i), name=self.name(i), max_pixels=self._settings.max_pixels)
+
+    def _encoded(self, i: int) -> bytes:
+        return _read(self._columns.encoded, int(self._ids[i]), self.name(i))
 
     def pixels(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> np.ndarray:
         """uint8 (h, w, 3) at `size`: resized by data.resize and cropped in the middle, or ("random") at share u."""
@@ -97,7 +99,7 @@ class Rows:
     def map(self, i: int) -> np.ndarray:
         """Class map, uint8 (h, w), as large as the whole picture."""
         row = int(self._ids[i])
-        return class_map(self._columns.map(row), self.name(i), self._settings.max_pixels)
+        return class_map(_read(self._columns.map, row, self.name(i)), self.name(i), self._settings.max_pixels)
 
     def map_pixels(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> np.ndarray:
         """The class map, uint8 (h, w), cut as `pixels` cuts the picture; classes are picked, never mixed."""
@@ -128,7 +130,7 @@ class Rows:
         """SHA-256 of the encoded picture, hexadecimal."""
         row = int(self._ids[i])
         if row not in self._hashes:
-            self._hashes[row] = hashlib.sha256(_read(self._columns.encoded, row, self.name(i))).hexdigest()
+            self._hashes[row] = hashlib.sha256(self._encoded(i)).hexdigest()
         return self._hashes[row]
 
     @cached_property

@@ -61,29 +61,43 @@ def _held_out(rows: Rows, settings: DataSettings, split: str) -> Rows:
     if len(rows) == 1:
         rows.validation_is_train = True
         return rows
-    hashes = [share_of(value) for value in in_threads(rows.content_hash, range(len(rows)), WORKERS)]
-    bound = _bound(rows, hashes, settings)
-    inside = [i for i, value in enumerate(hashes) if (value < bound) == (split == "validation")]
-    if not inside or len(inside) == len(rows):  # every picture is the same: hashes cannot part them
-        inside = [0] if split == "validation" else list(range(1, len(rows)))
-    chosen = rows.select(inside)
+    held = _held_out_ids(rows, settings)
+    chosen = rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")])
     chosen.split = split
     return chosen
 
 
-def _bound(rows: Rows, hashes: list[float], settings: DataSettings) -> float:
-    """Hashes below this are held out. It grows past val_fraction until at least one row that can be read is held
-    out, and always leaves one."""
-    order = sorted(range(len(rows)), key=hashes.__getitem__)
-    count = sum(value < settings.val_fraction for value in hashes)
-    if count <= 16:
-        count = max(count, next((k + 1 for k, i in enumerate(order) if _readable(rows, i)), 1))
-    return hashes[order[min(count, len(rows) - 1)]]
+FEW = 16  # rows that are worth decoding to see whether a side has one that can be read
+
+
+def _held_out_ids(rows: Rows, settings: DataSettings) -> set[int]:
+    """Rows whose hash lies below val_fraction. Where that leaves a side without a row that can be read, the rows with
+    the next hash join, or, when all that can be read are copies of one picture, one row alone is held out."""
+    shares = list(in_threads(lambda i: _share(rows, i), range(len(rows)), WORKERS))
+    order = sorted(range(len(rows)), key=shares.__getitem__)
+    held = {i for i in order if shares[i] < settings.val_fraction}
+    if not _has_readable(rows, held):
+        first = next((i for i in order if i not in held and _readable(rows, i)), order[-1])
+        held |= {i for i in order if shares[i] == shares[first]}
+    if not _has_readable(rows, set(order) - held):
+        held = {next((i for i in order if _readable(rows, i)), order[0])}
+    return held
+
+
+def _has_readable(rows: Rows, side: set[int]) -> bool:
+    return len(side) > FEW or any(_readable(rows, i) for i in side)
 
 
 def share_of(content_hash: str) -> float:
     """Where a hash lies in its range, 0 … 1."""
     return (int(content_hash, 16) >> 192) / (1 << 64)
+
+
+def _share(rows: Rows, i: int) -> float:
+    try:
+        return share_of(rows.content_hash(i))
+    except BadImage:  # a file that is not there or closed to us: checking the training rows will name it
+        return 1.0
 
 
 def _readable(rows: Rows, i: int) -> bool:
