@@ -200,32 +200,21 @@ _EXPECTED = {"int_parsing": "is not a whole number", "int_from_float": "is not a
 
 def _usage_line(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
-    command = context.info_name if context is not None and context.parent is not None else ""
-    where = f"{command}: " if command else ""
-    option = getattr(error, "option_name", None)
-    param = getattr(error, "param", None)
+    page = "`ldm --help`" if context is None or context.parent is None else f"`ldm {context.info_name} --help`"
+    option, param = getattr(error, "option_name", None), getattr(error, "param", None)
     if hasattr(error, "possibilities"):
-        return f"{where}no such option {option}{_meant(option, context, error.possibilities)}"
+        near = list(error.possibilities or [])
+        return f"no such option {option}; {f'did you mean {near[0]}?' if near else f'see {page}'}"
     if option:
-        return f"{where}{option} {'takes no value' if 'does not take' in error.message else 'needs a value'}"
+        return f"{option} {'takes no value' if 'does not take' in error.message else 'needs a value'}"
     if type(error).__name__ == "MissingParameter" and param is not None:
-        return f"{where}{param.metavar or param.name.upper()} is missing; see `ldm {command} --help`"
+        return f"{param.metavar or param.name.upper()} is missing; see {page}"
     if param is not None:
-        return f"{where}{_bad_value(error, param)}"
-    extra = error.message.partition("(")[2].rstrip(")") if "unexpected extra argument" in error.message else ""
-    if extra and "[Ss]" not in extra:
-        return f"{where}unexpected argument {error.message[error.message.rindex('(') + 1:].rstrip(')')!r}"
-    return f"{where}{error.format_message()}"
-
-
-def _meant(option: str, context, possibilities) -> str:
-    near = list(possibilities or [])
-    if not near and context is not None:
-        known = [name for param in context.command.get_params(context)
-                 for name in (*param.opts, *param.secondary_opts) if not getattr(param, "hidden", False)]
-        near = difflib.get_close_matches(option, known, n=1)
-    command = f"ldm {context.info_name}" if context is not None and context.parent is not None else "ldm"
-    return f"; did you mean {near[0]}?" if near else f"; see `{command} --help`"
+        return _bad_value(error, param)
+    if "unexpected extra argument" in error.message:
+        extra = error.message[error.message.rindex("(") + 1:].rstrip(")")
+        return f"unexpected argument {extra!r}; see {page}"
+    return error.format_message()
 
 
 def _bad_value(error: TyperException, param) -> str:

@@ -51,7 +51,7 @@ def reconstruct(given: opt.Given) -> None:
     require_folder(out)
     from ldmcli.drivers.generate import reconstruct_to_folder
 
-    result = reconstruct_to_folder(given.images, given.autoencoder, out, size=config.size_of(given.size) if given.size else None,
+    result = reconstruct_to_folder(given.images, given.autoencoder, out, size=config.size_of(given.size),
                                    overwrite=given.overwrite)
     if given.json:
         console.emit_json(result)
@@ -71,8 +71,9 @@ def sample_request(given: opt.Given) -> SampleRequest:
     return SampleRequest(
         prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()), n=given.count,
         steps=given.steps, guidance=given.guidance, guidance_interval=_interval(given.guidance_interval),
-        seed=given.seed, sampler=given.sampler, eta=given.eta, size=config.size_of(given.size) if given.size else None, batch_size=given.batch_size,
-        init_image=given.init_image, strength=given.strength, weights=given.weights, spacing=given.spacing,
+        seed=given.seed, sampler=given.sampler, eta=given.eta, size=config.size_of(given.size),
+        batch_size=given.batch_size, init_image=given.init_image, strength=given.strength, weights=given.weights,
+        spacing=given.spacing,
     )
 
 

@@ -53,7 +53,7 @@ def eval_fid(given: opt.Given) -> None:
         **measured, "data": reference(given, measured), "metrics": chosen_metrics(given.metrics, measured),
         "features": given.features, "n": given.count, "seed": given.seed, "steps": given.steps,
         "guidance": given.guidance, "sampler": given.sampler, "batch_size": given.batch_size,
-        "size": config.size_of(given.size) if given.size else None,
+        "size": config.size_of(given.size),
         # a split that is named is meant; without one the rows that training leaves out are taken
         "split": "train" if given.split else None, "progress": console.progress,
     }
@@ -90,7 +90,8 @@ def chosen_metrics(text: str | None, measured: dict[str, Any]) -> tuple[str, ...
     """The names in --metrics, or those that fit what is measured."""
     if text is not None:
         return tuple(name for name in re.split(r"[,+\s]+", text.lower()) if name)
-    return ("psnr", "ssim") if "pairs" in measured else ("fid", "psnr", "ssim") if "autoencoder" in measured else ("fid",)
+    of_pairs = ("psnr", "ssim") if "pairs" in measured or "autoencoder" in measured else ()
+    return of_pairs if "pairs" in measured else ("fid", *of_pairs)
 
 
 def reference(given: opt.Given, measured: dict[str, Any]):

@@ -60,8 +60,10 @@ def parse_size(value: object) -> object:
     return (int(match[1]), int(match[2] or match[1])) if match else value
 
 
-def size_of(text: str, option: str = "--size") -> tuple[int, int]:
-    """Height and width from an option's text; UsageError where it is no size."""
+def size_of(text: str | None, option: str = "--size") -> tuple[int, int] | None:
+    """Height and width from an option's text, None from None; UsageError where it is no size."""
+    if text is None:
+        return None
     size = parse_size(text)
     if not isinstance(size, tuple) or min(size) < 1:
         raise UsageError(f"{option}: {text!r} is not pixels, as 64 or 48x64")

@@ -128,7 +128,7 @@ def _plain(value):
 
 def table(rows: list[list | tuple], headers: list[str]) -> str:
     """Plain aligned columns, numbers to the right; each cell on one line."""
-    cells = [[_one_line(clean(cell)) for cell in row] for row in rows]
+    cells = [["" if cell is None else _one_line(clean(cell)) for cell in row] for row in rows]
     columns = range(len(headers))
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float)) or row[i] in ("", None) for row in rows) for i in columns
