@@ -75,3 +75,14 @@ def test_pooling_keeps_the_size_of_independent_tokens():
     tokens = torch.randn(200, 16, 32, generator=torch.Generator().manual_seed(0))
     assert pooled(tokens).shape == (200, 32)
     assert pooled(tokens).std().item() == pytest.approx(1.0, abs=0.05)
+
+
+@torch.no_grad()
+def test_layers_add_to_the_embedding_rather_than_replace_it():
+    model = text()
+    for name, parameter in model.transformer.attn_layers.named_parameters():
+        if "to_out" in name or "net.2" in name:
+            parameter.zero_()
+    tokens = torch.tensor([[4, 7, 1]])
+    embedded = model.transformer.token_emb(tokens) + model.transformer.pos_emb.emb.weight[:3]
+    assert torch.allclose(model(tokens), torch.layer_norm(embedded, (16,)), atol=1e-5)
