@@ -89,13 +89,13 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers on a logarithmic axis that cover low … high: decades, with 2 and 5 between where few fit."""
+    high = max(high, 1.01 * low)
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    last = max(last, first + 1)
     pace = max(1, math.ceil((last - first) / 6))
     factors = (1, 2, 5) if last - first <= 2 else (1,)
-    marks = [f * 10.0**k for k in range(first, last + 1, pace) for f in factors]
-    below = max((m for m in marks if m <= low * 1.001), default=marks[0])
-    above = min((m for m in marks if m >= high * 0.999), default=marks[-1])
+    marks = [f * 10.0**k for k in range(first, last + pace, pace) for f in factors]
+    below = max(m for m in marks if m <= low * 1.001)
+    above = min(m for m in marks if m >= high * 0.999)
     return [m for m in marks if below <= m <= above]
 
 

@@ -223,7 +223,7 @@ font-variant-numeric:tabular-nums}
 td{overflow-wrap:anywhere}
 th{font-weight:600;color:var(--soft)}
 .compare td+td,.compare th+th{text-align:right;padding-right:0;padding-left:18px}
-.compare{max-width:640px;width:100%}
+.compare{max-width:640px;width:100%}.compare td{overflow-wrap:normal}
 details{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:10px 16px;margin:12px 0}
 summary{cursor:pointer;font-weight:600}
 details[open] summary{margin-bottom:10px}
@@ -235,6 +235,7 @@ footer{margin-top:56px;padding-top:14px;border-top:1px solid var(--line);font-si
 @media (max-width:600px){main{padding:20px 16px 48px}h1{font-size:1.55rem}section{margin-top:34px}
 .tiles{grid-template-columns:repeat(2,1fr)}.tile{padding:11px 12px}.value{font-size:1.35rem}
 .big .value{font-size:1.75rem}
+.compare td+td,.compare th+th{padding-left:10px}.compare{font-size:.82rem}
 .facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:8px}
 .cards{grid-template-columns:repeat(3,1fr)}.picture .pixels{image-rendering:auto}}
 @media print{body{background:#fff}.chart,.card{break-inside:avoid}}

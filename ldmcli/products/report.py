@@ -59,7 +59,7 @@ def _demo_header(views: Sequence[RunView], summary: dict[str, Any]) -> str:
     time = f" in {clock(summary['seconds'])}{cores}" if _given(summary, "seconds") else ""
     lead = (
         f"One command, “ldm demo”, trained an autoencoder and a latent diffusion model from nothing on "
-        f"{data.removesuffix(' ()')}, drew and measured{time}. What it is measured on was held out from training."
+        f"{data.removesuffix(' ()')} and measured them{time}. What they are measured on was held out from training."
     )
     return f'<header><h1>{title}</h1><p class="lead">{safe(lead)}</p></header>'
 
@@ -147,4 +147,5 @@ def _part(view: RunView) -> str:
 
 
 def _rest(summary: dict[str, Any]) -> str:
-    return page.section("Everything measured", page.folded("summary.json", page.table(run_page.flat(summary), ("", ""))))
+    figures = page.table(run_page.flat(summary), ("", ""))
+    return page.section("Everything measured", page.folded("summary.json", figures))
