@@ -1,6 +1,6 @@
 """`ldm eval-fid`: metrics of generated images, and limits that they must keep."""
 
-import json
+import difflib
 import math
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from ldmcli.cli import options as opt
 from ldmcli.core import config, console
-from ldmcli.core.errors import InputError, ThresholdError, UsageError
+from ldmcli.core.errors import ThresholdError, UsageError
 
 Reference = Annotated[opt.Text, opt.setting("data.source", "--data", panel=opt.DATA, metavar="D",
     default="the model's own", help="Images to measure against, as for training.")]
@@ -47,22 +47,22 @@ def eval_fid(given: opt.Given) -> None:
     """
     limits = [(*parse_limit("--fail-above", text), True) for text in given.fail_above or ()]
     limits += [(*parse_limit("--fail-below", text), False) for text in given.fail_below or ()]
-    earlier = read_earlier(given.compare) if given.compare is not None else None
+    metrics = tuple(name for name in re.split(r"[,+\s]+", (given.metrics or "").lower()) if name)
     measured = what_is_measured(given)
     request = {
-        **measured, "data": reference(given, measured), "metrics": chosen_metrics(given.metrics, measured),
-        "features": given.features, "n": given.count, "seed": given.seed, "steps": given.steps,
+        **measured, "data": reference(given, measured), "metrics": metrics or None, "features": given.features,
+        "compare": given.compare, "n": given.count, "seed": given.seed, "steps": given.steps,
         "guidance": given.guidance, "sampler": given.sampler, "batch_size": given.batch_size,
         "size": config.size_of(given.size),
         # a split that is named is meant; without one the rows that training leaves out are taken
         "split": "train" if given.split else None, "progress": console.progress,
     }
-    from ldmcli.drivers.evaluate import compare, evaluate
+    from ldmcli.drivers.evaluate import METRICS, evaluate
 
+    for name, _, above in limits:
+        check_name(f"--fail-{'above' if above else 'below'}", name, METRICS)
     result = evaluate(**{name: value for name, value in request.items() if value is not None})
-    if earlier is not None:
-        result["compare"] = compare(result, earlier)
-    for text in (*result.get("warnings", ()), *result.get("compare", {}).get("warnings", ())):
+    for text in result.get("warnings", ()):
         console.warn(text)
     if given.json:
         console.emit_json(result)
@@ -86,37 +86,21 @@ def what_is_measured(given: opt.Given) -> dict[str, Any]:
     return {"model": run}
 
 
-def chosen_metrics(text: str | None, measured: dict[str, Any]) -> tuple[str, ...]:
-    """The names in --metrics, or those that fit what is measured."""
-    if text is not None:
-        return tuple(name for name in re.split(r"[,+\s]+", text.lower()) if name)
-    of_pairs = ("psnr", "ssim") if "pairs" in measured or "autoencoder" in measured else ()
-    return of_pairs if "pairs" in measured else ("fid", *of_pairs)
-
-
 def reference(given: opt.Given, measured: dict[str, Any]):
-    """What to measure against: data settings, an .npz, or None where neither options nor the measured run name data."""
+    """What to measure against: data settings, an .npz, or None where no option speaks of data.
+
+    Options that leave the data set open (--limit, --split) change what the measured run was trained on.
+    """
     if given.data is not None and given.data.endswith(".npz"):
         return given.data
     layers = given.layers("data.")
     run = measured.get("model") or measured.get("autoencoder")
-    if given.data is None and run and (Path(run) / "config.toml").is_file():
+    if given.data is None and layers:
+        if not run or not (Path(run) / "config.toml").is_file():
+            return None
         stored = config.read_toml(Path(run) / "config.toml")
         layers.insert(0, (f"run {run}", {path: value for path, value in stored.items() if path.startswith("data.")}))
     return config.resolve("diffusion", layers).config.data if layers else None
-
-
-def read_earlier(path: Path) -> dict[str, Any]:
-    """The document that an earlier `--json` printed."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--compare {path}: {error.strerror}") from None
-    except ValueError:
-        document = None
-    if not isinstance(document, dict) or "metrics" not in document:
-        raise InputError(f"--compare {path}: not a document that `ldm eval-fid --json` printed")
-    return document
 
 
 def parse_limit(option: str, text: str) -> tuple[str, float]:
@@ -131,6 +115,14 @@ def parse_limit(option: str, text: str) -> tuple[str, float]:
     return name.strip().lower(), number
 
 
+def check_name(option: str, name: str, metrics: tuple[str, ...]) -> None:
+    """UsageError for a metric that no evaluation has, before one is made."""
+    known = ("", *metrics, "fd", "precision", "recall")
+    if name.split("_")[0] not in known:
+        hint = config.did_you_mean(difflib.get_close_matches(name, known, n=1))
+        raise UsageError(f"{option} {name}: no such metric{hint}")
+
+
 def check_limits(result: dict[str, Any], limits: list[tuple[str, float, bool]]) -> None:
     """ThresholdError where a metric misses a limit (one without a value misses all) or got worse than in --compare."""
     from ldmcli.drivers.evaluate import lookup
@@ -140,9 +132,8 @@ def check_limits(result: dict[str, Any], limits: list[tuple[str, float, bool]]) 
         key, value = lookup(result, name)
         if value is None or not (value <= limit if above else value >= limit):
             missed.append(f"{key} = {_number(value)} is {'above' if above else 'below'} {limit:g}")
-    changes = result.get("compare", {})
-    for key in changes.get("worse", ()):
-        change = changes["metrics"][key]
+    for key in result.get("worse", ()):
+        change = result["compared"][key]
         missed.append(f"{key} = {_number(change['new'])} is worse than {_number(change['old'])} in --compare")
     if missed:
         raise ThresholdError("; ".join(missed))
