@@ -117,8 +117,8 @@ def parse_limit(option: str, text: str) -> tuple[str, float]:
 
 def check_name(option: str, name: str, metrics: tuple[str, ...]) -> None:
     """UsageError for a metric that no evaluation has, before one is made."""
-    known = ("", *metrics, "fd", "precision", "recall")
-    if name.split("_")[0] not in known:
+    known = (*metrics, "precision", "recall")
+    if name.split("_")[0] not in ("", "fd", *known):
         hint = config.did_you_mean(difflib.get_close_matches(name, known, n=1))
         raise UsageError(f"{option} {name}: no such metric{hint}")
 
