@@ -1,10 +1,10 @@
 """Latents encoded once: a content-addressed store of posterior moments, of each image and of its mirror image.
 
 The store of one (autoencoder, transform, dtype) is a folder of immutable shards: `NAME.npy` holds moments
-(N, 2, c, h, w), where the second axis is (as is, mirrored); `NAME.json` lists the content hash of each row and is
-written after it. A row is found by its content hash, so changed pixels, another autoencoder or another transform miss,
-only what is new is encoded, and runs share what they have in common. A shard without its list does not exist: a killed
-build loses one shard at most.
+(N, v, c, h, w), where the second axis is (as is, mirrored), or as is alone where flips are off; `NAME.json` lists the
+content hash of each row and is written after it. A row is found by its content hash, so changed pixels, another
+autoencoder or another transform miss, only what is new is encoded, and runs share what they have in common. A shard
+without its list does not exist: a killed build loses one shard at most.
 """
 
 import hashlib
@@ -33,8 +33,9 @@ def cache_key(*facts: str) -> str:
 class LatentCache:
     """The store in `folder`. `keys` are content hashes, one a data row; duplicates share an entry."""
 
-    def __init__(self, folder: Path, keys: Sequence[str], shape: tuple[int, int, int], dtype: str):
+    def __init__(self, folder: Path, keys: Sequence[str], shape: tuple[int, int, int], dtype: str, views: int):
         self.folder, self.keys, self.shape, self.dtype = folder, list(keys), tuple(shape), np.dtype(dtype)
+        self.views = views
         self._shards: list[np.ndarray] = []
         self._where: dict[str, tuple[int, int]] = {}
         self._index = np.empty((0, 2), np.int64)
@@ -51,7 +52,7 @@ class LatentCache:
                 shard = np.load(array, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError):
                 continue  # damaged: its rows count as missing and are encoded again
-            if shard.shape != (len(names), 2, *self.shape) or shard.dtype != self.dtype:
+            if shard.shape != (len(names), self.views, *self.shape) or shard.dtype != self.dtype:
                 continue
             self._known.add(listing.name)
             self._shards.append(shard)
@@ -75,11 +76,11 @@ class LatentCache:
     ) -> int:
         """Encodes this process's share of what is missing; returns how many rows that was.
 
-        `encode(indices)` gives moments (n, 2, c, h, w). `check()` may raise to stop between batches (signals).
+        `encode(indices)` gives moments (n, views, c, h, w). `check()` may raise to stop between batches (signals).
         """
         self.refresh()
         todo = self.missing()[rank::world]
-        files.require_space(self.folder, len(todo) * 2 * int(np.prod(self.shape)) * self.dtype.itemsize)
+        files.require_space(self.folder, len(todo) * self.views * int(np.prod(self.shape)) * self.dtype.itemsize)
         for start in range(0, len(todo), SHARD_ROWS):
             part = todo[start : start + SHARD_ROWS]
             pieces = []

@@ -33,7 +33,16 @@ class Context:
             )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.dtype = autocast_dtype(settings.mixed_precision, self.device)
+        self.dtype = self.on_main(lambda: autocast_dtype(settings.mixed_precision, self.device))
+
+    @property
+    def precision(self) -> str:
+        """float32, bfloat16 or float16."""
+        return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
+    def set_precision(self, name: str) -> None:
+        """Takes over the precision that a run was started with."""
+        self.dtype = None if name == "float32" else getattr(torch, name)
 
     @property
     def is_main(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.drivers.comparison import compare, lookup, read_result, with_comparison
 from ldmcli.drivers.features import (
     Collector,
     Extractor,
@@ -40,6 +41,8 @@ from ldmcli.drivers.image_sources import (
 )
 from ldmcli.drivers.reference import Statistics, gaussian, read_statistics, reference_features
 
+__all__ = ["METRICS", "compare", "evaluate", "lookup", "pair_values", "reconstruction_metrics"]
+
 SET_METRICS = ("fid", "kid", "is", "pr")  # of two sets of features
 PAIR_METRICS = ("psnr", "ssim", "lpips")  # of pairs of images
 METRICS = SET_METRICS + PAIR_METRICS
@@ -48,8 +51,10 @@ GENERATED_LIMIT = 1_000  # images that a model draws where nobody says how many
 KID = {"subsets": 100, "subset_size": 1000, "seed": 2020, "kernel": "(x.y/D + 1)^3, unbiased"}
 IS_SPLITS = 10
 NEIGHBOURS = 3
-BETTER_HIGH = ("psnr", "ssim", "precision", "recall", "is_")
 BLOCK = 16
+BATCH = 32
+DEFAULT_METRICS = {"model": ("fid",), "images": ("fid",), "pairs": ("psnr", "ssim"),
+                   "autoencoder": ("fid", "psnr", "ssim")}
 
 
 @dataclass
@@ -70,48 +75,56 @@ class _Run:
 
 
 def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str = "validation", pairs=None,
-             metrics: Sequence[str] = ("fid",), features: str | None = None, n: int | None = None, seed: int = 0,
-             steps: int | None = None, guidance: float | None = None, sampler: str | None = None,
-             batch_size: int = 32, size: tuple[int, int] | None = None, perceptual: str = "",
+             metrics: Sequence[str] | None = None, features: str | None = None, n: int | None = None,
+             seed: int | None = 0, steps: int | None = None, guidance: float | None = None,
+             sampler: str | None = None, batch_size: int | None = None, size: tuple[int, int] | None = None,
+             perceptual: str = "", compare: str | Path | dict | None = None,
              progress: Callable[[int, str], Any] | None = None) -> dict[str, Any]:
     """Metrics of exactly one of: a model's samples, an autoencoder's reconstructions, images, or pairs of images.
 
     model, autoencoder: a run folder or what `load` gave. images: a folder or .npz. pairs: two folders (or .npz).
-    data: reference; `DataSettings`, a data set's name, an .npz of samples, or an .npz of statistics (mu, sigma).
-    n: images to measure; None = all, of a model at most 1,000. progress: `core.console.progress`, for example.
+    data: reference; `DataSettings`, a data set's name, an .npz of samples or of statistics (mu, sigma); None = the
+    data that the model was trained on. metrics: of `METRICS`; None = fid, of pairs psnr and ssim, of an autoencoder
+    all three. n: images to measure; None = all, of a model at most 1,000. compare: an earlier result.
     Raises UsageError for requests without sense and InputError for missing weights, images or captions,
     before anything is generated.
     """
     started = time.monotonic()
-    _check_request({"model": model, "autoencoder": autoencoder, "images": images, "pairs": pairs}, metrics, data, n)
-    run = _begin(tuple(metrics), features, perceptual, progress)
+    subjects = {"model": model, "autoencoder": autoencoder, "images": images, "pairs": pairs}
+    metrics = tuple(metrics or DEFAULT_METRICS[_subject(subjects)])
+    _check_request(_subject(subjects), metrics, data, n)
+    earlier = read_result(compare)
+    run = _begin(metrics, features, perceptual, progress)
     if pairs is not None:
         generated, reference = _of_pairs(run, pairs, n)
     elif autoencoder is not None:
-        generated, reference = _of_autoencoder(run, autoencoder, data, split, n, size, batch_size)
+        generated, reference = _of_autoencoder(run, autoencoder, data, split, n, size, batch_size or BATCH)
     else:
         chosen = {"steps": steps, "guidance": guidance, "sampler": sampler}
         chosen = {key: value for key, value in chosen.items() if value is not None}
-        draw = {"seed": seed, "batch_size": batch_size, "settings": chosen}
+        draw = {"seed": seed or 0, "batch_size": batch_size or BATCH, "settings": chosen}
         generated, reference = _of_sets(run, model, images, data, split, n, size, draw)
-    return _document(run, generated, reference, time.monotonic() - started)
+    result = _document(run, generated, reference, time.monotonic() - started)
+    return result if earlier is None else with_comparison(result, earlier)
 
 
-def _check_request(subjects: dict[str, Any], metrics: Sequence[str], data: Any, n: int | None) -> None:
+def _subject(subjects: dict[str, Any]) -> str:
     given = [name for name, value in subjects.items() if value is not None]
     if len(given) != 1:
         raise UsageError("measure one of --model, --autoencoder, --images and --pairs "
                          f"(got {' and '.join(given) or 'none'})")
+    return given[0]
+
+
+def _check_request(subject: str, metrics: Sequence[str], data: Any, n: int | None) -> None:
     unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise UsageError(f"--metrics {unknown[0] if unknown else ''}: choose among {', '.join(METRICS)}")
+    if unknown:
+        raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}")
     paired = [name for name in metrics if name in PAIR_METRICS]
-    if paired and given[0] in ("model", "images"):
+    if paired and subject in ("model", "images"):
         raise UsageError(f"--metrics {paired[0]}: compares image with image; use --autoencoder or --pairs")
-    if given[0] == "autoencoder" and data is None:
-        raise UsageError("--autoencoder: name the images to reconstruct with --data")
-    if given[0] in ("model", "images") and data is None and set(metrics) != {"is"}:
-        raise UsageError(f"--{given[0]}: name the reference with --data")
+    if subject == "images" and data is None and set(metrics) != {"is"}:
+        raise UsageError("--images: name the reference with --data")
     if n is not None and n < 2 and set(metrics) & set(SET_METRICS):
         raise InputError(f"-n {n}: a distribution needs at least 2 images")
 
@@ -150,7 +163,7 @@ def _of_pairs(run: _Run, pairs: Sequence[Any], n: int | None) -> tuple[FeatureSe
 def _of_autoencoder(run: _Run, autoencoder, data, split: str, n: int | None, size, batch_size: int):
     autoencoder = loaded(autoencoder, "autoencoder")
     size = size or trained_size(autoencoder)
-    source = _original(data, split, n, size)
+    source = _original(run, _own_data(autoencoder, data), split, n, size)
     facts = {**source.facts, "autoencoder": autoencoder.fingerprint, "float_to_uint8": "clamp, round half to even",
              "latent": "mode of the posterior"}
     made = replace(source, name="reconstructions", facts=facts, key="",
@@ -158,11 +171,11 @@ def _of_autoencoder(run: _Run, autoencoder, data, split: str, n: int | None, siz
     return _paired(run, made, source)
 
 
-def _original(data, split: str, n: int | None, size) -> Source:
+def _original(run: _Run, data, split: str, n: int | None, size) -> Source:
     if _is_npz(data):
         return open_images(data, n)
     rows, settings = _rows(data, split, size)
-    count = take(len(rows), n, f"{rows.source} ({rows.split})")
+    count = _limited(run, len(rows)) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
     return rows_source(rows, settings, spread(len(rows), count))
 
 
@@ -173,7 +186,7 @@ def _of_sets(run: _Run, model, images, data, split: str, n: int | None, size, dr
         size = size or first_size(source)
     else:
         model = loaded(model, "diffusion")
-        size = size or trained_size(model)
+        size, data = size or trained_size(model), _own_data(model, data)
     rows, settings = (None, None) if data is None or _is_npz(data) else _rows(data, split, size)
     if images is None:
         n = n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
@@ -198,11 +211,25 @@ def _reference(run: _Run, rows, settings, data):
         return None
     if rows is None:
         statistics = read_statistics(Path(data), run.extractor)
+        lacking = sorted(set(run.metrics) & {"kid", "pr"}) if statistics is not None else []
+        if lacking:
+            raise InputError(f"--metrics {lacking[0]}: needs the images of the reference; {data} has mu and sigma only")
         return statistics if statistics is not None else open_images(data)
-    count = min(len(rows), REFERENCE_LIMIT)
-    if count < len(rows):
-        run.warnings.append(f"reference: {count:,} of {len(rows):,} rows, evenly spread")
-    return rows_source(rows, settings, spread(len(rows), count))
+    return rows_source(rows, settings, spread(len(rows), _limited(run, len(rows))))
+
+
+def _limited(run: _Run, count: int) -> int:
+    """How many rows of a data set are read where nobody says how many."""
+    if count > REFERENCE_LIMIT:
+        run.warnings.append(f"reference: {REFERENCE_LIMIT:,} of {count:,} rows, evenly spread")
+    return min(count, REFERENCE_LIMIT)
+
+
+def _own_data(run, data):
+    """The reference that was named, else the data that the run was trained on."""
+    if data is None and run.config is None:
+        raise UsageError("name the reference with --data: this model does not say what it was trained on")
+    return run.config.data if data is None else data
 
 
 def _rows(data, split: str, size: tuple[int, int]):
@@ -212,6 +239,8 @@ def _rows(data, split: str, size: tuple[int, int]):
 
     settings = data if isinstance(data, DataSettings) else DataSettings(source=str(data))
     settings = replace(settings, size=tuple(size))
+    if split not in ("train", "validation"):
+        settings, split = replace(settings, split=split, val_split=split), "validation"
     return open_rows(settings, split=split), settings
 
 
@@ -249,19 +278,25 @@ def pair_values(made: Sequence[np.ndarray], real: Sequence[np.ndarray], metrics:
     """PSNR (dB), SSIM and LPIPS of each pair of uint8 (H, W, 3) images."""
     from ldmcli.maths.statistics import psnr, ssim
 
-    functions = {"psnr": psnr, "ssim": ssim, "lpips": lambda a, b: _lpips(perceptual, a, b)}
-    return {name: [functions[name](a, b) for a, b in zip(made, real)] for name in metrics}
+    functions = {"psnr": psnr, "ssim": ssim}
+    out = {name: [functions[name](a, b) for a, b in zip(made, real)] for name in metrics if name in functions}
+    if "lpips" in metrics:
+        out["lpips"] = [value for block in in_blocks(zip(made, real), BLOCK) for value in _lpips(perceptual, block)]
+    return out
 
 
-def _lpips(net, a: np.ndarray, b: np.ndarray) -> float:
+def _lpips(net, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
     import torch
 
-    if a.dtype != np.uint8 or a.shape != b.shape:
-        raise InputError(f"LPIPS: images {a.shape} {a.dtype} and {b.shape}: need uint8 of one size")
+    shapes = {image.shape for pair in pairs for image in pair}
+    if any(a.dtype != np.uint8 or a.shape != b.shape for a, b in pairs):
+        raise InputError(f"LPIPS: images of {sorted(shapes)}: need uint8 pairs of one size")
+    if len(shapes) > 1:
+        return [value for pair in pairs for value in _lpips(net, [pair])]
     device = next(net.buffers()).device
-    x, y = (torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1 for image in (a, b))
+    x, y = (torch.from_numpy(np.stack(side)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1 for side in zip(*pairs))
     with torch.inference_mode():
-        return net(x, y).item()
+        return net(x, y).flatten().tolist()
 
 
 def _put_pair_metric(run: _Run, name: str, values: list[float]) -> None:
@@ -333,15 +368,9 @@ def _put_fid(run: _Run, generated: FeatureSet, reference: FeatureSet | Statistic
     run.facts["covariance_divisor"] = "n - 1"
 
 
-def _needs_features(reference: Any, name: str) -> None:
-    if not isinstance(reference, FeatureSet):
-        raise InputError(f"--metrics {name}: needs the reference's images, its statistics are not enough")
-
-
 def _put_kid(run: _Run, generated: FeatureSet, reference: Any) -> None:
     from ldmcli.maths.statistics import kid
 
-    _needs_features(reference, "kid")
     size = min(KID["subset_size"], len(generated), len(reference))
     mean, std = kid(generated.features, reference.features, subsets=KID["subsets"], subset_size=size, seed=KID["seed"])
     suffix, named = run.extractor.suffix, _named(run.extractor)
@@ -367,7 +396,6 @@ def _put_is(run: _Run, generated: FeatureSet, reference: Any) -> None:
 def _put_pr(run: _Run, generated: FeatureSet, reference: Any) -> None:
     from ldmcli.maths.statistics import precision_recall
 
-    _needs_features(reference, "pr")
     precision, recall = precision_recall(generated.features, reference.features, NEIGHBOURS)
     if precision is None:
         run.warnings.append(f"no precision and recall: a set has no more than {NEIGHBOURS} images")
@@ -417,50 +445,6 @@ def _versions() -> dict[str, str]:
     from ldmcli import __version__
 
     return {"ldm": __version__, "torch": torch.__version__, "numpy": np.__version__}
-
-
-def lookup(result: dict[str, Any], name: str = "") -> tuple[str, float | None]:
-    """(key, value) of a metric by its key or short name; "" and "fid" mean the Fréchet distance.
-
-    Raises UsageError for a metric that the result does not have.
-    """
-    values = result["metrics"]
-    if name in ("", "fid", "fd") and result.get("frechet"):
-        return result["frechet"], values[result["frechet"]]
-    found = [key for key in values if key == name] or [key for key in values if key.split("_")[0] == name]
-    if not found:
-        raise UsageError(f"{name or 'fid'}: not measured; this result has {', '.join(values)}")
-    return found[0], values[found[0]]
-
-
-def higher_is_better(key: str) -> bool:
-    """The direction of a metric."""
-    return key.startswith(BETTER_HIGH)
-
-
-def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Changes since an earlier result: {"metrics": {key: {old, new, change}}, "worse": [keys], "warnings": […]}.
-
-    Raises InputError where the numbers mean different things: another extractor, layer or resize rule.
-    """
-    for key in ("weights_sha256", "layer", "resize"):
-        now, before = ((document.get("extractor") or {}).get(key) for document in (result, old))
-        if now and before and now != before:
-            raise InputError(f"--compare: the earlier result has another extractor ({key} {before!r}, now {now!r})")
-    shared = [key for key in result["metrics"] if key in old.get("metrics", {}) and not key.endswith("_std")]
-    if not shared:
-        raise InputError("--compare: the earlier result has none of these metrics "
-                         f"({', '.join(result['metrics'])})")
-    changes, worse = {}, []
-    for key in shared:
-        new, before = result["metrics"][key], old["metrics"][key]
-        change = new - before if isinstance(new, (int, float)) and isinstance(before, (int, float)) else None
-        changes[key] = {"old": before, "new": new, "change": change}
-        if change is not None and (change < 0 if higher_is_better(key) else change > 0):
-            worse.append(key)
-    warnings = [f"{key}: {old.get(key)} then, {result.get(key)} now"
-                for key in ("n_generated", "n_reference", "reference", "sampling") if old.get(key) != result.get(key)]
-    return {"metrics": changes, "worse": worse, "warnings": warnings}
 
 
 def reconstruction_metrics(real: np.ndarray, made: np.ndarray, perceptual=None,

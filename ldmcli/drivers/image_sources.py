@@ -89,7 +89,7 @@ def npz_source(path: Path, n: int | None = None) -> Source:
                 data = member.read(size)
                 if len(data) < size:
                     raise InputError(f"{path}: arr_0 is cut short")
-                yield np.frombuffer(data, np.uint8).reshape(shape[1:])
+                yield np.frombuffer(bytearray(data), np.uint8).reshape(shape[1:])
 
     key = f"{sha256_file(path)}:{count}"
     return Source(name=str(path), count=count, stream=stream, facts={"source": str(path), "resize": "none"}, key=key)

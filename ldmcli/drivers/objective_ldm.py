@@ -120,9 +120,9 @@ class DiffusionObjective:
         if data.crop == "random":
             raise UsageError("--set data.crop=random: cached latents are of one crop; add --no-cache or crop=center")
         shape = (self.latent_shape[0] * (1 if self.is_vq else 2), *self.latent_shape[1:])
-        facts = (self.autoencoder.fingerprint, f"{self.size}", data.resize, data.background, data.cache_dtype)
+        facts = (self.autoencoder.fingerprint, f"{self.size}", data.resize, data.background, data.cache_dtype, f"flips {data.flip}")
         folder = cache_root(data.cache_dir) / "latents" / cache_key(*facts)
-        cache = LatentCache(folder, [rows.content_hash(i) for i in range(len(rows))], shape, data.cache_dtype)
+        cache = LatentCache(folder, [rows.content_hash(i) for i in range(len(rows))], shape, data.cache_dtype, 1 + data.flip)
         cache.refresh()
         todo = len(cache.missing())
         context = self.context
@@ -146,7 +146,8 @@ class DiffusionObjective:
     def _encode_rows(self, rows, ids: list[int]) -> np.ndarray:
         pixels = np.stack([rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in ids])
         both = []
-        for view in (pixels, np.ascontiguousarray(pixels[:, :, ::-1])):
+        views = (pixels, np.ascontiguousarray(pixels[:, :, ::-1])) if self.config.data.flip else (pixels,)
+        for view in views:
             with self.context.autocast():
                 moments = self.autoencoder.network.moments(scaled(torch.from_numpy(view), self.context.device))
             both.append(moments.float().cpu().numpy())

@@ -1,6 +1,8 @@
 """Optimisers with named, savable state: AdamW, and Muon for hidden matrices beside it; the average of the weights."""
 
+import time
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,7 @@ class Muon:
         self.velocity = {name: torch.zeros_like(p) for name, p in named}
         self.direction = {name: torch.zeros_like(p) for name, p in named} if every > 1 else {}
         self.count = 0
+        self.dtype = torch.float32  # of the orthogonalisation
         shapes: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named:
             shapes.setdefault((parameter.shape[0], parameter[0].numel()), []).append((name, parameter))
@@ -85,7 +88,7 @@ class Muon:
                         for name, p in members
                     ]
                 )
-                moved = orthogonalise(looked.to(_matrix_dtype(looked.device))).to(looked.dtype)
+                moved = orthogonalise(looked.to(self.dtype)).to(looked.dtype)
                 if self.every > 1:
                     for (name, p), d in zip(members, moved):
                         self.direction[name].copy_(d.reshape(p.shape))
@@ -94,27 +97,24 @@ class Muon:
                 p.add_(update, alpha=-self.lr * factor * scale)
 
 
-def _matrix_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where matrix products in it are fast, else float32."""
-    return torch.bfloat16 if bf16_is_fast(device) else torch.float32
-
-
+@lru_cache
 def bf16_is_fast(device: torch.device) -> bool:
-    """CUDA from Ampere on, or a CPU with bfloat16 dot products."""
+    """CUDA from Ampere on; on a CPU whatever a matrix product says (bfloat16 needs more than an instruction to pay)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
+    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    from torch.backends import cpu
-
-    return cpu.get_cpu_capability() == "AVX512" and _cpu_has_bf16()
+    return _product_seconds(torch.bfloat16) < 0.75 * _product_seconds(torch.float32)
 
 
-def _cpu_has_bf16() -> bool:
-    try:
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _product_seconds(dtype: torch.dtype) -> float:
+    matrix = torch.ones(768, 768, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        begun = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - begun)
+    return best
 
 
 class Updater:

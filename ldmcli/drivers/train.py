@@ -79,6 +79,7 @@ class Progress:
     bad_in_a_row: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0
+    precision: str = ""  # of the autocast; "auto" is decided once a run, so that going on is exact
 
 
 def train(kind: str, resolved: Resolved, out: Path, options: Options) -> dict[str, Any]:
@@ -203,6 +204,7 @@ class Training:
         self.objective = self._objective(kind)
         self._prepare()
         self.resumed = self._resume()
+        self._fix_precision()
         self.flops = 0.0
         self.trackers = self._trackers()
 
@@ -232,6 +234,15 @@ class Training:
             if self.settings.ema_scope == "all" or n.startswith("unet.") or objective.kind == "autoencoder"
         ]
         self.ema = Ema(averaged, self.settings.ema_decay) if self.settings.ema else None
+
+    def _fix_precision(self) -> None:
+        """"auto" is measured on a CPU: a run keeps what it was started with, so that going on is exact."""
+        if self.settings.mixed_precision == "auto" and self.progress.precision:
+            self.context.set_precision(self.progress.precision)
+        self.progress.precision = self.context.precision
+        for updater in self.updaters.values():
+            if updater.muon:
+                updater.muon.dtype = torch.float32 if self.context.dtype is None else torch.bfloat16
 
     # ------------------------------------------------------------- checkpoints
 
@@ -356,7 +367,7 @@ class Training:
             console.say(
                 f"{len(objective.rows):,} rows to train on, {len(objective.validation):,} to validate; "
                 f"{context.device.type}, {context.world} process(es), "
-                f"{str(context.dtype).removeprefix('torch.') if context.dtype else 'float32'}; "
+                f"{context.precision}; "
                 f"step {self.progress.step:,} of {self.settings.steps:,} -> {self.run.path}"
             )
 
