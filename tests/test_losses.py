@@ -53,7 +53,7 @@ def recorded():
 def run_variant(config, io, variant):
     reg, gan, step = variant.split(".")
     entry, step = config[reg], int(step[4:])
-    settings = LossSettings(style="paper", perceptual_weight=config["perceptual_weight"], gan=gan,
+    settings = LossSettings(style="paper", l1=1.0, l2=0.0, edge=0.0, perceptual_weight=config["perceptual_weight"], gan=gan,
                             kl_weight=entry.get("kl_weight", 1e-6), disc_weight=entry["disc_weight"],
                             disc_start=entry["disc_start"])
     weight = io["last_weight"].clone().requires_grad_()
@@ -164,7 +164,7 @@ def test_each_term_alone_moves_encoder_and_decoder(only):
 
 
 def test_with_every_weight_zero_each_parameter_still_gets_a_gradient_of_zero():
-    off = dict(l1=0.0, kl_weight=0.0)
+    off = dict(l1=0.0, l2=0.0, edge=0.0, kl_weight=0.0)
     net, total, _ = total_of(LossSettings(**off))
     total.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in net.parameters())

@@ -126,7 +126,8 @@ class Extractor:
         """(B, 3, size, size) float in [0, 255]; each image is resized by itself."""
         out = []
         for image in images:
-            image = torch.as_tensor(image)
+            # arrays of Pillow are read-only, which torch cannot say of a tensor
+            image = torch.tensor(image) if isinstance(image, np.ndarray) else image
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
                 raise InputError(f"{self.name}: takes uint8 images (H, W, 3), got {image.dtype} {tuple(image.shape)}")
             x = image.to(self.device).permute(2, 0, 1)[None].float()

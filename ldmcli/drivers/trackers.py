@@ -1,7 +1,9 @@
 """Experiment trackers through Accelerate. They listen only: one that fails is dropped with a warning."""
 
 import os
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ class Trackers:
     def _each(self, call: str, *arguments, **options) -> None:
         for name, tracker in list(self._open.items()):
             try:
-                getattr(tracker, call)(*arguments, **options)
+                with redirect_stdout(sys.stderr):  # stdout carries the command's result, and trackers chat
+                    getattr(tracker, call)(*arguments, **options)
             except Exception as error:  # whatever a service does, training goes on
                 del self._open[name]
                 console.warn_once(f"tracker {name}", f"--track {name}: stopped ({_reason(error)}); training goes on")
@@ -79,11 +82,15 @@ def open_trackers(names: tuple[str, ...], run: Path, config: dict[str, Any]) -> 
 
 
 def _started(name: str, run: Path, config: dict[str, Any]):
+    from accelerate import PartialState
+
+    PartialState()  # Accelerate's trackers ask it which process they are in
     try:
-        tracker = TRACKERS[name](run)
-        if hasattr(tracker, "start"):  # older Accelerate starts a tracker when it is made
-            tracker.start()
-        tracker.store_init_configuration({key: _plain(value) for key, value in config.items()})
+        with redirect_stdout(sys.stderr):
+            tracker = TRACKERS[name](run)
+            if hasattr(tracker, "start"):  # older Accelerate starts a tracker when it is made
+                tracker.start()
+            tracker.store_init_configuration({key: _plain(value) for key, value in config.items()})
     except Exception as error:  # services and their logins fail in ways of their own
         raise InputError(f"--track {name}: cannot start ({_reason(error)}); train without it or add --offline") from error
     return tracker
