@@ -53,7 +53,8 @@ def recorded():
 def run_variant(config, io, variant):
     reg, gan, step = variant.split(".")
     entry, step = config[reg], int(step[4:])
-    settings = LossSettings(style="paper", l1=1.0, l2=0.0, edge=0.0, perceptual_weight=config["perceptual_weight"], gan=gan,
+    settings = LossSettings(style="paper", l1=1.0, l2=0.0, edge=0.0, gan=gan,
+                            perceptual_weight=config["perceptual_weight"],
                             kl_weight=entry.get("kl_weight", 1e-6), disc_weight=entry["disc_weight"],
                             disc_start=entry["disc_start"])
     weight = io["last_weight"].clone().requires_grad_()
