@@ -194,18 +194,16 @@ def did_you_mean(names: list[str]) -> str:
 
 def presets() -> dict:
     """Presets by name: objects with `.kind`, `.values` ({"section.name": value}) and `.summary`."""
-    try:
-        from ldmcli.networks.presets import PRESETS
-    except ModuleNotFoundError as error:
-        if error.name != "ldmcli.networks.presets":
-            raise
-        return {}
+    from ldmcli.networks.presets import PRESETS
+
     return PRESETS
 
 
 def preset_layer(kind: str, name: str) -> Layer:
     """A named preset's values."""
     known = presets()
+    if kind == "autoencoder" and f"{name}-ae" in known:  # one name for both stages: "paper", "small"
+        name = f"{name}-ae"
     of_kind = [each for each, preset in known.items() if preset.kind == kind]
     if name not in known:
         raise UsageError(

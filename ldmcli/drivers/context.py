@@ -3,7 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from ldmcli.core.errors import LdmError, ResourceError, UsageError
 from ldmcli.core.settings import TrainSettings
 from ldmcli.drivers.optim import bf16_is_fast
+from ldmcli.maths import rng
 
 
 class Context:
@@ -52,6 +53,16 @@ class Context:
     def autocast(self):
         """Context in which matrix products run in the low precision, if one is in use."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+    @contextmanager
+    def dropout(self, seed: int, *path: int | str):
+        """Context in which dropout draws follow from seed, path and rank.
+
+        Dropout is the one layer that reads torch's global generator; left alone, no run with it could be repeated.
+        """
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(rng.key(seed, "dropout", *path, self.rank))
+            yield
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Runs `function` on the main process; all get its result, or raise its error."""

@@ -92,7 +92,8 @@ def _started(name: str, run: Path, config: dict[str, Any]):
                 tracker.start()
             tracker.store_init_configuration({key: _plain(value) for key, value in config.items()})
     except Exception as error:  # services and their logins fail in ways of their own
-        raise InputError(f"--track {name}: cannot start ({_reason(error)}); train without it or add --offline") from error
+        offline = " or add --offline" if name == "wandb" else ""
+        raise InputError(f"--track {name}: cannot start ({_reason(error)}); train without it{offline}") from error
     return tracker
 
 

@@ -419,11 +419,11 @@ class Training:
             stats |= found
             if not good:
                 break
-        if good:
-            stats |= self.objective.after_update(step)
-            if self.ema:
+            if self.ema and phase == self.objective.main:  # also where the discriminator's update is then refused
                 self.ema.update()
                 self.progress.ema_count = self.ema.count
+        if good:
+            stats |= self.objective.after_update(step)
         self._count_bad(good, batch, stats)
         self.progress.step = step + 1
         self.progress.images += self.settings.batch_size
@@ -444,7 +444,8 @@ class Training:
             share_of_step = (part.stop - part.start) / self.settings.batch_size
             last = index == len(parts) - 1
             with context.accelerator.no_sync(wrapped) if not last and context.world > 1 else nullcontext():
-                with context.autocast(), self._count_flops(share_of_step):
+                masks = context.dropout(self.settings.seed, phase, step, index)
+                with context.autocast(), self._count_flops(share_of_step), masks:
                     loss, stats = self.objective.loss(phase, self.wrapped, micro, step, norms)
                 # data-parallel wrapping averages over processes; the shares sum to 1 over all of them
                 (loss.float() * share_of_step * context.world * self.progress.loss_scale).backward()
