@@ -55,17 +55,22 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes an earlier run's files (for --fresh); files that are not a run's stay."""
+        if is_run(self.path):  # it goes last and promises nothing: a kill in between leaves a run that begins anew
+            try:
+                self.update(state="interrupted", step=0, checkpoint=0, reason="begun anew with --fresh")
+            except ModelError:
+                pass  # run.json is damaged, and gone in a moment
         for name in ("checkpoints", "samples", "tokenizer", "autoencoder"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (
             "config.toml",
-            "run.json",
             "model.safetensors",
             "metrics.jsonl",
             "stats.json",
             "report.html",
             "README.md",
             "bad-batch.json",
+            "run.json",
         ):
             (self.path / name).unlink(missing_ok=True)
 
@@ -88,11 +93,15 @@ class RunFolder:
         with files.writing(path), open(path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
-    def trim_log(self, step: int) -> None:
-        """Drops log lines of steps after `step`: they will be trained again. A line cut by a crash goes, too."""
+    def trim_log(self, step: int, *, ended: bool = False) -> None:
+        """Drops log lines of steps after `step`: they will be trained again. A line cut by a crash goes, too.
+
+        ended: `step` is the last, so its evaluation is repeated and goes as well.
+        """
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in read_log(self.path) if line.get("step", 0) <= step]
+            kept = [line for line in read_log(self.path) if line.get("step", 0) <= step
+                    and not (ended and line.get("step") == step and any(name.startswith("val/") for name in line))]
             files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
@@ -129,7 +138,7 @@ def write_checkpoint(run: RunFolder, step: int, tensors: dict[str, dict], state:
     """
     root = run.path / "checkpoints"
     final = root / f"step-{step:08d}"
-    if final.exists() and not problems(final):
+    if _step_of(final) == step and not problems(final):
         return final
     temporary = root / f".step-{step:08d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -166,16 +175,25 @@ def _pause(point: str) -> None:
 def _rotate(root: Path, newest: Path, keep: int) -> None:
     if problems(newest):
         return
-    others = [path for _, path in sorted(_named(root), reverse=True) if path != newest]
+    others = [path for _, path in _named(root) if path != newest]
     for path in others[max(keep - 1, 0) :]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _named(root: Path) -> list[tuple[int, Path]]:
-    if not root.is_dir():
-        return []
-    found = [(_STEP_NAME.match(path.name), path) for path in root.iterdir()]
-    return [(int(match.group(1)), path) for match, path in found if match]
+    """(step, folder) of everything named like a checkpoint, the highest step first."""
+    found = [path for path in root.iterdir() if _STEP_NAME.match(path.name)] if root.is_dir() else []
+    return sorted(((_step_of(path), path) for path in found), reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    """The step stored in a checkpoint; what its name says where that cannot be read, and -1 where nothing is there."""
+    if not checkpoint.is_dir():
+        return -1
+    try:
+        return int(files.read_json(checkpoint / "manifest.json")["step"])
+    except (LdmError, KeyError, TypeError, ValueError):
+        return int(checkpoint.name.removeprefix("step-"))
 
 
 def problems(checkpoint: Path) -> str:
@@ -199,7 +217,7 @@ def newest_checkpoint(path: Path, warn=lambda text: None) -> Path | None:
     for stray in root.iterdir() if root.is_dir() else []:
         if not _STEP_NAME.match(stray.name) and not stray.name.startswith("."):
             warn(f"{stray}: not a checkpoint of this run, left alone")
-    for _, candidate in sorted(_named(root), reverse=True):
+    for _, candidate in _named(root):
         wrong = problems(candidate)
         if not wrong:
             return candidate
@@ -212,7 +230,7 @@ def sweep_unfinished(run: RunFolder, warn=lambda text: None) -> None:
     for path in (run.path / "checkpoints").glob(".step-*.tmp"):
         warn(f"{path.name}: an unfinished checkpoint, removed")
         shutil.rmtree(path, ignore_errors=True)
-    for path in [*run.path.glob(".*.tmp"), *run.path.glob("samples/.*.tmp")]:
+    for path in [*run.path.glob(".*.tmp"), *run.path.glob("*/.*.tmp")]:
         path.unlink(missing_ok=True)
 
 

@@ -4,12 +4,10 @@ Everything random is a function of (seed, position), the rate a function of the 
 optimiser state, average and step: the same command goes on exactly where it was.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +16,20 @@ from torch import Tensor
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
-from ldmcli.core.config import Resolved, config_hash, flat, from_toml, to_toml
+from ldmcli.core.config import Resolved, config_hash, flat, to_toml
 from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, ResourceError, UsageError
 from ldmcli.core.signals import StopRequest
-from ldmcli.data.batches import Prefetcher, micro_batches
+from ldmcli.data.batches import Prefetcher, micro_batches, share
 from ldmcli.drivers.context import Context
+from ldmcli.drivers.meter import Window, clock, peak_memory_bytes
 from ldmcli.drivers.objective_ae import AutoencoderObjective, data_facts
 from ldmcli.drivers.objective_ldm import DiffusionObjective
+from ldmcli.drivers.opening import Options, open_run, out_of_memory, record_failure
 from ldmcli.drivers.optim import Ema, Updater
 from ldmcli.maths.lr import cooldown_factor, warmup_factor
 
-# settings that may change when a run goes on: they say how long, how often and where, not what is learned
-_HARMLESS = (
-    "train.steps",
-    "train.micro_batch",
-    "train.lr",
-    "train.adam_lr",
-    "train.warmup",
-    "train.cooldown",
-    "train.max_bad_steps",
-    "train.save_every",
-    "train.keep",
-    "train.sample_every",
-    "train.eval_every",
-    "train.log_every",
-    "train.max_hours",
-    "train.max_minutes",
-    "train.track",
-    "train.compile",
-    "sample.",
-    "data.workers",
-    "data.cache",
-    "data.skip_bad",
-    "data.max_pixels",
-    "train.ema_decay",
-)
 _CHECK_EVERY = 500  # steps between comparisons of the weights of all processes
 _FP16_SCALE, _FP16_GROWTH = 2.0**15, 2000
-
-
-@dataclass
-class Options:
-    """What a command says beside the configuration."""
-
-    fresh: bool = False
-    allow: tuple[str, ...] = ()  # settings that may differ from those the run was started with
-    command_line: list[str] = field(default_factory=list)
-    autoencoder: str = ""  # train-ldm
-    init_from: str = ""  # train-ldm: a run whose weights are the start
 
 
 @dataclass
@@ -91,88 +55,29 @@ def train(kind: str, resolved: Resolved, out: Path, options: Options) -> dict[st
     run = runs.RunFolder(out)
     with StopRequest() as request:
         try:
-            done = context.on_main(lambda: _open(run, kind, resolved, options))
+            done = context.on_main(lambda: open_run(run, kind, resolved, options))
             if done:
                 return done
             return Training(kind, resolved, run, context, options, request).run_to_end()
         except LdmError as error:
-            _record_failure(run, error, context)
+            record_failure(run, error, context)
             raise
-        except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                _record_failure(run, error, context)
+        except KeyboardInterrupt:
+            text = "stopped at once by a second Ctrl-C; the same command goes on from the newest checkpoint"
+            record_failure(run, Interrupted(text, 2), context)
+            raise
+        except Exception as error:
+            if not out_of_memory(error):
+                record_failure(run, error, context)
                 raise
             text = "memory ran out; lower --micro-batch (the global batch stays), or --size, or the model's channels"
-            _record_failure(run, ResourceError(text), context)
+            record_failure(run, ResourceError(text), context)
             raise ResourceError(f"{out}: {text}") from error
         finally:
             if context.is_main:
                 run.release()
             if context.world > 1 and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
-
-
-def _record_failure(run: runs.RunFolder, error: BaseException, context: Context) -> None:
-    if not (context.is_main and run._lock and runs.is_run(run.path)):
-        return
-    code = int(getattr(error, "code", 1))
-    state = "interrupted" if isinstance(error, Interrupted) else "diverged" if code == 5 else "failed"
-    try:
-        run.update(state=state, reason=console.clean(str(error)), exit_code=code)
-    except LdmError:
-        pass  # the disk is full: the first error is the one to tell
-
-
-def _open(run: runs.RunFolder, kind: str, resolved: Resolved, options: Options) -> dict[str, Any] | None:
-    """Takes the folder; returns run.json when there is nothing left to do, else None."""
-    path = run.path
-    foreign = (
-        path.is_dir()
-        and not runs.is_run(path)
-        and any(p.name not in (".lock", "tokenizer", "checkpoints") for p in path.iterdir())
-    )
-    if foreign:
-        raise UsageError(f"{path}: holds files but is no run folder; choose an empty or new folder with --out")
-    run.acquire()
-    if options.fresh:
-        run.clear()
-    if not runs.is_run(path):
-        return None
-    state = run.state()
-    if state.get("kind") != kind:
-        raise UsageError(
-            f"{path}: holds a run of kind {state.get('kind')}; choose another --out or begin anew with --fresh"
-        )
-    _compare_settings(kind, path, resolved, options)
-    runs.sweep_unfinished(run, console.warn)
-    if state.get("state") == "finished" and state.get("step", 0) >= resolved.config.train.steps:
-        console.say(
-            f"{path}: finished at step {state['step']}; nothing to do (more --steps go on, --fresh begins anew)"
-        )
-        return state
-    return None
-
-
-def _compare_settings(kind: str, path: Path, resolved: Resolved, options: Options) -> None:
-    """Refuses to go on with settings that change what is learned; says what harmless ones changed."""
-    if not (path / "config.toml").exists():
-        return
-    old = flat(from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml")))
-    changed = {k: (old.get(k), v) for k, v in flat(resolved.config).items() if old.get(k) != v}
-    grave = {k: v for k, v in changed.items() if not k.startswith(_HARMLESS) and k not in options.allow}
-    if grave:
-        table = "; ".join(f"{k}: {a} -> {b}" for k, (a, b) in grave.items())
-        raise ModelError(
-            f"{path}: was started with other settings ({table}); choose another --out, begin anew with "
-            f"--fresh, or go on all the same with {' '.join('--allow ' + k for k in grave)}"
-        )
-    for name, (before, now) in changed.items():
-        console.say(f"{name}: {before} -> {now}")
 
 
 class Training:
@@ -236,7 +141,7 @@ class Training:
         self.ema = Ema(averaged, self.settings.ema_decay) if self.settings.ema else None
 
     def _fix_precision(self) -> None:
-        """"auto" is measured on a CPU: a run keeps what it was started with, so that going on is exact."""
+        """ "auto" is measured on a CPU: a run keeps what it was started with, so that going on is exact."""
         if self.settings.mixed_precision == "auto" and self.progress.precision:
             self.context.set_precision(self.progress.precision)
         self.progress.precision = self.context.precision
@@ -247,14 +152,27 @@ class Training:
     # ------------------------------------------------------------- checkpoints
 
     def _resume(self) -> bool:
-        path = self.context.on_main(lambda: runs.newest_checkpoint(self.run.path, console.warn))
+        path = self.context.on_main(self._newest)
         if path is None:
             return False
         self.context.together(lambda: self._load(path))
         if self.context.is_main:
-            self.run.trim_log(self.progress.step)
+            self.run.trim_log(self.progress.step, ended=self.progress.step >= self.settings.steps)
             console.say(f"going on from step {self.progress.step}")
         return True
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from, None at the start. Raises ModelError where all that was saved is lost."""
+        path = runs.newest_checkpoint(self.run.path, console.warn)
+        saved = self.run.state().get("checkpoint")
+        if path is None and saved:
+            raise ModelError(
+                f"{self.run.path}: step {saved} was saved, but no checkpoint in it is whole; restore checkpoints/ "
+                "from a copy, or begin anew with --fresh"
+            )
+        if path is None:
+            self.run.trim_log(0)  # what an attempt logged that was ended before its first checkpoint
+        return path
 
     def _load(self, path: Path) -> None:
         state = files.read_json(path / "state.json")
@@ -374,12 +292,10 @@ class Training:
     def _write_start(self) -> None:
         size = sum(p.numel() * 4 for m in self.objective.networks.values() for p in m.parameters())
         files.require_space(self.run.path, size * 4 * (self.settings.keep + 1))
-        files.write_text(self.run.path / "config.toml", to_toml(self.config))
         parents = []
         if self.objective.kind == "diffusion":
-            # written at once: a vocabulary learned twice need not come out the same
-            files.write_json(self.run.path / "stats.json", self.objective.finish_stats())
             parents = [{"path": str(self.objective.autoencoder_path), "sha256": self.objective.autoencoder.fingerprint}]
+        # first of all: without run.json the folder would be taken for somebody else's after a kill
         self.run.update(
             kind=self.objective.kind,
             state="running",
@@ -394,6 +310,14 @@ class Training:
             weights="ema" if self.ema else "raw",
             data=data_facts(self.objective.rows, self.objective.validation, self.objective.bad),
         )
+        path, text = self.run.path / "config.toml", to_toml(self.config)
+        changed = path.exists() and path.read_text(encoding="utf-8") != text
+        files.write_text(path, text)
+        if self.objective.kind == "diffusion":
+            # written at once: a vocabulary learned twice need not come out the same
+            files.write_json(self.run.path / "stats.json", self.objective.finish_stats())
+        if self.resumed and changed:
+            self._write_weights()  # their metadata name the configuration that they stand beside
 
     def _time_is_up(self) -> bool:
         limit = self.settings.max_minutes * 60
@@ -532,15 +456,16 @@ class Training:
         stop, save = self.context.maximum(
             [float(self.request.stop or (-1 if not hours_up else 1)), float(self.request.save_requested)]
         )
+        if stop > 0:  # whoever ends us may not wait for an evaluation
+            self._save()
+            self._end_early(int(stop))
         if step < s.steps:
             if due.get("eval"):
                 self._evaluate()
             if due.get("sample"):
                 self._preview()
-            if due.get("save") or save or stop > 0:
+            if due.get("save") or save:
                 self._save()
-        if stop > 0:
-            self._end_early(int(stop))
 
     def _end_early(self, signal_number: int) -> None:
         if signal_number == 1:
@@ -552,8 +477,14 @@ class Training:
             f"{self.run.path}: saved at step {self.progress.step}; the same command goes on", signal_number
         )
 
+    def _end_if_asked(self) -> None:
+        stop = self.context.maximum([float(self.request.stop)])[0]
+        if stop:
+            self._end_early(int(stop))
+
     def _log(self) -> None:
-        values = self.context.mean(self.window.close(), 1.0)
+        mine = share(self.settings.batch_size, self.context.rank, self.context.world)
+        values = self.context.mean(self.window.close(), mine.stop - mine.start)
         if not self.context.is_main:
             return
         peak = peak_memory_bytes(self.context.device)
@@ -575,7 +506,7 @@ class Training:
         losses = "  ".join(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in values.items() if k.startswith("loss_"))
         console.say(
             f"step {self.progress.step:>7,}/{self.settings.steps:,}  loss {losses}  {rate:.1f} images/s  "
-            f"data-wait {values['data_wait'] * 100:.0f} %  {files.human_bytes(peak)}  ETA {_clock(left)}"
+            f"data-wait {values['data_wait'] * 100:.0f} %  {files.human_bytes(peak)}  ETA {clock(left)}"
         )
 
     def _trackers(self):
@@ -604,10 +535,11 @@ class Training:
         self.context.on_main(lambda: self._with_average(lambda: self.objective.preview(path)))
 
     def _finish(self) -> dict[str, Any]:
+        self._save()  # before the last evaluation, which may take long and be ended
         self._evaluate()
+        self._end_if_asked()
         if self.settings.sample_every:
             self._preview()
-        self._save()
         if self.trackers:
             self.trackers.close()
         if not self.context.is_main:
@@ -616,55 +548,6 @@ class Training:
             state="finished", exit_code=0, trained_seconds=self.progress.trained_seconds, images=self.progress.images
         )
         console.say(
-            f"done: {self.run.path} at step {self.progress.step:,}, {_clock(self.progress.trained_seconds)} of training"
+            f"done: {self.run.path} at step {self.progress.step:,}, {clock(self.progress.trained_seconds)} of training"
         )
         return self.run.state()
-
-
-class Window:
-    """What happened since the last log line. Numbers stay on the device until it is written."""
-
-    def __init__(self, batches: Prefetcher):
-        self.batches = batches
-        self._restart()
-
-    def _restart(self) -> None:
-        self.begun, self.waited = time.perf_counter(), self.batches.waited_s
-        self.images, self.steps, self.rate = 0, 0, 1.0
-        self.sums: dict[str, Any] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, stats: dict[str, Any], images: int, rate: float) -> None:
-        """One step's statistics."""
-        self.images, self.steps, self.rate = self.images + images, self.steps + 1, rate
-        for name, value in stats.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def close(self) -> dict[str, float]:
-        """Means over the window, throughput, share of time spent waiting for data; begins a new window."""
-        seconds = max(time.perf_counter() - self.begun, 1e-9)
-        out = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-        out |= {
-            "images_per_s": self.images / seconds,
-            "seconds_per_step": seconds / max(self.steps, 1),
-            "data_wait": (self.batches.waited_s - self.waited) / seconds,
-            "lr_factor": self.rate,
-        }
-        self._restart()
-        return out
-
-
-def _clock(seconds: float) -> str:
-    """3725 -> 1:02:05."""
-    seconds = int(max(seconds, 0))
-    hours, rest = divmod(seconds, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: of the device where it counts, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
