@@ -12,6 +12,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch reads it when it is imported
 for _name in [name for name in os.environ if name.startswith("LDM_") and name != "LDM_SHARED"]:
     del os.environ[_name]  # a developer's settings must not reach the tests
+os.environ["LDM_TRAIN_EVAL_FRECHET"] = "false"  # seconds a run for a number that tests of it ask for themselves
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -218,6 +218,8 @@ class TrainSettings:
     sample_every: int = 1000
     eval_every: int = 1000
     log_every: int = 50
+    eval_images: int = 256  # of the validation rows, at most
+    eval_frechet: bool = True  # train-ae: a Frechet distance of reconstructions beside PSNR and SSIM
     max_hours: float = 0.0  # save and end before; 0 = no limit
     max_minutes: float = 0.0  # steps end early so that training takes this long, cooldown included; 0 = no limit
     track: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Requests to files: samples with their settings inside, reconstructions with their PSNR; nothing overwritten unasked."""
+"""Requests to files: samples with their settings inside, reconstructions with their PSNR."""
 
 import json
 import math

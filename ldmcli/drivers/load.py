@@ -71,7 +71,7 @@ class LoadedAutoencoder:
 
     @torch.no_grad()
     def moments(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """KL: (mean, log-variance), each (B, c, h, w), before scaling; VQ and pixels: the latent before quantisation."""
+        """KL: (mean, log-variance), each (B, c, h, w), unscaled; VQ and pixels: the latent before quantisation."""
         moments = self.network.moments(to_pixels(x).to(self.device))
         return split_moments(moments) if self._is_kl else moments
 

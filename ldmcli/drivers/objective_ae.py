@@ -20,7 +20,6 @@ from ldmcli.networks.diffusion import LatentScale
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discriminator_loss, generator_loss
 
-VALIDATION_IMAGES = 256
 SCALE_IMAGES = 2048
 DEFAULT_SIZE = (64, 64)
 
@@ -81,7 +80,7 @@ class AutoencoderObjective:
         self.size = tuple(config.data.size) if any(config.data.size) else DEFAULT_SIZE
         self._check(config)
         self.perceptual = None
-        if config.loss.perceptual_weight > 0:
+        if config.loss.perceptual_weight > 0 or config.loss.perceptual:  # a file with weight 0: measured only
             self.perceptual = context.together(lambda: perceptual_net(config.loss.perceptual)).to(context.device)
         self.rows, self.validation, self.bad = open_data(config, context, self.size)
         with torch.random.fork_rng(devices=[]):
@@ -227,10 +226,11 @@ class AutoencoderObjective:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """PSNR (dB), SSIM, perceptual and Frechet distance on up to 256 validation images, with the weights in place."""
+        """PSNR (dB), SSIM, perceptual and Frechet distance on up to train.eval_images validation rows."""
         from ldmcli.drivers.evaluate import reconstruction_metrics
+        from ldmcli.drivers.features import open_extractor
 
-        pixels = self._validation_pixels(VALIDATION_IMAGES)
+        pixels = self._validation_pixels(self.config.train.eval_images)
         rebuilt: list[np.ndarray] = []
         mine = share(len(pixels), self.context.rank, self.context.world)
         for start in range(mine.start, mine.stop, 16):
@@ -238,9 +238,13 @@ class AutoencoderObjective:
             with self.context.autocast():
                 rebuilt.append(to_uint8(self.autoencoder(x).reconstruction))
         parts = self.context.gather(np.concatenate(rebuilt) if rebuilt else np.zeros((0, *pixels[0].shape), np.uint8))
-        return self.context.on_main(
-            lambda: reconstruction_metrics(np.stack(pixels), np.concatenate(parts), perceptual=self.perceptual)
-        )
+        made = np.concatenate(parts)
+
+        def measure() -> dict[str, float]:
+            extractor = open_extractor() if self.config.train.eval_frechet and len(pixels) > 1 else None
+            return reconstruction_metrics(np.stack(pixels), made, self.perceptual, extractor)
+
+        return self.context.on_main(measure)
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:

@@ -120,9 +120,10 @@ class DiffusionObjective:
         if data.crop == "random":
             raise UsageError("--set data.crop=random: cached latents are of one crop; add --no-cache or crop=center")
         shape = (self.latent_shape[0] * (1 if self.is_vq else 2), *self.latent_shape[1:])
-        facts = (self.autoencoder.fingerprint, f"{self.size}", data.resize, data.background, data.cache_dtype, f"flips {data.flip}")
-        folder = cache_root(data.cache_dir) / "latents" / cache_key(*facts)
-        cache = LatentCache(folder, [rows.content_hash(i) for i in range(len(rows))], shape, data.cache_dtype, 1 + data.flip)
+        how = (f"{self.size}", data.resize, data.background, data.cache_dtype, f"flips {data.flip}")
+        folder = cache_root(data.cache_dir) / "latents" / cache_key(self.autoencoder.fingerprint, *how)
+        keys = [rows.content_hash(i) for i in range(len(rows))]
+        cache = LatentCache(folder, keys, shape, data.cache_dtype, 1 + data.flip)
         cache.refresh()
         todo = len(cache.missing())
         context = self.context

@@ -25,6 +25,8 @@ _HARMLESS = (
     "train.sample_every",
     "train.eval_every",
     "train.log_every",
+    "train.eval_images",
+    "train.eval_frechet",
     "train.max_hours",
     "train.max_minutes",
     "train.track",

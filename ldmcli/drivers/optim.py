@@ -199,7 +199,7 @@ class Updater:
 
 
 class Ema:
-    """Average of weights in float32: s <- s - (1 - d)(s - p) with d = min(decay, (1 + n) / (10 + n)) (original code)."""
+    """Average of weights in float32: s <- s - (1 - d)(s - p), d = min(decay, (1 + n) / (10 + n)) (original code)."""
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float):
         self.named = list(named)

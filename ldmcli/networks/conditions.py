@@ -1,8 +1,8 @@
 """What the diffusion model is told (Sec. 3.3): rows and requests become tokens, planes and vectors.
 
-The UNet knows only three things: `context` (B, M, d) for cross-attention, `concat` (B, c, h, w) beside z_t on the input,
-`vector` (B, v) added to the time embedding. Several conditions at once: tokens join, planes stack, vectors add. Each
-condition has its own null, which takes its place at random while training and in the unconditional half of guidance.
+The UNet knows three things: `context` (B, M, d) for cross-attention, `concat` (B, c, h, w) beside z_t on the input,
+and `vector` (B, v) added to the time embedding. Several conditions at once: tokens join, planes stack, vectors add.
+Each condition has its own null, which takes its place at random while training and in the unconditional half of guidance.
 A condition is one class and one line in `CONDITIONS`.
 """
 

@@ -67,7 +67,7 @@ def _train(kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: 
 
     never = 1_000_000
     schedule = {"train.max_minutes": minutes, "train.steps": never, "train.save_every": never,
-                "train.sample_every": 250, "train.eval_every": 0, "train.log_every": 25}
+                "train.sample_every": 250, "train.eval_every": 0, "train.eval_frechet": False, "train.log_every": 25}
     resolved = _resolved(kind, {**schedule, **values}, preset)
     train(kind, resolved, out, Options(fresh=fresh, command_line=["ldm", "demo"], autoencoder=autoencoder))
 
@@ -117,14 +117,14 @@ def _shape_scores(prompts: list[str], samples, rebuilt, real) -> dict[str, Any]:
 
 
 def _frechet(samples, rebuilt, real, held) -> dict[str, Any]:
-    from ldmcli.drivers.features import default_features
+    from ldmcli.drivers.features import open_extractor
     from ldmcli.maths.statistics import frechet_from_features
 
-    extractor = default_features()
+    extractor = open_extractor()
     features = {name: np.asarray(extractor.features(images), np.float64)
                 for name, images in (("samples", samples), ("rebuilt", rebuilt), ("real", real))}
     return {"fd": frechet_from_features(features["samples"], features["real"]),
             "fd_reconstructions": frechet_from_features(features["rebuilt"], features["real"]),
-            "fd_protocol": f"{extractor.display}, {len(samples)} samples against the {len(real)} held-out images of the "
-                           f"same requests ({held.split}); fewer images than feature dimensions ({extractor.dim}): only "
-                           "comparable with itself"}
+            "fd_protocol": f"{extractor.display}: {len(samples)} samples against the {len(real)} held-out images of "
+                           f"the same requests ({held.split}); fewer images than the {extractor.dim} feature "
+                           "dimensions, so only comparable with itself"}
