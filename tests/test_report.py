@@ -6,11 +6,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 
 from ldmcli.core import config, files, runs
 from ldmcli.data import shapes
 from ldmcli.drivers.grids import in_rows, save_grid
 from ldmcli.products import charts
+from ldmcli.products.card import write_card
 from ldmcli.products.page import cut
 from ldmcli.products.report import write_demo_report, write_report
 
@@ -149,6 +151,11 @@ def test_key_figures_are_the_newest_of_the_log(tmp_path):
     assert "Peak memory1.0 MiB" in text and "Throughput10 images/s" in text
 
 
+def test_a_metric_that_carries_its_extractor_is_known(tmp_path):
+    run = make_run(tmp_path / "run", "autoencoder", log=[line(1), {"step": 1, "val/fd_effnet_lite0": 12.5}])
+    assert "Fréchet distance, effnet lite012.5" in "".join(read(write_report(run)).text)
+
+
 def test_changed_settings_stand_out(tmp_path):
     page = read(write_report(make_run(tmp_path / "run")))
     changed = [k for k, (tag, attrs) in enumerate(page.tags) if tag == "tr" and attrs.get("class") == "changed"]
@@ -206,6 +213,57 @@ def test_demo_report_shows_its_figures_with_their_protocol(demo):
 def test_demo_report_works_without_figures_and_pictures(tmp_path):
     page = read(write_demo_report(tmp_path, [tmp_path / "a", tmp_path / "b"], {}))
     assert not page.open and not page.crossed and not page.named("img")
+
+
+# ---------------------------------------------------------------- the card
+
+
+def card(path):
+    """(front matter, the rest) of a run's card."""
+    _, front, body = write_card(path).read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+@pytest.mark.parametrize("kind, task", [("diffusion", "text-to-image"), ("autoencoder", "image-to-image")])
+def test_front_matter_is_what_the_hub_reads(tmp_path, kind, task):
+    front, _ = card(make_run(tmp_path / "run", kind))
+    assert front["license"] == "other" and front["library_name"] == "ldm" and front["pipeline_tag"] == task
+    assert {"latent-diffusion", kind} <= set(front["tags"])
+
+
+def test_card_shows_use_picture_and_metrics_with_their_protocol(tmp_path):
+    captions = ["a red \"circle\"", "b"]
+    run = make_run(tmp_path / "run", captions=captions, log=[line(1), {"step": 1, "val/val_loss": 0.25}])
+    preview(run, 7, captions)
+    body = card(run)[1]
+    (python,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    compile(python, "card", "exec")
+    assert 'ldmcli.load("run")' in python and 'prompt="a red \\"circle\\""' in python
+    assert "(samples/step-00000007.png)" in body and (run / "samples" / "step-00000007.png").is_file()
+    assert "| Validation loss | 0.25 |" in body and "10 held-out latents" in body
+    assert 'condition.kinds = ["text"]' in body and "not finished (running)" in body
+
+
+def test_text_from_data_stays_text_in_the_card(tmp_path):
+    nasty = "x](http://e) `a` | <script>\x1b[31m\n# head\n---\n```"
+    run = make_run(tmp_path / nasty.replace("/", "").replace("\n", " "), captions=[nasty], command=nasty, state=nasty,
+                   data={"source": nasty, "split": nasty, "rows": 1, "validation_rows": 1})
+    front, body = card(run)
+    assert front["license"] == "other" and "\x1b" not in body
+    prose = re.sub(r"```.*?```", "", body, flags=re.DOTALL)
+    assert body.count("```") == 8 and "<script>" not in prose
+    assert not re.search(r"(?<!\\)\]\(http", prose) and not re.search(r"^# head", prose, re.MULTILINE)
+
+
+def test_places_on_the_disk_stay_out_of_the_card(tmp_path):
+    data = {"source": "/home/somebody/photos", "split": "train", "rows": 2, "validation_rows": 1}
+    text = write_card(make_run(tmp_path / "run", data=data)).read_text(encoding="utf-8")
+    assert "somebody" not in text and str(tmp_path) not in text and "photos, split train" in text
+
+
+def test_card_of_an_empty_folder_is_whole(tmp_path):
+    front, body = card(tmp_path)
+    assert front["license"] == "other" and "## Limits" in body
 
 
 # ---------------------------------------------------------------- charts

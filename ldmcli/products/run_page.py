@@ -26,6 +26,7 @@ METRICS = {  # key: name, unit, which way is better
     "perceptual": ("Perceptual distance", "", "lower is better"),
     "fd": ("Fréchet distance", "", "lower is better"),
     "fid": ("FID", "", "lower is better"),
+    "kid": ("KID", "", "lower is better"),
     "val_loss": ("Validation loss", "", "lower is better"),
 }
 TERMS = {"l1_loss": "L1", "l2_loss": "L2", "edge_loss": "edges", "perceptual_loss": "perceptual"}
@@ -98,10 +99,11 @@ def header(run: RunView) -> str:
     reason = run.state.get("reason")
     reason = f'<p class="reason">{safe(reason)}</p>' if reason and state != "finished" else ""
     title = f"<h1>{safe(run.name)}{badge}</h1>"
-    return f'<header>{title}<p class="lead">{safe(_headline(run))}</p>{reason}{page.facts(identity(run))}</header>\n'
+    return f'<header>{title}<p class="lead">{safe(headline(run))}</p>{reason}{page.facts(identity(run))}</header>\n'
 
 
-def _headline(run: RunView) -> str:
+def headline(run: RunView) -> str:
+    """Kind, data and how far it is, in one line."""
     what = KINDS.get(run.kind, "A run that has not begun")
     timed = run.config is not None and run.config.train.max_minutes > 0  # then the steps are only a bound
     steps = run.config.train.steps if run.config and not timed else None
@@ -199,20 +201,31 @@ def latest_metrics(run: RunView) -> dict[str, float]:
     return {k: v for k, v in found.items() if finite([(0, v)])}
 
 
+def metric_facts(key: str) -> tuple[str, str, str]:
+    """(name, unit, which way is better) of a metric; its key may carry an extractor, as fd_effnet_lite0."""
+    known, _, extractor = key.partition("_")
+    if key in METRICS or known not in METRICS:
+        return METRICS.get(key, (key.replace("_", " "), "", ""))
+    name, unit, better = METRICS[known]
+    return f"{name}, {extractor.replace('_', ' ')}", unit, better
+
+
 def tile(key: str, value: float, remark: str) -> tuple[str, str, str]:
     """A metric as a key figure."""
-    name, unit, better = METRICS.get(key, (key.replace("_", " "), "", ""))
+    name, unit, better = metric_facts(key)
     return name, f"{figure(value)} {unit}".strip(), "; ".join(part for part in (remark, better) if part)
 
 
 def validation_count(run: RunView) -> int | None:
     """Rows that a validation looks at."""
-    from ldmcli.drivers.objective_ae import VALIDATION_IMAGES
+    rows = (run.state.get("data") or {}).get("validation_rows")
+    if run.config is None or not isinstance(rows, int):
+        return None
+    if run.kind == "autoencoder":
+        return min(rows, run.config.train.eval_images)
     from ldmcli.drivers.objective_ldm import VALIDATION_ROWS
 
-    rows = (run.state.get("data") or {}).get("validation_rows")
-    most = {"autoencoder": VALIDATION_IMAGES, "diffusion": VALIDATION_ROWS}.get(run.kind)
-    return min(rows, most) if isinstance(rows, int) and most else None
+    return min(rows, VALIDATION_ROWS)
 
 
 def _validation_remark(run: RunView) -> str:
@@ -237,7 +250,7 @@ def curves(run: RunView) -> str:
     charts = [chart("Loss", "", {"loss_model": "training", "val/val_loss": "validation"}),
               chart("Loss", "", {"loss_autoencoder": "autoencoder"})]  # fmt: skip
     for key in [key for key in values if key.startswith("val/") and key not in used]:
-        name, unit, better = METRICS.get(key[4:], (key[4:].replace("_", " "), "", ""))
+        name, unit, better = metric_facts(key[4:])
         charts.append(chart(f"{name} on validation", unit, {key: name}, better))
     charts += [chart(*group) for group in GROUPS]
     rest = [chart(key, "", {key: key}) for key in values if key not in used | _NOT_DRAWN]
@@ -333,11 +346,15 @@ def spread(entries: Sequence, most: int = PREVIEWS) -> list:
 
 def evaluations(run: RunView, summary: dict[str, Any] | None = None) -> str:
     """Every evaluation that lies in the folder (eval*.json), and `summary`."""
-    found = {path.stem: _read_dict(path) for path in sorted(run.path.glob("eval*.json"))}
-    if summary:
-        found["summary"] = summary
-    parts = [f"<h3>{safe(name)}</h3>{page.table(flat(one), ('', 'value'))}" for name, one in found.items() if one]
+    found = evaluation_files(run) | ({"summary": summary} if summary else {})
+    parts = [f"<h3>{safe(name)}</h3>{page.table(flat(one), ('', ''))}" for name, one in found.items()]
     return page.section("Evaluations", "".join(parts))
+
+
+def evaluation_files(run: RunView) -> dict[str, dict[str, Any]]:
+    """Results of evaluations that lie in the run's folder, by file name."""
+    found = {path.stem: _read_dict(path) for path in sorted(run.path.glob("eval*.json"))}
+    return {name: one for name, one in found.items() if one}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -366,6 +383,13 @@ def readable(value: object) -> str:
 
 def protocol(run: RunView) -> str:
     """How the numbers of this page came about."""
+    text = protocol_text(run)
+    lead = f"{text} Throughput and memory are those of the log, at the size of training."
+    return page.section("How it was measured", f'<p class="lead">{safe(lead)}</p>') if text else ""
+
+
+def protocol_text(run: RunView) -> str:
+    """What the validation metrics of a run are; '' while there is nothing to say."""
     count, size = validation_count(run), run.stats.get("size")
     if not count:
         return ""
@@ -373,12 +397,12 @@ def protocol(run: RunView) -> str:
     pixels = f" at {size[0]}×{size[1]} px" if size else ""
     if run.kind == "autoencoder":
         what = (f"{count:,} held-out images{pixels}, cropped in the middle, against their reconstructions in 8 bit. "
-                "The latent is the mode of the posterior. Metrics are means over images.")  # fmt: skip
+                "The latent is the mode of the posterior. PSNR, SSIM and perceptual distance are means over images; a "
+                "Fréchet distance of so few images compares with itself only.")  # fmt: skip
     else:
         what = (f"Mean error of the network's output on {count:,} held-out latents, at fixed noise and timesteps that "
                 "spread evenly over those of training. It compares runs of one autoencoder only.")  # fmt: skip
-    lead = f"{what} Computed with the {weights}. Throughput and memory are those of the log, at the size of training."
-    return page.section("How it was measured", f'<p class="lead">{safe(lead)}</p>')
+    return f"{what} Computed with the {weights}."
 
 
 def settings(run: RunView) -> str:
@@ -390,14 +414,22 @@ def setting_tables(run: RunView) -> str:
     """A folded table of all settings, a part for each section."""
     if run.config is None:
         return ""
-    values, defaults = configuration.flat(run.config), configuration.defaults(run.kind)
-    changed = {path for path, value in values.items() if value != defaults[path]}
-    parts = []
+    values, changed, parts = configuration.flat(run.config), changed_settings(run), []
     for name in dict.fromkeys(path.partition(".")[0] for path in values):
         here = {path: value for path, value in values.items() if path.startswith(f"{name}.")}
         lines = "".join(_setting(path, value, path in changed) for path, value in here.items())
         parts.append(f'<h3>{safe(name)}</h3><div class="scroll"><table>{lines}</table></div>')
     return page.folded(f"All {len(values)} settings; {len(changed)} differ from the defaults", "".join(parts))
+
+
+def changed_settings(run: RunView) -> dict[str, str]:
+    """Settings that differ from the command's defaults, with their values as TOML."""
+    if run.config is None:
+        return {}
+    defaults = configuration.defaults(run.kind)
+    rows = configuration.describe(configuration.Resolved(run.kind, run.config, dict.fromkeys(defaults, "")))
+    values = configuration.flat(run.config)
+    return {path: text for path, text, _ in rows if values[path] != defaults[path]}
 
 
 def _setting(path: str, value: object, changed: bool) -> str:
