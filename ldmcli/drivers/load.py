@@ -1,5 +1,6 @@
 """A trained run, ready for use: weights verified, on a device, with the calls of the Python interface."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.core import files, runs
-from ldmcli.core.config import config_hash, from_toml
+from ldmcli.core.config import flat, from_toml
 from ldmcli.core.console import warn, warn_once
 from ldmcli.core.errors import LdmError, ModelError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
@@ -415,13 +416,26 @@ def load_diffusion(path: Path, device: torch.device | None = None, weights: str 
     model = DiffusionModel(config.diffusion, config.condition, stats["conditions"], tokenizer, stats["latent_shape"])
     source = path / "model.safetensors" if weights == "ema" else _raw_weights(path)
     tensors, metadata = files.load_tensors(source)
-    stored = metadata.get("config_sha256")
-    if stored and stored != config_hash(config):
-        raise ModelError(f"{path}: model.safetensors was written for another config.toml; restore the one it came with")
+    _check_settings(config, metadata, path)
     strict_load(model, tensors, source)
     autoencoder = _own_autoencoder(path, stats, device)
     model.eval().requires_grad_(False).to(device)
     return LoadedDiffusion(model, autoencoder, config, metadata.get("content_sha256", ""))
+
+
+def _check_settings(config: DiffusionConfig, metadata: dict[str, str], path: Path) -> None:
+    """Raises ModelError when config.toml says something else of the model than the file that holds its weights."""
+    written, now = json.loads(metadata.get("settings", "{}")), settings_of_weights(config)
+    changed = {name: (value, now[name]) for name, value in written.items() if now.get(name, value) != value}
+    if changed:
+        table = "; ".join(f"{name}: {a} in the weights, {b} in config.toml" for name, (a, b) in changed.items())
+        raise ModelError(f"{path}: config.toml does not belong to model.safetensors ({table}); restore it")
+
+
+def settings_of_weights(config: DiffusionConfig | AutoencoderConfig) -> dict[str, Any]:
+    """Settings without which weights mean nothing, as JSON values: those of the network, the process, the conditions."""
+    kept = {k: v for k, v in flat(config).items() if k.startswith(("diffusion.", "condition.", "autoencoder."))}
+    return json.loads(json.dumps(kept))
 
 
 def _own_autoencoder(path: Path, stats: dict[str, Any], device: torch.device) -> LoadedAutoencoder:

@@ -59,6 +59,7 @@ class DiffusionObjective:
         self.autoencoder: LoadedAutoencoder = context.together(
             lambda: load_autoencoder(self.autoencoder_path, context.device)
         )
+        self._check_autoencoder()
         self.size = self._size()
         self.latent_shape = self.autoencoder.network.latent_shape(*self.size)
         self.is_vq = self.autoencoder.network.is_vq or self.autoencoder.network.is_identity
@@ -82,6 +83,14 @@ class DiffusionObjective:
             return tuple(self.config.data.size)
         own = self.autoencoder.config.data.size if self.autoencoder.config else (0, 0)
         return tuple(own) if any(own) else DEFAULT_SIZE
+
+    def _check_autoencoder(self) -> None:
+        wanted, found = self._stored_stats().get("autoencoder"), self.autoencoder.fingerprint
+        if wanted and wanted != found:
+            raise ModelError(
+                f"{self.run}: was started in the latents of another autoencoder (hash {wanted[:12]}) than "
+                f"{self.autoencoder_path} ({found[:12]}); name that one, or begin anew with --fresh"
+            )
 
     def _check_latent_size(self) -> None:
         factor, f = self.model.unet.size_factor, self.autoencoder.network.f
@@ -158,11 +167,13 @@ class DiffusionObjective:
         """The scale of an earlier start of this run, else measured on up to 10,000 training rows."""
         stored = self._stored_stats()
         if stored:
+            self.scale_images = stored["latent_scale"].get("images")
             return read_scale(stored, self.latent_shape[0])
+        self.scale_images = min(len(self.rows), SCALE_ROWS if self.cache else 512)
         return self.context.on_main(self._measure_scale)
 
     def _measure_scale(self) -> LatentScale:
-        count = min(len(self.rows), SCALE_ROWS if self.cache else 512)
+        count = self.scale_images
         picked = np.linspace(0, len(self.rows) - 1, count).round().astype(int)
         total = square = torch.zeros(self.latent_shape[0], dtype=torch.float64)
         for start in range(0, count, 64):
@@ -326,6 +337,7 @@ class DiffusionObjective:
                 "kind": self.config.diffusion.latent_scale,
                 "mean": list(self.scale.mean),
                 "std": list(self.scale.std),
+                "images": self.scale_images,
             },
             "latent_shape": list(self.latent_shape),
             "size": list(self.size),

@@ -4,6 +4,8 @@ Everything random is a function of (seed, position), the rate a function of the 
 optimiser state, average and step: the same command goes on exactly where it was.
 """
 
+import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -21,6 +23,7 @@ from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError,
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.batches import Prefetcher, micro_batches, share
 from ldmcli.drivers.context import Context
+from ldmcli.drivers.load import settings_of_weights
 from ldmcli.drivers.meter import Window, clock, peak_memory_bytes
 from ldmcli.drivers.objective_ae import AutoencoderObjective, data_facts
 from ldmcli.drivers.objective_ldm import DiffusionObjective
@@ -230,6 +233,7 @@ class Training:
             weights |= {k: v.cpu() for k, v in self.ema.shadow.items()}
         metadata = {
             "config_sha256": config_hash(self.config),
+            "settings": json.dumps(settings_of_weights(self.config)),
             "step": str(self.progress.step),
             "weights": "ema" if self.ema else "raw",
             "ldm_version": __version__,
@@ -360,9 +364,9 @@ class Training:
         for name, module in self.objective.networks.items():
             module.requires_grad_(name == phase)
         updater.zero()
-        count = len(batch["row"])
-        parts = micro_batches(count, self.settings.micro_batch)
+        parts = micro_batches(len(batch["row"]), self.settings.micro_batch)
         sums: dict[str, Tensor] = {}
+        seen: dict[str, int] = {}
         for index, part in enumerate(parts):
             micro = {k: v[part] for k, v in batch.items()}
             share_of_step = (part.stop - part.start) / self.settings.batch_size
@@ -370,11 +374,13 @@ class Training:
             with context.accelerator.no_sync(wrapped) if not last and context.world > 1 else nullcontext():
                 masks = context.dropout(self.settings.seed, phase, step, index)
                 with context.autocast(), self._count_flops(share_of_step), masks:
-                    loss, stats = self.objective.loss(phase, self.wrapped, micro, step, norms)
+                    # norms are collective, and processes may have different numbers of micro-batches
+                    loss, stats = self.objective.loss(phase, self.wrapped, micro, step, norms and last)
                 # data-parallel wrapping averages over processes; the shares sum to 1 over all of them
                 (loss.float() * share_of_step * context.world * self.progress.loss_scale).backward()
             for name, value in {f"loss_{phase}": loss, **stats}.items():
-                sums[name] = sums.get(name, 0) + value.detach().float() * ((part.stop - part.start) / count)
+                sums[name] = sums.get(name, 0) + value.detach().float() * (part.stop - part.start)
+                seen[name] = seen.get(name, 0) + part.stop - part.start
         grads = updater.gradients()
         if self.progress.loss_scale != 1:
             torch._foreach_div_(grads, self.progress.loss_scale)
@@ -385,7 +391,7 @@ class Training:
                 torch._foreach_mul_(grads, float(self.settings.clip / norm))
             updater.step(rate)
         self._adapt_scale(good)
-        return good, {**sums, f"grad_norm_{phase}": norm}
+        return good, {**{name: total / seen[name] for name, total in sums.items()}, f"grad_norm_{phase}": norm}
 
     @contextmanager
     def _count_flops(self, share_of_step: float):
@@ -522,7 +528,8 @@ class Training:
             self.run.log(
                 step=self.progress.step, images=self.progress.images, **{f"val/{k}": v for k, v in found.items()}
             )
-            self.run.update(metrics=found)
+            # JSON holds no NaN: a number that is none stands in the log, as text
+            self.run.update(metrics={k: v for k, v in found.items() if math.isfinite(v)})
             console.say(
                 f"step {self.progress.step:>7,}  validation: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items())
             )
