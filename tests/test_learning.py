@@ -1,4 +1,4 @@
-"""What training learns and what it must never do, through `ldm train-ae` and `ldm train-ldm` (reliability, section B)."""
+"""What training learns and what it must never do, through `ldm train-ae` and `ldm train-ldm`."""
 
 import json
 import os
@@ -13,13 +13,11 @@ import torch
 from PIL import Image
 from tiny import (
     ADAM,
-    AE_NETWORK,
     QUIET_LOOP,
     SHAPES,
     checkpoint,
     ldm,
     log,
-    noisy_images,
     pictures,
     same,
     state,
@@ -29,7 +27,6 @@ from tiny import (
 )
 
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.drivers.objective_ae import AutoencoderObjective
 from ldmcli.drivers.objective_ldm import DiffusionObjective
 from ldmcli.networks.conditions import CONDITIONS
 
@@ -83,7 +80,8 @@ def test_nan_in_every_step_ends_with_code_5_and_the_last_good_checkpoint_stands(
     ending = train_ldm(tmp_path / "run", ae, *more, steps=20, code=5)
     assert "3 steps in a row" in ending.line and "bad-batch.json" in ending.line
     assert state(tmp_path / "run")["state"] == "diverged" and state(tmp_path / "run")["exit_code"] == 5
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000002", "step-00000004"]
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path / "run").values())
 
 
@@ -119,8 +117,8 @@ def test_a_discriminator_update_that_is_refused_does_not_hold_back_the_average(t
     from ldmcli.drivers import objective_ae
 
     more = (*DISCRIMINATOR, "--set", "loss.disc_start=1")
-    train_ae(tmp_path / "whole", *more, steps=3)
-    monkeypatch.setattr(objective_ae, "discriminator_loss", lambda real, made, kind: (real.mean() + made.mean()) * 0 / 0)
+    spoiled = lambda real, made, kind: (real.mean() + made.mean()) * float("nan")  # noqa: E731
+    monkeypatch.setattr(objective_ae, "discriminator_loss", spoiled)
     train_ae(tmp_path / "spoiled", *more, steps=3)
     count = json.loads(next((tmp_path / "spoiled" / "checkpoints").glob("*/state.json")).read_text())["ema_count"]
     assert count == 3
@@ -282,7 +280,7 @@ def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path, 
     assert distance(parts, whole) < 1e-6 and distance(odd, whole) < 1e-6 and distance(spread, whole) < 1e-6
     rates = [[line["lr_factor"] for line in log(tmp_path / name) if "lr_factor" in line]
              for name in ("whole", "parts", "odd", "two")]  # fmt: skip
-    assert len(rates[0]) == 5 and all(each == rates[0] for each in rates)
+    assert len(rates[0]) == 5 and all(each == pytest.approx(rates[0]) for each in rates)
     counts = {json.loads(next((tmp_path / name / "checkpoints").glob("*/state.json")).read_text())["ema_count"]
               for name in ("whole", "parts", "odd", "two")}  # fmt: skip
     assert counts == {5}
@@ -295,7 +293,8 @@ def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path, 
 def averaged(ae, tmp_path_factory) -> Path:
     """200 updates of 2 images in bfloat16 autocast."""
     run = tmp_path_factory.mktemp("averaged") / "run"
-    train_ldm(run, ae, *ADAM, "--mixed-precision", "bf16", "--batch-size", 2, "--set", "train.ema_decay=0.999", steps=200)
+    more = ("--mixed-precision", "bf16", "--batch-size", 2, "--set", "train.ema_decay=0.999")
+    train_ldm(run, ae, *ADAM, *more, steps=200)
     return run
 
 
@@ -315,8 +314,9 @@ def test_average_and_trained_weights_are_float32_on_disk_and_have_moved(averaged
 
 def test_sample_takes_the_average_unless_told_and_names_which(averaged, tmp_path):
     """Row 15: raw and averaged weights give different pictures, and the document and each picture say which."""
-    usual = ldm("sample", "--model", averaged, "-n", 2, "--steps", 3, "--json", "--out", tmp_path / "usual")
-    raw = ldm("sample", "--model", averaged, "-n", 2, "--steps", 3, "--weights", "raw", "--json", "--out", tmp_path / "raw")
+    asked = ("sample", "--model", averaged, "-n", 2, "--steps", 3, "--json")
+    usual = ldm(*asked, "--out", tmp_path / "usual")
+    raw = ldm(*asked, "--weights", "raw", "--out", tmp_path / "raw")
     assert (usual.code, raw.code) == (0, 0)
     assert (usual.json["weights"], raw.json["weights"]) == ("ema", "raw")
     assert usual.json["model_sha256"] != raw.json["model_sha256"]
@@ -341,7 +341,7 @@ def test_without_the_averaged_weights_sample_ends_with_code_4(averaged, tmp_path
 
 
 def test_a_checkpoint_without_its_average_is_not_gone_on_from(averaged, tmp_path):
-    """Row 15: a deleted ema.safetensors makes the checkpoint incomplete; it is named, not filled up from raw weights."""
+    """Row 15: a deleted ema.safetensors makes a checkpoint incomplete: it is named, never filled up."""
     import shutil
 
     copy = tmp_path / "copy"
@@ -381,14 +381,15 @@ def test_latents_as_trained_on_have_unit_spread_whatever_the_first_stage_gives(a
 
     for name in tensors:
         if name.startswith("quant_conv"):
-            tensors[name] = tensors[name] * 10
+            tensors[name][:3] *= 10  # the means; the log-variances stay
     files.save_tensors(loud / "model.safetensors", tensors,
                        {"config_sha256": config_hash(read_config("autoencoder", loud))})  # fmt: skip
     folder = sorted_images(tmp_path / "data")
     data = ("--data", folder, "--size", 20)
     train_ldm(tmp_path / "run", loud, "--set", f"diffusion.latent_scale={kind}", data=data, steps=2)
     model = ldmcli.load(tmp_path / "run")
-    z = model.autoencoder.encode([Image.open(path) for path in sorted(folder.iterdir())])
+    pictures = [Image.open(path) for path in sorted(folder.iterdir())]
+    z = model.autoencoder.encode(pictures, sample=torch.Generator().manual_seed(0))
     assert 0.8 < float(z.std()) < 1.2
     stored = json.loads((tmp_path / "run" / "stats.json").read_text())["latent_scale"]
     assert stored["kind"] == kind and stored["images"] >= 30
@@ -473,8 +474,8 @@ def test_every_parameter_of_the_trained_model_gets_a_finite_gradient(ae, tmp_pat
         step(self, factor)
 
     monkeypatch.setattr(Updater, "step", watched)
-    train_ldm(tmp_path / "run", ae, "--condition", kinds, "--batch-size", 8, steps=3)
-    assert seen and not [name for name, total in seen.items() if total == 0]
+    train_ldm(tmp_path / "run", ae, *ADAM, "--condition", kinds, "--batch-size", 8, steps=6)
+    assert seen and [name for name, total in seen.items() if total == 0] == []
 
 
 @pytest.mark.parametrize("reg", ["kl", "vq"])
@@ -492,8 +493,8 @@ def test_every_parameter_of_an_autoencoder_gets_a_finite_gradient(tmp_path, monk
         step(self, factor)
 
     monkeypatch.setattr(Updater, "step", watched)
-    train_ae(tmp_path / "run", "--reg", reg, *DISCRIMINATOR, "--set", "loss.disc_start=1", steps=3)
-    assert seen and not [name for name, total in seen.items() if total == 0]
+    train_ae(tmp_path / "run", "--reg", reg, *DISCRIMINATOR, "--set", "loss.disc_start=1", *ADAM, steps=6)
+    assert seen and [name for name, total in seen.items() if total == 0] == []
 
 
 EXAMPLES = {"class": [0, "square", 2], "text": ["a red circle", "a square", ""]}
@@ -556,8 +557,7 @@ def test_a_condition_is_dropped_in_a_tenth_of_ten_thousand_draws(ae, tmp_path, m
         return whole(self, step)
 
     monkeypatch.setattr(DiffusionObjective, "batch", batch)
-    train_ldm(tmp_path / "run", ae, "--condition", "class+text", "--batch-size", 2000, "--micro-batch", 1, "--steps", 1,
-              "--set", "train.batch_size=20")  # fmt: skip
+    train_ldm(tmp_path / "run", ae, "--condition", "class+text", steps=1)
     objective = kept["objective"]
     from dataclasses import replace
 
