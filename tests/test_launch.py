@@ -198,6 +198,42 @@ def test_processes_that_end_without_a_word_are_a_lost_resource(tmp_path):
         launch._outcome(1, tmp_path, 2)
 
 
+def test_a_port_that_was_taken_meanwhile_is_replaced(monkeypatch, tmp_path):
+    statuses = [launch._PORT_TAKEN, 0]
+
+    def run(gpus, argv, folder):
+        for rank in range(2):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("LDM_EXIT_DIR", folder)
+            launch.report_exit(0)
+        monkeypatch.delenv("RANK")
+        return statuses.pop(0)
+
+    monkeypatch.setattr(launch, "_run", run)
+    monkeypatch.setattr(launch, "_check_devices", lambda gpus: None)
+    assert launch.relaunch_if_needed(2, ["train-ae"]) == 0
+    assert statuses == []
+
+
+@pytest.mark.parametrize("words", [
+    "Tried to launch distributed communication on port `5`, but another process is utilizing it. Please specify",
+    "The server socket has failed to listen on any local network address. port: 5, useIPv6: false, code: -98, "
+    "name: EADDRINUSE, message: address already in use",
+])
+def test_the_launcher_tells_a_taken_port_from_other_failures(monkeypatch, words):
+    import accelerate.commands.launch
+
+    def main():
+        raise error
+
+    monkeypatch.setattr(accelerate.commands.launch, "main", main)
+    error = ConnectionError(words)
+    assert launch._launcher() == launch._PORT_TAKEN
+    error = ConnectionError("no route to host")
+    with pytest.raises(ConnectionError):
+        launch._launcher()
+
+
 # --- signals -----------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from ldmcli.core import console
 from ldmcli.core.errors import ExitCode, LdmError, ResourceError, UsageError
 
 _LOST = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL}
+_PORT_TAKEN, _PORT_TRIES = 75, 3  # another program may take the free port between the look and the launch
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -54,7 +55,11 @@ def relaunch_if_needed(gpus: int | None, argv: list[str]) -> int | None:
         raise LdmError(f"the launcher was asked for {gpus} processes and started one that is alone")
     _check_devices(gpus)
     with tempfile.TemporaryDirectory(prefix="ldm-launch-") as folder:
-        return _outcome(_run(gpus, argv, folder), Path(folder), gpus)
+        for _ in range(_PORT_TRIES):
+            status = _run(gpus, argv, folder)
+            if status != _PORT_TAKEN:
+                break
+        return _outcome(status, Path(folder), gpus)
 
 
 def _check_devices(gpus: int) -> None:
@@ -140,8 +145,14 @@ def report_exit(code: int, message: str = "") -> bool:
     if not folder or not os.environ.get("RANK") or not Path(folder).is_dir():
         return False
     record = {"code": int(code), "message": message, "time": time.time()}
-    Path(folder, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(record), encoding="utf-8")
+    _write(Path(folder, f"rank-{os.environ['RANK']}.json"), record)
     return True
+
+
+def _write(path: Path, record: dict) -> None:
+    # whole or not there: the launcher may end this process at any moment
+    path.with_suffix(".part").write_text(json.dumps(record), encoding="utf-8")
+    path.with_suffix(".part").rename(path)
 
 
 def _outcome(status: int, folder: Path, gpus: int) -> int:
@@ -178,8 +189,12 @@ def _launcher() -> int:
         for rank, failure in error.failures.items():
             if -failure.exitcode in _LOST:
                 record = {"rank": rank, "signal": -failure.exitcode}
-                Path(os.environ["LDM_EXIT_DIR"], "lost.json").write_text(json.dumps(record), encoding="utf-8")
+                _write(Path(os.environ["LDM_EXIT_DIR"], "lost.json"), record)
         return 1
+    except (OSError, RuntimeError) as error:
+        if any(words in str(error) for words in ("EADDRINUSE", "ddress already in use", "is utilizing it")):
+            return _PORT_TAKEN
+        raise
     return 0
 
 
