@@ -264,7 +264,7 @@ class Training:
             self.objective.batch,
             self.progress.step,
             depth=3,
-            workers=self.config.data.workers,
+            workers=min(self.config.data.workers, 1) if self.config.data.streaming else self.config.data.workers,
             limit=self.settings.steps,
         )
         self.window = Window(self.batches)
@@ -314,14 +314,10 @@ class Training:
             weights="ema" if self.ema else "raw",
             data=data_facts(self.objective.rows, self.objective.validation, self.objective.bad),
         )
-        path, text = self.run.path / "config.toml", to_toml(self.config)
-        changed = path.exists() and path.read_text(encoding="utf-8") != text
-        files.write_text(path, text)
+        files.write_text(self.run.path / "config.toml", to_toml(self.config))
         if self.objective.kind == "diffusion":
             # written at once: a vocabulary learned twice need not come out the same
             files.write_json(self.run.path / "stats.json", self.objective.finish_stats())
-        if self.resumed and changed:
-            self._write_weights()  # their metadata name the configuration that they stand beside
 
     def _time_is_up(self) -> bool:
         limit = self.settings.max_minutes * 60
