@@ -433,7 +433,7 @@ def _check_settings(config: DiffusionConfig, metadata: dict[str, str], path: Pat
 
 
 def settings_of_weights(config: DiffusionConfig | AutoencoderConfig) -> dict[str, Any]:
-    """Settings without which weights mean nothing, as JSON values: those of the network, the process, the conditions."""
+    """Settings without which weights mean nothing, as JSON values: of network, process and conditions."""
     kept = {k: v for k, v in flat(config).items() if k.startswith(("diffusion.", "condition.", "autoencoder."))}
     return json.loads(json.dumps(kept))
 

@@ -12,6 +12,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig
 from ldmcli.data.batches import positions, share
 from ldmcli.data.sources import open_rows, usable
+from ldmcli.data.streamed import StreamedRows, StreamedValidation
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.load import LoadedAutoencoder, to_uint8
 from ldmcli.maths import rng
@@ -29,6 +30,9 @@ def open_data(config, context: Context, size: tuple[int, int]):
     from dataclasses import replace
 
     settings = replace(config.data, size=size)
+    if settings.streaming:
+        seed = config.train.seed
+        return context.together(lambda: (StreamedRows(settings, seed), StreamedValidation(settings), []))
     rows, bad = context.together(lambda: usable(open_rows(settings, split="train"), settings))
     validation, worse = context.together(lambda: usable(open_rows(settings, split="validation"), settings))
     return rows, validation, [*bad, *worse]
@@ -45,6 +49,12 @@ def data_facts(rows, validation, bad) -> dict[str, Any]:
         "columns": rows.columns,
         "left_out": [str(item) for item in bad][:100],
     }
+
+
+def step_rows(rows, config, step: int, mine: slice) -> tuple[np.ndarray, np.ndarray]:
+    """(row ids, global positions) of one process's share of a step. A stream's rows are its positions."""
+    ids, where = positions(step, config.train.batch_size, len(rows), config.train.seed)
+    return (where if config.data.streaming else ids)[mine], where[mine]
 
 
 def pixel_batch(rows, config, ids: np.ndarray, where: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -139,9 +149,8 @@ class AutoencoderObjective:
     def batch(self, step: int) -> dict[str, Tensor]:
         """This process's share of the rows of a step, on the CPU."""
         train, context = self.config.train, self.context
-        ids, where = positions(step, train.batch_size, len(self.rows), train.seed)
         mine = share(train.batch_size, context.rank, context.world)
-        ids, where = ids[mine], where[mine]
+        ids, where = step_rows(self.rows, self.config, step, mine)
         out = {
             "pixels": pixel_batch(self.rows, self.config, ids, where, self.size),
             "row": torch.from_numpy(ids.copy()),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldmcli.core import console, files
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import DiffusionConfig
-from ldmcli.data.batches import positions, share
+from ldmcli.data.batches import share
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.grids import in_rows, save_grid
@@ -21,7 +21,7 @@ from ldmcli.drivers.load import (
     load_autoencoder,
     read_scale,
 )
-from ldmcli.drivers.objective_ae import DEFAULT_SIZE, moment_sums, open_data, pixel_batch, scaled
+from ldmcli.drivers.objective_ae import DEFAULT_SIZE, moment_sums, open_data, pixel_batch, scaled, step_rows
 from ldmcli.maths import rng
 from ldmcli.maths.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
 from ldmcli.networks.autoencoder import posterior_sample
@@ -72,9 +72,10 @@ class DiffusionObjective:
             self.model = DiffusionModel(config.diffusion, config.condition, self.facts, tokenizer, self.latent_shape)
         self._check_latent_size()
         self.networks: dict[str, torch.nn.Module] = {"model": self.model}
-        self.tables = self._prepare_conditions(self.rows)
+        self.tables = {} if config.data.streaming else self._prepare_conditions(self.rows)
         self.validation_tables = self._prepare_conditions(self.validation)
-        self.cache = self._build_cache(self.rows, "latents") if config.data.cache else None
+        cached = config.data.cache and not config.data.streaming
+        self.cache = self._build_cache(self.rows, "latents") if cached else None
         self.scale = self._scale()
         self._held = self._validation_latents()
 
@@ -219,9 +220,8 @@ class DiffusionObjective:
     def batch(self, step: int) -> dict[str, Tensor]:
         """This process's share of a step, on the CPU; every number in it depends on (seed, position) alone."""
         train, context = self.config.train, self.context
-        ids, where = positions(step, train.batch_size, len(self.rows), train.seed)
         mine = share(train.batch_size, context.rank, context.world)
-        ids, where = ids[mine], where[mine]
+        ids, where = step_rows(self.rows, self.config, step, mine)
         at, seed = where.tolist(), train.seed
         out = {
             "row": torch.from_numpy(ids.copy()),
@@ -235,14 +235,22 @@ class DiffusionObjective:
             out["moments"] = torch.from_numpy(self.cache.moments(ids.tolist(), flips))
         else:
             out["pixels"] = pixel_batch(self.rows, self.config, ids, where, self.size)
-        if self.tables:
-            inputs = {name: table[torch.from_numpy(ids.copy())] for name, table in self.tables.items()}
+        if self.config.condition.kinds:
+            inputs = self._inputs(ids)
             dropped = {
                 kind: rng.uniform(seed, at, "drop", kind) < self.config.condition.drop
                 for kind in self.config.condition.kinds
             }
             out |= {f"condition.{k}": v for k, v in self.model.conditions.drop(inputs, dropped).items()}
         return out
+
+    def _inputs(self, ids: np.ndarray) -> dict[str, Tensor]:
+        """Prepared conditions of rows: from the tables, or of a stream as it goes by."""
+        if self.tables:
+            return {name: table[torch.from_numpy(ids.copy())] for name, table in self.tables.items()}
+        columns = {kind: CONDITIONS[kind].columns[0] for kind in self.config.condition.kinds}
+        values = {kind: [getattr(self.rows, column)(int(i)) for i in ids] for kind, column in columns.items()}
+        return self.model.conditions.prepare(values)
 
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
         """(mean loss of a micro-batch, statistics)."""

@@ -2,10 +2,11 @@
 
 The UNet knows three things: `context` (B, M, d) for cross-attention, `concat` (B, c, h, w) beside z_t on the input,
 and `vector` (B, v) added to the time embedding. Several conditions at once: tokens join, planes stack, vectors add.
-Each condition has its own null, which takes its place at random while training and in the unconditional half of guidance.
+Each has its own null, which takes its place at random while training and in the unconditional half of guidance.
 A condition is one class and one line in `CONDITIONS`.
 """
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class TextCondition(nn.Module):
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer):
         super().__init__()
         self.length, self.tokenizer = facts["length"], tokenizer
+        self._one_at_a_time = threading.Lock()  # fast tokenisers refuse two threads
         self.joint = settings.text_encoder == "joint"
         if self.joint:
             width = settings.context_dim
@@ -123,9 +125,10 @@ class TextCondition(nn.Module):
 
     def prepare(self, captions: list[str]) -> dict[str, Tensor]:
         """Captions -> {"ids": (n, length) int64, "mask": (n, length) bool}."""
-        out = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
+        with self._one_at_a_time:
+            out = self.tokenizer(
+                captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            )
         return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
 
     def null(self, n: int) -> dict[str, Tensor]:
