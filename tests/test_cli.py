@@ -316,13 +316,18 @@ def test_launched_processes_get_the_same_command_line(ldm, trained, monkeypatch)
     assert seen == [(2, ["train-ae", "--gpus", "2", "-o", "x"])]
 
 
-def test_plan_shows_values_with_origins_and_trains_nothing(ldm, trained, monkeypatch):
-    stand_in(monkeypatch, "ldmcli.products.plan", plan=lambda kind, resolved, autoencoder: {"parameters": 5})
-    text = ldm("train-ae", "--plan", "--steps", 9)
-    assert re.search(r"^train\.steps +9 +--steps$", text.stdout, re.MULTILINE) and "parameters: 5" in text.stdout
+def test_plan_shows_values_with_origins_and_trains_nothing(ldm, trained):
+    text = ldm("train-ae", "--plan", "--steps", 9, "--set", "autoencoder.channels=8")
+    assert re.search(r"^train\.steps +9 +--steps$", text.stdout, re.MULTILINE) and "parameters" in text.stdout
     document = json.loads(ldm("train-ae", "--plan", "--steps", 9, "--json").stdout)
-    assert document["parameters"] == 5 and document["settings"]["train.steps"] == {"value": 9, "from": "--steps"}
+    rows = document["settings"]
+    assert ["train.steps", "9", "--steps"] in rows and ["train.seed", "0", "default"] in rows
     assert trained == []
+
+
+def test_a_plan_of_the_second_stage_needs_no_first_stage(ldm, trained):
+    ended = ldm("train-ldm", "--plan", "--json", "--set", "diffusion.channels=32", "--condition", "class")
+    assert ended.code == 0 and json.loads(ended.stdout)["settings"] and trained == []
 
 
 def test_out_below_a_file_is_refused_before_training(ldm, trained, tmp_path):
@@ -527,12 +532,13 @@ def test_reconstruct_prints_a_table_of_psnr(ldm, monkeypatch, tmp_path):
 def test_data_takes_its_set_as_an_argument(ldm, monkeypatch, tmp_path):
     calls = []
     stand_in(monkeypatch, "ldmcli.products.inspect",
-             inspect=lambda settings, out: calls.append((settings, out)) or {"rows": 3, "columns": {"image": "file"}})
+             inspect=lambda settings, out: calls.append((settings, out)) or {"rows": 3},
+             inspect_text=lambda facts, width: f"{facts['rows']} rows")
     monkeypatch.chdir(tmp_path)
     ended = ldm("data", "photos", "--limit", 4)
     assert (calls[0][0].source, calls[0][0].limit, calls[0][1]) == ("photos", 4, Path("outputs/photos-data"))
-    assert ended.stdout == "rows: 3\ncolumns: image file\n"
-    ldm("data")
+    assert ended.stdout == "3 rows\n"
+    assert json.loads(ldm("data", "--json").stdout) == {"rows": 3}
     assert calls[1][0].source == "shapes"
 
 

@@ -53,13 +53,13 @@ def data(given: opt.Given) -> None:
     settings = config.resolve("diffusion", [*given.layers("data."), *named]).config.data
     out = given.out or Path("outputs") / f"{data_name(settings.source)}-data"
     require_folder(out)
-    from ldmcli.products.inspect import inspect
+    from ldmcli.products.inspect import inspect, inspect_text
 
     result = inspect(settings, out)
     if given.json:
         console.emit_json(result)
     else:
-        console.out(console.facts(result))
+        console.out(inspect_text(result, console.width()))
 
 
 @opt.takes({"run": Run}, opt.TALK)

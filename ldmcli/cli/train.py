@@ -42,7 +42,7 @@ def train_ldm(given: opt.Given) -> None:
     if given.snr_gamma is not None:
         layers.append(("--snr-gamma", {"diffusion.loss_weight": "min_snr"}))
     resolved = resolve("diffusion", given, layers)
-    autoencoder = given.autoencoder or ("" if given.init_from else _newest_autoencoder())
+    autoencoder = given.autoencoder or ("" if given.init_from else _newest_autoencoder(needed=not given.plan))
     where = f"in latents of {autoencoder}" if autoencoder not in ("", "none") else "on pixels"
     if given.init_from:
         where = f"from the weights of {given.init_from}"
@@ -61,12 +61,15 @@ def resolve(kind: str, given: opt.Given, named: list[config.Layer]) -> config.Re
     return config.resolve(kind, layers)
 
 
-def _newest_autoencoder() -> str:
+def _newest_autoencoder(*, needed: bool) -> str:
+    """Its path; "" where there is none and none is needed (a plan then takes the default network)."""
     from ldmcli.core.runs import newest_run
 
     try:
         return str(newest_run("autoencoder"))
     except ModelError:
+        if not needed:
+            return ""
         raise ModelError("no autoencoder run below runs/: train one with `ldm train-ae`, name one with --autoencoder, "
                          "or say --autoencoder none for pixels") from None
 
@@ -85,7 +88,7 @@ def run_name(resolved: config.Resolved) -> str:
 
 def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) -> None:
     if given.plan:
-        _show_plan(given, resolved, models.get("autoencoder", ""))
+        _show_plan(given, resolved, models)
         return
     out = given.out or Path("runs") / run_name(resolved)
     require_folder(out)
@@ -104,18 +107,14 @@ def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) 
         console.emit_json({"out": str(out), **state})
 
 
-def _show_plan(given: opt.Given, resolved: config.Resolved, autoencoder: str) -> None:
-    from ldmcli.products.plan import plan
+def _show_plan(given: opt.Given, resolved: config.Resolved, models: dict[str, str]) -> None:
+    from ldmcli.products.plan import plan, plan_text
 
-    facts = plan(resolved.kind, resolved, autoencoder=autoencoder)
+    facts = plan(resolved.kind, resolved, **models)
     if given.json:
-        origins = {path: {"value": value, "from": resolved.origins[path]}
-                   for path, value in config.flat(resolved.config).items()}
-        console.emit_json({**facts, "settings": origins})
+        console.emit_json(facts)
     else:
-        console.out(console.table(config.describe(resolved), ["setting", "value", "from"]))
-        console.out()
-        console.out(console.facts(facts))
+        console.out(plan_text(facts, console.width()))
 
 
 def require_folder(path: Path) -> None:

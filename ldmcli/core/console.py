@@ -7,6 +7,7 @@ interprets markup: a caption `[red]` is printed as it stands.
 import json
 import os
 import re
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,6 +141,11 @@ def table(rows: list[list | tuple], headers: list[str]) -> str:
         return "  ".join(pairs).rstrip()
 
     return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def width() -> int:
+    """Columns of the terminal, between 60 and 120; 80 where there is none."""
+    return max(60, min(shutil.get_terminal_size((80, 24)).columns, 120))
 
 
 def facts(document: dict) -> str:
