@@ -83,12 +83,15 @@ class LatentCache:
         files.require_space(self.folder, len(todo) * self.views * int(np.prod(self.shape)) * self.dtype.itemsize)
         for start in range(0, len(todo), SHARD_ROWS):
             part = todo[start : start + SHARD_ROWS]
-            pieces = []
-            for offset in range(0, len(part), batch):
-                check()
-                pieces.append(encode(part[offset : offset + batch]).astype(self.dtype))
-                advance(len(pieces[-1]))
-            self._write(np.concatenate(pieces), [self.keys[index] for index in part])
+            pieces: list[np.ndarray] = []
+            try:
+                for offset in range(0, len(part), batch):
+                    check()
+                    pieces.append(encode(part[offset : offset + batch]).astype(self.dtype))
+                    advance(len(pieces[-1]))
+            finally:  # what is encoded is kept when a signal or an error ends this
+                if pieces:
+                    self._write(np.concatenate(pieces), [self.keys[index] for index in part[: sum(map(len, pieces))]])
         return len(todo)
 
     def _write(self, moments: np.ndarray, names: list[str]) -> None:
