@@ -290,6 +290,18 @@ def test_axis_is_logarithmic_only_for_positive_values_of_a_wide_range():
     assert label([1.0, 50.0]) and not label([0.0, 50.0]) and not label([1.0, 5.0])
 
 
+def test_a_single_step_is_no_curve_and_steps_are_whole_numbers():
+    assert charts.line_chart("t", [charts.Series("a", [(7, 1.0)]), charts.Series("b", [(7, 2.0)])]) == ""
+    drawn = charts.line_chart("t", [charts.Series("a", [(1, 1.0), (3, 2.0)])])
+    below = [float(t) for t in re.findall(r'<text x="[^"]*" y="212"[^>]*>([^<]*)<', drawn)]
+    assert below == [1, 2, 3]
+
+
+def test_shares_are_drawn_from_zero():
+    drawn = charts.line_chart("t", [charts.Series("a", [(1, 0.9), (3, 1.0)])], from_zero=True)
+    assert 'text-anchor="end">0<' in drawn and "logarithmic" not in drawn
+
+
 def test_a_long_series_is_thinned_by_means_and_keeps_its_end():
     points = [(step, float(step % 2)) for step in range(10_000)]
     found = charts.thinned(points, 100)

@@ -25,15 +25,16 @@ class Series:
     points: Points
 
 
-def line_chart(title: str, series: Sequence[Series], *, unit: str = "", log: bool | None = None, note: str = "") -> str:
-    """A <figure> with the lines over the step. log: None decides by the range. '' where there is nothing to draw."""
+def line_chart(title: str, series: Sequence[Series], *, unit: str = "", from_zero: bool = False, note: str = "") -> str:
+    """A <figure> with the lines over the step; '' where no two steps are known. The range decides whether the axis is
+    logarithmic, unless it is to begin at zero."""
     drawn = [Series(one.name, finite(one.points)) for one in series]
     drawn = [one for one in drawn if one.points][:COLOURS]
-    if not drawn:
+    steps = {step for one in drawn for step, _ in one.points}
+    if len(steps) < 2:
         return ""
-    everything = [value for one in drawn for _, value in one.points]
-    log = wants_log(everything) if log is None else log and min(everything) > 0
-    steps = [step for one in drawn for step, _ in one.points]
+    everything = [value for one in drawn for _, value in one.points] + [0.0] * from_zero
+    log = wants_log(everything)
     x = _Axis(min(steps), max(steps), False, LEFT, WIDTH - RIGHT, whole=True)
     y = _Axis(min(everything), max(everything), log, HEIGHT - BOTTOM, TOP)
     lines = "".join(_line(one, index, x, y) for index, one in enumerate(drawn))
@@ -123,8 +124,7 @@ class _Axis:
     def __init__(self, low: float, high: float, log: bool, begin: float, end: float, whole: bool = False):
         self.log, self.begin, self.end = log, begin, end
         if whole:  # steps: the data fill the width, ticks lie inside
-            high = max(high, low + 1)
-            self.ticks = [t for t in ticks(low, high, 6) if low <= t <= high]
+            self.ticks = [t for t in ticks(low, high, 6) if low <= t <= high and t == int(t)]
             self.low, self.high = low, high
             return
         self.ticks = log_ticks(low, high) if log else ticks(low, high)

@@ -30,7 +30,7 @@ METRICS = {  # key: name, unit, which way is better
     "val_loss": ("Validation loss", "", "lower is better"),
 }
 TERMS = {"l1_loss": "L1", "l2_loss": "L2", "edge_loss": "edges", "perceptual_loss": "perceptual"}
-LINEAR = {"lr_factor", "data_wait", "images_per_s"}
+FROM_ZERO = {"lr_factor", "data_wait", "images_per_s"}
 GROUPS = (  # title, unit, {key in metrics.jsonl: name in the legend}
     ("Terms of the reconstruction loss", "", TERMS),
     ("KL of the posterior", "nats per image", {"kl_loss": "KL"}),
@@ -107,7 +107,8 @@ def headline(run: RunView) -> str:
     what = KINDS.get(run.kind, "A run that has not begun")
     timed = run.config is not None and run.config.train.max_minutes > 0  # then the steps are only a bound
     steps = run.config.train.steps if run.config and not timed else None
-    step = run.state.get("step")
+    steps_logged = [step for line in run.log if isinstance(step := line.get("step"), int)]
+    step = max([*steps_logged, run.state.get("step") or 0]) if steps_logged else run.state.get("step")
     how_far = f", step {_count(step)}" + (f" of {_count(steps)}" if steps else "") if step is not None else ""
     source = (run.state.get("data") or {}).get("source")
     return what + (f" trained on {last_name(source)}" if source else "") + how_far
@@ -245,7 +246,7 @@ def curves(run: RunView) -> str:
         found = {key: name for key, name in names.items() if key in values}
         used.update(found)
         lines = [Series(name, values[key]) for key, name in found.items()]
-        return line_chart(title, lines, unit=unit, log=False if LINEAR & found.keys() else None, note=note)
+        return line_chart(title, lines, unit=unit, from_zero=bool(FROM_ZERO & found.keys()), note=note)
 
     charts = [chart("Loss", "", {"loss_model": "training", "val/val_loss": "validation"}),
               chart("Loss", "", {"loss_autoencoder": "autoencoder"})]  # fmt: skip
@@ -391,7 +392,7 @@ def protocol(run: RunView) -> str:
 def protocol_text(run: RunView) -> str:
     """What the validation metrics of a run are; '' while there is nothing to say."""
     count, size = validation_count(run), run.stats.get("size")
-    if not count:
+    if not count or not latest_metrics(run):
         return ""
     weights = "moving average of the weights" if run.state.get("weights") == "ema" else "weights as trained"
     pixels = f" at {size[0]}×{size[1]} px" if size else ""
