@@ -26,6 +26,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.begun = False  # whether run.json says of this process that it is training
         self._lock = None
 
     def acquire(self) -> None:

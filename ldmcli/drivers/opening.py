@@ -64,6 +64,7 @@ def open_run(run: runs.RunFolder, kind: str, resolved: Resolved, options: Option
     run.acquire()
     if options.fresh:
         run.clear()
+    runs.sweep_unfinished(run, console.warn)
     if not runs.is_run(path):
         return None
     state = run.state()
@@ -72,7 +73,6 @@ def open_run(run: runs.RunFolder, kind: str, resolved: Resolved, options: Option
             f"{path}: holds a run of kind {state.get('kind')}; choose another --out or begin anew with --fresh"
         )
     _compare_settings(kind, path, resolved, options)
-    runs.sweep_unfinished(run, console.warn)
     if state.get("state") == "finished" and state.get("step", 0) >= resolved.config.train.steps:
         console.say(
             f"{path}: finished at step {state['step']}; nothing to do (more --steps go on, --fresh begins anew)"
@@ -104,7 +104,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def record_failure(run: runs.RunFolder, error: BaseException, context: Context) -> None:
-    if not (context.is_main and run._lock and runs.is_run(run.path)):
+    """Says in run.json how a training ended; a command that was refused leaves what an earlier one said."""
+    if not (context.is_main and run.begun):
         return
     code = int(getattr(error, "code", 1))
     state = "interrupted" if isinstance(error, Interrupted) else "diverged" if code == 5 else "failed"

@@ -314,6 +314,7 @@ class Training:
             weights="ema" if self.ema else "raw",
             data=data_facts(self.objective.rows, self.objective.validation, self.objective.bad),
         )
+        self.run.begun = True
         files.write_text(self.run.path / "config.toml", to_toml(self.config))
         if self.objective.kind == "diffusion":
             # written at once: a vocabulary learned twice need not come out the same
