@@ -42,7 +42,9 @@ def train_ldm(given: opt.Given) -> None:
     if given.snr_gamma is not None:
         layers.append(("--snr-gamma", {"diffusion.loss_weight": "min_snr"}))
     resolved = resolve("diffusion", given, layers)
-    autoencoder = given.autoencoder or ("" if given.init_from else _newest_autoencoder(needed=not given.plan))
+    begun = given.init_from
+    autoencoder = given.autoencoder or (
+        _autoencoder_of(Path(begun)) if begun else _newest_autoencoder(needed=not given.plan))
     where = f"in latents of {autoencoder}" if autoencoder not in ("", "none") else "on pixels"
     if given.init_from:
         where = f"from the weights of {given.init_from}"
@@ -59,6 +61,16 @@ def resolve(kind: str, given: opt.Given, named: list[config.Layer]) -> config.Re
     layers = config.gather(kind, preset=given.preset or "", recipe=given.recipe or "", environ=os.environ,
                            named=named, assignments=given.assignments or ())
     return config.resolve(kind, layers)
+
+
+def _autoencoder_of(run: Path) -> str:
+    """The first stage of a run that another one begins with."""
+    from ldmcli.core import files, runs
+
+    if runs.read_run(run).get("kind") != "diffusion":
+        raise ModelError(f"--init-from {run}: not a diffusion run; name a run of `ldm train-ldm`")
+    pixels = files.read_json(run / "stats.json").get("autoencoder") == "pixels"
+    return "none" if pixels else str(run / "autoencoder")
 
 
 def _newest_autoencoder(*, needed: bool) -> str:

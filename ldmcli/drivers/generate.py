@@ -12,12 +12,13 @@ import torch
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
-from ldmcli.core.errors import InputError, Interrupted, UsageError
+from ldmcli.core.errors import InputError, Interrupted, ModelError, UsageError
 from ldmcli.core.requests import SampleRequest
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, to_size
 from ldmcli.drivers.grids import grid, in_rows, png_bytes, save_grid
 from ldmcli.drivers.load import LoadedAutoencoder, LoadedDiffusion, load, to_pil, to_uint8
+from ldmcli.drivers.sampling import check_sampling, with_overrides
 from ldmcli.maths.statistics import psnr, ssim
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -66,15 +67,34 @@ def _plan(out: Path, names: list[Path], wanted: dict[str, Any], overwrite: bool)
     """Samples still to draw. A folder with other settings is refused; the same request fills what is missing."""
     record = out / "request.json"
     if overwrite:
-        for name in [*names, record, out / "grid.png"]:
+        for name in [*names, *_earlier(record), record, out / "grid.png"]:
             name.unlink(missing_ok=True)
-    if record.exists():
+    if any(name.exists() for name in _earlier(record)):
         if files.read_json(record) != wanted:
             raise UsageError(f"{out}: holds samples of another request; choose another --out or add --overwrite")
     elif any(name.exists() for name in names):
         raise UsageError(f"{out}: holds images already ({names[0].name} …); choose another --out or add --overwrite")
     files.write_json(record, wanted)
     return [k for k, name in enumerate(names) if not name.exists()]
+
+
+def _earlier(record: Path) -> list[Path]:
+    """The images of the request that `record` keeps; none where it is absent or damaged."""
+    try:
+        found = files.read_json(record)
+        return [record.with_name(f"{k:06d}.{found['format']}") for k in range(found["total"])]
+    except (ModelError, KeyError, TypeError):
+        return []
+
+
+def _check(loaded: LoadedDiffusion, values: dict[str, list], request: SampleRequest, settings: dict[str, Any]) -> None:
+    """Raises for whatever is wrong with a request before a folder is made for it."""
+    check_sampling(with_overrides(loaded.config.sample, **settings), loaded.schedule)
+    loaded.latent_shape(request.size)
+    if values:
+        loaded.model.conditions.prepare(values)
+    loaded._negative(request.negative_prompt, 1)
+    _start(loaded, request, 1)
 
 
 def sample_to_folder(
@@ -101,8 +121,10 @@ def sample_to_folder(
     groups = max([len(v) for v in values.values()], default=1)
     n = request.n or (1 if values else loaded.config.sample.n)
     total, settings = n * groups, _settings(request)
+    _check(loaded, values, request, settings)
     names = _output_names(out, total, fmt, overwrite)
-    todo = _plan(out, names, {"model": loaded.fingerprint, **_document(request), "total": total}, overwrite)
+    wanted = {"model": loaded.fingerprint, **_document(request), "total": total, "format": fmt}
+    todo = _plan(out, names, wanted, overwrite)
     describe = _describe(loaded, path, request)
     started = time.perf_counter()
     with StopRequest() as stop, console.progress(len(todo), "sampling") as bar:

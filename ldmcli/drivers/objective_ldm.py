@@ -50,8 +50,18 @@ class DiffusionObjective:
     kind = "diffusion"
     main = "model"
 
-    def __init__(self, config: DiffusionConfig, run: Path, context: Context, autoencoder: str, check=lambda: None):
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        run: Path,
+        context: Context,
+        autoencoder: str,
+        *,
+        init_from: str = "",
+        check=lambda: None,
+    ):
         self.config, self.run, self.context, self._check = config, run, context, check
+        self.init_from = Path(init_from) if init_from else None
         for kind in config.condition.kinds:
             if kind not in CONDITIONS:
                 raise UsageError(f"--condition {kind}: choose among none, {', '.join(CONDITIONS)} (joined with +)")
@@ -111,12 +121,23 @@ class DiffusionObjective:
         stored = self._stored_stats().get("conditions")
         if stored is not None:
             return stored
-        facts = {}
-        for kind in self.config.condition.kinds:
+        facts = self._taken_over()
+        for kind in [kind for kind in self.config.condition.kinds if kind not in facts]:
             facts[kind] = CONDITIONS[kind].learn(
                 self.config.condition, condition_values(self.rows, kind), self.rows, self.run / "tokenizer"
             )
         return facts
+
+    def _taken_over(self) -> dict[str, dict[str, Any]]:
+        """The vocabulary of the run that this one begins with: its word vectors mean nothing under another."""
+        settings = self.config.condition
+        if not self.init_from or "text" not in settings.kinds or settings.vocabulary:
+            return {}
+        found = files.read_json(self.init_from / "stats.json").get("conditions", {}).get("text")
+        if not found or settings.text_encoder != "joint" or not (self.init_from / "tokenizer").is_dir():
+            return {}
+        shutil.copytree(self.init_from / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
+        return {"text": {**found, "length": settings.text_length or found["length"]}}
 
     def _prepare_conditions(self, rows) -> dict[str, Tensor]:
         if not self.config.condition.kinds:

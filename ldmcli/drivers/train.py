@@ -120,7 +120,12 @@ class Training:
         if kind == "autoencoder":
             return AutoencoderObjective(self.config, self.run.path, self.context)
         return DiffusionObjective(
-            self.config, self.run.path, self.context, self.options.autoencoder, check=self._raise_if_stopped
+            self.config,
+            self.run.path,
+            self.context,
+            self.options.autoencoder,
+            init_from=self.options.init_from,
+            check=self._raise_if_stopped,
         )
 
     def _raise_if_stopped(self) -> None:

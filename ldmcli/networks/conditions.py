@@ -19,6 +19,7 @@ from ldmcli.core.settings import ConditionSettings
 from ldmcli.networks.transformer import TextTransformer
 
 MAX_TEXT_LENGTH = 77
+READ_CHARACTERS = 50_000  # of a caption: what lies behind them is far past any text length
 
 
 @dataclass
@@ -110,7 +111,7 @@ class TextCondition(nn.Module):
     @staticmethod
     def learn(settings: ConditionSettings, captions: list[str], rows, folder: Path) -> dict[str, Any]:
         """Facts from the captions of the training rows; saves the tokeniser into `folder`."""
-        distinct = sorted(set(captions))
+        distinct = sorted({caption[:READ_CHARACTERS] for caption in captions})
         if settings.text_encoder != "joint":
             tokenizer = load_tokenizer(settings.text_encoder)
         elif settings.vocabulary:
@@ -127,7 +128,11 @@ class TextCondition(nn.Module):
         """Captions -> {"ids": (n, length) int64, "mask": (n, length) bool}."""
         with self._one_at_a_time:
             out = self.tokenizer(
-                captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+                [caption[:READ_CHARACTERS] for caption in captions],
+                padding="max_length",
+                truncation=True,
+                max_length=self.length,
+                return_tensors="pt",
             )
         return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
 
@@ -190,7 +195,7 @@ class ClassCondition(nn.Module):
         text = str(value)
         if text in self.names:
             return self.names.index(text)
-        if text.isdigit() and int(text) < len(self.names):
+        if text.isdecimal() and int(text) < len(self.names):
             return int(text)
         close = difflib.get_close_matches(text, self.names, 3) or self.names[:8]
         raise UsageError(f"--class {text}: no such class among {len(self.names)}; for example {', '.join(close)}")
