@@ -98,7 +98,12 @@ def test_flops_a_step_grow_with_the_batch_and_with_a_discriminator():
     assert four["per_step"] == 4 * one["per_step"]
     assert 2.5 < one["per_step"] / one["forward_per_image"] < 3.0
     critic = plan("autoencoder", resolved("autoencoder", train__batch_size=1, loss__disc_weight=1.0))["flops"]
-    assert critic["per_step"] > one["per_step"] + one["forward_per_image"]
+    with torch.device("meta"):
+        net, x = PatchDiscriminator(3, 64, 3).eval(), torch.zeros(1, 3, 64, 64)
+    work = planning._work(net, lambda: net(x))
+    # one reconstruction without gradients; the critic once for the generator (no weight gradients), twice for itself
+    more = one["forward_per_image"] + 2 * work.forward + 2 * work.both
+    assert critic["per_step"] - one["per_step"] == more
 
 
 def test_memory_is_the_sum_of_its_parts_and_follows_the_micro_batch():

@@ -310,7 +310,7 @@ def plan_text(facts: dict[str, Any], width: int = 80) -> str:
 def _settings_text(rows: list[list[str]], width: int) -> str:
     names = max(len(path) for path, _, _ in rows)
     origins = min(max(len(origin) for *_, origin in rows), 24)
-    room = width - names - origins - 4
+    room = max(width - names - origins - 4, 12)
     cut = [(path, _clipped(value, room), _clipped(origin, origins)) for path, value, origin in rows]
     return console.table(cut, ["setting", "value", "from"]) + "\n"
 
