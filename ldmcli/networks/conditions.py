@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.networks.transformer import TextTransformer
+from ldmcli.networks.transformer import TextTransformer, pooled
 
 MAX_TEXT_LENGTH = 77
 READ_CHARACTERS = 50_000  # of a caption: what lies behind them is far past any text length
@@ -48,7 +48,14 @@ def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
     from tokenizers import BertWordPieceTokenizer
 
     tokenizer = BertWordPieceTokenizer(lowercase=True)
-    tokenizer.train_from_iterator(captions, vocab_size=size, min_frequency=1, show_progress=False)
+    split = tokenizer.pre_tokenizer.pre_tokenize_str
+    words = {word for caption in set(captions) for word, _ in split(tokenizer.normalize(caption))}
+    # the trainer breaks ties by the numbers of pieces, and numbers those inside words in the order of a hash map: given
+    # as special they have their numbers beforehand, and equal captions an equal vocabulary
+    inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner]
+    tokenizer.train_from_iterator(captions, vocab_size=size, min_frequency=1, show_progress=False,
+                                  special_tokens=special)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_model(str(folder))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}\n')
@@ -92,6 +99,7 @@ class TextCondition(nn.Module):
                 self.length,
                 settings.text_heads,
                 settings.text_head_channels,
+                embedding_std=settings.embedding_std,
             )
         else:
             frozen = _load_frozen(settings.text_encoder)
@@ -150,9 +158,7 @@ class TextCondition(nn.Module):
             tokens = self.encoder(hidden.float()) * inputs["mask"][..., None]
         if self.pool is None:
             return Conditioning(context=tokens)
-        # sum over sqrt(length): keeps the spread of one token, where a mean would shrink it
-        pooled = tokens.sum(dim=1) / tokens.shape[1] ** 0.5
-        return Conditioning(context=tokens, vector=self.pool(pooled))
+        return Conditioning(context=tokens, vector=self.pool(pooled(tokens)))
 
 
 def _load_frozen(name: str):

@@ -56,10 +56,10 @@ class Layers(nn.Module):
 class PositionEmbedding(nn.Module):
     """One learned vector a place."""
 
-    def __init__(self, length: int, width: int):
+    def __init__(self, length: int, width: int, std: float):
         super().__init__()
         self.emb = nn.Embedding(length, width)
-        nn.init.normal_(self.emb.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.emb.weight, std=std)
 
     def forward(self, length: int) -> Tensor:
         return self.emb.weight[:length]
@@ -68,11 +68,11 @@ class PositionEmbedding(nn.Module):
 class TokenTransformer(nn.Module):
     """Embeddings, layers and the last norm; `to_logits` exists only where a checkpoint carries it."""
 
-    def __init__(self, vocab_size: int, length: int, layers: Layers, width: int, logits_head: bool):
+    def __init__(self, vocab_size: int, length: int, layers: Layers, width: int, logits_head: bool, std: float):
         super().__init__()
         self.token_emb = nn.Embedding(vocab_size, width)
-        nn.init.normal_(self.token_emb.weight, std=EMBEDDING_STD)
-        self.pos_emb = PositionEmbedding(length, width)
+        nn.init.normal_(self.token_emb.weight, std=std)
+        self.pos_emb = PositionEmbedding(length, width, std)
         self.attn_layers = layers
         self.norm = nn.LayerNorm(width)
         if logits_head:
@@ -87,6 +87,7 @@ class TextTransformer(nn.Module):
     """τ of the text models: tokens (B, M) int64, M <= length, to (B, M, width). Padding takes part, as in the original.
 
     heads · head_channels is the inner width of attention, 8 · 64 in all published models whatever `width` is.
+    embedding_std is the spread of new token and place embeddings, 0.02 in the original.
     """
 
     def __init__(
@@ -98,11 +99,12 @@ class TextTransformer(nn.Module):
         heads: int = 8,
         head_channels: int = 64,
         logits_head: bool = False,
+        embedding_std: float = EMBEDDING_STD,
     ):
         super().__init__()
         self.length, self.width = length, width
         stack = Layers(width, layers, heads, head_channels)
-        self.transformer = TokenTransformer(vocab_size, length, stack, width, logits_head)
+        self.transformer = TokenTransformer(vocab_size, length, stack, width, logits_head, embedding_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.length:
