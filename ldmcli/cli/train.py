@@ -9,7 +9,7 @@ import typer
 
 from ldmcli.cli import options as opt
 from ldmcli.core import config, console, launch
-from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.core.errors import LdmError, ModelError, UsageError
 
 _AE_MODEL = {**opt.CONFIGURATION, "f": opt.Factor, "reg": opt.Reg, "embed_dim": opt.EmbedDim,
              "codebook_size": opt.CodebookSize, "attn": opt.Attention}
@@ -114,9 +114,28 @@ def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) 
 
     command_line = [console.redact(word) for word in ("ldm", *given.argv)]
     options = Options(fresh=given.fresh, allow=tuple(given.allow or ()), command_line=command_line, **models)
-    state = train(resolved.kind, resolved, out, options)
+    try:
+        state = train(resolved.kind, resolved, out, options)
+    finally:
+        _write_pages(out)
     if given.json:
         console.emit_json({"out": str(out), **state})
+
+
+def _write_pages(out: Path) -> None:
+    """Report and model card, however the training ended; a page must not hide how it did."""
+    from ldmcli.core.runs import is_run
+
+    if launch.world()[0] != 0 or not is_run(out):
+        return
+    from ldmcli.products.card import write_card
+    from ldmcli.products.report import write_report
+
+    try:
+        write_card(out)
+        console.say(f"report: {write_report(out)}")
+    except (LdmError, OSError) as error:
+        console.warn(f"{out}: the report could not be written ({error})")
 
 
 def _show_plan(given: opt.Given, resolved: config.Resolved, models: dict[str, str]) -> None:

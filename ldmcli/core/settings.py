@@ -180,8 +180,8 @@ class ConditionSettings:
     text_length: int = 0  # tokens; 0 = longest caption, rounded up to 8, at most 77
     text_heads: int = 8
     text_head_channels: int = 64
-    # spread of new token embeddings. The original's 0.02 drowns in what attention adds at first: after 240 steps on shapes
-    # of 32 px 12 % of the places were obeyed, with 0.5 97 %
+    # spread of new token embeddings. The original's 0.02 drowns in what attention adds at first: after 240 steps on
+    # shapes of 32 px 12 % of the places were obeyed, with 0.5 97 %
     embedding_std: float = 0.5
     vocabulary: str = ""  # folder with a tokeniser; "" = a WordPiece vocabulary is trained on the captions
     vocabulary_size: int = 8192  # at most

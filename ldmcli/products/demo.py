@@ -73,9 +73,11 @@ def _train(kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: 
 
 
 def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
+    from ldmcli.products.card import write_card
     from ldmcli.products.report import write_demo_report, write_report
 
     for part in parts:
+        write_card(part)
         write_report(part)
     console.say(f"report: {write_demo_report(out, parts, summary)}")
 
