@@ -392,7 +392,6 @@ def test_the_same_command_has_the_same_folder_and_another_has_another(ldm, sampl
 
 
 @pytest.mark.parametrize("args, code, expected", [
-    (["--prompt", "a", "--class", "1"], 2, "--prompt and --class exclude each other"),
     (["--prompts", "none.txt"], 3, "none.txt: No such file"),
     (["--init-image", "none.png"], 3, "--init-image none.png: no such file"),
     (["--guidance-interval", "0.9,0.1"], 2, "not two shares"),

@@ -64,8 +64,6 @@ def reconstruct(given: opt.Given) -> None:
 def sample_request(given: opt.Given) -> SampleRequest:
     """What the options ask for; UsageError or InputError where they don't fit together."""
     prompts = (*(given.prompt or ()), *(_read_prompts(given.prompts) if given.prompts else ()))
-    if prompts and given.classes:
-        raise UsageError("--prompt and --class exclude each other")
     if given.init_image is not None and not given.init_image.is_file():
         raise InputError(f"--init-image {given.init_image}: no such file")
     return SampleRequest(
