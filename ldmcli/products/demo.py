@@ -12,7 +12,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DataSettings
 
 # shares of the minutes: what the prototype's curves suggest; the rest is starting, encoding, sampling, measuring
-_AE_SHARE, _LDM_SHARE = 0.15, 0.62
+_AE_SHARE, _LDM_SHARE = 0.15, 0.68
 HELD_OUT = 128
 
 
@@ -90,8 +90,8 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
 
     model = load(ldm)
     held = open_rows(replace(data, size=chosen["size"]), split="validation")
-    count = min(HELD_OUT, len(held))
-    picked = np.linspace(0, len(held) - 1, count).round().astype(int).tolist()
+    picked = _distinct(held, chosen["kinds"])
+    count = len(picked)
     real = np.stack([held.pixels(i, chosen["size"], "center", (0.5, 0.5)) for i in picked])
     request = {"text": {"prompt": [held.caption(i) for i in picked]},
                "class": {"classes": [held.label(i) for i in picked]}}
@@ -109,6 +109,16 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
     if held.source.startswith("shapes"):
         result |= _shape_scores(told["prompt"], samples, rebuilt, real)
     return result | _frechet(samples, rebuilt, real, held)
+
+
+def _distinct(held, kinds: tuple[str, ...]) -> list[int]:
+    """Up to 128 validation rows, of each caption only the first; spread over the rows where there are no captions."""
+    if "text" not in kinds:
+        return np.linspace(0, len(held) - 1, min(HELD_OUT, len(held))).round().astype(int).tolist()
+    first: dict[str, int] = {}
+    for i in range(len(held)):
+        first.setdefault(held.caption(i), i)
+    return list(first.values())[:HELD_OUT]
 
 
 def _shape_scores(prompts: list[str], samples, rebuilt, real) -> dict[str, Any]:
