@@ -3,6 +3,7 @@
 `run` is what each process does: the real command line, in a process group of its own, stderr into a file.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,15 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["torch", "accelerate", "ldmcli.cli.train", "ldmcli.drivers.train"])
 
 
+_started: list = []
+
+
+@atexit.register
+def _kill_what_a_failed_test_left() -> None:
+    for process in _started:  # a termination would be heard as a request to finish the step
+        process.kill()
+
+
 class Command:
     """One running command. `before` is called in its process first, to break something."""
 
@@ -25,6 +35,7 @@ class Command:
         self._process = _SERVER.Process(target=run, args=([str(arg) for arg in args], str(log), env or {}, before),
                                         daemon=True)
         self._process.start()
+        _started.append(self._process)
         self.pid = self._process.pid
 
     @property
