@@ -148,7 +148,7 @@ class DiffusionSettings:
     beta_end: float = 0.0195
     timesteps: int = 1000
     t_sampling: str = "logit_normal"  # uniform | logit_normal
-    t_mean: float = 0.5  # logit-normal: > 0 leans towards noise
+    t_mean: float = 0.2  # logit-normal: > 0 leans towards noise
     t_std: float = 1.0
     loss: str = "l2"  # l2 | l1
     loss_weight: str = "uniform"  # uniform | min_snr
