@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ldmcli.core import files
 from ldmcli.core.errors import LdmError, ModelError, UsageError
@@ -27,7 +27,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.begun = False  # whether run.json says of this process that it is training
-        self._lock = None
+        self._lock: IO[str] | None = None
 
     def acquire(self) -> None:
         """Creates the folder and becomes its only writer. Raises UsageError when another process is."""

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 # launchers pass a Ctrl-C on that the terminal has already delivered; a person is slower than this
 _SAME_PRESS_SECONDS = 0.5
@@ -17,11 +18,11 @@ class StopRequest:
     main thread, where Python allows no handlers, the flags stay unset.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stop = 0  # number of the first SIGINT or SIGTERM, 0 = none
         self._save = False
         self._since = 0.0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -55,7 +56,7 @@ class StopRequest:
 
 def _note(text: str) -> None:
     # a handler may interrupt a print to the same buffer, so this goes round it
-    if os.environ.get("RANK", "0") in ("", "0"):
+    if sys.__stderr__ is not None and os.environ.get("RANK", "0") in ("", "0"):
         try:
             os.write(sys.__stderr__.fileno(), text.encode())
         except (AttributeError, OSError, ValueError):
