@@ -60,10 +60,11 @@ class Command:
             raise AssertionError(f"the command did not end:\n{self.stderr}")
         return self._process.exitcode
 
-    def until(self, reached: Callable[[], bool]) -> bool:
-        """Waits until `reached()`; False where the command ended before."""
+    def until(self, reached: Callable[[], bool], timeout: float = 240) -> bool:
+        """Waits until `reached()`; False where the command ended, or the time did, before."""
+        end = time.monotonic() + timeout
         while not reached():
-            if not self.running:
+            if not self.running or time.monotonic() > end:
                 return reached()
             time.sleep(0.005)
         return True
