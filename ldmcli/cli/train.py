@@ -9,7 +9,7 @@ import typer
 
 from ldmcli.cli import options as opt
 from ldmcli.core import config, console, launch
-from ldmcli.core.errors import LdmError, ModelError, UsageError
+from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, UsageError
 
 _AE_MODEL = {**opt.CONFIGURATION, "f": opt.Factor, "reg": opt.Reg, "embed_dim": opt.EmbedDim,
              "codebook_size": opt.CodebookSize, "attn": opt.Attention}
@@ -116,14 +116,16 @@ def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) 
     options = Options(fresh=given.fresh, allow=tuple(given.allow or ()), command_line=command_line, **models)
     try:
         state = train(resolved.kind, resolved, out, options)
-    finally:
+    except (Interrupted, DivergedError):  # any other refusal may come from a folder that is somebody else's
         _write_pages(out)
+        raise
+    _write_pages(out)
     if given.json:
         console.emit_json({"out": str(out), **state})
 
 
 def _write_pages(out: Path) -> None:
-    """Report and model card, however the training ended; a page must not hide how it did."""
+    """Report and model card; that they cannot be written must not hide how the training ended."""
     from ldmcli.core.runs import is_run
 
     if launch.world()[0] != 0 or not is_run(out):
