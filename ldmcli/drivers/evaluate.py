@@ -331,7 +331,8 @@ def _check_counts(run: _Run, generated: FeatureSet, reference: FeatureSet | Stat
         counts["reference"] = len(reference)
     for side, count in counts.items():
         if count < 2:
-            raise InputError(f"{count} {side} image{'' if count == 1 else 's'}: a distribution needs at least 2")
+            raise InputError(f"{count} {side} image{'' if count == 1 else 's'}: a distribution needs at least 2; "
+                             "raise -n, or hold more rows out with --val-fraction")
         if count < run.extractor.dim:
             run.warnings.append(f"{count:,} {side} images for {run.extractor.dim:,} dimensions: the distance is biased "
                                 "upwards; compare only with numbers of the same n")

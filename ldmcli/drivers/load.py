@@ -270,7 +270,8 @@ class LoadedDiffusion:
             if value and kind not in kinds:
                 taken = " and ".join(names[k] for k in kinds) or "no condition"
                 raise UsageError(f"{names[kind]}: this model was trained without {kind}; it takes {taken}")
-            if kind in kinds and not value:
+        for kind in kinds:  # after what it never takes: a class for a text model is the mistake, not the missing prompt
+            if not given[kind]:
                 if kind == "class" and not given["text"]:
                     given[kind] = list(range(len(self.class_names)))
                 elif kind == "class":
