@@ -551,11 +551,11 @@ class Training:
             self._preview()
         if self.trackers:
             self.trackers.close()
+        # the others wait for this, so that none leaves the process group while another still uses it
+        facts = {"trained_seconds": self.progress.trained_seconds, "images": self.progress.images}
+        self.context.on_main(lambda: self.run.update(state="finished", exit_code=0, **facts))
         if not self.context.is_main:
             return {}
-        self.run.update(
-            state="finished", exit_code=0, trained_seconds=self.progress.trained_seconds, images=self.progress.images
-        )
         console.say(
             f"done: {self.run.path} at step {self.progress.step:,}, {clock(self.progress.trained_seconds)} of training"
         )
