@@ -15,9 +15,10 @@ BELOW = {
     "maths": {"core"},
     "data": {"core", "maths"},
     "networks": {"core", "maths"},
-    "drivers": {"core", "maths", "data", "networks"},
-    "products": {"core", "maths", "data", "networks", "drivers"},
-    "cli": {"core", "maths", "data", "networks", "drivers", "products"},
+    "formats": {"core", "maths", "networks"},
+    "drivers": {"core", "maths", "data", "networks", "formats"},
+    "products": {"core", "maths", "data", "networks", "formats", "drivers"},
+    "cli": {"core", "maths", "data", "networks", "formats", "drivers", "products"},
 }
 # presets are plain data of the layer that knows the networks; configuration reads the table when a preset is named
 EXCEPTIONS = {("core/config.py", "networks")}

@@ -172,7 +172,7 @@ class DiffusionSettings:
 class ConditionSettings:
     """What the model is told. Kinds are joined with "+": tokens join, planes stack, vectors add."""
 
-    kinds: tuple[str, ...] = ()  # class, text
+    kinds: tuple[str, ...] = ()  # class, text, layout, map
     drop: float = 0.1  # share of training samples whose condition is replaced by its null (for guidance)
     context_dim: int = 128  # width of tokens for cross-attention
     text_encoder: str = "joint"  # joint = the transformer of the paper, trained along; else folder or hub id (frozen)
@@ -191,6 +191,24 @@ class ConditionSettings:
     def __post_init__(self):
         if not 0 <= self.drop < 1:
             raise UsageError(f"condition.drop = {self.drop}: must be at least 0 and below 1")
+
+
+TASKS = ("generate", "sr", "inpaint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What the model is for. sr and inpaint put planes made from the training image itself beside z_t (Sec. 4.4, 4.5)."""
+
+    name: str = "generate"  # generate | sr | inpaint
+    scale: int = 4  # sr: output side / input side, 2 | 4 | 8
+    degradation: str = "bicubic"  # sr: bicubic (antialiased, as SR3) | bsr | bsr-light (blind, App. D.6)
+
+    def __post_init__(self):
+        _choice("task", "name", self.name, TASKS)
+        _choice("task", "degradation", self.degradation, ("bicubic", "bsr", "bsr-light"))
+        if self.scale not in (2, 4, 8):
+            raise UsageError(f"task.scale = {self.scale}: choose one of 2, 4, 8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,5 +294,12 @@ class DiffusionConfig:
     data: DataSettings = field(default_factory=DataSettings)
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     condition: ConditionSettings = field(default_factory=ConditionSettings)
+    task: TaskSettings = field(default_factory=TaskSettings)
     train: TrainSettings = field(default_factory=_diffusion_training)
     sample: SampleSettings = field(default_factory=SampleSettings)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Everything that the model is told: the conditions asked for, and the planes that its task brings along."""
+        own = {"sr": ("lowres",), "inpaint": ("masked",)}.get(self.task.name, ())
+        return self.condition.kinds + own

@@ -17,7 +17,8 @@ from ldmcli.core.requests import SampleRequest
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, to_size
 from ldmcli.drivers.grids import grid, in_rows, png_bytes, save_grid
-from ldmcli.drivers.load import LoadedAutoencoder, LoadedDiffusion, load, to_pil, to_uint8
+from ldmcli.drivers.load import load
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pil, to_uint8
 from ldmcli.drivers.sampling import check_sampling, with_overrides
 from ldmcli.maths.statistics import psnr, ssim
 

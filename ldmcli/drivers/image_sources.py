@@ -204,7 +204,7 @@ def rebuilt(autoencoder, source: Source, batch_size: int) -> Callable[[], Iterat
     import torch
 
     from ldmcli.drivers.features import in_blocks
-    from ldmcli.drivers.load import to_uint8
+    from ldmcli.drivers.loaded import to_uint8
 
     def stream() -> Iterator[np.ndarray]:
         for block in in_blocks(source.stream(), batch_size):

@@ -14,7 +14,7 @@ from ldmcli.data.batches import positions, share
 from ldmcli.data.sources import open_rows, usable
 from ldmcli.data.streamed import StreamedRows, StreamedValidation
 from ldmcli.drivers.context import Context
-from ldmcli.drivers.load import LoadedAutoencoder, to_uint8
+from ldmcli.drivers.loaded import LoadedAutoencoder, to_uint8
 from ldmcli.maths import rng
 from ldmcli.networks.autoencoder import Autoencoder, revive, split_moments
 from ldmcli.networks.diffusion import LatentScale

@@ -15,12 +15,8 @@ from ldmcli.data.batches import share
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.grids import in_rows, save_grid
-from ldmcli.drivers.load import (
-    LoadedAutoencoder,
-    LoadedDiffusion,
-    load_autoencoder,
-    read_scale,
-)
+from ldmcli.drivers.load import load_autoencoder, read_scale
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion
 from ldmcli.drivers.objective_ae import DEFAULT_SIZE, moment_sums, open_data, pixel_batch, scaled, step_rows
 from ldmcli.maths import rng
 from ldmcli.maths.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target

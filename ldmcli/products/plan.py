@@ -20,7 +20,8 @@ from ldmcli.core.config import Resolved
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, ConditionSettings, DiffusionConfig
 from ldmcli.drivers.context import autocast_dtype
-from ldmcli.drivers.load import default_device, read_config
+from ldmcli.drivers.load import read_config
+from ldmcli.drivers.loaded import default_device
 from ldmcli.drivers.objective_ae import DEFAULT_SIZE
 from ldmcli.drivers.optim import is_hidden_matrix
 from ldmcli.networks.autoencoder import Autoencoder

@@ -1,0 +1,357 @@
+"""A trained model in use: on a device, with the calls of the Python interface."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmcli.core.console import warn_once
+from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
+from ldmcli.drivers.sampling import check_sampling, draw_latents, with_overrides
+from ldmcli.maths.schedule import make_schedule
+from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
+from ldmcli.networks.conditions import Conditioning
+from ldmcli.networks.diffusion import DiffusionModel, LatentScale
+
+
+def default_device() -> torch.device:
+    """CUDA, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def to_pixels(images: Any) -> Tensor:
+    """PIL images, uint8 NHWC, or float NCHW in [-1, 1] -> float NCHW in [-1, 1]."""
+    if isinstance(images, Tensor) and images.is_floating_point():
+        return images if images.ndim == 4 else images[None]
+    if not isinstance(images, (np.ndarray, Tensor)):
+        images = images if isinstance(images, (list, tuple)) else [images]
+        images = np.stack(
+            [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in images]
+        )
+    array = torch.as_tensor(np.asarray(images))
+    array = array if array.ndim == 4 else array[None]
+    return array.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Float NCHW in [-1, 1] -> uint8 NHWC: clamped, rounded half to even."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(x: Tensor) -> list:
+    """Float NCHW in [-1, 1] -> list of PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(array) for array in to_uint8(x)]
+
+
+class LoadedAutoencoder:
+    """A first stage in use. Latents are normalised by `scale` on the way out and restored on the way in."""
+
+    kind = "autoencoder"
+
+    def __init__(
+        self, network: Autoencoder, scale: LatentScale, fingerprint: str, config: AutoencoderConfig | None = None
+    ):
+        self.network, self.scale, self.fingerprint, self.config = network, scale, fingerprint, config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def moments(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """KL: (mean, log-variance), each (B, c, h, w), unscaled; VQ and pixels: the latent before quantisation."""
+        moments = self.network.moments(to_pixels(x).to(self.device))
+        return split_moments(moments) if self._is_kl else moments
+
+    @property
+    def _is_kl(self) -> bool:
+        return not self.network.is_vq and not self.network.is_identity
+
+    @torch.no_grad()
+    def encode(self, x: Any, sample: bool | torch.Generator = False) -> Tensor:
+        """Images -> normalised latents (B, c, h, w): the mode, or with `sample` (True or a generator) a draw."""
+        moments = self.network.moments(to_pixels(x).to(self.device))
+        return self.scale.normalise(self._draw(moments, sample))
+
+    def _draw(self, moments: Tensor, sample: bool | torch.Generator) -> Tensor:
+        if not self._is_kl:
+            return moments
+        noise = None
+        if sample is not False:
+            mean = split_moments(moments)[0]
+            generator = sample if isinstance(sample, torch.Generator) else None
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return posterior_sample(moments, noise)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Normalised latents -> pixels (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.decode_unscaled(self.scale.restore(z.to(self.device)))
+
+    @torch.no_grad()
+    def decode_unscaled(self, z: Tensor) -> Tensor:
+        """The decoder on latents without scaling (VQ: quantised first)."""
+        return self.network.decode(z.to(self.device))
+
+    @torch.no_grad()
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """VQ: (quantised latent, code indices (B, h, w)) of unscaled latents. Raises UsageError for other models."""
+        if not self.network.is_vq:
+            raise UsageError("quantize: this autoencoder has no codebook")
+        found = self.network.quantize(z.to(self.device))
+        return found.z, found.indices
+
+
+class LoadedDiffusion:
+    """A diffusion model in use, with its autoencoder, noise schedule and sampling defaults."""
+
+    kind = "diffusion"
+
+    def __init__(
+        self, model: DiffusionModel, autoencoder: LoadedAutoencoder, config: DiffusionConfig, fingerprint: str
+    ):
+        self.model, self.autoencoder, self.config, self.fingerprint = model, autoencoder, config, fingerprint
+        self.schedule = make_schedule(config.diffusion)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes of a class-conditional model, else []."""
+        entries = self.model.conditions.entries
+        return entries["class"].names if "class" in entries else []
+
+    @torch.no_grad()
+    def predict(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        context: Tensor | Conditioning | None = None,
+        concat: Tensor | None = None,
+        classes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The network's raw output (B, c, h, w). `context`: tokens (B, M, d), or what `embed` gave."""
+        conditioning = context if isinstance(context, Conditioning) else Conditioning(context=context)
+        if classes is not None:
+            conditioning = conditioning.joined(self._embed({"class": list(classes)}))
+        conditioning = Conditioning(conditioning.context, concat, conditioning.vector)
+        return self.model.predict(z_t.to(self.device), t.to(self.device), conditioning)
+
+    @torch.no_grad()
+    def embed(self, prompt: str | list[str] | None = None, classes: Sequence[int | str] | None = None):
+        """tau(y): tokens (B, M, d), or a `Conditioning` where the model takes a vector beside them."""
+        values: dict[str, list] = {}
+        if prompt is not None:
+            values["text"] = [prompt] if isinstance(prompt, str) else list(prompt)
+        if classes is not None:
+            values["class"] = list(classes)
+        found = self._embed(values)
+        return found.context if found.vector is None and found.concat is None else found
+
+    def _embed(self, values: dict[str, list]) -> Conditioning:
+        inputs = self.model.conditions.prepare(values)
+        return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()})
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        classes: Sequence[int | str] | None = None,
+        n: int = 1,
+        negative_prompt: str = "",
+        seed: int = 0,
+        batch_size: int = 16,
+        size: tuple[int, int] | None = None,
+        first: int = 0,
+        **settings,
+    ) -> list:
+        """PIL images, n for each prompt or class; sample k takes prompt k mod (number of prompts).
+
+        settings: steps, guidance, guidance_interval, sampler, eta, spacing. size: (height, width) in pixels.
+        """
+        images = []
+        for z in self.iter_latents(
+            prompt,
+            classes=classes,
+            n=n,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            batch_size=batch_size,
+            size=size,
+            first=first,
+            **settings,
+        ):
+            images += to_pil(self.autoencoder.decode(z))
+        return images
+
+    @torch.no_grad()
+    def iter_latents(
+        self,
+        prompt=None,
+        *,
+        classes=None,
+        n: int = 1,
+        negative_prompt: str = "",
+        seed: int = 0,
+        batch_size: int = 16,
+        size: tuple[int, int] | None = None,
+        first: int = 0,
+        **settings,
+    ):
+        """Final latents in batches, as `sample` draws them; `first` skips samples that exist."""
+        values = self.request_values(prompt, classes)
+        total = n * max([len(v) for v in values.values()], default=1)
+        for start in range(first, total, batch_size):
+            yield self.latents_for(
+                range(start, min(start + batch_size, total)),
+                values,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                size=size,
+                **settings,
+            )
+
+    @torch.no_grad()
+    def latents_for(
+        self,
+        ids: Sequence[int],
+        values: dict[str, list],
+        *,
+        seed: int = 0,
+        negative_prompt: str = "",
+        size: tuple[int, int] | None = None,
+        start: Tensor | None = None,
+        strength: float = 1.0,
+        **settings,
+    ) -> Tensor:
+        """Final latents of samples `ids` of a call; sample k is told values[kind][k mod their number]."""
+        chosen = with_overrides(self.config.sample, **settings)
+        check_sampling(chosen, self.schedule)
+        self._warn_about_guidance(chosen.guidance, negative_prompt)
+        rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
+        return draw_latents(
+            self.model,
+            self.schedule,
+            chosen,
+            ids=ids,
+            seed=seed,
+            inputs=self.model.conditions.prepare(rows) if rows else None,
+            negative=self._negative(negative_prompt, len(ids)),
+            shape=self.latent_shape(size),
+            start=start,
+            strength=strength,
+        )
+
+    def request_values(self, prompt, classes) -> dict[str, list]:
+        """What the model is told, checked against what it takes. Raises UsageError."""
+        given = {"text": [prompt] if isinstance(prompt, str) else list(prompt or []), "class": list(classes or [])}
+        if given["class"] == ["all"]:
+            given["class"] = list(range(len(self.class_names)))
+        kinds = self.model.conditions.kinds
+        names = {"text": "--prompt", "class": "--class"}
+        for kind, value in given.items():
+            if value and kind not in kinds:
+                taken = " and ".join(names[k] for k in kinds) or "no condition"
+                raise UsageError(f"{names[kind]}: this model was trained without {kind}; it takes {taken}")
+        for kind in kinds:  # after what it never takes: a class for a text model is the mistake, not the missing prompt
+            if not given[kind]:
+                if kind == "class" and not given["text"]:
+                    given[kind] = list(range(len(self.class_names)))
+                elif kind == "class":
+                    raise UsageError("--class: this model takes a class beside the prompt")
+                else:
+                    raise UsageError('--prompt: this model draws what a prompt says; give one with --prompt "…"')
+        return {kind: given[kind] for kind in kinds}
+
+    def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(c, h, w) for an image size in pixels (None: as trained). Raises UsageError, naming the nearest sizes."""
+        if size is None:
+            return self.model.latent_shape
+        factor = self.autoencoder.network.f * self.model.unet.size_factor
+        wrong = [side for side in size if side < factor or side % factor]
+        if wrong:
+            near = "x".join(str(max(factor, round(side / factor) * factor)) for side in size)
+            raise UsageError(f"--size {size[0]}x{size[1]}: both sides must be multiples of {factor}; nearest: {near}")
+        return self.autoencoder.network.latent_shape(*size)
+
+    def _negative(self, text: str, n: int) -> dict[str, Tensor] | None:
+        if not text:
+            return None
+        if "text" not in self.model.conditions.kinds:
+            raise UsageError("--negative-prompt: this model takes no prompt")
+        null = self.model.conditions.null(n)
+        entry = self.model.conditions.entries["text"]
+        return {**null, **{f"text.{name}": tensor for name, tensor in entry.prepare([text] * n).items()}}
+
+    def _warn_about_guidance(self, scale: float, negative: str) -> None:
+        if scale == 1 and negative:
+            warn_once("negative", "--negative-prompt has no effect at --guidance 1")
+        if scale != 1 and self.model.conditions.kinds and self.config.condition.drop == 0:
+            warn_once(
+                "no-dropout",
+                "this model was trained without condition dropout, so guidance has nothing sound to "
+                "push away from; use --guidance 1",
+            )
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        z_T: Tensor | None = None,
+        *,
+        n: int | None = None,
+        seed: int = 0,
+        context=None,
+        uncond=None,
+        concat: Tensor | None = None,
+        **settings,
+    ) -> Tensor:
+        """The final latent (B, c, h, w) from given noise, with tokens (or what `embed` gave) for both halves."""
+        from ldmcli.drivers.sampling import Guidance, denoiser
+        from ldmcli.maths import rng
+        from ldmcli.maths.samplers import SAMPLERS
+        from ldmcli.maths.schedule import levels
+
+        chosen = with_overrides(self.config.sample, **settings)
+        if context is None and uncond is None and "guidance" not in settings:
+            chosen = replace(chosen, guidance=1.0)
+        z_T = rng.normal(seed, range(n or 1), self.model.latent_shape, "z_T") if z_T is None else z_T
+        given, null = (
+            Conditioning(getattr(c, "context", c), concat, getattr(c, "vector", None))
+            if c is not None
+            else Conditioning(concat=concat)
+            for c in (context, uncond)
+        )
+        denoise = denoiser(
+            self.model,
+            self.schedule,
+            given,
+            null if uncond is not None else None,
+            Guidance(chosen.guidance, chosen.guidance_interval),
+        )
+        ids = range(len(z_T))
+        return SAMPLERS[chosen.sampler].function(
+            denoise,
+            z_T.to(self.device),
+            levels(self.schedule, chosen.steps, chosen.spacing),
+            eta=chosen.eta,
+            noise=lambda step: rng.normal(seed, ids, tuple(z_T.shape[1:]), "step", step, device=self.device),
+        )
+
+
+def pixel_autoencoder() -> LoadedAutoencoder:
+    """LDM-1: latents are the pixels."""
+    settings = AutoencoderSettings(f=1)
+    return LoadedAutoencoder(Autoencoder(settings), LatentScale.identity(settings.in_channels), "pixels")

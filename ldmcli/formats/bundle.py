@@ -1,0 +1,44 @@
+"""A model as data: what a run folder, a published checkpoint and a diffusers folder have in common.
+
+Readers (`compvis.py`, `diffusers.py`) give bundles, writers take them, and `drivers/load.py` builds networks from them.
+Tensors carry the names of our own modules; nothing here knows where they came from.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
+from ldmcli.networks.diffusion import LatentScale
+
+
+@dataclass
+class AutoencoderBundle:
+    """A first stage. tensors: as `networks.autoencoder.Autoencoder` names them; scale: None where it was never
+    measured; notes: readings that were chosen and what was left out, one line each, kept in run.json."""
+
+    config: AutoencoderConfig
+    tensors: dict[str, Tensor]
+    scale: LatentScale | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DiffusionBundle:
+    """A diffusion model. tensors: as `networks.diffusion.DiffusionModel` names them (`unet.…`,
+    `conditions.entries.KIND.…`).
+
+    autoencoder: None for pixel space; latent_shape: (c, h, w) at the training size; facts: of each condition, as
+    stats.json keeps them; tokenizer: a folder, None where the model takes no text or its vocabulary is not at hand.
+    """
+
+    config: DiffusionConfig
+    tensors: dict[str, Tensor]
+    autoencoder: AutoencoderBundle | None
+    scale: LatentScale
+    latent_shape: tuple[int, int, int]
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    notes: list[str] = field(default_factory=list)
