@@ -198,7 +198,7 @@ TASKS = ("generate", "sr", "inpaint")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """What the model is for. sr and inpaint put planes made from the training image itself beside z_t (Sec. 4.4, 4.5)."""
+    """What the model is for. sr and inpaint put planes made from the image itself beside z_t (Sec. 4.4, 4.5)."""
 
     name: str = "generate"  # generate | sr | inpaint
     scale: int = 4  # sr: output side / input side, 2 | 4 | 8
