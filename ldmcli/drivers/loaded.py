@@ -11,7 +11,7 @@ from torch import Tensor
 from ldmcli.core.console import warn_once
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
-from ldmcli.drivers.sampling import check_sampling, draw_latents, with_overrides
+from ldmcli.drivers.sampling import Steering, check_sampling, draw_latents, with_overrides
 from ldmcli.maths.schedule import make_schedule
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
 from ldmcli.networks.conditions import Conditioning
@@ -235,6 +235,7 @@ class LoadedDiffusion:
         size: tuple[int, int] | None = None,
         start: Tensor | None = None,
         strength: float = 1.0,
+        steering: Steering | None = None,
         **settings,
     ) -> Tensor:
         """Final latents of samples `ids` of a call; sample k is told values[kind][k mod their number]."""
@@ -253,6 +254,7 @@ class LoadedDiffusion:
             shape=self.latent_shape(size),
             start=start,
             strength=strength,
+            steering=steering,
         )
 
     def request_values(self, prompt, classes) -> dict[str, list]:

@@ -29,6 +29,10 @@ def _report(callback: Callable[[int, Any, Any], None] | None, i: int, z: Any, x0
         callback(i, z, x0)
 
 
+def _prepared(before_step: Callable[[int, Any], Any] | None, i: int, z: Any) -> Any:
+    return z if before_step is None else before_step(i, z)
+
+
 def _need(noise: Callable[[int], Any] | None, i: int) -> Any:
     if noise is None:
         raise ValueError("a step with fresh noise needs noise=")
@@ -46,12 +50,15 @@ def ddim_sigma(alpha: float, sigma: float, alpha_next: float, sigma_next: float,
     return eta * sigma_next / sigma * sqrt(max(0.0, sigma**2 - (sigma_next * alpha / alpha_next) ** 2))
 
 
-def ddim(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None):
+def ddim(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """DDIM (Song et al. 2021): eta = 0 deterministic, eta = 1 with the variance of the ancestral process.
 
     noise(i): fresh noise of step i, an array like z; read where a step has some. callback(i, z, x0) after a step.
+    before_step(i, z) -> z: what the step starts from instead, in all samplers once a step (a known region is put in
+    here). Steps of several evaluations, and the memory of multistep ones, see it as any other z.
     """
     for i, t in enumerate(levels.t):
+        z = _prepared(before_step, i, z)
         alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
         x0, eps = denoise(z, t, alpha, sigma)
         added = ddim_sigma(alpha, sigma, alpha_next, sigma_next, eta)
@@ -62,13 +69,14 @@ def ddim(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
     return z
 
 
-def ddpm(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None):
+def ddpm(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """Ancestral sampling (Ho et al. 2020) with the posterior of the chain that has only these levels.
 
     With every timestep the original's chain. A step that ends clean has variance 0 and takes no noise. eta is not
     read.
     """
     for i, t in enumerate(levels.t):
+        z = _prepared(before_step, i, z)
         alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
         x0, _ = denoise(z, t, alpha, sigma)
         keep = alpha / alpha_next  # the transition from the next level up to this one: its scale …
@@ -85,7 +93,7 @@ def ddpm(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
 _ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def plms(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None):
+def plms(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """Pseudo linear multistep (Liu et al. 2022) as in CompVis/latent-diffusion: one evaluation more than steps.
 
     ε is extrapolated over up to four evaluations and put into the DDIM step. On straight paths (α + σ = 1), where
@@ -94,6 +102,7 @@ def plms(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
     straight = all(abs(alpha + sigma - 1) < 1e-9 for alpha, sigma in zip(levels.alphas, levels.sigmas))
     history: list[Any] = []
     for i, t in enumerate(levels.t):
+        z = _prepared(before_step, i, z)
         alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
         x0, eps = denoise(z, t, alpha, sigma)
         history = [eps - x0 if straight else eps, *history[:3]]
@@ -112,12 +121,13 @@ def plms(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
     return z
 
 
-def euler(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None):
+def euler(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """Euler's method for the probability flow in z/α over σ/α (Karras et al. 2022), without dividing by α.
 
     For flow it is Euler in t. The step is that of deterministic DDIM. noise and eta are not read.
     """
     for i, t in enumerate(levels.t):
+        z = _prepared(before_step, i, z)
         x0, eps = denoise(z, t, *_at(levels, i))
         alpha_next, sigma_next = _at(levels, i + 1)
         z = alpha_next * x0 + sigma_next * eps
@@ -125,7 +135,7 @@ def euler(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, cal
     return z
 
 
-def heun(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None):
+def heun(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """Trapezoidal rule for dz = x0 dα + ε dσ with an Euler predictor; the last step is Euler's. 2N − 1 evaluations.
 
     The coordinates (α, σ) are finite at both ends, where those of Karras et al. (σ/α) grow without bound; for flow
@@ -133,6 +143,7 @@ def heun(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
     """
     last = len(levels.t) - 1
     for i, t in enumerate(levels.t):
+        z = _prepared(before_step, i, z)
         alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
         x0, eps = denoise(z, t, alpha, sigma)
         predicted = alpha_next * x0 + sigma_next * eps
@@ -152,7 +163,9 @@ def _half_log_snr(alpha: float, sigma: float) -> float:
     return log(alpha) - log(sigma)
 
 
-def dpm_solver_pp(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, order: int = 2):
+def dpm_solver_pp(
+    denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None, order: int = 2
+):
     """DPM-Solver++(2M) (Lu et al. 2022): x0 extrapolated linearly in λ = ln(α/σ) from the last two evaluations.
 
     First order at the first step, at the last of fewer than 15, and where a step ends clean (λ = ∞; the result is
@@ -161,6 +174,7 @@ def dpm_solver_pp(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 
     steps = len(levels.t)
     before, h_before = None, 0.0
     for i, t in enumerate(levels.t):
+        z = _prepared(before_step, i, z)
         alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
         x0, _ = denoise(z, t, alpha, sigma)
         h = _half_log_snr(alpha_next, sigma_next) - _half_log_snr(alpha, sigma)
@@ -179,6 +193,36 @@ def dpm_solver_pp(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 
 
 def _at(levels: Way, i: int) -> tuple[float, float]:
     return levels.alphas[i], levels.sigmas[i]
+
+
+@dataclass(frozen=True)
+class _OneStep:
+    t: Sequence[float]
+    alphas: Sequence[float]
+    sigmas: Sequence[float]
+
+
+def resampled(sample: Callable[..., Any], denoise: Denoise, z, levels: Way, times: int, *, noise, again,
+              eta: float = 0.0, before_step=None):
+    """Every step `times` times, with new noise back up to where it began in between (RePaint, Lugmayr et al. 2022).
+
+    A known region put in by `before_step(i, round, z)` and what the network makes of the rest come to agree this way.
+    noise(i, round) is a step's own noise, again(i, round) that of the way back. Steps stand alone, so multistep
+    samplers go first order; jumps are one step long.
+    """
+    for i in range(len(levels.t)):
+        step = _OneStep(levels.t[i:i + 1], levels.alphas[i:i + 2], levels.sigmas[i:i + 2])
+        (alpha, sigma), (alpha_next, sigma_next) = _at(step, 0), _at(step, 1)
+        back = alpha / alpha_next  # the forward process between the two levels: its scale and variance
+        variance = max(0.0, sigma**2 - (back * sigma_next) ** 2)
+        for k in range(times):
+            if k:
+                z = back * z + sqrt(variance) * again(i, k)
+            z = sample(
+                denoise, z, step, eta=eta, noise=lambda _, i=i, k=k: noise(i, k),
+                before_step=None if before_step is None else lambda _, z, i=i, k=k: before_step(i, k, z),
+            )  # fmt: skip
+    return z
 
 
 @dataclass(frozen=True)
