@@ -137,7 +137,13 @@ Autoencoder = Annotated[Text, option("--autoencoder", panel=MODEL, metavar="RUN|
 ReconstructWith = Annotated[Text, option("--autoencoder", panel=MODEL, metavar="RUN", default="the newest run",
     help="Autoencoder to pass the images through.")]
 Condition = Annotated[Text, setting("condition.kinds", "--condition", panel=MODEL, metavar="KIND[+KIND]",
-    default="none", help="What the model is told: none, class, text; joined with +.")]
+    default="none", help="What the model is told: none, class, text, layout, map; joined with +.")]
+Task = Annotated[Text, setting("task.name", "--task", panel=MODEL, choices=("generate", "sr", "inpaint"),
+    help="What the model is for: new images, more pixels, or filled holes.")]
+Scale = Annotated[Text, setting("task.scale", "--scale", panel=MODEL, choices=("2", "4", "8"),
+    help="--task sr: how many times larger the output's sides are.")]
+Degradation = Annotated[Text, setting("task.degradation", "--degradation", panel=MODEL,
+    choices=("bicubic", "bsr", "bsr-light"), help="--task sr: how small images are made; bsr is blind to how.")]
 InitFrom = Annotated[Text, option("--init-from", panel=MODEL, metavar="RUN", default="none",
     help="Begin with this run's weights (fine-tuning).")]
 Model = Annotated[Text, option("--model", panel=MODEL, metavar="RUN", default="the newest suitable run",

@@ -13,8 +13,8 @@ from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError,
 
 _AE_MODEL = {**opt.CONFIGURATION, "f": opt.Factor, "reg": opt.Reg, "embed_dim": opt.EmbedDim,
              "codebook_size": opt.CodebookSize, "attn": opt.Attention}
-_LDM_MODEL = {"autoencoder": opt.Autoencoder, "condition": opt.Condition, "init_from": opt.InitFrom,
-              **opt.CONFIGURATION}
+_LDM_MODEL = {"autoencoder": opt.Autoencoder, "condition": opt.Condition, "task": opt.Task, "scale": opt.Scale,
+              "degradation": opt.Degradation, "init_from": opt.InitFrom, **opt.CONFIGURATION}
 _IMAGES = {**opt.ROWS, "crop": opt.Crop, "flip": opt.Flip}
 
 
@@ -48,8 +48,12 @@ def train_ldm(given: opt.Given) -> None:
     where = f"in latents of {autoencoder}" if autoencoder not in ("", "none") else "on pixels"
     if given.init_from:
         where = f"from the weights of {given.init_from}"
-    conditions = "+".join(resolved.config.condition.kinds) or "none"
-    _run(given, resolved, f"diffusion {where}, condition: {conditions}", autoencoder=autoencoder,
+    conditions, task = "+".join(resolved.config.condition.kinds) or "none", resolved.config.task.name
+    only_sr = [name for name in ("scale", "degradation") if getattr(given, name) is not None]
+    if only_sr and task != "sr":
+        raise UsageError(f"--{only_sr[0]} belongs to --task sr; this is --task {task}")
+    what = "diffusion" if task == "generate" else f"diffusion for {task}"
+    _run(given, resolved, f"{what} {where}, condition: {conditions}", autoencoder=autoencoder,
          init_from=given.init_from or "")
 
 
@@ -94,8 +98,11 @@ def data_name(source: str) -> str:
 
 def run_name(resolved: config.Resolved) -> str:
     """The stated name of a run where --out gives none: its data and what it is, as in shapes-ae, photos-text."""
-    what = "ae" if resolved.kind == "autoencoder" else "-".join(resolved.config.condition.kinds) or "ldm"
-    return f"{data_name(resolved.config.data.source)}-{what}"
+    if resolved.kind == "autoencoder":
+        return f"{data_name(resolved.config.data.source)}-ae"
+    task = resolved.config.task.name
+    told = [*resolved.config.condition.kinds, *([task] if task != "generate" else [])]
+    return f"{data_name(resolved.config.data.source)}-{'-'.join(told) or 'ldm'}"
 
 
 def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) -> None:

@@ -183,6 +183,7 @@ class ConditionSettings:
     # spread of new token embeddings. The original's 0.02 drowns in what attention adds at first: after 240 steps on
     # shapes of 32 px 12 % of the places were obeyed, with 0.5 97 %
     embedding_std: float = 0.5
+    smooth_places: bool = True  # layout: new codes of grid points are alike where points are near; else independent
     vocabulary: str = ""  # folder with a tokeniser; "" = a WordPiece vocabulary is trained on the captions
     vocabulary_size: int = 8192  # at most
     text_pooled: bool = True  # pooled text added to the time embedding beside cross-attention

@@ -49,6 +49,7 @@ class Rows:
         self.columns, self.notes = dict(columns.chosen), list(columns.notes)
         self.class_names, self.category_names = columns.class_names, columns.category_names
         self.validation_is_train = False
+        self.boxes_are_shares = False  # of the whole picture, instead of its pixels
         self._hashes: dict[int, str] = {}
         self._kept: dict[int, np.ndarray] = {}
         self._kept_as: tuple | None = None
@@ -118,7 +119,8 @@ class Rows:
         height, width = scaled_size(shape, size)
         u = (0.5, 0.5) if crop == "center" else u
         top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, (height, width), size))
-        x, y, w, h = found["bbox"].reshape(-1, 4).T
+        whole = (shape[1], shape[0]) * 2 if self.boxes_are_shares else (1, 1, 1, 1)
+        x, y, w, h = found["bbox"].reshape(-1, 4).T * np.array(whole, np.float32)[:, None]
         edges = [(x * width / shape[1] - left) / size[1], (y * height / shape[0] - top) / size[0]]
         edges += [edges[0] + w * width / shape[1] / size[1], edges[1] + h * height / shape[0] / size[0]]
         x0, y0, x1, y1 = np.clip(edges, 0, 1)
@@ -147,6 +149,7 @@ class Rows:
         chosen = type(self)(self._columns, self._ids[np.asarray(indices, dtype=np.int64)], self._settings,
                             source=self.source, split=self.split)
         chosen.notes, chosen.validation_is_train = list(self.notes), self.validation_is_train
+        chosen.boxes_are_shares = self.boxes_are_shares
         chosen._hashes, chosen._kept, chosen._kept_as = self._hashes, self._kept, self._kept_as
         return chosen
 
@@ -214,6 +217,8 @@ def class_map(content: bytes, name: str, max_pixels: int) -> np.ndarray:
 
 class ShapeRows(Rows):
     """The embedded shapes; nothing is stored, every getter draws."""
+
+    map_names = ("background", *shapes.SHAPES)
 
     def __init__(self, columns, ids, settings, *, source, split):
         super().__init__(columns, ids, settings, source=source, split=split)

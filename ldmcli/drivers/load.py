@@ -71,7 +71,8 @@ def load_diffusion(path: Path, device: torch.device | None = None, weights: str 
     config = read_config("diffusion", path)
     stats = files.read_json(path / "stats.json")
     tokenizer = load_tokenizer(path / "tokenizer") if "text" in config.condition.kinds else None
-    model = DiffusionModel(config.diffusion, config.condition, stats["conditions"], tokenizer, stats["latent_shape"])
+    model = DiffusionModel(config.diffusion, config.condition, stats["conditions"], tokenizer, stats["latent_shape"],
+                           config.kinds)
     source = path / "model.safetensors" if weights == "ema" else _raw_weights(path)
     tensors, metadata = files.load_tensors(source)
     _check_settings(config, metadata, path)
@@ -92,7 +93,8 @@ def _check_settings(config: DiffusionConfig, metadata: dict[str, str], path: Pat
 
 def settings_of_weights(config: DiffusionConfig | AutoencoderConfig) -> dict[str, Any]:
     """Settings without which weights mean nothing, as JSON values: of network, process and conditions."""
-    kept = {k: v for k, v in flat(config).items() if k.startswith(("diffusion.", "condition.", "autoencoder."))}
+    of_weights = ("diffusion.", "condition.", "task.", "autoencoder.")
+    kept = {k: v for k, v in flat(config).items() if k.startswith(of_weights)}
     return json.loads(json.dumps(kept))
 
 

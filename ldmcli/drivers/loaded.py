@@ -121,6 +121,7 @@ class LoadedDiffusion:
     ):
         self.model, self.autoencoder, self.config, self.fingerprint = model, autoencoder, config, fingerprint
         self.schedule = make_schedule(config.diffusion)
+        model.conditions.first_stage = autoencoder.encode
 
     @property
     def device(self) -> torch.device:

@@ -57,16 +57,22 @@ def step_rows(rows, config, step: int, mine: slice) -> tuple[np.ndarray, np.ndar
     return (where if config.data.streaming else ids)[mine], where[mine]
 
 
+def views(config, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How the rows at positions `where` are seen: shares (n, 2) for the crop, down and across, and mirrored (n,)."""
+    seed, data, at = config.train.seed, config.data, where.tolist()
+    u, mirrored = np.full((len(at), 2), 0.5), np.zeros(len(at), bool)
+    if data.crop == "random":
+        u = np.stack([rng.uniform(seed, at, axis).numpy() for axis in ("crop-y", "crop-x")], axis=1)
+    if data.flip:
+        mirrored = (rng.uniform(seed, at, "flip") < 0.5).numpy()
+    return u, mirrored
+
+
 def pixel_batch(rows, config, ids: np.ndarray, where: np.ndarray, size: tuple[int, int]) -> Tensor:
     """uint8 (n, H, W, 3) of rows `ids`; crop and flip depend on the global positions `where`."""
-    seed, data = config.train.seed, config.data
-    u = np.full((len(ids), 2), 0.5)
-    if data.crop == "random":
-        u = np.stack([rng.uniform(seed, where.tolist(), axis).numpy() for axis in ("crop-y", "crop-x")], axis=1)
-    out = np.stack([rows.pixels(int(i), size, data.crop, tuple(place)) for i, place in zip(ids, u)])
-    if data.flip:
-        mirrored = (rng.uniform(seed, where.tolist(), "flip") < 0.5).numpy()
-        out[mirrored] = out[mirrored][:, :, ::-1]
+    u, mirrored = views(config, where)
+    out = np.stack([rows.pixels(int(i), size, config.data.crop, tuple(place)) for i, place in zip(ids, u)])
+    out[mirrored] = out[mirrored][:, :, ::-1]
     return torch.from_numpy(out)
 
 

@@ -9,14 +9,24 @@ import torch
 from torch import Tensor
 
 from ldmcli.core import console, files
-from ldmcli.core.errors import InputError, ModelError, UsageError
+from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import share
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
+from ldmcli.drivers.condition_data import (
+    TABLED,
+    ConditionSource,
+    check_columns,
+    check_settings,
+    look_at_boxes,
+    look_at_maps,
+    map_names,
+)
 from ldmcli.drivers.context import Context
+from ldmcli.drivers.drawing import enlarged, shown_condition
 from ldmcli.drivers.grids import in_rows, save_grid
 from ldmcli.drivers.load import load_autoencoder, read_scale
-from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_uint8
 from ldmcli.drivers.objective_ae import DEFAULT_SIZE, moment_sums, open_data, pixel_batch, scaled, step_rows
 from ldmcli.maths import rng
 from ldmcli.maths.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
@@ -26,18 +36,6 @@ from ldmcli.networks.diffusion import DiffusionModel, LatentScale
 
 VALIDATION_ROWS = 512
 SCALE_ROWS = 10_000
-
-
-def condition_values(rows, kind: str) -> list:
-    """The raw values of a condition for all rows, in order. Raises InputError where the data has none."""
-    column = CONDITIONS[kind].columns[0]
-    if not rows.has(column):
-        raise InputError(
-            f"{rows.source}: --condition {kind} needs a {column} column, and there is none "
-            f"(found: {', '.join(f'{k} = {v}' for k, v in rows.columns.items() if v)}); "
-            f"name it with --{column}-column or train with --condition none"
-        )
-    return [getattr(rows, column)(i) for i in range(len(rows))]
 
 
 class DiffusionObjective:
@@ -58,32 +56,31 @@ class DiffusionObjective:
     ):
         self.config, self.run, self.context, self._check = config, run, context, check
         self.init_from = Path(init_from) if init_from else None
-        for kind in config.condition.kinds:
-            if kind not in CONDITIONS:
-                raise UsageError(f"--condition {kind}: choose among none, {', '.join(CONDITIONS)} (joined with +)")
         self.autoencoder_path = Path(autoencoder)
         self.autoencoder: LoadedAutoencoder = context.together(
             lambda: load_autoencoder(self.autoencoder_path, context.device)
         )
         self._check_autoencoder()
         self.size = self._size()
+        check_settings(config, self.size)
         self.latent_shape = self.autoencoder.network.latent_shape(*self.size)
         self.is_vq = self.autoencoder.network.is_vq or self.autoencoder.network.is_identity
-        self.rows, self.validation, self.bad = open_data(config, context, self.size)
+        self._open_data()
         self.schedule = make_schedule(config.diffusion)
         self.facts = context.on_main(self._learn_conditions)
         tokenizer = load_tokenizer(run / "tokenizer") if "text" in config.condition.kinds else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
-            self.model = DiffusionModel(config.diffusion, config.condition, self.facts, tokenizer, self.latent_shape)
+            self.model = DiffusionModel(config.diffusion, config.condition, self.facts, tokenizer, self.latent_shape,
+                                        config.kinds)
         self._check_latent_size()
         self.networks: dict[str, torch.nn.Module] = {"model": self.model}
-        self.tables = {} if config.data.streaming else self._prepare_conditions(self.rows)
-        self.validation_tables = self._prepare_conditions(self.validation)
+        self._prepare_sources()
         cached = config.data.cache and not config.data.streaming
         self.cache = self._build_cache(self.rows, "latents") if cached else None
         self.scale = self._scale()
         self._held = self._validation_latents()
+        self.loaded()  # lends the first stage to the conditions
 
     def _size(self) -> tuple[int, int]:
         if any(self.config.data.size):
@@ -112,17 +109,42 @@ class DiffusionObjective:
         path = self.run / "stats.json"
         return files.read_json(path) if path.exists() else {}
 
+    def _open_data(self) -> None:
+        """Rows of training and validation, with what conditions ask of them checked."""
+        config, kinds = self.config, self.config.condition.kinds
+        self.rows, self.validation, self.bad = open_data(config, self.context, self.size)
+        for rows in (self.rows, self.validation):
+            check_columns(rows, kinds)
+        if "layout" in kinds:
+            self.context.together(lambda: [look_at_boxes(rows) for rows in (self.rows, self.validation)])
+        self._map_indices: list[int] = []
+        if "map" in kinds:
+            how = (config.data.skip_bad, config.data.workers)
+            looked = self.context.together(lambda: [look_at_maps(r, *how) for r in (self.rows, self.validation)])
+            (self.rows, *_), (self.validation, *_) = looked
+            self.bad = [*self.bad, *looked[0][1], *looked[1][1]]
+            self._map_indices = sorted({index for _, _, found in looked for index in found})
+
     def _learn_conditions(self) -> dict[str, dict[str, Any]]:
-        """Vocabulary and class names: from an earlier start of this run, else from the training rows."""
+        """What conditions learn from data: from an earlier start of this run, else from the training rows."""
         stored = self._stored_stats().get("conditions")
         if stored is not None:
             return stored
         facts = self._taken_over()
-        for kind in [kind for kind in self.config.condition.kinds if kind not in facts]:
-            facts[kind] = CONDITIONS[kind].learn(
-                self.config.condition, condition_values(self.rows, kind), self.rows, self.run / "tokenizer"
-            )
-        return facts
+        for kind in [kind for kind in self.config.kinds if kind not in facts]:
+            facts[kind] = self._learn(kind)
+        return {kind: facts[kind] for kind in self.config.kinds}
+
+    def _learn(self, kind: str) -> dict[str, Any]:
+        if kind == "lowres":
+            return {"scale": self.config.task.scale, "f": self.autoencoder.network.f}
+        if kind == "masked":
+            return {"channels": self.latent_shape[0]}
+        if kind == "map":
+            return CONDITIONS[kind].learn(self._map_indices, map_names(self.rows), self.autoencoder.network.f)
+        source = ConditionSource(self.rows, self.config, self.size, training=False)
+        values = source.values(kind, range(len(self.rows)), range(len(self.rows)))
+        return CONDITIONS[kind].learn(self.config.condition, values, self.rows, self.run / "tokenizer")
 
     def _taken_over(self) -> dict[str, dict[str, Any]]:
         """The vocabulary of the run that this one begins with: its word vectors mean nothing under another."""
@@ -135,10 +157,28 @@ class DiffusionObjective:
         shutil.copytree(self.init_from / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
         return {"text": {**found, "length": settings.text_length or found["length"]}}
 
-    def _prepare_conditions(self, rows) -> dict[str, Tensor]:
-        if not self.config.condition.kinds:
-            return {}
-        return self.model.conditions.prepare({k: condition_values(rows, k) for k in self.config.condition.kinds})
+    def _prepare_sources(self) -> None:
+        """Where batches take conditions from: tables of what never changes, the rest row by row."""
+        self.source = ConditionSource(self.rows, self.config, self.size, training=True)
+        held = self.validation if self.config.data.streaming else self.validation.select(range(self._held_rows()))
+        self.validation_source = ConditionSource(held, self.config, self.size, training=False)
+        if "layout" in self.facts:
+            for source in (self.source, self.validation_source):
+                source.tell_categories(self.facts["layout"]["categories"])
+        everything = range(len(self.rows))
+        self.tables: dict[str, Tensor] = {}
+        for kind in TABLED if not self.config.data.streaming else ():
+            if kind in self.config.kinds:
+                self.tables |= self.model.conditions.prepare_one(kind, self.source.values(kind, everything, everything))
+        ids = range(self._held_rows())
+        values = {kind: self.validation_source.values(kind, ids, ids) for kind in self.config.kinds}
+        self.validation_tables = self.model.conditions.prepare(values) if values else {}
+
+    def _held_rows(self) -> int:
+        """Validation rows that the loss is measured on: as many as keep their planes in a quarter of a gigabyte."""
+        planes = sum(kind in ("map", "lowres", "masked") for kind in self.config.kinds)
+        room = (1 << 28) // max(1, planes * 4 * self.size[0] * self.size[1])
+        return min(len(self.validation), VALIDATION_ROWS, max(room, 32))
 
     # ------------------------------------------------------------- latents
 
@@ -204,7 +244,7 @@ class DiffusionObjective:
 
     def _validation_latents(self) -> Tensor:
         """Latents (modes) of up to 512 validation rows, for a validation loss at fixed noise."""
-        ids = list(range(min(len(self.validation), VALIDATION_ROWS)))
+        ids = list(range(self._held_rows()))
         found = self.context.on_main(
             lambda: np.concatenate(
                 [self._encode_rows(self.validation, ids[i : i + 32])[:, 0] for i in range(0, len(ids), 32)]
@@ -219,7 +259,10 @@ class DiffusionObjective:
 
     def describe(self) -> str:
         """The first line of a training."""
-        d, kinds = self.config.diffusion, " + ".join(self.config.condition.kinds) or "nothing"
+        d, task, names = self.config.diffusion, self.config.task, list(self.config.condition.kinds)
+        names += {"sr": [f"images {task.scale} times smaller ({task.degradation})"],
+                  "inpaint": ["images with holes"]}.get(task.name, [])
+        kinds = " + ".join(names) or "nothing"
         count = sum(p.numel() for p in self.model.parameters())
         return (
             f"diffusion in latents {'x'.join(map(str, self.latent_shape))} of {self.autoencoder_path.name}, told "
@@ -252,8 +295,8 @@ class DiffusionObjective:
             out["moments"] = torch.from_numpy(self.cache.moments(ids.tolist(), flips))
         else:
             out["pixels"] = pixel_batch(self.rows, self.config, ids, where, self.size)
-        if self.config.condition.kinds:
-            inputs = self._inputs(ids)
+        if self.config.kinds:
+            inputs = self._inputs(ids, where, out.get("pixels"))
             dropped = {
                 kind: rng.uniform(seed, at, "drop", kind) < self.config.condition.drop
                 for kind in self.config.condition.kinds
@@ -261,13 +304,15 @@ class DiffusionObjective:
             out |= {f"condition.{k}": v for k, v in self.model.conditions.drop(inputs, dropped).items()}
         return out
 
-    def _inputs(self, ids: np.ndarray) -> dict[str, Tensor]:
-        """Prepared conditions of rows: from the tables, or of a stream as it goes by."""
-        if self.tables:
-            return {name: table[torch.from_numpy(ids.copy())] for name, table in self.tables.items()}
-        columns = {kind: CONDITIONS[kind].columns[0] for kind in self.config.condition.kinds}
-        values = {kind: [getattr(self.rows, column)(int(i)) for i in ids] for kind, column in columns.items()}
-        return self.model.conditions.prepare(values)
+    def _inputs(self, ids: np.ndarray, where: np.ndarray, pixels: Tensor | None) -> dict[str, Tensor]:
+        """Prepared conditions of rows `ids` at positions `where`."""
+        seen = None if pixels is None else pixels.numpy()
+        out = {name: table[torch.from_numpy(ids.copy())] for name, table in self.tables.items()}
+        for kind in self.config.kinds:
+            if not any(name.startswith(f"{kind}.") for name in out):
+                values = self.source.values(kind, ids.tolist(), where.tolist(), seen)
+                out |= self.model.conditions.prepare_one(kind, values)
+        return out
 
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
         """(mean loss of a micro-batch, statistics)."""
@@ -308,7 +353,7 @@ class DiffusionObjective:
     # ------------------------------------------------------------- looking
 
     def loaded(self) -> LoadedDiffusion:
-        """The model as users load it."""
+        """The model as users load it; lends its first stage to the conditions."""
         autoencoder = LoadedAutoencoder(
             self.autoencoder.network, self.scale, self.autoencoder.fingerprint, self.autoencoder.config
         )
@@ -330,29 +375,58 @@ class DiffusionObjective:
             sums += float(losses.sum())
         return {"val_loss": sum(context.gather(sums)) / max(count, 1)}
 
+    def _shown_rows(self) -> list[int]:
+        """Validation rows that previews show: spread over those that the loss is measured on."""
+        return np.linspace(0, self._held_rows() - 1, self.config.sample.n).round().astype(int).tolist()
+
     def preview_request(self) -> dict[str, Any]:
-        """What the preview grid shows: the run's prompts, else captions or classes of validation rows."""
-        n, kinds = self.config.sample.n, self.config.condition.kinds
+        """What the preview grid shows, as JSON: the run's prompts, else captions or classes of validation rows."""
+        n, kinds = self.config.sample.n, self.config.kinds
         if not kinds:
             return {"n": n}
         spread = np.linspace(0, len(self.validation) - 1, n).round().astype(int).tolist()
+        spread = spread if not self._pictured() else self._shown_rows()
         request: dict[str, Any] = {"n": 1}
         if "text" in kinds:
             request["prompt"] = list(self.config.sample.prompts) or [self.validation.caption(i) for i in spread]
         if "class" in kinds:
             names = self.facts["class"]["class_names"]
             request["classes"] = (
-                [self.validation.label(i) for i in spread]
-                if "text" in kinds
-                else ([k % len(names) for k in range(max(n, 1))])
+                [k % len(names) for k in range(max(n, 1))]
+                if kinds == ("class",)
+                else [self.validation.label(i) for i in spread]
             )
         return request
 
+    def _pictured(self) -> list[str]:
+        """Conditions that can be shown as pictures."""
+        return [kind for kind in self.config.kinds if kind not in TABLED]
+
     def preview(self, path: Path) -> None:
-        """The picture that `ldm sample` with the run's seed and prompts would give."""
-        request = self.preview_request()
-        images = self.loaded().sample(request.pop("prompt", None), seed=self.config.train.seed, **request)
-        save_grid(path, in_rows([np.asarray(image) for image in images]))
+        """The picture that `ldm sample` with the run's seed and prompts would give; conditions that are pictures
+        stand above the samples, and the true pictures below them."""
+        request, loaded, seed = self.preview_request(), self.loaded(), self.config.train.seed
+        if not self._pictured():
+            images = loaded.sample(request.pop("prompt", None), seed=seed, **request)
+            save_grid(path, in_rows([np.asarray(image) for image in images]))
+            return
+        ids = self._shown_rows()
+        values = {kind: self.validation_source.values(kind, ids, ids) for kind in self.config.kinds}
+        if "text" in values:
+            values["text"] = request["prompt"]
+        z = torch.cat([loaded.latents_for(range(k, min(k + 16, len(ids))), values, seed=seed)
+                       for k in range(0, len(ids), 16)])
+        drawn = to_uint8(torch.cat([loaded.autoencoder.decode(part) for part in z.split(16)]))
+        factor, rows = max(1, 128 // max(self.size)), []
+        large = (self.size[0] * factor, self.size[1] * factor)
+        for start in range(0, len(ids), 8):
+            some = range(start, min(start + 8, len(ids)))
+            for kind in self._pictured():
+                names = getattr(self.model.conditions.entries[kind], "names", [])
+                rows.append([shown_condition(kind, values[kind][k], self.size, names, factor) for k in some])
+            rows.append([enlarged(drawn[k], large) for k in some])
+            rows.append([enlarged(self.validation.pixels(ids[k], self.size), large) for k in some])
+        save_grid(path, rows)
 
     def finish_stats(self) -> dict[str, Any]:
         """stats.json."""

@@ -6,8 +6,9 @@ Each has its own null, which takes its place at random while training and in the
 A condition is one class and one line in `CONDITIONS`.
 """
 
+import difflib
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,13 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.networks.transformer import TextTransformer, pooled
+from ldmcli.networks.conditioning import Conditioning
+from ldmcli.networks.layout import LayoutCondition
+from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition
+from ldmcli.networks.transformer import TextTransformer, pooled, vector_of_tokens
 
 MAX_TEXT_LENGTH = 77
 READ_CHARACTERS = 50_000  # of a caption: what lies behind them is far past any text length
-
-
-@dataclass
-class Conditioning:
-    """What the UNet gets. Any of the three may be absent."""
-
-    context: Tensor | None = None
-    concat: Tensor | None = None
-    vector: Tensor | None = None
-
-    def joined(self, other: "Conditioning") -> "Conditioning":
-        """Tokens join, planes stack, vectors add."""
-        return Conditioning(
-            _both(self.context, other.context, lambda a, b: torch.cat([a, b], dim=1)),
-            _both(self.concat, other.concat, lambda a, b: torch.cat([a, b], dim=1)),
-            _both(self.vector, other.vector, lambda a, b: a + b),
-        )
-
-
-def _both(a, b, join):
-    return join(a, b) if a is not None and b is not None else (a if b is None else b)
 
 
 def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
@@ -106,15 +89,7 @@ class TextCondition(nn.Module):
             object.__setattr__(self, "_frozen", frozen)  # not a submodule: never trained, saved or averaged
             width = frozen.config.hidden_size
             self.encoder = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, settings.context_dim))
-        self.pool = (
-            nn.Sequential(
-                nn.Linear(settings.context_dim, settings.context_dim),
-                nn.SiLU(),
-                nn.Linear(settings.context_dim, settings.context_dim),
-            )
-            if settings.text_pooled
-            else None
-        )
+        self.pool = vector_of_tokens(settings.context_dim) if settings.text_pooled else None
 
     @staticmethod
     def learn(settings: ConditionSettings, captions: list[str], rows, folder: Path) -> dict[str, Any]:
@@ -144,7 +119,7 @@ class TextCondition(nn.Module):
             )
         return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
 
-    def null(self, n: int) -> dict[str, Tensor]:
+    def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The empty caption, n times."""
         return self.prepare([""] * n)
 
@@ -196,8 +171,6 @@ class ClassCondition(nn.Module):
 
     def index(self, value: str | int) -> int:
         """A class by name or by number. Raises UsageError, naming close matches."""
-        import difflib
-
         text = str(value)
         if text in self.names:
             return self.names.index(text)
@@ -210,7 +183,7 @@ class ClassCondition(nn.Module):
         """Labels (numbers or names) -> {"label": (n,) int64}."""
         return {"label": torch.tensor([self.index(value) for value in labels])}
 
-    def null(self, n: int) -> dict[str, Tensor]:
+    def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The null class, n times."""
         return {"label": torch.full((n,), len(self.names))}
 
@@ -219,18 +192,30 @@ class ClassCondition(nn.Module):
         return Conditioning(context=token[:, None], vector=self.vector(token) if self.vector is not None else None)
 
 
-CONDITIONS: dict[str, type] = {"class": ClassCondition, "text": TextCondition}
+CONDITIONS: dict[str, type] = {
+    "class": ClassCondition,
+    "text": TextCondition,
+    "layout": LayoutCondition,
+    "map": MapCondition,
+    "lowres": LowresCondition,
+    "masked": MaskedCondition,
+}
+ASKED = ("class", "text", "layout", "map")  # what --condition names; a task brings the others along
+TOKENS = ("class", "text", "layout")
 
 
 class Conditions(nn.Module):
-    """All conditions of a model, in the order of `settings.kinds`."""
+    """All conditions of a model, in the order of `kinds` (`DiffusionConfig.kinds`).
 
-    def __init__(self, settings: ConditionSettings, facts: dict[str, dict[str, Any]], tokenizer=None):
+    `facts` has an entry a kind. `first_stage` must be lent to a model that is told masked images before it is used:
+    a function from pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, c, h, w).
+    """
+
+    def __init__(self, kinds: Sequence[str], settings: ConditionSettings, facts: dict[str, dict[str, Any]],
+                 tokenizer=None):
         super().__init__()
         self.settings = settings
-        self.entries = nn.ModuleDict(
-            {kind: CONDITIONS[kind](settings, facts[kind], tokenizer) for kind in settings.kinds}
-        )
+        self.entries = nn.ModuleDict({kind: CONDITIONS[kind](settings, facts[kind], tokenizer) for kind in kinds})
 
     @property
     def kinds(self) -> list[str]:
@@ -238,44 +223,79 @@ class Conditions(nn.Module):
         return list(self.entries)
 
     @property
+    def droppable(self) -> list[str]:
+        """Conditions that training drops at random and that guidance can act on: all but the planes of a task."""
+        return [kind for kind in self.entries if kind in ASKED]
+
+    @property
     def context_dim(self) -> int | None:
         """Width of the tokens; None where nothing gives tokens."""
-        return self.settings.context_dim if self.entries else None
+        return self.settings.context_dim if any(kind in TOKENS for kind in self.entries) else None
 
     @property
     def vector_dim(self) -> int | None:
         """Width of the vector; None where nothing gives one."""
-        wanted = {"text": self.settings.text_pooled, "class": self.settings.class_vector}
+        pooled_tokens, of_class = self.settings.text_pooled, self.settings.class_vector
+        wanted = {"text": pooled_tokens, "layout": pooled_tokens, "class": of_class}
         return self.settings.context_dim if any(wanted.get(kind) for kind in self.entries) else None
 
+    @property
+    def concat_channels(self) -> int:
+        """Planes that are stacked on z_t."""
+        return sum(getattr(entry, "channels", 0) for entry in self.entries.values())
+
+    @property
+    def first_stage(self) -> Callable[[Tensor], Tensor] | None:
+        """The encoder that masked images go through."""
+        return self.entries["masked"].first_stage if "masked" in self.entries else None
+
+    @first_stage.setter
+    def first_stage(self, encode: Callable[[Tensor], Tensor] | None) -> None:
+        if "masked" in self.entries:
+            self.entries["masked"].first_stage = encode
+
     def prepare(self, values: dict[str, list]) -> dict[str, Tensor]:
-        """{"text": captions, "class": labels} -> flat dict of tensors "kind.name" with n rows each."""
-        out = {}
-        for kind, entry in self.entries.items():
+        """{"text": captions, "class": labels, …} -> flat dict of tensors "kind.name" with n rows each."""
+        out: dict[str, Tensor] = {}
+        for kind in self.entries:
             if kind not in values:
                 raise ModelError(f"this model is conditioned on {' + '.join(self.kinds)}: {kind} is missing")
-            out.update({f"{kind}.{name}": tensor for name, tensor in entry.prepare(values[kind]).items()})
+            out |= self.prepare_one(kind, values[kind])
         return out
 
-    def null(self, n: int) -> dict[str, Tensor]:
-        """The null of every condition, n times, in the form of `prepare`."""
-        return {
-            f"{kind}.{name}": tensor for kind, entry in self.entries.items() for name, tensor in entry.null(n).items()
-        }
+    def prepare_one(self, kind: str, values: list) -> dict[str, Tensor]:
+        """`prepare` for one condition."""
+        return {f"{kind}.{name}": tensor for name, tensor in self.entries[kind].prepare(values).items()}
+
+    def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The null of every condition, n times, in the form of `prepare`. Planes of a task have none: those of
+        `given`, which is needed then, stay. A map's null has the size of `given`'s."""
+        out: dict[str, Tensor] = {}
+        for kind, entry in self.entries.items():
+            own = _own(kind, given) if given else None
+            if kind not in ASKED and own is None:
+                raise ModelError(f"{kind}: this condition has no null; pass the prepared inputs, whose planes stay")
+            null = own if kind not in ASKED else entry.null(n, own)
+            out |= {f"{kind}.{name}": tensor for name, tensor in null.items()}
+        return out
 
     def drop(self, inputs: dict[str, Tensor], dropped: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Replaces rows by the null where dropped[kind] (n,) is true."""
-        n = len(next(iter(dropped.values()))) if dropped else 0
-        null = self.null(n) if n else {}
+        """Replaces rows by the null where dropped[kind] (n,) is true; kinds that `dropped` does not name stay."""
         out = dict(inputs)
-        for name, tensor in inputs.items():
-            mask = dropped[name.split(".")[0]].reshape(-1, *[1] * (tensor.ndim - 1))
-            out[name] = torch.where(mask, null[name], tensor)
+        for kind, rows in dropped.items():
+            own = _own(kind, inputs)
+            null = self.entries[kind].null(len(rows), own)
+            for name, tensor in own.items():
+                mask = rows.reshape(-1, *[1] * (tensor.ndim - 1)).to(tensor.device)
+                out[f"{kind}.{name}"] = torch.where(mask, null[name].to(tensor.device), tensor)
         return out
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         joined = Conditioning()
         for kind, entry in self.entries.items():
-            own = {name.split(".", 1)[1]: tensor for name, tensor in inputs.items() if name.startswith(f"{kind}.")}
-            joined = joined.joined(entry(own))
+            joined = joined.joined(entry(_own(kind, inputs)))
         return joined
+
+
+def _own(kind: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.split(".", 1)[1]: tensor for name, tensor in inputs.items() if name.startswith(f"{kind}.")}

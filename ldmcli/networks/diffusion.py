@@ -9,6 +9,7 @@ A whole training step by hand, for research code:
     error.square().mean().backward()
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,8 @@ class LatentScale:
 class DiffusionModel(nn.Module):
     """UNet and conditions under one forward, so that wrapped data-parallel training sees all parameters.
 
-    `latent_shape` is (c, h, w) at the training size; `concat_channels` the planes that conditions stack on the input.
+    `latent_shape` is (c, h, w) at the training size; `kinds` are all conditions (`DiffusionConfig.kinds`), by default
+    those of `condition`. The UNet reads the latent's channels and the planes of the conditions.
     """
 
     def __init__(
@@ -72,14 +74,15 @@ class DiffusionModel(nn.Module):
         facts: dict[str, dict[str, Any]],
         tokenizer,
         latent_shape: tuple[int, int, int],
+        kinds: Sequence[str] | None = None,
     ):
         super().__init__()
         self.settings, self.latent_shape = settings, tuple(latent_shape)
-        self.conditions = Conditions(condition, facts, tokenizer)
+        self.conditions = Conditions(condition.kinds if kinds is None else kinds, condition, facts, tokenizer)
         channels, height, width = latent_shape
         self.unet = UNet(
             settings,
-            channels,
+            channels + self.conditions.concat_channels,
             channels,
             context_dim=self.conditions.context_dim,
             vector_dim=self.conditions.vector_dim,

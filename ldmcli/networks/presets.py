@@ -65,6 +65,7 @@ PAPER_LDM: dict[str, VALUE] = {
     "diffusion.latent_scale": "global",
     "condition.text_pooled": False,
     "condition.embedding_std": 0.02,
+    "condition.smooth_places": False,
     "condition.class_vector": False,
     "train.optimizer": "adamw",
     "train.lr": 1e-4,

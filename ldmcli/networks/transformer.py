@@ -144,3 +144,8 @@ class SpatialRescaler(nn.Module):
 def pooled(tokens: Tensor) -> Tensor:
     """Sum over tokens / √M: keeps the size of a single token's code. (B, M, d) to (B, d)."""
     return tokens.sum(dim=1) / tokens.shape[1] ** 0.5
+
+
+def vector_of_tokens(width: int) -> nn.Sequential:
+    """What makes a vector for the time embedding of pooled tokens (B, width)."""
+    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))

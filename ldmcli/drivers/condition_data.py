@@ -1,0 +1,229 @@
+"""What rows tell the model: values of conditions, cut and mirrored as the pixels are, and checked before step 1."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core import console
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.settings import DiffusionConfig
+from ldmcli.data.decode import BadImage
+from ldmcli.data.folder import several
+from ldmcli.data.rows import in_threads
+from ldmcli.data.tables import memory_bytes
+from ldmcli.drivers.objective_ae import views
+from ldmcli.maths import rng
+from ldmcli.networks.conditions import ASKED, CONDITIONS
+
+TABLED = ("text", "class")  # neither crops nor flips change them: prepared once for all rows
+
+
+def check_settings(config: DiffusionConfig, size: tuple[int, int]) -> None:
+    """Raises UsageError where conditions, task and size do not go together."""
+    for kind in config.condition.kinds:
+        if kind not in ASKED:
+            raise UsageError(f"--condition {kind}: choose among none, {', '.join(ASKED)} (joined with +)"
+                             + ("; --task sr or inpaint brings it along" if kind in CONDITIONS else ""))
+    twice = sorted({kind for kind in config.condition.kinds if config.condition.kinds.count(kind) > 1})
+    if twice:
+        raise UsageError(f"--condition: {twice[0]} is named twice")
+    streamed = [kind for kind in ("layout", "map") if kind in config.condition.kinds and config.data.streaming]
+    if streamed:
+        raise UsageError(f"--condition {streamed[0]} with --streaming: boxes and maps of all rows are read beforehand; "
+                         "leave --streaming away")
+    scale = config.task.scale
+    if config.task.name == "sr" and (size[0] % scale or size[1] % scale):
+        raise UsageError(f"--size {size[0]}x{size[1]} with --scale {scale}: both sides must be multiples of {scale}")
+
+
+def check_columns(rows, kinds: Sequence[str]) -> None:
+    """Raises InputError where the data lack what a condition is made of."""
+    for kind in kinds:
+        column = CONDITIONS[kind].columns[0]
+        if not rows.has(column):
+            raise InputError(
+                f"{rows.source}: --condition {kind} needs a {column} column, and there is none "
+                f"(found: {', '.join(f'{k} = {v}' for k, v in rows.columns.items() if v)}); "
+                f"name it with --{column}-column or train with --condition none"
+            )
+
+
+class ConditionSource:
+    """Values of conditions for rows of a data set. Training rows (`training`) are cut, mirrored, degraded and masked
+    by (seed, position); others stand in the middle, degraded and masked by (seed, row)."""
+
+    def __init__(self, rows, config: DiffusionConfig, size: tuple[int, int], *, training: bool):
+        self.rows, self.config, self.size, self.training = rows, config, size, training
+        self._translate: np.ndarray | None = None
+        self._boxes: dict[int, dict] = {}
+        self._maps: dict[int, np.ndarray] = {}
+        self._room = memory_bytes() // 8
+
+    @property
+    def _fixed(self) -> bool:
+        return not self.training or self.config.data.crop == "center"
+
+    def values(self, kind: str, ids: Sequence[int], where: Sequence[int], pixels: np.ndarray | None = None) -> list:
+        """Values (`Conditions.prepare`) of rows `ids` at positions `where` of the training. pixels: uint8 (n, H, W, 3),
+        the rows cut and mirrored, where the caller has them."""
+        if kind == "text":
+            return [self.rows.caption(int(i)) for i in ids]
+        if kind == "class":
+            return [self.rows.label(int(i)) for i in ids]
+        crops, mirrored = views(self.config, np.asarray(where)) if self.training else (
+            np.full((len(ids), 2), 0.5), np.zeros(len(ids), bool))
+        if kind == "layout":
+            return [self._layout(int(i), u, flip, at) for i, u, flip, at in zip(ids, crops, mirrored, where)]
+        if kind == "map":
+            maps = [self._map(int(i), u) for i, u in zip(ids, crops)]
+            return [found[:, ::-1] if flip else found for found, flip in zip(maps, mirrored)]
+        if pixels is None:
+            pixels = np.stack([self._pixels(int(i), u, flip) for i, u, flip in zip(ids, crops, mirrored)])
+        return [self._planes(kind, picture, int(at)) for picture, at in zip(pixels, where)]
+
+    def _pixels(self, i: int, u, flip: bool) -> np.ndarray:
+        crop = self.config.data.crop if self.training else "center"
+        found = self.rows.pixels(i, self.size, crop, tuple(u))
+        return found[:, ::-1] if flip else found
+
+    def _layout(self, i: int, u, flip: bool, at: int) -> dict[str, Any]:
+        """Boxes of a row in the order of its position: the original shuffles them, too."""
+        found = self.layout(i, u)
+        bbox, category = found["bbox"], found["category"]
+        if flip:
+            bbox = np.stack([1 - bbox[:, 0] - bbox[:, 2], *bbox[:, 1:].T], axis=1)
+        if self.training and len(category) > 1:
+            order = rng.permutation(rng.key(self.config.train.seed, int(at), "objects"), 0, len(category))
+            bbox, category = bbox[order], category[order]
+        return {"bbox": bbox, "category": category}
+
+    def layout(self, i: int, u=(0.5, 0.5)) -> dict[str, Any]:
+        """{"bbox": (n, 4) shares of the crop, "category": (n,) indices of the model's names} of a row."""
+        if i in self._boxes:
+            return self._boxes[i]
+        found = self.rows.boxes(i, self.size, self.config.data.crop if self.training else "center", tuple(u))
+        if self._translate is not None:
+            category = self._translate[found["category"]]
+            found = {"bbox": found["bbox"][category >= 0], "category": category[category >= 0]}
+        if self._fixed:
+            self._boxes[i] = found
+        return found
+
+    def tell_categories(self, names: list[str]) -> None:
+        """The model's categories: those that it does not have are left out, and counted."""
+        own = self.rows.category_names
+        self._translate = np.array([names.index(name) if name in names else -1 for name in own], np.int64)
+        self._boxes.clear()
+        unknown = [name for name, k in zip(own, self._translate) if k < 0]
+        if unknown:
+            console.warn(f"{self.rows.source}, {self.rows.split}: objects of {len(unknown)} categories that the model "
+                         f"does not know are left out ({several(unknown)})")
+
+    def _map(self, i: int, u) -> np.ndarray:
+        if i in self._maps:
+            return self._maps[i]
+        found = self.rows.map_pixels(i, self.size, self.config.data.crop if self.training else "center", tuple(u))
+        if self._fixed and self._room > found.nbytes:
+            self._room -= found.nbytes
+            self._maps[i] = found
+        return found
+
+    def _planes(self, kind: str, picture: np.ndarray, at: int) -> Any:
+        key = (self.config.train.seed, at, "training" if self.training else "validation")
+        if kind == "lowres":
+            from ldmcli.data.degradations import degrade
+
+            task = self.config.task
+            return degrade(picture, task.scale, task.degradation, *key, "degrade")
+        from ldmcli.data.masks import random_mask
+
+        return picture, random_mask(*self.size, *key, "mask")
+
+
+# ------------------------------------------------------------------ checks
+
+
+def look_at_boxes(rows) -> None:
+    """Reads all boxes, says what is odd about them (outside of the picture, none at all), and finds out whether they
+    are pixels or shares of the picture."""
+    found = [rows.objects(i) for i in range(len(rows))]
+    boxes = [one["bbox"] for one in found if len(one["bbox"])]
+    rows.boxes_are_shares = bool(boxes) and max(float(one.max()) for one in boxes) <= 1
+    if rows.boxes_are_shares:
+        console.say(f"{rows.source}, {rows.split}: boxes are taken as shares of the picture, none being above 1")
+    empty = sum(not len(one["bbox"]) for one in found)
+    if empty == len(found):
+        raise InputError(f"{rows.source}, {rows.split}: no row has a box in {rows.columns.get('objects', 'objects')}")
+    if empty:
+        console.say(f"{rows.source}, {rows.split}: {empty} of {len(found)} rows have no objects; they stand for an "
+                    "empty scene")
+    outside = sum(_outside(one["bbox"], (1, 1) if rows.boxes_are_shares else rows.shape(i))
+                  for i, one in enumerate(found))
+    if outside:
+        console.warn(f"{rows.source}, {rows.split}: {outside} boxes reach beyond their picture or have no area; they "
+                     "are clipped, and left out where nothing remains")
+
+
+def _outside(bbox: np.ndarray, shape: tuple[int, int]) -> int:
+    x, y, w, h = bbox.reshape(-1, 4).T
+    slack = 0.01 * max(shape) if max(shape) > 1 else 0.01  # rounded corners are no news
+    inside = (x >= -slack) & (y >= -slack) & (x + w <= shape[1] + slack) & (y + h <= shape[0] + slack)
+    return int((~(inside & (w > 0) & (h > 0))).sum())
+
+
+def look_at_maps(rows, skip_bad: bool, workers: int) -> tuple[Any, list[BadImage], list[int]]:
+    """(rows whose map is as large as the picture, the others, class indices that occur). Raises InputError where there
+    are others and they are not to be skipped."""
+    bad: list[BadImage] = []
+    seen = np.zeros(256, np.int64)
+    for i, found in enumerate(in_threads(lambda i: _map_facts(rows, i), range(len(rows)), workers or 1)):
+        if isinstance(found, BadImage):
+            found.index = i
+            bad.append(found)
+        else:
+            seen += found
+    if bad and (not skip_bad or len(bad) == len(rows)):
+        raise InputError(f"{len(bad)} of {len(rows)} maps do not fit their picture: {several(bad)}; "
+                         "mend them, or leave such rows out with --skip-bad")
+    if bad:
+        left_out = {error.index for error in bad}
+        rows = rows.select([i for i in range(len(rows)) if i not in left_out])
+        rows.notes.append(f"{len(bad)} rows whose map does not fit left out")
+    return rows, bad, np.flatnonzero(seen).tolist()
+
+
+def _map_facts(rows, i: int) -> np.ndarray | BadImage:
+    try:
+        found, shape = rows.map(i), rows.shape(i)
+    except BadImage as error:
+        return error
+    if found.shape != tuple(shape):
+        return BadImage(rows.name(i), f"its map is {found.shape[1]}x{found.shape[0]} px, the picture "
+                                      f"{shape[1]}x{shape[0]}")
+    return np.bincount(found.reshape(-1), minlength=256)
+
+
+def map_names(rows) -> list[str]:
+    """Names of a map's classes: the rows' own, or from id2label.json or classes.json beside the data; else none."""
+    if own := getattr(rows, "map_names", None):
+        return list(own)
+    for name in ("id2label.json", "classes.json"):
+        path = Path(rows.source) / name
+        if path.is_file():
+            try:
+                return _names_in(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                return []
+    return []
+
+
+def _names_in(found: Any) -> list[str]:
+    if isinstance(found, dict) and isinstance(found.get("segmentation_classes"), list):
+        found = found["segmentation_classes"]
+    if isinstance(found, dict) and all(str(k).isdecimal() for k in found):
+        numbers = {int(k): str(v) for k, v in found.items()}
+        return [numbers.get(k, str(k)) for k in range(max(numbers, default=-1) + 1)]
+    return [str(name) for name in found] if isinstance(found, list) else []
