@@ -61,7 +61,7 @@ class RunFolder:
                 self.update(state="interrupted", step=0, checkpoint=0, reason="begun anew with --fresh")
             except ModelError:
                 pass  # run.json is damaged, and gone in a moment
-        for name in ("checkpoints", "samples", "tokenizer", "autoencoder"):
+        for name in ("checkpoints", "samples", "tokenizer", "autoencoder", "tensorboard", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (
             "config.toml",
@@ -122,9 +122,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def machine() -> dict[str, Any]:
-    """What stands in run.json of the machine: no host name, no paths."""
-    return {"system": platform.system(), "python": platform.python_version(), "cpu_count": os.cpu_count()}
+def machine(gpu: str = "", processes: int = 1) -> dict[str, Any]:
+    """What stands in run.json of the machine: no host name, no paths. gpu: its name, "" for a training on the CPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device_type": "gpu" if gpu else "cpu",
+        "device": gpu or _cpu_name(),
+        "cpu_count": cores,  # those that this process may use
+        "processes": processes,
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's model as the system calls it; its architecture where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model", "Hardware")))
+    return next((name for name in named if name), platform.processor() or platform.machine())
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -46,6 +46,13 @@ class Context:
         self.dtype = None if name == "float32" else getattr(torch, name)
 
     @property
+    def gpu_name(self) -> str:
+        """The name of this process's GPU; "" where it has none."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return "Apple GPU (MPS)" if self.device.type == "mps" else ""
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes the run folder and speaks."""
         return self.rank == 0

@@ -50,7 +50,10 @@ def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAu
     network = Autoencoder(config.autoencoder)
     tensors, metadata = files.load_tensors(path / "model.safetensors")
     strict_load(network, tensors, path / "model.safetensors")
-    stats = files.read_json(path / "stats.json") if (path / "stats.json").exists() else {}
+    if "latent_scale" in metadata:  # of these very weights, whatever stats.json was measured on
+        stats = {"latent_scale": json.loads(metadata["latent_scale"])}
+    else:
+        stats = files.read_json(path / "stats.json") if (path / "stats.json").exists() else {}
     network.eval().requires_grad_(False).to(device or default_device())
     return LoadedAutoencoder(network, read_scale(stats, network.latent_channels), metadata["content_sha256"], config)
 

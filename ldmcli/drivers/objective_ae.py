@@ -1,5 +1,6 @@
 """What the training of an autoencoder asks of the loop (Sec. 3.1): two phases a step once the discriminator starts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -297,8 +298,12 @@ class AutoencoderObjective:
         }
 
     def save_use(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
-        """Writes what use needs: weights and statistics."""
+        """Writes what use needs: weights and statistics.
+
+        The weights carry the scale of their latents: a kill between the two files must not pair it with others.
+        """
         files.write_json(self.run / "stats.json", stats)
+        metadata = metadata | {"latent_scale": json.dumps(stats["latent_scale"])}
         files.save_tensors(self.run / "model.safetensors", weights, metadata)
 
 

@@ -192,6 +192,12 @@ class Training:
                 "--fresh, or go on all the same with --allow data"
             )
         self.progress = Progress(**{k: state[k] for k in Progress.__dataclass_fields__})
+        threads = torch.get_num_threads()
+        if self.context.is_main and self.context.device.type == "cpu" and state.get("threads", threads) != threads:
+            console.warn(
+                f"{path.name}: trained with {state['threads']} threads, now {threads}: the run goes on, but not bit "
+                f"for bit as it would have (OMP_NUM_THREADS={state['threads']} does that)"
+            )
         for name, module in self.objective.networks.items():
             tensors, _ = files.load_tensors(path / f"{name}.safetensors")
             module.load_state_dict(tensors)
@@ -224,6 +230,7 @@ class Training:
                 "data_fingerprint": self.objective.rows.fingerprint,
                 "rows": len(self.objective.rows),
                 "batch_size": self.settings.batch_size,
+                "threads": torch.get_num_threads(),
             }
             runs.write_checkpoint(self.run, self.progress.step, groups, state, self.settings.keep)
             self._write_weights()
@@ -313,7 +320,7 @@ class Training:
             command=console.redact(" ".join(self.options.command_line)),
             seed=self.settings.seed,
             parents=parents,
-            machine=runs.machine(),
+            machine=runs.machine(self.context.gpu_name, self.context.world),
             reason="",
             exit_code=None,
             weights="ema" if self.ema else "raw",

@@ -55,7 +55,8 @@ def _demo_header(views: Sequence[RunView], summary: dict[str, Any]) -> str:
     details = [f"{rows:,} images" if isinstance(rows, int) else "", f"{size[0]}×{size[1]} px" if size else ""]
     data = f"{run_page.last_name(summary.get('data')) or 'images'} ({', '.join(filter(None, details))})"
     machine = next((view.state["machine"] for view in views if view.state.get("machine")), {})
-    cores = f" on {machine['cpu_count']} CPU cores" if machine.get("cpu_count") and not machine.get("device") else ""
+    gpu = machine.get("device_type") == "gpu"
+    cores = f" on {machine['cpu_count']} CPU cores" if machine.get("cpu_count") and not gpu else ""
     time = f" in {clock(summary['seconds'])}{cores}" if _given(summary, "seconds") else ""
     lead = (
         f"One command, “ldm demo”, trained an autoencoder and a latent diffusion model from nothing on "
