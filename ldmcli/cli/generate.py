@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,9 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.requests import SampleRequest
 
 _REQUEST = {
-    "prompt": opt.Prompt, "prompts": opt.Prompts, "classes": opt.Classes, "count": opt.Count,
-    "negative_prompt": opt.NegativePrompt, **opt.DRAWING, "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
+    "prompt": opt.Prompt, "prompts": opt.Prompts, "classes": opt.Classes, "layouts": opt.Layouts, "maps": opt.Maps,
+    "count": opt.Count, "negative_prompt": opt.NegativePrompt, **opt.DRAWING, "guidance": opt.KindGuidance,
+    "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
     "spacing": opt.Spacing, "size": opt.SampleSize, "init_image": opt.InitImage, "strength": opt.Strength,
 }
 ImageSize = Annotated[opt.Text, opt.option("--size", panel=opt.DATA, metavar="N|HxW", default="each image's own",
@@ -67,8 +69,9 @@ def sample_request(given: opt.Given) -> SampleRequest:
     if given.init_image is not None and not given.init_image.is_file():
         raise InputError(f"--init-image {given.init_image}: no such file")
     return SampleRequest(
-        prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()), n=given.count,
-        steps=given.steps, guidance=given.guidance, guidance_interval=_interval(given.guidance_interval),
+        prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()),
+        layouts=tuple(given.layouts or ()), maps=_map_files(given.maps or ()), n=given.count,
+        steps=given.steps, guidance=guidance_of(given.guidance), guidance_interval=_interval(given.guidance_interval),
         seed=given.seed, sampler=given.sampler, eta=given.eta, size=config.size_of(given.size),
         batch_size=given.batch_size, init_image=given.init_image, strength=given.strength, weights=given.weights,
         spacing=given.spacing,
@@ -86,6 +89,37 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise InputError(f"--prompts {path}: no prompt in it; write one a line")
     return prompts
+
+
+def _map_files(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Files given one by one, or as folders: the pictures in them, by name."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(one for one in path.iterdir() if one.suffix.lower() in (".png", ".gif", ".bmp", ".tif"))
+            if not inside:
+                raise InputError(f"--map {path}: no class maps in that folder (PNG)")
+            found += inside
+        else:
+            found.append(path)
+    return tuple(found)
+
+
+def guidance_of(text: str | None) -> float | dict[str, float] | None:
+    """One scale, or a scale a condition: "3" or "text=3,map=1.5". Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            scales = {"": float(text)}
+        else:
+            pairs = [part.partition("=") for part in text.split(",")]
+            scales = {kind.strip(): float(scale) for kind, _, scale in pairs}
+    except ValueError:
+        scales = {"": -1.0}
+    if not all(0 <= scale < float("inf") for scale in scales.values()):
+        raise UsageError(f"--guidance: {text!r} is no scale from 0 on, nor scales by condition as text=3,map=1.5")
+    return scales.get("", scales)
 
 
 def _interval(text: str | None) -> tuple[float, float] | None:
@@ -109,4 +143,5 @@ def _stated_name(given: opt.Given, request: SampleRequest) -> str:
     classes = " ".join(("class", *request.classes)) if request.classes else "sample"
     asked = f"{given.model} {request} {given.format} {given.metadata}"
     digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
-    return f"{_slug(request.prompts[0] if request.prompts else classes)}-{digest}"
+    files = [path.stem for path in (*request.layouts, *request.maps)]
+    return f"{_slug((*request.prompts, *files, classes)[0])}-{digest}"

@@ -184,14 +184,21 @@ Prompts = Annotated[Path | None, option("--prompts", panel=SAMPLING, metavar="FI
     help="Prompts from a text file, one a line.")]
 Classes = Annotated[list[str] | None, option("--class", panel=SAMPLING, metavar="NAME|INDEX|all",
     help="Class to draw; repeatable.")]
+Layouts = Annotated[list[Path] | None, option("--layout", panel=SAMPLING, metavar="FILE.json",
+    help="Boxes and what is in them, as JSON; repeatable.")]
+Maps = Annotated[list[Path] | None, option("--map", panel=SAMPLING, metavar="FILE.png",
+    help="Class map: a picture of class indices, or a folder of them; repeatable.")]
 NegativePrompt = Annotated[str, option("--negative-prompt", value="", panel=SAMPLING, metavar="TEXT", default="none",
     help="What guidance leads away from.")]
 Count = Annotated[int | None, option("-n", "--count", panel=SAMPLING, metavar="N", min=1,
-    default="one a prompt or class", help="Images to draw.")]
+    default="one a prompt, class, layout or map", help="Images to draw.")]
 SampleSteps = Annotated[int | None, option("--steps", panel=SAMPLING, metavar="N", min=1,
     default="the run's setting, else 20", help="Sampling steps.")]
 Guidance = Annotated[float | None, option("--guidance", panel=SAMPLING, metavar="SCALE", min=0,
     default="the run's setting, else 3", help="Classifier-free guidance; 1 = off.")]
+KindGuidance = Annotated[Text, option("--guidance", panel=SAMPLING, metavar="SCALE|KIND=SCALE,…",
+    default="the run's setting, else 2",
+    help="Classifier-free guidance; 1 = off. Several conditions may have scales of their own, as in text=3,map=1.5.")]
 GuidanceInterval = Annotated[Text, option("--guidance-interval", panel=SAMPLING, metavar="FROM,TO",
     default="0,1", help="Share of the noise range (0 = clean) in which guidance acts.")]
 Sampler = Annotated[Text, option("--sampler", panel=SAMPLING, default="the run's setting, else dpm++",

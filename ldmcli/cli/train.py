@@ -148,9 +148,11 @@ def _write_pages(out: Path) -> None:
 
 
 def _show_plan(given: opt.Given, resolved: config.Resolved, models: dict[str, str]) -> None:
+    from ldmcli.networks.presets import PRESETS
     from ldmcli.products.plan import plan, plan_text
 
-    facts = plan(resolved.kind, resolved, **models)
+    stage = str(PRESETS[given.preset].extra.get("first_stage", "")) if given.preset in PRESETS else ""
+    facts = plan(resolved.kind, resolved, first_stage=stage, processes=given.gpus or 1, **models)
     if given.json:
         console.emit_json(facts)
     else:

@@ -11,9 +11,11 @@ class SampleRequest:
     prompts: tuple[str, ...] = ()
     negative_prompt: str = ""
     classes: tuple[str, ...] = ()  # names or indices; ("all",) = every class
-    n: int | None = None  # images; None = one a prompt or class, or the run's sample.n where it takes neither
+    layouts: tuple[Path, ...] = ()  # JSON files, of one layout each or a list of them
+    maps: tuple[Path, ...] = ()  # pictures of class indices
+    n: int | None = None  # images; None = one a prompt, class, layout or map, or the run's sample.n where it takes none
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | dict[str, float] | None = None  # one scale, or one a condition
     guidance_interval: tuple[float, float] | None = None  # share of the noise range, 0 = clean
     seed: int = 0
     sampler: str | None = None

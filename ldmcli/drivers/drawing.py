@@ -63,6 +63,16 @@ def holed(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
     return np.where(hole[..., None], np.uint8(HOLE), picture)
 
 
+def labelled(picture: np.ndarray, text: str) -> np.ndarray:
+    """A picture below a line with its name, cut to its width."""
+    from PIL import Image, ImageDraw
+
+    sheet = Image.new("RGB", (picture.shape[1], picture.shape[0] + 13), "white")
+    ImageDraw.Draw(sheet).text((1, 0), text, fill="black")
+    sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (0, 13))
+    return np.asarray(sheet)
+
+
 def with_legend(picture: np.ndarray, classes: Sequence[tuple[int, str]]) -> np.ndarray:
     """A picture with the colours and names of classes (number, name) below it."""
     from PIL import Image, ImageDraw

@@ -1,5 +1,6 @@
 """Requests to files: samples with their settings inside, reconstructions with their PSNR."""
 
+import hashlib
 import json
 import math
 import time
@@ -16,6 +17,7 @@ from ldmcli.core.errors import InputError, Interrupted, ModelError, UsageError
 from ldmcli.core.requests import SampleRequest
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, to_size
+from ldmcli.drivers.drawing import boxed, enlarged, labelled, shown_condition, with_legend
 from ldmcli.drivers.grids import grid, in_rows, png_bytes, save_grid
 from ldmcli.drivers.load import load
 from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pil, to_uint8
@@ -23,6 +25,7 @@ from ldmcli.drivers.sampling import check_sampling, with_overrides
 from ldmcli.maths.statistics import psnr, ssim
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+PICTURED = ("layout", "map")  # conditions that a picture beside each sample shows
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -70,6 +73,8 @@ def _plan(out: Path, names: list[Path], wanted: dict[str, Any], overwrite: bool)
     if overwrite:
         for name in [*names, *_earlier(record), record, out / "grid.png"]:
             name.unlink(missing_ok=True)
+            for kind in PICTURED:
+                name.with_name(f"{name.stem}-{kind}.png").unlink(missing_ok=True)
     if any(name.exists() for name in _earlier(record)):
         if files.read_json(record) != wanted:
             raise UsageError(f"{out}: holds samples of another request; choose another --out or add --overwrite")
@@ -118,13 +123,18 @@ def sample_to_folder(
         raise UsageError(
             f"{path}: an autoencoder; `ldm sample` needs a diffusion run (`ldm reconstruct` takes this one)"
         )
-    values = loaded.request_values(list(request.prompts), list(request.classes))
+    if loaded.config.task.name != "generate":
+        command = {"sr": "ldm upscale", "inpaint": "ldm inpaint"}[loaded.config.task.name]
+        raise UsageError(f"{path}: a model for {loaded.config.task.name} starts from a picture: use `{command}`")
+    values = loaded.request_values(list(request.prompts), list(request.classes), layout=list(request.layouts),
+                                   map=list(request.maps), size=request.size)
     groups = max([len(v) for v in values.values()], default=1)
     n = request.n or (1 if values else loaded.config.sample.n)
     total, settings = n * groups, _settings(request)
     _check(loaded, values, request, settings)
     names = _output_names(out, total, fmt, overwrite)
     wanted = {"model": loaded.fingerprint, **_document(request), "total": total, "format": fmt}
+    wanted |= {"told": _digest(values)} if _pictured(values) else {}
     todo = _plan(out, names, wanted, overwrite)
     describe = _describe(loaded, path, request)
     started = time.perf_counter()
@@ -133,6 +143,9 @@ def sample_to_folder(
             images = _draw(loaded, batch, values, request, settings)
             for k, image in zip(batch, images):
                 facts = _facts(k, values, request, describe) if metadata else None
+                for kind in _pictured(values):  # before the sample, whose presence says that both are there
+                    shown = _beside(kind, np.asarray(image), values[kind][k % len(values[kind])], loaded)
+                    files.write_bytes(names[k].with_name(f"{names[k].stem}-{kind}.png"), png_bytes(shown))
                 files.write_bytes(names[k], image_bytes(image, fmt, facts))
             bar.advance(len(batch))
             if stop.stop:
@@ -141,7 +154,7 @@ def sample_to_folder(
                     f"{out}: stopped with {left} of {total} images missing; the same command draws them", stop.stop
                 )
     seconds = time.perf_counter() - started
-    _write_grid(names, out / "grid.png", n, groups)
+    _write_grid(names, out / "grid.png", n, groups, values, loaded)
     rate = len(todo) / seconds if todo else 0.0
     console.say(f"{total} images in {out} ({len(todo)} drawn in {seconds:.1f} s, {rate:.2f} images/s)")
     return {
@@ -213,14 +226,56 @@ def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> di
 
 def _facts(k: int, values: dict[str, list], request: SampleRequest, describe: dict[str, Any]) -> dict[str, Any]:
     told = {{"text": "prompt"}.get(kind, kind): given[k % len(given)] for kind, given in values.items()}
+    if "map" in told:
+        told["map"] = hashlib.sha256(np.ascontiguousarray(told["map"])).hexdigest()
+    if "layout" in told:
+        told["layout"] = {name: part.tolist() for name, part in told["layout"].items()}
     return {**told, "seed": request.seed, "sample": k, **describe}
 
 
-def _write_grid(names: list[Path], path: Path, n: int, groups: int) -> None:
-    """One sheet of all samples, a prompt a column where there are several; at most 256 pictures."""
+def _pictured(values: dict[str, list]) -> list[str]:
+    """Conditions of a request that a picture beside the sample shows."""
+    return [kind for kind in PICTURED if kind in values]
+
+
+def _digest(values: dict[str, list]) -> str:
+    """Hash of the layouts and maps that a request stands for: their files may change."""
+    digest = hashlib.sha256()
+    for kind in _pictured(values):
+        for value in values[kind]:
+            for part in value.values() if kind == "layout" else (value,):
+                digest.update(f"{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+def _beside(kind: str, picture: np.ndarray, value: Any, loaded: LoadedDiffusion) -> np.ndarray:
+    """What stands beside a sample: it with its boxes drawn, or its map with a legend of the classes in it."""
+    names = loaded.model.conditions.entries[kind].names
+    if kind == "layout":
+        return boxed(picture, value, names)
+    there = [(int(k), names[k] if k < len(names) else "no class") for k in np.unique(value)]
+    return with_legend(shown_condition(kind, value, picture.shape[:2], names), there)
+
+
+def _write_grid(names: list[Path], path: Path, n: int, groups: int, values: dict[str, list],
+                loaded: LoadedDiffusion) -> None:
+    """One sheet of all samples, at most 256: a prompt a column where there are several, a class's name above, or a
+    layout or map before its samples."""
     from PIL import Image
 
     pictures = [np.asarray(Image.open(name).convert("RGB")) for name in names[:256]]
+    if "class" in values and "text" not in values:
+        given = [loaded.model.conditions.entries["class"].index(value) for value in values["class"]]
+        pictures = [labelled(one, loaded.class_names[given[k % len(given)]]) for k, one in enumerate(pictures)]
+    if kinds := _pictured(values):
+        rows = []
+        for group in range(min(groups, len(pictures))):
+            shown = [shown_condition(kind, values[kind][group % len(values[kind])], pictures[0].shape[:2],
+                                     loaded.model.conditions.entries[kind].names) for kind in kinds]
+            shown = [enlarged(one, pictures[0].shape[:2]) for one in shown]
+            rows.append([*shown, *pictures[group::groups]])
+        save_grid(path, rows)
+        return
     columns = groups if 1 < groups <= 16 else min(8, math.ceil(math.sqrt(len(pictures))))
     save_grid(path, in_rows(pictures, columns))
 

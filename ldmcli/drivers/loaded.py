@@ -1,21 +1,26 @@
 """A trained model in use: on a device, with the calls of the Python interface."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldmcli.core.console import warn_once
-from ldmcli.core.errors import UsageError
+from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
 from ldmcli.drivers.sampling import Steering, check_sampling, draw_latents, with_overrides
+from ldmcli.drivers.told import as_list, images_of, layouts_of, maps_of, masks_of
 from ldmcli.maths.schedule import make_schedule
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
 from ldmcli.networks.conditions import Conditioning
 from ldmcli.networks.diffusion import DiffusionModel, LatentScale
+
+OPTIONS = {"text": "--prompt", "class": "--class", "layout": "--layout", "map": "--map", "lowres": "image",
+           "masked": "image"}  # what people give a condition with
 
 
 def default_device() -> torch.device:
@@ -46,8 +51,6 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 def to_pil(x: Tensor) -> list:
     """Float NCHW in [-1, 1] -> list of PIL images."""
-    from PIL import Image
-
     return [Image.fromarray(array) for array in to_uint8(x)]
 
 
@@ -140,29 +143,63 @@ class LoadedDiffusion:
         z_t: Tensor,
         t: Tensor,
         context: Tensor | Conditioning | None = None,
-        concat: Tensor | None = None,
+        concat: Tensor | Conditioning | None = None,
         classes: Sequence[int] | None = None,
     ) -> Tensor:
-        """The network's raw output (B, c, h, w). `context`: tokens (B, M, d), or what `embed` gave."""
-        conditioning = context if isinstance(context, Conditioning) else Conditioning(context=context)
+        """The network's raw output (B, c, h, w). `context`: tokens (B, M, d), or what `embed` gave; `concat`: planes
+        (B, c', h, w)."""
+        conditioning = _conditioning(context, concat, self.device)
         if classes is not None:
             conditioning = conditioning.joined(self._embed({"class": list(classes)}))
-        conditioning = Conditioning(conditioning.context, concat, conditioning.vector)
         return self.model.predict(z_t.to(self.device), t.to(self.device), conditioning)
 
     @torch.no_grad()
-    def embed(self, prompt: str | list[str] | None = None, classes: Sequence[int | str] | None = None):
-        """tau(y): tokens (B, M, d), or a `Conditioning` where the model takes a vector beside them."""
+    def embed(
+        self,
+        prompt: str | list[str] | None = None,
+        classes: Sequence[int | str] | None = None,
+        *,
+        tokens: Tensor | None = None,
+        layout: Any = None,
+        map: Any = None,
+    ):
+        """tau(y) of what is given: tokens (B, M, d), or a `Conditioning` where planes or a vector stand beside them.
+
+        tokens: ids (B, L) int64 for the transformer of a text or layout model, instead of a prompt or layout.
+        layout, map: one or a list, as `sample` takes them; maps keep their size.
+        """
         values: dict[str, list] = {}
         if prompt is not None:
             values["text"] = [prompt] if isinstance(prompt, str) else list(prompt)
         if classes is not None:
             values["class"] = list(classes)
-        found = self._embed(values)
+        if layout is not None:
+            values["layout"] = layouts_of(layout, self._entry("layout"))
+        if map is not None:
+            values["map"] = maps_of(map, self._entry("map"))
+        found = self._embed(values, tokens)
         return found.context if found.vector is None and found.concat is None else found
 
-    def _embed(self, values: dict[str, list]) -> Conditioning:
-        inputs = self.model.conditions.prepare(values)
+    def _entry(self, kind: str) -> Any:
+        """The condition of a kind. Raises UsageError where the model has none."""
+        if kind not in self.model.conditions.entries:
+            raise UsageError(f"{OPTIONS[kind]}: this model was trained without {kind}; it takes {self._takes()}")
+        return self.model.conditions.entries[kind]
+
+    def _takes(self) -> str:
+        return " and ".join(OPTIONS[kind] for kind in self.model.conditions.kinds) or "no condition"
+
+    def _embed(self, values: dict[str, list], tokens: Tensor | None = None) -> Conditioning:
+        inputs: dict[str, Tensor] = {}
+        for kind, given in values.items():
+            self._entry(kind)
+            inputs |= self.model.conditions.prepare_one(kind, given)
+        if tokens is not None:
+            kind = "text" if "text" in self.model.conditions.entries and "text" not in values else "layout"
+            self._entry(kind)
+            inputs[f"{kind}.ids"] = tokens
+            if kind == "text":
+                inputs["text.mask"] = torch.ones_like(tokens, dtype=torch.bool)
         return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()})
 
     @torch.no_grad()
@@ -171,6 +208,10 @@ class LoadedDiffusion:
         prompt: str | list[str] | None = None,
         *,
         classes: Sequence[int | str] | None = None,
+        layout: Any = None,
+        map: Any = None,
+        image: Any = None,
+        mask: Any = None,
         n: int = 1,
         negative_prompt: str = "",
         seed: int = 0,
@@ -179,23 +220,25 @@ class LoadedDiffusion:
         first: int = 0,
         **settings,
     ) -> list:
-        """PIL images, n for each prompt or class; sample k takes prompt k mod (number of prompts).
+        """PIL images, n for each prompt, class, layout, map or image; sample k takes entry k mod their number of each.
 
-        settings: steps, guidance, guidance_interval, sampler, eta, spacing. size: (height, width) in pixels.
+        layout: {"size": [w, h], "objects": [{"bbox": [x, y, w, h], "category": name}]} (shares without size), a JSON
+        file, or a list. map: class indices (H, W), a PIL picture or file, or a list. image: what a model of task sr
+        enlarges, or of task inpaint fills where mask (bool, or a picture with holes of luminance ≥ 128) says so; known
+        pixels stay. size: (height, width) in pixels. settings: steps, guidance (a number, or one a condition),
+        guidance_interval, sampler, eta, spacing.
         """
-        images = []
-        for z in self.iter_latents(
-            prompt,
-            classes=classes,
-            n=n,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            batch_size=batch_size,
-            size=size,
-            first=first,
-            **settings,
-        ):
-            images += to_pil(self.autoencoder.decode(z))
+        values = self.request_values(prompt, classes, layout=layout, map=map, image=image, mask=mask, size=size)
+        total, images = n * _groups(values), []
+        size = size or self._size_of(values)
+        for start in range(first, total, batch_size):
+            ids = range(start, min(start + batch_size, total))
+            z = self.latents_for(ids, values, seed=seed, negative_prompt=negative_prompt, size=size, **settings)
+            drawn = to_uint8(self.autoencoder.decode(z))
+            if "masked" in values:
+                pairs = [values["masked"][k % len(values["masked"])] for k in ids]
+                drawn = np.stack([np.where(hole[..., None], made, kept) for made, (kept, hole) in zip(drawn, pairs)])
+            images += [Image.fromarray(one) for one in drawn]
         return images
 
     @torch.no_grad()
@@ -204,6 +247,8 @@ class LoadedDiffusion:
         prompt=None,
         *,
         classes=None,
+        layout: Any = None,
+        map: Any = None,
         n: int = 1,
         negative_prompt: str = "",
         seed: int = 0,
@@ -213,8 +258,8 @@ class LoadedDiffusion:
         **settings,
     ):
         """Final latents in batches, as `sample` draws them; `first` skips samples that exist."""
-        values = self.request_values(prompt, classes)
-        total = n * max([len(v) for v in values.values()], default=1)
+        values = self.request_values(prompt, classes, layout=layout, map=map, size=size)
+        total = n * _groups(values)
         for start in range(first, total, batch_size):
             yield self.latents_for(
                 range(start, min(start + batch_size, total)),
@@ -224,6 +269,13 @@ class LoadedDiffusion:
                 size=size,
                 **settings,
             )
+
+    def _size_of(self, values: dict[str, list]) -> tuple[int, int] | None:
+        """The size in pixels that images given to a task ask for; None where there are none."""
+        if "lowres" in values:
+            height, width = values["lowres"][0].shape[:2]
+            return height * self.config.task.scale, width * self.config.task.scale
+        return values["masked"][0][0].shape[:2] if "masked" in values else None
 
     @torch.no_grad()
     def latents_for(
@@ -258,26 +310,47 @@ class LoadedDiffusion:
             steering=steering,
         )
 
-    def request_values(self, prompt, classes) -> dict[str, list]:
-        """What the model is told, checked against what it takes. Raises UsageError."""
-        given = {"text": [prompt] if isinstance(prompt, str) else list(prompt or []), "class": list(classes or [])}
+    def request_values(self, prompt=None, classes=None, *, layout: Any = None, map: Any = None, image: Any = None,
+                       mask: Any = None, size: tuple[int, int] | None = None) -> dict[str, list]:
+        """What the model is told, checked against what it takes. Raises UsageError, or InputError for what is wrong
+        with a layout, map or image. size: of the pictures to draw, in pixels; maps are brought to it."""
+        kinds = self.model.conditions.kinds
+        given = {"text": [prompt] if isinstance(prompt, str) else list(prompt or []), "class": list(classes or []),
+                 "layout": as_list(layout), "map": as_list(map)}
+        given |= {"lowres" if "lowres" in kinds else "masked": as_list(image)}
         if given["class"] == ["all"]:
             given["class"] = list(range(len(self.class_names)))
-        kinds = self.model.conditions.kinds
-        names = {"text": "--prompt", "class": "--class"}
         for kind, value in given.items():
-            if value and kind not in kinds:
-                taken = " and ".join(names[k] for k in kinds) or "no condition"
-                raise UsageError(f"{names[kind]}: this model was trained without {kind}; it takes {taken}")
+            if value:
+                self._entry(kind)
         for kind in kinds:  # after what it never takes: a class for a text model is the mistake, not the missing prompt
             if not given[kind]:
-                if kind == "class" and not given["text"]:
-                    given[kind] = list(range(len(self.class_names)))
-                elif kind == "class":
-                    raise UsageError("--class: this model takes a class beside the prompt")
-                else:
-                    raise UsageError('--prompt: this model draws what a prompt says; give one with --prompt "…"')
+                given[kind] = self._left_out(kind, told=bool(given["text"]))
+        if given["layout"]:
+            given["layout"] = layouts_of(given["layout"], self._entry("layout"))
+        if given["map"]:
+            _, height, width = self.model.latent_shape
+            f = self.autoencoder.network.f
+            given["map"] = maps_of(given["map"], self._entry("map"), size or (height * f, width * f))
+        if "lowres" in kinds:
+            given["lowres"] = images_of(given["lowres"])
+        if "masked" in kinds:
+            given["masked"] = _pairs(images_of(given["masked"]), masks_of(mask))
         return {kind: given[kind] for kind in kinds}
+
+    def _left_out(self, kind: str, told: bool) -> list:
+        """What stands for a condition that was not given: all classes, unless a prompt was. Else raises UsageError."""
+        if kind == "class" and not told:
+            return list(range(len(self.class_names)))
+        why = {
+            "text": 'this model draws what a prompt says; give one with --prompt "…"',
+            "class": "this model takes a class beside the prompt",
+            "layout": "this model draws what boxes say; give them with --layout FILE.json",
+            "map": "this model draws what a class map says; give one with --map FILE.png",
+            "lowres": "this model makes small images larger; use `ldm upscale`, or image=… from Python",
+            "masked": "this model fills holes; use `ldm inpaint`, or image=… and mask=… from Python",
+        }
+        raise UsageError(f"{OPTIONS[kind]}: {why[kind]}")
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(c, h, w) for an image size in pixels (None: as trained). Raises UsageError, naming the nearest sizes."""
@@ -295,14 +368,12 @@ class LoadedDiffusion:
             return None
         if "text" not in self.model.conditions.kinds:
             raise UsageError("--negative-prompt: this model takes no prompt")
-        null = self.model.conditions.null(n)
-        entry = self.model.conditions.entries["text"]
-        return {**null, **{f"text.{name}": tensor for name, tensor in entry.prepare([text] * n).items()}}
+        return self.model.conditions.prepare_one("text", [text] * n)
 
-    def _warn_about_guidance(self, scale: float, negative: str) -> None:
+    def _warn_about_guidance(self, scale: float | Mapping[str, float], negative: str) -> None:
         if scale == 1 and negative:
             warn_once("negative", "--negative-prompt has no effect at --guidance 1")
-        if scale != 1 and self.model.conditions.kinds and self.config.condition.drop == 0:
+        if scale != 1 and self.model.conditions.droppable and self.config.condition.drop == 0:
             warn_once(
                 "no-dropout",
                 "this model was trained without condition dropout, so guidance has nothing sound to "
@@ -331,12 +402,7 @@ class LoadedDiffusion:
         if context is None and uncond is None and "guidance" not in settings:
             chosen = replace(chosen, guidance=1.0)
         z_T = rng.normal(seed, range(n or 1), self.model.latent_shape, "z_T") if z_T is None else z_T
-        given, null = (
-            Conditioning(getattr(c, "context", c), concat, getattr(c, "vector", None))
-            if c is not None
-            else Conditioning(concat=concat)
-            for c in (context, uncond)
-        )
+        given, null = (_conditioning(c, concat, self.device) for c in (context, uncond))
         denoise = denoiser(
             self.model,
             self.schedule,
@@ -352,6 +418,29 @@ class LoadedDiffusion:
             eta=chosen.eta,
             noise=lambda step: rng.normal(seed, ids, tuple(z_T.shape[1:]), "step", step, device=self.device),
         )
+
+
+def _conditioning(context: Any, concat: Any, device: torch.device) -> Conditioning:
+    """Tokens or what `embed` gave, and planes (which come before those of the first), as the network takes them."""
+    first = context if isinstance(context, Conditioning) else Conditioning(context=context)
+    planes = concat.concat if isinstance(concat, Conditioning) else concat
+    parts = (first.context, first.concat if planes is None else planes, first.vector)
+    return Conditioning(*(None if part is None else part.to(device) for part in parts))
+
+
+def _groups(values: dict[str, list]) -> int:
+    return max([len(given) for given in values.values()], default=1)
+
+
+def _pairs(images: list[np.ndarray], holes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    if len(holes) not in (1, len(images)):
+        raise UsageError(f"{len(images)} images and {len(holes)} masks: give one mask, or one an image")
+    pairs = list(zip(images, holes * (len(images) // len(holes))))
+    for image, hole in pairs:
+        if image.shape[:2] != hole.shape:
+            raise InputError(f"a mask of {hole.shape[1]}x{hole.shape[0]} px for an image of "
+                             f"{image.shape[1]}x{image.shape[0]}; they must be of one size")
+    return pairs
 
 
 def pixel_autoencoder() -> LoadedAutoencoder:

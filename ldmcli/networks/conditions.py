@@ -170,9 +170,9 @@ class ClassCondition(nn.Module):
         return {"class_names": list(rows.class_names)}
 
     def index(self, value: str | int) -> int:
-        """A class by name or by number. Raises UsageError, naming close matches."""
+        """A class by name or, where no name is that text, by number; a number is always one. Raises UsageError."""
         text = str(value)
-        if text in self.names:
+        if isinstance(value, str) and text in self.names:
             return self.names.index(text)
         if text.isdecimal() and int(text) < len(self.names):
             return int(text)
@@ -293,7 +293,8 @@ class Conditions(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         joined = Conditioning()
         for kind, entry in self.entries.items():
-            joined = joined.joined(entry(_own(kind, inputs)))
+            if own := _own(kind, inputs):  # research code may want tokens alone, and hand planes over itself
+                joined = joined.joined(entry(own))
         return joined
 
 

@@ -71,9 +71,9 @@ class LayoutCondition(nn.Module):
         return {"categories": names, "length": 3 * min(max(most, 1), MAX_OBJECTS) + 2, "vocabulary": VOCABULARY}
 
     def index(self, value: str | int) -> int:
-        """A category by name or by number. Raises InputError, naming close matches."""
+        """A category by name or, where no name is that text, by number. Raises InputError, naming close matches."""
         text = str(value)
-        if text in self.names:
+        if isinstance(value, str) and text in self.names:
             return self.names.index(text)
         if text.isdecimal() and int(text) < len(self.names):
             return int(text)

@@ -199,14 +199,13 @@ def _model(
     train: tuple[float, int, int],
     *,
     conditioner: Mapping[str, VALUE] | None = None,
-    task: str = "generate",
     scale_factor: float = 1.0,
     **more: VALUE,
 ) -> Preset:
     """A published model. unet: (channels, multipliers, attention factors); train: (lr, batch, steps).
 
     `more` holds settings as section__name. extra: in_channels, out_channels, latent (c, h, w), context_dim,
-    first_stage, conditioner (kind and its shape and counts, or None), task, scale_factor, parameters, tensors.
+    first_stage, conditioner (kind and its shape and counts, or None), scale_factor, parameters, tensors.
     """
     values = PUBLISHED_LDM | {
         "diffusion.channels": unet[0],
@@ -228,7 +227,6 @@ def _model(
         "context_dim": shape.context_dim,
         "first_stage": shape.first_stage,
         "conditioner": conditioner,
-        "task": task,
         "scale_factor": scale_factor,
         "parameters": shape.parameters,
         "tensors": shape.tensors,
@@ -304,11 +302,12 @@ MODELS: dict[str, Preset] = {
         sample__steps=200),
     "inpainting_big": _model(
         "fills holes in photographs of Places", _Shape(387_245_827, 416, "vq-f4-noattn", Z4, planes=4),
-        (256, (1, 2, 3, 4), (8, 4, 2)), (1e-6, 128, 360_000), task="inpaint", diffusion__num_heads=8,
+        (256, (1, 2, 3, 4), (8, 4, 2)), (1e-6, 128, 360_000), task__name="inpaint", diffusion__num_heads=8,
         diffusion__resblock_updown=True, diffusion__loss="l1", diffusion__beta_end=0.0205, sample__steps=50),
     "bsr_sr": _model(
         "four times as many pixels, from degraded photographs", _Shape(113_622_563, 306, "vq-f4", Z4, planes=3),
-        (160, (1, 2, 2, 4), (16, 8)), (6.4e-5, 64, 860_000), task="sr", diffusion__beta_end=0.0155,
+        (160, (1, 2, 2, 4), (16, 8)), (6.4e-5, 64, 860_000), task__name="sr", task__scale=4,
+        task__degradation="bsr-light", diffusion__beta_end=0.0155,
         data__crop="random", sample__steps=100, sample__eta=1.0),
 }
 

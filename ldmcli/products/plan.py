@@ -19,17 +19,21 @@ from ldmcli.core import console, files, launch
 from ldmcli.core.config import Resolved
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, ConditionSettings, DiffusionConfig
+from ldmcli.drivers.condition_data import check_settings
 from ldmcli.drivers.context import autocast_dtype
 from ldmcli.drivers.load import read_config
 from ldmcli.drivers.loaded import default_device
 from ldmcli.drivers.objective_ae import DEFAULT_SIZE
 from ldmcli.drivers.optim import is_hidden_matrix
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.conditions import CONDITIONS, MAX_TEXT_LENGTH
+from ldmcli.networks.conditions import MAX_TEXT_LENGTH
 from ldmcli.networks.diffusion import DiffusionModel
 from ldmcli.networks.discriminator import PatchDiscriminator
+from ldmcli.networks.layout import MAX_OBJECTS, VOCABULARY
+from ldmcli.networks.planes import MapCondition
+from ldmcli.networks.presets import PRESETS
 
-ASSUMED_CLASSES = 1000
+ASSUMED_CLASSES, ASSUMED_CATEGORIES, ASSUMED_MAP_CLASSES = 1000, 300, 182  # ImageNet, OpenImages, COCO stuff
 RUNTIME_BYTES = 600 << 20  # interpreter, torch and the libraries of data, measured at the start of a training
 PROBE_SECONDS = 0.5
 
@@ -44,24 +48,29 @@ class _Work:
     kept: float
 
 
-def plan(kind: str, resolved: Resolved, *, autoencoder: str = "", init_from: str = "",
-         rows: int | None = None) -> dict[str, Any]:
+def plan(kind: str, resolved: Resolved, *, autoencoder: str = "", init_from: str = "", first_stage: str = "",
+         rows: int | None = None, processes: int = 1) -> dict[str, Any]:
     """What a training would take; nothing is trained, downloaded or written, and no data is opened.
 
     autoencoder: run folder, "none" for pixels, "" for the default one; init_from: a run whose vocabulary and classes
-    are taken over. rows: training rows where they are known. Raises UsageError (sizes that do not fit) or ModelError.
+    are taken over; first_stage: preset that stands in where no autoencoder is named. rows: training rows where they are
+    known; processes: that share the batch, each with a GPU or with its part of the machine's cores and memory. Raises
+    UsageError (sizes or processes that do not fit) or ModelError.
     """
     notes: list[str] = []
     if kind == "autoencoder":
         image, latent, works = _autoencoder_works(resolved.config, notes)
     else:
-        image, latent, works = _diffusion_works(resolved.config, autoencoder, init_from, notes)
-    train, world = resolved.config.train, max(launch.world()[1], 1)
+        image, latent, works = _diffusion_works(resolved.config, autoencoder, init_from, first_stage, notes)
+    train, world = resolved.config.train, max(launch.world()[1], processes)
+    if world > train.batch_size:
+        raise UsageError(f"--batch-size {train.batch_size}: fewer images than processes ({world})")
     device = default_device()
+    sharing = world if device.type == "cpu" else 1  # processes that share one device's memory and speed
     dtype = autocast_dtype(train.mixed_precision, device)
     step = _step_flops(works) * train.batch_size
     micro = min(train.micro_batch or math.inf, -(-train.batch_size // world))
-    memory = _memory(works, resolved.config, int(micro), device)
+    memory = _memory(works, resolved.config, int(micro), device, sharing)
     return {
         "command": configuration.COMMAND_OF[kind],
         "image": list(image),
@@ -71,7 +80,7 @@ def plan(kind: str, resolved: Resolved, *, autoencoder: str = "", init_from: str
         "batch": {"global": train.batch_size, "per_pass": int(micro), "processes": world},
         "epochs": train.steps * train.batch_size / rows if rows else None,
         "memory": memory,
-        "time": _time(step / world, train.steps, train.max_minutes, device, dtype),
+        "time": _time(step * sharing / world, train.steps, train.max_minutes, device, dtype),
         "notes": notes + _memory_notes(memory),
         "settings": [list(row) for row in configuration.describe(resolved)],
     }
@@ -98,16 +107,21 @@ def _autoencoder_works(config: AutoencoderConfig, notes: list[str]):
     return image, latent, works
 
 
-def _diffusion_works(config: DiffusionConfig, autoencoder: str, init_from: str, notes: list[str]):
-    stage = _first_stage(autoencoder, init_from, notes)
+def _diffusion_works(config: DiffusionConfig, autoencoder: str, init_from: str, first_stage: str, notes: list[str]):
+    stage = _first_stage(autoencoder, init_from, first_stage, notes)
     own = tuple(stage.data.size) if any(stage.data.size) else DEFAULT_SIZE
     image = tuple(config.data.size) if any(config.data.size) else own
+    check_settings(config, image)
     with torch.device("meta"):
         latent = Autoencoder(stage.autoencoder).latent_shape(*image)
-        condition = _countable(config.condition, notes)
-        model = DiffusionModel(config.diffusion, condition, _facts(config, init_from, notes), None, latent)
-        inputs = _inputs(model)
+        condition, f = _countable(config.condition, notes), stage.autoencoder.f
+        facts = _facts(config, init_from, latent, f, notes)
+        model = DiffusionModel(config.diffusion, condition, facts, None, latent, config.kinds)
+        model.conditions.first_stage = lambda x: torch.zeros(1, *latent, device="meta")
+        inputs = _inputs(model, image)
         z, t = torch.zeros(1, *latent), torch.zeros(1)
+    if config.task.name == "inpaint":
+        notes.append("the first stage, which encodes each image with its hole, is not counted")
     factor = model.unet.size_factor
     if latent[1] % factor or latent[2] % factor:
         need = factor * stage.autoencoder.f
@@ -115,7 +129,7 @@ def _diffusion_works(config: DiffusionConfig, autoencoder: str, init_from: str, 
     return image, latent, {"model": _work(model, lambda: model(z, t, inputs))}
 
 
-def _first_stage(autoencoder: str, init_from: str, notes: list[str]) -> AutoencoderConfig:
+def _first_stage(autoencoder: str, init_from: str, preset: str, notes: list[str]) -> AutoencoderConfig:
     """Configuration of the autoencoder that latents come from."""
     if autoencoder == "none":
         pixels = configuration.resolve("autoencoder", [("--autoencoder none", {"autoencoder.f": 1})])
@@ -123,18 +137,19 @@ def _first_stage(autoencoder: str, init_from: str, notes: list[str]) -> Autoenco
     path = Path(autoencoder or (Path(init_from) / "autoencoder" if init_from else ""))
     if autoencoder or init_from:
         return read_config("autoencoder", path)
+    if preset:
+        notes.append(f"no autoencoder is named: {preset}, with which this model was published, is assumed")
+        return configuration.resolve("autoencoder", [(preset, dict(PRESETS[preset].values))]).config
     notes.append("no autoencoder is named: that of `ldm train-ae` without options is assumed")
     return AutoencoderConfig()
 
 
-def _facts(config: DiffusionConfig, init_from: str, notes: list[str]) -> dict[str, dict[str, Any]]:
+def _facts(config: DiffusionConfig, init_from: str, latent: tuple[int, int, int], f: int,
+           notes: list[str]) -> dict[str, dict[str, Any]]:
     """What conditions learn from data, as `DiffusionModel` takes it: from an earlier run, else assumed."""
-    kinds, facts = config.condition.kinds, {}
+    kinds, facts = config.kinds, {}
     if init_from and kinds:
         facts = files.read_json(Path(init_from) / "stats.json").get("conditions") or {}
-    for kind in kinds:
-        if kind not in CONDITIONS:
-            raise UsageError(f"--condition {kind}: choose among none, {', '.join(CONDITIONS)} (joined with +)")
     if "text" in kinds and "text" not in facts:
         text = config.condition
         facts["text"] = {"length": text.text_length or MAX_TEXT_LENGTH, "vocabulary": text.vocabulary_size}
@@ -143,6 +158,14 @@ def _facts(config: DiffusionConfig, init_from: str, notes: list[str]) -> dict[st
     if "class" in kinds and "class" not in facts:
         facts["class"] = {"class_names": [str(k) for k in range(ASSUMED_CLASSES)]}
         notes.append(f"class: {ASSUMED_CLASSES:,} classes assumed; the data say how many there are")
+    if "layout" in kinds and "layout" not in facts:
+        facts["layout"] = {"categories": [str(k) for k in range(ASSUMED_CATEGORIES)],
+                           "length": 3 * MAX_OBJECTS + 2, "vocabulary": VOCABULARY}
+        notes.append(f"layout: up to {MAX_OBJECTS} objects assumed; the data may need fewer")
+    if "map" in kinds and "map" not in facts:
+        facts["map"] = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], f)
+        notes.append(f"map: {ASSUMED_MAP_CLASSES} classes assumed; the data say how many there are")
+    facts |= {"lowres": {"scale": config.task.scale, "f": f}, "masked": {"channels": latent[0]}}
     return {kind: facts[kind] for kind in kinds}
 
 
@@ -154,7 +177,7 @@ def _countable(condition: ConditionSettings, notes: list[str]) -> ConditionSetti
     return replace(condition, text_encoder="joint")
 
 
-def _inputs(model: DiffusionModel) -> dict[str, Tensor]:
+def _inputs(model: DiffusionModel, image: tuple[int, int]) -> dict[str, Tensor]:
     """One row of conditions."""
     entries = model.conditions.entries
     inputs = {}
@@ -163,6 +186,16 @@ def _inputs(model: DiffusionModel) -> dict[str, Tensor]:
         inputs["text.mask"] = torch.ones(1, entries["text"].length, dtype=torch.bool)
     if "class" in entries:
         inputs["class.label"] = torch.zeros(1, dtype=torch.int64)
+    if "layout" in entries:
+        inputs["layout.ids"] = torch.zeros(1, entries["layout"].layout.length, dtype=torch.int64)
+    if "map" in entries:
+        inputs["map.index"] = torch.zeros(1, *image, dtype=torch.int16)
+    if "lowres" in entries:
+        small = [side // entries["lowres"].scale for side in image]
+        inputs["lowres.image"] = torch.zeros(1, 3, *small, dtype=torch.uint8)
+    if "masked" in entries:
+        inputs["masked.image"] = torch.zeros(1, 3, *image, dtype=torch.uint8)
+        inputs["masked.hole"] = torch.zeros(1, *image, dtype=torch.bool)
     return inputs
 
 
@@ -200,8 +233,8 @@ def _step_flops(works: dict[str, _Work]) -> float:
     return main.both + main.forward + 2 * critic.forward + 2 * critic.both
 
 
-def _memory(works: dict[str, _Work], config, micro: int, device: torch.device) -> dict[str, Any]:
-    """Bytes of one process, estimated, and what the machine has."""
+def _memory(works: dict[str, _Work], config, micro: int, device: torch.device, sharing: int) -> dict[str, Any]:
+    """Bytes of one process, estimated, and what it may take of a device that `sharing` processes share."""
     train = config.train
     named = [pair for work in works.values() for pair in work.module.named_parameters()]
     weights = 4 * sum(p.numel() for _, p in named)
@@ -214,7 +247,7 @@ def _memory(works: dict[str, _Work], config, micro: int, device: torch.device) -
         "activations": micro * sum(work.kept for work in works.values()),
         "runtime": RUNTIME_BYTES,
     }
-    total, available = sum(parts.values()), available_bytes(device)
+    total, available = sum(parts.values()), available_bytes(device) // sharing
     return {**parts, "total": total, "available": available, "device": device.type, "fits": total <= available,
             "per_image": sum(work.kept for work in works.values())}  # fmt: skip
 
@@ -295,7 +328,7 @@ def _best_rate(device: torch.device, dtype: torch.dtype | None, size: int) -> fl
 
 def plan_text(facts: dict[str, Any], width: int = 80) -> str:
     """The plan for a terminal: settings with their origins, then what the run takes."""
-    parts = [_settings_text(facts["settings"], width), *_sizes(facts), *_memory_lines(facts["memory"])]
+    parts = [_settings_text(facts["settings"], width), *_sizes(facts), *_memory_lines(facts)]
     took = facts["time"]
     if isinstance(took, dict):
         parts.append(f"time        from {_clock(took['seconds'])} on ({took['seconds_per_step']:.3g} s a step), "
@@ -334,14 +367,15 @@ def _sizes(facts: dict[str, Any]) -> list[str]:
     return [*lines, f"work        {forward}FLOP forward an image, {step}FLOP a step"]
 
 
-def _memory_lines(memory: dict[str, Any]) -> list[str]:
-    size = files.human_bytes
+def _memory_lines(facts: dict[str, Any]) -> list[str]:
+    memory, size = facts["memory"], files.human_bytes
+    share = "for each process" if facts["batch"]["processes"] > 1 else "free"
     parts = ("weights", "gradients", "optimizer", "ema", "activations", "runtime")
     named = [f"{name} {size(memory[name])}" for name in parts]
     verdict = "fits" if memory["fits"] else "does not fit"
     where = "GPU" if memory["device"] == "cuda" else "machine"
     return [
-        f"memory      about {size(memory['total'])} of {size(memory['available'])} free on this {where}: {verdict}",
+        f"memory      about {size(memory['total'])} of {size(memory['available'])} {share} on this {where}: {verdict}",
         f"            {', '.join(named[:3])},",
         f"            {', '.join(named[3:])}",
     ]

@@ -1,0 +1,190 @@
+"""What people tell a model, as values of its conditions: layouts and class maps from files or Python, small images."""
+
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core.console import warn
+from ldmcli.core.errors import InputError
+from ldmcli.data.decode import BadImage
+from ldmcli.data.rows import class_map
+from ldmcli.networks.layout import LayoutCondition
+from ldmcli.networks.planes import MapCondition
+
+SLACK = 0.005  # share of the picture by which a box may reach beyond it: rounded corners are no mistake
+ASPECT_SLACK = 0.02
+FORM = '{"size": [width, height], "objects": [{"bbox": [x, y, w, h], "category": "name"}]}'
+
+
+def read_layouts(path: Path) -> list[dict]:
+    """The layouts of a JSON file: one, or a list of them, as they stand there. Raises InputError."""
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"--layout {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--layout {path}: not UTF-8 text (byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"--layout {path}: not JSON{where}; a layout is {FORM}") from None
+    layouts = found if isinstance(found, list) else [found]
+    if not layouts or not all(isinstance(one, dict) for one in layouts):
+        raise InputError(f"--layout {path}: a layout is {FORM}, or a list of such")
+    return layouts
+
+
+def layout_value(given: Any, entry: LayoutCondition, name: str = "layout") -> dict[str, np.ndarray]:
+    """{"bbox": (n, 4) x, y, w, h as shares of the picture, "category": (n,) indices} of a layout.
+
+    given: {"size": [w, h], "objects": [{"bbox", "category"}, …]} with boxes in pixels of that size, or as shares
+    (0 … 1) without size; or {"bbox": …, "category": …} of two lists. Raises InputError, which begins with `name`.
+    """
+    if not isinstance(given, dict) or not ("objects" in given or {"bbox", "category"} <= given.keys()):
+        raise InputError(f"{name}: a layout is {FORM}")
+    objects = given["objects"] if "objects" in given else [
+        {"bbox": box, "category": kind} for box, kind in zip(given["bbox"], given["category"])]
+    if not isinstance(objects, (list, tuple)) or not all(
+            isinstance(one, dict) and {"bbox", "category"} <= one.keys() for one in objects):
+        raise InputError(f'{name}: "objects" is a list of {{"bbox": [x, y, w, h], "category": "name"}}')
+    if not objects:
+        raise InputError(f"{name}: no objects in it; name at least one")
+    size = _size(given.get("size"), name)
+    boxes = np.stack([_box(one["bbox"], size, f"{name}, object {k + 1}") for k, one in enumerate(objects)])
+    try:
+        kinds = [entry.index(one["category"]) for one in objects]
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    slots = entry.layout.slots
+    if len(kinds) > slots:
+        warn(f"{name}: {len(kinds)} objects; this model has room for {slots}, the others are left out")
+    return {"bbox": boxes[:slots], "category": np.array(kinds[:slots], np.int64)}
+
+
+def _size(size: Any, name: str) -> tuple[float, float] | None:
+    if size is None:
+        return None
+    numbers = _numbers(size, 2)
+    if numbers is None or min(numbers) <= 0:
+        raise InputError(f'{name}: "size" is {size!r}; it must be [width, height] in pixels')
+    return numbers[0], numbers[1]
+
+
+def _box(bbox: Any, size: tuple[float, float] | None, name: str) -> np.ndarray:
+    numbers = _numbers(bbox, 4)
+    if numbers is None:
+        raise InputError(f"{name}: bbox is {bbox!r}; it must be four numbers x, y, w, h")
+    box = np.array(numbers) / np.array((size or (1, 1)) * 2)
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        raise InputError(f"{name}: bbox {bbox} has no area; w and h must be above 0")
+    if x < -SLACK or y < -SLACK or x + w > 1 + SLACK or y + h > 1 + SLACK:
+        where = f"the picture of {size[0]:g}x{size[1]:g}" if size else (
+            'the picture: without "size", boxes are shares 0 … 1')
+        raise InputError(f"{name}: bbox {bbox} reaches outside {where}")
+    corners = np.clip([x, y, x + w, y + h], 0, 1)
+    return np.array([*corners[:2], *(corners[2:] - corners[:2])])
+
+
+def _numbers(value: Any, count: int) -> list[float] | None:
+    try:
+        if isinstance(value, (str, bytes)) or len(value) != count or any(isinstance(one, bool) for one in value):
+            return None
+        numbers = [float(one) for one in value]
+    except (TypeError, ValueError):
+        return None
+    return numbers if np.isfinite(numbers).all() else None
+
+
+def as_list(given: Any) -> list:
+    """Several things as a list; one thing (a dict, a text, a picture, an array of one) as a list of it."""
+    if given is None:
+        return []
+    if isinstance(given, np.ndarray) or hasattr(given, "detach"):
+        return list(np.asarray(given)) if given.ndim > 2 else [np.asarray(given)]
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
+
+
+def layouts_of(given: Any, entry: LayoutCondition) -> list[dict]:
+    """Values of layouts from Python: a layout, a path, or a list of these."""
+    found: list[dict] = []
+    for one in as_list(given):
+        if isinstance(one, (str, Path)):
+            layouts = read_layouts(Path(one))
+            names = [f"{one}" if len(layouts) == 1 else f"{one}, layout {k + 1}" for k in range(len(layouts))]
+        else:
+            layouts, names = [one], [f"layout {len(found) + 1}"]
+        found += [layout_value(layout, entry, name) for layout, name in zip(layouts, names)]
+    return found
+
+
+def maps_of(given: Any, entry: MapCondition, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    """Class maps from Python: files, PIL pictures of mode L or P, or arrays (H, W); one or several.
+
+    size: (height, width) to bring them to (nearest pixel); None leaves them. Raises InputError for colours, an index
+    that the model does not know, or another aspect.
+    """
+    found = [_map(one, f"map {k + 1}") for k, one in enumerate(as_list(given))]
+    return [_fitting(index, name, entry, size) for index, name in found]
+
+
+def _map(one: Any, name: str) -> tuple[np.ndarray, str]:
+    if isinstance(one, (str, Path)):
+        try:
+            return class_map(Path(one).read_bytes(), str(one), 100_000_000), f"--map {one}"
+        except BadImage as error:
+            raise InputError(f"--map {error}") from None
+        except OSError as error:
+            raise InputError(f"--map {one}: {error.strerror or error}") from None
+    if hasattr(one, "mode"):
+        buffer = BytesIO()
+        one.save(buffer, "PNG")
+        return class_map(buffer.getvalue(), name, 100_000_000), name
+    index = np.asarray(one)
+    if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer) or not index.size or index.min() < 0:
+        raise InputError(f"{name}: a map is an array (height, width) of class indices from 0 on, not "
+                         f"{index.dtype} {index.shape}")
+    return index, name
+
+
+def _fitting(index: np.ndarray, name: str, entry: MapCondition, size: tuple[int, int] | None) -> np.ndarray:
+    void = 255 if entry.void else -1
+    wrong = np.unique(index[(index >= entry.classes) & (index != void)])
+    if len(wrong):
+        raise InputError(f"{name}: class index {', '.join(map(str, wrong[:5]))}; this model knows 0 … "
+                         f"{entry.classes - 1} ({', '.join(entry.names[:6])}{' …' if entry.classes > 6 else ''})")
+    if size is None or index.shape == tuple(size):
+        return index.astype(np.uint8)
+    ratio = index.shape[1] / index.shape[0] * size[0] / size[1]
+    if abs(ratio - 1) > ASPECT_SLACK:
+        raise InputError(f"{name}: {index.shape[1]}x{index.shape[0]} px (width x height) has another aspect than the "
+                         f"picture, {size[1]}x{size[0]}; cut the map, or give --size {index.shape[0]}x{index.shape[1]}")
+    rows, columns = ((np.arange(b) + 0.5) * a / b for a, b in zip(index.shape, size))
+    return index[rows.astype(int)][:, columns.astype(int)].astype(np.uint8)
+
+
+def images_of(given: Any) -> list[np.ndarray]:
+    """Pictures from Python as uint8 (H, W, 3): paths, PIL pictures, arrays; one or several."""
+    from ldmcli.data.decode import decode
+
+    pictures = [given] if isinstance(given, np.ndarray) and given.ndim == 3 else as_list(given)
+    return [np.asarray(one, np.uint8) if isinstance(one, np.ndarray)
+            else np.asarray(decode(Path(one) if isinstance(one, str) else one)) for one in pictures]
+
+
+def masks_of(given: Any) -> list[np.ndarray]:
+    """Masks from Python as bool (H, W), True = hole: bool arrays, or pictures whose luminance is at least 128 there."""
+    return [one if isinstance(one, np.ndarray) and one.dtype == bool
+            else np.asarray(_grey(one)) >= 128 for one in as_list(given)]
+
+
+def _grey(one: Any):
+    from PIL import Image
+
+    from ldmcli.data.decode import decode
+
+    one = Image.fromarray(one) if isinstance(one, np.ndarray) else Path(one) if isinstance(one, str) else one
+    return decode(one).convert("L")
