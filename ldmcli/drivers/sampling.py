@@ -22,6 +22,7 @@ from ldmcli.core.settings import SampleSettings
 from ldmcli.maths import rng
 from ldmcli.maths.samplers import SAMPLERS, resampled
 from ldmcli.maths.schedule import Levels, Schedule, levels, to_x0_eps
+from ldmcli.maths.tiles import blend, smooth_plan
 from ldmcli.networks.conditions import Conditioning
 from ldmcli.networks.diffusion import DiffusionModel
 
@@ -80,6 +81,29 @@ def guided_kinds(kinds: Sequence[str], scale: float | Mapping[str, float]) -> li
     return [((kind,), float(scale[kind])) for kind in able if kind in scale]
 
 
+def tiled_predict(predict: Callable, tile: int, unit: int) -> Callable:
+    """`DiffusionModel.predict` on tiles of `tile` latent positions a side, a third of it overlapping.
+
+    (z (B, c, h, w), t (B,), conditioning) -> like z. Planes are cut alike, tokens and vector go to every tile. Tiles
+    begin at multiples of `unit`, the UNet's size factor.
+    """
+
+    def tiled(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        if max(z.shape[-2:]) <= tile:
+            return predict(z, t, conditioning)
+        plan = smooth_plan((z.shape[-2], z.shape[-1]), tile, tile // 3, unit=unit)
+
+        def of_tile(k: int) -> Tensor:
+            planes = conditioning.concat
+            planes = None if planes is None else plan.cut(planes, plan.corners[k])
+            part = Conditioning(conditioning.context, planes, conditioning.vector)
+            return predict(plan.cut(z, plan.corners[k]), t, part).float()
+
+        return blend(of_tile, plan)
+
+    return tiled
+
+
 def _together(parts: list[Tensor | None]) -> Tensor | None:
     found = [part for part in parts if part is not None]
     return torch.cat(found) if found else None
@@ -100,14 +124,16 @@ def denoiser(
     against. Conditionings of weight 0 are not computed (scale 1: `given` alone, scale 0: the null alone), the others
     in one call.
     """
-    last = schedule.timesteps - 1
+    last, predict = schedule.timesteps - 1, model.predict
+    if tile:
+        predict = tiled_predict(model.predict, tile, model.unet.size_factor)
     path = [] if null is None else [null] if isinstance(null, Conditioning) else list(null)
     weights = guidance.weights() if path else [1.0]
     used = [(weight, part) for weight, part in zip(weights, [*path, given]) if weight != 0]
 
     def call(z: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         times = torch.full((len(z),), t, device=z.device, dtype=torch.float32)
-        return model.predict(z, times, conditioning).float()
+        return predict(z, times, conditioning).float()
 
     def output(z: Tensor, t: float) -> Tensor:
         inside = guidance.interval[0] <= t / last <= guidance.interval[1]

@@ -1,8 +1,11 @@
 """Cutting pictures and latents into overlapping tiles and putting results together again (Sec. 4.3.2).
 
-All lengths are positions of the thing that is cut: pixels or latent positions.
+Lengths count positions of the thing that is cut: pixels, or latent positions. Arithmetic only: what runs on a tile is
+given as a function.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -11,10 +14,9 @@ from torch import Tensor
 
 
 def positions(length: int, tile: int, stride: int) -> list[int]:
-    """Where tiles of `tile` positions begin so that all of `length` is covered, rising.
+    """Where tiles begin so that all of `length` is covered, rising: every `stride`, the last one moved back to the end.
 
-    Every `stride` positions; the last tile is moved back so that it ends with the length. The original leaves what
-    does not fit uncovered. A length of at most one tile has one, at 0.
+    A length of at most one tile has one, at 0. The original leaves what does not fit uncovered (and divides by 0).
     """
     if length <= tile:
         return [0]
@@ -22,40 +24,140 @@ def positions(length: int, tile: int, stride: int) -> list[int]:
     return [min(k * stride, length - tile) for k in range(count)]
 
 
-def even_positions(length: int, tile: int, overlap: int) -> list[int]:
-    """As few tiles as overlap by at least `overlap`, spread evenly from end to end."""
+def even_positions(length: int, tile: int, overlap: int, unit: int = 1) -> list[int]:
+    """As few tiles as cover `length` and overlap by at least `overlap`, spread evenly, at multiples of `unit`.
+
+    length and tile are multiples of the unit; overlap < tile.
+    """
     if length <= tile:
         return [0]
-    count = ceil((length - tile) / (tile - overlap)) + 1
-    return [round(k * (length - tile) / (count - 1)) for k in range(count)]
+    rest, stride = (length - tile) // unit, max(1, (tile - overlap) // unit)
+    count = ceil(rest / stride) + 1
+    return [k * rest // (count - 1) * unit for k in range(count)]
 
 
-def edge_weights(height: int, width: int, low: float, high: float) -> Tensor:
-    """The original's weight of a tile's positions, (height, width): the distance from the nearest edge as a share of
-    the tile's side, on both axes the smaller, held between `low` and `high`."""
-    y = torch.linspace(0, 1, height)[:, None]
-    x = torch.linspace(0, 1, width)[None]
-    nearest = torch.minimum(torch.minimum(y, 1 - y), torch.minimum(x, 1 - x))
-    return nearest.clamp(low, high)
+def edge_weights(height: int, width: int, low: float = 0.01, high: float = 0.5) -> Tensor:
+    """The original's weight of a tile's positions, (height, width): distance from the nearest of the four edges as a
+    share of the tile's side, held between `low` and `high`."""
+    y, x = (torch.linspace(0, 1, side) for side in (height, width))
+    return torch.minimum(torch.minimum(y, 1 - y)[:, None], torch.minimum(x, 1 - x)[None]).clamp(low, high)
 
 
-def smooth_weights(length: int, before: int, after: int) -> Tensor:
-    """A tile's weight along one axis, (length,): 1 inside, falling over `before` and `after` positions towards the
-    ends as a raised cosine, never 0. Two tiles that overlap by as much sum to 1 everywhere."""
+def ramp_weights(length: int, before: int, after: int) -> Tensor:
+    """A tile's weight along one axis, (length,), where it overlaps its neighbours by `before` and `after` positions.
+
+    Of an overlap the outer quarter has weight 0 (a network sees no surroundings there), the inner quarter 1, and a
+    raised cosine lies between; those of two neighbours sum to 1.
+    """
     weight = torch.ones(length)
-    for size, flip in ((before, False), (after, True)):
-        if size:
-            ramp = torch.sin((torch.arange(size) + 0.5) / size * torch.pi / 2) ** 2
-            weight[slice(-size, None) if flip else slice(size)] *= ramp.flip(0) if flip else ramp
+    weight[:before] = _rising(before)
+    weight[length - after :] *= _rising(after).flip(0)
     return weight
+
+
+def _rising(overlap: int) -> Tensor:
+    share = ((torch.arange(overlap) + 0.5) / max(1, overlap) * 2 - 0.5).clamp(0, 1)
+    return torch.sin(share * torch.pi / 2) ** 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of `tile` = (h, w) positions at `corners` = [(top, left)], and a weight (h', w') for the result of each.
+
+    A result is up / down times as large as its tile on both sides.
+    """
+
+    size: tuple[int, int]
+    tile: tuple[int, int]
+    corners: list[tuple[int, int]]
+    weights: list[Tensor]
+    up: int = 1
+    down: int = 1
+
+    def scaled(self, length: int) -> int:
+        """A length of the input in positions of the output."""
+        return length * self.up // self.down
+
+    def place(self, k: int) -> tuple[slice, slice]:
+        """Rows and columns of the output that the result of tile k fills."""
+        top, left = (self.scaled(start) for start in self.corners[k])
+        height, width = self.weights[k].shape
+        return slice(top, top + height), slice(left, left + width)
+
+    def cut(self, x: Tensor, corner: tuple[int, int]) -> Tensor:
+        """The tile at a corner of x (…, H, W)."""
+        (top, left), (height, width) = corner, self.tile
+        return x[..., top : top + height, left : left + width]
+
+
+def original_plan(
+    size: tuple[int, int],
+    tile: tuple[int, int],
+    stride: tuple[int, int],
+    *,
+    up: int = 1,
+    down: int = 1,
+    clip: tuple[float, float] = (0.01, 0.5),
+    tie: tuple[float, float] | None = None,
+) -> Plan:
+    """Tiles and weights of the original's `split_input_params`, at every size (see `positions`).
+
+    tie: clips of the "tie breaker", which weights a tile by its place in the grid of tiles as its positions are
+    weighted in it; it needs two tiles an axis, and has no effect along an axis of one.
+    """
+    tile = (min(tile[0], size[0]), min(tile[1], size[1]))
+    tops, lefts = (positions(*lengths) for lengths in zip(size, tile, stride))
+    weight = edge_weights(tile[0] * up // down, tile[1] * up // down, *clip)
+    of_tile = torch.ones(len(tops), len(lefts))
+    if tie is not None and len(tops) > 1 and len(lefts) > 1:
+        of_tile = edge_weights(len(tops), len(lefts), *tie)
+    corners = [(top, left) for top in tops for left in lefts]
+    return Plan(size, tile, corners, [weight * share for share in of_tile.flatten()], up, down)
+
+
+def smooth_plan(
+    size: tuple[int, int], tile: int, overlap: int, *, unit: int = 1, up: int = 1, down: int = 1
+) -> Plan:
+    """Square tiles of at most `tile` with weights that leave no seam; corners at multiples of `unit`."""
+    tile_size = (min(tile, size[0]), min(tile, size[1]))
+    axes = []
+    for length, side in zip(size, tile_size):
+        starts = even_positions(length, side, overlap, unit)
+        shared = [0, *(a + side - b for a, b in zip(starts, starts[1:])), 0]
+        shared = [positions * up // down for positions in shared]
+        weights = [ramp_weights(side * up // down, *ends) for ends in zip(shared, shared[1:])]
+        axes.append(list(zip(starts, weights)))
+    corners = [(top, left) for top, _ in axes[0] for left, _ in axes[1]]
+    return Plan(size, tile_size, corners, [y[:, None] * x for _, y in axes[0] for _, x in axes[1]], up, down)
+
+
+def blend(function: Callable[[int], Tensor], plan: Plan) -> Tensor:
+    """Σ_k weight_k · function(k), divided by the sum of the weights: (B, c, H', W').
+
+    function(k) is the result for tile k, (B, c, h', w').
+    """
+    total, covered = None, coverage(plan)
+    for k, weight in enumerate(plan.weights):
+        part = function(k)
+        if total is None:
+            total = part.new_zeros(*part.shape[:2], *covered.shape)
+        total[(..., *plan.place(k))] += part * weight.to(part)
+    assert total is not None
+    return total / covered.to(total)
+
+
+def coverage(plan: Plan) -> Tensor:
+    """Sum of the weights at each position of the output, (H', W')."""
+    covered = torch.zeros(*(plan.scaled(length) for length in plan.size))
+    for k, weight in enumerate(plan.weights):
+        covered[plan.place(k)] += weight
+    return covered
 
 
 def padded(image: np.ndarray, unit: int) -> np.ndarray:
     """(h, w, …) with both sides made multiples of `unit` by mirroring at the lower and right edge."""
-    pads = [(0, -side % unit) for side in image.shape[:2]]
-    while any(after for _, after in pads):  # a mirror is at most as long as the picture
-        step = [(0, min(after, max(1, side - 1))) for (_, after), side in zip(pads, image.shape[:2])]
-        mode = "reflect" if min(image.shape[:2]) > 1 else "edge"
-        image = np.pad(image, [*step, *[(0, 0)] * (image.ndim - 2)], mode=mode)
-        pads = [(0, after - done) for (_, after), (_, done) in zip(pads, step)]
+    while any(side % unit for side in image.shape[:2]):  # a mirror image is at most as long as the picture
+        after = [min(-side % unit, max(1, side - 1)) for side in image.shape[:2]]
+        pads = [(0, length) for length in after] + [(0, 0)] * (image.ndim - 2)
+        image = np.pad(image, pads, mode="reflect" if min(image.shape[:2]) > 1 else "edge")
     return image
