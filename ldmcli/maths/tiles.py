@@ -46,7 +46,7 @@ def edge_weights(height: int, width: int, low: float = 0.01, high: float = 0.5) 
 def ramp_weights(length: int, before: int, after: int) -> Tensor:
     """A tile's weight along one axis, (length,), where it overlaps its neighbours by `before` and `after` positions.
 
-    Of an overlap the outer quarter has weight 0 (a network sees no surroundings there), the inner quarter 1, and a
+    Of an overlap the outer 3/8 have weight 0 (a network sees no surroundings there), the inner 3/8 weight 1, and a
     raised cosine lies between; those of two neighbours sum to 1.
     """
     weight = torch.ones(length)
@@ -56,7 +56,7 @@ def ramp_weights(length: int, before: int, after: int) -> Tensor:
 
 
 def _rising(overlap: int) -> Tensor:
-    share = ((torch.arange(overlap) + 0.5) / max(1, overlap) * 2 - 0.5).clamp(0, 1)
+    share = ((torch.arange(overlap) + 0.5) / max(1, overlap) * 4 - 1.5).clamp(0, 1)
     return torch.sin(share * torch.pi / 2) ** 2
 
 
