@@ -43,7 +43,7 @@ class DataSettings:
     resize: str = "bicubic"  # short side to size, antialiased
     flip: bool = False  # mirror half of the images; off by default: text, flags and "left of" have a side
     background: str = "white"  # what shows through transparent pixels
-    max_pixels: int = 100_000_000  # a larger image counts as bad
+    max_pixels: int = 89_478_485  # a larger image counts as bad
     skip_bad: bool = False
     cache: bool = True  # latents (train-ldm): encode once
     cache_dtype: str = "float32"  # float32 | float16
@@ -77,6 +77,7 @@ class AutoencoderSettings:
     attn_resolutions: tuple[int, ...] = ()  # paper: nominal resolutions that carry attention
     resolution: int = 256  # paper: nominal resolution that attn_resolutions counts from
     mid_attention: bool = True  # paper: attention in the middle block ("noattn" models: False)
+    groups: int = 32  # paper: of GroupNorm; a width that 32 does not divide takes the largest divisor below
     dropout: float = 0.0
     beta: float = 0.25  # vq: weight of the commitment term
     legacy_beta: bool = False  # vq: weight on the codebook term instead, as the original code has it
@@ -132,6 +133,7 @@ class DiffusionSettings:
     attention_resolutions: tuple[int, ...] = (2, 4)  # downsampling factors, not pixels
     num_heads: int = 0  # fixed number of heads; 0 = use head_channels
     head_channels: int = 32
+    level_heads: tuple[int, ...] = ()  # heads of each level, where neither of the two says it
     spatial_transformer: bool = True  # cross-attention blocks; False = plain attention blocks (no context)
     transformer_depth: int = 1
     middle_attention: bool = True
@@ -140,6 +142,7 @@ class DiffusionSettings:
     dropout: float = 0.0
     groups: int = 32  # of GroupNorm; a width that 32 does not divide takes the largest divisor below
     patch: int = 1  # fold patch x patch latent positions into channels before the UNet
+    vector_mlp: bool = True  # False: vectors, then as wide as the time embedding, are added to it as they are
     position: str = "learned"  # position code inside attention: none | learned (resized to the map) | sinusoidal
     # process
     prediction: str = "flow"  # eps | v | x0 | flow

@@ -4,7 +4,7 @@ z_t = α_t x0 + σ_t ε. Variance preserving (VP) for eps, v and x0: α² = ᾱ,
 t = (i + ½)/T at timestep i. Every difference between parametrisations ends here: samplers see (x0, ε).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor, sqrt
 
@@ -212,8 +212,7 @@ def sample_timesteps(settings: DiffusionSettings, u: Tensor, schedule: Schedule)
 class Levels:
     """The way of a sampler: N evaluations at timesteps t, falling, with their α and σ, and where the last step ends.
 
-    alphas and sigmas have N + 1 entries; the last is (1, 0), clean, or the level of timestep 0 for the originals'
-    subsets.
+    alphas and sigmas have N + 1 entries; the last is (1, 0), clean, or another of ENDINGS.
     """
 
     t: tuple[float, ...]
@@ -237,7 +236,7 @@ def _uniform(schedule: Schedule, steps: int) -> list[float]:
     return [_round(total * (1 - k / steps)) - 1 for k in range(steps)]
 
 
-def _plus_one(schedule: Schedule, steps: int, subset: list[int], spacing: str) -> list[float]:
+def _plus_one(schedule: Schedule, steps: int, subset: Sequence[int], spacing: str) -> list[float]:
     if subset[-1] + 1 >= schedule.timesteps:
         raise UsageError(
             f"{steps} steps: spacing {spacing!r} would evaluate timestep {subset[-1] + 1} of "
@@ -257,12 +256,69 @@ def _original_quad(schedule: Schedule, steps: int) -> list[float]:
     return _plus_one(schedule, steps, subset, "original_quad")
 
 
+def _leading(schedule: Schedule, steps: int) -> list[float]:
+    stride = schedule.timesteps // steps
+    return [float(k * stride) for k in reversed(range(steps))]
+
+
+def _leading_open(schedule: Schedule, steps: int) -> list[float]:
+    stride = schedule.timesteps // (steps + 1)
+    return [float(k * stride) for k in reversed(range(1, steps + 1))]
+
+
+def _one_later(spacing: Callable[[Schedule, int], list[float]], name: str) -> Callable[[Schedule, int], list[float]]:
+    def later(schedule: Schedule, steps: int) -> list[float]:
+        return _plus_one(schedule, steps, [int(t) for t in reversed(spacing(schedule, steps))], name)
+
+    return later
+
+
+def _trailing(schedule: Schedule, steps: int) -> list[float]:
+    falling = np.arange(schedule.timesteps, 0, -schedule.timesteps / steps)
+    return (falling.round()[:steps] - 1).tolist()
+
+
+def _linspace_open(schedule: Schedule, steps: int) -> list[float]:
+    return np.linspace(0, schedule.timesteps - 1, steps + 1).round()[:0:-1].tolist()
+
+
+def _linspace_real(schedule: Schedule, steps: int) -> list[float]:
+    return np.linspace(0, schedule.timesteps - 1, steps)[::-1].tolist()
+
+
 SPACINGS: dict[str, Callable[[Schedule, int], list[float]]] = {
     "linspace": _linspace,
     "uniform": _uniform,
     "original": _original,
     "original_quad": _original_quad,
+    "leading": _leading,
+    "leading+1": _one_later(_leading, "leading+1"),
+    "leading_open": _leading_open,
+    "leading_open+1": _one_later(_leading_open, "leading_open+1"),
+    "trailing": _trailing,
+    "linspace_open": _linspace_open,
+    "linspace_real": _linspace_real,
 }
+
+# Where the last step ends, as (α, σ). "sigma_min" is the level of timestep 0 in the coordinates z/α of Karras et al.,
+# which samplers written in them do not scale back.
+ENDINGS: dict[str, Callable[[Schedule], tuple[float, float]]] = {
+    "clean": lambda schedule: (1.0, 0.0),
+    "first": lambda schedule: (float(schedule.alphas[0]), float(schedule.sigmas[0])),
+    "sigma_min": lambda schedule: (1.0, float(schedule.sigmas[0] / schedule.alphas[0])),
+}
+
+
+def _way_of(schedule: Schedule, spacing: str) -> tuple[str, str]:
+    """Names in SPACINGS and ENDINGS of "SPACING", "SPACING/ENDING" or ""."""
+    name, _, ending = spacing.partition("/")
+    name = name or ("uniform" if schedule.flow else "linspace")
+    if name not in SPACINGS:
+        raise UsageError(f"sample.spacing = {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    ending = ending or ("first" if name.startswith("original") else "clean")
+    if ending not in ENDINGS:
+        raise UsageError(f"sample.spacing = {spacing!r}: what follows / is one of {', '.join(ENDINGS)}")
+    return name, ending
 
 
 def timesteps(schedule: Schedule, steps: int, spacing: str = "") -> list[float]:
@@ -271,13 +327,21 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "") -> list[float]:
     linspace: whole numbers from T−1 to 0. uniform: equal steps from T−1 to clean (flow: real numbers).
     original, original_quad: the subsets of the DDIM code of CompVis/latent-diffusion, whose number may differ from
     `steps` (400 gives 500) and which do not exist for some. "" = uniform for flow, linspace otherwise.
+    Those of the schedulers of diffusers: leading (every ⌊T/N⌋-th from 0; +1: one later), trailing (back from T−1),
+    linspace_real (not rounded: Euler); _open: N + 1 points of which the last, 0, is left out (DPM-Solver).
+    A part after / names in ENDINGS where the last step ends: "first" for the originals, else "clean".
     """
-    spacing = spacing or ("uniform" if schedule.flow else "linspace")
-    if spacing not in SPACINGS:
-        raise UsageError(f"sample.spacing = {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    name, _ = _way_of(schedule, spacing)
     if not 1 <= steps <= schedule.timesteps:
         raise UsageError(f"steps = {steps}: the model has {schedule.timesteps} timesteps, take 1 to as many")
-    return [float(t) for t in SPACINGS[spacing](schedule, steps)]
+    return [float(t) for t in SPACINGS[name](schedule, steps)]
+
+
+def _between(schedule: Schedule, t: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """α and σ at real timesteps: σ/α linear between whole ones, as in diffusers."""
+    ratio = np.interp(t, np.arange(schedule.timesteps), schedule.sigmas / schedule.alphas)
+    alphas = 1 / np.sqrt(1 + ratio**2)
+    return torch.from_numpy(alphas), torch.from_numpy(ratio * alphas)
 
 
 def levels(schedule: Schedule, steps: int, spacing: str = "", *, strength: float = 1.0) -> Levels:
@@ -289,6 +353,9 @@ def levels(schedule: Schedule, steps: int, spacing: str = "", *, strength: float
         raise UsageError(f"strength = {strength}: must be above 0 and at most 1")
     t = timesteps(schedule, steps, spacing)
     t = t[len(t) - max(1, _round(strength * len(t))) :]
-    alphas, sigmas = levels_at(schedule, torch.tensor(t, dtype=torch.float64))
-    end = (float(schedule.alphas[0]), float(schedule.sigmas[0])) if spacing.startswith("original") else (1.0, 0.0)
+    if schedule.flow or all(step.is_integer() for step in t):
+        alphas, sigmas = levels_at(schedule, torch.tensor(t, dtype=torch.float64))
+    else:
+        alphas, sigmas = _between(schedule, t)
+    end = ENDINGS[_way_of(schedule, spacing)[1]](schedule)
     return Levels(tuple(t), (*alphas.tolist(), end[0]), (*sigmas.tolist(), end[1]))

@@ -111,11 +111,11 @@ class VectorQuantizer(nn.Module):
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3, twice, plus a shortcut (1x1 where the width changes). No time embedding."""
 
-    def __init__(self, in_width: int, out_width: int, dropout: float):
+    def __init__(self, in_width: int, out_width: int, dropout: float, groups: int):
         super().__init__()
-        self.norm1 = group_norm(in_width, NORM_EPS)
+        self.norm1 = group_norm(in_width, NORM_EPS, groups)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
-        self.norm2 = group_norm(out_width, NORM_EPS)
+        self.norm2 = group_norm(out_width, NORM_EPS, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         self.nin_shortcut = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
@@ -129,9 +129,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """One attention head as wide as the map, over all positions, residual. (B, c, h, w) in and out."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, groups: int):
         super().__init__()
-        self.norm = group_norm(width, NORM_EPS)
+        self.norm = group_norm(width, NORM_EPS, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,11 +166,12 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where `with_attention`."""
 
-    def __init__(self, in_width: int, out_width: int, depth: int, with_attention: bool, dropout: float):
+    def __init__(self, in_width: int, out_width: int, depth: int, with_attention: bool, settings: AutoencoderSettings):
         super().__init__()
         widths = [in_width] + [out_width] * depth
-        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(AttnBlock(out_width) for _ in range(depth if with_attention else 0))
+        dropout, groups = settings.dropout, settings.groups
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout, groups) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(AttnBlock(out_width, groups) for _ in range(depth if with_attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -183,11 +184,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention (unless it is off), residual block."""
 
-    def __init__(self, width: int, with_attention: bool, dropout: float):
+    def __init__(self, width: int, settings: AutoencoderSettings):
         super().__init__()
-        self.block_1 = ResnetBlock(width, width, dropout)
-        self.attn_1 = AttnBlock(width) if with_attention else nn.Identity()
-        self.block_2 = ResnetBlock(width, width, dropout)
+        self.block_1 = ResnetBlock(width, width, settings.dropout, settings.groups)
+        self.attn_1 = AttnBlock(width, settings.groups) if settings.mid_attention else nn.Identity()
+        self.block_2 = ResnetBlock(width, width, settings.dropout, settings.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -210,13 +211,13 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(settings.in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (out_width, attends) in enumerate(plan):
-            level = Level(width, out_width, settings.num_res_blocks, attends, settings.dropout)
+            level = Level(width, out_width, settings.num_res_blocks, attends, settings)
             width = out_width
             if i < len(plan) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(width, settings.mid_attention, settings.dropout)
-        self.norm_out = group_norm(width, NORM_EPS)
+        self.mid = Middle(width, settings)
+        self.norm_out = group_norm(width, NORM_EPS, settings.groups)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -239,16 +240,16 @@ class Decoder(nn.Module):
         plan = _level_plan(settings)
         width = plan[-1][0]
         self.conv_in = nn.Conv2d(settings.z_channels, width, 3, padding=1)
-        self.mid = Middle(width, settings.mid_attention, settings.dropout)
+        self.mid = Middle(width, settings)
         levels: list[Level] = []
         for i, (out_width, attends) in reversed(list(enumerate(plan))):
-            level = Level(width, out_width, settings.num_res_blocks + 1, attends, settings.dropout)
+            level = Level(width, out_width, settings.num_res_blocks + 1, attends, settings)
             width = out_width
             if i > 0:
                 level.upsample = Upsample(width)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(width, NORM_EPS)
+        self.norm_out = group_norm(width, NORM_EPS, settings.groups)
         self.conv_out = nn.Conv2d(width, settings.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -130,12 +130,15 @@ class ResBlock(Conditioned):
         return self.skip_connection(x) + rest(h)
 
 
-def head_count(width: int, settings: DiffusionSettings) -> int:
-    """Attention heads of a level: the fixed number, or width / head_channels rounded down to a divisor of width."""
-    if settings.num_heads > 0:
-        if width % settings.num_heads:
-            raise UsageError(f"diffusion.num_heads = {settings.num_heads} does not divide a width of {width}")
-        return settings.num_heads
+def head_count(width: int, settings: DiffusionSettings, level: int = 0) -> int:
+    """Attention heads of a level: as `level_heads` says, or the fixed number, or width / head_channels rounded down to
+    a divisor of width."""
+    given = settings.level_heads[level] if settings.level_heads else settings.num_heads
+    if given > 0:
+        if width % given:
+            name = "level_heads" if settings.level_heads else "num_heads"
+            raise UsageError(f"diffusion.{name} = {given} does not divide a width of {width}")
+        return given
     heads = max(1, width // settings.head_channels)
     while width % heads:
         heads -= 1
@@ -145,9 +148,9 @@ def head_count(width: int, settings: DiffusionSettings) -> int:
 class AttentionBlock(Conditioned):
     """Self-attention over all positions, residual; channels of qkv are ordered (head, {q, k, v}, d)."""
 
-    def __init__(self, width: int, settings: DiffusionSettings, position_key: str):
+    def __init__(self, width: int, heads: int, settings: DiffusionSettings, position_key: str):
         super().__init__()
-        self.heads, self.position_key = head_count(width, settings), position_key
+        self.heads, self.position_key = heads, position_key
         self.norm = group_norm(width, NORM_EPS, settings.groups)
         self.qkv = nn.Conv1d(width, 3 * width, 1)
         self.proj_out = zeroed(nn.Conv1d(width, width, 1))
@@ -165,9 +168,11 @@ class AttentionBlock(Conditioned):
 class SpatialTransformer(Conditioned):
     """Transformer blocks over the positions of a map with cross-attention to the context, residual (App. E.2.1)."""
 
-    def __init__(self, width: int, settings: DiffusionSettings, context_dim: int | None, position_key: str):
+    def __init__(
+        self, width: int, heads: int, settings: DiffusionSettings, context_dim: int | None, position_key: str
+    ):
         super().__init__()
-        heads, self.position_key = head_count(width, settings), position_key
+        self.position_key = position_key
         self.norm = group_norm(width, TRANSFORMER_NORM_EPS, settings.groups)
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -272,7 +277,8 @@ class UNet(nn.Module):
         )
         if settings.position != "none":
             self._add_position("input", widths[0], 1, INPUT_POSITION_STD)
-        self.vector_embed = _two_layers(vector_dim, embedding_width) if vector_dim else None
+        mixed = vector_dim is not None and settings.vector_mlp
+        self.vector_embed = _two_layers(vector_dim, embedding_width) if mixed else None
 
     @property
     def size_factor(self) -> int:
@@ -302,9 +308,9 @@ class UNet(nn.Module):
         # the angles need fp32: bf16 cannot tell t = 998 from 999
         code = timestep_embedding(t, self.settings.channels).to(self.time_embed[0].weight.dtype)
         embedding = self.time_embed(code)
-        if vector is None or self.vector_embed is None:
+        if vector is None:
             return embedding
-        return embedding + self.vector_embed(vector)
+        return embedding + (vector if self.vector_embed is None else self.vector_embed(vector))
 
     def _position_codes(self) -> Callable[[str, Tensor], Tensor | None]:
         """A function (key, map) to the code of that key at the map's size and dtype; each is made once a pass."""
@@ -367,9 +373,10 @@ class UNet(nn.Module):
         key = f"d{factor}_c{width}"
         if self.settings.position != "none" and key not in self.positions:
             self._add_position(key, width, factor, POSITION_STD)
+        heads = head_count(width, self.settings, factor.bit_length() - 1)
         if self.settings.spatial_transformer:
-            return [SpatialTransformer(width, self.settings, self.context_dim, key)]
-        return [AttentionBlock(width, self.settings, key)]
+            return [SpatialTransformer(width, heads, self.settings, self.context_dim, key)]
+        return [AttentionBlock(width, heads, self.settings, key)]
 
     def _add_position(self, key: str, width: int, factor: int, std: float) -> None:
         height, breadth = (max(1, -(-side // (factor * self.settings.patch))) for side in self.sample_size)
