@@ -34,7 +34,8 @@ FailBelow = Annotated[list[str] | None, opt.option("--fail-below", panel=opt.OUT
     help="End with code 8 below this; repeatable.")]
 
 
-_MEASURED = {"images": Images, "pairs": Pairs, "model": opt.Model, "autoencoder": MeasuredAutoencoder}
+_MEASURED = {"images": Images, "pairs": Pairs, "model": opt.Model, "weights": opt.Weights,
+             "autoencoder": MeasuredAutoencoder}
 _HOW = {"metrics": Metrics, "features": Features, "count": EvalCount}
 _LIMITS = {"compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
@@ -49,11 +50,13 @@ def eval_fid(given: opt.Given) -> None:
     limits += [(*parse_limit("--fail-below", text), False) for text in given.fail_below or ()]
     metrics = tuple(name for name in re.split(r"[,+\s]+", (given.metrics or "").lower()) if name)
     measured = what_is_measured(given)
+    if given.weights == "raw" and "model" not in measured:
+        raise UsageError("--weights raw: belongs to --model; nothing else has two kinds of weights")
     request = {
         **measured, "data": reference(given, measured), "metrics": metrics or None, "features": given.features,
         "compare": given.compare, "n": given.count, "seed": given.seed, "steps": given.steps,
         "guidance": given.guidance, "sampler": given.sampler, "batch_size": given.batch_size,
-        "size": config.size_of(given.size),
+        "size": config.size_of(given.size), "weights": "raw" if given.weights == "raw" else None,
         # a split that is named is meant; without one the rows that training leaves out are taken
         "split": "train" if given.split else None, "progress": console.progress,
     }
@@ -144,6 +147,8 @@ def describe(result: dict[str, Any]) -> str:
     labels = result.get("labels", {})
     rows = [(labels.get(key, key), _number(value)) for key, value in result["metrics"].items()]
     counts = f"n = {result.get('n_generated', 0):,} measured, {result.get('n_reference') or 0:,} reference"
+    if "weights" in result:
+        counts += {"ema": "; averaged weights (EMA)", "raw": "; weights of the last step (raw)"}[result["weights"]]
     return "\n".join([console.table(rows, ["metric", "value"]), counts])
 
 

@@ -94,7 +94,7 @@ ValFraction = Annotated[Text, setting("data.val_fraction", "--val-fraction", pan
 Streaming = Annotated[Flag, setting("data.streaming", "--streaming/--no-streaming", panel=DATA,
     help="Read rows as they come instead of downloading all first.")]
 Limit = Annotated[Text, setting("data.limit", "--limit", panel=DATA, metavar="ROWS", default="0, all",
-    help="Use the first rows only.")]
+    help="Use the first rows of the training part only.")]
 ImageColumn = Annotated[Text, setting("data.image_column", "--image-column", panel=DATA, metavar="NAME",
     default="found", help="Column of images.")]
 CaptionColumn = Annotated[Text, setting("data.caption_column", "--caption-column", panel=DATA, metavar="NAME",
@@ -195,7 +195,7 @@ Count = Annotated[int | None, option("-n", "--count", panel=SAMPLING, metavar="N
 SampleSteps = Annotated[int | None, option("--steps", panel=SAMPLING, metavar="N", min=1,
     default="the run's setting, else 20", help="Sampling steps.")]
 Guidance = Annotated[float | None, option("--guidance", panel=SAMPLING, metavar="SCALE", min=0,
-    default="the run's setting, else 3", help="Classifier-free guidance; 1 = off.")]
+    default="the run's setting, else 2", help="Classifier-free guidance; 1 = off.")]
 KindGuidance = Annotated[Text, option("--guidance", panel=SAMPLING, metavar="SCALE|KIND=SCALE,…",
     default="the run's setting, else 2",
     help="Classifier-free guidance; 1 = off. Several conditions may have scales of their own, as in text=3,map=1.5.")]

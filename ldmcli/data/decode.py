@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor
 
-from ldmcli.core.console import clean
+from ldmcli.core.console import clean, warn_once
 from ldmcli.core.errors import InputError, UsageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
 EXTENSIONS = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .qoi".split()
 )
+MAX_PIXELS = 89_478_485  # Pillow's own limit, a quarter of a gigabyte in RGB
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -57,7 +58,7 @@ def shown(text: object, limit: int = 200) -> str:
 
 
 def decode(
-    data: bytes | Path | Image.Image, *, name: str = "", max_pixels: int = 100_000_000, background: str = "white"
+    data: bytes | Path | Image.Image, *, name: str = "", max_pixels: int = MAX_PIXELS, background: str = "white"
 ) -> Image.Image:
     """An RGB picture, upright, opaque, 8 bit. `name` is what errors call it; `background` a colour name or #rrggbb.
 
@@ -65,15 +66,17 @@ def decode(
     """
     name = name or (str(data) if isinstance(data, Path) else "image")
     try:
-        image = data if isinstance(data, Image.Image) else _open(_bytes(data, name), name, max_pixels)
+        content = b"" if isinstance(data, Image.Image) else _bytes(data, name)
+        image = data if isinstance(data, Image.Image) else _open(content, name, max_pixels)
         _check_size(name, image.size, max_pixels)
+        _warn_of_frames(image, content, name)
         image.load()
         return _flat(_eight_bit(_upright(image), name), _colour(background))
     except _DAMAGE as error:
         raise BadImage(name, f"damaged ({_cause(error)})") from None
 
 
-def probe(data: bytes | Path, *, name: str = "", max_pixels: int = 100_000_000) -> tuple[int, int]:
+def probe(data: bytes | Path, *, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) in pixels of the upright picture, from the header alone. Raises BadImage."""
     name = name or (str(data) if isinstance(data, Path) else "image")
     try:
@@ -174,6 +177,20 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
 
 def _cause(error: BaseException) -> str:
     return shown(str(error) or type(error).__name__, 100)
+
+
+def _warn_of_frames(image: Image.Image, content: bytes, name: str) -> None:
+    """Says once a command that an animation, or a TIFF of several pages, gives its first picture only."""
+    if image.format not in ("GIF", "TIFF", "PNG", "WEBP", "AVIF"):
+        return
+    try:
+        if image.format in ("GIF", "TIFF") and content:  # counting moves these readers on
+            image = Image.OPEN[image.format][0](BytesIO(content), "")
+        several = getattr(image, "is_animated", False)
+    except _DAMAGE:  # in a later frame, perhaps: the first one decides
+        several = False
+    if several:
+        warn_once("frames", f"{shown(name)}: holds several frames; of such files the first is taken")
 
 
 def _orientation(image: Image.Image) -> int:

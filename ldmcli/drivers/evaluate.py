@@ -78,14 +78,15 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
              metrics: Sequence[str] | None = None, features: str | None = None, n: int | None = None,
              seed: int | None = 0, steps: int | None = None, guidance: float | None = None,
              sampler: str | None = None, batch_size: int | None = None, size: tuple[int, int] | None = None,
-             perceptual: str = "", compare: str | Path | dict | None = None,
+             perceptual: str = "", weights: str = "ema", compare: str | Path | dict | None = None,
              progress: Callable[[int, str], Any] | None = None) -> dict[str, Any]:
     """Metrics of exactly one of: a model's samples, an autoencoder's reconstructions, images, or pairs of images.
 
     model, autoencoder: a run folder or what `load` gave. images: a folder or .npz. pairs: two folders (or .npz).
     data: reference; `DataSettings`, a data set's name, an .npz of samples or of statistics (mu, sigma); None = the
     data that the model was trained on. metrics: of `METRICS`; None = fid, of pairs psnr and ssim, of an autoencoder
-    all three. n: images to measure; None = all, of a model at most 1,000. compare: an earlier result.
+    all three. weights: "ema" or "raw", of a model named by its run. n: images to measure; None = all, of a model at
+    most 1,000. compare: an earlier result.
     Raises UsageError for requests without sense and InputError for missing weights, images or captions,
     before anything is generated.
     """
@@ -103,6 +104,9 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
         chosen = {"steps": steps, "guidance": guidance, "sampler": sampler}
         chosen = {key: value for key, value in chosen.items() if value is not None}
         draw = {"seed": seed or 0, "batch_size": batch_size or BATCH, "settings": chosen}
+        if isinstance(model, (str, Path)):
+            model = loaded(model, "diffusion", weights)
+            run.facts["weights"] = weights if model.config.train.ema else "raw"
         generated, reference = _of_sets(run, model, images, data, split, n, size, draw)
     result = _document(run, generated, reference, time.monotonic() - started)
     return result if earlier is None else with_comparison(result, earlier)
@@ -174,7 +178,7 @@ def _of_autoencoder(run: _Run, autoencoder, data, split: str, n: int | None, siz
 def _original(run: _Run, data, split: str, n: int | None, size) -> Source:
     if _is_npz(data):
         return open_images(data, n)
-    rows, settings = _rows(data, split, size)
+    rows, settings = _rows(run, data, split, size)
     count = _limited(run, len(rows)) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
     return rows_source(rows, settings, spread(len(rows), count))
 
@@ -187,7 +191,7 @@ def _of_sets(run: _Run, model, images, data, split: str, n: int | None, size, dr
     else:
         model = loaded(model, "diffusion")
         size, data = size or trained_size(model), _own_data(model, data)
-    rows, settings = (None, None) if data is None or _is_npz(data) else _rows(data, split, size)
+    rows, settings = (None, None) if data is None or _is_npz(data) else _rows(run, data, split, size)
     if images is None:
         n = n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
         source = model_source(model, rows, n, size=size, **draw)
@@ -232,8 +236,11 @@ def _own_data(run, data):
     return run.config.data if data is None else data
 
 
-def _rows(data, split: str, size: tuple[int, int]):
-    """Rows of the data, and the settings by which they become pixels."""
+def _rows(run: _Run, data, split: str, size: tuple[int, int]):
+    """Rows of the data, and the settings by which they become pixels.
+
+    Of a small folder the held-out part may be a single image, of which no distribution can be made.
+    """
     from ldmcli.core.settings import DataSettings
     from ldmcli.data.sources import open_rows
 
@@ -241,7 +248,13 @@ def _rows(data, split: str, size: tuple[int, int]):
     settings = replace(settings, size=tuple(size))
     if split not in ("train", "validation"):
         settings, split = replace(settings, split=split, val_split=split), "validation"
-    return open_rows(settings, split=split), settings
+    rows = open_rows(settings, split=split)
+    if split == "validation" and settings.split != settings.val_split and len(rows) < 2 and (
+            set(run.metrics) & set(SET_METRICS)):
+        rows = open_rows(settings, split="train")
+        run.warnings.append(f"{rows.source}: too few images are held out to measure against; its {len(rows)} training "
+                            "images are the reference, which a model may have learned by heart")
+    return rows, settings
 
 
 def _is_npz(data: Any) -> bool:

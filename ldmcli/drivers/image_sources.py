@@ -213,12 +213,12 @@ def rebuilt(autoencoder, source: Source, batch_size: int) -> Callable[[], Iterat
     return stream
 
 
-def loaded(run: Any, kind: str):
-    """A run of this kind, from its folder or as it is. Raises UsageError for another kind."""
+def loaded(run: Any, kind: str, weights: str = "ema"):
+    """A run of this kind, from its folder (weights "ema" or "raw") or as it is. Raises UsageError for another kind."""
     if isinstance(run, (str, Path)):
         from ldmcli.drivers.load import load
 
-        run = load(run)
+        run = load(run, weights=weights)
     if run.kind != kind:
         raise UsageError(f"this is a run of kind {run.kind}; evaluation asked for {kind}")
     return run

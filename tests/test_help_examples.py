@@ -1,0 +1,187 @@
+"""The example on each help page, and the README's lines for own images: run as they are typed, in an empty folder.
+
+Networks and data are made small by settings from the environment; the lines stay as they stand. A line may use what
+another line writes (its `--out`). What else it names is laid down by NEEDS; what it must leave is asked by PROMISES.
+A new command needs an entry in neither where its line only reads runs and writes below `--out`.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from ldmcli.cli import COMMANDS
+from ldmcli.cli.helptext import EXAMPLES, example_line
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+SMALL = {
+    "data.limit": 24, "train.batch_size": 4, "train.steps": 3, "train.mixed_precision": "no", "train.sample_every": 0,
+    "autoencoder.channels": 8, "autoencoder.num_res_blocks": 1, "diffusion.channels": 16, "diffusion.channel_mult": "1",
+    "diffusion.groups": 4, "diffusion.attention_resolutions": "1", "diffusion.head_channels": 8,
+    "condition.context_dim": 16, "condition.text_heads": 2, "condition.text_head_channels": 8,
+}  # fmt: skip
+
+
+def environment(settings: dict) -> dict[str, str]:
+    return {f"LDM_{path.replace('.', '_').upper()}": str(value) for path, value in settings.items()}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """An empty folder to type in, with small settings."""
+    folder = tmp_path_factory.mktemp("typed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in (environment(SMALL) | {"LDM_CACHE": str(folder / "cache")}).items():
+            patch.setenv(name, value)
+        patch.setattr("ldmcli.products.demo._resolved", small_resolved)
+        patch.setattr("ldmcli.products.demo.HELD_OUT", 6)
+        yield folder
+
+
+def small_resolved(kind: str, values: dict, preset: str = ""):
+    """`ldm demo` chooses its settings itself and reads no environment."""
+    from ldmcli.core import config
+
+    layers = [config.preset_layer(kind, preset)] if preset else []
+    small = [layer for layer in config.environment_layers(kind, environment(SMALL))]
+    return config.resolve(kind, [*layers, ("ldm demo", values), *small])
+
+
+# --- what a line needs --------------------------------------------------------------------------------------------
+
+
+def picture(name: str, side: int = 32) -> None:
+    """A noisy picture of that name."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(name)
+
+
+def mask(name: str, side: int = 32) -> None:
+    """A mask of that name: white in the middle is to be repainted."""
+    pixels = np.zeros((side, side), np.uint8)
+    pixels[side // 4: -side // 4, side // 4: -side // 4] = 255
+    Image.fromarray(pixels).save(name)
+
+
+def small_run(out: str, *options: object) -> None:
+    """A tiny diffusion run at `out`, in latents of the example's autoencoder."""
+    typed("train-ae")
+    ending = tiny.ldm("train-ldm", "--autoencoder", option(EXAMPLES["train-ae"], "--out"), "--steps", 2, "--out", out,
+                      *options)  # fmt: skip
+    assert ending.code == 0, ending.stderr
+
+
+# command → lays down what its line names and no other line writes
+NEEDS: dict[str, Callable[[], None]] = {}
+
+
+# --- what a line promises -----------------------------------------------------------------------------------------
+
+
+def run_folder(ending: tiny.Ending, out: Path) -> None:
+    state = tiny.state(out)
+    assert state["state"] == "finished" and state["step"] == 20
+    assert (out / "model.safetensors").is_file() and "<html" in (out / "report.html").read_text()[:200]
+
+
+def four_pictures(ending: tiny.Ending, out: Path) -> None:
+    assert len(tiny.pictures(out)) == 4 and (out / "grid.png").is_file()
+    assert json.loads(Image.open(out / "000000.png").text["ldm"])["prompt"] == "a red circle on a navy background"
+
+
+def pairs(ending: tiny.Ending, out: Path) -> None:
+    assert len(tiny.pictures(out)) >= 4 and "PSNR / dB" in ending.stdout
+
+
+def distance(ending: tiny.Ending, out: Path | None) -> None:
+    assert "FD (EfficientNet-lite0)" in ending.stdout and "n = 64 measured" in ending.stdout
+
+
+def contact_sheet(ending: tiny.Ending, out: Path) -> None:
+    assert (out / "contact.png").is_file() and re.search(r"rows\s+200 train", ending.stdout)
+
+
+def demo_summary(ending: tiny.Ending, out: Path) -> None:
+    found = json.loads((out / "summary.json").read_text())
+    assert {"seconds", "ae_psnr", "colour", "shape", "position", "fd"} <= found.keys()
+    assert (out / "report.html").is_file() and (out / "samples.png").is_file()
+
+
+def says(*words: str) -> Callable[[tiny.Ending, Path | None], None]:
+    def check(ending: tiny.Ending, out: Path | None) -> None:
+        for word in words:
+            assert word in ending.stdout, word
+
+    return check
+
+
+# command → looks at how its line ended and at the folder named by --out
+PROMISES: dict[str, Callable[[tiny.Ending, Path], None]] = {
+    "train-ae": run_folder, "train-ldm": run_folder, "sample": four_pictures, "reconstruct": pairs,
+    "eval-fid": distance, "data": contact_sheet, "demo": demo_summary, "report": says("report.html"),
+    "runs": says("shapes-ae", "finished"), "recipes": says("train-ae"), "presets": says("kl-f8", "cin256-v2"),
+    "doctor": says("torch"),
+}
+
+
+# --- the lines ----------------------------------------------------------------------------------------------------
+
+_ended: dict[str, tiny.Ending] = {}
+
+
+def option(words: list[str], name: str) -> str | None:
+    return words[words.index(name) + 1] if name in words else None
+
+
+def typed(command: str) -> tiny.Ending:
+    """How the example of a command ends, after those whose results it names; each is run once."""
+    if command not in _ended:
+        words = shlex.split(example_line(command))[1:]
+        for other, line in EXAMPLES.items():
+            if other != command and option(line, "--out") in words:
+                typed(other)
+        NEEDS.get(command, lambda: None)()
+        if command == "runs":
+            typed("train-ae")
+        _ended[command] = tiny.ldm(*words)
+    return _ended[command]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_help_page_works_as_it_is_typed(command, here):
+    ending = typed(command)
+    assert ending.code == 0, ending.stderr
+    out = option(EXAMPLES[command], "--out")
+    if out:
+        assert any(path.is_file() for path in Path(out).rglob("*"))
+    if command in PROMISES:
+        PROMISES[command](ending, Path(out or "."))
+
+
+def own_images_lines() -> list[str]:
+    """The README's block of commands that begins with `ldm data my-photos`."""
+    blocks = re.findall(r"```\w*\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    block = next(block for block in blocks if block.startswith("ldm data my-photos"))
+    return [line for line in block.splitlines() if line.startswith("ldm ")]
+
+
+def test_the_readme_s_lines_for_own_images_work_as_they_are_typed(here):
+    """A folder of a dozen captioned pictures, as somebody tries it first: too few for a held-out part of two."""
+    tiny.noisy_images(Path("my-photos"), 12)
+    rows = [json.dumps({"file_name": f"{k:02d}.png", "caption": f"a bicycle, number {k}"}) for k in range(12)]
+    Path("my-photos", "metadata.jsonl").write_text("\n".join(rows))
+    lines = own_images_lines()
+    assert [line.split()[1] for line in lines] == ["data", "train-ae", "train-ldm", "sample", "eval-fid"]
+    for line in lines:
+        ending = tiny.ldm(*shlex.split(line, comments=True)[1:])
+        assert ending.code == 0, f"{line}\n{ending.stderr}"
+    assert ending.json["metrics"] and "too few images are held out" in ending.stderr
+    (samples,) = Path("outputs").glob("a-red-bicycle-*")
+    assert len(tiny.pictures(samples)) == 8
