@@ -568,7 +568,7 @@ def test_recipes_are_listed_with_command_and_first_line(ldm, monkeypatch, tmp_pa
     (tmp_path / "x.toml").write_text("# Fast on a laptop\n[diffusion]\nchannels = 8\n")
     monkeypatch.setattr(config, "RECIPES", tmp_path)
     assert json.loads(ldm("recipes", "--json").stdout)["recipes"] == [
-        {"name": "x", "command": "ldm train-ldm", "summary": "Fast on a laptop"}]
+        {"name": "x", "command": "ldm train-ldm", "group": "Unconditional", "summary": "Fast on a laptop", "head": {}}]
 
 
 def test_presets_are_listed_with_their_command(ldm):

@@ -179,22 +179,22 @@ def test_a_bad_recipe_is_told_with_file_and_place(tmp_path, content, expected):
     path = tmp_path / "r.toml"
     path.write_bytes(content)
     with pytest.raises(UsageError) as caught:
-        config.read_toml(path)
+        config.read_recipe(path)
     assert str(caught.value).startswith(f"{path}: ") and expected in str(caught.value)
 
 
 def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "r.toml"
     path.write_bytes(b"\xef\xbb\xbf[train]\nsteps = 3\n")
-    assert config.read_toml(path) == {"train.steps": 3}
+    assert config.read_recipe(path).values == {"train.steps": 3}
 
 
 def test_a_recipe_that_comes_with_ldm_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "shapes-ae.toml").write_text("[train]\nsteps = 3\n")
     monkeypatch.setattr(config, "RECIPES", tmp_path)
-    assert config.recipe_layer("shapes-ae")[1] == {"train.steps": 3}
+    assert config.recipe_layers("autoencoder", "shapes-ae")[0][1] == {"train.steps": 3}
     with pytest.raises(UsageError, match="did you mean shapes-ae"):
-        config.recipe_layer("shape-ae")
+        config.recipe_layers("autoencoder", "shape-ae")
 
 
 def test_an_unknown_preset_suggests_one(preset):
@@ -213,13 +213,6 @@ def test_every_preset_resolves():
     for name, each in known.items():
         resolved = config.resolve(each.kind, [config.preset_layer(each.kind, name)])
         assert all(resolved.origins[path] == f"preset {name}" for path in each.values)
-
-
-def test_every_recipe_resolves():
-    for path in config.RECIPES.glob("*.toml"):
-        values = config.read_toml(path)
-        kind = "autoencoder" if {"autoencoder", "loss"} & {name.split(".")[0] for name in values} else "diffusion"
-        assert config.resolve(kind, [("recipe", values)]).config
 
 
 # --- out and back ------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """`ldm demo`, `data`, `report`, `runs`, `recipes`, `presets`, `doctor`: what stands around training."""
 
+import itertools
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,9 +24,22 @@ DemoOut = Annotated[Path | None, opt.option("--out", "-o", panel=opt.OUTPUT, met
     help="Folder for the runs, images and the report.")]
 Source = Annotated[opt.Text, opt.argument("Data set, as for --data.", "D", default="shapes", required=False)]
 Run = Annotated[Path, opt.argument("Run folder.", "RUN")]
+RecipeName = Annotated[opt.Text, opt.argument("Recipe to show, as its file.", "NAME", default="the list",
+                                               required=False)]
 Root = Annotated[Path | None, opt.argument("Folder that holds runs.", "FOLDER", default="runs", required=False)]
 _OTHER_ROWS = {name: alias for name, alias in opt.ROWS.items() if name != "data"}
 
+# what a recipe trains, in the order of the list → heading
+RECIPE_GROUPS = {
+    "autoencoder": "First stages",
+    "": "Unconditional",
+    "class": "Classes",
+    "text": "Text to image",
+    "layout": "Layout to image",
+    "map": "Semantic maps",
+    "sr": "Super-resolution",
+    "inpaint": "Inpainting",
+}
 
 _CHAIN = {"preset": DemoPreset, "minutes": Minutes, "seed": DemoSeed, "out": DemoOut, "fresh": opt.Fresh}
 
@@ -99,11 +114,38 @@ def _metrics(found: dict) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:3])
 
 
-@opt.takes(opt.TALK)
+@opt.takes({"recipe": RecipeName}, opt.TALK)
 def recipes(given: opt.Given) -> None:
-    """List the recipes that come with ldm: what each is for; use one with --recipe NAME."""
-    found = [recipe_summary(path) for path in sorted(config.RECIPES.glob("*.toml"))]
-    _show_list(given, "recipes", found)
+    """List the recipes that come with ldm, or show one; use one with --recipe NAME.
+
+    A recipe is a TOML file: a command, what it needs and what to expect, and the settings. `ldm recipes NAME > my.toml`
+    starts one of your own.
+    """
+    if given.recipe:
+        path = config.recipe_path(given.recipe, "recipes")
+        if given.json:
+            console.emit_json(recipe_facts(path))
+        else:
+            console.out(path.read_text(encoding="utf-8-sig").rstrip("\n"))
+        return
+    found = [recipe_facts(path) for path in sorted(config.RECIPES.glob("*.toml"), key=_by_number)]
+    if given.json:
+        console.emit_json({"recipes": found})
+    elif not found:
+        console.say("no recipes here")
+    else:
+        console.out(_recipe_list(found))
+
+
+def _recipe_list(found: list[dict]) -> str:
+    blocks = []
+    for title in [title for title in RECIPE_GROUPS.values() if any(row["group"] == title for row in found)]:
+        rows = [row for row in found if row["group"] == title]
+        width = max(len(row["name"]) for row in rows)
+        lines = [f"  {row['name']:<{width}}  {row['summary']}".rstrip() for row in rows]
+        blocks.append("\n".join([f"{title} ({rows[0]['command']})", *lines]))
+    example = "`ldm recipes NAME` shows one: command, needs, what to expect, settings."
+    return console.clean("\n\n".join([*blocks, example]))
 
 
 @opt.takes(opt.TALK)
@@ -114,12 +156,37 @@ def presets(given: opt.Given) -> None:
     _show_list(given, "presets", found)
 
 
-def recipe_summary(path: Path) -> dict[str, str]:
-    """Name, command and the first line of the comment at the head of a recipe."""
-    sections = {setting.partition(".")[0] for setting in config.read_toml(path)}
-    kind = "autoencoder" if sections & {"autoencoder", "loss"} else "diffusion"
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return {"name": path.stem, "command": config.COMMAND_OF[kind], "summary": first.lstrip("# ").strip()}
+def recipe_facts(path: Path) -> dict[str, object]:
+    """Name, command, group and summary of a recipe, and the fields of its head as {"hardware": text, …}.
+
+    The head is the comment that begins the file: a line that says what it is, then fields as in "# Time: 3 minutes",
+    each going on over the lines below it that are indented.
+    """
+    recipe = config.read_recipe(path)
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8-sig").splitlines())
+    summary, *rest = [line.removeprefix("#").removeprefix(" ") for line in lines] or [""]
+    fields = re.findall(r"^([A-Z][a-z]+):(.*(?:\n[ \t]+.*)*)", "\n".join(rest), re.MULTILINE)
+    return {
+        "name": path.stem,
+        "command": config.COMMAND_OF[recipe.kind],
+        "group": RECIPE_GROUPS[_recipe_group(recipe, path)],
+        "summary": summary.strip(),
+        "head": {name.lower(): " ".join(text.replace("\\\n", "\n").split()) for name, text in fields},
+    }
+
+
+def _recipe_group(recipe: config.Recipe, path: Path) -> str:
+    if recipe.kind == "autoencoder":
+        return "autoencoder"
+    settings = config.resolve(recipe.kind, config.recipe_layers(recipe.kind, path)).config
+    if settings.task.name != "generate":
+        return settings.task.name
+    return next((kind for kind in reversed(list(RECIPE_GROUPS)) if kind in settings.condition.kinds), "")
+
+
+def _by_number(path: Path) -> list[object]:
+    """Sorts ldm2 before ldm16."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
 
 
 def _show_list(given: opt.Given, name: str, found: list[dict[str, str]]) -> None:

@@ -101,7 +101,7 @@ def reference(given: opt.Given, measured: dict[str, Any]):
     if given.data is None and layers:
         if not run or not (Path(run) / "config.toml").is_file():
             return None
-        stored = config.read_toml(Path(run) / "config.toml")
+        stored = config.read_recipe(Path(run) / "config.toml").values
         layers.insert(0, (f"run {run}", {path: value for path, value in stored.items() if path.startswith("data.")}))
     return config.resolve("diffusion", layers).config.data if layers else None
 

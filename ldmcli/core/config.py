@@ -22,7 +22,9 @@ from ldmcli.core.errors import UsageError
 
 KINDS = {"autoencoder": settings.AutoencoderConfig, "diffusion": settings.DiffusionConfig}
 COMMAND_OF = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-ldm"}
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# a wheel carries them inside the package; in a checkout they stand at the top
+RECIPES = next((path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir()), _PACKAGE)
 
 Config = settings.AutoencoderConfig | settings.DiffusionConfig
 Layer = tuple[str, Mapping[str, object]]
@@ -199,25 +201,28 @@ def presets() -> dict:
     return PRESETS
 
 
-def preset_layer(kind: str, name: str) -> Layer:
-    """A named preset's values."""
+def preset_layer(kind: str, name: str, where: str = "--preset") -> Layer:
+    """A named preset's values. `where` says who named it, for the message where there is none."""
     known = presets()
     if kind == "autoencoder" and f"{name}-ae" in known:  # one name for both stages: "paper", "small"
         name = f"{name}-ae"
     of_kind = [each for each, preset in known.items() if preset.kind == kind]
     if name not in known:
         raise UsageError(
-            f"--preset {name}: no such preset{did_you_mean(difflib.get_close_matches(name, of_kind))}"
+            f"{where} {name}: no such preset{did_you_mean(difflib.get_close_matches(name, of_kind))}"
             " (`ldm presets` lists them)"
         )
     if known[name].kind != kind:
         other = COMMAND_OF[known[name].kind]
-        raise UsageError(f"--preset {name}: a preset of `{other}`, not of `{COMMAND_OF[kind]}`")
+        raise UsageError(f"{where} {name}: a preset of `{other}`, not of `{COMMAND_OF[kind]}`")
     return f"preset {name}", dict(known[name].values)
 
 
-def recipe_path(name: str | Path) -> Path:
-    """The file that --recipe means: a path, or the name of a recipe that comes with the package."""
+def recipe_path(name: str | Path, where: str = "--recipe") -> Path:
+    """The file that --recipe means: a path, or the name of a recipe that comes with the package.
+
+    `where` says who asked, for the message where there is none.
+    """
     path = Path(name)
     if path.is_file():
         return path
@@ -225,25 +230,48 @@ def recipe_path(name: str | Path) -> Path:
     if str(name) in shipped:
         return shipped[str(name)]
     hint = did_you_mean(difflib.get_close_matches(path.stem, shipped))
-    raise UsageError(f"--recipe {name}: no such file or recipe{hint} (`ldm recipes` lists those that come with ldm)")
+    raise UsageError(f"{where} {name}: no such file or recipe{hint} (`ldm recipes` lists those that come with ldm)")
 
 
-def read_toml(path: Path) -> dict[str, object]:
-    """A recipe's values as {"section.name": value}; UsageError with file and line where it is no TOML."""
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: the preset that it builds on ("" = none), and {"section.name": value} of what differs."""
+
+    preset: str
+    values: dict[str, object]
+
+    @property
+    def kind(self) -> str:
+        """"autoencoder" or "diffusion": that of its preset, else what its sections belong to."""
+        if self.preset in (known := presets()):
+            return known[self.preset].kind
+        sections = {path.partition(".")[0] for path in self.values}
+        return "autoencoder" if sections & {"autoencoder", "loss"} else "diffusion"
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file; UsageError with file and line where it is none."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    return _flatten(text, str(path))
+    document = _document(text, str(path))
+    preset = document.pop("preset", "")
+    if not isinstance(preset, str):
+        raise UsageError(f"{path}: preset: {_quoted(preset)} is not a preset's name (`ldm presets` lists them)")
+    return Recipe(preset, _flatten(document, str(path)))
 
 
-def _flatten(text: str, name: str) -> dict[str, object]:
+def _document(text: str, name: str) -> dict[str, object]:
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name}: {_toml_complaint(error, text)}") from None
+
+
+def _flatten(document: Mapping[str, object], name: str) -> dict[str, object]:
     found = {}
     for section, content in document.items():
         if not isinstance(content, dict):
@@ -260,9 +288,12 @@ def _toml_complaint(error: tomllib.TOMLDecodeError, text: str) -> str:
     return f"line {line}: not TOML: {reason[:1].lower() + reason[1:]}"
 
 
-def recipe_layer(name: str | Path) -> Layer:
+def recipe_layers(kind: str, name: str | Path) -> list[Layer]:
+    """The layers of a recipe: its preset's values, where it names one (`preset = "kl-f4"`), and its own over them."""
     path = recipe_path(name)
-    return f"recipe {path}", read_toml(path)
+    recipe = read_recipe(path)
+    below = [preset_layer(kind, recipe.preset, f"{path}: preset")] if recipe.preset else []
+    return [*below, (f"recipe {path}", recipe.values)]
 
 
 def environment_layers(kind: str, environ: Mapping[str, str]) -> list[Layer]:
@@ -292,10 +323,16 @@ def set_layers(assignments: Iterable[str]) -> list[Layer]:
 
 def gather(kind: str, *, preset: str = "", recipe: str | Path = "", environ: Mapping[str, str] | None = None,
            named: Iterable[Layer] = (), assignments: Iterable[str] = ()) -> list[Layer]:
-    """All layers in their order: preset < recipe < environment < named options < --set."""
+    """All layers in their order: preset < recipe < environment < named options < --set.
+
+    A recipe may build on a preset of its own; with --preset beside it, UsageError, since one of the two would be lost.
+    """
+    from_recipe = recipe_layers(kind, recipe) if recipe else []
+    if preset and len(from_recipe) > 1:
+        raise UsageError(f"--preset {preset}: {from_recipe[-1][0]} builds on {from_recipe[0][0]}; give one of the two")
     return [
         *([preset_layer(kind, preset)] if preset else []),
-        *([recipe_layer(recipe)] if recipe else []),
+        *from_recipe,
         *environment_layers(kind, environ or {}),
         *named,
         *set_layers(assignments),
@@ -369,7 +406,7 @@ def to_toml(config: Config, header: str = "") -> str:
 
 def from_toml(kind: str, text: str, name: str = "config.toml") -> Config:
     """The configuration that `to_toml` wrote, or any recipe's text over the defaults."""
-    return resolve(kind, [(name, _flatten(text, name))]).config
+    return resolve(kind, [(name, _flatten(_document(text, name), name))]).config
 
 
 def kind_of(config: Config) -> str:
