@@ -1,54 +1,186 @@
-"""Pictures in, pictures out: larger ones (super-resolution), and ones with holes filled (inpainting)."""
+"""Pictures in, pictures out: larger ones (super-resolution, Sec. 4.4), and ones with holes filled (Sec. 4.5).
 
-from collections.abc import Sequence
+Where holes are filled: in rectangles around them, at least as large as the pictures that the model was trained on and
+with surroundings a quarter as wide on each side; the rest of a photograph is never looked at. A model sees the hole at
+the scale that it knows, whatever the size of the photograph, and time goes with the hole. What is larger than the
+bound on memory goes through the networks in tiles.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ldmcli.core.errors import UsageError
-from ldmcli.drivers.loaded import LoadedDiffusion, to_uint8
-from ldmcli.drivers.sampling import Steering
-from ldmcli.maths import tiles
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.drivers import tiling
+from ldmcli.drivers.loaded import OPTIONS, LoadedDiffusion, to_uint8
+from ldmcli.drivers.sampling import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
+from ldmcli.maths import pasting, rng
+from ldmcli.maths.tiles import padded
+
+MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine
+BLEND = 8
 
 
 @torch.no_grad()
 def upscale_images(
     model: LoadedDiffusion, low: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None, tile: int = 0,
-    **settings,
-) -> np.ndarray:
+    max_memory: float = MAX_MEMORY, **settings,
+) -> np.ndarray:  # fmt: skip
     """uint8 (n, h, w, 3) -> uint8 (n, h·scale, w·scale, 3) by a model trained with task sr. Any h and w.
 
-    Picture i is drawn with the noise of sample ids[i] (default 0 … n-1). tile: latent positions a side above which the
-    networks see overlapping tiles; 0 = never. settings: steps, guidance, sampler, eta, spacing. Raises UsageError for
-    a model of another task.
+    Picture i is drawn with the noise of sample ids[i] (default 0 … n-1). tile: pixels a side above which the networks
+    see overlapping tiles; 0 = as many as fit into `max_memory` GiB. settings: steps, guidance, guidance_interval,
+    sampler, eta, spacing. Raises UsageError for a model of another task, InputError for pictures below one latent.
     """
     if model.config.task.name != "sr":
         raise UsageError("upscale: this model was not trained for super-resolution (`ldm train-ldm --task sr`)")
-    scale, ids = model.config.task.scale, list(range(len(low)) if ids is None else ids)
+    scale, ids = model.config.task.scale, _ids(ids, len(low))
     height, width = low.shape[1] * scale, low.shape[2] * scale
-    unit = unit_of(model) // scale or 1
-    padded = np.stack([tiles.padded(image, unit) for image in low])
-    size = (padded.shape[1] * scale, padded.shape[2] * scale)
-    z = model.latents_for(range(len(low)), {"lowres": list(padded)}, seed=seed, size=size,
-                          steering=Steering(tile=tile), **settings)  # fmt: skip
-    return to_uint8(model.autoencoder.decode(z))[:, :height, :width]
+    _check_side(model, (height, width))
+    step = np.lcm(unit_of(model), scale) // scale  # low pixels that make a whole number of latents
+    images = [padded(image, int(step)) for image in low]
+    size = (images[0].shape[0] * scale, images[0].shape[1] * scale)
+    side = tile_side(model, size, tile, max_memory, settings)
+    z = _drawn(model, {"lowres": images}, ids, seed, size, Steering(tile=side), settings)
+    return to_uint8(tiling.decode(model.autoencoder, z, side))[:, :height, :width]
 
 
 @torch.no_grad()
 def inpaint_images(
     model: LoadedDiffusion, images: np.ndarray, masks: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None,
-    prompts: Sequence[str] | None = None, classes: Sequence[str | int] | None = None, blend: int = 8,
-    resample: int = 1, tile: int = 0, **settings,
-) -> np.ndarray:
+    prompts: Sequence[str] | None = None, classes: Sequence[str | int] | None = None, blend: int = BLEND,
+    resample: int = 1, tile: int = 0, max_memory: float = MAX_MEMORY, **settings,
+) -> np.ndarray:  # fmt: skip
     """uint8 (n, H, W, 3) and bool (n, H, W), True = hole -> uint8 (n, H, W, 3); pixels outside holes as they were.
 
-    A model of task inpaint is told the masked image; any other generating model keeps the known region on its way
-    down (each step `resample` times). prompts, classes: one a picture, where the model takes them. blend: pixels over
-    which a hole's rim is fitted to what lies around it. ids, tile, settings as `upscale_images`.
+    A model of task inpaint is told the masked picture; any other generating model keeps the known region on its way
+    down (each step `resample` times, as RePaint). prompts, classes: one a picture, where the model takes them. blend:
+    pixels over which a hole's rim is fitted to what lies around it. ids, tile, max_memory, settings as
+    `upscale_images`. Raises UsageError for a model that can't, InputError for pictures below one latent.
     """
-    raise NotImplementedError
+    if model.config.task.name == "sr":
+        raise UsageError("inpaint: this model was trained for super-resolution; take one for inpainting or generation")
+    ids, size = _ids(ids, len(images)), images.shape[1:3]
+    _check_side(model, size)
+    told = {"text": prompts, "class": classes}
+    told = {kind: list(given) for kind, given in told.items() if given is not None}
+    out, least, unit = images.copy(), trained_size(model), unit_of(model)
+    jobs = []  # (picture, window, which of its windows)
+    for i, hole in enumerate(masks):
+        found = pasting.windows(hole, least, (least[0] // 4, least[1] // 4), unit)
+        jobs += [(i, window, k) for k, window in enumerate(found)]
+    batches: dict[tuple, list] = {}
+    for i, window, k in jobs:
+        shape = tuple(part.stop - part.start for part in window)
+        batches.setdefault((shape, k), []).append((i, window))
+    for (_, k), batch in batches.items():
+        which = [i for i, _ in batch]
+        parts = [(padded(images[i][window], unit), padded(masks[i][window], unit)) for i, window in batch]
+        drawn = _fill(
+            model, parts, {kind: [given[i] for i in which] for kind, given in told.items()}, [ids[i] for i in which],
+            seed if k == 0 else rng.key(seed, "window", k), (tile, max_memory, resample), settings,
+        )  # fmt: skip
+        for (i, window), (image, hole), made in zip(batch, parts, drawn):
+            made = pasting.fitted(image, made.astype(np.float32), hole, blend).round().clip(0, 255).astype(np.uint8)
+            rows, columns = (slice(0, part.stop - part.start) for part in window)
+            out[i][window] = pasting.pasted(out[i][window], made[rows, columns], hole[rows, columns])
+    return out
+
+
+def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
+    """Pictures whose sides are whole units, with their holes drawn: uint8 (n, H, W, 3)."""
+    tile, max_memory, resample = how
+    size, known = parts[0][0].shape[:2], None
+    side = tile_side(model, size, tile, max_memory, settings)
+    if model.config.task.name == "inpaint":
+        told = told | {"masked": parts}
+    else:
+        whole = np.stack([pasting.filled(image, hole) for image, hole in parts])
+        keep = 1 - torch.from_numpy(np.stack([hole for _, hole in parts]))[:, None].float()
+        f = model.autoencoder.network.f
+        keep = -torch.nn.functional.max_pool2d(-keep, f)  # a latent is known where all of its pixels are
+        known = Known(tiling.encode(model.autoencoder, whole, side), keep.to(model.device), resample)
+    with _first_stage(model, side):
+        z = _drawn(model, told, ids, seed, size, Steering(known=known, tile=side), settings)
+    return to_uint8(tiling.decode(model.autoencoder, z, side))
+
+
+@contextmanager
+def _first_stage(model: LoadedDiffusion, side: int) -> Iterator[None]:
+    """The encoder lent to the conditions, in tiles for a while."""
+    lent = model.model.conditions.first_stage
+    if side and lent is not None:
+        model.model.conditions.first_stage = partial(tiling.encode, model.autoencoder, tile=side)
+    try:
+        yield
+    finally:
+        model.model.conditions.first_stage = lent
+
+
+def _drawn(
+    model: LoadedDiffusion, told: dict[str, list], ids: Sequence[int], seed: int, size: tuple[int, int],
+    steering: Steering, settings: Mapping,
+) -> Tensor:  # fmt: skip
+    """Final latents of pictures of `size` px, one for each of `ids`, told the entries of `told` in the same order.
+
+    A prompt, class or layout that is not told is the model's null.
+    """
+    conditions, n = model.model.conditions, len(ids)
+    inputs: dict[str, Tensor] = {}
+    for kind, given in told.items():
+        if kind not in conditions.kinds:
+            raise UsageError(f"{OPTIONS[kind]}: this model was trained without {kind}")
+        inputs |= conditions.prepare_one(kind, given)
+    missing = [kind for kind in conditions.kinds if kind not in told]
+    if "map" in missing:
+        raise UsageError("this model draws what a class map says; `ldm sample --map` takes one")
+    if missing:
+        null = conditions.null(n, inputs)
+        inputs |= {name: tensor for name, tensor in null.items() if name.partition(".")[0] in missing}
+    if missing and set(missing) == set(conditions.droppable):
+        settings = {**settings, "guidance": 1.0}  # nothing is asked for, so there is nothing to lead to
+    chosen = with_overrides(model.config.sample, **settings)
+    check_sampling(chosen, model.schedule)
+    return draw_latents(model.model, model.schedule, chosen, ids=ids, seed=seed, inputs=inputs,
+                        shape=model.latent_shape(size), steering=steering)  # fmt: skip
+
+
+def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memory: float, settings: Mapping) -> int:
+    """Latent positions a side of a tile for pictures of `size` px; 0 = no tiles. tile: pixels, 0 = by memory.
+
+    Raises UsageError for a tile below the model's smallest, ResourceError where not even that fits.
+    """
+    unit = unit_of(model)
+    if tile:
+        if tile < unit:
+            raise UsageError(f"--tile {tile}: at least {unit} px with this model")
+        return tile // unit * model.model.unet.size_factor
+    scale = settings.get("guidance")  # of both halves, though a picture without a prompt has one
+    scale = model.config.sample.guidance if scale is None else scale
+    steps = [kinds for kinds, _ in guided_kinds(model.model.conditions.kinds, scale) if kinds]
+    return tiling.tile_within(model, size, max_memory, halves=1 + len(steps) * (scale != 1))
 
 
 def unit_of(model: LoadedDiffusion) -> int:
     """Pixels that both sides of a picture must be a multiple of: the autoencoder's f times the UNet's factor."""
     return model.autoencoder.network.f * model.model.unet.size_factor
+
+
+def trained_size(model: LoadedDiffusion) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that the model was trained on."""
+    _, height, width = model.model.latent_shape
+    return height * model.autoencoder.network.f, width * model.autoencoder.network.f
+
+
+def _ids(ids: Sequence[int] | None, n: int) -> list[int]:
+    return list(range(n) if ids is None else ids)
+
+
+def _check_side(model: LoadedDiffusion, size: tuple[int, int]) -> None:
+    f = model.autoencoder.network.f
+    if min(size) < f:
+        raise InputError(f"a picture of {size[1]}x{size[0]} px is smaller than one latent ({f} px)")

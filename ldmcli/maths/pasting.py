@@ -1,0 +1,83 @@
+"""Filling holes and pasting into them (Sec. 4.5): arrays in, arrays out. A hole is True in a bool array (H, W)."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+
+def filled(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) with holes filled by averages of what is known around them, coarser further inside.
+
+    Known pixels stay. An image without any is returned as it is.
+    """
+    if hole.all() or not hole.any():
+        return image
+    weight = torch.from_numpy(~hole)[None, None].float()
+    levels = [(torch.from_numpy(image).permute(2, 0, 1)[None].float() * weight, weight)]
+    while levels[-1][1].min() == 0:  # averages of 2x2 until each has something known in it
+        levels.append(tuple(F.avg_pool2d(part, 2, ceil_mode=True) for part in levels[-1]))  # type: ignore[arg-type]
+    colour = levels[-1][0] / levels[-1][1]
+    for total, weight in reversed(levels[:-1]):
+        rough = F.interpolate(colour, size=total.shape[-2:], mode="bilinear", align_corners=False)
+        colour = torch.where(weight > 0, total / weight.clamp(min=1e-12), rough)
+    inside = colour[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
+    return np.where(hole[..., None], inside, image)
+
+
+def pasted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """(1 - hole) image + hole drawn, (H, W, 3) in any range: what is known stays as it is to the last bit."""
+    return np.where(hole[..., None], drawn, image)
+
+
+def fitted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray, reach: int) -> np.ndarray:
+    """`drawn` (H, W, 3) float, shifted inside the hole so that it meets `image` at the rim; unchanged from `reach`
+    pixels on inside.
+
+    What `drawn` and `image` differ by on known pixels, smoothed, is carried on into the hole and fades out as a raised
+    cosine: colours meet without a step, and the drawn texture stays sharp. The hole's old content is not looked at.
+    """
+    if reach <= 0 or hole.all() or not hole.any():
+        return drawn
+    known, sigma = (~hole).astype(np.float32), reach / 2
+    weight = ndimage.gaussian_filter(known, sigma)
+    offset = (image.astype(np.float32) - drawn) * known[..., None]
+    offset = ndimage.gaussian_filter(offset, (sigma, sigma, 0)) / np.maximum(weight, 1e-6)[..., None]
+    inside = ndimage.distance_transform_edt(hole)  # 1 at the rim
+    fade = np.cos(np.clip((inside - 0.5) / reach, 0, 1) * np.pi) * 0.5 + 0.5
+    return np.where(hole[..., None], drawn + offset * (fade * (weight > 1e-4))[..., None], drawn)
+
+
+def windows(
+    hole: np.ndarray, side: tuple[int, int], margin: tuple[int, int], unit: int
+) -> list[tuple[slice, slice]]:
+    """Rectangles (rows, columns) of the picture that hold all of its holes with surroundings: what is drawn anew.
+
+    A hole gets `margin` on each side, at least `side` in all, moved into the picture and cut off at its edges; holes
+    whose rectangles meet share one. Sides are multiples of `unit` unless the picture is smaller.
+    """
+    coarse: np.ndarray = np.pad(hole, [(0, -length % unit) for length in hole.shape])
+    rows, columns = (length // unit for length in coarse.shape)
+    coarse = coarse.reshape(rows, unit, columns, unit).any((1, 3))
+    labels, _ = ndimage.label(coarse, np.ones((3, 3)))
+    boxes = [[(part.start * unit, min(part.stop * unit, length)) for part, length in zip(found, hole.shape)]
+             for found in ndimage.find_objects(labels)]  # fmt: skip
+
+    def around(box: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        out = []
+        for (start, stop), least, more, length in zip(box, side, margin, hole.shape):
+            wanted = min(-(-max(least, stop - start + 2 * more) // unit) * unit, length)
+            first = min(max((start + stop - wanted) // 2, 0), length - wanted)
+            out.append((first, first + wanted))
+        return out
+
+    def meet(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> bool:
+        return all(x[0] < y[1] and y[0] < x[1] for x, y in zip(a, b))
+
+    merged: list[list[tuple[int, int]]] = []
+    for box in boxes:
+        while found := next((one for one in merged if meet(around(one), around(box))), None):
+            merged.remove(found)
+            box = [(min(x[0], y[0]), max(x[1], y[1])) for x, y in zip(found, box)]
+        merged.append(box)
+    return [(slice(*rows), slice(*columns)) for rows, columns in map(around, merged)]
