@@ -28,7 +28,7 @@ from tiny import (
 
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.drivers.objective_ldm import DiffusionObjective
-from ldmcli.networks.conditions import CONDITIONS
+from ldmcli.networks.conditions import ASKED
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_RECONSTRUCTION = ("--set", "loss.l1=0", "--set", "loss.l2=0", "--set", "loss.edge=0", "--set", "loss.kl_weight=0")
@@ -458,7 +458,7 @@ def holds(grid: np.ndarray, picture: np.ndarray) -> bool:
 # --- everything that has weights learns ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kinds", ["none", *CONDITIONS, "+".join(CONDITIONS)])
+@pytest.mark.parametrize("kinds", ["none", *ASKED, "+".join(ASKED)])
 def test_every_parameter_of_the_trained_model_gets_a_finite_gradient(ae, tmp_path, monkeypatch, kinds):
     """Each condition of the registry, alone and all together: nothing is left out of training."""
     from ldmcli.drivers.optim import Updater
@@ -497,7 +497,12 @@ def test_every_parameter_of_an_autoencoder_gets_a_finite_gradient(tmp_path, monk
     assert seen and [name for name, total in seen.items() if total == 0] == []
 
 
-EXAMPLES = {"class": [0, "square", 2], "text": ["a red circle", "a square", ""]}
+EXAMPLES = {
+    "class": [0, "square", 2],
+    "text": ["a red circle", "a square", ""],
+    "layout": [{"bbox": [[0, 0, 0.5, 0.5]], "category": ["star"]}, {"bbox": [[0.1, 0, 0.9, 1]], "category": [2]}],
+    "map": [np.full((20, 20), k, np.uint8) for k in (1, 7)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -506,22 +511,22 @@ def told(ae, tmp_path_factory):
     import ldmcli
 
     run = tmp_path_factory.mktemp("told") / "run"
-    train_ldm(run, ae, "--condition", "+".join(CONDITIONS))
+    train_ldm(run, ae, "--condition", "+".join(ASKED))
     return ldmcli.load(run)
 
 
 def test_every_condition_has_an_example_here():
-    """A new line in CONDITIONS needs a value to be tested with."""
-    assert EXAMPLES.keys() == CONDITIONS.keys()
+    """A new word in ASKED needs a value to be tested with."""
+    assert EXAMPLES.keys() == set(ASKED)
 
 
-@pytest.mark.parametrize("kind", CONDITIONS)
+@pytest.mark.parametrize("kind", ASKED)
 def test_a_condition_prepares_rows_alone_as_together_and_has_a_null_of_its_own(told, kind):
-    """The contract of an entry of CONDITIONS: n rows in, n rows out, the same whoever stands beside them; the null
+    """The contract of what --condition names: n rows in, n rows out, the same whoever stands beside them; the null
     has the same form and another meaning."""
     entry, values = told.model.conditions.entries[kind], EXAMPLES[kind][:2]
     together, alone = entry.prepare(values), entry.prepare(values[1:])
-    null = entry.null(2)
+    null = entry.null(2, together)
     assert together.keys() == null.keys() and entry.columns and entry.request
     for name, tensor in together.items():
         assert len(tensor) == 2 and torch.equal(tensor[1:], alone[name])
@@ -534,13 +539,13 @@ def test_a_condition_prepares_rows_alone_as_together_and_has_a_null_of_its_own(t
         assert a is None or not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", CONDITIONS)
+@pytest.mark.parametrize("kind", ASKED)
 def test_a_condition_that_is_dropped_is_its_null_and_the_others_stay(told, kind):
     """Dropping acts on one kind and on the rows that are marked."""
     conditions = told.model.conditions
     inputs = conditions.prepare({name: values[:2] for name, values in EXAMPLES.items()})
-    null = conditions.null(2)
-    dropped = {name: torch.tensor([name == kind, False]) for name in CONDITIONS}
+    null = conditions.null(2, inputs)
+    dropped = {name: torch.tensor([name == kind, False]) for name in ASKED}
     found = conditions.drop(inputs, dropped)
     for name, tensor in found.items():
         expected = null[name] if name.startswith(f"{kind}.") else inputs[name]
@@ -577,4 +582,4 @@ def test_condition_settings_of_all_kinds_are_those_of_the_registry():
     import inspect
 
     line = next(line for line in inspect.getsource(ConditionSettings).splitlines() if "kinds:" in line)
-    assert all(kind in line for kind in CONDITIONS)
+    assert all(kind in line for kind in ASKED)

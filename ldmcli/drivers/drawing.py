@@ -13,7 +13,7 @@ def colour(k: int) -> tuple[int, int, int]:
     """The colour of class k: hues a golden angle apart, so that neighbours differ; class 0 is dark."""
     if k == 0:
         return 45, 45, 55
-    red, green, blue = colorsys.hsv_to_rgb(k * 0.381966 % 1, 0.55 + 0.3 * (k % 3) / 2, 0.95 - 0.25 * (k // 7 % 3) / 2)
+    red, green, blue = colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.45 + 0.25 * (k % 3), 0.95 - 0.2 * (k // 3 % 3))
     return round(255 * red), round(255 * green), round(255 * blue)
 
 

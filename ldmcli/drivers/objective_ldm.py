@@ -36,6 +36,7 @@ from ldmcli.networks.diffusion import DiffusionModel, LatentScale
 
 VALIDATION_ROWS = 512
 SCALE_ROWS = 10_000
+FIRST_LAYER = "unet.input_blocks.0.0.weight"  # reads z_t, then planes
 
 
 class DiffusionObjective:
@@ -132,8 +133,24 @@ class DiffusionObjective:
             return stored
         facts = self._taken_over()
         for kind in [kind for kind in self.config.kinds if kind not in facts]:
-            facts[kind] = self._learn(kind)
+            facts[kind] = self._covering(kind, self._learn(kind))
         return {kind: facts[kind] for kind in self.config.kinds}
+
+    def _covering(self, kind: str, learned: dict[str, Any]) -> dict[str, Any]:
+        """The facts of the run that this one begins with, where its categories or classes cover those of the data."""
+        found = self._earlier_facts(kind) if kind in ("layout", "map") else None
+        if kind == "layout" and found and set(learned["categories"]) <= set(found["categories"]):
+            return found
+        same = ("stages", "out_channels")
+        if kind == "map" and found and found["names"][: learned["classes"]] == learned["names"] and all(
+                found[name] == learned[name] for name in same):  # fmt: skip
+            return found | {"void": found.get("void", False) or learned["void"]}
+        return learned
+
+    def _earlier_facts(self, kind: str) -> dict[str, Any] | None:
+        if not self.init_from:
+            return None
+        return files.read_json(self.init_from / "stats.json").get("conditions", {}).get(kind)
 
     def _learn(self, kind: str) -> dict[str, Any]:
         if kind == "lowres":
@@ -151,7 +168,7 @@ class DiffusionObjective:
         settings = self.config.condition
         if not self.init_from or "text" not in settings.kinds or settings.vocabulary:
             return {}
-        found = files.read_json(self.init_from / "stats.json").get("conditions", {}).get("text")
+        found = self._earlier_facts("text")
         if not found or settings.text_encoder != "joint" or not (self.init_from / "tokenizer").is_dir():
             return {}
         shutil.copytree(self.init_from / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
@@ -458,12 +475,18 @@ class DiffusionObjective:
         files.save_tensors(self.run / "model.safetensors", weights, metadata)
 
     def starting_weights(self, path: Path) -> dict[str, Tensor]:
-        """Weights of another run to start from (--init-from): tensors that fit in name and shape.
+        """Weights of another run to start from (--init-from): tensors that fit in name and shape. Planes that the other
+        model did not read begin with weights of zero, so that at first they change nothing.
 
         Raises ModelError when fewer than half of this model's tensors are found there.
         """
         tensors, _ = files.load_tensors(path / "model.safetensors")
         own = self.model.state_dict()
+        first = tensors.get(FIRST_LAYER)
+        wanted, plain = own[FIRST_LAYER].shape, self.latent_shape[0] * self.config.diffusion.patch**2
+        if first is not None and first.shape[:2] == (wanted[0], plain) and plain < wanted[1]:
+            tensors[FIRST_LAYER] = torch.zeros(wanted)
+            tensors[FIRST_LAYER][:, : first.shape[1]] = first
         fitting = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
         if len(fitting) < len(own) / 2:
             raise ModelError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from ldmcli.core.console import warn
 from ldmcli.core.errors import InputError
+from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import BadImage
 from ldmcli.data.rows import class_map
 from ldmcli.networks.layout import LayoutCondition
@@ -17,6 +18,7 @@ from ldmcli.networks.planes import MapCondition
 
 SLACK = 0.005  # share of the picture by which a box may reach beyond it: rounded corners are no mistake
 ASPECT_SLACK = 0.02
+LIMIT = DataSettings().max_pixels
 FORM = '{"size": [width, height], "objects": [{"bbox": [x, y, w, h], "category": "name"}]}'
 
 
@@ -134,7 +136,7 @@ def maps_of(given: Any, entry: MapCondition, size: tuple[int, int] | None = None
 def _map(one: Any, name: str) -> tuple[np.ndarray, str]:
     if isinstance(one, (str, Path)):
         try:
-            return class_map(Path(one).read_bytes(), str(one), 100_000_000), f"--map {one}"
+            return class_map(Path(one).read_bytes(), str(one), LIMIT), f"--map {one}"
         except BadImage as error:
             raise InputError(f"--map {error}") from None
         except OSError as error:
@@ -142,7 +144,7 @@ def _map(one: Any, name: str) -> tuple[np.ndarray, str]:
     if hasattr(one, "mode"):
         buffer = BytesIO()
         one.save(buffer, "PNG")
-        return class_map(buffer.getvalue(), name, 100_000_000), name
+        return class_map(buffer.getvalue(), name, LIMIT), name
     index = np.asarray(one)
     if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer) or not index.size or index.min() < 0:
         raise InputError(f"{name}: a map is an array (height, width) of class indices from 0 on, not "

@@ -49,7 +49,9 @@ def _kinds(run: RunView) -> tuple[str, ...]:
 def _task(run: RunView) -> str:
     if run.kind == "autoencoder":
         return "image-to-image"
-    kinds = run.config.condition.kinds if run.config and run.kind == "diffusion" else ()
+    kinds = run.config.kinds if run.config and run.kind == "diffusion" else ()
+    if {"map", "lowres", "masked"} & set(kinds):
+        return "image-to-image"
     return "text-to-image" if "text" in kinds else "unconditional-image-generation"
 
 
@@ -78,21 +80,30 @@ def _use(run: RunView) -> str:
         command = f"ldm reconstruct IMAGES --autoencoder {folder}"
     else:
         told, option = _told(run)
+        task = run.config.task.name if run.config else "generate"
         call = f"model = ldmcli.load({folder})\nimages = model.sample({told}seed=0)"
-        command = f"ldm sample --model {folder}{option}"
+        command = {"sr": f"ldm upscale photo.png --model {folder}",
+                   "inpaint": f"ldm inpaint photo.png mask.png --model {folder}"}.get(
+                       task, f"ldm sample --model {folder}{option}")  # fmt: skip
     return f"## Use\n\n```python\nimport ldmcli\n\n{_code(call)}\n```\n\n```sh\n{_code(command)}\n```"
 
 
 def _told(run: RunView) -> tuple[str, str]:
     """What a first picture could be told: the argument in Python, the option of the command."""
-    request = run.stats.get("preview") or {}
+    request, kinds = run.stats.get("preview") or {}, run.config.kinds if run.config else ()
+    names = {"layout": ("layout", "layout.json"), "map": ("map", "map.png")}
+    files = {"lowres": 'image="photo.png", ', "masked": 'image="photo.png", mask="mask.png", '}
+    call = "".join(f'{names[kind][0]}="{names[kind][1]}", ' for kind in kinds if kind in names)
+    call += "".join(files[kind] for kind in kinds if kind in files)
+    option = "".join(f" --{names[kind][0]} {names[kind][1]}" for kind in kinds if kind in names)
     if request.get("prompt"):
         text = json.dumps(" ".join(clean(request["prompt"][0]).split()), ensure_ascii=False)
         quoted = "'" + text[1:-1].replace("'", "'\\''") + "'"
-        return f"prompt={text}, ", f" --prompt {quoted}"
+        return f"prompt={text}, {call}", f" --prompt {quoted}{option}"
     if request.get("classes"):
-        return f"classes=[{int(request['classes'][0])}], ", f" --class {int(request['classes'][0])}"
-    return "", ""
+        first = int(request["classes"][0])
+        return f"classes=[{first}], {call}", f" --class {first}{option}"
+    return call, option
 
 
 def _data(run: RunView) -> str:

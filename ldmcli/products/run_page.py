@@ -319,7 +319,9 @@ def verdicts(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list[str
 
 
 def preview_texts(run: RunView) -> list[str]:
-    """What each picture of a diffusion run's preview was told."""
+    """What each picture of a diffusion run's preview was told; [] where the sheet itself shows it, as of boxes."""
+    if run.config is not None and set(run.config.kinds) - {"text", "class"}:
+        return []
     request = run.stats.get("preview") or {}
     names = ((run.stats.get("conditions") or {}).get("class") or {}).get("class_names") or []
     classes = [names[k] if isinstance(k, int) and k < len(names) else str(k) for k in request.get("classes") or []]

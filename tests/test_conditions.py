@@ -1,0 +1,229 @@
+"""Conditions made of planes and tokens: what the recorded cases say, and what composing and dropping leave alone."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_cases import golden, relative
+
+from ldmcli.core.errors import InputError, ModelError
+from ldmcli.core.settings import ConditionSettings, DiffusionSettings
+from ldmcli.networks.conditions import ASKED, CONDITIONS, ClassCondition, Conditions
+from ldmcli.networks.diffusion import DiffusionModel
+from ldmcli.networks.layout import LayoutCondition
+from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition, masked_planes
+
+SMALL = ConditionSettings(context_dim=16, text_heads=2, text_head_channels=8)
+FACTS = {
+    "class": {"class_names": ["cat", "dog"]},
+    "layout": {"categories": ["cat", "dog"], "length": 8, "vocabulary": 8192},
+    "map": {"classes": 3, "names": ["sky", "sea", "sand"], "out_channels": 3, "stages": 2},
+    "lowres": {"scale": 4, "f": 4},
+    "masked": {"channels": 4},
+}
+
+
+def picture(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def values(n: int = 2) -> dict[str, list]:
+    """Two rows of every condition, at 16 x 16 pixels."""
+    half = np.arange(16) < 8
+    return {
+        "class": [0, "dog"][:n],
+        "layout": [{"bbox": [[0, 0, 0.5, 0.5]], "category": ["dog"]}, {"bbox": np.zeros((0, 4)), "category": []}][:n],
+        "map": [picture(k, 16, 16) % 3 for k in range(n)],
+        "lowres": [picture(k, 4, 4, 3) for k in range(n)],
+        "masked": [(picture(k, 16, 16, 3), np.broadcast_to(half, (16, 16))) for k in range(n)],
+    }
+
+
+def conditions(*kinds: str) -> Conditions:
+    torch.manual_seed(0)
+    made = Conditions(kinds, SMALL, FACTS)
+    made.first_stage = lambda x: F.avg_pool2d(x, 4)[:, [0, 1, 2, 0]]
+    return made
+
+
+# --- recorded cases ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_masked_planes_are_those_of_the_recorded_inpainting():
+    _, _, io = golden("unet_concat_inpaint")
+    hole = io["mask_pixels"][:, 0] > 0
+    assert torch.equal(masked_planes(io["masked_latent"], hole), io["c_concat"])
+    entry = MaskedCondition(SMALL, {"channels": io["masked_latent"].shape[1]})
+    entry.first_stage = lambda x: io["masked_latent"]
+    pixels = np.zeros((*hole.shape, 3), np.uint8)
+    assert torch.equal(entry(entry.prepare(list(zip(pixels, hole.numpy())))).concat, io["c_concat"])
+    assert entry.channels == io["c_concat"].shape[1]
+
+
+@torch.no_grad()
+def test_maps_are_rescaled_as_in_the_recorded_semantic_model():
+    config, state, io = golden("unet_semantic_rescaler")
+    weight = next(value for key, value in state.items() if key.endswith("channel_mapper.weight"))
+    factor = io["seg_indices"].shape[-1] // io["context"].shape[-1]
+    facts = {"classes": weight.shape[1], "out_channels": weight.shape[0], "stages": factor.bit_length() - 1}
+    entry = MapCondition(SMALL, facts)
+    entry.load_state_dict({"encoder.channel_mapper.weight": weight})
+    maps = io["seg_indices"].numpy().astype(np.uint8)
+    assert relative(entry(entry.prepare(list(maps.reshape(-1, *maps.shape[-2:])))).concat, io["context"]) < 5e-6
+
+
+@pytest.mark.parametrize(("kinds", "planes"), [
+    (("map",), 3), (("lowres",), 3), (("masked",), 5), (("layout",), 0), (("map", "masked", "class"), 8), ((), 0),
+])
+def test_the_unet_reads_the_latent_and_the_planes_and_writes_the_latent(kinds, planes):
+    """6 → 3 of the published semantic and super-resolution models, 7 → 3 of the inpainting one, for 4 channels here."""
+    settings = DiffusionSettings(channels=16, channel_mult=(1,), groups=4, head_channels=8, position="none")
+    with torch.device("meta"):
+        model = DiffusionModel(settings, SMALL, FACTS, None, (4, 4, 4), kinds)
+    assert model.unet.input_blocks[0][0].in_channels == 4 + planes == 4 + model.conditions.concat_channels
+    assert model.unet.out[2].out_channels == 4
+    assert (model.conditions.context_dim is None) == (not {"layout", "class"} & set(kinds))
+
+
+# --- planes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "f", "channels"), [(4, 4, 3), (2, 4, 12), (2, 8, 48), (8, 4, 3), (4, 1, 3)])
+def test_low_images_stand_at_the_latents_size(scale, f, channels):
+    entry = LowresCondition(SMALL, {"scale": scale, "f": f})
+    low = [picture(k, 32 // scale, 64 // scale, 3) for k in range(2)]
+    planes = entry(entry.prepare(low)).concat
+    assert entry.channels == channels and planes.shape == (2, channels, 32 // f, 64 // f)
+    assert planes.min() >= -1 and planes.max() <= 1
+
+
+def test_a_low_image_of_the_latents_size_is_told_as_it_is():
+    low = picture(0, 8, 8, 3)
+    entry = LowresCondition(SMALL, {"scale": 4, "f": 4})
+    found = entry(entry.prepare([low])).concat[0].permute(1, 2, 0).numpy()
+    assert np.abs(found - (low / 127.5 - 1)).max() < 1e-6
+
+
+def test_folding_keeps_every_pixel_of_a_larger_low_image():
+    low = picture(0, 16, 16, 3)
+    entry = LowresCondition(SMALL, {"scale": 2, "f": 4})
+    unfolded = F.pixel_shuffle(entry(entry.prepare([low])).concat, 2)[0].permute(1, 2, 0).numpy()
+    assert np.abs(unfolded - (low / 127.5 - 1)).max() < 1e-6
+
+
+def test_the_first_stage_sees_black_holes_and_the_known_rest():
+    seen = {}
+    entry = MaskedCondition(SMALL, {"channels": 3})
+    entry.first_stage = lambda x: seen.setdefault("x", x)
+    image, hole = np.full((4, 4, 3), 255, np.uint8), np.zeros((4, 4), bool)
+    hole[0] = True
+    planes = entry(entry.prepare([(image, hole)])).concat
+    assert (seen["x"][:, :, 0] == -1).all() and (seen["x"][:, :, 1:] == 1).all()
+    assert planes[0, 3].tolist() == [[1.0] * 4] + [[-1.0] * 4] * 3
+
+
+def test_holes_need_a_first_stage():
+    entry = MaskedCondition(SMALL, {"channels": 3})
+    with pytest.raises(ModelError, match="no first stage was lent"):
+        entry(entry.prepare(values()["masked"]))
+
+
+def test_a_pixel_without_a_class_adds_nothing():
+    facts = MapCondition.learn([0, 1, 2, 255], [], 4)
+    assert facts["classes"] == 3 and facts["stages"] == 2 and facts["void"]
+    entry = MapCondition(SMALL, facts)
+    assert not entry(entry.prepare([np.full((8, 8), 255, np.uint8)])).concat.any()
+
+
+def test_names_decide_how_many_classes_there_are_where_the_data_show_fewer():
+    assert MapCondition.learn([0, 1], ["a", "b", "c"], 8)["classes"] == 3
+    assert MapCondition.learn([0, 4], ["a", "b"], 8)["names"] == ["a", "b", "2", "3", "4"]
+
+
+def test_an_index_that_the_model_does_not_know_is_named():
+    entry = MapCondition(SMALL, FACTS["map"])
+    with pytest.raises(InputError, match=r"index 7; this model knows 0 … 2"):
+        entry.prepare([np.full((8, 8), 7, np.uint8)])
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_places_are_as_many_as_objects_were_seen_and_at_most_thirty():
+    def length(most: int) -> int:
+        seen = [{"bbox": np.zeros((k, 4)), "category": np.zeros(k, int)} for k in (0, most)]
+        return LayoutCondition.learn(SMALL, seen, SimpleNamespace(category_names=["a"]), None)["length"]
+
+    assert [length(most) for most in (0, 1, 7, 30, 40)] == [5, 5, 23, 92, 92]
+
+
+def test_near_points_begin_with_near_codes_and_categories_apart():
+    torch.manual_seed(0)
+    entry = LayoutCondition(ConditionSettings(context_dim=64), FACTS["layout"])
+    weight = F.normalize(entry.encoder.transformer.token_emb.weight.detach(), dim=1)
+    here, beside, far = 40 * 90 + 40, 40 * 90 + 41, 80 * 90 + 5
+    assert weight[here] @ weight[beside] > 0.8 and weight[here] @ weight[far] < 0.5
+    assert abs(float(weight[0] @ weight[1])) < 0.5
+    plain = LayoutCondition(ConditionSettings(context_dim=64, smooth_places=False), FACTS["layout"])
+    weight = F.normalize(plain.encoder.transformer.token_emb.weight.detach(), dim=1)
+    assert abs(float(weight[here] @ weight[beside])) < 0.5
+
+
+@pytest.mark.parametrize("entry", [LayoutCondition(SMALL, {**FACTS["layout"], "categories": ["7", "1", "5"]}),
+                                   ClassCondition(SMALL, {"class_names": ["7", "1", "5"]})])
+def test_a_number_is_an_index_and_a_text_a_name_first(entry):
+    assert [entry.index(value) for value in (1, np.int64(2), "1", "7", "0")] == [1, 2, 1, 0, 0]
+    with pytest.raises((InputError, Exception), match="no such c"):
+        entry.index(3)
+
+
+def test_an_unknown_category_names_near_ones():
+    with pytest.raises(InputError, match="'dogg': no such category among 2; did you mean dog?"):
+        LayoutCondition(SMALL, FACTS["layout"]).index("dogg")
+
+
+# --- together ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FACTS)
+def test_dropping_one_kind_leaves_the_others(kind):
+    made = conditions(*FACTS)
+    inputs = made.prepare(values())
+    found = made.drop(inputs, {kind: torch.tensor([True, False])}) if kind in ASKED else made.drop(inputs, {})
+    null = made.null(2, inputs)
+    for name, tensor in found.items():
+        changed = name.startswith(f"{kind}.") and kind in ASKED
+        assert torch.equal(tensor[0], null[name][0] if changed else inputs[name][0])
+        assert torch.equal(tensor[1], inputs[name][1]) and tensor.shape == inputs[name].shape
+
+
+def test_planes_of_a_task_have_no_null_and_stay():
+    made = conditions("map", "lowres", "masked")
+    inputs = made.prepare(values())
+    null = made.null(2, inputs)
+    assert made.droppable == ["map"] and not torch.equal(null["map.index"], inputs["map.index"])
+    assert all(torch.equal(null[name], inputs[name]) for name in inputs if not name.startswith("map."))
+    with pytest.raises(ModelError, match="has no null"):
+        made.null(2)
+
+
+def test_the_null_of_a_map_is_no_class_at_the_maps_size():
+    made = conditions("map")
+    assert not made(made.null(2, made.prepare(values()))).concat.any()
+    assert made.null(3)["map.index"].tolist() == [[[-1]]] * 3
+
+
+def test_tokens_join_planes_stack_and_vectors_add():
+    made = conditions(*FACTS)
+    together = made(made.prepare(values()))
+    assert together.context.shape == (2, 1 + 8, 16) and together.vector.shape == (2, 16)
+    assert together.concat.shape == (2, 3 + 3 + 5, 4, 4) == (2, made.concat_channels, 4, 4)
+    parts = [conditions(kind)(conditions(kind).prepare({kind: values()[kind]})).concat for kind in FACTS]
+    assert torch.equal(together.concat[:, 3:6], parts[list(FACTS).index("lowres")])
+
+
+def test_every_condition_is_covered_here():
+    assert CONDITIONS.keys() - FACTS.keys() == {"text"}
