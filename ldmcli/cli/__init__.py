@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train-ldm": ("train", "Train a diffusion model in an autoencoder's latents.", _TRAIN),
     "demo": ("manage", "The whole chain, on embedded shapes or your own images.", _TRAIN),
     "sample": ("generate", "Draw images with a trained model.", _USE),
+    "inpaint": ("edit", "Repaint a part of a picture; known pixels stay.", _USE),
+    "upscale": ("edit", "Make pictures larger.", _USE),
     "reconstruct": ("generate", "Images through an autoencoder, side by side, with PSNR.", _USE),
     "eval-fid": ("measure", "Metrics of generated images: FID, KID, precision, PSNR, …", _USE),
     "data": ("manage", "What ldm sees in a data set: columns, sizes, bad files.", _LOOK),

@@ -49,7 +49,7 @@ def reconstruct(given: opt.Given) -> None:
     missing = [path for path in given.images if not path.exists()]
     if missing:
         raise InputError(f"{missing[0]}: no such file or folder")
-    out = given.out or Path("outputs") / f"{_slug(given.images[0].stem)}-reconstructed"
+    out = given.out or Path("outputs") / f"{slug(given.images[0].stem)}-reconstructed"
     require_folder(out)
     from ldmcli.drivers.generate import reconstruct_to_folder
 
@@ -71,7 +71,7 @@ def sample_request(given: opt.Given) -> SampleRequest:
     return SampleRequest(
         prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()),
         layouts=tuple(given.layouts or ()), maps=_map_files(given.maps or ()), n=given.count,
-        steps=given.steps, guidance=guidance_of(given.guidance), guidance_interval=_interval(given.guidance_interval),
+        steps=given.steps, guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval),
         seed=given.seed, sampler=given.sampler, eta=given.eta, size=config.size_of(given.size),
         batch_size=given.batch_size, init_image=given.init_image, strength=given.strength, weights=given.weights,
         spacing=given.spacing,
@@ -122,7 +122,8 @@ def guidance_of(text: str | None) -> float | dict[str, float] | None:
     return scales.get("", scales)
 
 
-def _interval(text: str | None) -> tuple[float, float] | None:
+def interval_of(text: str | None) -> tuple[float, float] | None:
+    """Two rising shares, "0.2,0.8". Raises UsageError."""
     if text is None:
         return None
     try:
@@ -134,7 +135,8 @@ def _interval(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Text as a part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:40].rstrip("-") or "images"
 
 
@@ -144,4 +146,4 @@ def _stated_name(given: opt.Given, request: SampleRequest) -> str:
     asked = f"{given.model} {request} {given.format} {given.metadata}"
     digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
     files = [path.stem for path in (*request.layouts, *request.maps)]
-    return f"{_slug((*request.prompts, *files, classes)[0])}-{digest}"
+    return f"{slug((*request.prompts, *files, classes)[0])}-{digest}"

@@ -1,4 +1,4 @@
-"""What `ldm sample` and `model.sample` ask of the generator, as plain data."""
+"""What `ldm sample`, `ldm inpaint` and `ldm upscale` ask of the generator, as plain data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,3 +26,29 @@ class SampleRequest:
     strength: float = 0.8  # share of the way back to noise that the initial image goes
     weights: str = "ema"  # ema | raw
     spacing: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditRequest:
+    """What `ldm inpaint` and `ldm upscale` ask: pictures from pictures. None stands for the run's own settings."""
+
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...] = ()  # inpaint: one a picture, white = hole; or …
+    box: tuple[int, int, int, int] | None = None  # … x, y, width, height of the hole in pixels
+    scale: int = 0  # upscale: result side / picture side
+    prompts: tuple[str, ...] = ()  # at most one, for all pictures
+    classes: tuple[str, ...] = ()
+    n: int = 1  # results a picture
+    blend: int = 8  # pixels over which a hole's rim is fitted to its surroundings
+    resample: int = 1  # times that each step is done where the model was not trained to inpaint
+    tile: int = 0  # pixels a side of what the networks see at once; 0 = as much as max_memory allows
+    max_memory: float = 4.0  # GiB of activations
+    steps: int | None = None
+    guidance: float | dict[str, float] | None = None
+    guidance_interval: tuple[float, float] | None = None
+    seed: int = 0
+    sampler: str | None = None
+    eta: float | None = None
+    spacing: str | None = None
+    batch_size: int | None = None
+    weights: str = "ema"  # ema | raw

@@ -165,6 +165,22 @@ def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memo
     return tiling.tile_within(model, size, max_memory, halves=1 + len(steps) * (scale != 1))
 
 
+def check_edit(
+    model: LoadedDiffusion, size: tuple[int, int], tile: int, settings: Mapping, prompts: Sequence[str],
+    classes: Sequence[str | int],
+) -> None:  # fmt: skip
+    """Raises for what is wrong with an edit that gives pictures of `size` px, without drawing any."""
+    _check_side(model, size)
+    check_sampling(with_overrides(model.config.sample, **settings), model.schedule)
+    if tile:
+        tile_side(model, size, tile, MAX_MEMORY, settings)
+    guided_kinds(model.model.conditions.kinds, settings.get("guidance") or 1.0)
+    for kind, given in (("text", prompts), ("class", classes)):
+        if given:
+            model._entry(kind)
+            model.model.conditions.prepare_one(kind, list(given))
+
+
 def unit_of(model: LoadedDiffusion) -> int:
     """Pixels that both sides of a picture must be a multiple of: the autoencoder's f times the UNet's factor."""
     return model.autoencoder.network.f * model.model.unet.size_factor

@@ -59,7 +59,7 @@ def image_bytes(image, fmt: str, metadata: dict[str, Any] | None) -> bytes:
     return buffer.getvalue()
 
 
-def _output_names(out: Path, total: int, fmt: str, overwrite: bool) -> list[Path]:
+def output_names(out: Path, total: int, fmt: str, overwrite: bool) -> list[Path]:
     if fmt not in FORMATS:
         raise UsageError(f"--format {fmt}: choose one of {', '.join(FORMATS)}")
     with files.writing(out):
@@ -67,7 +67,7 @@ def _output_names(out: Path, total: int, fmt: str, overwrite: bool) -> list[Path
     return [out / f"{k:06d}.{fmt}" for k in range(total)]
 
 
-def _plan(out: Path, names: list[Path], wanted: dict[str, Any], overwrite: bool) -> list[int]:
+def still_to_draw(out: Path, names: list[Path], wanted: dict[str, Any], overwrite: bool) -> list[int]:
     """Samples still to draw. A folder with other settings is refused; the same request fills what is missing."""
     record = out / "request.json"
     if overwrite:
@@ -132,14 +132,14 @@ def sample_to_folder(
     n = request.n or (1 if values else loaded.config.sample.n)
     total, settings = n * groups, _settings(request)
     _check(loaded, values, request, settings)
-    names = _output_names(out, total, fmt, overwrite)
+    names = output_names(out, total, fmt, overwrite)
     wanted = {"model": loaded.fingerprint, **_document(request), "total": total, "format": fmt}
     wanted |= {"told": _digest(values)} if _pictured(values) else {}
-    todo = _plan(out, names, wanted, overwrite)
+    todo = still_to_draw(out, names, wanted, overwrite)
     describe = _describe(loaded, path, request)
     started = time.perf_counter()
     with StopRequest() as stop, console.progress(len(todo), "sampling") as bar:
-        for batch in _batches(todo, request.batch_size or 16):
+        for batch in batches(todo, request.batch_size or 16):
             images = _draw(loaded, batch, values, request, settings)
             for k, image in zip(batch, images):
                 facts = _facts(k, values, request, describe) if metadata else None
@@ -180,7 +180,7 @@ def _document(request: SampleRequest) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in asdict(request).items() if k != "batch_size"}, default=str))
 
 
-def _batches(todo: list[int], size: int) -> list[list[int]]:
+def batches(todo: list[int], size: int) -> list[list[int]]:
     return [todo[i : i + size] for i in range(0, len(todo), size)]
 
 
@@ -280,7 +280,7 @@ def _write_grid(names: list[Path], path: Path, n: int, groups: int, values: dict
     save_grid(path, in_rows(pictures, columns))
 
 
-def _inputs(paths: list[Path]) -> list[Path]:
+def image_files(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -311,8 +311,8 @@ def reconstruct_to_folder(
     path = find_model(autoencoder, "autoencoder")
     loaded = load(path)
     loaded = loaded if isinstance(loaded, LoadedAutoencoder) else loaded.autoencoder
-    found = _inputs(inputs)
-    names = _output_names(out, len(found), "png", overwrite)
+    found = image_files(inputs)
+    names = output_names(out, len(found), "png", overwrite)
     taken = [name for name in names if name.exists()]
     if taken and not overwrite:
         raise UsageError(f"{taken[0]}: exists; choose another --out or add --overwrite")

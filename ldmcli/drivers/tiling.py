@@ -173,6 +173,14 @@ def tile_within(model: LoadedDiffusion, size: tuple[int, int], gib: float, *, ha
     return low * unit
 
 
+def batch_within(model: LoadedDiffusion, size: tuple[int, int], gib: float, most: int) -> int:
+    """How many pictures of `size` px go through the networks at once within `gib` GiB: 1 to `most`."""
+    unit, f = model.model.unet.size_factor, model.autoencoder.network.f
+    height, width = (-(-side // (f * unit)) * unit for side in size)
+    one = passes_bytes(model, height, width, 2)
+    return int(min(most, max(1, gib * 2**30 // one)))
+
+
 def passes_bytes(model: LoadedDiffusion, height: int, width: int, halves: int) -> int:
     """Activations of the larger of two passes at a latent of height x width: UNet (`halves` at once), autoencoder."""
     conditions, unet, network = model.model.conditions, model.model.unet, model.autoencoder.network

@@ -56,10 +56,10 @@ def windows(
     A hole gets `margin` on each side, at least `side` in all, moved into the picture and cut off at its edges; holes
     whose rectangles meet share one. Sides are multiples of `unit` unless the picture is smaller.
     """
-    coarse: np.ndarray = np.pad(hole, [(0, -length % unit) for length in hole.shape])
+    coarse = np.pad(hole, [(0, -length % unit) for length in hole.shape])
     rows, columns = (length // unit for length in coarse.shape)
-    coarse = coarse.reshape(rows, unit, columns, unit).any((1, 3))
-    labels, _ = ndimage.label(coarse, np.ones((3, 3)))
+    blocks = coarse.reshape(rows, unit, columns, unit).any(axis=(1, 3))
+    labels, _ = ndimage.label(blocks, np.ones((3, 3)))
     boxes = [[(part.start * unit, min(part.stop * unit, length)) for part, length in zip(found, hole.shape)]
              for found in ndimage.find_objects(labels)]  # fmt: skip
 

@@ -1,0 +1,122 @@
+"""`ldm inpaint` and `ldm upscale`: pictures from pictures."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+from ldmcli.cli import options as opt
+from ldmcli.cli.generate import guidance_of, interval_of, slug
+from ldmcli.cli.train import require_folder
+from ldmcli.core import console
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.requests import EditRequest
+
+Picture = Annotated[Path, opt.argument("A picture, or a folder of them.", "IMAGE")]
+Mask = Annotated[Path | None, opt.argument("White where to repaint: a picture of the same size, or a folder of them "
+    "with the same names.", "MASK", default="--box", required=False)]
+Box = Annotated[opt.Text, opt.option("--box", panel=opt.DATA, metavar="X,Y,W,H", default="the mask",
+    help="What to repaint, in pixels from the upper left corner.")]
+Scale = Annotated[int, opt.option("--scale", value=4, panel=opt.MODEL, metavar="2|4|8", default="4",
+    help="How many times as large; the model must be trained for it.")]
+Results = Annotated[int, opt.option("-n", "--count", value=1, panel=opt.SAMPLING, metavar="N", min=1, default="1",
+    help="Different results of each picture.")]
+OnePrompt = Annotated[opt.Text, opt.option("--prompt", panel=opt.SAMPLING, metavar="TEXT", default="none",
+    help="What to draw there, where the model takes a prompt.")]
+OneClass = Annotated[opt.Text, opt.option("--class", panel=opt.SAMPLING, metavar="NAME|INDEX", default="none",
+    help="Class of the picture, where the model takes one.")]
+Blend = Annotated[int, opt.option("--blend", value=8, panel=opt.SAMPLING, metavar="PX", min=0, default="8",
+    help="Width of the rim inside the hole that is fitted to what lies around; 0 = pasted as drawn.")]
+Resample = Annotated[int, opt.option("--resample", value=1, panel=opt.SAMPLING, metavar="N", min=1, default="1",
+    help="Times that each step is done, with new noise, by a model not trained to inpaint.")]
+Tile = Annotated[int, opt.option("--tile", value=0, panel=opt.MACHINE, metavar="PX", min=0, default="by --max-memory",
+    help="Side of the tiles that the networks see of large pictures, in pixels.")]
+MaxMemory = Annotated[float, opt.option("--max-memory", value=4.0, panel=opt.MACHINE, metavar="GIB", default="4",
+    help="Bound on what a pass of the networks takes beside their weights, in GiB.")]
+_MODEL = {"model": opt.Model, "weights": opt.Weights}
+_DRAWING = {**opt.DRAWING, "guidance": opt.KindGuidance, "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
+            "spacing": opt.Spacing}  # fmt: skip
+_MACHINE = {"tile": Tile, "max_memory": MaxMemory}
+
+
+@opt.takes({"image": Picture, "mask": Mask, "box": Box}, _MODEL, {"prompt": OnePrompt, "class_name": OneClass,
+           "count": Results, "blend": Blend, "resample": Resample}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE)
+def inpaint(given: opt.Given) -> None:
+    """Repaint a part of a picture: what is white in MASK, or inside --box.
+
+    Known pixels come back as they were. Takes a model trained with --task inpaint, or any that generates: that one
+    gets the known part back at every step. It looks at the surroundings of the hole only, so photographs of any size
+    will do.
+    """
+    if (given.mask is None) == (given.box is None):
+        raise UsageError("MASK or --box: give one of them, to say what to repaint")
+    request = _request(given, masks=() if given.mask is None else (given.mask,), box=_box(given.box),
+                       prompts=_one(given.prompt), classes=_one(given.class_name), blend=given.blend,
+                       resample=given.resample)
+    out = _out(given, request, "inpainted")
+    from ldmcli.drivers.edit_files import inpaint_to_folder
+
+    _done(given, out, inpaint_to_folder(given.model, request, out, **_how(given)))
+
+
+@opt.takes({"image": Picture, "scale": Scale}, _MODEL, {"count": Results}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE)
+def upscale(given: opt.Given) -> None:
+    """Make pictures larger, with a model trained with --task sr.
+
+    The result has exactly --scale times as many pixels a side. Large pictures go through the networks in overlapping
+    tiles.
+    """
+    if given.scale not in (2, 4, 8):
+        raise UsageError(f"--scale {given.scale}: choose one of 2, 4, 8")
+    request = _request(given, scale=given.scale)
+    out = _out(given, request, f"x{given.scale}")
+    from ldmcli.drivers.edit_files import upscale_to_folder
+
+    _done(given, out, upscale_to_folder(given.model, request, out, **_how(given)))
+
+
+def _request(given: opt.Given, **more) -> EditRequest:
+    for path in (given.image, *more.get("masks", ())):
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+    if not 0 < given.max_memory < float("inf"):
+        raise UsageError(f"--max-memory {given.max_memory:g}: a number of GiB above 0")
+    return EditRequest(
+        images=(given.image,), n=given.count, tile=given.tile, max_memory=given.max_memory, steps=given.steps,
+        guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval), seed=given.seed,
+        sampler=given.sampler, eta=given.eta, spacing=given.spacing, batch_size=given.batch_size,
+        weights=given.weights, **more,
+    )
+
+
+def _box(text: str | None) -> tuple[int, int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        x, y, width, height = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--box: {text!r} is not x,y,width,height in whole pixels, as 32,48,100,80") from None
+    return x, y, width, height
+
+
+def _one(value: str | None) -> tuple[str, ...]:
+    return () if value is None else (value,)
+
+
+def _how(given: opt.Given) -> dict:
+    return {"overwrite": given.overwrite, "fmt": given.format, "metadata": given.metadata}
+
+
+def _out(given: opt.Given, request: EditRequest, what: str) -> Path:
+    """The folder named, or one for this request: the same for the same command, so that it goes on in it."""
+    asked = f"{given.model} {request} {given.format} {given.metadata}"
+    digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+    out = given.out or Path("outputs") / f"{slug(given.image.stem)}-{what}-{digest}"
+    require_folder(out)
+    return out
+
+
+def _done(given: opt.Given, out: Path, result: dict) -> None:
+    if given.json:
+        console.emit_json(result)
+    else:
+        console.out(out)
