@@ -143,7 +143,9 @@ def test_boxes_and_maps_are_cropped_and_mirrored_as_the_pixels_are(pictures):
         assert (drawn == bright).all()
 
 
-@pytest.mark.parametrize(("kind", "task"), [("lowres", {"name": "sr"}), ("masked", {"name": "inpaint"})])
+@pytest.mark.parametrize(("kind", "task"), [
+    ("lowres", {"name": "sr", "degradation": "bsr"}), ("masked", {"name": "inpaint"}),
+])
 def test_small_and_holed_images_are_made_of_the_pixels_seen_and_depend_on_seed_and_position(pictures, kind, task):
     source = source_of(pictures, **task)
     first, again, later = (source.values(kind, [1, 2], where) for where in ([4, 5], [4, 5], [40, 41]))
@@ -210,7 +212,7 @@ def _empty_layouts(folder):
 
 SIZE = ("--size", 20)
 REFUSED = {
-    "layout without objects": (_captions, ("--condition", "layout"), 3, "needs a objects column"),
+    "layout without objects": (_captions, ("--condition", "layout"), 3, "needs an objects column"),
     "map without maps": (_captions, ("--condition", "map"), 3, "caption = caption"),
     "no object at all": (_empty_layouts, ("--condition", "layout"), 3, "no row has a box"),
     "a map of another size": (_wrong_map, ("--condition", "map"), 3, "its map is 19x20 px, the picture 20x20"),
@@ -433,3 +435,23 @@ def test_a_legend_leaves_the_picture_and_shows_every_colour():
     assert (sheet[:4, :4] == picture).all()
     below = {tuple(pixel) for pixel in sheet[4:].reshape(-1, 3)}
     assert all(colour(k) in below for k in range(16))
+
+
+# --- published models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["layout2img-openimages256", "semantic_synthesis256", "inpainting_big", "bsr_sr"])
+def test_the_plan_of_a_published_model_counts_its_network_and_its_conditioner(name, monkeypatch):
+    """The text transformer's head, which published files carry and nothing uses, is not built."""
+    from ldmcli.core import config
+    from ldmcli.networks.presets import PRESETS
+    from ldmcli.products import plan as planning
+
+    monkeypatch.setattr(planning, "probe_flops_per_s", lambda device, dtype: 1e9)
+    preset = PRESETS[name]
+    found = planning.plan("diffusion", config.resolve("diffusion", [(name, dict(preset.values))]),
+                          first_stage=preset.extra["first_stage"])
+    conditioner = preset.extra["conditioner"] or {"parameters": 0}
+    head = (conditioner["width"] + 1) * conditioner["vocabulary"] if conditioner.get("kind") == "layout" else 0
+    assert found["parameters"] == {"model": preset.extra["parameters"] + conditioner["parameters"] - head}
+    assert tuple(found["latent"]) == preset.extra["latent"]

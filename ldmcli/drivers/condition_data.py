@@ -44,8 +44,9 @@ def check_columns(rows, kinds: Sequence[str]) -> None:
     for kind in kinds:
         column = CONDITIONS[kind].columns[0]
         if not rows.has(column):
+            article = "an" if column[0] in "aeiou" else "a"
             raise InputError(
-                f"{rows.source}: --condition {kind} needs a {column} column, and there is none "
+                f"{rows.source}: --condition {kind} needs {article} {column} column, and there is none "
                 f"(found: {', '.join(f'{k} = {v}' for k, v in rows.columns.items() if v)}); "
                 f"name it with --{column}-column or train with --condition none"
             )

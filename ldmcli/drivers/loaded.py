@@ -317,7 +317,7 @@ class LoadedDiffusion:
         kinds = self.model.conditions.kinds
         given = {"text": [prompt] if isinstance(prompt, str) else list(prompt or []), "class": list(classes or []),
                  "layout": as_list(layout), "map": as_list(map)}
-        given |= {"lowres" if "lowres" in kinds else "masked": as_list(image)}
+        given |= {"lowres" if "lowres" in kinds else "masked": [] if image is None else images_of(image)}
         if given["class"] == ["all"]:
             given["class"] = list(range(len(self.class_names)))
         for kind, value in given.items():
@@ -332,10 +332,8 @@ class LoadedDiffusion:
             _, height, width = self.model.latent_shape
             f = self.autoencoder.network.f
             given["map"] = maps_of(given["map"], self._entry("map"), size or (height * f, width * f))
-        if "lowres" in kinds:
-            given["lowres"] = images_of(given["lowres"])
         if "masked" in kinds:
-            given["masked"] = _pairs(images_of(given["masked"]), masks_of(mask))
+            given["masked"] = _pairs(given["masked"], masks_of(mask))
         return {kind: given[kind] for kind in kinds}
 
     def _left_out(self, kind: str, told: bool) -> list:
