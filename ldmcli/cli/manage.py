@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -142,7 +143,8 @@ def _recipe_list(found: list[dict]) -> str:
     for title in [title for title in RECIPE_GROUPS.values() if any(row["group"] == title for row in found)]:
         rows = [row for row in found if row["group"] == title]
         width = max(len(row["name"]) for row in rows)
-        lines = [f"  {row['name']:<{width}}  {row['summary']}".rstrip() for row in rows]
+        lines = [textwrap.fill(row["summary"], console.width(), initial_indent=f"  {row['name']:<{width}}  ",
+                               subsequent_indent=" " * (width + 4), break_long_words=False) for row in rows]
         blocks.append("\n".join([f"{title} ({rows[0]['command']})", *lines]))
     example = "`ldm recipes NAME` shows one: command, needs, what to expect, settings."
     return console.clean("\n\n".join([*blocks, example]))
@@ -166,19 +168,22 @@ def recipe_facts(path: Path) -> dict[str, object]:
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8-sig").splitlines())
     summary, *rest = [line.removeprefix("#").removeprefix(" ") for line in lines] or [""]
     fields = re.findall(r"^([A-Z][a-z]+):(.*(?:\n[ \t]+.*)*)", "\n".join(rest), re.MULTILINE)
+    head = {name.lower(): " ".join(text.replace("\\\n", "\n").split()) for name, text in fields}
+    said = next((kind for kind, name in config.COMMAND_OF.items() if head.get("command", "").startswith(name)), None)
+    kind = recipe.kind or said or "diffusion"
     return {
         "name": path.stem,
-        "command": config.COMMAND_OF[recipe.kind],
-        "group": RECIPE_GROUPS[_recipe_group(recipe, path)],
+        "command": config.COMMAND_OF[kind],
+        "group": RECIPE_GROUPS[_recipe_group(kind, path)],
         "summary": summary.strip(),
-        "head": {name.lower(): " ".join(text.replace("\\\n", "\n").split()) for name, text in fields},
+        "head": head,
     }
 
 
-def _recipe_group(recipe: config.Recipe, path: Path) -> str:
-    if recipe.kind == "autoencoder":
-        return "autoencoder"
-    settings = config.resolve(recipe.kind, config.recipe_layers(recipe.kind, path)).config
+def _recipe_group(kind: str, path: Path) -> str:
+    if kind == "autoencoder":
+        return kind
+    settings = config.resolve(kind, config.recipe_layers(kind, path)).config
     if settings.task.name != "generate":
         return settings.task.name
     return next((kind for kind in reversed(list(RECIPE_GROUPS)) if kind in settings.condition.kinds), "")

@@ -242,11 +242,12 @@ class Recipe:
 
     @property
     def kind(self) -> str:
-        """"autoencoder" or "diffusion": that of its preset, else what its sections belong to."""
+        """"autoencoder" or "diffusion": its preset's, or the one that has all its sections; "" where both have."""
         if self.preset in (known := presets()):
             return known[self.preset].kind
         sections = {path.partition(".")[0] for path in self.values}
-        return "autoencoder" if sections & {"autoencoder", "loss"} else "diffusion"
+        fitting = [kind for kind, each in KINDS.items() if sections <= {section.name for section in fields(each)}]
+        return fitting[0] if len(fitting) == 1 else ""
 
 
 def read_recipe(path: Path) -> Recipe:
