@@ -319,6 +319,42 @@ def test_a_run_stopped_at_7_and_13_equals_one_that_was_not(trainer, workers, tmp
     assert_same_run(out, reference[trainer])
 
 
+@pytest.fixture(scope="module")
+def stream(workshop):
+    """Parquet files, read as they come: ten captioned rows to train on, three to validate."""
+    from datasets import Dataset, Features, Image, Value
+
+    folder = workshop / "parquet"
+    paths = tiny.noisy_images(workshop / "noisy", 13, 16)
+    for split, part in (("train", paths[:10]), ("validation", paths[10:])):
+        rows = {"image": [{"bytes": path.read_bytes(), "path": path.name} for path in part],
+                "text": [f"picture {path.stem}" for path in part]}
+        features = Features({"image": Image(), "text": Value("string")})
+        Dataset.from_dict(rows, features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_streamed_run_stopped_at_7_and_13_equals_one_that_was_not(
+    trainer, tmp_path, arguments, stream, signal_at, monkeypatch
+):
+    """Reliability row 5 with a streamed set: positions past the rows that are kept are found again, none twice."""
+    from ldmcli.data import streamed
+
+    monkeypatch.setattr(streamed, "HEAD_ROWS", 24)  # 60 positions are asked for
+    own = ("--data", stream, "--limit", 0, "--streaming", *(("--condition", "text") if trainer == "train-ldm" else ()))
+    lines = [arguments(trainer, tmp_path / name, *own) for name in ("whole", "stopped")]
+    ending = tiny.ldm(*lines[0])
+    assert ending.code == 0, ending.stderr
+    for step in (7, 13):
+        signal_at(step, signal.SIGTERM)
+        ending = tiny.ldm(*lines[1])
+        assert ending.code == 143 and f"saved at step {step}" in ending.line, ending.stderr
+    signal_at(0)
+    assert tiny.ldm(*lines[1]).code == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_equal_captions_give_an_equal_vocabulary(tmp_path):
     """Reliability row 5: a start that is repeated from nothing learns the numbers of words anew."""
     from ldmcli.networks.conditions import train_vocabulary
