@@ -1,5 +1,6 @@
 """Recipes: each resolves, builds the network that its source counts, says what to expect, and is found and listed."""
 
+import functools
 import json
 import re
 import shutil
@@ -90,19 +91,29 @@ def resolved(name: str) -> config.Resolved:
     return config.resolve(kind, config.recipe_layers(kind, name))
 
 
+@functools.cache
 def command(name: str) -> list[str]:
     return recipe_facts(RECIPES[name])["head"]["command"].split()
+
+
+def writer_of(run: str) -> str:
+    """The recipe whose command writes the run folder that another one reads."""
+    def out(words: list[str]) -> str:
+        return words[words.index("--out") + 1] if "--out" in words else ""
+
+    [name] = [name for name in RECIPES if out(command(name)) == run]
+    return name
 
 
 def first_stage(name: str) -> tuple[int, int]:
     """Channels of the latent and f, of the run that a recipe's command names; pixels where it names none."""
     words = command(name)
     if "--init-from" in words:
-        return first_stage(Path(words[words.index("--init-from") + 1]).name)
+        return first_stage(writer_of(words[words.index("--init-from") + 1]))
     run = words[words.index("--autoencoder") + 1]
     if run == "none":
         return 3, 1
-    settings = resolved(Path(run).name).config.autoencoder
+    settings = resolved(writer_of(run)).config.autoencoder
     return settings.embed_dim, settings.f
 
 
@@ -233,7 +244,7 @@ def test_command_is_one_that_ldm_takes(name):
     assert context.params["recipe"] == name
     for option in ("autoencoder", "init_from"):
         run = context.params.get(option)
-        assert run in (None, "none") or (run.startswith("runs/") and Path(run).name in RECIPES)
+        assert run in (None, "none") or writer_of(run)
 
 
 @pytest.mark.parametrize("text, expected", [
