@@ -57,19 +57,6 @@ def small_resolved(kind: str, values: dict, preset: str = ""):
 # --- what a line needs --------------------------------------------------------------------------------------------
 
 
-def picture(name: str, side: int = 32) -> None:
-    """A noisy picture of that name."""
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(name)
-
-
-def mask(name: str, side: int = 32) -> None:
-    """A mask of that name: white in the middle is to be repainted."""
-    pixels = np.zeros((side, side), np.uint8)
-    pixels[side // 4: -side // 4, side // 4: -side // 4] = 255
-    Image.fromarray(pixels).save(name)
-
-
 def small_run(out: str, *options: object) -> None:
     """A tiny diffusion run at `out`, in latents of the example's autoencoder."""
     typed("train-ae")
@@ -79,7 +66,9 @@ def small_run(out: str, *options: object) -> None:
 
 
 # command → lays down what its line names and no other line writes
-NEEDS: dict[str, Callable[[], None]] = {}
+NEEDS: dict[str, Callable[[], None]] = {
+    "upscale": lambda: small_run("runs/shapes-x4", "--task", "sr", "--scale", 4),
+}
 
 
 # --- what a line promises -----------------------------------------------------------------------------------------
@@ -94,6 +83,20 @@ def run_folder(ending: tiny.Ending, out: Path) -> None:
 def four_pictures(ending: tiny.Ending, out: Path) -> None:
     assert len(tiny.pictures(out)) == 4 and (out / "grid.png").is_file()
     assert json.loads(Image.open(out / "000000.png").text["ldm"])["prompt"] == "a red circle on a navy background"
+
+
+def repainted(ending: tiny.Ending, out: Path) -> None:
+    """Two answers that differ inside the box 8,8,12,10 and nowhere else."""
+    before = np.asarray(Image.open("outputs/circles/000000.png"))
+    answers = tiny.pictures(out)
+    hole = np.zeros(before.shape[:2], bool)
+    hole[8:18, 8:20] = True
+    assert len(answers) == 2 and all(np.array_equal(answer[~hole], before[~hole]) for answer in answers)
+    assert all((answer[hole] != before[hole]).any() for answer in answers)
+
+
+def four_times_as_large(ending: tiny.Ending, out: Path) -> None:
+    assert [picture.shape for picture in tiny.pictures(out)] == [(128, 128, 3)]
 
 
 def pairs(ending: tiny.Ending, out: Path) -> None:
@@ -125,6 +128,7 @@ def says(*words: str) -> Callable[[tiny.Ending, Path | None], None]:
 # command → looks at how its line ended and at the folder named by --out
 PROMISES: dict[str, Callable[[tiny.Ending, Path], None]] = {
     "train-ae": run_folder, "train-ldm": run_folder, "sample": four_pictures, "reconstruct": pairs,
+    "inpaint": repainted, "upscale": four_times_as_large,
     "eval-fid": distance, "data": contact_sheet, "demo": demo_summary, "report": says("report.html"),
     "runs": says("shapes-ae", "finished"), "recipes": says("train-ae"), "presets": says("kl-f8", "cin256-v2"),
     "doctor": says("torch"),
