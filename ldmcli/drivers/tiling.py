@@ -2,8 +2,17 @@
 
 The UNet sees tiles of z_t and of the planes beside it at each evaluation (`sampling.tiled_predict`); noise and sampler
 know the whole latent. The autoencoder encodes and decodes tiles.
+
+Without normalisation that gives the untiled picture. The paper's networks normalise over groups of channels of the
+whole map, and attend to all of it: a tile alone has other averages, which shifts colours, and larger overlaps change
+nothing about it. So the averages are taken once, from the whole picture with rows and columns left out, for all tiles.
+Measured on two photographs of 224x288 px with a small f = 4 network of that kind after 2 minutes of training, tiles of
+160 px: with averages of their own the tiles miss the untiled decoding by 7.9 to 9.4 of 255 grey levels, with those of
+the thinned whole by 0.9 to 2.2 without attention and 2.7 to 5.8 with it. Averages pooled over the tiles' own passes
+came out worse (15 to 19) and are exact only after a pass for every norm of the network.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from ldmcli.core.errors import ResourceError
 from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pixels
-from ldmcli.maths.tiles import Plan, blend, coverage, smooth_plan
+from ldmcli.maths.tiles import Plan, blend, smooth_plan
 
-POOLING_PASSES = 1  # passes over all tiles that measure group statistics
 MEMORY_MARGIN = 1.25  # what a pass really takes, over what its tensors do: workspaces, fragmentation
 
 
@@ -46,59 +54,46 @@ def decode(autoencoder: LoadedAutoencoder, z: Tensor, tile: int = 0) -> Tensor:
 
 def _in_tiles(network: nn.Module, function: Callable[[Tensor], Tensor], plan: Plan, x: Tensor) -> Tensor:
     """function on the tiles of x, with group statistics of the whole where the network has any."""
-
-    def run(k: int) -> Tensor:
-        return function(plan.cut(x, plan.corners[k]))
-
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
-    if not norms:
-        return blend(run, plan)
+    found = _statistics(norms, function, _thinned(x, plan)) if norms else {}
+    with _fixed(found):
+        return blend(lambda k: function(plan.cut(x, plan.corners[k])), plan)
+
+
+def _thinned(x: Tensor, plan: Plan) -> Tensor:
+    """The whole of x with rows and columns left out, as large as a tile in all; sides stay multiples of the unit."""
+    share = math.sqrt(plan.tile[0] * plan.tile[1] / (plan.size[0] * plan.size[1]))
+    size = [min(side, max(1, round(side * share / plan.down)) * plan.down) for side in plan.size]
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+def _statistics(norms: list[nn.GroupNorm], function: Callable, x: Tensor) -> dict[nn.GroupNorm, Tensor]:
+    """Mean and variance of each group of each norm's input as `function` sees x: norm -> (2, B, groups)."""
     found: dict[nn.GroupNorm, Tensor] = {}
-    for _ in range(POOLING_PASSES):
-        found = _measured(norms, found, run, plan)
-    with _fixed(norms, found):
-        return blend(run, plan)
-
-
-def _measured(norms: list[nn.GroupNorm], before: dict, run: Callable[[int], Tensor], plan: Plan) -> dict:
-    """Mean and variance of each group of each norm's input over all tiles: norm -> (2, B, groups) float64.
-
-    A position that several tiles see counts once, in the shares that they have in the result.
-    """
-    sums: dict[nn.GroupNorm, Tensor] = {}
-    covered, share = coverage(plan), torch.ones(())
 
     def look(norm: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        weight = F.interpolate(share[None, None], size=x.shape[-2:], mode="area").to(x)
-        groups = x.unflatten(1, (norm.num_groups, -1))
-        seen = weight.double().sum() * groups.shape[2]
-        parts = [(groups * weight).sum((2, 3, 4), dtype=torch.float64),
-                 (groups * groups * weight).sum((2, 3, 4), dtype=torch.float64)]  # fmt: skip
-        sums[norm] = sums.get(norm, 0) + torch.stack([*parts, seen.expand_as(parts[0])])
+        groups = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2)
+        found[norm] = torch.stack([groups.mean(2), groups.var(2, correction=0)])
 
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
     try:
-        with _fixed(norms, before):
-            for k in range(len(plan.corners)):
-                share = plan.weights[k] / covered[plan.place(k)]
-                run(k)
+        function(x)
     finally:
         for hook in hooks:
             hook.remove()
-    return {norm: torch.stack([one / n, two / n - (one / n) ** 2]) for norm, (one, two, n) in sums.items()}
+    return found
 
 
 def _normalised(norm: nn.GroupNorm, statistics: Tensor, x: Tensor) -> Tensor:
     mean, variance = (part[:, :, None, None, None].to(x) for part in statistics)
     groups = x.unflatten(1, (norm.num_groups, -1))
-    y = ((groups - mean) * (variance.clamp(min=0) + norm.eps).rsqrt()).flatten(1, 2)
+    y = ((groups - mean) * (variance + norm.eps).rsqrt()).flatten(1, 2)
     return y * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
 @contextmanager
-def _fixed(norms: list[nn.GroupNorm], statistics: dict) -> Iterator[None]:
-    """The norms with given statistics instead of those of what they see; nothing changes where there are none."""
+def _fixed(statistics: dict[nn.GroupNorm, Tensor]) -> Iterator[None]:
+    """Norms with given statistics instead of those of what they see; nothing changes where there are none."""
     for norm, found in statistics.items():
         norm.forward = partial(_normalised, norm, found)  # type: ignore[method-assign]
     try:
