@@ -377,7 +377,7 @@ def test_latents_as_trained_on_have_unit_spread_whatever_the_first_stage_gives(a
     tensors = weights(loud)
     from ldmcli.core import files
     from ldmcli.core.config import config_hash
-    from ldmcli.drivers.load import read_config
+    from ldmcli.formats.run import read_config
 
     for name in tensors:
         if name.startswith("quant_conv"):

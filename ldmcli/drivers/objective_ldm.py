@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.core import console, files
+from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import share
@@ -25,9 +25,12 @@ from ldmcli.drivers.condition_data import (
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.drawing import enlarged, shown_condition
 from ldmcli.drivers.grids import in_rows, save_grid
-from ldmcli.drivers.load import load_autoencoder, read_scale
+from ldmcli.drivers.load import load_autoencoder
 from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_uint8
 from ldmcli.drivers.objective_ae import DEFAULT_SIZE, moment_sums, open_data, pixel_batch, scaled, step_rows
+from ldmcli.formats.bundle import AutoencoderBundle
+from ldmcli.formats.run import read_scale
+from ldmcli.formats.run import write as write_run
 from ldmcli.maths import rng
 from ldmcli.maths.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
 from ldmcli.networks.autoencoder import posterior_sample
@@ -467,12 +470,20 @@ class DiffusionObjective:
         files.write_json(self.run / "stats.json", stats)
         own = self.run / "autoencoder"
         if self.autoencoder.fingerprint != "pixels" and not (own / "run.json").exists():
-            own.mkdir(exist_ok=True)
-            for name in ("config.toml", "stats.json", "model.safetensors", "run.json"):
-                if (self.autoencoder_path / name).exists():
-                    with files.atomic_path(own / name) as temporary:
-                        shutil.copyfile(self.autoencoder_path / name, temporary)
+            self._keep_autoencoder(own)
         files.save_tensors(self.run / "model.safetensors", weights, metadata)
+
+    def _keep_autoencoder(self, own: Path) -> None:
+        """A copy of the autoencoder's run, or a run made of what others wrote."""
+        if not runs.is_run(self.autoencoder_path):
+            first = self.autoencoder
+            write_run(AutoencoderBundle(first.config, first.network.state_dict(), first.scale), own)
+            return
+        own.mkdir(exist_ok=True)
+        for name in ("config.toml", "stats.json", "model.safetensors", "run.json"):
+            if (self.autoencoder_path / name).exists():
+                with files.atomic_path(own / name) as temporary:
+                    shutil.copyfile(self.autoencoder_path / name, temporary)
 
     def starting_weights(self, path: Path) -> dict[str, Tensor]:
         """Weights of another run to start from (--init-from): tensors that fit in name and shape. Planes that the other

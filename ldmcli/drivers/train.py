@@ -23,12 +23,12 @@ from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError,
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.batches import Prefetcher, micro_batches, share
 from ldmcli.drivers.context import Context
-from ldmcli.drivers.load import settings_of_weights
 from ldmcli.drivers.meter import Window, clock, peak_memory_bytes
 from ldmcli.drivers.objective_ae import AutoencoderObjective, data_facts
 from ldmcli.drivers.objective_ldm import DiffusionObjective
 from ldmcli.drivers.opening import Options, open_run, out_of_memory, record_failure
 from ldmcli.drivers.optim import Ema, Updater
+from ldmcli.formats.run import settings_of_weights
 from ldmcli.maths.lr import cooldown_factor, warmup_factor
 
 _CHECK_EVERY = 500  # steps between comparisons of the weights of all processes

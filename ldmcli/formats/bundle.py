@@ -17,12 +17,14 @@ from ldmcli.networks.diffusion import LatentScale
 @dataclass
 class AutoencoderBundle:
     """A first stage. tensors: as `networks.autoencoder.Autoencoder` names them; scale: None where it was never
-    measured; notes: readings that were chosen and what was left out, one line each, kept in run.json."""
+    measured; notes: readings that were chosen and what was left out, one line each, kept in run.json; fingerprint:
+    content hash of the tensors, "" where nobody has computed it."""
 
     config: AutoencoderConfig
     tensors: dict[str, Tensor]
     scale: LatentScale | None = None
     notes: list[str] = field(default_factory=list)
+    fingerprint: str = ""
 
 
 @dataclass
@@ -42,3 +44,7 @@ class DiffusionBundle:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizer: Path | None = None
     notes: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+
+Bundle = AutoencoderBundle | DiffusionBundle

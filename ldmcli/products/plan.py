@@ -21,10 +21,10 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, ConditionSettings, DiffusionConfig
 from ldmcli.drivers.condition_data import check_settings
 from ldmcli.drivers.context import autocast_dtype
-from ldmcli.drivers.load import read_config
 from ldmcli.drivers.loaded import default_device
 from ldmcli.drivers.objective_ae import DEFAULT_SIZE
 from ldmcli.drivers.optim import is_hidden_matrix
+from ldmcli.formats.run import read_config
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditions import MAX_TEXT_LENGTH
 from ldmcli.networks.diffusion import DiffusionModel
