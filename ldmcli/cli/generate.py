@@ -17,6 +17,7 @@ _REQUEST = {
     "count": opt.Count, "negative_prompt": opt.NegativePrompt, **opt.DRAWING, "guidance": opt.KindGuidance,
     "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
     "spacing": opt.Spacing, "size": opt.SampleSize, "init_image": opt.InitImage, "strength": opt.Strength,
+    "guide": opt.Guide, "guide_scale": opt.GuideScale,
 }
 ImageSize = Annotated[opt.Text, opt.option("--size", panel=opt.DATA, metavar="N|HxW", default="each image's own",
     help="Height and width in pixels.")]
@@ -68,13 +69,15 @@ def sample_request(given: opt.Given) -> SampleRequest:
     prompts = (*(given.prompt or ()), *(_read_prompts(given.prompts) if given.prompts else ()))
     if given.init_image is not None and not given.init_image.is_file():
         raise InputError(f"--init-image {given.init_image}: no such file")
+    if given.guide is not None and not given.guide.is_file():
+        raise InputError(f"--guide {given.guide}: no such file")
     return SampleRequest(
         prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()),
         layouts=tuple(given.layouts or ()), maps=_map_files(given.maps or ()), n=given.count,
         steps=given.steps, guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval),
         seed=given.seed, sampler=given.sampler, eta=given.eta, size=config.size_of(given.size),
         batch_size=given.batch_size, init_image=given.init_image, strength=given.strength, weights=given.weights,
-        spacing=given.spacing,
+        spacing=given.spacing, guide=given.guide, guide_scale=given.guide_scale,
     )
 
 

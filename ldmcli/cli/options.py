@@ -218,6 +218,10 @@ InitImage = Annotated[Path | None, option("--init-image", panel=SAMPLING, metava
     help="Begin from this image instead of noise.")]
 Strength = Annotated[float, option("--strength", value=0.8, panel=SAMPLING, metavar="SHARE", min=0, max=1,
     default="0.8", help="How far the first image is turned into noise: 0 keeps it, 1 forgets it.")]
+Guide = Annotated[Path | None, option("--guide", panel=SAMPLING, metavar="FILE", default="none",
+    help="A small image; results are led to what looks like it when made as small.")]
+GuideScale = Annotated[float, option("--guide-scale", value=1.0, panel=SAMPLING, metavar="SCALE", min=0, default="1",
+    help="How far each step goes towards --guide: 0 not at all, 1 as far as would fit it.")]
 
 # --- Output
 Out = Annotated[Path | None, option("--out", "-o", panel=OUTPUT, metavar="DIR", default="named after the input",

@@ -24,6 +24,8 @@ class SampleRequest:
     batch_size: int | None = None
     init_image: Path | None = None
     strength: float = 0.8  # share of the way back to noise that the initial image goes
+    guide: Path | None = None  # a small image that results, made as small, are led to
+    guide_scale: float = 1.0
     weights: str = "ema"  # ema | raw
     spacing: str | None = None
 

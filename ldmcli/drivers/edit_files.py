@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
+from ldmcli.core.config import from_toml
 from ldmcli.core.errors import InputError, Interrupted, LdmError, ModelError, UsageError
 from ldmcli.core.requests import EditRequest
 from ldmcli.core.signals import StopRequest
@@ -22,7 +23,7 @@ from ldmcli.drivers.drawing import holed
 from ldmcli.drivers.edit import check_edit, inpaint_images, trained_size, upscale_images
 from ldmcli.drivers.generate import batches, image_bytes, image_files, output_names, still_to_draw
 from ldmcli.drivers.grids import save_grid
-from ldmcli.drivers.load import load, read_config
+from ldmcli.drivers.load import load
 from ldmcli.drivers.loaded import LoadedDiffusion
 
 HOLE_LUMINANCE = 128
@@ -127,8 +128,8 @@ def _newest(scale: int) -> Path:
         if row["kind"] != "diffusion" or not (path / "model.safetensors").exists():
             continue
         try:
-            task = read_config("diffusion", path).task
-        except LdmError:
+            task = from_toml("diffusion", (path / "config.toml").read_text(encoding="utf-8")).task
+        except (LdmError, OSError):
             continue
         if task.name == "sr":
             scales.append(task.scale)

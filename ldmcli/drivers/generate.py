@@ -18,10 +18,12 @@ from ldmcli.core.requests import SampleRequest
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, to_size
 from ldmcli.drivers.drawing import boxed, enlarged, labelled, shown_condition, with_legend
+from ldmcli.drivers.edit import trained_size
 from ldmcli.drivers.grids import grid, in_rows, png_bytes, save_grid
+from ldmcli.drivers.guiders import image_guide, latent_decoder
 from ldmcli.drivers.load import load
-from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pil, to_uint8
-from ldmcli.drivers.sampling import check_sampling, with_overrides
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pil, to_pixels, to_uint8
+from ldmcli.drivers.sampling import Steering, check_sampling, with_overrides
 from ldmcli.maths.statistics import psnr, ssim
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -101,6 +103,7 @@ def _check(loaded: LoadedDiffusion, values: dict[str, list], request: SampleRequ
         loaded.model.conditions.prepare(values)
     loaded._negative(request.negative_prompt, 1)
     _start(loaded, request, 1)
+    _steering(loaded, request)
 
 
 def sample_to_folder(
@@ -196,6 +199,7 @@ def _draw(
         size=request.size,
         start=start,
         strength=strength,
+        steering=_steering(loaded, request),
         **settings,
     )
     return to_pil(loaded.autoencoder.decode(z))
@@ -206,10 +210,23 @@ def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int) -> tuple[tor
         return None, 1.0
     if not 0 < request.strength <= 1:
         raise UsageError(f"--strength {request.strength}: must be above 0 and at most 1")
-    size = request.size or tuple(side * loaded.autoencoder.network.f for side in loaded.model.latent_shape[1:])
+    size = request.size or trained_size(loaded)
     pixels = to_size(decode(Path(request.init_image), name=str(request.init_image)), size)
     z = loaded.autoencoder.encode(pixels[None])
     return z.expand(n, -1, -1, -1), request.strength
+
+
+def _steering(loaded: LoadedDiffusion, request: SampleRequest) -> Steering | None:
+    """What leads samples to --guide. Raises InputError for an image that no result could look like when made small."""
+    if request.guide is None:
+        return None
+    low = to_pixels(np.array(decode(Path(request.guide), name=str(request.guide)))).to(loaded.device)
+    (h, w), (height, width) = low.shape[-2:], request.size or trained_size(loaded)
+    if h > height or w > width or abs(h * width - w * height) > max(height, width):
+        raise InputError(f"--guide {request.guide}: {w}x{h} px; it must have the shape of the pictures to draw "
+                         f"({width}x{height}) and be no larger")
+    decoder = latent_decoder(loaded.autoencoder)
+    return Steering(wrap=lambda denoise: image_guide(denoise, decoder, low, request.guide_scale))
 
 
 def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> dict[str, Any]:
@@ -220,6 +237,7 @@ def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> di
         "model_sha256": loaded.fingerprint,
         "ldm_version": __version__,
         "negative_prompt": request.negative_prompt,
+        **({"guide": request.guide.name, "guide_scale": request.guide_scale} if request.guide else {}),
         **used,
     }
 
