@@ -20,7 +20,7 @@ from ldmcli.networks.conditions import Conditioning
 from ldmcli.networks.diffusion import DiffusionModel, LatentScale
 
 OPTIONS = {"text": "--prompt", "class": "--class", "layout": "--layout", "map": "--map", "lowres": "image",
-           "masked": "image"}  # what people give a condition with
+           "masked": "image", "tokens": "context"}  # what people give a condition with
 
 
 def default_device() -> torch.device:
@@ -324,7 +324,7 @@ class LoadedDiffusion:
             if value:
                 self._entry(kind)
         for kind in kinds:  # after what it never takes: a class for a text model is the mistake, not the missing prompt
-            if not given[kind]:
+            if not given.get(kind):
                 given[kind] = self._left_out(kind, told=bool(given["text"]))
         if given["layout"]:
             given["layout"] = layouts_of(given["layout"], self._entry("layout"))
@@ -347,6 +347,7 @@ class LoadedDiffusion:
             "map": "this model draws what a class map says; give one with --map FILE.png",
             "lowres": "this model makes small images larger; use `ldm upscale`, or image=… from Python",
             "masked": "this model fills holes; use `ldm inpaint`, or image=… and mask=… from Python",
+            "tokens": "this model reads tokens of an encoder that it does not carry; use sample_latents(context=…)",
         }
         raise UsageError(f"{OPTIONS[kind]}: {why[kind]}")
 
