@@ -72,7 +72,7 @@ class AutoencoderSettings:
     embed_dim: int = 4  # channels of the latent
     codebook_size: int = 1024  # vq only
     channels: int = 64  # width of the first level
-    channel_mult: tuple[int, ...] = (1, 2)  # paper: len = log2(f) + 1; fast: widths after the unshuffle stem
+    channel_mult: tuple[float, ...] = (1, 2)  # paper: len = log2(f) + 1; fast: widths after the unshuffle stem
     num_res_blocks: int = 2
     attn_resolutions: tuple[int, ...] = ()  # paper: nominal resolutions that carry attention
     resolution: int = 256  # paper: nominal resolution that attn_resolutions counts from

@@ -197,7 +197,7 @@ class Middle(nn.Module):
 def _level_plan(settings: AutoencoderSettings) -> list[tuple[int, bool]]:
     """(width, has attention) of each level. Attention goes by the nominal resolution, never by the real image."""
     return [
-        (settings.channels * mult, settings.resolution // 2**i in settings.attn_resolutions)
+        (round(settings.channels * mult), settings.resolution // 2**i in settings.attn_resolutions)
         for i, mult in enumerate(settings.channel_mult)
     ]
 
@@ -292,7 +292,7 @@ def _fast_plan(settings: AutoencoderSettings) -> tuple[int, list[tuple[int, int]
     mults = list(settings.channel_mult)
     mults += [mults[-1]] * (halvings + 1 - len(mults))
     factors = [1] * (len(mults) - halvings) + [2] * halvings
-    return stem, [(settings.channels * mult, factor) for mult, factor in zip(mults, factors)]
+    return stem, [(round(settings.channels * mult), factor) for mult, factor in zip(mults, factors)]
 
 
 class FastEncoder(nn.Module):

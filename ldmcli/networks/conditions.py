@@ -62,7 +62,8 @@ def load_tokenizer(folder: str | Path):
 class TextCondition(nn.Module):
     """Captions -> tokens, by the paper's transformer trained along ("joint") or a frozen encoder of transformers.
 
-    The null is the empty caption. `facts` keeps what use needs beside the weights: length, vocabulary size.
+    The null is the empty caption. `facts` keeps what use needs beside the weights: length, vocabulary size, "logits"
+    where a converted transformer brings its unused head along. tokenizer None: only tokens can be given.
     """
 
     columns = ("caption",)
@@ -82,7 +83,8 @@ class TextCondition(nn.Module):
                 self.length,
                 settings.text_heads,
                 settings.text_head_channels,
-                embedding_std=settings.embedding_std,
+                facts.get("logits", False),
+                settings.embedding_std,
             )
         else:
             frozen = _load_frozen(settings.text_encoder)
@@ -109,6 +111,9 @@ class TextCondition(nn.Module):
 
     def prepare(self, captions: list[str]) -> dict[str, Tensor]:
         """Captions -> {"ids": (n, length) int64, "mask": (n, length) bool}."""
+        if self.tokenizer is None:
+            raise InputError("this model came without a tokenizer, so it reads no prompts; convert it again with "
+                             "`ldm convert --tokenizer FOLDER`, or give tokens from Python")
         with self._one_at_a_time:
             out = self.tokenizer(
                 [caption[:READ_CHARACTERS] for caption in captions],
@@ -153,7 +158,8 @@ def _load_frozen(name: str):
 
 
 class ClassCondition(nn.Module):
-    """Labels -> one token, and by default a vector, too. The null is one class more (index n)."""
+    """Labels -> one token, and by default a vector, too. The null is one class more (index n), except where a fact
+    "null" says that there is none, as in models of others that were not trained for guidance."""
 
     columns = ("label",)
     request = "class"
@@ -161,7 +167,8 @@ class ClassCondition(nn.Module):
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
         self.names: list[str] = list(facts["class_names"])
-        self.embedding = nn.Embedding(len(self.names) + 1, settings.context_dim)
+        self.has_null = facts.get("null", True)
+        self.embedding = nn.Embedding(len(self.names) + self.has_null, settings.context_dim)
         self.vector = nn.Linear(settings.context_dim, settings.context_dim) if settings.class_vector else None
 
     @staticmethod
@@ -174,7 +181,8 @@ class ClassCondition(nn.Module):
         text = str(value)
         if isinstance(value, str) and text in self.names:
             return self.names.index(text)
-        if text.isdecimal() and int(text) < len(self.names):
+        # the null has no name; code that knows its number may ask for it
+        if text.isdecimal() and int(text) < len(self.names) + (self.has_null and not isinstance(value, str)):
             return int(text)
         close = difflib.get_close_matches(text, self.names, 3) or self.names[:8]
         raise UsageError(f"--class {text}: no such class among {len(self.names)}; for example {', '.join(close)}")
@@ -184,12 +192,31 @@ class ClassCondition(nn.Module):
         return {"label": torch.tensor([self.index(value) for value in labels])}
 
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The null class, n times."""
+        """The null class, n times. Raises UsageError where the model has none."""
+        if not self.has_null:
+            raise UsageError("this model has no class that means none, so it cannot be guided; use --guidance 1")
         return {"label": torch.full((n,), len(self.names))}
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         token = self.embedding(inputs["label"])
         return Conditioning(context=token[:, None], vector=self.vector(token) if self.vector is not None else None)
+
+
+class GivenTokens(nn.Module):
+    """Tokens as they are, made by an encoder that is not part of the model: values are tensors (M, d). No null."""
+
+    columns = ()
+    request = "context"
+
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+        super().__init__()
+
+    def prepare(self, tokens: list[Tensor]) -> dict[str, Tensor]:
+        """Tokens of one length -> {"tokens": (n, M, d)}."""
+        return {"tokens": torch.stack(tokens)}
+
+    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+        return Conditioning(context=inputs["tokens"])
 
 
 CONDITIONS: dict[str, type] = {
@@ -199,9 +226,10 @@ CONDITIONS: dict[str, type] = {
     "map": MapCondition,
     "lowres": LowresCondition,
     "masked": MaskedCondition,
+    "tokens": GivenTokens,
 }
 ASKED = ("class", "text", "layout", "map")  # what --condition names; a task brings the others along
-TOKENS = ("class", "text", "layout")
+TOKENS = ("class", "text", "layout", "tokens")
 
 
 class Conditions(nn.Module):
