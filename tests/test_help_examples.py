@@ -149,7 +149,8 @@ def typed(command: str) -> tiny.Ending:
     if command not in _ended:
         words = shlex.split(example_line(command))[1:]
         for other, line in EXAMPLES.items():
-            if other != command and option(line, "--out") in words:
+            out = option(line, "--out")
+            if other != command and out and any(f"{word}/".startswith(f"{out}/") for word in words):
                 typed(other)
         NEEDS.get(command, lambda: None)()
         if command == "runs":
