@@ -287,3 +287,12 @@ def test_a_small_picture_is_enlarged_and_an_extreme_one_is_cut():
 def test_center_ignores_u():
     image = picture(10, 30)
     assert (to_size(image, (10, 10), "center", u=(0, 0)) == to_size(image, (10, 10), "random", u=(0.5, 0.5))).all()
+
+
+def test_a_zoomed_crop_is_cut_from_a_larger_picture():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    assert (to_size(image, (32, 32), "random", u=(0.0, 1.0, 2.0)) == pixels[:32, 32:]).all()  # its own pixels
+    assert scaled_size((40, 100), (20, 20), 2) == (40, 100)
+    whole, part = to_size(image, (32, 32)), to_size(image, (32, 32), "center", u=(0.0, 1.0, 2.0))
+    assert (whole == part).all()  # the middle knows no zoom

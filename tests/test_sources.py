@@ -703,3 +703,35 @@ def test_a_buffer_mixes_without_losing_or_repeating():
 def test_several_names_are_shortened_with_their_number():
     assert folder.several(["a", "b"]) == "a, b"
     assert folder.several(str(k) for k in range(8)) == "0, 1, 2, 3, 4 and 3 more"
+
+
+def marked_rows(folder, **values):
+    """One picture of 60 x 80 with a red square, its map and its box."""
+    pixels, classes = np.zeros((60, 80, 3), np.uint8), np.zeros((60, 80), np.uint8)
+    pixels[15:45, 20:60] = (255, 0, 0)
+    classes[15:45, 20:60] = 1
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(classes).save(folder / "m.png")
+    put(folder / "metadata.jsonl", json.dumps({"file_name": "a.png", "map_file_name": "m.png",
+        "objects": {"bbox": [[20, 15, 40, 30]], "category": ["square"]}}))  # fmt: skip
+    return open_rows(settings(folder, **values))
+
+
+def test_crops_of_several_sizes_cut_picture_map_and_boxes_alike(tmp_path):
+    """A square marks the same place in the picture, its map and its box, however the crop lies and zooms."""
+    rows = marked_rows(tmp_path, crop="random", crop_min=0.5)
+    rows.preload((32, 32), "random")
+    for u in ((0.0, 0.0, 2.0), (1.0, 0.3, 1.6), (0.5, 0.5, 1.0), (0.4, 0.8, 1.25)):
+        pixels = rows.pixels(0, (32, 32), "random", u)
+        found = rows.map_pixels(0, (32, 32), "random", u)
+        box = rows.boxes(0, (32, 32), "random", u)["bbox"][0] * 32
+        red = pixels[..., 0] > 127
+        assert (red == (found == 1)).mean() > 0.97, u
+        down, across = np.nonzero(red)
+        seen = [across.min(), down.min(), np.ptp(across) + 1, np.ptp(down) + 1]
+        assert np.abs(box - seen).max() <= 1.5, u
+
+
+def test_only_random_crops_have_a_drawn_size():
+    with pytest.raises(UsageError, match="crop_min"):
+        DataSettings(crop_min=0.5)

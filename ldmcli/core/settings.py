@@ -40,6 +40,7 @@ class DataSettings:
     map_column: str = ""
     size: tuple[int, int] = (0, 0)  # height, width in pixels; (0, 0) = 64x64, or what the autoencoder was trained at
     crop: str = "center"  # center | random (of the resized image)
+    crop_min: float = 1.0  # random crops: the cut's side as a share of the picture's short one is drawn from here to 1
     resize: str = "bicubic"  # short side to size, antialiased
     flip: bool = False  # mirror half of the images; off by default: text, flags and "left of" have a side
     background: str = "white"  # what shows through transparent pixels
@@ -56,6 +57,10 @@ class DataSettings:
         _choice("data", "cache_dtype", self.cache_dtype, ("float32", "float16"))
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"data.val_fraction = {self.val_fraction}: must lie between 0 and 1")
+        if not 0 < self.crop_min <= 1:
+            raise UsageError(f"data.crop_min = {self.crop_min}: must be above 0 and at most 1")
+        if self.crop_min < 1 and self.crop != "random":
+            raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
         if self.limit < 0 or self.workers < 0:
             raise UsageError("data.limit and data.workers must not be negative")
 

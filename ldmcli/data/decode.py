@@ -7,6 +7,7 @@ the first frame of an animation is taken; colour profiles are ignored (pixels co
 
 import struct
 import warnings
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -94,16 +95,17 @@ def to_size(
     size: tuple[int, int],
     crop: str = "center",
     resize: str = "bicubic",
-    u: tuple[float, float] = (0.5, 0.5),
+    u: Sequence[float] = (0.5, 0.5),
 ) -> np.ndarray:
     """uint8 (h, w, 3): the picture scaled, antialiased, until it just covers `size` = (h, w), then cropped.
 
     The crop lies at share `u` = (down, right) in [0, 1] of what is left over; crop = "center" means u = (0.5, 0.5).
+    A third number in `u` is the zoom, at least 1: the picture is scaled so much further before.
     Only the pixels of the crop are computed, so extreme shapes cost nothing.
     """
     if crop == "center":
         u = (0.5, 0.5)
-    height, width = scaled_size((image.height, image.width), size)
+    height, width = scaled_size((image.height, image.width), size, *u[2:])
     top, left = (int(share * (whole - part) + 0.5) for share, whole, part in zip(u, (height, width), size))
     if (height, width) == (image.height, image.width):
         return np.array(image.crop((left, top, left + size[1], top + size[0])))
@@ -112,9 +114,9 @@ def to_size(
     return np.array(image.resize((size[1], size[0]), FILTERS[resize], box=box))
 
 
-def scaled_size(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of a picture of `shape` scaled until it just covers `size`; the long side is rounded."""
-    scale = max(size[0] / shape[0], size[1] / shape[1])
+def scaled_size(shape: tuple[int, int], size: tuple[int, int], zoom: float = 1.0) -> tuple[int, int]:
+    """(h, w) of a picture of `shape` scaled until it just covers `size`, times `zoom`; sides are rounded."""
+    scale = max(size[0] / shape[0], size[1] / shape[1]) * zoom
     return max(round(shape[0] * scale), size[0]), max(round(shape[1] * scale), size[1])
 
 

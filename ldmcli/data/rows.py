@@ -80,8 +80,9 @@ class Rows:
     def pixels(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> np.ndarray:
         """uint8 (h, w, 3) at `size`: resized by data.resize and cropped in the middle, or ("random") at share u."""
         whole = self._kept.get(int(self._ids[i])) if self._kept_as == (tuple(size), crop) else None
-        if whole is None:
-            return to_size(self.image(i), size, crop, self._settings.resize, u)
+        if whole is None or self._zooms(crop):
+            picture = self.image(i) if whole is None else Image.fromarray(whole)
+            return to_size(picture, size, crop, self._settings.resize, u)
         top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, whole.shape, size)) if crop == "random" else (0, 0)
         return whole[top:top + size[0], left:left + size[1]]
 
@@ -105,8 +106,8 @@ class Rows:
     def map_pixels(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> np.ndarray:
         """The class map, uint8 (h, w), cut as `pixels` cuts the picture; classes are picked, never mixed."""
         whole = self.map(i)
-        height, width = scaled_size(whole.shape, size)
         u = (0.5, 0.5) if crop == "center" else u
+        height, width = scaled_size(whole.shape, size, *u[2:])
         top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, (height, width), size))
         rows = ((np.arange(size[0]) + top + 0.5) * whole.shape[0] / height).astype(int)
         columns = ((np.arange(size[1]) + left + 0.5) * whole.shape[1] / width).astype(int)
@@ -116,8 +117,8 @@ class Rows:
         """`objects` cut as `pixels` cuts the picture: boxes clipped, as shares (0 … 1) of the crop; those that lie
         outside are dropped."""
         found, shape = self.objects(i), self.shape(i)
-        height, width = scaled_size(shape, size)
         u = (0.5, 0.5) if crop == "center" else u
+        height, width = scaled_size(shape, size, *u[2:])
         top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, (height, width), size))
         whole = (shape[1], shape[0]) * 2 if self.boxes_are_shares else (1, 1, 1, 1)
         x, y, w, h = found["bbox"].reshape(-1, 4).T * np.array(whole, np.float32)[:, None]
@@ -176,6 +177,10 @@ class Rows:
                 progress.advance(1)
         return bad
 
+    def _zooms(self, crop: str) -> bool:
+        """Whether crops are of several sizes: pictures are kept whole then, as they came."""
+        return crop == "random" and self._settings.crop_min < 1
+
     def _prepared(self, i: int, size: tuple[int, int], crop: str) -> np.ndarray | BadImage:
         try:
             picture = self.image(i)
@@ -184,6 +189,8 @@ class Rows:
         except BadImage as error:
             error.index = i
             return error
+        if self._zooms(crop):
+            return np.asarray(picture)
         whole = scaled_size((picture.height, picture.width), size) if crop == "random" else size
         return to_size(picture, whole, "center", self._settings.resize)
 

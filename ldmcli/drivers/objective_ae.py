@@ -59,11 +59,15 @@ def step_rows(rows, config, step: int, mine: slice) -> tuple[np.ndarray, np.ndar
 
 
 def views(config, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How the rows at positions `where` are seen: shares (n, 2) for the crop, down and across, and mirrored (n,)."""
+    """How the rows at positions `where` are seen: (n, 2) or (n, 3) for the crop (share down, share across, and zoom where
+    crops are of several sizes), and mirrored (n,)."""
     seed, data, at = config.train.seed, config.data, where.tolist()
     u, mirrored = np.full((len(at), 2), 0.5), np.zeros(len(at), bool)
     if data.crop == "random":
         u = np.stack([rng.uniform(seed, at, axis).numpy() for axis in ("crop-y", "crop-x")], axis=1)
+        if data.crop_min < 1:
+            share = data.crop_min + (1 - data.crop_min) * rng.uniform(seed, at, "crop-size").numpy()
+            u = np.column_stack([u, 1 / share])
     if data.flip:
         mirrored = (rng.uniform(seed, at, "flip") < 0.5).numpy()
     return u, mirrored
