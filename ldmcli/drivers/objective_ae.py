@@ -59,8 +59,8 @@ def step_rows(rows, config, step: int, mine: slice) -> tuple[np.ndarray, np.ndar
 
 
 def views(config, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How the rows at positions `where` are seen: (n, 2) or (n, 3) for the crop (share down, share across, and zoom where
-    crops are of several sizes), and mirrored (n,)."""
+    """How the rows at positions `where` are seen: (n, 2) or (n, 3) for the crop (shares down and across, and zoom
+    where crops are of several sizes), and mirrored (n,)."""
     seed, data, at = config.train.seed, config.data, where.tolist()
     u, mirrored = np.full((len(at), 2), 0.5), np.zeros(len(at), bool)
     if data.crop == "random":
