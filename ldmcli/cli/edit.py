@@ -26,8 +26,9 @@ OneClass = Annotated[opt.Text, opt.option("--class", panel=opt.SAMPLING, metavar
     help="Class of the picture, where the model takes one.")]
 Blend = Annotated[int, opt.option("--blend", value=8, panel=opt.SAMPLING, metavar="PX", min=0, default="8",
     help="Width of the rim inside the hole that is fitted to what lies around; 0 = pasted as drawn.")]
-Resample = Annotated[int, opt.option("--resample", value=1, panel=opt.SAMPLING, metavar="N", min=1, default="1",
-    help="Times that each step is done, with new noise, by a model not trained to inpaint.")]
+Resample = Annotated[int, opt.option("--resample", value=10, panel=opt.SAMPLING, metavar="N", min=1, default="10",
+    help="Times that each step is done, with new noise, by a model not trained to inpaint: fewer are faster and fit "
+    "their surroundings worse.")]
 Tile = Annotated[int, opt.option("--tile", value=0, panel=opt.MACHINE, metavar="PX", min=0, default="by --max-memory",
     help="Side of the tiles that the networks see of large pictures, in pixels.")]
 MaxMemory = Annotated[float, opt.option("--max-memory", value=4.0, panel=opt.MACHINE, metavar="GIB", default="4",

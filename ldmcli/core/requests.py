@@ -42,7 +42,7 @@ class EditRequest:
     classes: tuple[str, ...] = ()
     n: int = 1  # results a picture
     blend: int = 8  # pixels over which a hole's rim is fitted to its surroundings
-    resample: int = 1  # times that each step is done where the model was not trained to inpaint
+    resample: int = 10  # times that each step is done where the model was not trained to inpaint
     tile: int = 0  # pixels a side of what the networks see at once; 0 = as much as max_memory allows
     max_memory: float = 4.0  # GiB of activations
     steps: int | None = None

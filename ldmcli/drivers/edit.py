@@ -22,7 +22,10 @@ from ldmcli.maths import pasting, rng
 from ldmcli.maths.tiles import padded
 
 MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine
-BLEND = 8
+BLEND = 8  # pixels
+# As in the RePaint paper. With 20 steps on emoji of 64 px, once left foreign things in the hole (PSNR 9.6 dB in it),
+# 4 times blurred ones (11.9), 10 times lines and colours that go on (11.7)
+RESAMPLE = 10
 
 
 @torch.no_grad()
@@ -53,7 +56,7 @@ def upscale_images(
 def inpaint_images(
     model: LoadedDiffusion, images: np.ndarray, masks: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None, classes: Sequence[str | int] | None = None, blend: int = BLEND,
-    resample: int = 1, tile: int = 0, max_memory: float = MAX_MEMORY, **settings,
+    resample: int = RESAMPLE, tile: int = 0, max_memory: float = MAX_MEMORY, **settings,
 ) -> np.ndarray:  # fmt: skip
     """uint8 (n, H, W, 3) and bool (n, H, W), True = hole -> uint8 (n, H, W, 3); pixels outside holes as they were.
 
