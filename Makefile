@@ -3,14 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INTEROP := .venv-interop
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-interop lint install clean
 
 demo: install  ## the whole chain on the embedded data set, at most ten minutes
 	$(BIN)/ldm demo
 
 test: install  ## the test suite
 	$(BIN)/python -m pytest
+
+# diffusers comes into an environment of its own that lies on top of the other one, so that it can change nothing there
+test-interop: install  ## exported models loaded and run by diffusers itself
+	test -x $(INTEROP)/bin/python || $(BIN)/python -m venv $(INTEROP)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	$(INTEROP)/bin/python -m pip install --quiet -e '.[interop]'
+	$(INTEROP)/bin/python -m pytest tests/interop
 
 lint: install  ## style and types
 	$(BIN)/ruff check ldmcli tests
@@ -25,4 +34,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:  ## remove the environment and caches; runs/ and outputs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(INTEROP) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
