@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "upscale": ("edit", "Make pictures larger.", _USE),
     "reconstruct": ("generate", "Images through an autoencoder, side by side, with PSNR.", _USE),
     "eval-fid": ("measure", "Metrics of generated images: FID, KID, precision, PSNR, …", _USE),
+    "convert": ("convert", "Models of CompVis and diffusers to runs, and back.", _USE),
     "data": ("manage", "What ldm sees in a data set: columns, sizes, bad files.", _LOOK),
     "report": ("manage", "Write the report of a run again.", _LOOK),
     "runs": ("manage", "List runs with kind, data, step and metric.", _LOOK),

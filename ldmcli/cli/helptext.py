@@ -25,6 +25,7 @@ EXAMPLES: dict[str, list[str]] = {
     "reconstruct": ["reconstruct", "outputs/circles", "--autoencoder", "runs/shapes-ae", "--out", "outputs/pairs"],
     "eval-fid": ["eval-fid", "--model", "runs/shapes-text", "--features", "effnet-lite0", "-n", "64",
                  "--steps", "5"],
+    "convert": ["convert", "runs/shapes-text", "outputs/shapes-text-diffusers", "--to", "diffusers"],
     "data": ["data", "shapes", "--limit", "200", "--out", "outputs/shapes"],
     "report": ["report", "runs/shapes-text"],
     "runs": ["runs"],

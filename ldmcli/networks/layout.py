@@ -24,7 +24,7 @@ class LayoutCondition(nn.Module):
     indices}; the null is one without objects.
 
     facts: "categories" (names in order), "length" (tokens of a sequence: three an object and two of the crop),
-    "vocabulary".
+    "vocabulary", "logits" where a converted transformer brings its unused head along.
     """
 
     columns = ("objects",)
@@ -42,7 +42,8 @@ class LayoutCondition(nn.Module):
             self.layout.length,
             settings.text_heads,
             settings.text_head_channels,
-            embedding_std=settings.embedding_std,
+            facts.get("logits", False),
+            settings.embedding_std,
         )
         if settings.smooth_places:
             self._smooth_places(settings.embedding_std)
