@@ -426,3 +426,17 @@ def test_sample_is_led_to_a_small_image(plain, tmp_path):
     ending = ldm("sample", "--model", plain, "--guide", tmp_path / "tall.png", "--out", tmp_path / "bad")
     assert ending.code == 3 and "5x9 px" in ending.line
 
+
+
+def test_samples_too_large_for_memory_are_drawn_in_tiles(plain, tmp_path, monkeypatch):
+    """The bound is lowered instead of the picture made large."""
+    from ldmcli.drivers import generate, tiling
+
+    asked = []
+    monkeypatch.setattr(generate, "MAX_MEMORY", 0.002)
+    decode = tiling.decode
+    monkeypatch.setattr(tiling, "decode", lambda ae, z, tile=0: asked.append((z.shape, tile)) or decode(ae, z, tile))
+    ending = ldm("sample", "--model", plain, "-n", 2, *FAST, "--size", "120x200", "--out", tmp_path / "out")
+    assert ending.code == 0, ending.stderr
+    assert [one.shape for one in pictures(tmp_path / "out")] == [(120, 200, 3)] * 2
+    assert all(len(shape) == 4 and shape[0] == 1 and 0 < tile < 50 for shape, tile in asked)

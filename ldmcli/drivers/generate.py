@@ -17,8 +17,9 @@ from ldmcli.core.errors import InputError, Interrupted, ModelError, UsageError
 from ldmcli.core.requests import SampleRequest
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, to_size
+from ldmcli.drivers import tiling
 from ldmcli.drivers.drawing import boxed, enlarged, labelled, shown_condition, with_legend
-from ldmcli.drivers.edit import trained_size
+from ldmcli.drivers.edit import MAX_MEMORY, tile_side, trained_size
 from ldmcli.drivers.grids import grid, in_rows, png_bytes, save_grid
 from ldmcli.drivers.guiders import image_guide, latent_decoder
 from ldmcli.drivers.load import load
@@ -142,7 +143,7 @@ def sample_to_folder(
     describe = _describe(loaded, path, request)
     started = time.perf_counter()
     with StopRequest() as stop, console.progress(len(todo), "sampling") as bar:
-        for batch in batches(todo, request.batch_size or 16):
+        for batch in batches(todo, request.batch_size or _batch_size(loaded, request)):
             images = _draw(loaded, batch, values, request, settings)
             for k, image in zip(batch, images):
                 facts = _facts(k, values, request, describe) if metadata else None
@@ -191,6 +192,7 @@ def _draw(
     loaded: LoadedDiffusion, ids: list[int], values: dict[str, list], request: SampleRequest, settings: dict[str, Any]
 ) -> list:
     start, strength = _start(loaded, request, len(ids))
+    steering = _steering(loaded, request)
     z = loaded.latents_for(
         ids,
         values,
@@ -199,10 +201,10 @@ def _draw(
         size=request.size,
         start=start,
         strength=strength,
-        steering=_steering(loaded, request),
+        steering=steering,
         **settings,
     )
-    return to_pil(loaded.autoencoder.decode(z))
+    return to_pil(tiling.decode(loaded.autoencoder, z, steering.tile))
 
 
 def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int) -> tuple[torch.Tensor | None, float]:
@@ -216,17 +218,24 @@ def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int) -> tuple[tor
     return z.expand(n, -1, -1, -1), request.strength
 
 
-def _steering(loaded: LoadedDiffusion, request: SampleRequest) -> Steering | None:
-    """What leads samples to --guide. Raises InputError for an image that no result could look like when made small."""
+def _batch_size(loaded: LoadedDiffusion, request: SampleRequest) -> int:
+    """Samples at a time: 16, or fewer where larger ones than the model was trained on would take too much memory."""
+    return tiling.batch_within(loaded, request.size, MAX_MEMORY, 16) if request.size else 16
+
+
+def _steering(loaded: LoadedDiffusion, request: SampleRequest) -> Steering:
+    """Tiles for what is too large at once, and what leads samples to --guide. Raises InputError for an image that no
+    result could look like when made small."""
+    tile = tile_side(loaded, request.size, 0, MAX_MEMORY, _settings(request)) if request.size else 0
     if request.guide is None:
-        return None
+        return Steering(tile=tile)
     low = to_pixels(np.array(decode(Path(request.guide), name=str(request.guide)))).to(loaded.device)
     (h, w), (height, width) = low.shape[-2:], request.size or trained_size(loaded)
     if h > height or w > width or abs(h * width - w * height) > max(height, width):
         raise InputError(f"--guide {request.guide}: {w}x{h} px; it must have the shape of the pictures to draw "
                          f"({width}x{height}) and be no larger")
     decoder = latent_decoder(loaded.autoencoder)
-    return Steering(wrap=lambda denoise: image_guide(denoise, decoder, low, request.guide_scale))
+    return Steering(wrap=lambda denoise: image_guide(denoise, decoder, low, request.guide_scale), tile=tile)
 
 
 def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> dict[str, Any]:
