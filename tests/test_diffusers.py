@@ -21,6 +21,8 @@ from ldmcli.core.settings import (
     TaskSettings,
 )
 from ldmcli.formats import diffusers, diffusers_custom, schedulers
+from ldmcli.formats import diffusers_unet as unets
+from ldmcli.formats import diffusers_vae as vaes
 from ldmcli.formats.bundle import AutoencoderBundle, DiffusionBundle
 from ldmcli.formats.diffusers_files import read_config
 from ldmcli.maths.samplers import SAMPLERS
@@ -420,6 +422,29 @@ def test_an_index_that_leads_elsewhere_is_refused(net, name):
         diffusers.read(net)
 
 
+def test_keys_that_a_configuration_leaves_out_take_the_defaults_of_the_class(tmp_path):
+    for name, defaults in (("unet2d", unets.DEFAULTS["UNet2DModel"]), ("vqmodel", vaes.DEFAULTS["VQModel"]),
+                           ("unet2d_condition", unets.DEFAULTS["UNet2DConditionModel"]),
+                           ("autoencoder_kl", vaes.DEFAULTS["AutoencoderKL"])):  # fmt: skip
+        shutil.copytree(case(name), tmp_path / name)
+        path, want = tmp_path / name / "config.json", diffusers.read(case(name))
+        values = read_config(path)
+        short = {k: v for k, v in values.items() if k not in defaults or defaults[k] != v}
+        assert len(short) < len(values) - 3
+        path.write_text(json.dumps(short))
+        again = diffusers.read(tmp_path / name)
+        assert_same(want, again)
+        assert again.config == want.config
+
+
+def test_a_vq_model_without_a_factor_has_that_of_its_class(tmp_path):
+    shutil.copytree(case("vqmodel"), tmp_path / "vq")
+    values = read_config(tmp_path / "vq" / "config.json")
+    del values["scaling_factor"]
+    (tmp_path / "vq" / "config.json").write_text(json.dumps(values))
+    assert diffusers.read(tmp_path / "vq").scale.std == (1 / 0.18215,) * 3
+
+
 def test_missing_unknown_and_misshapen_weights_are_listed(net):
     path, tensors = weights(net)
     del tensors["conv_in.weight"]
@@ -585,4 +610,5 @@ def test_schedulers_go_out_and_back(sampler, spacing, prediction):
     process = DiffusionSettings(prediction=prediction, schedule="cosine", t_sampling="uniform")
     sample = SampleSettings(sampler=sampler, spacing=spacing)
     written = schedulers.write_scheduler(process, sample)
-    assert schedulers.read_scheduler(Path("s"), written, process, sample) == (process, sample, [])
+    again = schedulers.read_scheduler(Path("s"), written, process, sample)
+    assert again[:2] == (process, sample) and (again[2] == []) == (spacing != "leading_open+1/first")

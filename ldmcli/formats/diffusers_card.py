@@ -1,6 +1,7 @@
 """README.md of an exported folder: the hub's front matter, how it is loaded, what it was measured at."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def write_card(folder: Path, bundle: AutoencoderBundle | DiffusionBundle, lines:
     if grid is not None:
         files.write_bytes(folder / GRID, grid.read_bytes())
         parts.append(f"![Samples of fixed seeds]({GRID})")
-    parts += [_use(folder), _data(data, licence), _metrics(state)]
+    parts += [_use(folder, kinds), _data(data, licence), _metrics(state), *_evaluations(run)]
     notes = [f"- {' '.join(note.split())}" for note in bundle.notes]
     if notes:
         parts.append("## Readings and omissions\n\n" + "\n".join(notes))
@@ -46,16 +47,19 @@ def _grid(run: Path | None) -> Path | None:
     return found[-1] if found else None
 
 
-def _use(folder: Path) -> str:
+def _use(folder: Path, kinds: Sequence[str]) -> str:
+    named = {"text": 'prompt=["…"]', "class": "class_labels=[0]", "layout": "layout=LAYOUT", "map": "segmentation=MAP",
+             "lowres": "image=IMAGE", "masked": "image=IMAGE, mask_image=MASK"}
+    told = "".join(f"{named[kind]}, " for kind in kinds if kind in named)
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         kind = files.read_json(folder / "config.json")["_class_name"]
         code = f"from diffusers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER)"
     elif (folder / "pipeline.py").is_file():
         code = ("from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER, "
-                "custom_pipeline=FOLDER, trust_remote_code=True)\nimages = pipe(seed=0).images  # see help(pipe)")
+                f"custom_pipeline=FOLDER, trust_remote_code=True)\nimages = pipe({told}seed=0).images")
     else:
         code = ("from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER)\n"
-                "images = pipe(num_inference_steps=50).images  # text: pipe([\"…\"]); small picture: pipe(image)")
+                f"images = pipe({told}num_inference_steps=50).images")
     return f"## Use\n\nFOLDER is this folder, or its name on the hub.\n\n```python\n{code}\n```"
 
 
@@ -68,11 +72,20 @@ def _data(data: dict[str, Any], licence: str | None) -> str:
 
 
 def _metrics(state: dict[str, Any]) -> str:
-    """The newest evaluation of the run, with its protocol."""
+    """The newest validation of the run."""
     metrics = state.get("metrics") or {}
     rows = [f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, (int, float))]
-    if not rows:
-        return ""
-    protocol = state.get("protocol") or metrics.get("protocol")
-    told = f"\n\nProtocol: `{json.dumps(protocol, ensure_ascii=False)}`" if protocol else ""
-    return "## Metrics\n\n" + "\n".join(["| metric | value |", "|---|---|", *rows]) + told
+    return "\n".join(["## Metrics", "", "| metric | value |", "|---|---|", *rows]) if rows else ""
+
+
+def _evaluations(run: Path | None) -> list[str]:
+    """Evaluations that lie in the run, each with its protocol as it was recorded."""
+    parts = []
+    for path in sorted(run.glob("eval*.json")) if run is not None else []:
+        try:
+            found = files.read_json(path)
+        except LdmError:
+            continue
+        text = json.dumps(found, indent=1, ensure_ascii=False).replace("```", "'''")
+        parts.append(f"### {path.stem}\n\n```json\n{text}\n```")
+    return parts

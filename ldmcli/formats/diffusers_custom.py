@@ -128,7 +128,7 @@ def write_component(bundle: DiffusionBundle, folder: Path, *, own_unet: bool, ow
     described = {
         "_class_name": COMPONENT, "_diffusers_version": "0.42.1", "settings": settings, "kinds": list(config.kinds),
         "facts": bundle.facts, "latent_shape": list(bundle.latent_shape), "own_unet": own_unet,
-        "own_autoencoder": own_autoencoder, "notes": bundle.notes,
+        "own_autoencoder": own_autoencoder, "_notes": bundle.notes,
     }  # fmt: skip
     tensors = {name: tensor for name, tensor in bundle.tensors.items() if own_unet or not name.startswith("unet.")}
     if own_autoencoder and bundle.autoencoder is not None:
@@ -178,7 +178,7 @@ def read_component(folder: Path) -> tuple[DiffusionBundle, dict[str, Any]]:
         size = (shape[1] * stage.f, shape[2] * stage.f)
         whole = AutoencoderConfig(autoencoder=stage, data=DataSettings(size=size))
         autoencoder = AutoencoderBundle(whole, named, scale)
-    notes = [note for note in described.get("notes") or [] if isinstance(note, str)]
+    notes = [note for note in described.get("_notes") or [] if isinstance(note, str)]
     bundle = DiffusionBundle(config, tensors, autoencoder, scale, (shape[0], shape[1], shape[2]), facts, None, notes)
     return bundle, described
 

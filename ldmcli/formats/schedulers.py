@@ -114,6 +114,9 @@ def _spacing(config: Config, kind: str) -> tuple[str, list[str]]:
         config.only(final_sigmas_type=("zero", "sigma_min"))
         low = "sigma_min" if kind == "EulerDiscreteScheduler" else "first"
         ending = "clean" if config["final_sigmas_type"] == "zero" else low
+        if kind == "DPMSolverMultistepScheduler" and ending == "first":
+            notes.append("final_sigmas_type = 'sigma_min': with 15 steps or more the last, long one is extrapolated "
+                         "less far than in diffusers")  # fmt: skip
     elif kind == "DDPMScheduler":
         ending = "clean"
     else:

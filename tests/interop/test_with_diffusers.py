@@ -30,7 +30,12 @@ from test_diffusers import (  # noqa: E402
     trajectory,
 )
 
+from ldmcli.core.settings import DiffusionSettings, SampleSettings  # noqa: E402
 from ldmcli.formats import diffusers as ours  # noqa: E402
+from ldmcli.formats import schedulers  # noqa: E402
+from ldmcli.formats.diffusers_files import read_config  # noqa: E402
+from ldmcli.maths.samplers import SAMPLERS  # noqa: E402
+from ldmcli.maths.schedule import levels, make_schedule, to_x0_eps  # noqa: E402
 from ldmcli.networks.autoencoder import split_moments  # noqa: E402
 from ldmcli.networks.conditions import Conditioning  # noqa: E402
 from ldmcli.networks.diffusion import LatentScale  # noqa: E402
@@ -180,3 +185,54 @@ def test_the_demos_kind_of_model_is_drawn_by_diffusers(tmp_path):
     )  # fmt: skip
     check_custom(bundle, {"text": words}, {"prompt": words}, tmp_path / "out", steps=8)
     assert isinstance(bundle.config.sample.guidance, float)
+
+
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
+SCHEDULES = [
+    ("DDIMScheduler", dict(clip_sample=False, set_alpha_to_one=False, **LEADING)),
+    ("DDIMScheduler", dict(clip_sample=False, set_alpha_to_one=True)),
+    ("DDIMScheduler", dict(clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction")),
+    ("PNDMScheduler", dict(skip_prk_steps=True, **LEADING)),
+    ("EulerDiscreteScheduler", dict(**LEADING)),
+    ("EulerDiscreteScheduler", dict()),
+    ("EulerDiscreteScheduler", dict(timestep_spacing="trailing")),
+    ("EulerDiscreteScheduler", dict(final_sigmas_type="sigma_min", **LEADING)),
+    ("DPMSolverMultistepScheduler", dict()),
+    ("DPMSolverMultistepScheduler", dict(**LEADING)),
+    ("DPMSolverMultistepScheduler", dict(timestep_spacing="trailing", prediction_type="sample")),
+    ("DPMSolverMultistepScheduler", dict(final_sigmas_type="sigma_min", **LEADING)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 20, 50])
+@pytest.mark.parametrize("kind, settings", SCHEDULES)
+def test_samplers_end_where_the_schedulers_do(kind, settings, steps, tmp_path):
+    """With a network that is a simple function; states of Euler are z/α."""
+    theirs = getattr(real, kind)(**SCALED, **settings)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    process, sample, notes = schedulers.read_scheduler(path, read_config(path), DiffusionSettings(),
+                                                       SampleSettings())
+    schedule = make_schedule(process)
+    way = levels(schedule, steps, sample.spacing)
+    z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def network(x, t):
+        return 0.6 * x + 0.3 * torch.sin(x * (1 + t / 500))
+
+    def denoise(z, t, alpha, sigma):
+        return to_x0_eps(schedule.prediction, network(z, t), z, alpha, sigma)
+
+    euler = kind == "EulerDiscreteScheduler"
+    mine = SAMPLERS[sample.sampler].function(denoise, z, way)
+    theirs.set_timesteps(steps)
+    x = z / way.alphas[0] if euler else z
+    times = []
+    for t in theirs.timesteps:
+        times.append(float(t))
+        out = network(theirs.scale_model_input(x, t), float(t))
+        x = theirs.step(out, t, x).prev_sample
+    assert sorted(set(times), reverse=True) == [pytest.approx(t, abs=1e-3) for t in way.t]
+    longest = kind.startswith("DPM") and settings.get("final_sigmas_type") == "sigma_min" and steps >= 15
+    assert notes if longest else relative(mine, x) < CLOSE  # the one way that is known to differ, and says so
