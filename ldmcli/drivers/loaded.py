@@ -1,6 +1,6 @@
 """A trained model in use: on a device, with the calls of the Python interface."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -389,9 +389,15 @@ class LoadedDiffusion:
         context=None,
         uncond=None,
         concat: Tensor | None = None,
+        noise: Callable[[int], Tensor] | None = None,
+        before_step: Callable[[int, Tensor], Tensor] | None = None,
         **settings,
     ) -> Tensor:
-        """The final latent (B, c, h, w) from given noise, with tokens (or what `embed` gave) for both halves."""
+        """The final latent (B, c, h, w) from given noise, with tokens (or what `embed` gave) for both halves.
+
+        noise(i): what step i adds where it adds some, instead of numbers from `seed`; before_step(i, z): what step i
+        starts from (`drivers.sampling.known_region` makes one that keeps a region).
+        """
         from ldmcli.drivers.sampling import Guidance, denoiser
         from ldmcli.maths import rng
         from ldmcli.maths.samplers import SAMPLERS
@@ -410,12 +416,17 @@ class LoadedDiffusion:
             Guidance(chosen.guidance, chosen.guidance_interval),
         )
         ids = range(len(z_T))
+
+        def drawn(step: int) -> Tensor:
+            return rng.normal(seed, ids, tuple(z_T.shape[1:]), "step", step, device=self.device)
+
         return SAMPLERS[chosen.sampler].function(
             denoise,
             z_T.to(self.device),
             levels(self.schedule, chosen.steps, chosen.spacing),
             eta=chosen.eta,
-            noise=lambda step: rng.normal(seed, ids, tuple(z_T.shape[1:]), "step", step, device=self.device),
+            noise=noise or drawn,
+            before_step=before_step,
         )
 
 
