@@ -324,8 +324,14 @@ def test_the_code_beside_a_model_makes_its_modules_without_this_package():
     compile(code, module, "exec")
 
 
-def test_text_models_of_77_tokens_are_stock_and_others_are_not(tmp_path):
+@pytest.mark.parametrize("logits", [False, True])
+def test_text_models_of_77_tokens_are_stock_and_others_are_not(logits, tmp_path):
     bundle = text_model(tmp_path)
+    if logits:  # the head that the published models carry along, unused
+        vocabulary, width = bundle.tensors["conditions.entries.text.encoder.transformer.token_emb.weight"].shape
+        bundle.facts["text"]["logits"] = True
+        bundle.tensors["conditions.entries.text.encoder.transformer.to_logits.weight"] = torch.randn(vocabulary, width)
+        bundle.tensors["conditions.entries.text.encoder.transformer.to_logits.bias"] = torch.randn(vocabulary)
     assert diffusers.write(bundle, tmp_path / "out")[0] == "a LDMTextToImagePipeline"
     index = read_config(tmp_path / "out" / "model_index.json")
     assert index["bert"] == ["latent_diffusion", "LDMBertModel"] and index["tokenizer"][1] == "BertTokenizer"
@@ -350,8 +356,7 @@ def test_class_tables_are_added_to_the_time_embedding(tmp_path):
     model = model_of(bundle)
     told = model.embed(model.conditions.prepare({"class": [3, 0]}))
     assert torch.equal(told.vector, table[[3, 0]])
-    none = model.embed(model.conditions.null(2))
-    assert relative(model.predict(want["x"], want["t"], none), want["eps"]) < CLOSE  # no class adds nothing
+    assert relative(model.predict(want["x"], want["t"], Conditioning()), want["eps"]) < CLOSE
     assert relative(model.predict(want["x"], want["t"], told), want["eps"]) > 1e-3
     diffusers.write(bundle, tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / path.name)["class_embedding.weight"], table)

@@ -136,7 +136,7 @@ def _bundle(path: Path, folder: Path, values: dict[str, Any], autoencoder: Autoe
             notes.append("no text encoder is read with this network; its tokens are given from Python (context=)")
     if table is not None:
         condition |= {"kinds": ("class",), "class_vector": True}
-        facts["class"] = {"class_names": [str(k) for k in range(len(table))]}
+        facts["class"] = {"class_names": [str(k) for k in range(len(table))], "null": False}
         tensors |= _class_tensors(table)
     settings, sample = _scheduled(path, settings, sample, notes)
     if pipeline == UPSCALE and autoencoder:
@@ -152,9 +152,9 @@ def _bundle(path: Path, folder: Path, values: dict[str, Any], autoencoder: Autoe
 
 
 def _class_tensors(table: Tensor) -> dict[str, Tensor]:
-    """A class table that is added to the time embedding as it is; no class adds nothing."""
+    """A class table that is added to the time embedding as it is."""
     width, prefix = table.shape[1], "conditions.entries.class"
-    return {f"{prefix}.embedding.weight": torch.cat([table, table.new_zeros(1, width)]),
+    return {f"{prefix}.embedding.weight": table,
             f"{prefix}.vector.weight": torch.eye(width), f"{prefix}.vector.bias": torch.zeros(width)}
 
 
@@ -251,7 +251,7 @@ def _write_stage_alone(bundle: AutoencoderBundle, path: Path, run: Path | None) 
     scale = bundle.scale or LatentScale.identity(settings.embed_dim)
     reason = vaes.why_not(settings) or vaes.why_not_scale(settings, scale)
     if reason:
-        raise ModelError(f"{path}: {reason} has no class in diffusers; export a diffusion model that carries it, "
+        raise ModelError(f"--to diffusers: {reason} has no class there; export a diffusion model that carries it, "
                          "whose pipeline brings its own code")  # fmt: skip
     _write_stage(bundle, scale, path, factor_read=True)
     lines = [f"a first stage of class {'VQModel' if settings.reg == 'vq' else 'AutoencoderKL'}"]
@@ -320,7 +320,6 @@ def _unet_parts(bundle: DiffusionBundle) -> tuple[dict[str, Any], dict[str, Tens
     table = None
     if _single(bundle) and bundle.config.kinds == ("class",):
         table = bundle.tensors["conditions.entries.class.embedding.weight"]
-        table = table if table[-1].any() else table[:-1].clone()
     channels, height, width = bundle.latent_shape
     return unets.write_unet(bundle.config.diffusion, own, in_channels=_in_channels(bundle), out_channels=channels,
                             context_dim=_context_dim(bundle), sample_size=(height, width), table=table)
@@ -355,7 +354,8 @@ def _write_stock(bundle: DiffusionBundle, path: Path) -> list[str]:
 
 def _copy_tokenizer(bundle: DiffusionBundle, path: Path, kind: str) -> list[str]:
     if bundle.tokenizer is None:
-        raise ModelError(f"{path}: this model takes text and its tokenizer is not at hand")
+        raise ModelError("--to diffusers: this model takes text and its tokenizer is not at hand; convert the original "
+                         "with --tokenizer FOLDER first")
     for file in sorted(bundle.tokenizer.iterdir()):
         if file.is_file():
             files.write_bytes(path / "tokenizer" / file.name, file.read_bytes())
@@ -368,10 +368,10 @@ def _copy_tokenizer(bundle: DiffusionBundle, path: Path, kind: str) -> list[str]
 
 def _write_custom(bundle: DiffusionBundle, path: Path, reason: str) -> list[str]:
     if "text" in bundle.config.kinds and bundle.config.condition.text_encoder != "joint":
-        raise ModelError(f"{path}: {reason}; and the text encoder {bundle.config.condition.text_encoder} is no part of "
-                         "the run, so an exported folder could not hold it")  # fmt: skip
+        raise ModelError(f"--to diffusers: {reason}; and the text encoder {bundle.config.condition.text_encoder} is no "
+                         "part of the run, so an exported folder could not hold it")  # fmt: skip
     if "tokens" in bundle.config.kinds:
-        raise ModelError(f"{path}: {reason}; and what makes the tokens is not part of this model")
+        raise ModelError(f"--to diffusers: {reason}; and what makes the tokens is not part of this model")
     stage = bundle.autoencoder
     own_unet = bool(_why_not_unet(bundle))
     own_stage = stage is None or bool(vaes.why_not(stage.config.autoencoder))

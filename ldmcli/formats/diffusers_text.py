@@ -43,21 +43,23 @@ def read_text(folder: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dic
         raise config.refuse("encoder_ffn_dim", f"four times d_model = {width} is expected")
     heads, head = config.integer("encoder_attention_heads"), config.integer("head_dim")
     length, vocabulary = config.integer("max_position_embeddings"), config.integer("vocab_size")
-    with torch.device("meta"):
-        ours = TextTransformer(vocabulary, width, layers, length, heads, head).state_dict()
     weights = read_weights(folder, "model")
-    for leaf in ("weight", "bias"):
-        weights.pop(f"to_logits.{leaf}", None)  # the head that nothing reads
+    head_names = [name for name in ("to_logits.weight", "to_logits.bias") if name in weights]
+    logits = any(bool(weights[name].any()) for name in head_names)
+    for name in () if logits else head_names:  # the output layer, which nothing reads
+        del weights[name]
+    with torch.device("meta"):
+        ours = TextTransformer(vocabulary, width, layers, length, heads, head, logits).state_dict()
     tensors = translate(text_names(layers), weights, ours, folder)
     settings = {"context_dim": width, "text_layers": layers, "text_heads": heads, "text_head_channels": head,
                 "text_length": length, "text_encoder": "joint", "text_pooled": False, "embedding_std": 0.02}
-    return settings, {"length": length, "vocabulary": vocabulary}, tensors
+    return settings, {"length": length, "vocabulary": vocabulary} | ({"logits": True} if logits else {}), tensors
 
 
 def write_text(
     condition: ConditionSettings, facts: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors) of an LDMBertModel; its output layer, which nothing reads, is zeros."""
+    """(config.json, tensors) of an LDMBertModel; its output layer, which nothing reads, may be zeros."""
     width, layers, vocabulary = condition.context_dim, condition.text_layers, facts["vocabulary"]
     config = {
         "_name_or_path": "", "architectures": [BERT], "model_type": "ldmbert", "activation_function": "gelu",
@@ -67,6 +69,5 @@ def write_text(
         "max_position_embeddings": facts["length"], "num_hidden_layers": layers, "pad_token_id": 0,
         "scale_embedding": False, "use_cache": True, "vocab_size": vocabulary, "dtype": "float32",
     }  # fmt: skip
-    theirs = translate_back(text_names(layers), tensors)
-    theirs |= {"to_logits.weight": torch.zeros(vocabulary, width), "to_logits.bias": torch.zeros(vocabulary)}
-    return config, theirs
+    unused = {"to_logits.weight": torch.zeros(vocabulary, width), "to_logits.bias": torch.zeros(vocabulary)}
+    return config, unused | translate_back(text_names(layers), tensors)

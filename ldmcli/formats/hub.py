@@ -1,4 +1,4 @@
-"""Model folders to and from the hub."""
+"""Model folders to the hub."""
 
 import re
 from pathlib import Path
@@ -6,13 +6,7 @@ from pathlib import Path
 from ldmcli.core.errors import InputError, LdmError, UsageError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.bin", "*.toml", "*.md"]
 _NEVER = (".git", ".lock", "__pycache__")
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether a text could name a model on the hub: NAME or OWNER/NAME, and nothing lies at that path."""
-    return bool(_ID.fullmatch(text)) and ".." not in text and not Path(text).exists()
 
 
 def uploads(folder: Path) -> list[Path]:
@@ -58,16 +52,6 @@ def push(folder: str | Path, hub_id: str, endpoint: str | None = None) -> str:
     except Exception as error:  # no connection: the class depends on the transport below
         raise InputError(f"--push-to {hub_id}: could not be uploaded ({_line(error)})") from error
     return str(found)
-
-
-def fetch(hub_id: str, endpoint: str | None = None) -> Path:
-    """A model of the hub in the local cache: configurations and weights, no code. Raises InputError."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_FETCHED, endpoint=endpoint))
-    except Exception as error:
-        raise InputError(f"{hub_id}: no such folder, and the hub does not give it ({_line(error)})") from error
 
 
 def _line(error: Exception) -> str:
