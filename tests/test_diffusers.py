@@ -617,3 +617,43 @@ def test_schedulers_go_out_and_back(sampler, spacing, prediction):
     written = schedulers.write_scheduler(process, sample)
     again = schedulers.read_scheduler(Path("s"), written, process, sample)
     assert again[:2] == (process, sample) and (again[2] == []) == (spacing != "leading_open+1/first")
+
+
+# ---------------------------------------------------------------- hostile and damaged
+
+NASTY = [("unet2d", "layers_per_block", 2**20), ("unet2d", "_class_name", ["UNet2DModel"]),
+         ("unet2d", "block_out_channels", [2**23] * 16), ("unet2d", "down_block_types", [[]] * 3),
+         ("autoencoder_kl", "latents_mean", 3), ("autoencoder_kl", "scaling_factor", float("nan")),
+         ("autoencoder_kl", "norm_num_groups", 0), ("vqmodel", "vq_embed_dim", {}),
+         ("unet2d_condition", "transformer_layers_per_block", 10**9)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, key, value", NASTY)
+def test_values_that_no_class_writes_end_with_one_line(name, key, value, tmp_path):
+    shutil.copytree(case(name), tmp_path / "net")
+    change(tmp_path / "net" / "config.json", **{key: value})
+    if key == "latents_mean":
+        change(tmp_path / "net" / "config.json", latents_std=3)
+    with pytest.raises(ModelError) as found:
+        diffusers.read(tmp_path / "net")
+    assert "\n" not in str(found.value)
+
+
+def test_nested_json_and_damaged_weights_end_with_one_line(net):
+    path, _ = weights(net)
+    whole, config = path.read_bytes(), (net / "config.json").read_text()
+    (net / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ModelError, match="damaged"):
+        diffusers.read(net)
+    (net / "config.json").write_text(config)
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    first, second = [name for name in header if name != "__metadata__"][:2]
+    lying = []
+    for change_header in ({"data_offsets": [0, 10**15]}, {"data_offsets": header[second]["data_offsets"]}):
+        text = json.dumps({**header, first: {**header[first], **change_header}}).encode()
+        lying.append(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+    for damaged in (whole[:-100], whole[:50], b"", (2**60).to_bytes(8, "little") + whole[8:], *lying):
+        path.write_bytes(damaged)
+        with pytest.raises(ModelError, match="safetensors"):
+            diffusers.read(net)

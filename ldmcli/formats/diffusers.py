@@ -55,6 +55,14 @@ def read(path: str | Path) -> AutoencoderBundle | DiffusionBundle:
     (with the key), and for folders that are none of diffusers.
     """
     path = Path(path)
+    try:
+        return _read(path)
+    except (TypeError, AttributeError, KeyError, OverflowError, ValueError, IndexError) as error:
+        # values of a kind that no class writes, wherever they are first used
+        raise ModelError(f"{path}: configurations of another form than diffusers writes ({error})") from error
+
+
+def _read(path: Path) -> AutoencoderBundle | DiffusionBundle:
     if (path / "model_index.json").is_file():
         return _read_pipeline(path, read_config(path / "model_index.json"))
     if not (path / "config.json").is_file():

@@ -17,6 +17,7 @@ from ldmcli.core import files
 from ldmcli.core.errors import ModelError
 
 MODEL = "diffusion_pytorch_model"
+MOST_LAYERS = 256  # a level or a stack; more is damage, which must not cost memory
 LARGEST_SHARD = 10 * 2**30  # bytes of weights a file, as diffusers cuts them
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -50,16 +51,16 @@ class Config:
                 shown = " or ".join(json.dumps(value) for value in values)
                 raise self.refuse(key, f"these networks know {shown}")
 
-    def integer(self, key: str) -> int:
-        """A positive whole number. Raises ModelError for anything else."""
-        if isinstance(self[key], bool) or not isinstance(self[key], int) or not 0 < self[key] < 2**24:
-            raise self.refuse(key, "a positive whole number is expected")
+    def integer(self, key: str, most: int = 2**24) -> int:
+        """A positive whole number up to `most`. Raises ModelError for anything else."""
+        if isinstance(self[key], bool) or not isinstance(self[key], int) or not 0 < self[key] <= most:
+            raise self.refuse(key, f"a whole number from 1 to {most} is expected")
         return self[key]
 
     def integers(self, key: str) -> list[int]:
         """A list of positive whole numbers, not empty."""
         found = self[key]
-        if not isinstance(found, list) or not 0 < len(found) < 64:
+        if not isinstance(found, list) or not 0 < len(found) <= 16:
             raise self.refuse(key, "a list of whole numbers is expected")
         if any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v < 2**24 for v in found):
             raise self.refuse(key, "a list of positive whole numbers is expected")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.formats.diffusers_files import Config, Names, read_weights, translate, translate_back
+from ldmcli.formats.diffusers_files import MOST_LAYERS, Config, Names, read_weights, translate, translate_back
 from ldmcli.networks.transformer import TextTransformer
 
 BERT = "LDMBertModel"
@@ -38,7 +38,7 @@ def read_text(folder: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dic
     """(condition settings, facts, tensors of the encoder) of a text encoder's folder. Raises ModelError."""
     config = Config(folder / "config.json", values, DEFAULTS)
     config.only(activation_function=("gelu",), scale_embedding=(False,))
-    width, layers = config.integer("d_model"), config.integer("encoder_layers")
+    width, layers = config.integer("d_model"), config.integer("encoder_layers", MOST_LAYERS)
     if config.integer("encoder_ffn_dim") != 4 * width:
         raise config.refuse("encoder_ffn_dim", f"four times d_model = {width} is expected")
     heads, head = config.integer("encoder_attention_heads"), config.integer("head_dim")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import DiffusionSettings
-from ldmcli.formats.diffusers_files import Config, Names, translate, translate_back
+from ldmcli.formats.diffusers_files import MOST_LAYERS, Config, Names, translate, translate_back
 from ldmcli.networks.unet import UNet, head_count, level_widths
 
 PLAIN, CROSS = "UNet2DModel", "UNet2DConditionModel"
@@ -196,13 +196,13 @@ def read_settings(config: Config, kind: str) -> DiffusionSettings:
         layers = config["transformer_layers_per_block"]
         if isinstance(layers, list) and len(set(config.integers("transformer_layers_per_block"))) == 1:
             config.values["transformer_layers_per_block"] = layers[0]
-        more["transformer_depth"] = config.integer("transformer_layers_per_block")
+        more["transformer_depth"] = config.integer("transformer_layers_per_block", MOST_LAYERS)
     attends, by_residuals = _levels(config, kind)
     try:
         settings = DiffusionSettings(
             channels=widths[0],
             channel_mult=tuple(width / widths[0] for width in widths),
-            num_res_blocks=config.integer("layers_per_block"),
+            num_res_blocks=config.integer("layers_per_block", MOST_LAYERS),
             attention_resolutions=tuple(2**level for level, on in enumerate(attends) if on),
             spatial_transformer=kind == CROSS,
             scale_shift=scale_shift,

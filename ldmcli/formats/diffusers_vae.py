@@ -10,7 +10,7 @@ from ldmcli.core import files
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSettings
 from ldmcli.formats.bundle import AutoencoderBundle
-from ldmcli.formats.diffusers_files import Config, Names, read_weights, translate, translate_back
+from ldmcli.formats.diffusers_files import MOST_LAYERS, Config, Names, read_weights, translate, translate_back
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.diffusion import LatentScale
 
@@ -87,7 +87,7 @@ def read_settings(config: Config, kind: str) -> AutoencoderSettings:
     codes: dict[str, Any] = {}
     if kind == VQ:
         codes = {"codebook_size": config.integer("num_vq_embeddings"), "legacy_beta": True}
-    embed = config["vq_embed_dim"] if kind == VQ else None
+    embed = config.integer("vq_embed_dim") if kind == VQ and config["vq_embed_dim"] is not None else latent
     levels = len(widths)
     resolution = config.side("sample_size", 256)[0]
     if resolution % 2 ** (levels - 1):
@@ -95,9 +95,9 @@ def read_settings(config: Config, kind: str) -> AutoencoderSettings:
     try:
         return AutoencoderSettings(
             family="paper", f=2 ** (levels - 1), reg="vq" if kind == VQ else "kl",
-            in_channels=config.integer("in_channels"), z_channels=latent, embed_dim=embed or latent,
+            in_channels=config.integer("in_channels"), z_channels=latent, embed_dim=embed,
             channels=widths[0], channel_mult=tuple(width / widths[0] for width in widths),
-            num_res_blocks=config.integer("layers_per_block"),
+            num_res_blocks=config.integer("layers_per_block", MOST_LAYERS),
             attn_resolutions=tuple(resolution // 2**i for i, on in enumerate(attends) if on), resolution=resolution,
             mid_attention=bool(config["mid_block_add_attention"]), groups=groups, **codes,
         )  # fmt: skip
