@@ -18,7 +18,8 @@ from ldmcli.core.settings import (
 )
 from ldmcli.networks.presets import MODELS
 
-LARGEST_CONFIG = 2**20  # bytes
+LARGEST_CONFIG = 2**18  # bytes; the reader in Python, which no nesting can crash, takes seconds for as many
+DEEPEST = 64  # layers, blocks, stages of one kind
 ONE_HEAD = ("cin256", "text2img256", "layout2img-openimages256")
 CLIP = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "FrozenClipImageEmbedder", "GeneralConditioner",
         "FrozenCLIPTextEmbedder", "FrozenClipMultiTextEmbedder")  # fmt: skip
@@ -78,11 +79,11 @@ class Section:
         """The mapping below a key."""
         return Section(self.path, f"{self.place}.{key}".lstrip("."), self.values.get(key))
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1 and at most 2**24."""
+    def whole(self, key: str, default: int | None = None, most: int = 2**20) -> int:
+        """A whole number from 1 to `most`."""
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**24:
-            raise self.error(key, "a positive whole number is expected")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise self.error(key, f"a whole number from 1 to {most:,} is expected")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -99,8 +100,8 @@ class Section:
     def wholes(self, key: str, default: Sequence[int] | None = None) -> tuple[int, ...]:
         """A list of positive whole numbers, perhaps empty."""
         value = self.values.get(key, default)
-        if not isinstance(value, (list, tuple)) or len(value) > 64 or not all(
-                isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**24 for n in value):  # fmt: skip
+        if not isinstance(value, (list, tuple)) or len(value) > 16 or not all(
+                isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**16 for n in value):  # fmt: skip
             raise self.error(key, "a list of positive whole numbers is expected")
         return tuple(value)
 
@@ -130,9 +131,9 @@ def read_yaml(path: Path) -> Section:
         if path.stat().st_size > LARGEST_CONFIG:
             raise ModelError(f"{path}: too large for a configuration")
         text = path.read_text(encoding="utf-8")
-        if text.count("&") > 64:  # anchors that refer to anchors grow without end
-            raise ModelError(f"{path}: too many anchors for a configuration")
-        values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if text.count("&") > 64 or text.count("[") + text.count("{") > 2000:  # anchors of anchors grow without end
+            raise ModelError(f"{path}: too many anchors or brackets for a configuration")
+        values = yaml.safe_load(text)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such configuration") from None
     except (yaml.YAMLError, UnicodeError, RecursionError, ValueError) as error:
@@ -169,7 +170,7 @@ def first_stage(section: Section) -> FirstStage:
         family="paper", f=f, reg="vq" if vq else "kl", in_channels=network.whole("in_channels", 3),
         z_channels=network.whole("z_channels"), embed_dim=params.whole("embed_dim"),
         codebook_size=params.whole("n_embed") if vq else 1024, channels=network.whole("ch"), channel_mult=mult,
-        num_res_blocks=network.whole("num_res_blocks"),
+        num_res_blocks=network.whole("num_res_blocks", most=DEEPEST),
         attn_resolutions=network.wholes("attn_resolutions", ()) if attends else (), resolution=resolution,
         mid_attention=attends, dropout=network.number("dropout", 0.0), legacy_beta=True,
     )  # fmt: skip
@@ -201,7 +202,7 @@ def class_conditioner(classes: int, width: int) -> Conditioner:
 
 def _bert(params: Section) -> Conditioner:
     layout = params.values.get("use_tokenizer", True) is False
-    return bert_conditioner(layout, params.whole("n_embed"), params.whole("n_layer"),
+    return bert_conditioner(layout, params.whole("n_embed"), params.whole("n_layer", most=DEEPEST),
                             params.whole("vocab_size", 30522), params.whole("max_seq_len", 77))
 
 
@@ -217,7 +218,8 @@ def bert_conditioner(layout: bool, width: int, layers: int, vocabulary: int, len
 
 def _rescaler(params: Section) -> Conditioner:
     params.only(method=("bilinear",), multiplier=(0.5,), bias=(False,))
-    return map_conditioner(params.whole("in_channels", 3), params.whole("out_channels"), params.whole("n_stages", 1))
+    stages = params.whole("n_stages", 1, most=DEEPEST)
+    return map_conditioner(params.whole("in_channels", 3), params.whole("out_channels"), stages)
 
 
 def map_conditioner(classes: int, planes: int, stages: int) -> Conditioner:
@@ -281,7 +283,7 @@ def unet_settings(section: Section) -> tuple[DiffusionSettings, int, int, int | 
     if heads == wide == -1:
         raise params.error("num_heads", "neither num_heads nor num_head_channels is given")
     depth = params.values.get("num_res_blocks")
-    if not isinstance(depth, int) or not 0 <= depth < 64:
+    if not isinstance(depth, int) or not 0 <= depth <= DEEPEST:
         raise params.error("num_res_blocks", "a whole number is expected")
     mult = params.wholes("channel_mult", (1, 2, 4, 8))
     if mult[:1] != (1,):
@@ -291,7 +293,7 @@ def unet_settings(section: Section) -> tuple[DiffusionSettings, int, int, int | 
         attention_resolutions=params.wholes("attention_resolutions"),
         num_heads=params.whole("num_heads") if wide == -1 else 0,
         head_channels=32 if wide == -1 else params.whole("num_head_channels"),
-        spatial_transformer=transformer, transformer_depth=params.whole("transformer_depth", 1),
+        spatial_transformer=transformer, transformer_depth=params.whole("transformer_depth", 1, most=DEEPEST),
         scale_shift=bool(params.values.get("use_scale_shift_norm", False)),
         resblock_updown=bool(params.values.get("resblock_updown", False)), dropout=params.number("dropout", 0.0),
         position="none",

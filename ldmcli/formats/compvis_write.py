@@ -238,7 +238,8 @@ def _conditioning(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes
                       "vocab_size": facts["vocabulary"], "max_seq_len": facts["length"]}  # fmt: skip
             if kind == "layout":
                 params["use_tokenizer"] = False
-                own["names"] = list(facts["categories"])
+                if facts["categories"] != [str(k) for k in range(facts["vocabulary"] - 1)]:
+                    own["names"] = list(facts["categories"])
             elif facts["vocabulary"] != 30522:
                 notes.append("the original reads captions with the vocabulary of bert-base-uncased; this model has its "
                              "own, written beside it")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldmcli.core.errors import ModelError
 
-MAX_OPCODES, MAX_STACK, MAX_MARKS = 2_000_000, 200_000, 1_000
+MAX_OPCODES, MAX_STACK, MAX_MARKS, MAX_TUPLES = 500_000, 200_000, 1_000, 50
 MAX_PICKLE = 256 * 2**20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
@@ -162,7 +162,7 @@ def _read_legacy(data: mmap.mmap) -> tuple[Any, dict[str, Region]]:
     data.seek(0)
     try:
         magic = _Machine(data).run()
-    except (ValueError, Refused) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, Refused) as error:
         if isinstance(error, Refused) and "refused" in str(error):
             raise
         raise Refused("is neither a zip archive nor a pickle of torch") from None
@@ -196,6 +196,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
+        self.depths: dict[int, tuple[int, tuple]] = {}  # of tuples in tuples, which are kept so that ids stay theirs
 
     def run(self) -> Any:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
@@ -224,6 +225,15 @@ class _Machine:
         items = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
         return items
+
+    def tuple_of(self, items: list[Any]) -> None:
+        made = tuple(items)
+        inner = [self.depths.get(id(item), (1, ()))[0] for item in made if isinstance(item, tuple)]
+        if inner:
+            self.depths[id(made)] = 1 + max(inner), made
+            if max(inner) > MAX_TUPLES:
+                raise Refused("refused: its pickle nests too deeply for a checkpoint")
+        self.stack.append(made)
 
     def put(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
@@ -342,12 +352,12 @@ _STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
     "EMPTY_TUPLE": _push(lambda m: ()),
     "EMPTY_SET": _push(lambda m: []),
     "LIST": _push(lambda m: m.since_mark()),
-    "TUPLE": _push(lambda m: tuple(m.since_mark())),
+    "TUPLE": lambda m, _: m.tuple_of(m.since_mark()),
     "FROZENSET": _push(lambda m: m.since_mark()),
     "DICT": _push(lambda m: _pairs(m.since_mark())),
-    "TUPLE1": _push(lambda m: tuple(m.last(1))),
-    "TUPLE2": _push(lambda m: tuple(m.last(2))),
-    "TUPLE3": _push(lambda m: tuple(m.last(3))),
+    "TUPLE1": lambda m, _: m.tuple_of(m.last(1)),
+    "TUPLE2": lambda m, _: m.tuple_of(m.last(2)),
+    "TUPLE3": lambda m, _: m.tuple_of(m.last(3)),
     "APPEND": lambda m, _: m.extend(m.last(1)),
     "APPENDS": lambda m, _: m.extend(m.since_mark()),
     "ADDITEMS": lambda m, _: m.extend(m.since_mark()),
