@@ -105,3 +105,24 @@ def test_names_that_are_none(name, folder):
 def test_an_empty_folder_is_not_pushed(tmp_path):
     with pytest.raises(UsageError, match="nothing in it"):
         hub.push(tmp_path, "me/model")
+
+
+def test_the_command_converts_and_pushes(server, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    from test_convert import ldm, random_checkpoint
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
+    path = random_checkpoint(tmp_path / "theirs", "class")
+    ending = ldm("convert", path, tmp_path / "run", "--push-to", "me/model", "--json")
+    assert ending.json["pushed_to"] == f"{server.address}/me/model"
+    assert {"README.md", "config.toml", "model.safetensors", "stats.json"} <= set(server.files)
+    assert server.files["README.md"].startswith(b"---\n")
+
+
+def test_a_file_is_not_pushed(tmp_path):
+    from test_convert import ldm, random_checkpoint
+
+    path = random_checkpoint(tmp_path / "theirs", "class")
+    assert ldm("convert", path, tmp_path / "run").code == 0
+    ending = ldm("convert", tmp_path / "run", tmp_path / "out.ckpt", "--to", "compvis", "--push-to", "me/model")
+    assert ending.code == 2 and "--push-to" in ending.line

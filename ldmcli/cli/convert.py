@@ -23,9 +23,12 @@ Part = Annotated[opt.Text, opt.option("--part", panel=opt.MODEL, choices=("first
 Weights = Annotated[str, opt.option("--weights", value="ema", panel=opt.MODEL, choices=("ema", "raw"), default="ema",
     help="Averaged weights where there are any, or those of the last step.")]
 
+PushTo = Annotated[opt.Text, opt.option("--push-to", panel=opt.OUTPUT, metavar="HUB_ID",
+    help="Upload the folder written to the hub, with its model card.")]
+
 
 @opt.takes({"source": Source, "target": Target, "to": To, "config": Config, "heads": Heads, "weights": Weights,
-            "tokenizer": Tokenizer, "part": Part, "overwrite": opt.Overwrite}, opt.TALK)  # fmt: skip
+            "tokenizer": Tokenizer, "part": Part, "overwrite": opt.Overwrite, "push_to": PushTo}, opt.TALK)  # fmt: skip
 def convert(given: opt.Given) -> None:
     """Convert a model: checkpoints of CompVis/latent-diffusion and diffusers folders to runs, and runs to both.
 
@@ -34,6 +37,8 @@ def convert(given: opt.Given) -> None:
     for name, path in (("--config", given.config), ("--tokenizer", given.tokenizer)):
         if path is not None and not path.exists():
             raise UsageError(f"{name} {path}: no such file or folder")
+    if given.push_to and given.to == "compvis":
+        raise UsageError("--push-to: takes a folder; use --to diffusers or --to run")
     from ldmcli.formats.convert import convert as convert_model
     from ldmcli.formats.detect import Reading
 
@@ -44,6 +49,10 @@ def convert(given: opt.Given) -> None:
         from ldmcli.products.card import write_card
 
         write_card(given.target)
+    if given.push_to:
+        from ldmcli.formats.hub import push
+
+        result["pushed_to"] = push(given.target, given.push_to)
     if given.json:
         console.emit_json(result)
         return
@@ -53,4 +62,6 @@ def convert(given: opt.Given) -> None:
     console.say(f"read {given.source}: {what}, parameters: {counts}")
     for note in result["notes"]:
         console.say(f"  {note}")
+    if given.push_to:
+        console.say(f"pushed to {result['pushed_to']}")
     console.out(given.target)
