@@ -1,5 +1,7 @@
 """Tiles: positions that cover, weights without a seam, and the original's tiles as recorded."""
 
+import tempfile
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,10 @@ from ldmcli.maths.tiles import (
     ramp_weights,
     smooth_plan,
 )  # fmt: skip
+from ldmcli.networks import piecewise
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.diffusion import LatentScale
+from ldmcli.networks.piecewise import Pieces
 
 EXACT, QUANTISED = 5e-6, 2e-5
 
@@ -100,16 +104,23 @@ def test_patchwise_noise_is_the_recorded_one(tie):
     assert relative(eps, io[f"split.tie{tie}.eps"]) < EXACT
 
 
+def recorded_network(case: str) -> tuple[Autoencoder, dict, dict]:
+    config, state, io = golden(case)
+    c, vq = config["ddconfig"], case.startswith("vq")
+    network = Autoencoder(AutoencoderSettings(
+        family="paper", f=4, reg="vq" if vq else "kl", embed_dim=config["embed_dim"], z_channels=c["z_channels"],
+        channels=c["ch"], channel_mult=tuple(c["ch_mult"]), num_res_blocks=c["num_res_blocks"], mid_attention=not vq,
+        resolution=c["resolution"], attn_resolutions=tuple(c["attn_resolutions"]),
+        **({"codebook_size": config["n_embed"]} if vq else {}),
+    )).eval()  # fmt: skip
+    network.load_state_dict(state)
+    return network, config, io
+
+
 @torch.no_grad()
 def test_tiled_decoding_and_encoding_are_the_recorded_ones():
-    config, state, io = golden("vq_f4_noattn")
-    c, split = config["ddconfig"], config["split"]
-    network = Autoencoder(AutoencoderSettings(
-        family="paper", f=4, reg="vq", codebook_size=config["n_embed"], embed_dim=config["embed_dim"],
-        z_channels=c["z_channels"], channels=c["ch"], channel_mult=tuple(c["ch_mult"]),
-        num_res_blocks=c["num_res_blocks"], mid_attention=False, resolution=c["resolution"],
-    ))  # fmt: skip
-    network.load_state_dict(state)
+    network, config, io = recorded_network("vq_f4_noattn")
+    split = config["split"]
     tile, stride = tuple(split["ks"]), tuple(split["stride"])
     z, x = io["split.decode_in"], io["split.encode_in"]
     plan = original_plan(tuple(z.shape[2:]), tile, stride, up=split["vqf"])
@@ -144,6 +155,49 @@ def test_a_convolutional_autoencoder_in_tiles_is_the_untiled_one():
     assert (tiling.decode(ae, z, 24) - ae.decode(z)).abs().mean() < 1e-4
 
 
+# pieces of several sizes, odd ones among them; the last bounds are met by files and by the smallest pieces alone
+@pytest.mark.parametrize(("side", "memory"), [(24, 2**30), (9, 2**20), (1000, 2**16)])
+@pytest.mark.parametrize("case", ["kl_f4_attn", "vq_f4_noattn"])
+@torch.no_grad()
+def test_networks_of_the_paper_in_pieces_are_the_recorded_and_the_untiled_ones(case, side, memory):
+    network, _, io = recorded_network(case)
+    pieces = Pieces(side, memory)
+    assert relative(pieces.moments(network, io["x"]), io["moments" if "moments" in io else "h"]) < EXACT
+    assert relative(pieces.decode(network, io["mean" if "mean" in io else "h"]), io["rec_mode" if "mean" in io else
+                    "rec"]) < QUANTISED  # fmt: skip
+    x = smooth_picture(68, 100)
+    moments = network.moments(x)
+    found = pieces.moments(network, x)
+    z = moments if network.is_vq else moments.chunk(2, 1)[0]
+    assert relative(found, moments) < EXACT
+    assert (pieces.decode(network, z) - network.decode(z)).abs().max() * 127.5 < 0.01  # of 255
+    if network.is_vq:
+        assert torch.equal(network.quantize(found).indices, network.quantize(moments).indices)
+
+
+def test_maps_in_files_leave_none_behind_and_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    network, pieces, z = autoencoder("paper").network, Pieces(16, 2**16), torch.randn(1, 3, 9, 8)
+    assert (pieces.decode(network, z) - network.decode(z)).abs().max() < 1e-4
+    assert not list(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(piecewise, "RESERVE", full)
+    with pytest.raises(ResourceError, match="No space left on device.*TMPDIR"):
+        pieces.decode(network, z)
+
+
+@torch.no_grad()
+def test_attention_over_too_much_looks_at_some_of_it_and_says_so(monkeypatch, capsys):
+    network, z = autoencoder("paper").network, torch.randn(1, 3, 10, 16)
+    monkeypatch.setattr(piecewise, "ATTENDED", 100)
+    out = Pieces(16, 2**30).decode(network, z)
+    assert "one of 2 rows" in capsys.readouterr().err
+    assert out.shape == (1, 3, 40, 64) and torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("size", [(36, 100), (44, 68), (16, 204)])
 def test_tiles_of_any_multiple_of_f_give_numbers_of_the_right_shape(size):
     ae, x = autoencoder("paper", mid_attention=False), smooth_picture(*size)
@@ -151,7 +205,6 @@ def test_tiles_of_any_multiple_of_f_give_numbers_of_the_right_shape(size):
     assert z.shape == (1, 3, size[0] // 4, size[1] // 4) and torch.isfinite(z).all()
     out = tiling.decode(ae, z, 8)
     assert out.shape == x.shape and torch.isfinite(out).all()
-    assert not any("forward" in vars(module) for module in ae.network.modules())  # nothing of ours stays
 
 
 @pytest.mark.parametrize(("halves", "more"), [(1, {}), (2, {"mid_attention": False})])

@@ -18,10 +18,10 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.drivers import tiling
 from ldmcli.drivers.loaded import OPTIONS, LoadedDiffusion, to_uint8
 from ldmcli.drivers.sampling import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
+from ldmcli.drivers.tiling import MAX_MEMORY
 from ldmcli.maths import pasting, rng
 from ldmcli.maths.tiles import padded
 
-MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine
 BLEND = 8  # pixels
 # As in the RePaint paper. With 20 steps on emoji of 64 px, once left foreign things in the hole (PSNR 9.6 dB in it),
 # 4 times blurred ones (11.9), 10 times lines and colours that go on (11.7)
@@ -49,7 +49,7 @@ def upscale_images(
     size = (images[0].shape[0] * scale, images[0].shape[1] * scale)
     side = tile_side(model, size, tile, max_memory, settings)
     z = _drawn(model, {"lowres": images}, ids, seed, size, Steering(tile=side), settings)
-    return to_uint8(tiling.decode(model.autoencoder, z, side))[:, :height, :width]
+    return to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
 
 
 @torch.no_grad()
@@ -106,18 +106,18 @@ def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
         keep = 1 - torch.from_numpy(np.stack([hole for _, hole in parts]))[:, None].float()
         f = model.autoencoder.network.f
         keep = -torch.nn.functional.max_pool2d(-keep, f)  # a latent is known where all of its pixels are
-        known = Known(tiling.encode(model.autoencoder, whole, side), keep.to(model.device), resample)
-    with _first_stage(model, side):
+        known = Known(tiling.encode(model.autoencoder, whole, side, max_memory), keep.to(model.device), resample)
+    with _first_stage(model, side, max_memory):
         z = _drawn(model, told, ids, seed, size, Steering(known=known, tile=side), settings)
-    return to_uint8(tiling.decode(model.autoencoder, z, side))
+    return to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))
 
 
 @contextmanager
-def _first_stage(model: LoadedDiffusion, side: int) -> Iterator[None]:
+def _first_stage(model: LoadedDiffusion, side: int, max_memory: float) -> Iterator[None]:
     """The encoder lent to the conditions, in tiles for a while."""
     lent = model.model.conditions.first_stage
     if side and lent is not None:
-        model.model.conditions.first_stage = partial(tiling.encode, model.autoencoder, tile=side)
+        model.model.conditions.first_stage = partial(tiling.encode, model.autoencoder, tile=side, max_memory=max_memory)
     try:
         yield
     finally:

@@ -1,106 +1,61 @@
 """Networks on pictures larger than memory or training allow: overlapping tiles, blended without a seam (Sec. 4.3.2).
 
 The UNet sees tiles of z_t and of the planes beside it at each evaluation (`sampling.tiled_predict`); noise and sampler
-know the whole latent. The autoencoder encodes and decodes tiles.
-
-Without normalisation that gives the untiled picture. The paper's networks normalise over groups of channels of the
-whole map, and attend to all of it: a tile alone has other averages, which shifts colours, and larger overlaps change
-nothing about it. So the averages are taken once, from the whole picture with rows and columns left out, for all tiles.
-Measured on two photographs of 224x288 px with a small f = 4 network of that kind after 2 minutes of training, tiles of
-160 px: with averages of their own the tiles miss the untiled decoding by 7.9 to 9.4 of 255 grey levels, with those of
-the thinned whole by 0.9 to 2.2 without attention and 2.7 to 5.8 with it. Averages pooled over the tiles' own passes
-came out worse (15 to 19) and are exact only after a pass for every norm of the network.
+know the whole latent. Autoencoders of family "fast", convolutions alone, encode and decode tiles likewise. Those of
+family "paper" average over the whole map and attend to all of it, which tiles would lose (1 to 9 of 255 grey levels
+were): theirs run operation by operation (`networks.piecewise`) and give the untiled picture but for rounding.
 """
 
-import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldmcli.core.errors import ResourceError
 from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pixels
-from ldmcli.maths.tiles import Plan, blend, smooth_plan
+from ldmcli.maths.tiles import blend, smooth_plan
+from ldmcli.networks.piecewise import Pieces
 
+MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine
 MEMORY_MARGIN = 1.25  # what a pass really takes, over what its tensors do: workspaces, fragmentation
 
 
 @torch.no_grad()
-def encode(autoencoder: LoadedAutoencoder, images, tile: int = 0) -> Tensor:
-    """`LoadedAutoencoder.encode` (the mode) in tiles of `tile` latent positions a side; 0 = the whole at once."""
-    x, f = to_pixels(images).to(autoencoder.device), autoencoder.network.f
-    if not tile or autoencoder.network.is_identity or max(x.shape[-2:]) <= tile * f:
+def encode(autoencoder: LoadedAutoencoder, images, tile: int = 0, max_memory: float = MAX_MEMORY) -> Tensor:
+    """`LoadedAutoencoder.encode` (the mode) in tiles of `tile` latent positions a side; 0 = the whole at once.
+
+    max_memory: GiB of activations, above which maps go to files where the network keeps whole ones.
+    """
+    x, network = to_pixels(images).to(autoencoder.device), autoencoder.network
+    f = network.f
+    if not tile or network.is_identity or max(x.shape[-2:]) <= tile * f:
         return autoencoder.encode(x)
-    plan = smooth_plan((x.shape[-2], x.shape[-1]), tile * f, tile * f // 3 // f * f, unit=f, down=f)
-    moments = _in_tiles(autoencoder.network, autoencoder.network.moments, plan, x)
+    if network.settings.family == "paper":
+        moments = _pieces(tile * f, max_memory).moments(network, x)
+    else:
+        plan = smooth_plan((x.shape[-2], x.shape[-1]), tile * f, tile * f // 3 // f * f, unit=f, down=f)
+        moments = blend(lambda k: network.moments(plan.cut(x, plan.corners[k])), plan)
     return autoencoder.scale.normalise(autoencoder._draw(moments, sample=False))
 
 
 @torch.no_grad()
-def decode(autoencoder: LoadedAutoencoder, z: Tensor, tile: int = 0) -> Tensor:
-    """`LoadedAutoencoder.decode` in tiles of `tile` latent positions a side; 0 = the whole at once."""
-    if not tile or autoencoder.network.is_identity or max(z.shape[-2:]) <= tile:
+def decode(autoencoder: LoadedAutoencoder, z: Tensor, tile: int = 0, max_memory: float = MAX_MEMORY) -> Tensor:
+    """`LoadedAutoencoder.decode` in tiles of `tile` latent positions a side; 0 = the whole at once. max_memory as
+    `encode`."""
+    network = autoencoder.network
+    if not tile or network.is_identity or max(z.shape[-2:]) <= tile:
         return autoencoder.decode(z)
-    plan = smooth_plan((z.shape[-2], z.shape[-1]), tile, tile // 3, up=autoencoder.network.f)
     z = autoencoder.scale.restore(z.to(autoencoder.device))
-    return _in_tiles(autoencoder.network, autoencoder.network.decode, plan, z)
+    if network.settings.family == "paper":
+        return _pieces(tile * network.f, max_memory).decode(network, z)
+    plan = smooth_plan((z.shape[-2], z.shape[-1]), tile, tile // 3, up=network.f)
+    return blend(lambda k: network.decode(plan.cut(z, plan.corners[k])), plan)
 
 
-def _in_tiles(network: nn.Module, function: Callable[[Tensor], Tensor], plan: Plan, x: Tensor) -> Tensor:
-    """function on the tiles of x, with group statistics of the whole where the network has any."""
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
-    found = _statistics(norms, function, _thinned(x, plan)) if norms else {}
-    with _fixed(found):
-        return blend(lambda k: function(plan.cut(x, plan.corners[k])), plan)
-
-
-def _thinned(x: Tensor, plan: Plan) -> Tensor:
-    """The whole of x with rows and columns left out, as large as a tile in all; sides stay multiples of the unit."""
-    share = math.sqrt(plan.tile[0] * plan.tile[1] / (plan.size[0] * plan.size[1]))
-    size = [min(side, max(1, round(side * share / plan.down)) * plan.down) for side in plan.size]
-    return F.interpolate(x, size=size, mode="nearest")
-
-
-def _statistics(norms: list[nn.GroupNorm], function: Callable, x: Tensor) -> dict[nn.GroupNorm, Tensor]:
-    """Mean and variance of each group of each norm's input as `function` sees x: norm -> (2, B, groups)."""
-    found: dict[nn.GroupNorm, Tensor] = {}
-
-    def look(norm: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> None:
-        groups = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2)
-        found[norm] = torch.stack([groups.mean(2), groups.var(2, correction=0)])
-
-    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
-    try:
-        function(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _normalised(norm: nn.GroupNorm, statistics: Tensor, x: Tensor) -> Tensor:
-    mean, variance = (part[:, :, None, None, None].to(x) for part in statistics)
-    groups = x.unflatten(1, (norm.num_groups, -1))
-    y = ((groups - mean) * (variance + norm.eps).rsqrt()).flatten(1, 2)
-    return y * norm.weight[:, None, None] + norm.bias[:, None, None]
-
-
-@contextmanager
-def _fixed(statistics: dict[nn.GroupNorm, Tensor]) -> Iterator[None]:
-    """Norms with given statistics instead of those of what they see; nothing changes where there are none."""
-    for norm, found in statistics.items():
-        norm.forward = partial(_normalised, norm, found)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for norm in statistics:
-            del norm.forward
+def _pieces(side: int, gib: float) -> Pieces:
+    return Pieces(side, int(gib * 2**30))
 
 
 class _Live(TorchDispatchMode):
