@@ -323,12 +323,13 @@ def segment(spec: Spec, size: tuple[int, int]) -> np.ndarray:
 
 def boxes(spec: Spec, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
     """Tight boxes (x, y, width, height) in pixels, one a thing."""
-    found = []
-    for thing in spec.things:
-        x, y, radius = _place_pixels(thing, size)
-        left, top, right, bottom = EXTENTS[SHAPES[thing.shape]]
-        found.append((x + left * radius, y + top * radius, (right - left) * radius, (bottom - top) * radius))
-    return found
+    return [_box(thing, size) for thing in spec.things]
+
+
+def _box(thing: Thing, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    x, y, radius = _place_pixels(thing, size)
+    left, top, right, bottom = EXTENTS[SHAPES[thing.shape]]
+    return x + left * radius, y + top * radius, (right - left) * radius, (bottom - top) * radius
 
 
 # --- reading pictures back -------------------------------------------------------------------------------
@@ -336,14 +337,16 @@ def boxes(spec: Spec, size: tuple[int, int]) -> list[tuple[float, float, float, 
 
 @dataclass(frozen=True)
 class Reading:
-    """One object found in a picture: colour and shape indices, centre as shares of width and height, and how well
-    the shape's template covers it (intersection over union, 0 … 1)."""
+    """One object found in a picture: colour and shape indices, centre as shares of width and height, how well the
+    shape's template covers it (intersection over union, 0 … 1), and the template's half extent as a share of the
+    short side."""
 
     colour: int
     shape: int
     x: float
     y: float
     iou: float
+    radius: float
 
 
 MIN_AREA = 0.008  # share of the picture's (short side)² below which a blob is a speck; the smallest star has 0.018
@@ -353,6 +356,32 @@ CENTER_REACH = 0.115  # objects nearer to the middle than this, in both directio
 
 def read(image: np.ndarray) -> tuple[int, list[Reading]]:
     """Background index and the objects in a picture, largest first. image: uint8 (h, w, 3)."""
+    background, found = _blobs(image)
+    return background, [reading for reading, _ in found]
+
+
+def find(image: np.ndarray) -> list[tuple[int, int, tuple[float, float, float, float]]]:
+    """(shape, colour, box) of each object in a picture (uint8 (h, w, 3)), largest first: indices into SHAPES and
+    COLOURS, and x, y, width, height in pixels of the template that fits it. What fits none is left out."""
+    size, found = image.shape[:2], []
+    for one in read(image)[1]:
+        if one.iou >= MIN_IOU:
+            thing = Thing(one.shape, one.colour, one.x, one.y, one.radius)
+            found.append((one.shape, one.colour, _box(thing, size)))
+    return found
+
+
+def classes_of(image: np.ndarray) -> np.ndarray:
+    """The class map that a picture (uint8 (h, w, 3)) shows, as `segment` makes it: 0 background, 1 + shape where an
+    object's colour outweighs the background's."""
+    classes = np.zeros(image.shape[:2], np.uint8)
+    for reading, alpha in _blobs(image)[1]:
+        classes[alpha >= 0.5] = 1 + reading.shape
+    return classes
+
+
+def _blobs(image: np.ndarray) -> tuple[int, list[tuple[Reading, np.ndarray]]]:
+    """Background index, and what each object reads as with its coverage (h, w)."""
     pixels = image.astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background = _nearest(np.median(border, axis=0), _BACKGROUND_RGB)
@@ -375,7 +404,7 @@ def _nearest(rgb: np.ndarray, palette: np.ndarray) -> int:
     return int(((palette - rgb) ** 2).sum(-1).argmin())
 
 
-def _read_blob(pixels, ground, difference, labels, label: int) -> Reading:
+def _read_blob(pixels, ground, difference, labels, label: int) -> tuple[Reading, np.ndarray]:
     inside = labels == label
     strong = inside & (difference >= np.quantile(difference[inside], 0.6))
     core = np.median(pixels[strong], axis=0)
@@ -385,13 +414,14 @@ def _read_blob(pixels, ground, difference, labels, label: int) -> Reading:
     alpha[alpha < 0.08] = 0.0  # noise of the background
     fits = [_fit(alpha, shape) for shape in range(len(SHAPES))]
     shape = max(range(len(SHAPES)), key=lambda k: fits[k][0])
-    _, iou, x, y = fits[shape]
-    return Reading(_nearest(core, _COLOUR_RGB), shape, x / pixels.shape[1], y / pixels.shape[0], iou)
+    _, iou, x, y, radius = fits[shape]
+    place = (x / pixels.shape[1], y / pixels.shape[0])
+    return Reading(_nearest(core, _COLOUR_RGB), shape, *place, iou, radius / min(pixels.shape[:2])), alpha
 
 
-def _fit(alpha: np.ndarray, shape: int) -> tuple[float, float, float, float]:
+def _fit(alpha: np.ndarray, shape: int) -> tuple[float, float, float, float, float]:
     """How well coverage `alpha` fits the template of equal area and centroid: soft IoU with the best of a sharp and
-    two blurred templates, soft IoU with the sharp one, and the template's centre x, y in pixels."""
+    two blurred templates, soft IoU with the sharp one, and the template's centre x, y and half extent in pixels."""
     area, centroid_x, centroid_y = template(shape)
     total = float(alpha.sum())
     radius = max((total / area) ** 0.5, 1.0)
@@ -400,7 +430,7 @@ def _fit(alpha: np.ndarray, shape: int) -> tuple[float, float, float, float]:
     window = _window(x, y, radius + 4, alpha.shape)
     near, sharp = alpha[window], coverage(shape, x, y, radius, window)
     ious = [_soft_iou(near, ndimage.uniform_filter(sharp, k) if k > 1 else sharp) for k in (1, 3, 5)]
-    return max(ious), ious[0], x, y
+    return max(ious), ious[0], x, y, radius
 
 
 def _soft_iou(a: np.ndarray, b: np.ndarray) -> float:

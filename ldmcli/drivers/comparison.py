@@ -8,7 +8,9 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.drivers.reference import SAME
 
 NOISE = 1e-9  # relative change that is rounding
-BETTER_HIGH = ("psnr", "ssim", "precision", "recall", "is_")
+BETTER_HIGH = ("psnr", "ssim", "precision", "recall", "is_", "layout_", "map_")
+# ends of keys that say how much a value is worth, and are nothing to get better at
+BESIDE = ("_std", "_images", "_shuffled", "_real", "_bicubic", "_biharmonic")
 
 
 def read_result(given: str | Path | dict | None) -> dict[str, Any] | None:
@@ -61,7 +63,7 @@ def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         now, before = ((document.get("extractor") or {}).get(key) for document in (result, old))
         if now and before and now != before:
             raise InputError(f"--compare: the earlier result has another extractor ({key} {before!r}, now {now!r})")
-    shared = [key for key in result["metrics"] if key in old["metrics"] and not key.endswith(("_std", "_images"))]
+    shared = [key for key in result["metrics"] if key in old["metrics"] and not key.endswith(BESIDE)]
     if not shared:
         raise InputError("--compare: the earlier result has none of these metrics "
                          f"({', '.join(result['metrics'])})")

@@ -6,9 +6,10 @@ The result is one dict, `ldm eval-fid --json` prints it. Metric names carry thei
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,16 @@ from ldmcli.drivers.image_sources import (
     take,
     trained_size,
 )
+from ldmcli.drivers.obedience import KINDS as OBEDIENCE_METRICS
+from ldmcli.drivers.obedience import measure as measure_obedience
 from ldmcli.drivers.reference import Statistics, gaussian, read_statistics, reference_features
+from ldmcli.drivers.task_measures import task_of, task_sources
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup", "pair_values", "reconstruction_metrics"]
 
 SET_METRICS = ("fid", "kid", "is", "pr")  # of two sets of features
 PAIR_METRICS = ("psnr", "ssim", "lpips")  # of pairs of images
-METRICS = SET_METRICS + PAIR_METRICS
+METRICS = SET_METRICS + PAIR_METRICS + OBEDIENCE_METRICS  # the last: of pictures and what they were told
 REFERENCE_LIMIT = 10_000  # rows of a data set that a reference takes
 GENERATED_LIMIT = 1_000  # images that a model draws where nobody says how many
 KID = {"subsets": 100, "subset_size": 1000, "seed": 2020, "kernel": "(x.y/D + 1)^3, unbiased"}
@@ -54,7 +58,7 @@ NEIGHBOURS = 3
 BLOCK = 16
 BATCH = 32
 DEFAULT_METRICS = {"model": ("fid",), "images": ("fid",), "pairs": ("psnr", "ssim"),
-                   "autoencoder": ("fid", "psnr", "ssim")}
+                   "autoencoder": ("fid", "psnr", "ssim"), "task": ("fid", "psnr", "ssim")}
 
 
 @dataclass
@@ -85,17 +89,27 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
     model, autoencoder: a run folder or what `load` gave. images: a folder or .npz. pairs: two folders (or .npz).
     data: reference; `DataSettings`, a data set's name, an .npz of samples or of statistics (mu, sigma); None = the
     data that the model was trained on. metrics: of `METRICS`; None = fid, of pairs psnr and ssim, of an autoencoder
-    all three. weights: "ema" or "raw", of a model named by its run. n: images to measure; None = all, of a model at
-    most 1,000. compare: an earlier result.
+    and of models of task sr and inpaint all three. layout and map: of models that are told those. weights: "ema" or
+    "raw", of a model named by its run. n: images to measure; None = all, of a model at most 1,000. compare: an
+    earlier result.
     Raises UsageError for requests without sense and InputError for missing weights, images or captions,
     before anything is generated.
     """
     started = time.monotonic()
     subjects = {"model": model, "autoencoder": autoencoder, "images": images, "pairs": pairs}
-    metrics = tuple(metrics or DEFAULT_METRICS[_subject(subjects)])
-    _check_request(_subject(subjects), metrics, data, n)
+    subject, facts = _subject(subjects), {}
+    _check_names(metrics or ())
+    if subject == "model":
+        if isinstance(model, (str, Path)):
+            model = loaded(model, "diffusion", weights)
+            facts["weights"] = weights if model.config.train.ema else "raw"
+        model = loaded(model, "diffusion")
+        subject = "model" if task_of(model) == "generate" else "task"
+    metrics = tuple(metrics or DEFAULT_METRICS[subject])
+    _check_request(subject, metrics, data, n, model)
     earlier = read_result(compare)
     run = _begin(metrics, features, perceptual, progress)
+    run.facts |= facts
     if pairs is not None:
         generated, reference = _of_pairs(run, pairs, n)
     elif autoencoder is not None:
@@ -104,10 +118,8 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
         chosen = {"steps": steps, "guidance": guidance, "sampler": sampler}
         chosen = {key: value for key, value in chosen.items() if value is not None}
         draw = {"seed": seed or 0, "batch_size": batch_size or BATCH, "settings": chosen}
-        if isinstance(model, (str, Path)):
-            model = loaded(model, "diffusion", weights)
-            run.facts["weights"] = weights if model.config.train.ema else "raw"
-        generated, reference = _of_sets(run, model, images, data, split, n, size, draw)
+        measure = _of_task if subject == "task" else partial(_of_sets, images=images)
+        generated, reference = measure(run, model, data=data, split=split, n=n, size=size, draw=draw)
     result = _document(run, generated, reference, time.monotonic() - started)
     return result if earlier is None else with_comparison(result, earlier)
 
@@ -120,15 +132,27 @@ def _subject(subjects: dict[str, Any]) -> str:
     return given[0]
 
 
-def _check_request(subject: str, metrics: Sequence[str], data: Any, n: int | None) -> None:
+def _check_names(metrics: Sequence[str]) -> None:
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}")
+
+
+def _check_request(subject: str, metrics: Sequence[str], data: Any, n: int | None, model: Any) -> None:
+    for name in metrics:
+        if name in OBEDIENCE_METRICS and (model is None or name not in model.model.conditions.kinds):
+            raise UsageError(f"--metrics {name}: measures whether a model obeys its {name}; "
+                             + (f"use --model with one that was trained with --condition {name}" if model is None else
+                                f"this model was trained without {name}"))
     paired = [name for name in metrics if name in PAIR_METRICS]
     if paired and subject in ("model", "images"):
-        raise UsageError(f"--metrics {paired[0]}: compares image with image; use --autoencoder or --pairs")
+        raise UsageError(f"--metrics {paired[0]}: compares image with image; use --autoencoder, --pairs, or a model of "
+                         "task sr or inpaint")
     if subject == "images" and data is None and set(metrics) != {"is"}:
         raise UsageError("--images: name the reference with --data")
+    if subject in ("model", "task") and _is_npz(data) and model.model.conditions.kinds and (
+            subject == "task" or set(metrics) & set(OBEDIENCE_METRICS)):
+        raise UsageError(f"--data {data}: holds no conditions; name a data set")
     if n is not None and n < 2 and set(metrics) & set(SET_METRICS):
         raise InputError(f"-n {n}: a distribution needs at least 2 images")
 
@@ -183,22 +207,46 @@ def _original(run: _Run, data, split: str, n: int | None, size) -> Source:
     return rows_source(rows, settings, spread(len(rows), count))
 
 
-def _of_sets(run: _Run, model, images, data, split: str, n: int | None, size, draw: dict[str, Any]):
+def _of_task(run: _Run, model, data, split: str, n: int | None, size, draw: dict[str, Any]):
+    """A model's answers to degraded or masked rows against the rows themselves, and plain methods' beside them."""
+    size = size or trained_size(model)
+    rows, settings = _rows(run, _own_data(model, data), split, size)
+    count = min(len(rows), GENERATED_LIMIT) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
+    ids = spread(len(rows), count)
+    truth = rows_source(rows, settings, ids)
+    made, baselines, stated = task_sources(model, rows, ids, truth, size=size, **draw)
+    found = _paired(run, made, truth)
+    run.facts |= {**stated, "sampling": sampling_facts(model, draw)}
+    if not baselines:
+        run.warnings.append("no plain method beside it: install scikit-image for its biharmonic inpainting")
+    for name, source in baselines.items():
+        other = _Run(run.metrics, run.extractor, run.perceptual, run.progress)
+        _paired(other, source, truth)
+        for key, value in other.values.items():
+            run.put(f"{key}_{name}", f"{other.labels[key]}, {name}", value)
+    return found
+
+
+def _of_sets(run: _Run, model, data, split: str, n: int | None, size, draw: dict[str, Any], images=None):
     """Samples of a model, or given images, against a reference that need not have as many."""
     if images is not None:
         source = open_images(images, n)
         size = size or first_size(source)
     else:
-        model = loaded(model, "diffusion")
         size, data = size or trained_size(model), _own_data(model, data)
     rows, settings = (None, None) if data is None or _is_npz(data) else _rows(run, data, split, size)
     if images is None:
         n = n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
         source = model_source(model, rows, n, size=size, **draw)
         run.facts["sampling"] = sampling_facts(model, draw)
-    reference = _reference(run, rows, settings, data)
+    obeyed = [name for name in run.metrics if name in OBEDIENCE_METRICS]
+    reference = _reference(run, rows, settings, data) if run.extractor or not obeyed else None
+    kept: list[np.ndarray] = []
     with run.progress(source.count, "generated") as bar:
-        generated = extract(source.stream(), run.extractor, bar.advance)
+        stream = _keeping(source.stream(), kept) if obeyed else source.stream()
+        generated = extract(stream, run.extractor, bar.advance)
+    for name in obeyed:
+        _put_obedience(run, name, kept, rows, data, size, model.config)
     run.facts["generated"] = source.facts
     _warn_of_lossy(run, source, reference.lossy if isinstance(reference, Source) else False)
     if isinstance(reference, Source):
@@ -207,6 +255,22 @@ def _of_sets(run: _Run, model, images, data, split: str, n: int | None, size, dr
             reference = reference_features(run.extractor, reference, bar.advance, REFERENCE_LIMIT)
     _set_metrics(run, generated, reference)
     return generated, reference
+
+
+def _keeping(stream: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
+    for image in stream:
+        kept.append(image)
+        yield image
+
+
+def _put_obedience(run: _Run, kind: str, images: list[np.ndarray], rows, data, size, config) -> None:
+    """Whether pictures drawn for rows obey them, as a judge trained on the training rows (or an exact reader) sees."""
+    training = _rows(run, data, "train", size)[0]
+    values, facts = measure_obedience(kind, images, rows, training, spread(len(rows), len(images)), config, size,
+                                      run.progress)
+    for key, (label, value) in values.items():
+        run.put(key, label, value)
+    run.facts[f"{kind}_obedience"] = facts
 
 
 def _reference(run: _Run, rows, settings, data):

@@ -2,7 +2,7 @@
 
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ldmcli.core.files import sha256_file
 from ldmcli.core.settings import DataSettings
 
 LOSSY = (".jpg", ".jpeg")
-MODEL_KINDS = {"text": "caption", "class": "label"}
+WORDS = ("text", "class")  # what `sample` is told as it stands; the rest is made from the rows' pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,21 +170,18 @@ def model_source(model, rows, n: int, *, seed: int, batch_size: int, size: tuple
                  settings: dict[str, Any]) -> Source:
     """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
     kinds = tuple(model.model.conditions.kinds)
-    unknown = [kind for kind in kinds if kind not in MODEL_KINDS]
-    if unknown:
-        raise UsageError(f"evaluation draws captions and classes; this model is conditioned on {unknown[0]}, too. "
-                         "Generate the images with `ldm sample` and pass them with --images")
-    missing = [kind for kind in kinds if rows is None or not rows.has(MODEL_KINDS[kind])]
-    if missing:
-        raise InputError(f"this model is conditioned on {missing[0]}: name a data set with a {MODEL_KINDS[missing[0]]} "
-                         "column (--data)")
+    _check_columns(rows, kinds)
     ids = spread(len(rows), n) if kinds else []
+    told = condition_source(model, rows, size, seed) if set(kinds) - set(WORDS) else None
 
     def stream() -> Iterator[np.ndarray]:
         for start in range(0, n, batch_size):
             end = min(start + batch_size, n)
+            if told is not None:
+                yield from _drawn(model, told, ids[start:end], start, seed, size, settings)
+                continue
             prompts = [rows.caption(i) for i in ids[:end]] if "text" in kinds else None
-            classes = [_class_of(rows, i) for i in ids[:end]] if "class" in kinds else None
+            classes = [class_of(rows, i) for i in ids[:end]] if "class" in kinds else None
             made = model.sample(prompts, classes=classes, n=1 if kinds else end, first=start, seed=seed, size=size,
                                 batch_size=batch_size, **settings)
             yield from (np.asarray(image) for image in made)
@@ -194,7 +191,41 @@ def model_source(model, rows, n: int, *, seed: int, batch_size: int, size: tuple
     return Source(name="model", count=n, stream=stream, facts=facts)
 
 
-def _class_of(rows, i: int) -> int | str:
+def _check_columns(rows, kinds: tuple[str, ...]) -> None:
+    from ldmcli.networks.conditions import CONDITIONS
+
+    for kind in kinds:
+        column = CONDITIONS[kind].columns[0]
+        if rows is None or not rows.has(column):
+            raise InputError(f"this model is conditioned on {kind}: name a data set with a {column} column (--data)")
+
+
+def condition_source(model, rows, size: tuple[int, int], seed: int):
+    """What rows tell a model when they are measured (`ConditionSource`): cut in the middle, degraded and masked by
+    (seed, row)."""
+    from ldmcli.drivers.condition_data import ConditionSource, look_at_boxes
+
+    config = replace(model.config, train=replace(model.config.train, seed=seed))
+    source = ConditionSource(rows, config, tuple(size), training=False)
+    entries = model.model.conditions.entries
+    if "layout" in entries:
+        look_at_boxes(rows)
+        source.tell_categories(entries["layout"].names)
+    return source
+
+
+def _drawn(model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any]) -> np.ndarray:
+    """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
+    from ldmcli.drivers.loaded import to_uint8
+
+    numbers, values = range(first, first + len(ids)), {}
+    for kind in model.model.conditions.kinds:
+        own = told.values(kind, ids, ids) if kind != "class" else [class_of(told.rows, i) for i in ids]
+        values[kind] = [own[(k - first) % len(ids)] for k in range(len(ids))]  # sample k takes entry k mod their number
+    return to_uint8(model.autoencoder.decode(model.latents_for(numbers, values, seed=seed, size=size, **settings)))
+
+
+def class_of(rows, i: int) -> int | str:
     """A row's class by name where classes have names: the data's order need not be the model's."""
     return rows.class_names[rows.label(i)] if rows.class_names else rows.label(i)
 

@@ -27,8 +27,8 @@ def write(bundle: Bundle, path: Path) -> list[str]:
     reason = why_not(bundle)
     if reason:
         raise ModelError(f"{path}: not a model that the code of latent-diffusion can build: {reason}")
-    make = _autoencoder if isinstance(bundle, AutoencoderBundle) else _diffusion
-    state, document, notes = make(bundle)  # type: ignore[operator]
+    parts = _autoencoder(bundle) if isinstance(bundle, AutoencoderBundle) else _diffusion(bundle)
+    state, document, notes = parts
     import yaml
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -112,9 +112,10 @@ def write(bundle: Bundle, path: Path, source: Mapping[str, Any] | None = None) -
     """
     path.mkdir(parents=True, exist_ok=True)
     files.write_text(path / "config.toml", to_toml(bundle.config))
-    write_one = _write_autoencoder if isinstance(bundle, AutoencoderBundle) else _write_diffusion
-    fingerprint = write_one(bundle, path)  # type: ignore[operator]
-    kind = "autoencoder" if isinstance(bundle, AutoencoderBundle) else "diffusion"
+    if isinstance(bundle, AutoencoderBundle):
+        kind, fingerprint = "autoencoder", _write_autoencoder(bundle, path)
+    else:
+        kind, fingerprint = "diffusion", _write_diffusion(bundle, path)
     runs.RunFolder(path).update(
         kind=kind, state="finished", step=0, version=__version__, seed=bundle.config.train.seed, parents=[], data={},
         machine=runs.machine(), exit_code=0, source=dict(source or {}), notes=bundle.notes,
