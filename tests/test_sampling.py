@@ -354,12 +354,34 @@ def test_a_run_is_used_where_it_was_moved_to_and_read_only(text_model, tmp_path)
     assert np.array_equal(pictures(tmp_path / "a")[0], pictures(tmp_path / "b")[0])
 
 
-def test_another_size_than_trained_is_drawn_or_refused_with_the_nearest(v_model, tmp_path):
-    """Sizes are multiples of f times what the UNet halves."""
-    sample(v_model, tmp_path / "wide", "-n", 1, "--steps", 2, "--size", "16x32")
-    assert pictures(tmp_path / "wide")[0].shape == (16, 32, 3)
-    ending = sample(v_model, tmp_path / "odd", "-n", 1, "--steps", 2, "--size", "17x32", code=2)
-    assert "nearest: 16x32" in ending.line
+@pytest.mark.parametrize(("size", "whole"), [("16x32", None), ("17x32", "20x32"), ("5x5", "8x8"), ("4x21", "4x24")])
+def test_any_size_from_one_latent_on_is_drawn_and_the_middle_of_whole_units_kept(v_model, tmp_path, size, whole):
+    """Whole units are multiples of f times what the UNet halves."""
+    unit = ldmcli.load(v_model).autoencoder.network.f * ldmcli.load(v_model).model.unet.size_factor
+    assert unit == 4
+    ending = sample(v_model, tmp_path / "out", "-n", 1, "--steps", 2, "--size", size)
+    height, width = map(int, size.split("x"))
+    drawn = pictures(tmp_path / "out")[0]
+    assert drawn.shape == (height, width, 3)
+    assert (f"drawn at {whole}" in ending.stderr) == (whole is not None)
+    model = ldmcli.load(v_model)
+    assert (np.asarray(model.sample(size=(height, width), steps=2)[0]) == drawn).all()
+    if whole:
+        larger = np.asarray(model.sample(size=tuple(map(int, whole.split("x"))), steps=2)[0])
+        top, left = (larger.shape[0] - height) // 2, (larger.shape[1] - width) // 2
+        assert (larger[top : top + height, left : left + width] == drawn).all()
+
+
+def test_an_image_to_begin_from_and_one_to_be_like_go_with_any_size(v_model, tmp_path):
+    Image.fromarray(np.full((18, 22, 3), 200, np.uint8)).save(tmp_path / "start.png")
+    Image.fromarray(np.full((9, 11, 3), 200, np.uint8)).save(tmp_path / "low.png")
+    sample(v_model, tmp_path / "out", "-n", 1, "--steps", 2, "--size", "18x22", "--init-image", tmp_path / "start.png",
+           "--guide", tmp_path / "low.png")
+    assert pictures(tmp_path / "out")[0].shape == (18, 22, 3)
+
+
+def test_a_size_below_one_latent_is_refused(v_model, tmp_path):
+    assert "smaller than one latent" in sample(v_model, tmp_path / "out", "--size", "1x32", code=2).line
 
 
 def test_fine_tuning_begins_with_the_weights_of_another_run(text_model, ae, tmp_path):

@@ -15,6 +15,7 @@ from ldmcli.core.settings import DataSettings, DiffusionConfig, TaskSettings
 from ldmcli.data.sources import open_rows
 from ldmcli.drivers.condition_data import ConditionSource
 from ldmcli.drivers.drawing import box_pixels, boxed, colour, coloured, with_legend
+from ldmcli.drivers.edit import inpaint_images, upscale_images
 
 WAYS = {
     "layout": ("--condition", "layout"),
@@ -319,6 +320,38 @@ def test_small_and_holed_images_are_taken_from_python(trained):
     whole = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     filled = np.asarray(ldmcli.load(trained("inpaint")).sample(image=whole, mask=hole, steps=2)[0])
     assert (filled[~hole] == whole[~hole]).all() and (filled[hole] != whole[hole]).any()
+
+
+def test_images_of_any_sizes_go_the_way_of_the_commands(trained):
+    """`sample` pads, cuts and fits as `ldm upscale` and `ldm inpaint` do, and keeps the order of what it is given."""
+    sr, inpaint = ldmcli.load(trained("sr")), ldmcli.load(trained("inpaint"))
+    noise = np.random.default_rng(0)
+    low = [noise.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((5, 7), (6, 3), (5, 7))]
+    found = sr.sample(image=low, steps=2, seed=3)
+    assert [one.size for one in found] == [(28, 20), (12, 24), (28, 20)]
+    for k, one in enumerate(found):
+        assert (np.asarray(one) == upscale_images(sr, low[k][None], steps=2, seed=3, ids=[k])[0]).all()
+    image, hole = noise.integers(0, 256, (23, 41, 3), dtype=np.uint8), np.zeros((23, 41), bool)
+    hole[10:20, 5:12] = True
+    filled = [np.asarray(one) for one in inpaint.sample(image=image, mask=hole, n=2, steps=2, blend=3)]
+    expected = inpaint_images(inpaint, np.stack([image] * 2), np.stack([hole] * 2), steps=2, blend=3)
+    assert (np.stack(filled) == expected).all() and (filled[0][~hole] == image[~hole]).all()
+    assert (filled[0][hole] != filled[1][hole]).any()
+
+
+def test_an_image_goes_with_the_other_conditions(trained):
+    low = np.full((11, 10, 3), 90, np.uint8)
+    model, texts = ldmcli.load(trained("text+sr")), ["a star", "a circle"]
+    a, b, c = (np.asarray(model.sample(texts[k], image=low, steps=2, guidance=3.0, negative_prompt=no)[0])
+               for k, no in ((0, ""), (1, ""), (0, "a circle")))
+    assert a.shape == (22, 20, 3) and (a != b).any() and (a != c).any()
+    model, hole = ldmcli.load(trained("class+layout+inpaint")), np.zeros((24, 20), bool)
+    hole[:20, 2:] = True
+    layout = {"objects": [{"bbox": [0, 0, 0.5, 0.5], "category": "star"}]}
+    image = np.full((24, 20, 3), 90, np.uint8)
+    asked = {"layout": layout, "image": image, "mask": hole, "steps": 2, "guidance": 50.0}
+    one, other = (np.asarray(model.sample(classes=[k], **asked)[0]) for k in (0, 1))
+    assert (one[~hole] == 90).all() and (one[hole] != other[hole]).any()
 
 
 def test_tokens_and_layouts_embed_alike_and_planes_reach_the_network(trained):

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldmcli.core.errors import InputError, UsageError
@@ -30,51 +31,59 @@ RESAMPLE = 10
 
 @torch.no_grad()
 def upscale_images(
-    model: LoadedDiffusion, low: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None, tile: int = 0,
-    max_memory: float = MAX_MEMORY, **settings,
+    model: LoadedDiffusion, low: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None,
+    told: Mapping[str, Sequence] | None = None, tile: int = 0, max_memory: float = MAX_MEMORY, **settings,
 ) -> np.ndarray:  # fmt: skip
     """uint8 (n, h, w, 3) -> uint8 (n, h·scale, w·scale, 3) by a model trained with task sr. Any h and w.
 
-    Picture i is drawn with the noise of sample ids[i] (default 0 … n-1). tile: pixels a side above which the networks
-    see overlapping tiles; 0 = as many as fit into `max_memory` GiB. settings: steps, guidance, guidance_interval,
-    sampler, eta, spacing. Raises UsageError for a model of another task, InputError for pictures below one latent.
+    Picture i is drawn with the noise of sample ids[i] (default 0 … n-1). told: values of further conditions by kind,
+    one a picture, maps as large as the result. tile: pixels a side above which the networks see overlapping tiles; 0 =
+    as many as fit into `max_memory` GiB. settings: steps, guidance, guidance_interval, sampler, eta, spacing,
+    negative_prompt. Raises UsageError for a model of another task, InputError for pictures below one latent.
     """
     if model.config.task.name != "sr":
         raise UsageError("upscale: this model was not trained for super-resolution (`ldm train-ldm --task sr`)")
     scale, ids = model.config.task.scale, _ids(ids, len(low))
     height, width = low.shape[1] * scale, low.shape[2] * scale
     _check_side(model, (height, width))
-    step = np.lcm(unit_of(model), scale) // scale  # low pixels that make a whole number of latents
-    images = [padded(image, int(step)) for image in low]
+    step = int(np.lcm(unit_of(model), scale)) // scale  # low pixels that make a whole number of latents
+    images = [padded(image, step) for image in low]
     size = (images[0].shape[0] * scale, images[0].shape[1] * scale)
     side = tile_side(model, size, tile, max_memory, settings)
-    z = _drawn(model, {"lowres": images}, ids, seed, size, Steering(tile=side), settings)
+    given = {kind: list(values) for kind, values in (told or {}).items()} | {"lowres": images}
+    if "map" in given:
+        given["map"] = [padded(index, step * scale) for index in given["map"]]
+    z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
     return to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
 
 
 @torch.no_grad()
 def inpaint_images(
     model: LoadedDiffusion, images: np.ndarray, masks: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None,
-    prompts: Sequence[str] | None = None, classes: Sequence[str | int] | None = None, blend: int = BLEND,
-    resample: int = RESAMPLE, tile: int = 0, max_memory: float = MAX_MEMORY, **settings,
+    prompts: Sequence[str] | None = None, classes: Sequence[str | int] | None = None,
+    told: Mapping[str, Sequence] | None = None, blend: int = BLEND, resample: int = RESAMPLE, tile: int = 0,
+    max_memory: float = MAX_MEMORY, **settings,
 ) -> np.ndarray:  # fmt: skip
     """uint8 (n, H, W, 3) and bool (n, H, W), True = hole -> uint8 (n, H, W, 3); pixels outside holes as they were.
 
     A model of task inpaint is told the masked picture; any other generating model keeps the known region on its way
     down (each step `resample` times, as RePaint). prompts, classes: one a picture, where the model takes them. blend:
-    pixels over which a hole's rim is fitted to what lies around it. ids, tile, max_memory, settings as
+    pixels over which a hole's rim is fitted to what lies around it. A layout speaks of the whole picture, which is
+    then looked at as a whole. ids, told, tile, max_memory, settings as
     `upscale_images`. Raises UsageError for a model that can't, InputError for pictures below one latent.
     """
     if model.config.task.name == "sr":
         raise UsageError("inpaint: this model was trained for super-resolution; take one for inpainting or generation")
     ids, size = _ids(ids, len(images)), images.shape[1:3]
     _check_side(model, size)
-    told = {"text": prompts, "class": classes}
-    told = {kind: list(given) for kind, given in told.items() if given is not None}
+    asked = {"text": prompts, "class": classes, **(told or {})}
+    known = {kind: list(given) for kind, given in asked.items() if given is not None}
     out, least, unit = images.copy(), trained_size(model), unit_of(model)
     jobs = []  # (picture, window, which of its windows)
     for i, hole in enumerate(masks):
         found = pasting.windows(hole, least, (least[0] // 4, least[1] // 4), unit)
+        if found and "layout" in known:
+            found = [(slice(0, size[0]), slice(0, size[1]))]
         jobs += [(i, window, k) for k, window in enumerate(found)]
     batches: dict[tuple, list] = {}
     for i, window, k in jobs:
@@ -83,8 +92,11 @@ def inpaint_images(
     for (_, k), batch in batches.items():
         which = [i for i, _ in batch]
         parts = [(padded(images[i][window], unit), padded(masks[i][window], unit)) for i, window in batch]
+        here = {kind: [given[i] for i in which] for kind, given in known.items()}
+        if "map" in here:
+            here["map"] = [padded(index[window], unit) for index, (_, window) in zip(here["map"], batch)]
         drawn = _fill(
-            model, parts, {kind: [given[i] for i in which] for kind, given in told.items()}, [ids[i] for i in which],
+            model, parts, here, [ids[i] for i in which],
             seed if k == 0 else rng.key(seed, "window", k), (tile, max_memory, resample), settings,
         )  # fmt: skip
         for (i, window), (image, hole), made in zip(batch, parts, drawn):
@@ -92,6 +104,29 @@ def inpaint_images(
             rows, columns = (slice(0, part.stop - part.start) for part in window)
             out[i][window] = pasting.pasted(out[i][window], made[rows, columns], hole[rows, columns])
     return out
+
+
+def edited(
+    model: LoadedDiffusion, values: Mapping[str, list], ids: Sequence[int], *, batch_size: int, **how
+) -> list[Image.Image]:
+    """What `LoadedDiffusion.sample` draws from images: samples `ids`, of which k is told values[kind][k mod their
+    number], by `upscale_images` or `inpaint_images`. Images may differ in size; those of one size go together."""
+    command = upscale_images if "lowres" in values else inpaint_images
+    source, scale = ("lowres", model.config.task.scale) if "lowres" in values else ("masked", 1)
+    pictures = values[source] if scale > 1 else [image for image, _ in values[source]]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for k in ids:
+        height, width = pictures[k % len(pictures)].shape[:2]
+        groups.setdefault((height * scale, width * scale), []).append(k)
+    found: dict[int, np.ndarray] = {}
+    for size, group in groups.items():
+        most = tiling.batch_within(model, size, how.get("max_memory", MAX_MEMORY), batch_size)
+        for batch in (group[start : start + most] for start in range(0, len(group), most)):
+            told = {kind: [given[k % len(given)] for k in batch] for kind, given in values.items()}
+            given = told.pop(source)
+            arrays = [np.stack(given)] if command is upscale_images else [np.stack(part) for part in zip(*given)]
+            found |= dict(zip(batch, command(model, *arrays, ids=batch, told=told, **how)))
+    return [Image.fromarray(found[k]) for k in ids]
 
 
 def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
@@ -146,10 +181,14 @@ def _drawn(
         inputs |= {name: tensor for name, tensor in null.items() if name.partition(".")[0] in missing}
     if missing and set(missing) == set(conditions.droppable):
         settings = {**settings, "guidance": 1.0}  # nothing is asked for, so there is nothing to lead to
+    settings = dict(settings)
+    negative = settings.pop("negative_prompt", "")
     chosen = with_overrides(model.config.sample, **settings)
     check_sampling(chosen, model.schedule)
+    model._warn_about_guidance(chosen.guidance, negative)
     return draw_latents(model.model, model.schedule, chosen, ids=ids, seed=seed, inputs=inputs,
-                        shape=model.latent_shape(size), steering=steering)  # fmt: skip
+                        negative=model._negative(negative, n), shape=model.latent_shape(size),
+                        steering=steering)  # fmt: skip
 
 
 def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memory: float, settings: Mapping) -> int:

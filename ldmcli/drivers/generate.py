@@ -26,7 +26,9 @@ from ldmcli.drivers.load import load
 from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pil, to_pixels, to_uint8
 from ldmcli.drivers.sampling import Steering, check_sampling, with_overrides
 from ldmcli.maths.statistics import psnr, ssim
+from ldmcli.maths.tiles import framed, middle
 
+Size = tuple[int, int] | None  # (height, width) in pixels; None: as trained
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 PICTURED = ("layout", "map")  # conditions that a picture beside each sample shows
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -96,15 +98,16 @@ def _earlier(record: Path) -> list[Path]:
         return []
 
 
-def _check(loaded: LoadedDiffusion, values: dict[str, list], request: SampleRequest, settings: dict[str, Any]) -> None:
+def _check(
+    loaded: LoadedDiffusion, values: dict[str, list], request: SampleRequest, settings: dict[str, Any], whole: Size
+) -> None:  # fmt: skip
     """Raises for whatever is wrong with a request before a folder is made for it."""
     check_sampling(with_overrides(loaded.config.sample, **settings), loaded.schedule)
-    loaded.latent_shape(request.size)
     if values:
         loaded.model.conditions.prepare(values)
     loaded._negative(request.negative_prompt, 1)
-    _start(loaded, request, 1)
-    _steering(loaded, request)
+    _start(loaded, request, 1, whole)
+    _steering(loaded, request, whole)
 
 
 def sample_to_folder(
@@ -135,7 +138,8 @@ def sample_to_folder(
     groups = max([len(v) for v in values.values()], default=1)
     n = request.n or (1 if values else loaded.config.sample.n)
     total, settings = n * groups, _settings(request)
-    _check(loaded, values, request, settings)
+    whole = loaded.drawn_size(request.size)
+    _check(loaded, values, request, settings, whole)
     names = output_names(out, total, fmt, overwrite)
     wanted = {"model": loaded.fingerprint, **_document(request), "total": total, "format": fmt}
     wanted |= {"told": _digest(values)} if _pictured(values) else {}
@@ -143,8 +147,8 @@ def sample_to_folder(
     describe = _describe(loaded, path, request)
     started = time.perf_counter()
     with StopRequest() as stop, console.progress(len(todo), "sampling") as bar:
-        for batch in batches(todo, request.batch_size or _batch_size(loaded, request)):
-            images = _draw(loaded, batch, values, request, settings)
+        for batch in batches(todo, request.batch_size or _batch_size(loaded, whole)):
+            images = _draw(loaded, batch, values, request, settings, whole)
             for k, image in zip(batch, images):
                 facts = _facts(k, values, request, describe) if metadata else None
                 for kind in _pictured(values):  # before the sample, whose presence says that both are there
@@ -189,44 +193,46 @@ def batches(todo: list[int], size: int) -> list[list[int]]:
 
 
 def _draw(
-    loaded: LoadedDiffusion, ids: list[int], values: dict[str, list], request: SampleRequest, settings: dict[str, Any]
-) -> list:
-    start, strength = _start(loaded, request, len(ids))
-    steering = _steering(loaded, request)
+    loaded: LoadedDiffusion, ids: list[int], values: dict[str, list], request: SampleRequest, settings: dict[str, Any],
+    whole: Size,
+) -> list:  # fmt: skip
+    start, strength = _start(loaded, request, len(ids), whole)
+    steering = _steering(loaded, request, whole)
     z = loaded.latents_for(
         ids,
         values,
         seed=request.seed,
         negative_prompt=request.negative_prompt,
-        size=request.size,
+        size=whole,
         start=start,
         strength=strength,
         steering=steering,
         **settings,
     )
-    return to_pil(tiling.decode(loaded.autoencoder, z, steering.tile))
+    drawn = tiling.decode(loaded.autoencoder, z, steering.tile)
+    return to_pil(drawn[(..., *middle(whole, request.size))] if whole and request.size else drawn)
 
 
-def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int) -> tuple[torch.Tensor | None, float]:
+def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int, whole: Size) -> tuple[torch.Tensor | None, float]:
     if request.init_image is None:
         return None, 1.0
     if not 0 < request.strength <= 1:
         raise UsageError(f"--strength {request.strength}: must be above 0 and at most 1")
     size = request.size or trained_size(loaded)
-    pixels = to_size(decode(Path(request.init_image), name=str(request.init_image)), size)
+    pixels = framed(to_size(decode(Path(request.init_image), name=str(request.init_image)), size), whole or size)
     z = loaded.autoencoder.encode(pixels[None])
     return z.expand(n, -1, -1, -1), request.strength
 
 
-def _batch_size(loaded: LoadedDiffusion, request: SampleRequest) -> int:
+def _batch_size(loaded: LoadedDiffusion, whole: Size) -> int:
     """Samples at a time: 16, or fewer where larger ones than the model was trained on would take too much memory."""
-    return tiling.batch_within(loaded, request.size, MAX_MEMORY, 16) if request.size else 16
+    return tiling.batch_within(loaded, whole, MAX_MEMORY, 16) if whole else 16
 
 
-def _steering(loaded: LoadedDiffusion, request: SampleRequest) -> Steering:
+def _steering(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> Steering:
     """Tiles for what is too large at once, and what leads samples to --guide. Raises InputError for an image that no
     result could look like when made small."""
-    tile = tile_side(loaded, request.size, 0, MAX_MEMORY, _settings(request)) if request.size else 0
+    tile = tile_side(loaded, whole, 0, MAX_MEMORY, _settings(request)) if whole else 0
     if request.guide is None:
         return Steering(tile=tile)
     low = to_pixels(np.array(decode(Path(request.guide), name=str(request.guide)))).to(loaded.device)
@@ -234,8 +240,12 @@ def _steering(loaded: LoadedDiffusion, request: SampleRequest) -> Steering:
     if h > height or w > width or abs(h * width - w * height) > max(height, width):
         raise InputError(f"--guide {request.guide}: {w}x{h} px; it must have the shape of the pictures to draw "
                          f"({width}x{height}) and be no larger")
-    decoder = latent_decoder(loaded.autoencoder)
-    return Steering(wrap=lambda denoise: image_guide(denoise, decoder, low, request.guide_scale), tile=tile)
+    decoder, cut = latent_decoder(loaded.autoencoder), middle(whole or (height, width), (height, width))
+
+    def shown(z: torch.Tensor) -> torch.Tensor:
+        return decoder(z)[(..., *cut)]
+
+    return Steering(wrap=lambda denoise: image_guide(denoise, shown, low, request.guide_scale), tile=tile)
 
 
 def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> dict[str, Any]:

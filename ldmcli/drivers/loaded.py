@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldmcli.core.console import warn_once
+from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
 from ldmcli.drivers.sampling import Steering, check_sampling, draw_latents, with_overrides
 from ldmcli.drivers.told import as_list, images_of, layouts_of, maps_of, masks_of
 from ldmcli.maths.schedule import make_schedule
+from ldmcli.maths.tiles import framed, middle
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
 from ldmcli.networks.conditions import Conditioning
 from ldmcli.networks.diffusion import DiffusionModel, LatentScale
@@ -225,20 +226,23 @@ class LoadedDiffusion:
         layout: {"size": [w, h], "objects": [{"bbox": [x, y, w, h], "category": name}]} (shares without size), a JSON
         file, or a list. map: class indices (H, W), a PIL picture or file, or a list. image: what a model of task sr
         enlarges, or of task inpaint fills where mask (bool, or a picture with holes of luminance ≥ 128) says so; known
-        pixels stay. size: (height, width) in pixels. settings: steps, guidance (a number, or one a condition),
-        guidance_interval, sampler, eta, spacing.
+        pixels stay. size: (height, width) in pixels, as `drawn_size` draws it. settings: steps, guidance (a number, or
+        one a condition), guidance_interval, sampler, eta, spacing; with an image those of `drivers.edit` as well.
         """
+        from ldmcli.drivers import edit, tiling  # they draw with what is defined here
+
         values = self.request_values(prompt, classes, layout=layout, map=map, image=image, mask=mask, size=size)
-        total, images = n * _groups(values), []
-        size = size or self._size_of(values)
-        for start in range(first, total, batch_size):
-            ids = range(start, min(start + batch_size, total))
-            z = self.latents_for(ids, values, seed=seed, negative_prompt=negative_prompt, size=size, **settings)
-            drawn = to_uint8(self.autoencoder.decode(z))
-            if "masked" in values:
-                pairs = [values["masked"][k % len(values["masked"])] for k in ids]
-                drawn = np.stack([np.where(hole[..., None], made, kept) for made, (kept, hole) in zip(drawn, pairs)])
-            images += [Image.fromarray(one) for one in drawn]
+        ids, images = range(first, n * _groups(values)), []
+        if image is not None:
+            return edit.edited(self, values, ids, seed=seed, batch_size=batch_size, negative_prompt=negative_prompt,
+                               **settings)  # fmt: skip
+        whole = self.drawn_size(size)
+        tile = edit.tile_side(self, whole, 0, tiling.MAX_MEMORY, settings) if whole else 0
+        for start in range(0, len(ids), batch_size):
+            z = self.latents_for(ids[start : start + batch_size], values, seed=seed, negative_prompt=negative_prompt,
+                                 size=whole, steering=Steering(tile=tile), **settings)  # fmt: skip
+            drawn = tiling.decode(self.autoencoder, z, tile)
+            images += to_pil(drawn[(..., *middle(whole, size))] if whole and size else drawn)
         return images
 
     @torch.no_grad()
@@ -270,13 +274,6 @@ class LoadedDiffusion:
                 **settings,
             )
 
-    def _size_of(self, values: dict[str, list]) -> tuple[int, int] | None:
-        """The size in pixels that images given to a task ask for; None where there are none."""
-        if "lowres" in values:
-            height, width = values["lowres"][0].shape[:2]
-            return height * self.config.task.scale, width * self.config.task.scale
-        return values["masked"][0][0].shape[:2] if "masked" in values else None
-
     @torch.no_grad()
     def latents_for(
         self,
@@ -291,11 +288,16 @@ class LoadedDiffusion:
         steering: Steering | None = None,
         **settings,
     ) -> Tensor:
-        """Final latents of samples `ids` of a call; sample k is told values[kind][k mod their number]."""
+        """Final latents of samples `ids` of a call; sample k is told values[kind][k mod their number].
+
+        A map smaller than `size` (multiples of the model's unit) stands in its middle.
+        """
         chosen = with_overrides(self.config.sample, **settings)
         check_sampling(chosen, self.schedule)
         self._warn_about_guidance(chosen.guidance, negative_prompt)
         rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
+        if "map" in rows and size is not None:
+            rows["map"] = [framed(index, size) for index in rows["map"]]
         return draw_latents(
             self.model,
             self.schedule,
@@ -313,7 +315,8 @@ class LoadedDiffusion:
     def request_values(self, prompt=None, classes=None, *, layout: Any = None, map: Any = None, image: Any = None,
                        mask: Any = None, size: tuple[int, int] | None = None) -> dict[str, list]:
         """What the model is told, checked against what it takes. Raises UsageError, or InputError for what is wrong
-        with a layout, map or image. size: of the pictures to draw, in pixels; maps are brought to it."""
+        with a layout, map or image. size: of the pictures to draw, in pixels; maps are brought to it, or to the size
+        that images ask for."""
         kinds = self.model.conditions.kinds
         given = {"text": [prompt] if isinstance(prompt, str) else list(prompt or []), "class": list(classes or []),
                  "layout": as_list(layout), "map": as_list(map)}
@@ -328,12 +331,16 @@ class LoadedDiffusion:
                 given[kind] = self._left_out(kind, told=bool(given["text"]))
         if given["layout"]:
             given["layout"] = layouts_of(given["layout"], self._entry("layout"))
+        if "masked" in kinds:
+            given["masked"] = _pairs(given["masked"], masks_of(mask))
+            size = given["masked"][0][0].shape[:2]
+        elif "lowres" in kinds:
+            height, width = given["lowres"][0].shape[:2]
+            size = (height * self.config.task.scale, width * self.config.task.scale)
         if given["map"]:
             _, height, width = self.model.latent_shape
             f = self.autoencoder.network.f
             given["map"] = maps_of(given["map"], self._entry("map"), size or (height * f, width * f))
-        if "masked" in kinds:
-            given["masked"] = _pairs(given["masked"], masks_of(mask))
         return {kind: given[kind] for kind in kinds}
 
     def _left_out(self, kind: str, told: bool) -> list:
@@ -350,6 +357,21 @@ class LoadedDiffusion:
             "tokens": "this model reads tokens of an encoder that it does not carry; use sample_latents(context=…)",
         }
         raise UsageError(f"{OPTIONS[kind]}: {why[kind]}")
+
+    def drawn_size(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """What pictures of `size` (height, width) px are cut from the middle of: sides are whole units, the
+        autoencoder's f times the UNet's factor. None (as trained) stays. Says so where the two differ. Raises
+        UsageError below one latent."""
+        if size is None:
+            return None
+        f, factor = self.autoencoder.network.f, self.autoencoder.network.f * self.model.unet.size_factor
+        if min(size) < f:
+            raise UsageError(f"--size {size[0]}x{size[1]}: smaller than one latent of this model ({f} px); "
+                             f"take {max(size[0], factor)}x{max(size[1], factor)} or more")  # fmt: skip
+        whole = (-(-size[0] // factor) * factor, -(-size[1] // factor) * factor)
+        if whole != tuple(size):
+            say(f"--size {size[0]}x{size[1]}: drawn at {whole[0]}x{whole[1]} (multiples of {factor}), the middle kept")
+        return whole
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(c, h, w) for an image size in pixels (None: as trained). Raises UsageError, naming the nearest sizes."""

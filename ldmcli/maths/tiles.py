@@ -161,3 +161,15 @@ def padded(image: np.ndarray, unit: int) -> np.ndarray:
         pads = [(0, length) for length in after] + [(0, 0)] * (image.ndim - 2)
         image = np.pad(image, pads, mode="reflect" if min(image.shape[:2]) > 1 else "edge")
     return image
+
+
+def middle(size: tuple[int, int], inside: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of the middle `inside` = (h, w) of `size` = (H, W)."""
+    rows, columns = (slice((a - b) // 2, (a - b) // 2 + b) for a, b in zip(size, inside))
+    return rows, columns
+
+
+def framed(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h, w, …) in the middle of `size`, its edges carried on."""
+    pads = [(part.start, length - part.stop) for part, length in zip(middle(size, image.shape[:2]), size)]
+    return np.pad(image, pads + [(0, 0)] * (image.ndim - 2), mode="edge")
