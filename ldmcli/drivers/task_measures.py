@@ -1,0 +1,124 @@
+"""Measures of a model with a task: its answer for each held-out picture beside the true one, and a plain method's.
+
+Super-resolution is given rows made small by the degradation that the model was trained on, inpainting rows with a
+random mask, both by (seed, row). What is compared is the enlarged picture, and the filled one with all known pixels in
+their place. The plain methods: bicubic interpolation of the same small picture (a = -0.5), and the biharmonic filling
+of scikit-image where that is installed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core.errors import UsageError
+from ldmcli.drivers.image_sources import Source, class_of, condition_source
+
+TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task brings along
+
+
+def task_of(model) -> str:
+    """"sr", "inpaint" or "generate"."""
+    return next((task for kind, task in TASKS.items() if kind in model.model.conditions.kinds), "generate")
+
+
+def task_sources(model, rows, ids: list[int], truth: Source, *, size: tuple[int, int], seed: int, batch_size: int,
+                 settings: dict[str, Any]) -> tuple[Source, dict[str, Source], dict[str, Any]]:
+    """(the model's answers for rows `ids`, plain methods by name, facts), in the order of `ids`.
+
+    Answer k is drawn with the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their facts.
+    Raises UsageError where the model wants more than pictures and words.
+    """
+    task, kinds = task_of(model), tuple(model.model.conditions.kinds)
+    words = [kind for kind in kinds if kind in ("text", "class")]
+    more = [kind for kind in kinds if kind not in (*TASKS, *(words if task == "inpaint" else ()))]
+    if more:
+        raise UsageError(f"evaluation of {task} gives pictures{' and words' if task == 'inpaint' else ''} only; this "
+                         f"model is conditioned on {more[0]}, too")
+    told = condition_source(model, rows, size, seed)
+    how = (model, told, ids, seed, batch_size, settings)
+    facts = {**truth.facts, "fingerprint": model.fingerprint, "task": task}
+    answers = _enlarged(*how) if task == "sr" else _filled(*how)
+    made = Source(name="model", count=len(ids), stream=answers, facts={**facts, "source": "model"})
+    plain = {"bicubic": _bicubic} if task == "sr" else {"biharmonic": _biharmonic} if has_biharmonic() else {}
+    baselines = {name: replace(made, name=name, facts={**facts, "source": name}, stream=_each(told, ids, task, method))
+                 for name, method in plain.items()}
+    stated: dict[str, Any] = {"task": task, "baselines": list(baselines)}
+    if task == "sr":
+        stated |= {"scale": model.config.task.scale, "degradation": model.config.task.degradation}
+    else:
+        from ldmcli.data.masks import masked_share
+
+        stated["masked_share"] = masked_share(hole for _, hole in _pairs(told, ids))
+    return made, baselines, stated
+
+
+def has_biharmonic() -> bool:
+    """Whether scikit-image is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("skimage") is not None
+
+
+def _blocks(ids: list[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
+    for start in range(0, len(ids), batch_size):
+        block = ids[start:start + batch_size]
+        yield range(start, start + len(block)), block
+
+
+def _enlarged(model, told, ids, seed, batch_size, settings):
+    def stream() -> Iterator[np.ndarray]:
+        from ldmcli.drivers.edit import upscale_images
+
+        for numbers, block in _blocks(ids, batch_size):
+            low = np.stack(told.values("lowres", block, block))
+            yield from upscale_images(model, low, seed=seed, ids=numbers, **settings)
+
+    return stream
+
+
+def _filled(model, told, ids, seed, batch_size, settings):
+    def stream() -> Iterator[np.ndarray]:
+        from ldmcli.drivers.edit import inpaint_images
+
+        kinds = model.model.conditions.kinds
+        for numbers, block in _blocks(ids, batch_size):
+            images, holes = (np.stack(part) for part in zip(*told.values("masked", block, block)))
+            words = {"prompts": [told.rows.caption(i) for i in block]} if "text" in kinds else {}
+            words |= {"classes": [class_of(told.rows, i) for i in block]} if "class" in kinds else {}
+            made = inpaint_images(model, images, holes, seed=seed, ids=numbers, **words, **settings)
+            yield from np.where(holes[..., None], made, images)
+
+    return stream
+
+
+def _each(told, ids, task: str, method):
+    kind = {task: kind for kind, task in TASKS.items()}[task]
+
+    def stream() -> Iterator[np.ndarray]:
+        for i in ids:
+            given = told.values(kind, [i], [i])[0]
+            yield method(given, told.size)
+
+    return stream
+
+
+def _pairs(told, ids) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for i in ids:
+        yield told.values("masked", [i], [i])[0]
+
+
+def _bicubic(low: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    from ldmcli.data.degradations import resize, to_uint8
+
+    planes = np.ascontiguousarray(low.transpose(2, 0, 1)).astype(np.float32) / 255
+    return to_uint8(resize(planes, *size, "antialiased"))  # enlarging widens nothing
+
+
+def _biharmonic(pair: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    from skimage.restoration import inpaint_biharmonic
+
+    image, hole = pair
+    made = inpaint_biharmonic(np.where(hole[..., None], 0, image) / 255.0, hole, channel_axis=-1)
+    return np.where(hole[..., None], (np.clip(made, 0, 1) * 255).round().astype(np.uint8), image)
