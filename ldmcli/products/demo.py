@@ -50,7 +50,7 @@ def demo(data: DataSettings, *, minutes: float = 10, out: Path = Path("runs/demo
     console.say(f"demo: {rows.source}, {chosen['size'][0]}x{chosen['size'][1]} px, told "
                 f"{' + '.join(chosen['kinds']) or 'nothing'}; {minutes:g} minutes in all")
     ae, ldm = out / "autoencoder", out / "diffusion"
-    _train("autoencoder", base, chosen["ae_minutes"], ae, fresh)
+    _train("autoencoder", {**base, "train.lr": 0.02, "train.clip": 0.0}, chosen["ae_minutes"], ae, fresh)
     # so short a training is misled by more guidance: stars and counts suffer at 2 and 3
     conditions = {"condition.kinds": chosen["kinds"], "sample.guidance": 1.5}
     _train("diffusion", {**base, **conditions}, chosen["ldm_minutes"], ldm, fresh, preset, str(ae))
