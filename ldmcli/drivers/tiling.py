@@ -9,7 +9,9 @@ were): theirs run operation by operation (`networks.piecewise`) and give the unt
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -86,13 +88,22 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
+class _Fused(TorchFunctionMode):
+    """Attention as the fused kernels do it, without a matrix of scores; the meta device has none of them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return args[0].new_empty(*args[0].shape[:-1], args[2].shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
 def peak_bytes(network: nn.Module, *shapes: tuple[int, ...], **more) -> int:
     """Bytes of activations that a pass over inputs of these shapes needs at its fullest moment, weights left out.
 
     The pass runs on the meta device: shapes only, nothing is computed.
     """
     weights = {name: tensor.to("meta") for name, tensor in network.state_dict().items()}
-    with torch.no_grad(), _Live() as live:
+    with torch.no_grad(), _Fused(), _Live() as live:
         inputs = [torch.empty(shape, device="meta") for shape in shapes]
         torch.func.functional_call(network, weights, tuple(inputs), more)
     return int(live.peak * MEMORY_MARGIN)
