@@ -220,7 +220,8 @@ def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int, whole: Size)
         raise UsageError(f"--strength {request.strength}: must be above 0 and at most 1")
     size = request.size or trained_size(loaded)
     pixels = framed(to_size(decode(Path(request.init_image), name=str(request.init_image)), size), whole or size)
-    z = loaded.autoencoder.encode(pixels[None])
+    tile = tile_side(loaded, whole, 0, MAX_MEMORY, _settings(request)) if whole else 0
+    z = tiling.encode(loaded.autoencoder, pixels[None], tile)
     return z.expand(n, -1, -1, -1), request.strength
 
 

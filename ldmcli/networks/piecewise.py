@@ -101,8 +101,12 @@ class Pieces:
         if step > 1:
             warn_once("attended", f"attention of the autoencoder looks at one of {step} rows and columns of "
                                   f"{width}x{height} positions; all of them would take hours")  # fmt: skip
-        seen = norm(x[..., ::step, ::step].to(device))
-        k, v = (conv(seen).flatten(2).mT.unsqueeze(1).contiguous() for conv in (block.k, block.v))
+        seen = x[..., ::step, ::step]
+        k, v = (block.q.weight.new_empty(len(x), *seen.shape[-2:], x.shape[1]) for _ in range(2))
+        for place in self._places(*seen.shape[-2:], x.shape[:2]):
+            piece = norm(seen[(..., *place)].to(device))
+            k[:, *place], v[:, *place] = (conv(piece).permute(0, 2, 3, 1) for conv in (block.k, block.v))
+        k, v = (part.flatten(1, 2).unsqueeze(1) for part in (k, v))  # (B, 1, positions, width)
         for place in self._places(height, width, x.shape[:2]):
             piece = x[(..., *place)].to(device)
             q = block.q(norm(piece)).flatten(2).mT.unsqueeze(1).contiguous()
