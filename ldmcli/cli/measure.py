@@ -19,7 +19,8 @@ Images = Annotated[Path | None, opt.option("--images", panel=opt.DATA, metavar="
 Pairs = Annotated[tuple[Path, Path] | None, opt.option("--pairs", panel=opt.DATA, metavar="DIR_A DIR_B",
     default="none", help="Paired metrics of two folders with the same file names.")]
 Metrics = Annotated[opt.Text, opt.option("--metrics", panel=opt.SAMPLING, metavar="NAME[,NAME]",
-    default="what fits", help="fid, kid, is, pr, psnr, ssim, lpips.")]
+    default="what fits",
+    help="fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?).")]
 Features = Annotated[opt.Text, opt.option("--features", panel=opt.SAMPLING, metavar="NAME|FILE",
     default="the best at hand, stated", help="Network of the features: inception, effnet-lite0, or a file.")]
 EvalCount = Annotated[int | None, opt.option("-n", "--count", panel=opt.SAMPLING, metavar="N", min=2,
