@@ -9,6 +9,7 @@ of the pieces in float64. The result is that of the network itself but for round
 Activations at f = 4 with widths c, 2c, 4c and one picture, measured (decoding, resident memory, files apart):
 
     c = 32, 1024 px, with attention: 0.88 GiB at once; 0.53 with a bound of 1 GiB; 0.26 and 0.4 in files with 0.25
+    c = 128, 512 px, with: 0.39 GiB and 0.4 in files with a bound of 0.5
     c = 16, 2048 px, without: 1.75 GiB at once; 0.32 and 0.8 in files with 0.25
 
 The result itself (48 MiB at 2048 px) and, while attention runs, its keys and values come on top of the bound's halves.
