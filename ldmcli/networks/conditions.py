@@ -168,6 +168,8 @@ class ClassCondition(nn.Module):
         super().__init__()
         self.names: list[str] = list(facts["class_names"])
         self.has_null = facts.get("null", True)
+        # code that uses a model of others asks for its null by the number that was published (1000 of cin256-v2)
+        self.numbered_null = facts.get("null") is True
         self.embedding = nn.Embedding(len(self.names) + self.has_null, settings.context_dim)
         self.vector = nn.Linear(settings.context_dim, settings.context_dim) if settings.class_vector else None
 
@@ -181,8 +183,8 @@ class ClassCondition(nn.Module):
         text = str(value)
         if isinstance(value, str) and text in self.names:
             return self.names.index(text)
-        # the null has no name; code that knows its number may ask for it
-        if text.isdecimal() and int(text) < len(self.names) + (self.has_null and not isinstance(value, str)):
+        known = len(self.names) + (self.numbered_null and not isinstance(value, str))
+        if text.isdecimal() and int(text) < known:
             return int(text)
         close = difflib.get_close_matches(text, self.names, 3) or self.names[:8]
         raise UsageError(f"--class {text}: no such class among {len(self.names)}; for example {', '.join(close)}")
