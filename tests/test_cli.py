@@ -401,7 +401,7 @@ def test_the_same_command_has_the_same_folder_and_another_has_another(ldm, sampl
     (["--sampler", "dimm"], 2, "; did you mean ddim?"),
     (["-n", "0"], 2, "-n 0: must be at least 1"),
     (["-n", "x"], 2, "-n: 'x' is not a whole number"),
-    (["--guidance", "x"], 2, "--guidance: 'x' is not a number"),
+    (["--guidance", "x"], 2, "--guidance: 'x' is no scale from 0 on"),
     (["--eta", "2"], 2, "--eta 2: must be at most 1"),
     (["--seed"], 2, "--seed needs a value"),
     (["--sede", "1"], 2, "no such option --sede; did you mean --seed?"),

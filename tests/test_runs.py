@@ -70,8 +70,8 @@ def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(tmp_path
     assert other.code == 4
     assert "autoencoder.channels: 8 -> 16" in other.line and "train.seed: 0 -> 1" in other.line
     assert contents(out) == before
-    more = tiny.ldm(*arguments(out, "--lr", "0.01", steps=4))
-    assert more.code == 0 and "train.lr: 0.02 -> 0.01" in more.stderr and "going on from step 3" in more.stderr
+    more = tiny.ldm(*arguments(out, "--lr", "0.005", steps=4))
+    assert more.code == 0 and "train.lr: 0.01 -> 0.005" in more.stderr and "going on from step 3" in more.stderr
     fresh = tiny.ldm(*arguments(out, "--fresh", "--seed", 1))
     assert fresh.code == 0 and [line["step"] for line in tiny.log(out) if "lr_factor" in line] == [1, 2, 3]
 

@@ -23,7 +23,7 @@ Part = Annotated[opt.Text, opt.option("--part", panel=opt.MODEL, choices=("first
 Weights = Annotated[str, opt.option("--weights", value="ema", panel=opt.MODEL, choices=("ema", "raw"), default="ema",
     help="Averaged weights where there are any, or those of the last step.")]
 
-PushTo = Annotated[opt.Text, opt.option("--push-to", panel=opt.OUTPUT, metavar="HUB_ID",
+PushTo = Annotated[opt.Text, opt.option("--push-to", panel=opt.OUTPUT, metavar="HUB_ID", default="none",
     help="Upload the folder written to the hub, with its model card.")]
 
 

@@ -206,8 +206,10 @@ Sampler = Annotated[Text, option("--sampler", panel=SAMPLING, default="the run's
 Eta = Annotated[float | None, option("--eta", panel=SAMPLING, metavar="SHARE", min=0, max=1,
     default="0", help="DDIM: fresh noise a step, from 0 (none) to 1 (ancestral).")]
 Spacing = Annotated[Text, option("--spacing", panel=SAMPLING, metavar="NAME",
-    choices=("linspace", "uniform", "original", "original_quad"), default="the model's",
-    help="Which timesteps are visited: linspace, uniform, original or original_quad.")]
+    choices=("linspace", "uniform", "original", "original_quad", "leading", "leading+1", "leading_open",
+             "leading_open+1", "trailing", "linspace_open", "linspace_real"), default="the model's",
+    help="Which timesteps are visited: linspace, uniform, original, original_quad, or as schedulers of diffusers do: "
+         "leading, leading+1, leading_open, leading_open+1, trailing, linspace_open, linspace_real.")]
 Seed = Annotated[int, option("--seed", value=0, panel=SAMPLING, metavar="N", default="0", min=0,
     help="Image k depends on the seed and k alone.")]
 SampleSize = Annotated[Text, option("--size", panel=SAMPLING, metavar="N|HxW",
