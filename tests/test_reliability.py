@@ -96,7 +96,7 @@ def test_raw_and_averaged_weights_are_measured_and_named(text_model):
         measured[weights] = ending.json
         assert ending.json["weights"] == weights
     values = [next(iter(found["metrics"].values())) for found in measured.values()]
-    assert abs(values[0] - values[1]) > 1e-3 * abs(values[0])
+    assert abs(values[0] - values[1]) > 1e-5 * abs(values[0])  # the same weights give the same digits
     plain = tiny.ldm("eval-fid", "--model", text_model, "--features", "effnet-lite0", "-n", 4, "--steps", 2)
     assert "averaged weights (EMA)" in plain.stdout and f"{values[0]:.4g}" in plain.stdout
     kept = tiny.checkpoint(text_model)
