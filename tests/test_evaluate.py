@@ -443,3 +443,19 @@ def test_higher_is_better_for_psnr():
 def test_another_sample_count_is_said_in_a_comparison():
     old = {"metrics": {"psnr": 30.0}, "n_generated": 5}
     assert compare(old | {"n_generated": 9}, old)["warnings"] == ["n_generated (5 then, 9 now)"]
+
+
+def test_the_network_of_lpips_is_chosen_by_its_file(tmp_path):
+    import tiny
+    from golden_cases import shared
+
+    weights = shared("data", "weights", "squeezenet1_1_caffe.safetensors")
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / name / "0.png")
+    pair = ("eval-fid", "--pairs", tmp_path / "a", tmp_path / "b", "--metrics", "lpips", "--perceptual")
+    ending = tiny.ldm(*pair, weights, "--json")
+    assert ending.code == 0, ending.stderr
+    assert ending.json["metrics"]["lpips_squeeze"] > 0.1
+    assert tiny.ldm(*pair, tmp_path / "none.safetensors").code == 3

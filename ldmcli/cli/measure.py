@@ -23,6 +23,8 @@ Metrics = Annotated[opt.Text, opt.option("--metrics", panel=opt.SAMPLING, metava
     help="fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?).")]
 Features = Annotated[opt.Text, opt.option("--features", panel=opt.SAMPLING, metavar="NAME|FILE",
     default="the best at hand, stated", help="Network of the features: inception, effnet-lite0, or a file.")]
+Perceptual = Annotated[opt.Text, opt.option("--perceptual", panel=opt.SAMPLING, metavar="NAME|FILE", default="vgg",
+    help="Network of LPIPS: vgg, alex, squeeze, or a file with the weights of one of them.")]
 EvalCount = Annotated[int | None, opt.option("-n", "--count", panel=opt.SAMPLING, metavar="N", min=2,
     default="all, of a model at most 1000", help="Images that are measured.")]
 MeasuredAutoencoder = Annotated[opt.Text, opt.option("--autoencoder", panel=opt.MODEL, metavar="RUN", default="none",
@@ -37,7 +39,7 @@ FailBelow = Annotated[list[str] | None, opt.option("--fail-below", panel=opt.OUT
 
 _MEASURED = {"images": Images, "pairs": Pairs, "model": opt.Model, "weights": opt.Weights,
              "autoencoder": MeasuredAutoencoder}
-_HOW = {"metrics": Metrics, "features": Features, "count": EvalCount}
+_HOW = {"metrics": Metrics, "features": Features, "perceptual": Perceptual, "count": EvalCount}
 _LIMITS = {"compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
@@ -55,8 +57,8 @@ def eval_fid(given: opt.Given) -> None:
         raise UsageError("--weights raw: belongs to --model; nothing else has two kinds of weights")
     request = {
         **measured, "data": reference(given, measured), "metrics": metrics or None, "features": given.features,
-        "compare": given.compare, "n": given.count, "seed": given.seed, "steps": given.steps,
-        "guidance": given.guidance, "sampler": given.sampler, "batch_size": given.batch_size,
+        "perceptual": given.perceptual, "compare": given.compare, "n": given.count, "seed": given.seed,
+        "steps": given.steps, "guidance": given.guidance, "sampler": given.sampler, "batch_size": given.batch_size,
         "size": config.size_of(given.size), "weights": "raw" if given.weights == "raw" else None,
         # a split that is named is meant; without one the rows that training leaves out are taken
         "split": "train" if given.split else None, "progress": console.progress,
