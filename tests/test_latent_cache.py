@@ -215,3 +215,16 @@ def test_equal_pictures_share_an_entry(ae, folder, tmp_path, encoded):
     train(tmp_path, "run", ae, folder)
     assert sum(encoded) == rows_of(tmp_path / "run") / 2
     assert ldm("runs", "--json").code == 0
+
+
+def test_processes_that_look_at_different_moments_leave_no_row_out(tmp_path):
+    """The second process looks only when the first has written its share, as happens where one is late."""
+    from ldmcli.data.cache import LatentCache
+
+    keys = [f"{k:02d}" for k in range(9)]
+    late, early = (LatentCache(tmp_path, keys, (1, 2, 2), "float32", 1) for _ in range(2))
+    encode = lambda ids: np.stack([np.full((1, 1, 2, 2), i, np.float32) for i in ids])  # noqa: E731
+    early.build(encode, rank=0, world=2)
+    late.build(encode, rank=1, world=2)
+    late.seal()
+    assert late.moments(range(9))[:, 0, 0, 0].tolist() == list(range(9))

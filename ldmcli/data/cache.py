@@ -59,10 +59,13 @@ class LatentCache:
             for row, name in enumerate(names):
                 self._where.setdefault(name, (len(self._shards) - 1, row))
 
-    def missing(self) -> list[int]:
-        """Indices of rows that still have to be encoded, one for each distinct content."""
+    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
+        """Indices of rows that still have to be encoded, one for each distinct content: of the share of one process.
+
+        Shares are cut before asking what is there: processes that looked at different moments leave no row out.
+        """
         first = {key: index for index, key in reversed(list(enumerate(self.keys)))}
-        return sorted(index for key, index in first.items() if key not in self._where)
+        return [index for index in sorted(first.values())[rank::world] if self.keys[index] not in self._where]
 
     def build(
         self,
@@ -79,7 +82,7 @@ class LatentCache:
         `encode(indices)` gives moments (n, views, c, h, w). `check()` may raise to stop between batches (signals).
         """
         self.refresh()
-        todo = self.missing()[rank::world]
+        todo = self.missing(rank, world)
         files.require_space(self.folder, len(todo) * self.views * int(np.prod(self.shape)) * self.dtype.itemsize)
         for start in range(0, len(todo), SHARD_ROWS):
             part = todo[start : start + SHARD_ROWS]

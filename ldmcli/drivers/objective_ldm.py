@@ -1,6 +1,7 @@
 """What the training of a diffusion model asks of the loop (Sec. 3.2, 3.3): cached latents, conditions, one phase."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -212,20 +213,20 @@ class DiffusionObjective:
         keys = [rows.content_hash(i) for i in range(len(rows))]
         cache = LatentCache(folder, keys, shape, data.cache_dtype, 1 + data.flip)
         cache.refresh()
-        todo = len(cache.missing())
         context = self.context
-        if todo:
-            with console.progress(-(-todo // context.world), f"encoding {label}") as bar:
-                context.together(
-                    lambda: cache.build(
-                        lambda ids: self._encode_rows(rows, ids),
-                        rank=context.rank,
-                        world=context.world,
-                        advance=bar.advance,
-                        check=self._check,
-                    )
+        todo = len(cache.missing(context.rank, context.world))
+        # every process enters, also one that finds its share done: another may not
+        with console.progress(todo, f"encoding {label}") if todo else nullcontext() as bar:
+            context.together(
+                lambda: cache.build(
+                    lambda ids: self._encode_rows(rows, ids),
+                    rank=context.rank,
+                    world=context.world,
+                    advance=bar.advance if bar else lambda n: None,
+                    check=self._check,
                 )
-        elif context.is_main:
+            )
+        if not todo and context.is_main:
             console.say(f"{label}: all {len(rows)} found in the cache")
         context.together(cache.seal)
         return cache
