@@ -125,7 +125,7 @@ def test_a_discriminator_update_that_is_refused_does_not_hold_back_the_average(t
 
 
 _TWO = """
-import sys, torch
+import os, sys
 from ldmcli.drivers.objective_ldm import DiffusionObjective
 whole = DiffusionObjective.batch
 def batch(self, step):
@@ -135,7 +135,9 @@ def batch(self, step):
     return found
 DiffusionObjective.batch = batch
 from ldmcli.cli import main
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+sys.stderr.flush()
+os._exit(code)  # as python -m ldmcli ends: a late thread of gloo may abort the teardown
 """
 
 
