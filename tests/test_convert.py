@@ -178,7 +178,7 @@ def test_nothing_is_overwritten(tmp_path):
     (("convert", "RUN", "out.ckpt", "--to", "compvis", "--config", "YAML"), 2, "--config"),
     (("convert", "CKPT", "out", "--config", "nowhere.yaml"), 2, "no such file"),
     (("convert", "CKPT", "out", "--heads", "lots"), 4, "--heads"),
-    (("convert", "nowhere.ckpt", "out"), 4, "nowhere.ckpt"),
+    (("convert", "nowhere.ckpt", "out"), 4, "nowhere.ckpt: no such file"),
     (("convert", "runs/nowhere", "out"), 4, "no such run folder"),
     (("convert", "CKPT"), 2, "DST"),
 ])  # fmt: skip

@@ -38,13 +38,13 @@ class Evaluates(Calls):
 
 def refused(path: Path) -> str:
     """The one line that `ldm convert` says of a file, within seconds and half a gigabyte."""
-    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     ending = ldm("convert", path, path.with_name("out"))
     assert ending.code == 4, ending.stderr
     lines = ending.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("ldm: ") and str(path) in lines[0], ending.stderr
     assert len(lines[0]) < 600
-    assert time.perf_counter() - begun < 20
+    assert time.process_time() - begun < 20  # of work, however busy the machine; a bomb takes minutes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024
     assert not path.with_name("out").exists() and not list(path.parent.glob(".*.tmp"))
     return lines[0]

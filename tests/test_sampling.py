@@ -116,7 +116,8 @@ def asked(monkeypatch):
 
 
 def draw(model, prompt="a red circle", **settings):
-    return next(model.iter_latents(prompt, n=3, steps=4, sampler="ddim", **settings))
+    values = model.request_values(prompt, None)
+    return model.latents_for(range(3), values, steps=4, sampler="ddim", **settings)
 
 
 def test_guidance_1_is_the_conditional_model_bit_for_bit_in_one_call_a_step(text_model, asked):

@@ -14,14 +14,14 @@ from PIL import Image
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import from_toml
-from ldmcli.core.errors import InputError, Interrupted, LdmError, ModelError, UsageError
+from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
 from ldmcli.core.requests import EditRequest
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, probe
 from ldmcli.drivers import tiling
 from ldmcli.drivers.drawing import holed
 from ldmcli.drivers.edit import check_edit, inpaint_images, trained_size, upscale_images
-from ldmcli.drivers.generate import batches, image_bytes, image_files, output_names, still_to_draw
+from ldmcli.drivers.generate import batches, end_if_asked, image_bytes, image_files, output_names, still_to_draw
 from ldmcli.drivers.grids import save_grid
 from ldmcli.drivers.load import load
 from ldmcli.drivers.loaded import LoadedDiffusion
@@ -235,11 +235,7 @@ def _to_folder(
                 facts = {**_about(source, request), "seed": request.seed, "sample": k, **describe} if metadata else None
                 files.write_bytes(names[k], image_bytes(Image.fromarray(image), fmt, facts))
             bar.advance(len(batch))
-            if stop.stop:
-                left = sum(not name.exists() for name in names)
-                raise Interrupted(
-                    f"{out}: stopped with {left} of {total} pictures missing; the same command draws them", stop.stop
-                )
+            end_if_asked(stop, names)
     seconds = time.perf_counter() - started
     _write_sheet(out / "grid.png", [shown(source) for source in sources[:SHEET_ROWS]], names, len(sources))
     console.say(f"{total} pictures in {out} ({len(todo)} drawn in {seconds:.1f} s)")

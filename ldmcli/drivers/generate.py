@@ -156,11 +156,7 @@ def sample_to_folder(
                     files.write_bytes(names[k].with_name(f"{names[k].stem}-{kind}.png"), png_bytes(shown))
                 files.write_bytes(names[k], image_bytes(image, fmt, facts))
             bar.advance(len(batch))
-            if stop.stop:
-                left = sum(not name.exists() for name in names)
-                raise Interrupted(
-                    f"{out}: stopped with {left} of {total} images missing; the same command draws them", stop.stop
-                )
+            end_if_asked(stop, names)
     seconds = time.perf_counter() - started
     _write_grid(names, out / "grid.png", n, groups, values, loaded)
     rate = len(todo) / seconds if todo else 0.0
@@ -186,6 +182,14 @@ def _settings(request: SampleRequest) -> dict[str, Any]:
 def _document(request: SampleRequest) -> dict[str, Any]:
     """The request as JSON, without what does not change pictures."""
     return json.loads(json.dumps({k: v for k, v in asdict(request).items() if k != "batch_size"}, default=str))
+
+
+def end_if_asked(stop: StopRequest, names: list[Path]) -> None:
+    """Raises Interrupted after a signal, saying how many of the pictures `names` are missing."""
+    if stop.stop:
+        left = sum(not name.exists() for name in names)
+        raise Interrupted(f"{names[0].parent}: stopped with {left} of {len(names)} images missing; the same command "
+                          "draws them", stop.stop)
 
 
 def batches(todo: list[int], size: int) -> list[list[int]]:

@@ -246,35 +246,6 @@ class LoadedDiffusion:
         return images
 
     @torch.no_grad()
-    def iter_latents(
-        self,
-        prompt=None,
-        *,
-        classes=None,
-        layout: Any = None,
-        map: Any = None,
-        n: int = 1,
-        negative_prompt: str = "",
-        seed: int = 0,
-        batch_size: int = 16,
-        size: tuple[int, int] | None = None,
-        first: int = 0,
-        **settings,
-    ):
-        """Final latents in batches, as `sample` draws them; `first` skips samples that exist."""
-        values = self.request_values(prompt, classes, layout=layout, map=map, size=size)
-        total = n * _groups(values)
-        for start in range(first, total, batch_size):
-            yield self.latents_for(
-                range(start, min(start + batch_size, total)),
-                values,
-                seed=seed,
-                negative_prompt=negative_prompt,
-                size=size,
-                **settings,
-            )
-
-    @torch.no_grad()
     def latents_for(
         self,
         ids: Sequence[int],

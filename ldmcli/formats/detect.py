@@ -45,6 +45,8 @@ def format_of(path: Path) -> str:
         raise ModelError(f"{path}: not a model; a run folder, a diffusers folder, a .ckpt or .safetensors is expected")
     if _HUB_ID.fullmatch(path.as_posix()) and path.parts[0] not in _OURS and not path.parent.is_dir():
         return "hub"
+    if path.suffix.lower() in CHECKPOINTS:
+        raise ModelError(f"{path}: no such file")
     raise ModelError(f"{path}: no such run folder; `ldm runs` lists those there are")
 
 
