@@ -151,6 +151,11 @@ def test_key_figures_are_the_newest_of_the_log(tmp_path):
     assert "Peak memory1.0 MiB" in text and "Throughput10 images/s" in text
 
 
+def test_training_time_counts_the_steps_after_the_last_line_of_the_log(tmp_path):
+    run = make_run(tmp_path / "run", log=[line(1), line(2)], trained_seconds=9.0)
+    assert "Training time9 s" in "".join(read(write_report(run)).text)
+
+
 def test_a_metric_that_carries_its_extractor_is_known(tmp_path):
     run = make_run(tmp_path / "run", "autoencoder", log=[line(1), {"step": 1, "val/fd_effnet_lite0": 12.5}])
     assert "Fréchet distance, effnet lite012.5" in "".join(read(write_report(run)).text)

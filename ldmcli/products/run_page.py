@@ -175,7 +175,9 @@ def key_figures(run: RunView) -> str:
     speed = [value for _, value in finite([(0, line.get("images_per_s")) for line in run.log])]
     if speed:
         entries.append(("Throughput", f"{figure(statistics.median(speed))} images/s", "median of the log"))
-    seconds = [value for _, value in finite([(0, line.get("trained_seconds")) for line in run.log])]
+    # the log misses the steps after its last line; run.json is written at the end
+    times = [*run.log, run.state]
+    seconds = [value for _, value in finite([(0, line.get("trained_seconds")) for line in times])]
     if seconds:
         entries.append(("Training time", clock(max(seconds)), f"{_count(_images(run))} images seen"))
     peak = [value for _, value in finite([(0, line.get("peak_memory_bytes")) for line in run.log])]
