@@ -34,10 +34,6 @@ def set_verbosity(*, quiet: bool = False, verbose: bool = False, json: bool = Fa
     _state.warned.clear()
 
 
-def is_verbose() -> bool:
-    return _state.verbose
-
-
 def speaks() -> bool:
     """True in process 0, and where there is only one."""
     return os.environ.get("RANK", "0") in ("", "0")

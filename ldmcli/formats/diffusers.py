@@ -38,16 +38,6 @@ VERSION = "0.42.1"
 PAPER_SAMPLING = SampleSettings(sampler="ddim", steps=50, guidance=1.0, eta=0.0, spacing="leading+1/first")
 
 
-def is_diffusers(path: Path) -> bool:
-    """Whether a folder looks like one of diffusers: a pipeline's index, or a model's class in config.json."""
-    if (path / "model_index.json").is_file():
-        return True
-    try:
-        return (path / "config.json").is_file() and "_class_name" in read_config(path / "config.json")
-    except ModelError:
-        return False
-
-
 def read(path: str | Path) -> AutoencoderBundle | DiffusionBundle:
     """A folder as a bundle. Pipelines of other models give their first stage alone, and a note that says so.
 
