@@ -427,6 +427,21 @@ def test_sample_is_led_to_a_small_image(plain, tmp_path):
     assert ending.code == 3 and "5x9 px" in ending.line
 
 
+@pytest.mark.parametrize("which", ["plain", "text"])
+def test_guided_samples_are_measured_beside_unguided_ones(request, which, sr):
+    """Tab. 4: rows made small lead the samples, which are compared with the rows."""
+    model = request.getfixturevalue(which)
+    measure = ("eval-fid", "--metrics", "psnr", "-n", 3, "--steps", 6, "--json", "--batch-size", 2)
+    document = json.loads(ldm(*measure, "--model", model, "--guide-factor", 4).stdout)
+    values = document["metrics"]
+    assert values["psnr"] > values["psnr_unguided"] + 0.3 and values["psnr_bicubic"] > values["psnr"]
+    assert document["guide_factor"] == 4 and document["baselines"] == ["unguided", "bicubic"]
+    for more, code, says in ((("--model", model, "--guide-factor", 3), 3, "divides both sides"),
+                             (("--model", sr, "--guide-factor", 4), 2, "this one is for sr"),
+                             (("--images", "x", "--data", "shapes", "--guide-factor", 4), 2, "with --model")):
+        ending = ldm(*measure, *more)
+        assert ending.code == code and says in ending.line
+
 
 def test_samples_too_large_for_memory_are_drawn_in_tiles(plain, tmp_path, monkeypatch):
     """The bound is lowered instead of the picture made large."""

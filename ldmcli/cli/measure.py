@@ -27,6 +27,8 @@ Perceptual = Annotated[opt.Text, opt.option("--perceptual", panel=opt.SAMPLING, 
     help="Network of LPIPS: vgg, alex, squeeze, or a file with the weights of one of them.")]
 EvalCount = Annotated[int | None, opt.option("-n", "--count", panel=opt.SAMPLING, metavar="N", min=2,
     default="all, of a model at most 1000", help="Images that are measured.")]
+GuideFactor = Annotated[int | None, opt.option("--guide-factor", panel=opt.SAMPLING, metavar="N", min=2, default="none",
+    help="Lead each sample to its row made N times smaller, and compare the two.")]
 MeasuredAutoencoder = Annotated[opt.Text, opt.option("--autoencoder", panel=opt.MODEL, metavar="RUN", default="none",
     help="Measure this autoencoder's reconstructions instead.")]
 Compare = Annotated[Path | None, opt.option("--compare", panel=opt.OUTPUT, metavar="OLD.json", default="none",
@@ -39,7 +41,8 @@ FailBelow = Annotated[list[str] | None, opt.option("--fail-below", panel=opt.OUT
 
 _MEASURED = {"images": Images, "pairs": Pairs, "model": opt.Model, "weights": opt.Weights,
              "autoencoder": MeasuredAutoencoder}
-_HOW = {"metrics": Metrics, "features": Features, "perceptual": Perceptual, "count": EvalCount}
+_HOW = {"metrics": Metrics, "features": Features, "perceptual": Perceptual, "count": EvalCount,
+        "guide_factor": GuideFactor}
 _LIMITS = {"compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
@@ -57,9 +60,10 @@ def eval_fid(given: opt.Given) -> None:
         raise UsageError("--weights raw: belongs to --model; nothing else has two kinds of weights")
     request = {
         **measured, "data": reference(given, measured), "metrics": metrics or None, "features": given.features,
-        "perceptual": given.perceptual, "compare": given.compare, "n": given.count, "seed": given.seed,
-        "steps": given.steps, "guidance": given.guidance, "sampler": given.sampler, "batch_size": given.batch_size,
-        "size": config.size_of(given.size), "weights": "raw" if given.weights == "raw" else None,
+        "perceptual": given.perceptual, "guide_factor": given.guide_factor, "compare": given.compare,
+        "n": given.count, "seed": given.seed, "steps": given.steps, "guidance": given.guidance,
+        "sampler": given.sampler, "batch_size": given.batch_size, "size": config.size_of(given.size),
+        "weights": "raw" if given.weights == "raw" else None,
         # a split that is named is meant; without one the rows that training leaves out are taken
         "split": "train" if given.split else None, "progress": console.progress,
     }

@@ -43,7 +43,7 @@ from ldmcli.drivers.image_sources import (
 from ldmcli.drivers.obedience import KINDS as OBEDIENCE_METRICS
 from ldmcli.drivers.obedience import measure as measure_obedience
 from ldmcli.drivers.reference import Statistics, gaussian, read_statistics, reference_features
-from ldmcli.drivers.task_measures import task_of, task_sources
+from ldmcli.drivers.task_measures import guided_sources, task_of, task_sources
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup", "pair_values", "reconstruction_metrics"]
 
@@ -82,7 +82,8 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
              metrics: Sequence[str] | None = None, features: str | None = None, n: int | None = None,
              seed: int | None = 0, steps: int | None = None, guidance: float | None = None,
              sampler: str | None = None, batch_size: int | None = None, size: tuple[int, int] | None = None,
-             perceptual: str = "", weights: str = "ema", compare: str | Path | dict | None = None,
+             perceptual: str = "", weights: str = "ema", guide_factor: int | None = None,
+             compare: str | Path | dict | None = None,
              progress: Callable[[int, str], Any] | None = None) -> dict[str, Any]:
     """Metrics of exactly one of: a model's samples, an autoencoder's reconstructions, images, or pairs of images.
 
@@ -90,7 +91,8 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
     data: reference; `DataSettings`, a data set's name, an .npz of samples or of statistics (mu, sigma); None = the
     data that the model was trained on. metrics: of `METRICS`; None = fid, of pairs psnr and ssim, of an autoencoder
     and of models of task sr and inpaint all three. layout and map: of models that are told those. weights: "ema" or
-    "raw", of a model named by its run. n: images to measure; None = all, of a model at most 1,000. compare: an
+    "raw", of a model named by its run. guide_factor: lead sample k to row k made this many times smaller and compare
+    the two (Tab. 4); for models without a task. n: images to measure; None = all, of a model at most 1,000. compare: an
     earlier result.
     Raises UsageError for requests without sense and InputError for missing weights, images or captions,
     before anything is generated.
@@ -104,7 +106,9 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
             model = loaded(model, "diffusion", weights)
             facts["weights"] = weights if model.config.train.ema else "raw"
         model = loaded(model, "diffusion")
-        subject = "model" if task_of(model) == "generate" else "task"
+        subject = "model" if task_of(model) == "generate" and guide_factor is None else "task"
+    elif guide_factor is not None:
+        raise UsageError("--guide-factor: leads a model's samples; use it with --model")
     metrics = tuple(metrics or DEFAULT_METRICS[subject])
     _check_request(subject, metrics, data, n, model)
     earlier = read_result(compare)
@@ -118,7 +122,8 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
         chosen = {"steps": steps, "guidance": guidance, "sampler": sampler}
         chosen = {key: value for key, value in chosen.items() if value is not None}
         draw = {"seed": seed or 0, "batch_size": batch_size or BATCH, "settings": chosen}
-        measure = _of_task if subject == "task" else partial(_of_sets, images=images)
+        of_task, of_sets = partial(_of_task, guide_factor=guide_factor), partial(_of_sets, images=images)
+        measure = of_task if subject == "task" else of_sets
         generated, reference = measure(run, model, data=data, split=split, n=n, size=size, draw=draw)
     result = _document(run, generated, reference, time.monotonic() - started)
     return result if earlier is None else with_comparison(result, earlier)
@@ -146,8 +151,8 @@ def _check_request(subject: str, metrics: Sequence[str], data: Any, n: int | Non
                                 f"this model was trained without {name}"))
     paired = [name for name in metrics if name in PAIR_METRICS]
     if paired and subject in ("model", "images"):
-        raise UsageError(f"--metrics {paired[0]}: compares image with image; use --autoencoder, --pairs, or a model of "
-                         "task sr or inpaint")
+        raise UsageError(f"--metrics {paired[0]}: compares image with image; use --autoencoder, --pairs, "
+                         "--guide-factor, or a model of task sr or inpaint")
     if subject == "images" and data is None and set(metrics) != {"is"}:
         raise UsageError("--images: name the reference with --data")
     if subject in ("model", "task") and _is_npz(data) and model.model.conditions.kinds and (
@@ -207,14 +212,17 @@ def _original(run: _Run, data, split: str, n: int | None, size) -> Source:
     return rows_source(rows, settings, spread(len(rows), count))
 
 
-def _of_task(run: _Run, model, data, split: str, n: int | None, size, draw: dict[str, Any]):
-    """A model's answers to degraded or masked rows against the rows themselves, and plain methods' beside them."""
+def _of_task(run: _Run, model, data, split: str, n: int | None, size, draw: dict[str, Any],
+             guide_factor: int | None = None):
+    """A model's answers to degraded or masked rows, or its samples guided to small ones, against the rows themselves,
+    and plain methods' beside them."""
     size = size or trained_size(model)
     rows, settings = _rows(run, _own_data(model, data), split, size)
     count = min(len(rows), GENERATED_LIMIT) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
     ids = spread(len(rows), count)
     truth = rows_source(rows, settings, ids)
-    made, baselines, stated = task_sources(model, rows, ids, truth, size=size, **draw)
+    sources = task_sources if guide_factor is None else partial(guided_sources, factor=guide_factor)
+    made, baselines, stated = sources(model, rows, ids, truth, size=size, **draw)
     found = _paired(run, made, truth)
     run.facts |= {**stated, "sampling": sampling_facts(model, draw)}
     if not baselines:

@@ -170,7 +170,7 @@ def model_source(model, rows, n: int, *, seed: int, batch_size: int, size: tuple
                  settings: dict[str, Any]) -> Source:
     """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
     kinds = tuple(model.model.conditions.kinds)
-    _check_columns(rows, kinds)
+    check_columns(rows, kinds)
     ids = spread(len(rows), n) if kinds else []
     told = condition_source(model, rows, size, seed) if set(kinds) - set(WORDS) else None
 
@@ -178,7 +178,7 @@ def model_source(model, rows, n: int, *, seed: int, batch_size: int, size: tuple
         for start in range(0, n, batch_size):
             end = min(start + batch_size, n)
             if told is not None:
-                yield from _drawn(model, told, ids[start:end], start, seed, size, settings)
+                yield from drawn_for(model, told, ids[start:end], start, seed, size, settings)
                 continue
             prompts = [rows.caption(i) for i in ids[:end]] if "text" in kinds else None
             classes = [class_of(rows, i) for i in ids[:end]] if "class" in kinds else None
@@ -191,7 +191,7 @@ def model_source(model, rows, n: int, *, seed: int, batch_size: int, size: tuple
     return Source(name="model", count=n, stream=stream, facts=facts)
 
 
-def _check_columns(rows, kinds: tuple[str, ...]) -> None:
+def check_columns(rows, kinds: tuple[str, ...]) -> None:
     from ldmcli.networks.conditions import CONDITIONS
 
     for kind in kinds:
@@ -214,7 +214,7 @@ def condition_source(model, rows, size: tuple[int, int], seed: int):
     return source
 
 
-def _drawn(model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any]) -> np.ndarray:
+def drawn_for(model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any]) -> np.ndarray:
     """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
     from ldmcli.drivers.loaded import to_uint8
 

@@ -3,7 +3,8 @@
 Super-resolution is given rows made small by the degradation that the model was trained on, inpainting rows with a
 random mask, both by (seed, row). What is compared is the enlarged picture, and the filled one with all known pixels in
 their place. The plain methods: bicubic interpolation of the same small picture (a = -0.5), and the biharmonic filling
-of scikit-image where that is installed.
+of scikit-image where that is installed. A model without a task can be guided to rows made small (Sec. 4.4, Tab. 4);
+beside it stand the same samples without the guide.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ldmcli.core.errors import UsageError
-from ldmcli.drivers.image_sources import Source, class_of, condition_source
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.drivers.image_sources import Source, check_columns, class_of, condition_source, drawn_for
 
 TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task brings along
 
@@ -52,6 +53,57 @@ def task_sources(model, rows, ids: list[int], truth: Source, *, size: tuple[int,
 
         stated["masked_share"] = masked_share(hole for _, hole in _pairs(told, ids))
     return made, baselines, stated
+
+
+def guided_sources(model, rows, ids: list[int], truth: Source, factor: int, *, size: tuple[int, int], seed: int,
+                   batch_size: int, settings: dict[str, Any]) -> tuple[Source, dict[str, Source], dict[str, Any]]:
+    """Samples of a model without a task, each led to its row made `factor` times smaller (antialiased bicubic).
+
+    (guided, {"unguided": the same noise and words without a guide, "bicubic": the small picture enlarged}, facts), in
+    the order of `ids`. Raises UsageError for a model with a task, InputError where `size` is no multiple of the factor.
+    """
+    if task_of(model) != "generate":
+        raise UsageError(f"--guide-factor: leads models that generate; this one is for {task_of(model)}")
+    if any(side % factor for side in size):
+        raise InputError(f"--guide-factor {factor}: pictures of {size[1]}x{size[0]} px can't be made {factor} times "
+                         "smaller; name a factor that divides both sides")
+    check_columns(rows, tuple(model.model.conditions.kinds))
+    told = condition_source(model, rows, size, seed)
+    low = _made_small(rows, ids, size, factor)
+
+    def drawn(guided: bool):
+        def stream() -> Iterator[np.ndarray]:
+            for numbers, block in _blocks(ids, batch_size):
+                steering = _to_low(model, [low(i) for i in block]) if guided else None
+                yield from drawn_for(model, told, block, numbers[0], seed, size, {**settings, "steering": steering})
+
+        return stream
+
+    facts = {**truth.facts, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
+    made = Source(name="guided", count=len(ids), stream=drawn(True), facts=facts)
+    others = {"unguided": drawn(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
+    plain = {name: replace(made, name=name, facts={**facts, "source": name}, stream=stream)
+             for name, stream in others.items()}
+    return made, plain, {"task": "guided", "baselines": list(plain), "guide_factor": factor}
+
+
+def _made_small(rows, ids: list[int], size: tuple[int, int], factor: int):
+    def low(i: int) -> np.ndarray:
+        from ldmcli.data.degradations import degrade
+
+        return degrade(rows.pixels(i, size, "center", (0.5, 0.5)), factor, "bicubic", 0)
+
+    return low
+
+
+def _to_low(model, low: list[np.ndarray]):
+    """Steering of a batch, each sample to its own small picture."""
+    from ldmcli.drivers.guiders import image_guide, latent_decoder
+    from ldmcli.drivers.loaded import to_pixels
+    from ldmcli.drivers.sampling import Steering
+
+    pixels, decoder = to_pixels(np.stack(low)).to(model.device), latent_decoder(model.autoencoder)
+    return Steering(wrap=lambda denoise: image_guide(denoise, decoder, pixels))
 
 
 def has_biharmonic() -> bool:
