@@ -10,7 +10,7 @@ from golden_cases import golden, relative
 
 from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
-from ldmcli.networks.conditions import ASKED, CONDITIONS, ClassCondition, Conditions
+from ldmcli.networks.conditions import ASKED, CONDITIONS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
 from ldmcli.networks.diffusion import DiffusionModel
 from ldmcli.networks.layout import LayoutCondition
 from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition, masked_planes
@@ -227,3 +227,18 @@ def test_tokens_join_planes_stack_and_vectors_add():
 
 def test_every_condition_is_covered_here():
     assert CONDITIONS.keys() - FACTS.keys() <= {"text", "tokens"}
+
+
+@pytest.mark.parametrize("seen", ["ten o’clock – now", "ten o'clock - now"])
+def test_typed_and_typographic_signs_are_the_same_words(tmp_path, seen):
+    """Captions have ’ and –, keyboards ' and -; a vocabulary of before signs were typed knows the first kind alone."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ten", "o", "clock", "now", *set(seen) & set("’–'-")]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/vocab.txt").write_text("\n".join(vocabulary))
+    (tmp_path / "own/tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    train_vocabulary([seen], 60, tmp_path / "learned")
+    for folder in ("own", "learned"):
+        tokenizer = load_tokenizer(tmp_path / folder)
+        condition = CONDITIONS["text"](SMALL, {"length": 16, "vocabulary": len(tokenizer)}, tokenizer)
+        ids = condition.prepare(["Ten o’clock – now", "ten o'clock - now"])["ids"]
+        assert torch.equal(ids[0], ids[1]) and tokenizer.unk_token_id not in ids

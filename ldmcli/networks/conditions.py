@@ -24,12 +24,15 @@ from ldmcli.networks.transformer import TextTransformer, pooled, vector_of_token
 
 MAX_TEXT_LENGTH = 77
 READ_CHARACTERS = 50_000  # of a caption: what lies behind them is far past any text length
+TYPED = str.maketrans("’‘“”–—", "''\"\"--")  # typographic signs and the keys that people press for them
 
 
 def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
-    """A lower-cased WordPiece vocabulary (BERT's way) learned from captions, saved as a tokeniser folder."""
+    """A lower-cased WordPiece vocabulary (BERT's way) learned from captions, saved as a tokeniser folder. Typographic
+    quotes and dashes count as the typed ones."""
     from tokenizers import BertWordPieceTokenizer
 
+    captions = [caption.translate(TYPED) for caption in captions]
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     split = tokenizer.pre_tokenizer.pre_tokenize_str
     words = {word for caption in set(captions) for word, _ in split(tokenizer.normalize(caption))}
@@ -42,6 +45,13 @@ def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_model(str(folder))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}\n')
+
+
+def same_signs(tokenizer) -> dict[int, int]:
+    """For `str.translate`: quotes and dashes that a vocabulary lacks -> the typed or typographic twin that it has."""
+    twins = [pair for a, b in TYPED.items() for pair in ((a, b), (b, a))]
+    known = {a: tokenizer.convert_tokens_to_ids(chr(a)) != tokenizer.unk_token_id for pair in twins for a in pair}
+    return {a: b for a, b in twins if known[b] and not known[a]}
 
 
 def load_tokenizer(folder: str | Path):
@@ -115,8 +125,9 @@ class TextCondition(nn.Module):
             raise InputError("this model came without a tokenizer, so it reads no prompts; convert it again with "
                              "`ldm convert --tokenizer FOLDER`, or give tokens from Python")
         with self._one_at_a_time:
+            spelling = same_signs(self.tokenizer) if self.joint else {}
             out = self.tokenizer(
-                [caption[:READ_CHARACTERS] for caption in captions],
+                [caption[:READ_CHARACTERS].translate(spelling) for caption in captions],
                 padding="max_length",
                 truncation=True,
                 max_length=self.length,
