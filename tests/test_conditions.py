@@ -13,7 +13,7 @@ from ldmcli.core.settings import ConditionSettings, DiffusionSettings
 from ldmcli.networks.conditions import ASKED, CONDITIONS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
 from ldmcli.networks.diffusion import DiffusionModel
 from ldmcli.networks.layout import LayoutCondition
-from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition, masked_planes
+from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition, masked_planes, spread_over
 
 SMALL = ConditionSettings(context_dim=16, text_heads=2, text_head_channels=8)
 FACTS = {
@@ -242,3 +242,31 @@ def test_typed_and_typographic_signs_are_the_same_words(tmp_path, seen):
         condition = CONDITIONS["text"](SMALL, {"length": 16, "vocabulary": len(tokenizer)}, tokenizer)
         ids = condition.prepare(["Ten o’clock – now", "ten o'clock - now"])["ids"]
         assert torch.equal(ids[0], ids[1]) and tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (13, 22), (1, 9), (64, 3)])
+def test_what_lies_around_is_spread_over_holes(shape):
+    x = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    hole = torch.zeros(2, *shape, dtype=torch.bool)
+    hole[0, :, shape[1] // 3:] = True
+    filled = spread_over(x.masked_fill(hole[:, None], -9.0), hole)
+    assert torch.equal(filled[~hole[:, None].expand_as(x)], x[~hole[:, None].expand_as(x)])
+    assert filled.min() >= x.min() - 1e-6 and filled.max() <= x.max() + 1e-6  # nothing of what stood in the hole
+    ramp = torch.linspace(-1, 1, shape[1]).expand(1, 1, *shape).clone()
+    gap = torch.zeros(1, *shape, dtype=torch.bool)
+    gap[..., shape[1] // 2] = True
+    assert (spread_over(ramp, gap) - ramp).abs().max() <= 2.5 * 2 / (shape[1] - 1)
+    assert torch.equal(spread_over(x, torch.ones_like(hole)), torch.zeros_like(x))
+
+
+def test_smooth_fillings_are_what_the_first_stage_sees():
+    image, hole = picture(1, 16, 16, 3), np.zeros((16, 16), bool)
+    hole[4:12, 4:12] = True
+    seen = {}
+    for fill in ("black", "smooth"):
+        condition = MaskedCondition(SMALL, {"channels": 4, "fill": fill})
+        condition.first_stage = lambda x, fill=fill: F.avg_pool2d(seen.setdefault(fill, x), 4)
+        condition(condition.prepare([(image, hole)]))
+    inside = torch.from_numpy(hole)
+    assert (seen["black"][0, :, inside] == -1).all() and (seen["smooth"][0, :, inside] > -1).all()
+    assert torch.equal(seen["black"][0, :, ~inside], seen["smooth"][0, :, ~inside])

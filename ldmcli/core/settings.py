@@ -212,10 +212,12 @@ class TaskSettings:
     name: str = "generate"  # generate | sr | inpaint
     scale: int = 4  # sr: output side / input side, 2 | 4 | 8
     degradation: str = "bicubic"  # sr: bicubic (antialiased, as SR3) | bsr | bsr-light (blind, App. D.6)
+    fill: str = "smooth"  # inpaint: what the first stage sees in holes: smooth (what lies around) | black (paper)
 
     def __post_init__(self):
         _choice("task", "name", self.name, TASKS)
         _choice("task", "degradation", self.degradation, ("bicubic", "bsr", "bsr-light"))
+        _choice("task", "fill", self.fill, ("smooth", "black"))
         if self.scale not in (2, 4, 8):
             raise UsageError(f"task.scale = {self.scale}: choose one of 2, 4, 8")
 

@@ -160,7 +160,7 @@ class DiffusionObjective:
         if kind == "lowres":
             return {"scale": self.config.task.scale, "f": self.autoencoder.network.f}
         if kind == "masked":
-            return {"channels": self.latent_shape[0]}
+            return {"channels": self.latent_shape[0], "fill": self.config.task.fill}
         if kind == "map":
             return CONDITIONS[kind].learn(self._map_indices, map_names(self.rows), self.autoencoder.network.f)
         source = ConditionSource(self.rows, self.config, self.size, training=False)

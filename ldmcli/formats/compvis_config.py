@@ -399,8 +399,9 @@ def task_of(plan: Plan) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
         facts["lowres"] = {"scale": scale, "f": f}
         return TaskSettings(name="sr", scale=scale, degradation="bsr-light"), facts
     if kind == "masked":
-        facts["masked"] = {"channels": plan.latent_shape[0]}
-        return TaskSettings(name="inpaint"), facts
+        fill = "smooth" if plan.own.get("fill") == "smooth" else "black"
+        facts["masked"] = {"channels": plan.latent_shape[0], "fill": fill}
+        return TaskSettings(name="inpaint", fill=fill), facts
     return TaskSettings(), facts
 
 

@@ -255,4 +255,5 @@ def _conditioning(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes
         case "lowres":
             return {"cond_stage_key": "LR_image", "conditioning_key": "concat",
                     "cond_stage_config": {"target": "torch.nn.Identity"}}  # fmt: skip
+    own["fill"] = facts.get("fill", "black")
     return {"cond_stage_key": "masked_image", "conditioning_key": "concat", "cond_stage_config": "__is_first_stage__"}

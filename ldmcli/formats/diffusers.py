@@ -163,7 +163,7 @@ def _planes(config: Config, planes: int, channels: int, f: int, notes: list[str]
         return TaskSettings(name="sr", scale=f), {"lowres": {"scale": f, "f": f}}
     if planes == channels + 1:
         notes.append(f"in_channels = {channels + planes}: taken as [latent, latent of the masked image, mask]")
-        return TaskSettings(name="inpaint"), {"masked": {"channels": channels}}
+        return TaskSettings(name="inpaint", fill="black"), {"masked": {"channels": channels}}
     raise config.refuse("in_channels", f"{planes} planes beside {channels} latent channels: it is not known which")
 
 

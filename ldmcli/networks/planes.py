@@ -93,10 +93,12 @@ class LowresCondition(nn.Module):
 
 
 class MaskedCondition(nn.Module):
-    """Images with holes -> [latent of the image whose holes are black, mask]: the c + 1 planes of the published model.
+    """Images with holes -> [latent of the image without them, mask]: the c + 1 planes of the published model.
 
     A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in
-    holes and -1 elsewhere. facts: "channels" (of a latent).
+    holes and -1 elsewhere. The published model sees black holes; with facts "fill" = "smooth" what lies around is
+    spread over them first (`spread_over`), so that latents beside a hole are those of the picture and latents in it
+    already have about the right brightness and colour. facts: "channels" (of a latent), "fill".
     """
 
     columns = ("image",)
@@ -104,7 +106,7 @@ class MaskedCondition(nn.Module):
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.channels = facts["channels"] + 1
+        self.channels, self.smooth = facts["channels"] + 1, facts.get("fill", "black") == "smooth"
         self.first_stage: Callable[[Tensor], Tensor] | None = None
 
     def prepare(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
@@ -117,8 +119,27 @@ class MaskedCondition(nn.Module):
         if self.first_stage is None:
             raise ModelError("masked images: no first stage was lent to the conditions (conditions.first_stage)")
         with torch.no_grad():
-            latent = self.first_stage(inputs["image"].float() / 127.5 - 1).float()
+            x = inputs["image"].float() / 127.5 - 1
+            latent = self.first_stage(spread_over(x, inputs["hole"]) if self.smooth else x).float()
         return Conditioning(concat=masked_planes(latent, inputs["hole"]))
+
+
+def spread_over(x: Tensor, hole: Tensor) -> Tensor:
+    """Pictures (B, c, H, W) whose holes, bool (B, H, W), are filled smoothly from around them; 0 where all is hole.
+
+    Push-pull: means of the known pixels are taken over 2x2 blocks again and again until every block knows one, and
+    come back enlarged (bilinear) where the finer level knows nothing. Known pixels stay.
+    """
+    known = (~hole[:, None]).to(x.dtype)
+    if min(x.shape[-2:]) == 1 or bool((known > 0).all()):
+        mean = (x * known).mean((2, 3), keepdim=True) / known.mean((2, 3), keepdim=True).clamp(min=1e-6)
+        return torch.where(hole[:, None], mean, x)
+    # a last row or column without partner is halved with itself
+    odd = (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)
+    total, share = (F.avg_pool2d(F.pad(part, odd, mode="replicate"), 2) for part in (x * known, known))
+    coarse = spread_over(total / share.clamp(min=1e-6), share[:, 0] == 0)
+    fine = F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.where(hole[:, None], fine, x)
 
 
 def masked_planes(latent: Tensor, hole: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ PAPER_LDM: dict[str, VALUE] = {
     "diffusion.loss": "l2",
     "diffusion.loss_weight": "uniform",
     "diffusion.latent_scale": "global",
+    "task.fill": "black",
     "condition.text_pooled": False,
     "condition.embedding_std": 0.02,
     "condition.smooth_places": False,

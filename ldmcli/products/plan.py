@@ -165,7 +165,8 @@ def _facts(config: DiffusionConfig, init_from: str, latent: tuple[int, int, int]
     if "map" in kinds and "map" not in facts:
         facts["map"] = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], f)
         notes.append(f"map: {ASSUMED_MAP_CLASSES} classes assumed; the data say how many there are")
-    facts |= {"lowres": {"scale": config.task.scale, "f": f}, "masked": {"channels": latent[0]}}
+    facts |= {"lowres": {"scale": config.task.scale, "f": f},
+              "masked": {"channels": latent[0], "fill": config.task.fill}}
     return {kind: facts[kind] for kind in kinds}
 
 
