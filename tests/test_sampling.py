@@ -120,6 +120,19 @@ def draw(model, prompt="a red circle", **settings):
     return model.latents_for(range(3), values, steps=4, sampler="ddim", **settings)
 
 
+def test_temperature_scales_the_noise_that_is_drawn(text_model):
+    model = ldmcli.load(text_model)
+    from ldmcli.maths import rng
+
+    z_T, context = rng.normal(0, range(3), model.model.latent_shape, "z_T"), model.embed(["a red circle"] * 3)
+    calm = draw(model, guidance=1.0, temperature=0.5)
+    assert torch.equal(calm, model.sample_latents(0.5 * z_T, steps=4, sampler="ddim", context=context, guidance=1.0))
+    assert torch.equal(draw(model, temperature=1.0), draw(model))
+    still, other = (draw(model, temperature=0.0, eta=1.0) for _ in range(2))
+    assert torch.equal(still, other) and torch.equal(still[0], still[2])  # no noise: all samples are one
+    assert not torch.equal(draw(model, eta=1.0, temperature=0.5), draw(model, eta=1.0))
+
+
 def test_guidance_1_is_the_conditional_model_bit_for_bit_in_one_call_a_step(text_model, asked):
     """Row 19: no second half is computed, and nothing is added and taken away again."""
     model = ldmcli.load(text_model)

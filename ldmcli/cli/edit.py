@@ -84,8 +84,8 @@ def _request(given: opt.Given, **more) -> EditRequest:
     return EditRequest(
         images=(given.image,), n=given.count, tile=given.tile, max_memory=given.max_memory, steps=given.steps,
         guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval), seed=given.seed,
-        sampler=given.sampler, eta=given.eta, spacing=given.spacing, batch_size=given.batch_size,
-        weights=given.weights, **more,
+        sampler=given.sampler, eta=given.eta, temperature=given.temperature, spacing=given.spacing,
+        batch_size=given.batch_size, weights=given.weights, **more,
     )
 
 

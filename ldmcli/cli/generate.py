@@ -75,7 +75,8 @@ def sample_request(given: opt.Given) -> SampleRequest:
         prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()),
         layouts=tuple(given.layouts or ()), maps=_map_files(given.maps or ()), n=given.count,
         steps=given.steps, guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval),
-        seed=given.seed, sampler=given.sampler, eta=given.eta, size=config.size_of(given.size),
+        seed=given.seed, sampler=given.sampler, eta=given.eta, temperature=given.temperature,
+        size=config.size_of(given.size),
         batch_size=given.batch_size, init_image=given.init_image, strength=given.strength, weights=given.weights,
         spacing=given.spacing, guide=given.guide, guide_scale=given.guide_scale,
     )

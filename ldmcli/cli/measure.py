@@ -62,8 +62,8 @@ def eval_fid(given: opt.Given) -> None:
         **measured, "data": reference(given, measured), "metrics": metrics or None, "features": given.features,
         "perceptual": given.perceptual, "guide_factor": given.guide_factor, "compare": given.compare,
         "n": given.count, "seed": given.seed, "steps": given.steps, "guidance": given.guidance,
-        "sampler": given.sampler, "batch_size": given.batch_size, "size": config.size_of(given.size),
-        "weights": "raw" if given.weights == "raw" else None,
+        "sampler": given.sampler, "temperature": given.temperature, "batch_size": given.batch_size,
+        "size": config.size_of(given.size), "weights": "raw" if given.weights == "raw" else None,
         # a split that is named is meant; without one the rows that training leaves out are taken
         "split": "train" if given.split else None, "progress": console.progress,
     }

@@ -205,6 +205,8 @@ Sampler = Annotated[Text, option("--sampler", panel=SAMPLING, default="the run's
     choices=tuple(SAMPLERS), help="How to go from noise to image.")]
 Eta = Annotated[float | None, option("--eta", panel=SAMPLING, metavar="SHARE", min=0, max=1,
     default="0", help="DDIM: fresh noise a step, from 0 (none) to 1 (ancestral).")]
+Temperature = Annotated[float | None, option("--temperature", panel=SAMPLING, metavar="FACTOR", min=0, max=2,
+    default="the run's setting, else 1", help="Factor of all noise: below 1 results are calmer and less diverse.")]
 Spacing = Annotated[Text, option("--spacing", panel=SAMPLING, metavar="NAME",
     choices=("linspace", "uniform", "original", "original_quad", "leading", "leading+1", "leading_open",
              "leading_open+1", "trailing", "linspace_open", "linspace_real"), default="the model's",
@@ -276,7 +278,8 @@ IMAGES_OUT = {"out": Out, "overwrite": Overwrite, "format": Format, "metadata": 
 TALK = {"json": Json, "verbose": Verbose, "quiet": Quiet, "offline": Offline}
 TRAIN_MACHINE = {"gpus": Gpus, "mixed_precision": MixedPrecision, "compile": Compile, "workers": Workers}
 DRAWING = {
-    "steps": SampleSteps, "guidance": Guidance, "sampler": Sampler, "seed": Seed, "batch_size": SampleBatch,
+    "steps": SampleSteps, "guidance": Guidance, "sampler": Sampler, "temperature": Temperature, "seed": Seed,
+    "batch_size": SampleBatch,
 }
 
 

@@ -20,6 +20,7 @@ class SampleRequest:
     seed: int = 0
     sampler: str | None = None
     eta: float | None = None
+    temperature: float | None = None
     size: tuple[int, int] | None = None  # height, width in pixels
     batch_size: int | None = None
     init_image: Path | None = None
@@ -51,6 +52,7 @@ class EditRequest:
     seed: int = 0
     sampler: str | None = None
     eta: float | None = None
+    temperature: float | None = None
     spacing: str | None = None
     batch_size: int | None = None
     weights: str = "ema"  # ema | raw

@@ -275,6 +275,7 @@ class SampleSettings:
     guidance: float = 2.0  # on the demo's model 97 % of held-out prompts are right in all respects, 94 % at 3 or 4.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the noise range (0 = clean) in which guidance acts
     eta: float = 0.0
+    temperature: float = 1.0  # factor of all noise that is drawn; below 1 samples are calmer and less diverse
     spacing: str = ""  # "" = linspace for eps/v/x0, uniform for flow; "original" = the subset of the original DDIM code
     n: int = 16  # images of a preview grid
     prompts: tuple[str, ...] = ()  # of the preview grid; () = captions of validation rows

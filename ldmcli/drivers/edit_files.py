@@ -29,7 +29,7 @@ from ldmcli.drivers.loaded import LoadedDiffusion
 HOLE_LUMINANCE = 128
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
 LARGEST_BATCH = 8
-SETTINGS = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing")
+SETTINGS = ("steps", "guidance", "guidance_interval", "sampler", "eta", "temperature", "spacing")
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,8 @@ def _to_folder(
     if todo and fmt == "jpg" and command == "inpaint":
         console.warn("--format jpg: known pixels change a little as the file is packed; png keeps them")
     size = request.batch_size or tiling.batch_within(loaded, largest, request.max_memory, LARGEST_BATCH)
-    used = {name: getattr(loaded.config.sample, name) for name in ("sampler", "steps", "guidance", "eta")}
+    used = {name: getattr(loaded.config.sample, name)
+            for name in ("sampler", "steps", "guidance", "eta", "temperature")}
     used |= {name: getattr(request, name) for name in SETTINGS if getattr(request, name) is not None}
     describe = {"command": command, "weights": request.weights, "model_sha256": loaded.fingerprint,
                 "ldm_version": __version__, **_plain(used)}  # fmt: skip

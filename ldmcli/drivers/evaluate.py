@@ -81,7 +81,8 @@ class _Run:
 def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str = "validation", pairs=None,
              metrics: Sequence[str] | None = None, features: str | None = None, n: int | None = None,
              seed: int | None = 0, steps: int | None = None, guidance: float | None = None,
-             sampler: str | None = None, batch_size: int | None = None, size: tuple[int, int] | None = None,
+             sampler: str | None = None, temperature: float | None = None, batch_size: int | None = None,
+             size: tuple[int, int] | None = None,
              perceptual: str = "", weights: str = "ema", guide_factor: int | None = None,
              compare: str | Path | dict | None = None,
              progress: Callable[[int, str], Any] | None = None) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
     elif autoencoder is not None:
         generated, reference = _of_autoencoder(run, autoencoder, data, split, n, size, batch_size or BATCH)
     else:
-        chosen = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        chosen = {"steps": steps, "guidance": guidance, "sampler": sampler, "temperature": temperature}
         chosen = {key: value for key, value in chosen.items() if value is not None}
         draw = {"seed": seed or 0, "batch_size": batch_size or BATCH, "settings": chosen}
         of_task, of_sets = partial(_of_task, guide_factor=guide_factor), partial(_of_sets, images=images)

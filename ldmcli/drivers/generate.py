@@ -175,7 +175,8 @@ def sample_to_folder(
 
 def _settings(request: SampleRequest) -> dict[str, Any]:
     return {
-        name: getattr(request, name) for name in ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing")
+        name: getattr(request, name)
+        for name in ("steps", "guidance", "guidance_interval", "sampler", "eta", "temperature", "spacing")
     }
 
 
@@ -255,7 +256,8 @@ def _steering(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> S
 
 def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> dict[str, Any]:
     given = {k: v for k, v in _settings(request).items() if v is not None}
-    used = {**{k: getattr(loaded.config.sample, k) for k in ("sampler", "steps", "guidance", "eta")}, **given}
+    names = ("sampler", "steps", "guidance", "eta", "temperature")
+    used = {**{k: getattr(loaded.config.sample, k) for k in names}, **given}
     return {
         "weights": request.weights,
         "model_sha256": loaded.fingerprint,

@@ -268,5 +268,5 @@ def trained_size(run) -> tuple[int, int]:
 def sampling_facts(model, draw: dict[str, Any]) -> dict[str, Any]:
     """Sampler and its settings in effect."""
     chosen = {**asdict(model.config.sample), **draw["settings"]}
-    keys = ("sampler", "steps", "guidance", "guidance_interval", "eta", "spacing")
+    keys = ("sampler", "steps", "guidance", "guidance_interval", "eta", "temperature", "spacing")
     return {key: chosen[key] for key in keys} | {"seed": draw["seed"]}

@@ -192,32 +192,34 @@ def draw_latents(
 
     inputs: prepared conditions, n rows each; negative: what takes the place of their null, or of a part of it. start:
     clean latents from which an image-to-image run begins, noised to `strength` of the way. z_T overrides the initial
-    noise. A known region comes back as it was.
+    noise. settings.temperature scales the initial noise and that of the steps (the original: of the steps only). A
+    known region comes back as it was.
     """
     device, steering = next(model.parameters()).device, steering or Steering()
     shape = shape or model.latent_shape
     way = levels(schedule, settings.steps, settings.spacing, strength=strength)
     given, path, scales = _path(model, settings.guidance, inputs or {}, negative, len(ids), device)
     if z_T is None:
-        z_T = rng.normal(seed, ids, shape, "z_T", device=device)
+        z_T = settings.temperature * rng.normal(seed, ids, shape, "z_T", device=device)
     z = z_T if start is None else way.alphas[0] * start + way.sigmas[0] * z_T
     guidance = Guidance(scales, settings.guidance_interval)
     denoise = denoiser(model, schedule, given, path, guidance, tile=steering.tile)
     if steering.wrap is not None:
         denoise = steering.wrap(denoise)
 
-    def noise(purpose: str) -> Callable[..., Tensor]:
-        return lambda *step: rng.normal(seed, ids, shape, purpose, *step, device=device)
+    def noise(purpose: str, factor: float = 1.0) -> Callable[..., Tensor]:
+        return lambda *step: factor * rng.normal(seed, ids, shape, purpose, *step, device=device)
 
     sample, known = SAMPLERS[settings.sampler].function, steering.known
+    fresh = noise("step", settings.temperature)
     if known is None:
-        return sample(denoise, z, way, eta=settings.eta, noise=noise("step"))
+        return sample(denoise, z, way, eta=settings.eta, noise=fresh)
     before_step = known_region(known, way, noise("known"))
     if known.resample > 1:
-        z = resampled(sample, denoise, z, way, known.resample, noise=noise("step"), again=noise("again"),
+        z = resampled(sample, denoise, z, way, known.resample, noise=fresh, again=noise("again"),
                       eta=settings.eta, before_step=before_step)  # fmt: skip
     else:
-        z = sample(denoise, z, way, eta=settings.eta, noise=noise("step"), before_step=before_step)
+        z = sample(denoise, z, way, eta=settings.eta, noise=fresh, before_step=before_step)
     return known.keep * known.z0 + (1 - known.keep) * z
 
 

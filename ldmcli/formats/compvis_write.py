@@ -16,7 +16,7 @@ from ldmcli.networks.unet import level_widths
 
 GROUPS = 32  # of every GroupNorm of the original
 KEPT = "ldm_unfolded."  # tensors as they were before a latent scale was folded into them
-SAMPLE = ("sampler", "steps", "guidance", "eta", "spacing")
+SAMPLE = ("sampler", "steps", "guidance", "eta", "temperature", "spacing")
 
 
 def write(bundle: Bundle, path: Path) -> list[str]:

@@ -95,10 +95,11 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
             return to_x0_eps(self.schedule.prediction, out.float(), z, alpha, sigma)
 
         ids, shape = range(n), tuple(shape or self.config.latent_shape)
-        z = rng.normal(seed, ids, shape, "z_T") if latents is None else latents
+        heat = settings.temperature
+        z = heat * rng.normal(seed, ids, shape, "z_T") if latents is None else latents
         return SAMPLERS[chosen["sampler"]].function(
             denoise, z.to(self.device), way, eta=chosen["eta"],
-            noise=lambda step: rng.normal(seed, ids, shape, "step", step, device=self.device),
+            noise=lambda step: heat * rng.normal(seed, ids, shape, "step", step, device=self.device),
             callback=None if progress is None else lambda *_: progress(),
         )
 
