@@ -283,7 +283,7 @@ def test_prompts_are_spread_evenly_over_the_reference_and_each_sample_is_drawn_o
     assert model.calls[-1]["classes"] == ["one"] * 6
     assert model.calls[0]["steps"] == 7 and "sampler" not in model.calls[0]
     assert result["sampling"] == {"sampler": "dpm++", "steps": 7, "guidance": 2.0, "guidance_interval": (0.0, 1.0),
-                                  "eta": 0.0, "spacing": "", "seed": 3}
+                                  "eta": 0.0, "temperature": 1.0, "spacing": "", "seed": 3}
     assert result["generated"]["fingerprint"] == model.fingerprint and result["n_generated"] == 6
 
 
