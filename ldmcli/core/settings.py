@@ -191,6 +191,7 @@ class ConditionSettings:
     # spread of new token embeddings. The original's 0.02 drowns in what attention adds at first: after 240 steps on
     # shapes of 32 px 12 % of the places were obeyed, with 0.5 97 %
     embedding_std: float = 0.5
+    layout_planes: int = 16  # layout: boxes are also drawn at the latent's size, in so many planes; paper: 0
     smooth_places: bool = True  # layout: new codes of grid points are alike where points are near; else independent
     vocabulary: str = ""  # folder with a tokeniser; "" = a WordPiece vocabulary is trained on the captions
     vocabulary_size: int = 8192  # at most
@@ -212,6 +213,7 @@ class TaskSettings:
     name: str = "generate"  # generate | sr | inpaint
     scale: int = 4  # sr: output side / input side, 2 | 4 | 8
     degradation: str = "bicubic"  # sr: bicubic (antialiased, as SR3) | bsr | bsr-light (blind, App. D.6)
+    enlarged: bool = True  # sr: the latent of the bicubic enlargement stands beside the small image; paper: False
     fill: str = "smooth"  # inpaint: what the first stage sees in holes: smooth (what lies around) | black (paper)
 
     def __post_init__(self):

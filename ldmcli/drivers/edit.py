@@ -53,7 +53,8 @@ def upscale_images(
     given = {kind: list(values) for kind, values in (told or {}).items()} | {"lowres": images}
     if "map" in given:
         given["map"] = [padded(index, step * scale) for index in given["map"]]
-    z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
+    with _first_stage(model, side, max_memory):
+        z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
     return to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
 
 

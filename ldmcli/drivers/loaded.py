@@ -167,7 +167,7 @@ class LoadedDiffusion:
         """tau(y) of what is given: tokens (B, M, d), or a `Conditioning` where planes or a vector stand beside them.
 
         tokens: ids (B, L) int64 for the transformer of a text or layout model, instead of a prompt or layout.
-        layout, map: one or a list, as `sample` takes them; maps keep their size.
+        layout, map: one or a list, as `sample` takes them; maps keep their size, and layouts are drawn at it.
         """
         values: dict[str, list] = {}
         if prompt is not None:
@@ -201,7 +201,8 @@ class LoadedDiffusion:
             inputs[f"{kind}.ids"] = tokens
             if kind == "text":
                 inputs["text.mask"] = torch.ones_like(tokens, dtype=torch.bool)
-        return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        size = self.latent_shape(inputs["map.index"].shape[1:])[1:] if "map.index" in inputs else None
+        return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()}, size)
 
     @torch.no_grad()
     def sample(

@@ -158,7 +158,8 @@ class DiffusionObjective:
 
     def _learn(self, kind: str) -> dict[str, Any]:
         if kind == "lowres":
-            return {"scale": self.config.task.scale, "f": self.autoencoder.network.f}
+            latent = self.latent_shape[0] if self.config.task.enlarged else 0
+            return {"scale": self.config.task.scale, "f": self.autoencoder.network.f, "latent": latent}
         if kind == "masked":
             return {"channels": self.latent_shape[0], "fill": self.config.task.fill}
         if kind == "map":

@@ -198,7 +198,7 @@ def draw_latents(
     device, steering = next(model.parameters()).device, steering or Steering()
     shape = shape or model.latent_shape
     way = levels(schedule, settings.steps, settings.spacing, strength=strength)
-    given, path, scales = _path(model, settings.guidance, inputs or {}, negative, len(ids), device)
+    given, path, scales = _path(model, settings.guidance, inputs or {}, negative, len(ids), shape[1:], device)
     if z_T is None:
         z_T = settings.temperature * rng.normal(seed, ids, shape, "z_T", device=device)
     z = z_T if start is None else way.alphas[0] * start + way.sigmas[0] * z_T
@@ -229,11 +229,12 @@ def _path(
     inputs: dict[str, Tensor],
     negative: dict[str, Tensor] | None,
     n: int,
+    size: tuple[int, int],
     device: torch.device,
 ) -> tuple[Conditioning, list[Conditioning] | None, tuple[float, ...]]:
     """The conditioning asked for, those before it on the path of guidance, and the scale of each step."""
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    given, steps = model.embed(inputs), guided_kinds(model.conditions.kinds, scale)
+    given, steps = model.embed(inputs, size), guided_kinds(model.conditions.kinds, scale)
     if not steps or not any(kinds for kinds, _ in steps):
         return given, None, (1.0,)
     null = model.conditions.null(n, inputs) | (negative or {})
@@ -241,7 +242,7 @@ def _path(
     told = {**inputs, **{name: null[name] for kinds, _ in steps for name in inputs if name.split(".")[0] in kinds}}
     path = []
     for kinds, _ in steps:
-        path.append(model.embed(told))
+        path.append(model.embed(told, size))
         told |= {name: inputs[name] for name in inputs if name.split(".")[0] in kinds}
     return given, path, tuple(scale for _, scale in steps)
 

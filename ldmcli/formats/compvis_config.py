@@ -209,7 +209,8 @@ def _bert(params: Section) -> Conditioner:
 def bert_conditioner(layout: bool, width: int, layers: int, vocabulary: int, length: int) -> Conditioner:
     """The text transformer, on captions or on layouts, whose categories a checkpoint knows by number only."""
     settings = {"context_dim": width, "text_layers": layers, "text_length": length, "vocabulary_size": vocabulary,
-                "text_pooled": False, "embedding_std": 0.02, "smooth_places": False, "drop": 0.0 if layout else 0.1}
+                "text_pooled": False, "embedding_std": 0.02, "smooth_places": False,
+                "layout_planes": 0, "drop": 0.0 if layout else 0.1}
     facts: dict[str, Any] = {"length": length, "vocabulary": vocabulary, "logits": True}
     if layout:
         facts["categories"] = [str(k) for k in range(vocabulary - 1)]
@@ -397,7 +398,7 @@ def task_of(plan: Plan) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
     if kind == "lowres":
         scale = f if f in (2, 4, 8) else 4
         facts["lowres"] = {"scale": scale, "f": f}
-        return TaskSettings(name="sr", scale=scale, degradation="bsr-light"), facts
+        return TaskSettings(name="sr", scale=scale, degradation="bsr-light", enlarged=False), facts
     if kind == "masked":
         fill = "smooth" if plan.own.get("fill") == "smooth" else "black"
         facts["masked"] = {"channels": plan.latent_shape[0], "fill": fill}

@@ -68,8 +68,12 @@ def why_not(bundle: Bundle) -> str:
         return "a text transformer of other than 8 heads of 64 channels"
     if kind == "text" and condition.text_encoder != "joint":
         return f"the text encoder {condition.text_encoder}"
+    if kind == "layout" and bundle.facts[kind].get("planes"):
+        return "boxes drawn as planes (condition.layout_planes)"
     if kind == "lowres" and bundle.facts[kind]["scale"] != bundle.facts[kind]["f"]:
         return f"enlarging by {bundle.facts[kind]['scale']} in latents of f = {bundle.facts[kind]['f']}"
+    if kind == "lowres" and bundle.facts[kind].get("latent"):
+        return "the latent of the enlarged image beside the small one (task.enlarged)"
     return _why_not_unet(settings, kind)
 
 

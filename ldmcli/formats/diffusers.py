@@ -160,7 +160,7 @@ def _planes(config: Config, planes: int, channels: int, f: int, notes: list[str]
             ) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
     """What the input's planes beside the latent are: three are a small picture, as in LDMSuperResolutionPipeline."""
     if planes == 3 and f in (2, 4, 8):
-        return TaskSettings(name="sr", scale=f), {"lowres": {"scale": f, "f": f}}
+        return TaskSettings(name="sr", scale=f, enlarged=False), {"lowres": {"scale": f, "f": f}}
     if planes == channels + 1:
         notes.append(f"in_channels = {channels + planes}: taken as [latent, latent of the masked image, mask]")
         return TaskSettings(name="inpaint", fill="black"), {"masked": {"channels": channels}}
@@ -301,7 +301,7 @@ def _why_not_stock(bundle: DiffusionBundle) -> str:
     if kinds == ("text",) and (config.condition.text_encoder != "joint" or facts["text"]["length"] != TEXT_LENGTH):
         reasons.append(f"another text encoder, or another length than {TEXT_LENGTH} tokens")
     if kinds == ("lowres",):
-        if stage is None or facts["lowres"]["scale"] != stage.f or channels != 3:
+        if stage is None or facts["lowres"]["scale"] != stage.f or channels != 3 or facts["lowres"].get("latent"):
             reasons.append("super-resolution other than LDM's: three latent channels, scale = f")
     if height != width:
         reasons.append("latents that are not square")

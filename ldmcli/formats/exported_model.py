@@ -75,13 +75,15 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
                   for name in ("sampler", "steps", "guidance", "eta", "spacing")}
         way = levels(self.schedule, chosen["steps"], chosen["spacing"])
         self.conditions.first_stage = lambda x: self.encode(vqvae, x)
-        given = self.conditions(inputs or {})
+        shape = tuple(shape or self.config.latent_shape)
+        given = self.conditions(inputs or {}, shape[1:])
         droppable = set(self.conditions.droppable)
         scale = chosen["guidance"] if droppable else 1.0
         null = None
         if scale != 1:
             none = {k: v.to(self.device) for k, v in self.conditions.null(n, inputs).items()}
-            null = self.conditions({k: none[k] if k.split(".")[0] in droppable else v for k, v in inputs.items()})
+            told = {k: none[k] if k.split(".")[0] in droppable else v for k, v in inputs.items()}
+            null = self.conditions(told, shape[1:])
         last, interval = self.schedule.timesteps - 1, settings.guidance_interval
 
         def denoise(z, t, alpha, sigma):
@@ -94,8 +96,7 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
                 out = (1 - scale) * without + scale * told
             return to_x0_eps(self.schedule.prediction, out.float(), z, alpha, sigma)
 
-        ids, shape = range(n), tuple(shape or self.config.latent_shape)
-        heat = settings.temperature
+        ids, heat = range(n), settings.temperature
         z = heat * rng.normal(seed, ids, shape, "z_T") if latents is None else latents
         return SAMPLERS[chosen["sampler"]].function(
             denoise, z.to(self.device), way, eta=chosen["eta"],

@@ -248,7 +248,7 @@ TOKENS = ("class", "text", "layout", "tokens")
 class Conditions(nn.Module):
     """All conditions of a model, in the order of `kinds` (`DiffusionConfig.kinds`).
 
-    `facts` has an entry a kind. `first_stage` must be lent to a model that is told masked images before it is used:
+    `facts` has an entry a kind. `first_stage` must be lent to a model whose planes are latents before it is used:
     a function from pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, c, h, w).
     """
 
@@ -287,13 +287,16 @@ class Conditions(nn.Module):
 
     @property
     def first_stage(self) -> Callable[[Tensor], Tensor] | None:
-        """The encoder that masked images go through."""
-        return self.entries["masked"].first_stage if "masked" in self.entries else None
+        """The encoder that masked and enlarged images go through."""
+        return next((entry.first_stage for entry in self._encoding()), None)
 
     @first_stage.setter
     def first_stage(self, encode: Callable[[Tensor], Tensor] | None) -> None:
-        if "masked" in self.entries:
-            self.entries["masked"].first_stage = encode
+        for entry in self._encoding():
+            entry.first_stage = encode
+
+    def _encoding(self) -> list[nn.Module]:
+        return [entry for entry in self.entries.values() if hasattr(entry, "first_stage")]
 
     def prepare(self, values: dict[str, list]) -> dict[str, Tensor]:
         """{"text": captions, "class": labels, …} -> flat dict of tensors "kind.name" with n rows each."""
@@ -331,11 +334,12 @@ class Conditions(nn.Module):
                 out[f"{kind}.{name}"] = torch.where(mask, null[name].to(tensor.device), tensor)
         return out
 
-    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+    def forward(self, inputs: dict[str, Tensor], size: tuple[int, int]) -> Conditioning:
+        """size: (h, w) of the latent, for conditions that are drawn at it."""
         joined = Conditioning()
         for kind, entry in self.entries.items():
             if own := _own(kind, inputs):  # research code may want tokens alone, and hand planes over itself
-                joined = joined.joined(entry(own))
+                joined = joined.joined(entry(own, size) if getattr(entry, "drawn", False) else entry(own))
         return joined
 
 

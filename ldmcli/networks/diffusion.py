@@ -89,9 +89,10 @@ class DiffusionModel(nn.Module):
             sample_size=(height, width),
         )
 
-    def embed(self, inputs: dict[str, Tensor] | None) -> Conditioning:
-        """tau(y): what the conditions make of prepared inputs (`Conditions.prepare`)."""
-        return self.conditions(inputs or {})
+    def embed(self, inputs: dict[str, Tensor] | None, size: tuple[int, int] | None = None) -> Conditioning:
+        """tau(y): what the conditions make of prepared inputs (`Conditions.prepare`) for latents of `size` (h, w), by
+        default those of the training."""
+        return self.conditions(inputs or {}, self.latent_shape[1:] if size is None else size)
 
     def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's raw output (B, c, h, w) for z_t at timesteps t (B,)."""
@@ -99,4 +100,4 @@ class DiffusionModel(nn.Module):
         return self.unet(x, t, context=conditioning.context, vector=conditioning.vector)
 
     def forward(self, z_t: Tensor, t: Tensor, inputs: dict[str, Tensor] | None = None) -> Tensor:
-        return self.predict(z_t, t, self.embed(inputs))
+        return self.predict(z_t, t, self.embed(inputs, tuple(z_t.shape[-2:])))

@@ -1,4 +1,5 @@
-"""Boxes with categories as a condition: tokens through the transformer that text goes through (App. D.3, Tab. 17)."""
+"""Boxes with categories as a condition: tokens through the transformer that text goes through (App. D.3, Tab. 17), and
+planes beside z_t on which each box is drawn where it lies."""
 
 import difflib
 from pathlib import Path
@@ -24,11 +25,13 @@ class LayoutCondition(nn.Module):
     indices}; the null is one without objects.
 
     facts: "categories" (names in order), "length" (tokens of a sequence: three an object and two of the crop),
-    "vocabulary", "logits" where a converted transformer brings its unused head along.
+    "vocabulary", "planes" (`BoxPlanes`; 0 or absent: tokens alone, as in the paper), "logits" where a converted
+    transformer brings its unused head along.
     """
 
     columns = ("objects",)
     request = "layout"
+    drawn = True  # forward takes the size of the latent
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
@@ -48,6 +51,8 @@ class LayoutCondition(nn.Module):
         if settings.smooth_places:
             self._smooth_places(settings.embedding_std)
         self.pool = vector_of_tokens(width) if settings.text_pooled else None
+        self.channels = facts.get("planes", 0)
+        self.boxes = BoxPlanes(self.layout, len(self.names), self.channels) if self.channels else None
 
     @torch.no_grad()
     def _smooth_places(self, std: float) -> None:
@@ -69,7 +74,8 @@ class LayoutCondition(nn.Module):
         if len(names) >= VOCABULARY:
             raise InputError(f"{len(names):,} categories of objects; a layout's vocabulary has {VOCABULARY - 1:,}")
         most = max([len(value["category"]) for value in values], default=0)
-        return {"categories": names, "length": 3 * min(max(most, 1), MAX_OBJECTS) + 2, "vocabulary": VOCABULARY}
+        return {"categories": names, "length": 3 * min(max(most, 1), MAX_OBJECTS) + 2, "vocabulary": VOCABULARY,
+                "planes": settings.layout_planes}
 
     def index(self, value: str | int) -> int:
         """A category by name or, where no name is that text, by number. Raises InputError, naming close matches."""
@@ -91,6 +97,46 @@ class LayoutCondition(nn.Module):
         """The empty layout, n times."""
         return self.prepare([{"bbox": np.zeros((0, 4)), "category": []}] * n)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+    def forward(self, inputs: dict[str, Tensor], size: tuple[int, int]) -> Conditioning:
+        """size: (h, w) of the latent that the boxes are drawn at."""
         tokens = self.encoder(inputs["ids"])
-        return Conditioning(context=tokens, vector=self.pool(pooled(tokens)) if self.pool is not None else None)
+        planes = None if self.boxes is None else self.boxes(inputs["ids"], size)
+        return Conditioning(tokens, planes, self.pool(pooled(tokens)) if self.pool is not None else None)
+
+
+class BoxPlanes(nn.Module):
+    """Tokens of layouts (B, L) -> planes (B, channels, h, w): the sum over boxes of their coverage of each cell times
+    a + u b + v c, with codes a, b, c learned for each category and (u, v) the cell's place in the box, -1 … 1.
+
+    Attention has to learn from tokens which positions a pair of corners means; here a convolution sees it at once.
+    Without objects all is 0.
+    """
+
+    def __init__(self, layout: Layout, categories: int, channels: int):
+        super().__init__()
+        self.layout, self.categories, self.channels = layout, categories, channels
+        self.codes = nn.Embedding(categories, 3 * channels)
+
+    def forward(self, ids: Tensor, size: tuple[int, int]) -> Tensor:
+        grid = self.layout.grid
+        told = ids[:, : 3 * self.layout.slots].unflatten(1, (-1, 3))
+        places = torch.stack([told[..., 1:] % grid, told[..., 1:] // grid], dim=-1)  # (B, slots, corner, x and y)
+        frame = torch.stack([ids[:, -2:] % grid, ids[:, -2:] // grid], dim=-1)[:, None]
+        # corners as shares of the crop that the last two tokens tell
+        corners = (places - frame[:, :, :1]) / (frame[:, :, 1:] - frame[:, :, :1]).clamp(min=1)
+        (rows, v), (columns, u) = (_along(corners[..., axis], side) for axis, side in ((1, size[0]), (0, size[1])))
+        known = (told[..., 0] < self.categories)[..., None, None]
+        coverage = known * rows[..., :, None] * columns[..., None, :]  # (B, slots, h, w)
+        weights = torch.stack([coverage, coverage * u[..., None, :], coverage * v[..., :, None]], dim=2)
+        codes = self.codes(told[..., 0].clamp(max=self.categories - 1)).unflatten(-1, (3, self.channels))
+        return torch.einsum("bkphw,bkpc->bchw", weights.to(codes.dtype), codes)
+
+
+def _along(ends: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Intervals (…, 2) in shares of a side -> (covered share of each of its cells (…, cells), the place of the cell's
+    centre in the interval, -1 … 1)."""
+    low, high = ends[..., :1] * cells, ends[..., 1:] * cells
+    cell = torch.arange(cells, device=ends.device, dtype=ends.dtype)
+    covered = (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).clamp(0, 1)
+    place = (2 * (cell + 0.5) - low - high) / (high - low).clamp(min=1e-6)
+    return covered, place.clamp(-1, 1)

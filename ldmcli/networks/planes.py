@@ -69,7 +69,9 @@ class LowresCondition(nn.Module):
     """Low-resolution images, uint8 (S / scale, S / scale, 3) -> planes at the latent's size S / f, in [-1, 1].
 
     Where scale = f, as in the paper, they stand beside z_t as they are; larger ones are folded into channels, smaller
-    ones enlarged (bilinear). facts: "scale", "f".
+    ones enlarged (bilinear). With a fact "latent" the latent of their bicubic enlargement stands there, too: it tells
+    in the language of z_t what is already known. facts: "scale", "f", "latent" (channels of a latent; 0 or absent: the
+    small image alone, as in the paper).
     """
 
     columns = ("image",)
@@ -79,17 +81,23 @@ class LowresCondition(nn.Module):
         super().__init__()
         self.scale, self.f = facts["scale"], facts["f"]
         self.fold, self.enlarge = max(1, self.f // self.scale), max(1, self.scale // self.f)
-        self.channels = 3 * self.fold**2
+        self.latent = facts.get("latent", 0)
+        self.channels = 3 * self.fold**2 + self.latent
+        self.first_stage: Callable[[Tensor], Tensor] | None = None
 
     def prepare(self, images: list[np.ndarray]) -> dict[str, Tensor]:
         """Images of one size -> {"image": (n, 3, h, w) uint8}."""
         return {"image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()}
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
-        x = inputs["image"].float() / 127.5 - 1
+        x = small = inputs["image"].float() / 127.5 - 1
         if self.enlarge > 1:
             x = F.interpolate(x, scale_factor=float(self.enlarge), mode="bilinear", align_corners=False)
-        return Conditioning(concat=F.pixel_unshuffle(x, self.fold))
+        planes = F.pixel_unshuffle(x, self.fold)
+        if self.latent:
+            large = F.interpolate(small, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
+            planes = torch.cat([planes, _encoded(self.first_stage, large.clamp(-1, 1))], dim=1)
+        return Conditioning(concat=planes)
 
 
 class MaskedCondition(nn.Module):
@@ -116,12 +124,16 @@ class MaskedCondition(nn.Module):
         return {"image": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), "hole": torch.from_numpy(holes)}
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
-        if self.first_stage is None:
-            raise ModelError("masked images: no first stage was lent to the conditions (conditions.first_stage)")
-        with torch.no_grad():
-            x = inputs["image"].float() / 127.5 - 1
-            latent = self.first_stage(spread_over(x, inputs["hole"]) if self.smooth else x).float()
+        x = inputs["image"].float() / 127.5 - 1
+        latent = _encoded(self.first_stage, spread_over(x, inputs["hole"]) if self.smooth else x)
         return Conditioning(concat=masked_planes(latent, inputs["hole"]))
+
+
+@torch.no_grad()
+def _encoded(first_stage: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    if first_stage is None:
+        raise ModelError("planes of latents: no first stage was lent to the conditions (conditions.first_stage)")
+    return first_stage(x).float()
 
 
 def spread_over(x: Tensor, hole: Tensor) -> Tensor:

@@ -120,8 +120,9 @@ def _diffusion_works(config: DiffusionConfig, autoencoder: str, init_from: str, 
         model.conditions.first_stage = lambda x: torch.zeros(1, *latent, device="meta")
         inputs = _inputs(model, image)
         z, t = torch.zeros(1, *latent), torch.zeros(1)
-    if config.task.name == "inpaint":
-        notes.append("the first stage, which encodes each image with its hole, is not counted")
+    if config.task.name == "inpaint" or (config.task.name == "sr" and config.task.enlarged):
+        what = "with its hole" if config.task.name == "inpaint" else "reduced and enlarged"
+        notes.append(f"the first stage, which encodes each image {what}, is not counted")
     factor = model.unet.size_factor
     if latent[1] % factor or latent[2] % factor:
         need = factor * stage.autoencoder.f
@@ -160,12 +161,13 @@ def _facts(config: DiffusionConfig, init_from: str, latent: tuple[int, int, int]
         notes.append(f"class: {ASSUMED_CLASSES:,} classes assumed; the data say how many there are")
     if "layout" in kinds and "layout" not in facts:
         facts["layout"] = {"categories": [str(k) for k in range(ASSUMED_CATEGORIES)],
-                           "length": 3 * MAX_OBJECTS + 2, "vocabulary": VOCABULARY}
+                           "length": 3 * MAX_OBJECTS + 2, "vocabulary": VOCABULARY,
+                           "planes": config.condition.layout_planes}
         notes.append(f"layout: up to {MAX_OBJECTS} objects assumed; the data may need fewer")
     if "map" in kinds and "map" not in facts:
         facts["map"] = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], f)
         notes.append(f"map: {ASSUMED_MAP_CLASSES} classes assumed; the data say how many there are")
-    facts |= {"lowres": {"scale": config.task.scale, "f": f},
+    facts |= {"lowres": {"scale": config.task.scale, "f": f, "latent": latent[0] if config.task.enlarged else 0},
               "masked": {"channels": latent[0], "fill": config.task.fill}}
     return {kind: facts[kind] for kind in kinds}
 
