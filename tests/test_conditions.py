@@ -172,6 +172,54 @@ def test_near_points_begin_with_near_codes_and_categories_apart():
     assert abs(float(weight[here] @ weight[beside])) < 0.5
 
 
+GRID_OF_FIVE = {"categories": ["cat", "dog"], "length": 8, "vocabulary": 26, "planes": 3}  # points at quarters
+
+
+def drawn_boxes(size, *objects, facts=GRID_OF_FIVE) -> torch.Tensor:
+    """Planes [coverage, coverage · u, coverage · v] (3, *size); those of dogs count ten times."""
+    entry = LayoutCondition(SMALL, facts)
+    with torch.no_grad():
+        entry.boxes.codes.weight.copy_(torch.eye(3).reshape(1, 9) * torch.tensor([[1.0], [10.0]]))
+    bbox, category = zip(*objects) if objects else (np.zeros((0, 4)), [])
+    return entry(entry.prepare([{"bbox": np.array(bbox), "category": category}]), size).concat[0].detach()
+
+
+def test_boxes_are_drawn_where_they_lie():
+    coverage, u, v = drawn_boxes((4, 4), ([0.25, 0, 0.5, 0.25], "cat"), ([0, 0.25, 0.25, 0.75], "dog"))
+    assert coverage.tolist() == [[0, 1, 1, 0], [10, 0, 0, 0], [10, 0, 0, 0], [10, 0, 0, 0]]
+    assert u.tolist() == [[0, -0.5, 0.5, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert torch.allclose(v[:, 0], torch.tensor([0, -20 / 3, 0, 20 / 3])) and not v[:, 1:].any()
+
+
+def test_cells_are_covered_in_part_and_boxes_add_up():
+    coverage = drawn_boxes((2, 2), ([0.25, 0, 0.5, 0.25], "cat"), ([0, 0, 1, 1], "dog"))[0]
+    assert coverage.tolist() == [[10.25, 10.25], [10, 10]]
+
+
+def test_no_objects_and_unknown_categories_draw_nothing():
+    assert not drawn_boxes((3, 5)).any()
+    entry = LayoutCondition(SMALL, GRID_OF_FIVE)
+    ids = entry.prepare([{"bbox": [[0, 0, 1, 1]], "category": ["dog"]}])["ids"]
+    ids[0, 0] = 7
+    assert not entry({"ids": ids}, (4, 4)).concat.any()
+
+
+def test_boxes_are_drawn_in_the_frame_of_the_crop():
+    entry = LayoutCondition(SMALL, GRID_OF_FIVE)
+    whole, half = (torch.from_numpy(entry.layout.tokens([[0.5, 0, 0.25, 1]], [0], crop=crop))[None]
+                   for crop in ((0, 0, 1, 1), (0.5, 0, 0.5, 1)))
+    wide, cut = (entry({"ids": ids}, (4, 4)).concat[0, 0] != 0 for ids in (whole, half))
+    assert wide.tolist() == [[False, False, True, False]] * 4 and cut.tolist() == [[True, True, False, False]] * 4
+
+
+def test_without_planes_a_layout_is_tokens_alone():
+    entry = LayoutCondition(SMALL, FACTS["layout"])
+    assert entry.channels == 0 and entry(entry.prepare(values()["layout"]), (4, 4)).concat is None
+    seen = [{"bbox": np.zeros((1, 4)), "category": np.zeros(1, int)}]
+    rows = SimpleNamespace(category_names=["a"])
+    assert LayoutCondition.learn(ConditionSettings(layout_planes=5), seen, rows, None)["planes"] == 5
+
+
 @pytest.mark.parametrize("entry", [LayoutCondition(SMALL, {**FACTS["layout"], "categories": ["7", "1", "5"]}),
                                    ClassCondition(SMALL, {"class_names": ["7", "1", "5"]})])
 def test_a_number_is_an_index_and_a_text_a_name_first(entry):
@@ -212,16 +260,16 @@ def test_planes_of_a_task_have_no_null_and_stay():
 
 def test_the_null_of_a_map_is_no_class_at_the_maps_size():
     made = conditions("map")
-    assert not made(made.null(2, made.prepare(values()))).concat.any()
+    assert not made(made.null(2, made.prepare(values())), (4, 4)).concat.any()
     assert made.null(3)["map.index"].tolist() == [[[-1]]] * 3
 
 
 def test_tokens_join_planes_stack_and_vectors_add():
     made = conditions(*FACTS)
-    together = made(made.prepare(values()))
+    together = made(made.prepare(values()), (4, 4))
     assert together.context.shape == (2, 1 + 8, 16) and together.vector.shape == (2, 16)
     assert together.concat.shape == (2, 3 + 3 + 5, 4, 4) == (2, made.concat_channels, 4, 4)
-    parts = [conditions(kind)(conditions(kind).prepare({kind: values()[kind]})).concat for kind in FACTS]
+    parts = [conditions(kind)(conditions(kind).prepare({kind: values()[kind]}), (4, 4)).concat for kind in FACTS]
     assert torch.equal(together.concat[:, 3:6], parts[list(FACTS).index("lowres")])
 
 
@@ -270,3 +318,20 @@ def test_smooth_fillings_are_what_the_first_stage_sees():
     inside = torch.from_numpy(hole)
     assert (seen["black"][0, :, inside] == -1).all() and (seen["smooth"][0, :, inside] > -1).all()
     assert torch.equal(seen["black"][0, :, ~inside], seen["smooth"][0, :, ~inside])
+
+
+def test_the_latent_of_the_enlarged_image_stands_beside_the_small_one():
+    seen = []
+    entry = LowresCondition(SMALL, {"scale": 4, "f": 4, "latent": 4})
+    entry.first_stage = lambda x: F.avg_pool2d(seen.append(x) or x, 4)[:, [0, 1, 2, 0]]
+    flat = np.full((4, 6, 3), (255, 0, 51), np.uint8)
+    planes = entry(entry.prepare([flat])).concat
+    colours = torch.tensor([1.0, -1.0, -0.6])
+    assert planes.shape == (1, entry.channels, 4, 6) == (1, 7, 4, 6)
+    assert seen[0].shape == (1, 3, 16, 24) and torch.allclose(seen[0][0, :, 3, 3], colours, atol=1e-6)
+    assert torch.allclose(planes[0, :, 1, 1], torch.cat([colours, colours, colours[:1]]), atol=1e-6)
+    entry(entry.prepare([picture(3, 4, 6, 3)]))
+    assert seen[1].abs().max() <= 1  # bicubic interpolation overshoots
+    entry.first_stage = None
+    with pytest.raises(ModelError, match="no first stage was lent"):
+        entry(entry.prepare([flat]))
