@@ -349,6 +349,25 @@ def test_runs_that_the_original_cannot_hold_are_refused(tmp_path):
     assert ending.code == 4 and "family 'fast'" in ending.line and not (tmp_path / "x.ckpt").exists()
 
 
+def test_planes_that_the_original_does_not_know_are_refused_by_name(tmp_path):
+    from ldmcli.core.settings import ConditionSettings, TaskSettings
+    from ldmcli.formats import run
+    from ldmcli.formats.compvis_write import why_not
+
+    assert ldm("convert", shared("golden", "unet_uncond", "model.safetensors"), tmp_path / "ldm").code == 0
+    bundle = run.read(tmp_path / "ldm")
+    paper = ConditionSettings(kinds=("layout",), text_pooled=False)
+    told = {
+        "lowres": (replace(bundle.config, task=TaskSettings(name="sr")), {"scale": 4, "f": 4, "latent": 3}),
+        "layout": (replace(bundle.config, condition=paper), {"categories": ["a"], "planes": 16}),
+    }
+    for kind, (config, facts) in told.items():
+        word = {"lowres": "task.enlarged", "layout": "condition.layout_planes"}[kind]
+        assert word in why_not(replace(bundle, config=config, facts={kind: facts}))
+        plain = {name: value for name, value in facts.items() if name not in ("latent", "planes")}
+        assert word not in why_not(replace(bundle, config=config, facts={kind: plain}))
+
+
 def test_notes_are_kept_in_the_run(tmp_path):
     assert ldm("convert", shared("golden", "full_checkpoint", "model.ckpt"), tmp_path / "x").code == 0
     assert state(tmp_path / "x")["notes"] and state(tmp_path / "x")["source"]["format"] == "compvis"
