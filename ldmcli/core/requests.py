@@ -2,6 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ldmcli.core.settings import SampleSettings
+
+# settings of [sample] that a request can set for itself, and those of them that files beside pictures always name
+SAMPLING = ("sampler", "steps", "guidance", "guidance_interval", "eta", "temperature", "spacing")
+NAMED = ("sampler", "steps", "guidance", "eta", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +63,14 @@ class EditRequest:
     spacing: str | None = None
     batch_size: int | None = None
     weights: str = "ema"  # ema | raw
+
+
+def sampling_of(request: SampleRequest | EditRequest) -> dict[str, Any]:
+    """What a request says about sampling; None where it says nothing."""
+    return {name: getattr(request, name) for name in SAMPLING}
+
+
+def sampling_used(own: SampleSettings, request: SampleRequest | EditRequest) -> dict[str, Any]:
+    """Sampling as it is done: what the request says, else the model's own."""
+    given = {name: value for name, value in sampling_of(request).items() if value is not None}
+    return {**{name: getattr(own, name) for name in NAMED}, **given}

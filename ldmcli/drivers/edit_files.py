@@ -15,7 +15,7 @@ from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import from_toml
 from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
-from ldmcli.core.requests import EditRequest
+from ldmcli.core.requests import EditRequest, sampling_of, sampling_used
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, probe
 from ldmcli.drivers import tiling
@@ -29,7 +29,6 @@ from ldmcli.drivers.loaded import LoadedDiffusion
 HOLE_LUMINANCE = 128
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
 LARGEST_BATCH = 8
-SETTINGS = ("steps", "guidance", "guidance_interval", "sampler", "eta", "temperature", "spacing")
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
 
 
 def _drawing(request: EditRequest) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in (*SETTINGS, "tile", "max_memory")}
+    return sampling_of(request) | {"tile": request.tile, "max_memory": request.max_memory}
 
 
 def _to_folder(
@@ -223,9 +222,7 @@ def _to_folder(
     if todo and fmt == "jpg" and command == "inpaint":
         console.warn("--format jpg: known pixels change a little as the file is packed; png keeps them")
     size = request.batch_size or tiling.batch_within(loaded, largest, request.max_memory, LARGEST_BATCH)
-    used = {name: getattr(loaded.config.sample, name)
-            for name in ("sampler", "steps", "guidance", "eta", "temperature")}
-    used |= {name: getattr(request, name) for name in SETTINGS if getattr(request, name) is not None}
+    used = sampling_used(loaded.config.sample, request)
     describe = {"command": command, "weights": request.weights, "model_sha256": loaded.fingerprint,
                 "ldm_version": __version__, **_plain(used)}  # fmt: skip
     started = time.perf_counter()
@@ -248,7 +245,7 @@ def _to_folder(
 
 def _check(loaded: LoadedDiffusion, request: EditRequest, sizes: list[tuple[int, int]]) -> None:
     """Raises for what is wrong with a request before a folder is made for it."""
-    settings = {name: getattr(request, name) for name in SETTINGS}
+    settings = sampling_of(request)
     for size in set(sizes):
         whole = (size[0] * (request.scale or 1), size[1] * (request.scale or 1))
         check_edit(loaded, whole, request.tile, settings, request.prompts, request.classes)

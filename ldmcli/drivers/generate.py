@@ -14,7 +14,7 @@ import torch
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import InputError, Interrupted, ModelError, UsageError
-from ldmcli.core.requests import SampleRequest
+from ldmcli.core.requests import SampleRequest, sampling_of, sampling_used
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, to_size
 from ldmcli.drivers import tiling
@@ -137,7 +137,7 @@ def sample_to_folder(
                                    map=list(request.maps), size=request.size)
     groups = max([len(v) for v in values.values()], default=1)
     n = request.n or (1 if values else loaded.config.sample.n)
-    total, settings = n * groups, _settings(request)
+    total, settings = n * groups, sampling_of(request)
     whole = loaded.drawn_size(request.size)
     _check(loaded, values, request, settings, whole)
     names = output_names(out, total, fmt, overwrite)
@@ -170,13 +170,6 @@ def sample_to_folder(
         "seconds": seconds,
         "images_per_s": rate,
         **describe,
-    }
-
-
-def _settings(request: SampleRequest) -> dict[str, Any]:
-    return {
-        name: getattr(request, name)
-        for name in ("steps", "guidance", "guidance_interval", "sampler", "eta", "temperature", "spacing")
     }
 
 
@@ -225,7 +218,7 @@ def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int, whole: Size)
         raise UsageError(f"--strength {request.strength}: must be above 0 and at most 1")
     size = request.size or trained_size(loaded)
     pixels = framed(to_size(decode(Path(request.init_image), name=str(request.init_image)), size), whole or size)
-    tile = tile_side(loaded, whole, 0, MAX_MEMORY, _settings(request)) if whole else 0
+    tile = tile_side(loaded, whole, 0, MAX_MEMORY, sampling_of(request)) if whole else 0
     z = tiling.encode(loaded.autoencoder, pixels[None], tile)
     return z.expand(n, -1, -1, -1), request.strength
 
@@ -238,7 +231,7 @@ def _batch_size(loaded: LoadedDiffusion, whole: Size) -> int:
 def _steering(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> Steering:
     """Tiles for what is too large at once, and what leads samples to --guide. Raises InputError for an image that no
     result could look like when made small."""
-    tile = tile_side(loaded, whole, 0, MAX_MEMORY, _settings(request)) if whole else 0
+    tile = tile_side(loaded, whole, 0, MAX_MEMORY, sampling_of(request)) if whole else 0
     if request.guide is None:
         return Steering(tile=tile)
     low = to_pixels(np.array(decode(Path(request.guide), name=str(request.guide)))).to(loaded.device)
@@ -255,9 +248,7 @@ def _steering(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> S
 
 
 def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> dict[str, Any]:
-    given = {k: v for k, v in _settings(request).items() if v is not None}
-    names = ("sampler", "steps", "guidance", "eta", "temperature")
-    used = {**{k: getattr(loaded.config.sample, k) for k in names}, **given}
+    used = sampling_used(loaded.config.sample, request)
     return {
         "weights": request.weights,
         "model_sha256": loaded.fingerprint,

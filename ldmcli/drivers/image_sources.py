@@ -10,6 +10,7 @@ import numpy as np
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
+from ldmcli.core.requests import SAMPLING
 from ldmcli.core.settings import DataSettings
 
 LOSSY = (".jpg", ".jpeg")
@@ -268,5 +269,4 @@ def trained_size(run) -> tuple[int, int]:
 def sampling_facts(model, draw: dict[str, Any]) -> dict[str, Any]:
     """Sampler and its settings in effect."""
     chosen = {**asdict(model.config.sample), **draw["settings"]}
-    keys = ("sampler", "steps", "guidance", "guidance_interval", "eta", "temperature", "spacing")
-    return {key: chosen[key] for key in keys} | {"seed": draw["seed"]}
+    return {key: chosen[key] for key in SAMPLING} | {"seed": draw["seed"]}
