@@ -13,7 +13,7 @@ from tiny import ADAM, ldm, noisy_images, pictures, train_ae, train_ldm
 import ldmcli
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.drivers.edit import inpaint_images, upscale_images
-from ldmcli.maths.pasting import filled, fitted, pasted, windows
+from ldmcli.maths.pasting import filled, fitted, pasted, toned, windows
 
 FAST = ("--steps", 3, "--sampler", "ddim")
 
@@ -103,6 +103,27 @@ def test_the_rim_of_a_hole_meets_its_surroundings_and_the_middle_stays():
     assert np.abs(out[10, 30] - 100).max() < 2 and np.array_equal(out[30, 30], drawn[30, 30])
     assert (np.diff(out[10:20, 30, 0]) >= -1e-3).all()
     assert np.array_equal(fitted(image, drawn, hole, 0), drawn)
+
+
+def test_an_enlarged_picture_keeps_the_brightness_of_the_small_one_and_its_own_detail():
+    rng = np.random.default_rng(0)
+    low = rng.integers(60, 190, (2, 12, 9, 3), dtype=np.uint8)
+    large = low.repeat(4, axis=1).repeat(4, axis=2)
+    assert np.array_equal(toned(large, low, 2.0), large), "nothing is off, nothing changes"
+    checks = np.indices((48, 36)).sum(0)[..., None] % 2 * 20
+    drifted = (large + checks - 10 + np.array([30, -25, 12])).astype(np.uint8)
+    assert np.abs(toned(drifted, low, 2.0).astype(int) - (large + checks - 10)).max() <= 1
+    assert toned(drifted, low, 0) is drifted
+    half = drifted.copy()
+    half[:, 24:] = drifted[:, 24:] - np.array([30, -25, 12]).astype(np.uint8)
+    rows = np.abs(toned(half, low, 2.0).astype(float) - (large + checks - 10)).mean(axis=(0, 2, 3))
+    assert rows[:8].max() < 1 and rows[-8:].max() < 1 and rows[22:26].max() > 5
+
+
+def test_tone_is_the_models_unless_asked(sr):
+    model, low = ldmcli.load(sr), image_of(6, 9)[None]
+    own, none = upscale_images(model, low, steps=2), upscale_images(model, low, steps=2, tone=0)
+    assert np.array_equal(own, toned(none, low, model.config.task.tone)) and not np.array_equal(own, none)
 
 
 @pytest.mark.parametrize(("hole", "expected"), [

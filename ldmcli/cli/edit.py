@@ -29,6 +29,8 @@ Blend = Annotated[int, opt.option("--blend", value=8, panel=opt.SAMPLING, metava
 Resample = Annotated[int, opt.option("--resample", value=10, panel=opt.SAMPLING, metavar="N", min=1, default="10",
     help="Times that each step is done, with new noise, by a model not trained to inpaint: fewer are faster and fit "
     "their surroundings worse.")]
+Tone = Annotated[float | None, opt.option("--tone", panel=opt.SAMPLING, metavar="PX", min=0, default="the run's "
+    "setting", help="Pixels of IMAGE beyond which brightness and colour are its own; 0 = as drawn.")]
 Tile = Annotated[int, opt.option("--tile", value=0, panel=opt.MACHINE, metavar="PX", min=0, default="by --max-memory",
     help="Side of the tiles that the networks see of large pictures, in pixels.")]
 MaxMemory = Annotated[float, opt.option("--max-memory", value=4.0, panel=opt.MACHINE, metavar="GIB", default="4",
@@ -59,7 +61,8 @@ def inpaint(given: opt.Given) -> None:
     _done(given, out, inpaint_to_folder(given.model, request, out, **_how(given)))
 
 
-@opt.takes({"image": Picture, "scale": Scale}, _MODEL, {"count": Results}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE)
+@opt.takes({"image": Picture, "scale": Scale}, _MODEL, {"count": Results, "tone": Tone}, _DRAWING, opt.IMAGES_OUT,
+           opt.TALK, _MACHINE)
 def upscale(given: opt.Given) -> None:
     """Make pictures larger, with a model trained with --task sr.
 
@@ -68,7 +71,7 @@ def upscale(given: opt.Given) -> None:
     """
     if given.scale not in (2, 4, 8):
         raise UsageError(f"--scale {given.scale}: choose one of 2, 4, 8")
-    request = _request(given, scale=given.scale)
+    request = _request(given, scale=given.scale, tone=given.tone)
     out = _out(given, request, f"x{given.scale}")
     from ldmcli.drivers.edit_files import upscale_to_folder
 

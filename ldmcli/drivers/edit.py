@@ -32,14 +32,17 @@ RESAMPLE = 10
 @torch.no_grad()
 def upscale_images(
     model: LoadedDiffusion, low: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None,
-    told: Mapping[str, Sequence] | None = None, tile: int = 0, max_memory: float = MAX_MEMORY, **settings,
+    told: Mapping[str, Sequence] | None = None, tone: float | None = None, tile: int = 0,
+    max_memory: float = MAX_MEMORY, **settings,
 ) -> np.ndarray:  # fmt: skip
     """uint8 (n, h, w, 3) -> uint8 (n, h·scale, w·scale, 3) by a model trained with task sr. Any h and w.
 
     Picture i is drawn with the noise of sample ids[i] (default 0 … n-1). told: values of further conditions by kind,
-    one a picture, maps as large as the result. tile: pixels a side above which the networks see overlapping tiles; 0 =
-    as many as fit into `max_memory` GiB. settings: steps, guidance, guidance_interval, sampler, eta, spacing,
-    negative_prompt. Raises UsageError for a model of another task, InputError for pictures below one latent.
+    one a picture, maps as large as the result. tone: pixels of the small picture beyond which brightness and colour are
+    its own (`pasting.toned`); 0 = as drawn, None = as the model's task.tone says. tile: pixels a side above which the
+    networks see overlapping tiles; 0 = as many as fit into `max_memory` GiB. settings: steps, guidance,
+    guidance_interval, sampler, eta, temperature, spacing, negative_prompt. Raises UsageError for a model of another
+    task, InputError for pictures below one latent.
     """
     if model.config.task.name != "sr":
         raise UsageError("upscale: this model was not trained for super-resolution (`ldm train-ldm --task sr`)")
@@ -55,7 +58,8 @@ def upscale_images(
         given["map"] = [padded(index, step * scale) for index in given["map"]]
     with _first_stage(model, side, max_memory):
         z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
-    return to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
+    made = to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
+    return pasting.toned(made, low, model.config.task.tone if tone is None else tone)
 
 
 @torch.no_grad()

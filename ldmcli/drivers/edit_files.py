@@ -183,7 +183,7 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
 
     def draw(ids: list[int], which: list[_Source]) -> np.ndarray:
         low = np.stack([source.pixels() for source in which])
-        return upscale_images(loaded, low, seed=request.seed, ids=ids, **_drawing(request))
+        return upscale_images(loaded, low, seed=request.seed, ids=ids, tone=request.tone, **_drawing(request))
 
     def shown(source: _Source) -> list[np.ndarray]:
         return [source.pixels()]

@@ -398,7 +398,7 @@ def task_of(plan: Plan) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
     if kind == "lowres":
         scale = f if f in (2, 4, 8) else 4
         facts["lowres"] = {"scale": scale, "f": f}
-        return TaskSettings(name="sr", scale=scale, degradation="bsr-light", enlarged=False), facts
+        return TaskSettings(name="sr", scale=scale, degradation="bsr-light", enlarged=False, tone=0.0), facts
     if kind == "masked":
         fill = "smooth" if plan.own.get("fill") == "smooth" else "black"
         facts["masked"] = {"channels": plan.latent_shape[0], "fill": fill}

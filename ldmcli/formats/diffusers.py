@@ -160,7 +160,7 @@ def _planes(config: Config, planes: int, channels: int, f: int, notes: list[str]
             ) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
     """What the input's planes beside the latent are: three are a small picture, as in LDMSuperResolutionPipeline."""
     if planes == 3 and f in (2, 4, 8):
-        return TaskSettings(name="sr", scale=f, enlarged=False), {"lowres": {"scale": f, "f": f}}
+        return TaskSettings(name="sr", scale=f, enlarged=False, tone=0.0), {"lowres": {"scale": f, "f": f}}
     if planes == channels + 1:
         notes.append(f"in_channels = {channels + planes}: taken as [latent, latent of the masked image, mask]")
         return TaskSettings(name="inpaint", fill="black"), {"masked": {"channels": channels}}

@@ -1,4 +1,5 @@
-"""Filling holes and pasting into them (Sec. 4.5): arrays in, arrays out. A hole is True in a bool array (H, W)."""
+"""What is done to drawn pictures so that they agree with those they were made from (Sec. 4.4, 4.5): arrays in, arrays
+out. A hole is True in a bool array (H, W)."""
 
 import numpy as np
 import torch
@@ -46,6 +47,26 @@ def fitted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray, reach: int) -
     inside = ndimage.distance_transform_edt(hole)  # 1 at the rim
     fade = np.cos(np.clip((inside - 0.5) / reach, 0, 1) * np.pi) * 0.5 + 0.5
     return np.where(hole[..., None], drawn + offset * (fade * (weight > 1e-4))[..., None], drawn)
+
+
+def toned(drawn: np.ndarray, low: np.ndarray, sigma: float) -> np.ndarray:
+    """uint8 (n, H, W, 3) whose low frequencies are those of the small pictures `low` (n, h, w, 3) that they enlarge.
+
+    What blocks of H / h pixels differ by from the small picture, smoothed (Gaussian of `sigma` small pixels), is taken
+    off: samplers drift in brightness and colour, which are known, while finer differences are what the model adds or
+    removes. 0: unchanged.
+    """
+    if sigma <= 0:
+        return drawn
+    (height, width), scale = low.shape[1:3], drawn.shape[1] // low.shape[1]
+    out = np.empty_like(drawn)
+    for made, small, result in zip(drawn, low, out):
+        blocks = made.reshape(height, scale, width, scale, 3).mean(axis=(1, 3), dtype=np.float32)
+        shift = ndimage.gaussian_filter(small - blocks, (sigma, sigma, 0), mode="nearest")
+        planes = torch.from_numpy(shift).permute(2, 0, 1)[None]
+        planes = F.interpolate(planes, size=made.shape[:2], mode="bilinear", align_corners=False)
+        result[:] = (made + planes[0].permute(1, 2, 0).numpy()).round().clip(0, 255)
+    return out
 
 
 def windows(

@@ -64,6 +64,7 @@ PAPER_LDM: dict[str, VALUE] = {
     "diffusion.loss_weight": "uniform",
     "diffusion.latent_scale": "global",
     "task.enlarged": False,
+    "task.tone": 0.0,
     "task.fill": "black",
     "condition.text_pooled": False,
     "condition.embedding_std": 0.02,
