@@ -10,10 +10,11 @@ from golden_cases import golden, relative
 
 from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
+from ldmcli.maths.filling import spread_over
 from ldmcli.networks.conditions import ASKED, CONDITIONS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
 from ldmcli.networks.diffusion import DiffusionModel
 from ldmcli.networks.layout import LayoutCondition
-from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition, masked_planes, spread_over
+from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition, masked_planes
 
 SMALL = ConditionSettings(context_dim=16, text_heads=2, text_head_channels=8)
 FACTS = {

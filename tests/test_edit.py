@@ -95,14 +95,28 @@ def test_filling_keeps_what_is_known_and_stays_between_its_values():
     assert (filled(flat, hole_of(20, 20, 3, 3, 9, 9)) == 77).all()  # the old content does not shine through
 
 
-def test_the_rim_of_a_hole_meets_its_surroundings_and_the_middle_stays():
+def test_a_filling_meets_its_surroundings_and_a_drift_in_brightness_goes():
     image, drawn = np.full((60, 60, 3), 100, np.uint8), np.full((60, 60, 3), 140.0, np.float32)
     hole = hole_of(60, 60, 10, 10, 40, 40)
     image[hole] = 255  # old content, not to be looked at
-    out = fitted(image, drawn, hole, 8)
-    assert np.abs(out[10, 30] - 100).max() < 2 and np.array_equal(out[30, 30], drawn[30, 30])
-    assert (np.diff(out[10:20, 30, 0]) >= -1e-3).all()
+    checks = np.indices((60, 60)).sum(0)[..., None] % 2 * 10.0
+    out = fitted(image, drawn + hole[..., None] * checks, hole, 8)
+    assert np.abs(out - 100 - checks)[hole].max() < 1e-3, "all of the shift goes, what was drawn stays"
     assert np.array_equal(fitted(image, drawn, hole, 0), drawn)
+
+
+def test_what_is_drawn_in_a_hole_stays_where_the_surroundings_agree():
+    image = image_of(60, 60)
+    drawn, hole = image.astype(np.float32), hole_of(60, 60, 10, 10, 40, 40)
+    drawn[20:40, 20:40] = 250
+    assert np.array_equal(fitted(image, drawn, hole, 8), drawn)
+
+
+def test_a_drift_that_changes_from_side_to_side_is_carried_on_smoothly():
+    ramp = np.broadcast_to(np.linspace(0, 40, 60, dtype=np.float32)[None, :, None], (60, 60, 3))
+    image, hole = np.full((60, 60, 3), 100, np.uint8), hole_of(60, 60, 20, 20, 20, 20)
+    out = fitted(image, 100 + ramp, hole, 8)
+    assert np.abs(out[hole] - 100).max() < 6 and np.abs(out[hole] - 100).mean() < 2
 
 
 def test_an_enlarged_picture_keeps_the_brightness_of_the_small_one_and_its_own_detail():

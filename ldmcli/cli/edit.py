@@ -25,7 +25,7 @@ OnePrompt = Annotated[opt.Text, opt.option("--prompt", panel=opt.SAMPLING, metav
 OneClass = Annotated[opt.Text, opt.option("--class", panel=opt.SAMPLING, metavar="NAME|INDEX", default="none",
     help="Class of the picture, where the model takes one.")]
 Blend = Annotated[int, opt.option("--blend", value=8, panel=opt.SAMPLING, metavar="PX", min=0, default="8",
-    help="Width of the rim inside the hole that is fitted to what lies around; 0 = pasted as drawn.")]
+    help="Pixels around a hole by which the brightness and colour in it are fitted; 0 = pasted as drawn.")]
 Resample = Annotated[int, opt.option("--resample", value=10, panel=opt.SAMPLING, metavar="N", min=1, default="10",
     help="Times that each step is done, with new noise, by a model not trained to inpaint: fewer are faster and fit "
     "their surroundings worse.")]

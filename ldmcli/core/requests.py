@@ -49,7 +49,7 @@ class EditRequest:
     prompts: tuple[str, ...] = ()  # at most one, for all pictures
     classes: tuple[str, ...] = ()
     n: int = 1  # results a picture
-    blend: int = 8  # pixels over which a hole's rim is fitted to its surroundings
+    blend: int = 8  # pixels around a hole by which brightness and colour in it are fitted; 0 = pasted as drawn
     resample: int = 10  # times that each step is done where the model was not trained to inpaint
     tone: float | None = None  # upscale: small pixels beyond which brightness is the picture's; 0 = as drawn
     tile: int = 0  # pixels a side of what the networks see at once; 0 = as much as max_memory allows

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from ldmcli.maths.filling import spread_over
+
+SURE = 0.05  # share of known pixels around one, above which the difference there counts
+
 
 def filled(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3) with holes filled by averages of what is known around them, coarser further inside.
@@ -14,16 +18,13 @@ def filled(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """
     if hole.all() or not hole.any():
         return image
-    weight = torch.from_numpy(~hole)[None, None].float()
-    levels = [(torch.from_numpy(image).permute(2, 0, 1)[None].float() * weight, weight)]
-    while levels[-1][1].min() == 0:  # averages of 2x2 until each has something known in it
-        levels.append(tuple(F.avg_pool2d(part, 2, ceil_mode=True) for part in levels[-1]))  # type: ignore[arg-type]
-    colour = levels[-1][0] / levels[-1][1]
-    for total, weight in reversed(levels[:-1]):
-        rough = F.interpolate(colour, size=total.shape[-2:], mode="bilinear", align_corners=False)
-        colour = torch.where(weight > 0, total / weight.clamp(min=1e-12), rough)
-    inside = colour[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
-    return np.where(hole[..., None], inside, image)
+    return np.where(hole[..., None], _spread(image, hole).round().clip(0, 255).astype(np.uint8), image)
+
+
+def _spread(values: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """`spread_over` of float (H, W, 3)."""
+    planes = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None]
+    return spread_over(planes, torch.from_numpy(unknown)[None])[0].permute(1, 2, 0).numpy()
 
 
 def pasted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray) -> np.ndarray:
@@ -32,11 +33,11 @@ def pasted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray) -> np.ndarray
 
 
 def fitted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray, reach: int) -> np.ndarray:
-    """`drawn` (H, W, 3) float, shifted inside the hole so that it meets `image` at the rim; unchanged from `reach`
-    pixels on inside.
+    """`drawn` (H, W, 3) float, shifted inside the hole so that it meets `image` at the rim.
 
-    What `drawn` and `image` differ by on known pixels, smoothed, is carried on into the hole and fades out as a raised
-    cosine: colours meet without a step, and the drawn texture stays sharp. The hole's old content is not looked at.
+    What `drawn` and `image` differ by on known pixels, smoothed over about `reach` of them, is carried on into the
+    hole: colours meet without a step, a drift in brightness goes, and the drawn texture stays sharp. The hole's old
+    content is not looked at. 0: unchanged.
     """
     if reach <= 0 or hole.all() or not hole.any():
         return drawn
@@ -44,9 +45,7 @@ def fitted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray, reach: int) -
     weight = ndimage.gaussian_filter(known, sigma)
     offset = (image.astype(np.float32) - drawn) * known[..., None]
     offset = ndimage.gaussian_filter(offset, (sigma, sigma, 0)) / np.maximum(weight, 1e-6)[..., None]
-    inside = ndimage.distance_transform_edt(hole)  # 1 at the rim
-    fade = np.cos(np.clip((inside - 0.5) / reach, 0, 1) * np.pi) * 0.5 + 0.5
-    return np.where(hole[..., None], drawn + offset * (fade * (weight > 1e-4))[..., None], drawn)
+    return np.where(hole[..., None], drawn + _spread(offset, weight < SURE), drawn)
 
 
 def toned(drawn: np.ndarray, low: np.ndarray, sigma: float) -> np.ndarray:

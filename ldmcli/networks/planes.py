@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings
+from ldmcli.maths.filling import spread_over
 from ldmcli.networks.conditioning import Conditioning
 from ldmcli.networks.transformer import SpatialRescaler
 
@@ -134,24 +135,6 @@ def _encoded(first_stage: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tenso
     if first_stage is None:
         raise ModelError("planes of latents: no first stage was lent to the conditions (conditions.first_stage)")
     return first_stage(x).float()
-
-
-def spread_over(x: Tensor, hole: Tensor) -> Tensor:
-    """Pictures (B, c, H, W) whose holes, bool (B, H, W), are filled smoothly from around them; 0 where all is hole.
-
-    Push-pull: means of the known pixels are taken over 2x2 blocks again and again until every block knows one, and
-    come back enlarged (bilinear) where the finer level knows nothing. Known pixels stay.
-    """
-    known = (~hole[:, None]).to(x.dtype)
-    if min(x.shape[-2:]) == 1 or bool((known > 0).all()):
-        mean = (x * known).mean((2, 3), keepdim=True) / known.mean((2, 3), keepdim=True).clamp(min=1e-6)
-        return torch.where(hole[:, None], mean, x)
-    # a last row or column without partner is halved with itself
-    odd = (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)
-    total, share = (F.avg_pool2d(F.pad(part, odd, mode="replicate"), 2) for part in (x * known, known))
-    coarse = spread_over(total / share.clamp(min=1e-6), share[:, 0] == 0)
-    fine = F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
-    return torch.where(hole[:, None], fine, x)
 
 
 def masked_planes(latent: Tensor, hole: Tensor) -> Tensor:
