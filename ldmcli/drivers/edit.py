@@ -73,8 +73,8 @@ def inpaint_images(
 
     A model of task inpaint is told the masked picture; any other generating model keeps the known region on its way
     down (each step `resample` times, as RePaint). prompts, classes: one a picture, where the model takes them. blend:
-    pixels around a hole by which brightness and colour in it are fitted (`pasting.fitted`); 0 = as drawn. A layout speaks of the whole picture, which is
-    then looked at as a whole. ids, told, tile, max_memory, settings as
+    pixels around a hole by which brightness and colour in it are fitted (`pasting.fitted`); 0 = as drawn. A layout
+    speaks of the whole picture, which is then looked at as a whole. ids, told, tile, max_memory, settings as
     `upscale_images`. Raises UsageError for a model that can't, InputError for pictures below one latent.
     """
     if model.config.task.name == "sr":
