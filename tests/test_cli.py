@@ -494,7 +494,7 @@ def test_a_run_is_measured_against_its_own_data_unless_options_say_otherwise(ldm
     own, other = (call["data"] for call in measured[:2])
     assert "data" not in measured[2]  # no shapes in the place of what was left open
     assert (own.source, own.flip, own.limit) == ("photos", True, 5) and "split" not in measured[0]
-    assert (other.source, other.flip, other.split) == ("others", False, "test") and measured[1]["split"] == "train"
+    assert (other.source, other.flip, other.split) == ("others", False, "test") and measured[1]["split"] == "test"
 
 
 def test_a_reference_of_statistics_is_handed_on_as_it_is(ldm, measured):

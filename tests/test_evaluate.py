@@ -272,6 +272,19 @@ def test_a_data_set_in_a_folder_is_a_reference(tmp_path, monkeypatch):
     assert result["n_reference"] == 9 and np.isfinite(result["metrics"]["fd_tiny8"])
 
 
+@pytest.mark.parametrize(("there", "named", "counts"), [
+    ({"train": 4, "validation": 9}, "validation", 9), ({"train": 4, "validation": 9}, "train", 4),
+    ({"validation": 9}, "validation", 9), ({"train": 12, "test": 11}, "test", 11),
+])
+def test_a_named_split_is_measured_whole(there, named, counts, tmp_path):
+    """All of it, though training on it would hold rows out."""
+    for split, n in there.items():
+        folder(tmp_path / "set" / split, pictures(n, n))
+    data = DataSettings(source=str(tmp_path / "set"), split=named)
+    result = evaluate(images=folder(tmp_path / "a", pictures(10)), data=data, split=named)
+    assert result["n_reference"] == counts
+
+
 # --- models ----------------------------------------------------------------------------------------------------
 
 

@@ -64,8 +64,7 @@ def eval_fid(given: opt.Given) -> None:
         "n": given.count, "seed": given.seed, "steps": given.steps, "guidance": given.guidance,
         "sampler": given.sampler, "temperature": given.temperature, "batch_size": given.batch_size,
         "size": config.size_of(given.size), "weights": "raw" if given.weights == "raw" else None,
-        # a split that is named is meant; without one the rows that training leaves out are taken
-        "split": "train" if given.split else None, "progress": console.progress,
+        "split": given.split or None, "progress": console.progress,
     }
     from ldmcli.drivers.evaluate import METRICS, evaluate
 

@@ -319,7 +319,8 @@ def _rows(run: _Run, data, split: str, size: tuple[int, int]):
 
     settings = data if isinstance(data, DataSettings) else DataSettings(source=str(data))
     settings = replace(settings, size=tuple(size))
-    if split not in ("train", "validation"):
+    # a split that is named is meant whole; without one the rows that training leaves out are taken
+    if split not in ("train", "validation") or settings.split == split == "validation":
         settings, split = replace(settings, split=split, val_split=split), "validation"
     rows = open_rows(settings, split=split)
     if split == "validation" and settings.split != settings.val_split and len(rows) < 2 and (
