@@ -214,7 +214,7 @@ class TaskSettings:
     scale: int = 4  # sr: output side / input side, 2 | 4 | 8
     degradation: str = "bicubic"  # sr: bicubic (antialiased, as SR3) | bsr | bsr-light (blind, App. D.6)
     enlarged: bool = True  # sr: the latent of the bicubic enlargement stands beside the small image; paper: False
-    tone: float = 2.0  # sr: pixels of the small image beyond which results keep its brightness; 0 = as drawn (paper)
+    tone: float = 1.0  # sr: pixels of the small image beyond which results keep its brightness; 0 = as drawn (paper)
     fill: str = "smooth"  # inpaint: what the first stage sees in holes: smooth (what lies around) | black (paper)
 
     def __post_init__(self):
