@@ -240,3 +240,9 @@ def test_the_hash_tells_configurations_apart_and_not_how_they_were_made():
     assert config.config_hash(whole) == config.config_hash(DiffusionConfig())
     other = dataclasses.replace(whole, train=TrainSettings(seed=1))
     assert config.config_hash(other) != config.config_hash(whole)
+
+
+@pytest.mark.parametrize(("path", "value"), [("task.tone", -1), ("condition.layout_planes", -3)])
+def test_negative_sizes_are_refused_by_name(path, value):
+    with pytest.raises(UsageError, match=f"{path} = {value}"):
+        config.resolve("diffusion", [("--set", {path: value})])

@@ -201,6 +201,8 @@ class ConditionSettings:
     def __post_init__(self):
         if not 0 <= self.drop < 1:
             raise UsageError(f"condition.drop = {self.drop}: must be at least 0 and below 1")
+        if self.layout_planes < 0:
+            raise UsageError(f"condition.layout_planes = {self.layout_planes}: must not be negative")
 
 
 TASKS = ("generate", "sr", "inpaint")
