@@ -206,6 +206,7 @@ class ConditionSettings:
 
 
 TASKS = ("generate", "sr", "inpaint")
+FILLS = ("patches", "smooth", "black")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +218,13 @@ class TaskSettings:
     degradation: str = "bicubic"  # sr: bicubic (antialiased, as SR3) | bsr | bsr-light (blind, App. D.6)
     enlarged: bool = True  # sr: the latent of the bicubic enlargement stands beside the small image; paper: False
     tone: float = 1.0  # sr: pixels of the small image beyond which results keep its brightness; 0 = as drawn (paper)
-    fill: str = "smooth"  # inpaint: what the first stage sees in holes: smooth (what lies around) | black (paper)
+    # inpaint, what the first stage sees in holes: patches (texture from around) | smooth | black (paper)
+    fill: str = "smooth"
 
     def __post_init__(self):
         _choice("task", "name", self.name, TASKS)
         _choice("task", "degradation", self.degradation, ("bicubic", "bsr", "bsr-light"))
-        _choice("task", "fill", self.fill, ("smooth", "black"))
+        _choice("task", "fill", self.fill, FILLS)
         if self.tone < 0:
             raise UsageError(f"task.tone = {self.tone:g}: must not be negative")
         if self.scale not in (2, 4, 8):

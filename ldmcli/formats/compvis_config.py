@@ -8,6 +8,7 @@ from typing import Any
 from ldmcli.core.errors import LdmError, ModelError
 from ldmcli.core.settings import (
     FACTORS,
+    FILLS,
     AutoencoderConfig,
     AutoencoderSettings,
     ConditionSettings,
@@ -400,7 +401,7 @@ def task_of(plan: Plan) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
         facts["lowres"] = {"scale": scale, "f": f}
         return TaskSettings(name="sr", scale=scale, degradation="bsr-light", enlarged=False, tone=0.0), facts
     if kind == "masked":
-        fill = "smooth" if plan.own.get("fill") == "smooth" else "black"
+        fill = plan.own["fill"] if plan.own.get("fill") in FILLS else "black"
         facts["masked"] = {"channels": plan.latent_shape[0], "fill": fill}
         return TaskSettings(name="inpaint", fill=fill), facts
     return TaskSettings(), facts

@@ -1,6 +1,7 @@
 """Conditions that are planes beside z_t: class maps, low-resolution images, images with holes (Sec. 4.3.2-4.5, D.6)."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.maths.filling import spread_over
+from ldmcli.maths.patches import patched
 from ldmcli.networks.conditioning import Conditioning
 from ldmcli.networks.transformer import SpatialRescaler
 
 NO_CLASS = 255  # in maps whose data use it: pixels that nobody labelled
 MAP_PLANES = 3
+FILLERS = 4  # pictures that are filled at a time
 
 
 class MapCondition(nn.Module):
@@ -105,9 +108,10 @@ class MaskedCondition(nn.Module):
     """Images with holes -> [latent of the image without them, mask]: the c + 1 planes of the published model.
 
     A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in
-    holes and -1 elsewhere. The published model sees black holes; with facts "fill" = "smooth" what lies around is
-    spread over them first (`spread_over`), so that latents beside a hole are those of the picture and latents in it
-    already have about the right brightness and colour. facts: "channels" (of a latent), "fill".
+    holes and -1 elsewhere. The published model sees black holes. With facts "fill" = "smooth" what lies around goes on
+    into them first (`spread_over`), so that latents beside a hole are those of the picture and latents in it already
+    have about the right brightness and colour; with "patches" they also have the texture of the likest surroundings
+    (`patched`), which is done on the CPU while batches are made. facts: "channels" (of a latent), "fill".
     """
 
     columns = ("image",)
@@ -115,19 +119,28 @@ class MaskedCondition(nn.Module):
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.channels, self.smooth = facts["channels"] + 1, facts.get("fill", "black") == "smooth"
+        self.channels, self.fill = facts["channels"] + 1, facts.get("fill", "black")
         self.first_stage: Callable[[Tensor], Tensor] | None = None
 
     def prepare(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
-        """Pairs of one size -> {"image": (n, 3, H, W) uint8, black in holes, "hole": (n, H, W) bool}."""
+        """Pairs of one size -> {"image": (n, 3, H, W) uint8, "hole": (n, H, W) bool}. Holes are black, or filled where
+        the model sees patches in them; what was there before is never looked at."""
         images, holes = (np.stack(part) for part in zip(*pairs))
         images = np.where(holes[..., None], np.uint8(0), images)
-        return {"image": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), "hole": torch.from_numpy(holes)}
+        pixels, hole = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(holes)
+        if self.fill == "patches":
+            with ThreadPoolExecutor(FILLERS) as pool:
+                pixels = torch.stack(list(pool.map(_patched, pixels, hole)))
+        return {"image": pixels, "hole": hole}
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         x = inputs["image"].float() / 127.5 - 1
-        latent = _encoded(self.first_stage, spread_over(x, inputs["hole"]) if self.smooth else x)
+        latent = _encoded(self.first_stage, spread_over(x, inputs["hole"]) if self.fill == "smooth" else x)
         return Conditioning(concat=masked_planes(latent, inputs["hole"]))
+
+
+def _patched(pixels: Tensor, hole: Tensor) -> Tensor:
+    return patched(pixels.float(), hole).round().clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()
