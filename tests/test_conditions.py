@@ -10,7 +10,8 @@ from golden_cases import golden, relative
 
 from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
-from ldmcli.maths.filling import spread_over
+from ldmcli.maths.filling import continued, spread_over
+from ldmcli.maths.patches import patched
 from ldmcli.networks.conditions import ASKED, CONDITIONS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
 from ldmcli.networks.diffusion import DiffusionModel
 from ldmcli.networks.layout import LayoutCondition
@@ -293,32 +294,78 @@ def test_typed_and_typographic_signs_are_the_same_words(tmp_path, seen):
         assert torch.equal(ids[0], ids[1]) and tokenizer.unk_token_id not in ids
 
 
+@pytest.mark.parametrize("fill", [spread_over, continued])
 @pytest.mark.parametrize("shape", [(16, 16), (13, 22), (1, 9), (64, 3)])
-def test_what_lies_around_is_spread_over_holes(shape):
+def test_what_lies_around_is_spread_over_holes(shape, fill):
     x = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
     hole = torch.zeros(2, *shape, dtype=torch.bool)
     hole[0, :, shape[1] // 3:] = True
-    filled = spread_over(x.masked_fill(hole[:, None], -9.0), hole)
+    filled = fill(x.masked_fill(hole[:, None], -9.0), hole)
     assert torch.equal(filled[~hole[:, None].expand_as(x)], x[~hole[:, None].expand_as(x)])
     assert filled.min() >= x.min() - 1e-6 and filled.max() <= x.max() + 1e-6  # nothing of what stood in the hole
     ramp = torch.linspace(-1, 1, shape[1]).expand(1, 1, *shape).clone()
     gap = torch.zeros(1, *shape, dtype=torch.bool)
     gap[..., shape[1] // 2] = True
-    assert (spread_over(ramp, gap) - ramp).abs().max() <= 2.5 * 2 / (shape[1] - 1)
-    assert torch.equal(spread_over(x, torch.ones_like(hole)), torch.zeros_like(x))
+    assert (fill(ramp, gap) - ramp).abs().max() <= 2.5 * 2 / (shape[1] - 1)
+    assert torch.equal(fill(x, torch.ones_like(hole)), torch.zeros_like(x))
 
 
-def test_smooth_fillings_are_what_the_first_stage_sees():
-    image, hole = picture(1, 16, 16, 3), np.zeros((16, 16), bool)
-    hole[4:12, 4:12] = True
+def test_slopes_go_on_over_the_rim():
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 48), torch.linspace(-1, 1, 48), indexing="ij")
+    slope = torch.stack([0.4 * x - 0.5 * y, x, 0.3 * x * y])[None]
+    hole = torch.zeros(1, 48, 48, dtype=torch.bool)
+    hole[0, 12:34, 10:36] = True
+    made = [fill(slope.masked_fill(hole[:, None], 9.0), hole) for fill in (continued, spread_over)]
+    plate, spread = ((filled - slope)[:, :, hole[0]].square().mean().sqrt() for filled in made)
+    assert plate < 0.015 and spread > 2 * plate
+
+
+@pytest.mark.parametrize("size", [(48, 60), (96, 131), (200, 150)])
+def test_patches_continue_a_texture(size):
+    """Wavy stripes, which no smooth filling continues; sides that halve to odd ones, and one to three levels."""
+    y, x = torch.meshgrid(*(torch.arange(float(side)) for side in size), indexing="ij")
+    stripes = torch.stack([torch.sin(x / 2 + torch.sin(y / 9)), torch.cos(x / 3), torch.sin(x / 2)])
+    hole = torch.zeros(size, dtype=torch.bool)
+    hole[size[0] // 3:size[0] // 2, size[1] // 3:size[1] // 2] = True
+    hole[-4:, :9] = True
+    given = stripes.masked_fill(hole, 7.0)
+    filled = patched(given, hole)
+    assert filled.shape == stripes.shape and torch.equal(filled[:, ~hole], stripes[:, ~hole])
+    smooth = continued(given[None], hole[None])[0]
+    error, plain = ((made - stripes)[:, hole].square().mean() for made in (filled, smooth))
+    assert error < 0.5 * plain
+    assert filled.abs().max() <= 1 + 1e-5 and torch.equal(filled, patched(stripes, hole))  # the hole is never looked at
+
+
+def test_patches_where_none_is_known():
+    image = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))
+    hole = torch.zeros(40, 40, dtype=torch.bool)
+    hole[::4] = True
+    hole[:, ::4] = True  # 3x3 pixels are known between the bars, a patch has 5x5
+    assert torch.equal(patched(image, hole), continued(image[None], hole[None])[0])
+    assert torch.equal(patched(image, torch.zeros_like(hole)), image)
+    assert torch.equal(patched(image, torch.ones_like(hole)), torch.zeros_like(image))
+    small = image[:, :3, :4]
+    assert torch.equal(patched(small, hole[:3, :4]), continued(small[None], hole[None, :3, :4])[0])
+
+
+def test_fillings_are_what_the_first_stage_sees():
+    stripes = np.where(np.arange(64) % 4 < 2, 110, 146).astype(np.uint8)
+    image, hole = np.tile(stripes[None, :, None], (64, 1, 3)), np.zeros((64, 64), bool)
+    hole[24:40, 24:40] = True
     seen = {}
-    for fill in ("black", "smooth"):
+    for fill in ("black", "smooth", "patches"):
         condition = MaskedCondition(SMALL, {"channels": 4, "fill": fill})
         condition.first_stage = lambda x, fill=fill: F.avg_pool2d(seen.setdefault(fill, x), 4)
         condition(condition.prepare([(image, hole)]))
     inside = torch.from_numpy(hole)
-    assert (seen["black"][0, :, inside] == -1).all() and (seen["smooth"][0, :, inside] > -1).all()
-    assert torch.equal(seen["black"][0, :, ~inside], seen["smooth"][0, :, ~inside])
+    assert (seen["black"][0, :, inside] == -1).all()
+    for fill in ("smooth", "patches"):
+        assert (seen[fill][0, :, inside].abs() < 0.25).all()
+        assert torch.equal(seen["black"][0, :, ~inside], seen[fill][0, :, ~inside])
+    whole = torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1
+    error = {fill: (found[0] - whole)[:, inside].abs().mean() for fill, found in seen.items()}
+    assert error["patches"] < 0.3 * error["smooth"]
 
 
 def test_the_latent_of_the_enlarged_image_stands_beside_the_small_one():

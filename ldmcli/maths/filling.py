@@ -1,5 +1,7 @@
 """Holes filled smoothly from what lies around them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,23 +10,42 @@ STEPS = 20  # of conjugate gradients a level; 50 change a filling of 256 px by l
 
 
 def spread_over(x: Tensor, hole: Tensor) -> Tensor:
-    """Pictures (B, c, H, W) whose holes, bool (B, H, W), go on smoothly from around them; 0 where all is hole.
+    """Pictures (B, c, H, W) whose holes, bool (B, H, W), are filled smoothly from around them; 0 where all is hole.
+
+    Push-pull: means of the known pixels are taken over 2x2 blocks again and again until every block knows one, and
+    come back enlarged (bilinear) where the finer level knows nothing. Known pixels stay.
+    """
+    return _from_coarse(x, hole, "bilinear")
+
+
+def continued(x: Tensor, hole: Tensor) -> Tensor:
+    """Pictures (B, c, H, W) whose holes, bool (B, H, W), go on from around them; 0 where all is hole.
 
     The thin plate: of all fillings the one whose Laplacian has the least square, so that brightness and its slope go
-    on over the rim (biharmonic inside, no slope across the picture's edge). Solved from coarse to fine: means of the
-    known pixels of 2x2 blocks are filled first, enlarged (bicubic) where the finer level knows nothing, and corrected
-    by conjugate gradients. Known pixels stay.
+    on over the rim (biharmonic inside, no slope across the picture's edge). Solved from coarse to fine, each level by
+    conjugate gradients. Known pixels stay, and nothing gets brighter or darker than they are in each channel.
     """
+    filled, unknown = _from_coarse(x, hole, "bicubic", _bent), hole[:, None]
+    low = x.masked_fill(unknown, torch.inf).amin((2, 3), keepdim=True)
+    high = x.masked_fill(unknown, -torch.inf).amax((2, 3), keepdim=True)
+    return torch.where(unknown & (low <= high), filled.clamp(low, high), filled)
+
+
+def _from_coarse(
+    x: Tensor, hole: Tensor, mode: str, correct: Callable[[Tensor, Tensor], Tensor] = lambda x, hole: x
+) -> Tensor:
+    """Holes filled with what the means of known pixels over 2x2 blocks, filled likewise, say when they are enlarged
+    by `mode`; each level is corrected by `correct`."""
     known = (~hole[:, None]).to(x.dtype)
-    if min(x.shape[-2:]) <= 2 or bool((known > 0).all()):
+    if min(x.shape[-2:]) == 1 or bool((known > 0).all()):
         mean = (x * known).mean((2, 3), keepdim=True) / known.mean((2, 3), keepdim=True).clamp(min=1e-6)
         return torch.where(hole[:, None], mean, x)
     # a last row or column without partner is halved with itself
     odd = (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)
     total, share = (F.avg_pool2d(F.pad(part, odd, mode="replicate"), 2) for part in (x * known, known))
-    coarse = spread_over(total / share.clamp(min=1e-6), share[:, 0] == 0)
-    fine = F.interpolate(coarse, size=x.shape[-2:], mode="bicubic", align_corners=False)
-    return _bent(torch.where(hole[:, None], fine, x), hole)
+    coarse = _from_coarse(total / share.clamp(min=1e-6), share[:, 0] == 0, mode, correct)
+    fine = F.interpolate(coarse, size=x.shape[-2:], mode=mode, align_corners=False)
+    return correct(torch.where(hole[:, None], fine, x), hole)
 
 
 def _bent(x: Tensor, hole: Tensor) -> Tensor:

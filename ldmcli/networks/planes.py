@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.maths.filling import spread_over
+from ldmcli.maths.filling import continued
 from ldmcli.maths.patches import patched
 from ldmcli.networks.conditioning import Conditioning
 from ldmcli.networks.transformer import SpatialRescaler
@@ -109,7 +109,7 @@ class MaskedCondition(nn.Module):
 
     A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in
     holes and -1 elsewhere. The published model sees black holes. With facts "fill" = "smooth" what lies around goes on
-    into them first (`spread_over`), so that latents beside a hole are those of the picture and latents in it already
+    into them first (`continued`), so that latents beside a hole are those of the picture and latents in it already
     have about the right brightness and colour; with "patches" they also have the texture of the likest surroundings
     (`patched`), which is done on the CPU while batches are made. facts: "channels" (of a latent), "fill".
     """
@@ -135,7 +135,7 @@ class MaskedCondition(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         x = inputs["image"].float() / 127.5 - 1
-        latent = _encoded(self.first_stage, spread_over(x, inputs["hole"]) if self.fill == "smooth" else x)
+        latent = _encoded(self.first_stage, continued(x, inputs["hole"]) if self.fill == "smooth" else x)
         return Conditioning(concat=masked_planes(latent, inputs["hole"]))
 
 
