@@ -13,7 +13,7 @@ from tiny import ldm, same, state, weights
 
 import ldmcli
 from ldmcli.core.errors import ModelError
-from ldmcli.core.settings import DiffusionSettings
+from ldmcli.core.settings import FILLS, DiffusionSettings
 from ldmcli.formats import compvis, compvis_config, compvis_shapes
 from ldmcli.formats.compvis_write import KEPT, folded
 from ldmcli.formats.detect import Reading
@@ -339,6 +339,20 @@ def test_a_scale_a_channel_goes_there_and_back(tmp_path):
     assert other.scale == LatentScale.identity(3)
     assert torch.allclose(ours.encode(x), other.encode(x), atol=1e-4)
     assert torch.allclose(ours.decode(ours.encode(x)), other.decode(other.encode(x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_what_is_seen_in_holes_goes_there_and_back(tmp_path, fill):
+    from ldmcli.formats import run
+
+    assert ldm("convert", shared("golden", "unet_concat_inpaint", "model.safetensors"), tmp_path / "ldm").code == 0
+    bundle = run.read(tmp_path / "ldm")
+    config = replace(bundle.config, task=replace(bundle.config.task, fill=fill))
+    run.write(replace(bundle, config=config, facts={"masked": bundle.facts["masked"] | {"fill": fill}}), tmp_path / "a")
+    assert ldm("convert", tmp_path / "a", tmp_path / "x.safetensors", "--to", "compvis").code == 0
+    assert ldm("convert", tmp_path / "x.safetensors", tmp_path / "b").code == 0
+    back = run.read(tmp_path / "b")
+    assert back.config.task.fill == back.facts["masked"]["fill"] == fill
 
 
 def test_runs_that_the_original_cannot_hold_are_refused(tmp_path):

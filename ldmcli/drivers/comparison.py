@@ -10,7 +10,7 @@ from ldmcli.drivers.reference import SAME
 NOISE = 1e-9  # relative change that is rounding
 BETTER_HIGH = ("psnr", "ssim", "precision", "recall", "is_", "layout_", "map_")
 # ends of keys that say how much a value is worth, and are nothing to get better at
-BESIDE = ("_std", "_images", "_shuffled", "_real", "_bicubic", "_biharmonic")
+BESIDE = ("_std", "_images", "_shuffled", "_real", "_bicubic", "_biharmonic", "_smooth", "_patches")
 
 
 def read_result(given: str | Path | dict | None) -> dict[str, Any] | None:

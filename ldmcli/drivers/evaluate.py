@@ -226,8 +226,8 @@ def _of_task(run: _Run, model, data, split: str, n: int | None, size, draw: dict
     made, baselines, stated = sources(model, rows, ids, truth, size=size, **draw)
     found = _paired(run, made, truth)
     run.facts |= {**stated, "sampling": sampling_facts(model, draw)}
-    if not baselines:
-        run.warnings.append("no plain method beside it: install scikit-image for its biharmonic inpainting")
+    if stated["task"] == "inpaint" and "biharmonic" not in baselines:
+        run.warnings.append("no biharmonic filling beside it: install scikit-image for that")
     for name, source in baselines.items():
         other = _Run(run.metrics, run.extractor, run.perceptual, run.progress)
         _paired(other, source, truth)

@@ -2,20 +2,26 @@
 
 Super-resolution is given rows made small by the degradation that the model was trained on, inpainting rows with a
 random mask, both by (seed, row). What is compared is the enlarged picture, and the filled one with all known pixels in
-their place. The plain methods: bicubic interpolation of the same small picture (a = -0.5), and the biharmonic filling
-of scikit-image where that is installed. A model without a task can be guided to rows made small (Sec. 4.4, Tab. 4);
+their place. The plain methods: bicubic interpolation of the same small picture (a = -0.5); the biharmonic filling of
+scikit-image where that is installed, and the filling that the model itself is told (`task.fill`): what the network adds
+is what it is better than that. A model without a task can be guided to rows made small (Sec. 4.4, Tab. 4);
 beside it stand the same samples without the guide.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.drivers.image_sources import Source, check_columns, class_of, condition_source, drawn_for
+from ldmcli.maths.filling import continued
+from ldmcli.maths.patches import patched
 
+FILLINGS = {"smooth": lambda x, hole: continued(x[None], hole[None])[0], "patches": patched}
 TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task brings along
 
 
@@ -42,7 +48,7 @@ def task_sources(model, rows, ids: list[int], truth: Source, *, size: tuple[int,
     facts = {**truth.facts, "fingerprint": model.fingerprint, "task": task}
     answers = _enlarged(*how) if task == "sr" else _filled(*how)
     made = Source(name="model", count=len(ids), stream=answers, facts={**facts, "source": "model"})
-    plain = {"bicubic": _bicubic} if task == "sr" else {"biharmonic": _biharmonic} if has_biharmonic() else {}
+    plain = {"bicubic": _bicubic} if task == "sr" else _fillings(model.config.task.fill)
     baselines = {name: replace(made, name=name, facts={**facts, "source": name}, stream=_each(told, ids, task, method))
                  for name, method in plain.items()}
     stated: dict[str, Any] = {"task": task, "baselines": list(baselines)}
@@ -166,6 +172,19 @@ def _bicubic(low: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     planes = np.ascontiguousarray(low.transpose(2, 0, 1)).astype(np.float32) / 255
     return to_uint8(resize(planes, *size, "antialiased"))  # enlarging widens nothing
+
+
+def _fillings(told: str) -> dict[str, Callable]:
+    """Plain fillings by name."""
+    found = {"biharmonic": _biharmonic} if has_biharmonic() else {}
+    return found | {name: partial(_told, fill) for name, fill in FILLINGS.items() if name == told}
+
+
+def _told(fill: Callable, pair: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    image, hole = pair
+    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
+    made = fill(pixels, torch.from_numpy(hole)).permute(1, 2, 0).round().clamp(0, 255)
+    return np.where(hole[..., None], made.to(torch.uint8).numpy(), image)
 
 
 def _biharmonic(pair: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> np.ndarray:

@@ -16,8 +16,9 @@ RADIUS = 2  # patches of 5x5 pixels
 UNKNOWN = 0.05  # weight of a guessed pixel in a distance, beside 1 of a known one
 COARSEST = 64  # pixels of the longer side, at most
 SOURCES = 4096  # known patches that an exhaustive search looks at, at most
-ROUNDS = (3, 2, 1)  # searches on the coarsest level, the next, and all finer ones
+ROUNDS = (3, 3, 2)  # searches on the coarsest level, the next, and all finer ones
 RANDOM = 1  # random places that a patch tries a search, beside four neighbours' finds
+CHUNK = 8192  # patches looked at at a time: few enough for a processor's cache, and for photographs in any memory
 
 
 def patched(image: Tensor, hole: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def patched(image: Tensor, hole: Tensor) -> Tensor:
         for turn in range(ROUNDS[min(n, len(ROUNDS) - 1)]):
             if turn or found is not None:
                 source = level.improved(rows, source, generator)
-            rows = level.voted(rows, level.window, level.around(source))
+            rows = level.voted(rows, level.targets, source)
         found, smooth = (level, source), level.planes(rows)
     return smooth[:, :height, :width]
 
@@ -76,9 +77,7 @@ class _Level:
         self.offsets = (span[:, None] * self.stride + span).flatten()
         self.usable = ~_near(~known).flatten()  # patches that are known whole
         self.targets = (_near(hole) & inside).flatten().nonzero()[:, 0]  # patches that touch the hole
-        self.window = self.around(self.targets)  # (targets, pixels of a patch)
-        weight = (known + UNKNOWN * hole).flatten()[self.window]
-        self.weight = weight / weight.sum(1, keepdim=True)
+        self.weights = (known + UNKNOWN * hole).flatten()
         self.place = torch.full((hole.numel(),), -1)
         self.place[self.targets] = torch.arange(len(self.targets))
 
@@ -94,6 +93,10 @@ class _Level:
         """(pixels, c) -> (c, h, w)."""
         return rows.T.reshape(-1, *self.shape)[:, RADIUS:-RADIUS, RADIUS:-RADIUS]
 
+    def _weight(self, window: Tensor) -> Tensor:
+        weight = self.weights[window]
+        return weight / weight.sum(1, keepdim=True)
+
     def likest(self, rows: Tensor) -> Tensor:
         """For each target the likest of all known patches, or of SOURCES evenly spread ones."""
         source = self.usable.nonzero()[:, 0]
@@ -101,41 +104,54 @@ class _Level:
         patches = F.embedding(self.around(source), rows)
         squares, patches = patches.square().sum(2).T, patches.flatten(1).T
         best = []
-        for window, weight in zip(self.window.split(1024), self.weight.split(1024)):
+        for targets in self.targets.split(CHUNK // 8):
+            window = self.around(targets)
+            weight = self._weight(window)
             wanted = (F.embedding(window, rows) * weight[:, :, None]).flatten(1)
             best.append((weight @ squares - 2 * wanted @ patches).argmin(1))
         return source[torch.cat(best)]
 
     def improved(self, rows: Tensor, source: Tensor, generator: torch.Generator) -> Tensor:
         """`source` where nothing likelier was met: beside the sources of four neighbours, and at random nearby."""
-        wanted, root = F.embedding(self.window, rows), self.weight.sqrt()[:, :, None]
+        reaches = [max(max(self.shape) >> (k + 1), 2) for k in range(RANDOM)]
+        jumps = [torch.randint(-reach, reach + 1, (2, len(source)), generator=generator) for reach in reaches]
+        jumps = [down * self.stride + right for down, right in jumps]
+        best = []
+        for part in torch.arange(len(source)).split(CHUNK):
+            targets, own = self.targets[part], source[part]
+            tries = []
+            for step in (1, -1, self.stride, -self.stride):
+                neighbour = self.place[targets + step]
+                tries.append(torch.where(neighbour >= 0, source[neighbour] - step, own))
+            tries += [own + jump[part] for jump in jumps]
+            best.append(self._nearest(rows, targets, own, tries))
+        return torch.cat(best)
+
+    def _nearest(self, rows: Tensor, targets: Tensor, source: Tensor, tries: list[Tensor]) -> Tensor:
+        """Of `source` and `tries`, (n,) each, what is likest to each of `targets`, by the weighted mean square."""
+        window = self.around(targets)
+        wanted, root = F.embedding(window, rows), self._weight(window).sqrt()[:, :, None]
         first = RADIUS * self.stride + RADIUS
-        least = self._distance(rows, wanted, root, source)
-        others: list[tuple[int, int]] = [(step, 0) for step in (1, -1, self.stride, -self.stride)]
-        others += [(0, max(max(self.shape) >> (k + 1), 2)) for k in range(RANDOM)]
-        for step, reach in others:
-            if not reach:
-                neighbour = self.place[self.targets + step]
-                other = torch.where(neighbour >= 0, source[neighbour] - step, source)
-            else:
-                jump = torch.randint(-reach, reach + 1, (2, len(source)), generator=generator)
-                other = source + jump[0] * self.stride + jump[1]
+        least = None
+        for other in (source, *tries):
             other = other.clamp(first, len(self.hole) - 1 - first)
-            distance = self._distance(rows, wanted, root, other)
-            nearer = distance < least
-            least, source = torch.where(nearer, distance, least), torch.where(nearer, other, source)
+            error = F.embedding(self.around(other), rows).sub_(wanted).mul_(root).flatten(1)
+            distance = error.square_().sum(1).masked_fill_(~self.usable[other], torch.inf)
+            if least is None:
+                least, source = distance, other
+            else:
+                nearer = distance < least
+                least, source = torch.where(nearer, distance, least), torch.where(nearer, other, source)
         return source
 
-    def _distance(self, rows: Tensor, wanted: Tensor, root: Tensor, source: Tensor) -> Tensor:
-        """Weighted mean square between targets and sources; infinite for sources that are not known whole."""
-        error = F.embedding(self.around(source), rows).sub_(wanted).mul_(root).flatten(1)
-        return error.square_().sum(1).masked_fill_(~self.usable[source], torch.inf)
-
-    def voted(self, rows: Tensor, where: Tensor, what: Tensor) -> Tensor:
-        """`rows` whose pixels in the hole are the mean of rows `what` over all places `where` they are told to."""
+    def voted(self, rows: Tensor, targets: Tensor, source: Tensor) -> Tensor:
+        """`rows` whose pixels in the hole are the mean of what patches around `source` say over patches around
+        `targets`."""
         total, count = torch.zeros_like(rows), torch.zeros(len(rows))
-        total.index_add_(0, where.flatten(), F.embedding(what, rows).flatten(0, 1))
-        count.index_add_(0, where.flatten(), torch.ones(where.numel()))
+        for where, what in zip(targets.split(CHUNK), source.split(CHUNK)):
+            where, what = self.around(where).flatten(), self.around(what).flatten()
+            total.index_add_(0, where, F.embedding(what, rows))
+            count.index_add_(0, where, torch.ones(len(where)))
         told = (self.hole & (count > 0))[:, None]
         return torch.where(told, total / count.clamp(min=1)[:, None], rows)
 
@@ -146,10 +162,9 @@ class _Level:
         return self._row(2 * above + y % 2, 2 * left + x % 2)
 
     def twice(self, coarse: "_Level", source: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels here of the coarser level's targets and of what it found for them: each patch at twice its place."""
-        here = (self._row(*(2 * at for at in coarse._place(middles))) for middles in (coarse.targets, source))
-        where, what = map(self.around, here)
-        return where, what
+        """The coarser level's targets and what it found for them, at twice their places."""
+        targets, source = (self._row(*(2 * at for at in coarse._place(rows))) for rows in (coarse.targets, source))
+        return targets, source
 
     def _place(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows // self.stride - RADIUS, rows % self.stride - RADIUS
