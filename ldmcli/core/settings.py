@@ -218,8 +218,8 @@ class TaskSettings:
     degradation: str = "bicubic"  # sr: bicubic (antialiased, as SR3) | bsr | bsr-light (blind, App. D.6)
     enlarged: bool = True  # sr: the latent of the bicubic enlargement stands beside the small image; paper: False
     tone: float = 1.0  # sr: pixels of the small image beyond which results keep its brightness; 0 = as drawn (paper)
-    # inpaint, what the first stage sees in holes: smooth | patches (texture from around; a quarter of a second of a core
-    # for 256 px) | black (paper)
+    # inpaint, what the first stage sees in holes: smooth | patches (texture from around, a quarter of a second of a
+    # core for 256 px) | black (paper)
     fill: str = "smooth"
 
     def __post_init__(self):
