@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from golden_cases import golden
 from PIL import Image
 from tiny import ADAM, ldm, noisy_images, pictures, train_ae, train_ldm
 
 import ldmcli
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.drivers.edit import inpaint_images, upscale_images
+from ldmcli.drivers.edit import inpaint_images, trained_size, unit_of, upscale_images
 from ldmcli.maths.pasting import filled, fitted, pasted, toned, windows
+from ldmcli.maths.patches import patched
 
 FAST = ("--steps", 3, "--sampler", "ddim")
 
@@ -52,7 +55,12 @@ def text(ae) -> Path:
     return trained(ae, "text", "--condition", "text")
 
 
-@pytest.fixture(params=["inpainter", "plain", "text"])
+@pytest.fixture(scope="module")
+def patches(ae) -> Path:
+    return trained(ae, "patches", "--task", "inpaint", "--set", "task.fill=patches")
+
+
+@pytest.fixture(params=["inpainter", "patches", "plain", "text"])
 def any_model(request) -> Path:
     return request.getfixturevalue(request.param)
 
@@ -202,6 +210,23 @@ def test_a_result_depends_on_its_picture_seed_and_number_alone(any_model):
         assert not np.array_equal(alone, inpaint_images(model, images[1:2], masks[1:2], steps=2, **other))
 
 
+def test_what_the_first_stage_loses_of_patches_is_put_back(patches, monkeypatch):
+    """A model that draws the latent of what it is told gives the patches themselves, to the last bit of texture."""
+    model = ldmcli.load(patches)
+    image, hole = image_of(40, 40, 1), hole_of(40, 40, 10, 14, 12, 12)
+    ((rows, columns),) = windows(hole, trained_size(model), (5, 5), unit_of(model))  # what is looked at
+    part = torch.from_numpy(image[rows, columns]).permute(2, 0, 1).float()
+    wanted = image.copy()
+    told = patched(part, torch.from_numpy(hole[rows, columns])).round().clamp(0, 255).byte()
+    wanted[rows, columns] = told.permute(1, 2, 0).numpy()
+    monkeypatch.setattr("ldmcli.drivers.edit.draw_latents", lambda *a, inputs, **k: model.autoencoder.encode(
+        inputs["masked.image"].permute(0, 2, 3, 1).numpy()))
+    assert np.array_equal(inpaint_images(model, image[None], hole[None], blend=0)[0], wanted)
+    model.config = replace(model.config, task=replace(model.config.task, detail=False))
+    drawn = inpaint_images(model, image[None], hole[None], blend=0)[0]
+    assert np.abs(drawn.astype(int) - wanted)[hole].mean() > 5 and np.array_equal(drawn[~hole], image[~hole])
+
+
 def test_two_holes_far_apart_are_not_drawn_with_the_same_noise(plain):
     model, image = ldmcli.load(plain), np.full((20, 200, 3), 120, np.uint8)
     hole = hole_of(20, 200, 6, 6, 8, 8) | hole_of(20, 200, 6, 186, 8, 8)
@@ -293,8 +318,8 @@ def test_inpaint_writes_diverse_results_with_known_pixels_bit_for_bit(any_model,
     facts = json.loads(Image.open(out / "000001.png").text["ldm"])
     assert (facts["command"], facts["image"], facts["mask"], facts["sample"]) == ("inpaint", "photo.png", "mask.png", 1)
     assert ending.json["sources"] == [str(photo)] * 3
-    how = "trained to inpaint" if any_model.name == "inpaint" else "known regions are put back at every step"
-    assert how in ending.stderr
+    trained_for_it = any_model.name in ("inpaint", "patches")
+    assert ("trained to inpaint" if trained_for_it else "known regions are put back at every step") in ending.stderr
 
 
 def test_a_box_is_a_mask(plain, photo, mask, tmp_path):

@@ -221,6 +221,7 @@ class TaskSettings:
     # inpaint, what the first stage sees in holes: smooth | patches (texture from around, a quarter of a second of a
     # core for 256 px) | black (paper)
     fill: str = "smooth"
+    detail: bool = True  # inpaint with patches: what the first stage loses of them is put back into results
 
     def __post_init__(self):
         _choice("task", "name", self.name, TASKS)

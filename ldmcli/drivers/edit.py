@@ -71,11 +71,13 @@ def inpaint_images(
 ) -> np.ndarray:  # fmt: skip
     """uint8 (n, H, W, 3) and bool (n, H, W), True = hole -> uint8 (n, H, W, 3); pixels outside holes as they were.
 
-    A model of task inpaint is told the masked picture; any other generating model keeps the known region on its way
-    down (each step `resample` times, as RePaint). prompts, classes: one a picture, where the model takes them. blend:
-    pixels around a hole by which brightness and colour in it are fitted (`pasting.fitted`); 0 = as drawn. A layout
-    speaks of the whole picture, which is then looked at as a whole. ids, told, tile, max_memory, settings as
-    `upscale_images`. Raises UsageError for a model that can't, InputError for pictures below one latent.
+    A model of task inpaint is told the masked picture. Where that was filled with patches, what the first stage loses
+    of them is put back into what is drawn (task.detail): latents hold no fine texture. Any other generating model keeps
+    the known region on its way down (each step `resample` times, as RePaint). prompts, classes: one a picture, where
+    the model takes them. blend: pixels around a hole by which brightness and colour in it are fitted
+    (`pasting.fitted`); 0 = as drawn. A layout speaks of the whole picture, which is then looked at as a whole. ids,
+    told, tile, max_memory, settings as `upscale_images`. Raises UsageError for a model that can't, InputError for
+    pictures below one latent.
     """
     if model.config.task.name == "sr":
         raise UsageError("inpaint: this model was trained for super-resolution; take one for inpainting or generation")
@@ -105,7 +107,7 @@ def inpaint_images(
             seed if k == 0 else rng.key(seed, "window", k), (tile, max_memory, resample), settings,
         )  # fmt: skip
         for (i, window), (image, hole), made in zip(batch, parts, drawn):
-            made = pasting.fitted(image, made.astype(np.float32), hole, blend).round().clip(0, 255).astype(np.uint8)
+            made = pasting.fitted(image, made, hole, blend).round().clip(0, 255).astype(np.uint8)
             rows, columns = (slice(0, part.stop - part.start) for part in window)
             out[i][window] = pasting.pasted(out[i][window], made[rows, columns], hole[rows, columns])
     return out
@@ -135,12 +137,13 @@ def edited(
 
 
 def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
-    """Pictures whose sides are whole units, with their holes drawn: uint8 (n, H, W, 3)."""
+    """Pictures whose sides are whole units, with their holes drawn: float32 (n, H, W, 3), about 0 … 255."""
     tile, max_memory, resample = how
     size, known = parts[0][0].shape[:2], None
     side = tile_side(model, size, tile, max_memory, settings)
+    prepared: dict[str, Tensor] = {}
     if model.config.task.name == "inpaint":
-        told = told | {"masked": parts}
+        prepared = model.model.conditions.prepare_one("masked", parts)
     else:
         whole = np.stack([pasting.filled(image, hole) for image, hole in parts])
         keep = 1 - torch.from_numpy(np.stack([hole for _, hole in parts]))[:, None].float()
@@ -148,8 +151,13 @@ def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
         keep = -torch.nn.functional.max_pool2d(-keep, f)  # a latent is known where all of its pixels are
         known = Known(tiling.encode(model.autoencoder, whole, side, max_memory), keep.to(model.device), resample)
     with _first_stage(model, side, max_memory):
-        z = _drawn(model, told, ids, seed, size, Steering(known=known, tile=side), settings)
-    return to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))
+        z = _drawn(model, told, ids, seed, size, Steering(known=known, tile=side), settings, prepared)
+    made = to_uint8(tiling.decode(model.autoencoder, z, side, max_memory)).astype(np.float32)
+    if prepared and model.config.task.fill == "patches" and model.config.task.detail:
+        seen = prepared["masked.image"].permute(0, 2, 3, 1).numpy()
+        z = tiling.encode(model.autoencoder, seen, side, max_memory)
+        made += seen.astype(np.float32) - to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))
+    return made
 
 
 @contextmanager
@@ -166,19 +174,21 @@ def _first_stage(model: LoadedDiffusion, side: int, max_memory: float) -> Iterat
 
 def _drawn(
     model: LoadedDiffusion, told: dict[str, list], ids: Sequence[int], seed: int, size: tuple[int, int],
-    steering: Steering, settings: Mapping,
+    steering: Steering, settings: Mapping, prepared: Mapping[str, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Final latents of pictures of `size` px, one for each of `ids`, told the entries of `told` in the same order.
 
-    A prompt, class or layout that is not told is the model's null.
+    prepared: inputs of further conditions (`Conditions.prepare_one`). A prompt, class or layout that is not told is the
+    model's null.
     """
     conditions, n = model.model.conditions, len(ids)
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = dict(prepared or {})
+    ready = {name.partition(".")[0] for name in inputs}
     for kind, given in told.items():
         if kind not in conditions.kinds:
             raise UsageError(f"{OPTIONS[kind]}: this model was trained without {kind}")
         inputs |= conditions.prepare_one(kind, given)
-    missing = [kind for kind in conditions.kinds if kind not in told]
+    missing = [kind for kind in conditions.kinds if kind not in told and kind not in ready]
     if "map" in missing:
         raise UsageError("this model draws what a class map says; `ldm sample --map` takes one")
     if missing:
