@@ -289,6 +289,8 @@ CUSTOM = {
     "class": dict(kinds=("class",), facts={"class": {"class_names": ["a", "b"]}}),
     "map": dict(kinds=("map",), facts={"map": {"classes": 4, "out_channels": 3, "stages": 1}}),
     "inpaint": dict(task={"name": "inpaint"}, facts={"masked": {"channels": 3}}),
+    "patches": dict(task={"name": "inpaint", "fill": "patches"},
+                    facts={"masked": {"channels": 3, "fill": "patches"}}),
     "sqrt": dict(diffusion={"schedule": "sqrt"}),
 }
 

@@ -131,7 +131,7 @@ def ask(name: str, bundle):
     if name == "map":
         maps = [np.full((16, 16), k, np.uint8) for k in (1, 3)]
         return {"map": maps}, {"segmentation": maps}
-    if name == "inpaint":
+    if name in ("inpaint", "patches"):
         image, hole = np.full((16, 16, 3), 90, np.uint8), np.zeros((16, 16), bool)
         hole[4:9, 3:11] = True
         return {"masked": [(image, hole)] * 2}, {"image": [image] * 2, "mask_image": [hole] * 2}
