@@ -18,7 +18,7 @@ COARSEST = 64  # pixels of the longer side, at most
 SOURCES = 4096  # known patches that an exhaustive search looks at, at most
 ROUNDS = (3, 3, 2)  # searches on the coarsest level, the next, and all finer ones
 RANDOM = 1  # random places that a patch tries a search, beside four neighbours' finds
-CHUNK = 8192  # patches looked at at a time: few enough for a processor's cache, and for photographs in any memory
+CHUNK = 8192  # patches looked at at a time: few enough for a processor's cache, whatever the photograph's size
 
 
 def patched(image: Tensor, hole: Tensor) -> Tensor:
