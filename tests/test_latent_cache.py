@@ -144,11 +144,26 @@ def test_without_the_cache_the_same_is_learned(ae, folder, tmp_path):
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_random_crop_is_refused_with_a_cache_and_taken_without(ae, folder, tmp_path):
-    """Row 27: an option that a cache would freeze is refused."""
-    ending = train(tmp_path, "run", ae, folder, "--crop", "random", code=2)
-    assert "--no-cache" in ending.line
-    train(tmp_path, "run2", ae, folder, "--crop", "random", "--no-cache")
+@pytest.mark.parametrize("asked", [(), ("--cache",), ("--set", "data.cache=true")])
+def test_random_crops_turn_the_cache_off_and_say_so(asked, ae, folder, tmp_path, objectives):
+    """Row 27: a cache would freeze the crops. They win, also over a cache that was asked for by name."""
+    ending = train(tmp_path, "run", ae, folder, "--crop", "random", *asked)
+    assert ending.stderr.count("latents are not cached: random crops") == 1
+    assert objectives[0].cache is None and not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_without_a_cache_asked_for_nothing_is_said_of_it(ae, folder, tmp_path):
+    ending = train(tmp_path, "run", ae, folder, "--crop", "random", "--no-cache")
+    assert "cached" not in ending.stderr
+
+
+def test_a_run_of_cached_latents_goes_on_and_one_of_random_crops_as_well(ae, folder, tmp_path):
+    for more in ((), ("--crop", "random")):
+        name = f"run{len(more)}"
+        train(tmp_path, name, ae, folder, *more, steps=1)
+        assert json.loads((tmp_path / name / "run.json").read_text())["step"] == 1
+        train(tmp_path, name, ae, folder, *more, steps=2)
+        assert json.loads((tmp_path / name / "run.json").read_text())["step"] == 2
 
 
 def test_an_array_without_its_list_and_a_cut_one_are_never_read(ae, folder, tmp_path, encoded):

@@ -40,13 +40,14 @@ class DataSettings:
     map_column: str = ""
     size: tuple[int, int] = (0, 0)  # height, width in pixels; (0, 0) = 64x64, or what the autoencoder was trained at
     crop: str = "center"  # center | random (of the resized image)
-    crop_min: float = 1.0  # random crops: the cut's side as a share of the picture's short one is drawn from here to 1
+    crop_min: float = 1.0  # random crops: the cut's side as a share of the picture's short one is drawn from here
+    crop_max: float = 1.0  # … to here; both alike: one size of cut
     resize: str = "bicubic"  # short side to size, antialiased
     flip: bool = False  # mirror half of the images; off by default: text, flags and "left of" have a side
     background: str = "white"  # what shows through transparent pixels
     max_pixels: int = 89_478_485  # a larger image counts as bad
     skip_bad: bool = False
-    cache: bool = True  # latents (train-ldm): encode once
+    cache: bool = True  # latents (train-ldm): encode once, where pictures are seen alike each time (no random crops)
     cache_dtype: str = "float32"  # float32 | float16
     cache_dir: str = ""  # "" = $LDM_CACHE, else .cache/ldm in the home folder
     workers: int = 2  # threads that decode ahead of the loop
@@ -57,8 +58,9 @@ class DataSettings:
         _choice("data", "cache_dtype", self.cache_dtype, ("float32", "float16"))
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"data.val_fraction = {self.val_fraction}: must lie between 0 and 1")
-        if not 0 < self.crop_min <= 1:
-            raise UsageError(f"data.crop_min = {self.crop_min}: must be above 0 and at most 1")
+        if not 0 < self.crop_min <= self.crop_max <= 1:
+            raise UsageError(f"data.crop_min = {self.crop_min:g}, data.crop_max = {self.crop_max:g}: need "
+                             "0 < crop_min <= crop_max <= 1")
         if self.crop_min < 1 and self.crop != "random":
             raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
         if self.limit < 0 or self.workers < 0:
@@ -322,6 +324,11 @@ class DiffusionConfig:
     task: TaskSettings = field(default_factory=TaskSettings)
     train: TrainSettings = field(default_factory=_diffusion_training)
     sample: SampleSettings = field(default_factory=SampleSettings)
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether latents are encoded once and kept: asked for, and each picture is seen alike in every epoch."""
+        return self.data.cache and not self.data.streaming and self.data.crop == "center"
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -39,6 +39,14 @@ def check_settings(config: DiffusionConfig, size: tuple[int, int]) -> None:
         raise UsageError(f"--size {size[0]}x{size[1]} with --scale {scale}: both sides must be multiples of {scale}")
 
 
+def cache_note(config: DiffusionConfig) -> str:
+    """Why latents are not cached although they were asked for; "" where they are, or were not."""
+    if not config.data.cache or config.caches_latents:
+        return ""
+    why = "a stream is not read twice" if config.data.streaming else "random crops show other pixels in each epoch"
+    return f"latents are not cached: {why}, so every batch is encoded anew (--no-cache leaves out this line)"
+
+
 def check_columns(rows, kinds: Sequence[str]) -> None:
     """Raises InputError where the data lack what a condition is made of."""
     for kind in kinds:

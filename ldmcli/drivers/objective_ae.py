@@ -66,7 +66,7 @@ def views(config, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if data.crop == "random":
         u = np.stack([rng.uniform(seed, at, axis).numpy() for axis in ("crop-y", "crop-x")], axis=1)
         if data.crop_min < 1:
-            share = data.crop_min + (1 - data.crop_min) * rng.uniform(seed, at, "crop-size").numpy()
+            share = data.crop_min + (data.crop_max - data.crop_min) * rng.uniform(seed, at, "crop-size").numpy()
             u = np.column_stack([u, 1 / share])
     if data.flip:
         mirrored = (rng.uniform(seed, at, "flip") < 0.5).numpy()

@@ -17,6 +17,7 @@ from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.drivers.condition_data import (
     TABLED,
     ConditionSource,
+    cache_note,
     check_columns,
     check_settings,
     look_at_boxes,
@@ -81,8 +82,9 @@ class DiffusionObjective:
         self._check_latent_size()
         self.networks: dict[str, torch.nn.Module] = {"model": self.model}
         self._prepare_sources()
-        cached = config.data.cache and not config.data.streaming
-        self.cache = self._build_cache(self.rows, "latents") if cached else None
+        if context.is_main and (note := cache_note(config)):
+            console.say(note)
+        self.cache = self._build_cache(self.rows, "latents") if config.caches_latents else None
         self.scale = self._scale()
         self._held = self._validation_latents()
         self.loaded()  # lends the first stage to the conditions
@@ -206,8 +208,6 @@ class DiffusionObjective:
 
     def _build_cache(self, rows, label: str) -> LatentCache:
         data = self.config.data
-        if data.crop == "random":
-            raise UsageError("--set data.crop=random: cached latents are of one crop; add --no-cache or crop=center")
         shape = (self.latent_shape[0] * (1 if self.is_vq else 2), *self.latent_shape[1:])
         how = (f"{self.size}", data.resize, data.background, data.cache_dtype, f"flips {data.flip}")
         folder = cache_root(data.cache_dir) / "latents" / cache_key(self.autoencoder.fingerprint, *how)

@@ -51,6 +51,10 @@ PAPER_AE: dict[str, VALUE] = {
     "train.ema": False,
 }
 
+# Crops of 256 px from pictures whose short side is 384 px, as the released configurations of most first stages and of
+# landscapes have it; those of vq-f4 and vq-f4-noattn name no size to scale to.
+CUT_OF_384: dict[str, VALUE] = {"data.crop_min": 0.6667, "data.crop_max": 0.6667}
+
 PAPER_LDM: dict[str, VALUE] = {
     "diffusion.scale_shift": False,
     "diffusion.position": "none",
@@ -121,6 +125,7 @@ def _first_stage(
     values = PAPER_AE | {
         "data.size": (256, 256),
         "data.crop": "random",
+        **CUT_OF_384,
         "autoencoder.f": f,
         "autoencoder.reg": reg,
         "autoencoder.z_channels": channels,
@@ -278,7 +283,7 @@ MODELS: dict[str, Preset] = {
         "ImageNet classes, LDM-4, with a null class for guidance",
         _Shape(400_920_579, 688, "vq-f4", Z4, context_dim=512), (192, (1, 2, 3, 5), (8, 4, 2)),
         (1e-4, 1200, 178_000), conditioner=_classes(1001, 512), diffusion__num_heads=1,
-        condition__kinds=("class",), condition__drop=0.1, train__ema=False, data__crop="random", sample__steps=20,
+        condition__kinds=("class",), condition__drop=0.1, data__crop="random", sample__steps=20,
         sample__guidance=3.0),
     "text2img256": _model(
         "captions (LAION, then Conceptual Captions), LDM-4",
@@ -290,7 +295,7 @@ MODELS: dict[str, Preset] = {
         _Shape(872_300_484, 686, "kl-f8", Z8, context_dim=1280), (320, (1, 2, 4, 4), (4, 2, 1)),
         (1e-4, 680, 390_000), conditioner=_text(30522, 32, 1280, 77, 581_994_042), scale_factor=0.18215,
         diffusion__num_heads=8, diffusion__beta_start=0.00085, diffusion__beta_end=0.012,
-        diffusion__latent_scale="global", train__ema=False, sample__steps=50, sample__guidance=5.0, **TEXT_SETTINGS),
+        diffusion__latent_scale="global", sample__steps=50, sample__guidance=5.0, **TEXT_SETTINGS),
     "layout2img-openimages256": _model(
         "boxes of OpenImages", _Shape(246_277_379, 1328, "vq-f4", Z4, context_dim=512),
         (128, (1, 2, 3, 4), (8, 4, 2)), (4.8e-5, 24, 4_400_000),
@@ -303,16 +308,17 @@ MODELS: dict[str, Preset] = {
         conditioner={"kind": "map", "in_channels": 182, "out_channels": 3, "stages": 2, "parameters": 546,
                      "tensors": 1},
         diffusion__num_heads=8, diffusion__loss="l1", diffusion__beta_end=0.0205, condition__kinds=("map",),
-        sample__steps=200),
+        sample__steps=200, data__crop="random", **CUT_OF_384),
     "inpainting_big": _model(
         "fills holes in photographs of Places", _Shape(387_245_827, 416, "vq-f4-noattn", Z4, planes=4),
         (256, (1, 2, 3, 4), (8, 4, 2)), (1e-6, 128, 360_000), task__name="inpaint", diffusion__num_heads=8,
-        diffusion__resblock_updown=True, diffusion__loss="l1", diffusion__beta_end=0.0205, sample__steps=50),
+        diffusion__resblock_updown=True, diffusion__loss="l1", diffusion__beta_end=0.0205, data__crop="random",
+        sample__steps=50),
     "bsr_sr": _model(
         "four times as many pixels, from degraded photographs", _Shape(113_622_563, 306, "vq-f4", Z4, planes=3),
         (160, (1, 2, 2, 4), (16, 8)), (6.4e-5, 64, 860_000), task__name="sr", task__scale=4,
         task__degradation="bsr-light", diffusion__beta_end=0.0155,
-        data__crop="random", sample__steps=100, sample__eta=1.0),
+        data__crop="random", data__crop_min=0.5, data__resize="box", sample__steps=100, sample__eta=1.0),
 }
 
 OWN: dict[str, Preset] = {

@@ -19,7 +19,7 @@ from ldmcli.core import console, files, launch
 from ldmcli.core.config import Resolved
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, ConditionSettings, DiffusionConfig
-from ldmcli.drivers.condition_data import check_settings
+from ldmcli.drivers.condition_data import cache_note, check_settings
 from ldmcli.drivers.context import autocast_dtype
 from ldmcli.drivers.loaded import default_device
 from ldmcli.drivers.objective_ae import DEFAULT_SIZE
@@ -112,6 +112,8 @@ def _diffusion_works(config: DiffusionConfig, autoencoder: str, init_from: str, 
     own = tuple(stage.data.size) if any(stage.data.size) else DEFAULT_SIZE
     image = tuple(config.data.size) if any(config.data.size) else own
     check_settings(config, image)
+    if note := cache_note(config):
+        notes.append(note)
     with torch.device("meta"):
         latent = Autoencoder(stage.autoencoder).latent_shape(*image)
         condition, f = _countable(config.condition, notes), stage.autoencoder.f
