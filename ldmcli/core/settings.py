@@ -251,6 +251,7 @@ class TrainSettings:
     warmup: int = 0  # steps, linear
     cooldown: float = 0.0  # share of the steps at the end over which the rate falls linearly to 0
     clip: float = 0.0  # global gradient norm; 0 = off
+    spike: float = 10.0  # a gradient norm this many times the usual one is scaled down to the usual; 0 = off
     ema: bool = True
     ema_decay: float = 0.9999  # the rate in effect is min(ema_decay, (1 + n) / (10 + n))
     ema_scope: str = "all"  # all | unet (the original averages the UNet only)
@@ -263,8 +264,8 @@ class TrainSettings:
     sample_every: int = 1000
     eval_every: int = 1000
     log_every: int = 50
-    eval_images: int = 256  # of the validation rows, at most
-    eval_frechet: bool = True  # train-ae: a Frechet distance of reconstructions beside PSNR and SSIM
+    eval_images: int = 256  # of the validation rows, at most; a short run measures fewer (`measured_images`)
+    eval_frechet: bool = True  # train-ae: a Frechet distance beside PSNR and SSIM, where 64 images or more are measured
     max_hours: float = 0.0  # save and end before; 0 = no limit
     max_minutes: float = 0.0  # steps end early so that training takes this long, cooldown included; 0 = no limit
     track: tuple[str, ...] = ()
@@ -277,6 +278,15 @@ class TrainSettings:
                             "log_every": self.log_every, "save_every": self.save_every})
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
+        if self.spike and self.spike < 2:
+            raise UsageError(f"train.spike = {self.spike:g}: must be at least 2 (norms vary that much anyway), or 0 = off")
+
+    def measured_images(self, most: int) -> int:
+        """How many images a validation looks at: `most`, but an eighth of what the run trains on, and at least 16.
+
+        So that measuring takes a small part of a run of a few steps. The same at every validation of a run.
+        """
+        return min(most, max(16, self.steps * self.batch_size // 8))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discr
 
 SCALE_IMAGES = 2048
 DEFAULT_SIZE = (64, 64)
+FRECHET_IMAGES = 64  # with fewer the distance says nothing, and its network takes longer to load than a short run
 
 
 def open_data(config, context: Context, size: tuple[int, int]):
@@ -91,6 +92,7 @@ class AutoencoderObjective:
 
     kind = "autoencoder"
     main = "autoencoder"  # the network whose weights are the run's result
+    watched = "rec_loss"  # the statistic that tells whether training goes well; the adversarial terms may rise
 
     def __init__(self, config: AutoencoderConfig, run: Path, context: Context):
         from ldmcli.networks.perceptual import perceptual_net
@@ -146,6 +148,16 @@ class AutoencoderObjective:
             f"{s.family} autoencoder, f = {s.f}, {reg}, {count / 1e6:.2f} M parameters, "
             f"{self.size[0]}x{self.size[1]} px, latents {'x'.join(map(str, self.latent_shape))}"
         )
+
+    def measures(self) -> str:
+        """What a validation of this run leaves out because the run is short; "" = nothing."""
+        train = self.config.train
+        usual = min(train.eval_images, len(self.validation))
+        count = train.measured_images(usual)
+        if count == usual:
+            return ""
+        without = ", without the Fréchet distance" if train.eval_frechet and count < FRECHET_IMAGES <= usual else ""
+        return f"a short run: validation on {count} of {usual} images{without}"
 
     def learning_rate(self, phase: str) -> float | None:
         """A rate of its own for a phase, None for train.lr."""
@@ -246,11 +258,12 @@ class AutoencoderObjective:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """PSNR (dB), SSIM, perceptual and Frechet distance on up to train.eval_images validation rows."""
+        """PSNR (dB), SSIM, perceptual and Frechet distance on `train.measured_images` validation rows."""
         from ldmcli.drivers.evaluate import reconstruction_metrics
         from ldmcli.drivers.features import open_extractor
 
-        pixels = self._validation_pixels(self.config.train.eval_images)
+        train = self.config.train
+        pixels = self._validation_pixels(train.measured_images(train.eval_images))
         rebuilt: list[np.ndarray] = []
         mine = share(len(pixels), self.context.rank, self.context.world)
         for start in range(mine.start, mine.stop, 16):
@@ -261,7 +274,7 @@ class AutoencoderObjective:
         made = np.concatenate(parts)
 
         def measure() -> dict[str, float]:
-            extractor = open_extractor() if self.config.train.eval_frechet and len(pixels) > 1 else None
+            extractor = open_extractor() if train.eval_frechet and len(pixels) >= FRECHET_IMAGES else None
             return reconstruction_metrics(np.stack(pixels), made, self.perceptual, extractor)
 
         return self.context.on_main(measure)
@@ -283,7 +296,8 @@ class AutoencoderObjective:
     @torch.no_grad()
     def finish_stats(self) -> dict[str, Any]:
         """stats.json: mean and spread of the latents over up to 2,048 training images, for whoever uses the run."""
-        count = min(SCALE_IMAGES, len(self.rows))
+        planned = self.config.train.steps * self.config.train.batch_size
+        count = min(SCALE_IMAGES, len(self.rows), max(256, planned))
         picked = [int(i) for i in np.linspace(0, len(self.rows) - 1, count).round()]
         total, square, n = 0.0, 0.0, 0
         for start in range(0, count, 32):

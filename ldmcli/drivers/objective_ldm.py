@@ -49,6 +49,7 @@ class DiffusionObjective:
 
     kind = "diffusion"
     main = "model"
+    watched = "loss_model"
 
     def __init__(
         self,
@@ -200,6 +201,9 @@ class DiffusionObjective:
 
     def _held_rows(self) -> int:
         """Validation rows that the loss is measured on: as many as keep their planes in a quarter of a gigabyte."""
+        return self.config.train.measured_images(self._most_held())
+
+    def _most_held(self) -> int:
         planes = sum(kind in ("map", "lowres", "masked") for kind in self.config.kinds)
         room = (1 << 28) // max(1, planes * 4 * self.size[0] * self.size[1])
         return min(len(self.validation), VALIDATION_ROWS, max(room, 32))
@@ -290,6 +294,11 @@ class DiffusionObjective:
             f"diffusion in latents {'x'.join(map(str, self.latent_shape))} of {self.autoencoder_path.name}, told "
             f"{kinds}; {d.prediction}, {count / 1e6:.2f} M parameters"
         )
+
+    def measures(self) -> str:
+        """What a validation of this run leaves out because the run is short; "" = nothing."""
+        count, usual = self._held_rows(), self._most_held()
+        return "" if count == usual else f"a short run: validation on {count} of {usual} images"
 
     def learning_rate(self, phase: str) -> float | None:
         """No phase has a rate of its own."""

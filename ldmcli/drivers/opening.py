@@ -20,6 +20,7 @@ _HARMLESS = (
     "train.warmup",
     "train.cooldown",
     "train.max_bad_steps",
+    "train.spike",
     "train.save_every",
     "train.keep",
     "train.sample_every",

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,12 @@ from ldmcli.drivers.objective_ae import AutoencoderObjective, data_facts
 from ldmcli.drivers.objective_ldm import DiffusionObjective
 from ldmcli.drivers.opening import Options, open_run, out_of_memory, record_failure
 from ldmcli.drivers.optim import Ema, Updater
+from ldmcli.drivers.progress import Progress
 from ldmcli.formats.run import settings_of_weights
 from ldmcli.maths.lr import cooldown_factor, warmup_factor
 
 _CHECK_EVERY = 500  # steps between comparisons of the weights of all processes
 _FP16_SCALE, _FP16_GROWTH = 2.0**15, 2000
-
-
-@dataclass
-class Progress:
-    """All that the loop carries from step to step beside tensors; stored in a checkpoint's state.json."""
-
-    step: int = 0
-    images: int = 0
-    ema_count: int = 0
-    trained_seconds: float = 0.0
-    bad_in_a_row: int = 0
-    loss_scale: float = 1.0
-    good_steps: int = 0
-    precision: str = ""  # of the autocast; "auto" is decided once a run, so that going on is exact
 
 
 def train(kind: str, resolved: Resolved, out: Path, options: Options) -> dict[str, Any]:
@@ -191,7 +178,7 @@ class Training:
                 f"then, {len(self.objective.rows)} now, or other content); restore it, begin anew with "
                 "--fresh, or go on all the same with --allow data"
             )
-        self.progress = Progress(**{k: state[k] for k in Progress.__dataclass_fields__})
+        self.progress = Progress.of(state)
         threads = torch.get_num_threads()
         if self.context.is_main and self.context.device.type == "cpu" and state.get("threads", threads) != threads:
             console.warn(
@@ -226,7 +213,7 @@ class Training:
                         "last good checkpoint stands"
                     )
             state = {
-                **vars(self.progress),
+                **asdict(self.progress),
                 "data_fingerprint": self.objective.rows.fingerprint,
                 "rows": len(self.objective.rows),
                 "batch_size": self.settings.batch_size,
@@ -304,6 +291,8 @@ class Training:
                 f"{context.precision}; "
                 f"step {self.progress.step:,} of {self.settings.steps:,} -> {self.run.path}"
             )
+            if left_out := objective.measures():
+                console.say(left_out)
 
     def _write_start(self) -> None:
         size = sum(p.numel() * 4 for m in self.objective.networks.values() for p in m.parameters())
@@ -396,11 +385,23 @@ class Training:
         norm = torch.nn.utils.get_total_norm(grads)
         good = bool(context.maximum([float(not bool(norm.isfinite()))])[0] == 0)
         if good:
-            if self.settings.clip and norm > self.settings.clip:
-                torch._foreach_mul_(grads, float(self.settings.clip / norm))
+            if (factor := self._scaled_down(phase, float(norm))) < 1:
+                torch._foreach_mul_(grads, factor)
             updater.step(rate)
         self._adapt_scale(good)
         return good, {**{name: total / seen[name] for name, total in sums.items()}, f"grad_norm_{phase}": norm}
+
+    def _scaled_down(self, phase: str, norm: float) -> float:
+        """What the gradient is multiplied by: it is cut to train.clip, and to its usual norm where it is a spike."""
+        course, s = self.progress.course, self.settings
+        first = course.spikes == 0
+        factor = course.factor(phase, norm, s.spike)
+        if first and course.spikes and self.context.is_main:
+            console.warn(
+                f"step {self.progress.step:,}: a gradient norm of {norm:.3g} where {norm * factor:.3g} is usual; "
+                "scaled down to that (more are counted as `spikes` in metrics.jsonl; train.spike sets the bound)"
+            )
+        return min(factor, s.clip / norm) if s.clip and norm > 0 else factor
 
     @contextmanager
     def _count_flops(self, share_of_step: float):
@@ -502,12 +503,14 @@ class Training:
         values = self.context.mean(self.window.close(), mine.stop - mine.start)
         if not self.context.is_main:
             return
+        self._watch_loss(values)
         peak = peak_memory_bytes(self.context.device)
         rate = values["images_per_s"]
         line = {
             "step": self.progress.step,
             "images": self.progress.images,
             **values,
+            "spikes": self.progress.course.spikes,
             "tflops_per_s": self.flops * rate / self.settings.batch_size / 1e12,
             "peak_memory_bytes": peak,
             "trained_seconds": self.progress.trained_seconds,
@@ -523,6 +526,20 @@ class Training:
             f"step {self.progress.step:>7,}/{self.settings.steps:,}  loss {losses}  {rate:.1f} images/s  "
             f"data-wait {values['data_wait'] * 100:.0f} %  {files.human_bytes(peak)}  ETA {clock(left)}"
         )
+
+    def _watch_loss(self, values: dict[str, float]) -> None:
+        """Tells the user, the log and run.json when the loss has risen and stays, and when it is down again."""
+        course, step = self.progress.course, self.progress.step
+        before = course.risen
+        if (loss := values.get(self.objective.watched)) is not None:
+            course.watch(loss, step)
+        if course.risen == before:
+            return
+        texts = course.warnings()
+        for text in texts:
+            console.warn(f"step {step:,}: {text}")
+        self.run.log(step=step, event=texts[0] if texts else "the loss is down again")
+        self.run.update(warnings=texts)
 
     def _trackers(self):
         if not self.settings.track or not self.context.is_main:
@@ -559,10 +576,18 @@ class Training:
         if self.trackers:
             self.trackers.close()
         # the others wait for this, so that none leaves the process group while another still uses it
-        facts = {"trained_seconds": self.progress.trained_seconds, "images": self.progress.images}
+        course = self.progress.course
+        facts = {
+            "trained_seconds": self.progress.trained_seconds,
+            "images": self.progress.images,
+            "spikes": course.spikes,
+            "warnings": course.warnings(),
+        }
         self.context.on_main(lambda: self.run.update(state="finished", exit_code=0, **facts))
         if not self.context.is_main:
             return {}
+        for text in course.warnings():
+            console.warn(f"{self.run.path}: {text}")
         console.say(
             f"done: {self.run.path} at step {self.progress.step:,}, {clock(self.progress.trained_seconds)} of training"
         )

@@ -14,6 +14,8 @@ from ldmcli.core.settings import DataSettings
 # shares of the minutes; the rest is starting, encoding, sampling, measuring (about a minute on two cores)
 _AE_SHARE, _LDM_SHARE = 0.12, 0.72
 HELD_OUT = 128
+POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not told apart any more
+FEW_STEPS = 100  # of the first stage
 
 
 def _resolved(kind: str, values: dict[str, Any], preset: str = "") -> config.Resolved:
@@ -50,16 +52,36 @@ def demo(data: DataSettings, *, minutes: float = 10, out: Path = Path("runs/demo
     console.say(f"demo: {rows.source}, {chosen['size'][0]}x{chosen['size'][1]} px, told "
                 f"{' + '.join(chosen['kinds']) or 'nothing'}; {minutes:g} minutes in all")
     ae, ldm = out / "autoencoder", out / "diffusion"
-    _train("autoencoder", {**base, "train.lr": 0.02, "train.clip": 0.0}, chosen["ae_minutes"], ae, fresh)
+    _train("autoencoder", {**base, "train.lr": 0.02}, chosen["ae_minutes"], ae, fresh)
     # so short a training is misled by more guidance: stars and counts suffer at 2 and 3
     conditions = {"condition.kinds": chosen["kinds"], "sample.guidance": 1.5}
     _train("diffusion", {**base, **conditions}, chosen["ldm_minutes"], ldm, fresh, preset, str(ae))
     summary = {"data": rows.source, "minutes": minutes, "preset": preset or "default", "seed": seed,
                **_measure(data, chosen, ae, ldm, out, seed)}
+    summary["warnings"] = shortcomings(runs.read_run(ae), runs.read_run(ldm), minutes)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.write_json(out / "summary.json", summary)
     _report(out, [ae, ldm], summary)
+    for text in summary["warnings"]:
+        console.warn(text)
     return summary
+
+
+def shortcomings(ae: dict[str, Any], ldm: dict[str, Any], minutes: float) -> list[str]:
+    """What of the two runs (run.json's contents) is not good enough for what follows, and what would help."""
+    found = [f"{name}: {text}" for name, run in (("autoencoder", ae), ("diffusion model", ldm))
+             for text in run.get("warnings") or []]
+    psnr, steps = ae["metrics"]["psnr"], ae["step"]
+    if psnr >= POOR_PSNR:
+        return found
+    if steps < FEW_STEPS:
+        remedy = (f"{steps} steps are too few: give more than --minutes {minutes:g}, a smaller --size, or a machine that "
+                  "does nothing else")
+    else:
+        remedy = (f"after {steps:,} steps these images want more: a longer first stage (`ldm train-ae`, then `ldm "
+                  "train-ldm --autoencoder RUN`), or a larger --minutes")
+    return [*found, f"the autoencoder reconstructs held-out images at {psnr:.1f} dB only (22 is a minimum), and no sample "
+                    f"can be better than its reconstructions; {remedy}"]
 
 
 def _train(kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: bool, preset: str = "",

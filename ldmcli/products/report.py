@@ -62,7 +62,8 @@ def _demo_header(views: Sequence[RunView], summary: dict[str, Any]) -> str:
         f"One command, “ldm demo”, trained an autoencoder and a latent diffusion model from nothing on "
         f"{data.removesuffix(' ()')} and measured them{time}. What they are measured on was held out from training."
     )
-    return f'<header><h1>{title}</h1><p class="lead">{safe(lead)}</p></header>'
+    reasons = "".join(f'<p class="reason">{safe(text)}</p>' for text in summary.get("warnings") or [])
+    return f'<header><h1>{title}</h1><p class="lead">{safe(lead)}</p>{reasons}</header>'
 
 
 def _demo_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -98,6 +98,7 @@ def header(run: RunView) -> str:
     badge = f'<span class="state {state if state in STATES else "unknown"}">{safe(state)}</span>'
     reason = run.state.get("reason")
     reason = f'<p class="reason">{safe(reason)}</p>' if reason and state != "finished" else ""
+    reason += "".join(f'<p class="reason">{safe(text)}</p>' for text in run.state.get("warnings") or [])
     title = f"<h1>{safe(run.name)}{badge}</h1>"
     return f'<header>{title}<p class="lead">{safe(headline(run))}</p>{reason}{page.facts(identity(run))}</header>\n'
 
@@ -183,9 +184,12 @@ def key_figures(run: RunView) -> str:
     peak = [value for _, value in finite([(0, line.get("peak_memory_bytes")) for line in run.log])]
     if peak:
         entries.append(("Peak memory", files.human_bytes(max(peak)), "main process"))
-    bad = sum("event" in line for line in run.log)
+    bad = sum(str(line.get("event", "")).startswith("not applied") for line in run.log)
     if bad:
         entries.append(("Updates not applied", f"{bad:,}", "NaN or Inf"))
+    spikes = max((value for _, value in finite([(0, line.get("spikes")) for line in [*run.log, run.state]])), default=0)
+    if spikes:
+        entries.append(("Gradients scaled down", f"{spikes:,.0f}", "out of all proportion to those before"))
     return page.tiles(entries)
 
 
@@ -225,10 +229,10 @@ def validation_count(run: RunView) -> int | None:
     if run.config is None or not isinstance(rows, int):
         return None
     if run.kind == "autoencoder":
-        return min(rows, run.config.train.eval_images)
+        return run.config.train.measured_images(min(rows, run.config.train.eval_images))
     from ldmcli.drivers.objective_ldm import VALIDATION_ROWS
 
-    return min(rows, VALIDATION_ROWS)
+    return run.config.train.measured_images(min(rows, VALIDATION_ROWS))
 
 
 def _validation_remark(run: RunView) -> str:

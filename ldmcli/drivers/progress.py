@@ -1,0 +1,87 @@
+"""What a training carries from step to step beside tensors, and whether it keeps its course.
+
+A gradient out of proportion to those before it is scaled down and counted; a loss that has risen and stays is told.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+_MEMORY = 50  # updates over which the usual gradient norm is averaged
+_RISE = 10.0  # a loss this many times its lowest, in two log windows in a row, has risen and stays
+_WINDOWS = 2
+
+
+@dataclass
+class Course:
+    """What the loop remembers of the updates so far; part of a checkpoint. Plain numbers, so that JSON holds it."""
+
+    usual: dict[str, list[float]] = field(default_factory=dict)  # phase → [updates seen, mean log of their norms]
+    spikes: int = 0  # updates whose gradient was scaled down
+    lowest: float = 0.0  # of the mean losses of log windows; 0 = none yet
+    lowest_step: int = 0
+    high: int = 0  # log windows in a row whose loss has risen
+    high_since: int = 0  # step of the first of them
+
+    def factor(self, phase: str, norm: float, ratio: float) -> float:
+        """What a gradient of finite norm `norm` is multiplied by: 1, or usual / norm where it is a spike.
+
+        A spike is more than `ratio` times the geometric mean of the last norms of its phase (0 = there are none);
+        while few norms are known the bound is wider: ratio · (1 + 9 / updates). A spike counts as `ratio` times the
+        usual norm in that mean, so that a landscape which really has become steeper is the usual one after a while.
+        """
+        if not ratio or norm <= 0:
+            return 1.0
+        seen, mean = self.usual.get(phase, (0, 0.0))
+        usual = math.exp(mean)
+        spike = seen > 0 and norm > usual * ratio * (1 + 9 / seen)
+        taken = usual * ratio if spike else norm
+        self.usual[phase] = [seen + 1, mean + (math.log(taken) - mean) / min(seen + 1, _MEMORY)]
+        self.spikes += spike
+        return usual / norm if spike else 1.0
+
+    def watch(self, loss: float, step: int) -> None:
+        """Takes the mean loss of a log window that ended at `step`. Losses that are not positive say nothing."""
+        if self.lowest and loss > _RISE * self.lowest or not math.isfinite(loss):
+            self.high_since = self.high_since if self.high else step
+            self.high += 1
+            return
+        self.high = 0
+        if loss > 0 and (not self.lowest or loss < self.lowest):
+            self.lowest, self.lowest_step = loss, step
+
+    @property
+    def risen(self) -> bool:
+        """Whether the loss stands at more than ten times its lowest, and not for one log window only."""
+        return self.high >= _WINDOWS
+
+    def warnings(self) -> list[str]:
+        """What the user must know of the training as it stands, one sentence each."""
+        if not self.risen:
+            return []
+        return [
+            f"the loss has been more than ten times its lowest ({self.lowest:.3g} at step {self.lowest_step:,}) since "
+            f"step {self.high_since:,}: the training has diverged; begin anew with a lower --lr, a longer "
+            "train.warmup or a tighter train.clip"
+        ]
+
+
+@dataclass
+class Progress:
+    """All that the loop carries from step to step beside tensors; stored in a checkpoint's state.json."""
+
+    step: int = 0
+    images: int = 0
+    ema_count: int = 0
+    trained_seconds: float = 0.0
+    bad_in_a_row: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0
+    precision: str = ""  # of the autocast; "auto" is decided once a run, so that going on is exact
+    course: Course = field(default_factory=Course)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """From state.json, which may hold more, and of an older version less."""
+        kept = {name: state[name] for name in cls.__dataclass_fields__ if name in state}
+        return cls(**kept | {"course": Course(**kept.get("course", {}))})
