@@ -279,7 +279,7 @@ class TrainSettings:
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
         if self.spike and self.spike < 2:
-            raise UsageError(f"train.spike = {self.spike:g}: must be at least 2 (norms vary that much anyway), or 0 = off")
+            raise UsageError(f"train.spike = {self.spike:g}: must be at least 2 (norms vary that much), or 0 = off")
 
     def measured_images(self, most: int) -> int:
         """How many images a validation looks at: `most`, but an eighth of what the run trains on, and at least 16.

@@ -75,13 +75,13 @@ def shortcomings(ae: dict[str, Any], ldm: dict[str, Any], minutes: float) -> lis
     if psnr >= POOR_PSNR:
         return found
     if steps < FEW_STEPS:
-        remedy = (f"{steps} steps are too few: give more than --minutes {minutes:g}, a smaller --size, or a machine that "
-                  "does nothing else")
+        remedy = (f"{steps} steps are too few: give more than --minutes {minutes:g}, a smaller --size, or a machine "
+                  "that does nothing else")
     else:
         remedy = (f"after {steps:,} steps these images want more: a longer first stage (`ldm train-ae`, then `ldm "
                   "train-ldm --autoencoder RUN`), or a larger --minutes")
-    return [*found, f"the autoencoder reconstructs held-out images at {psnr:.1f} dB only (22 is a minimum), and no sample "
-                    f"can be better than its reconstructions; {remedy}"]
+    return [*found, f"the autoencoder reconstructs held-out images at {psnr:.1f} dB only ({POOR_PSNR:g} is a minimum), "
+                    f"and no sample can be better than its reconstructions; {remedy}"]
 
 
 def _train(kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: bool, preset: str = "",
