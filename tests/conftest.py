@@ -1,4 +1,4 @@
-"""Shared by all tests: run a command in process or as a process, find the shared folder, keep torch small."""
+"""Shared by all tests: run a command in process or as a process, find the recorded cases, keep torch small."""
 
 import os
 import subprocess
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-os.environ["OMP_NUM_THREADS"] = "1"  # bit-equal results across processes need equal thread counts
-for _name in [name for name in os.environ if name.startswith("LDM_") and name != "LDM_SHARED"]:
+# One thread, since bit-equal results across processes need equal counts; LDM_TEST_THREADS=2 for another number, which
+# holds for the processes that tests start, too. (PyTorch's own ATEN_CPU_CAPABILITY=default or avx2 chooses kernels.)
+os.environ["OMP_NUM_THREADS"] = os.environ.get("LDM_TEST_THREADS", "1")
+for _name in [name for name in os.environ if name.startswith("LDM_")]:
     del os.environ[_name]  # a developer's settings must not reach the tests
 os.environ["LDM_TRAIN_EVAL_FRECHET"] = "false"  # seconds a run for a number that tests of it ask for themselves
 
@@ -58,8 +60,5 @@ def ldm_process(tmp_path):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of golden data and real images; tests that need it are skipped where it isn't."""
-    folder = Path(os.environ.get("LDM_SHARED") or ROOT.parent / "shared")
-    if not folder.is_dir():
-        pytest.skip(f"needs the shared folder (not at {folder}); name it in LDM_SHARED")
-    return folder
+    """The recorded cases and pictures that the tests bring along."""
+    return ROOT / "tests" / "data"

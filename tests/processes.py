@@ -71,8 +71,6 @@ class Command:
 
 
 def run(args: list[str], log: str, env: dict[str, str], before: Callable[[], None] | None) -> None:
-    import torch
-
     from ldmcli.cli import main
 
     os.setsid()
@@ -82,7 +80,6 @@ def run(args: list[str], log: str, env: dict[str, str], before: Callable[[], Non
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
     os.environ.update(env)
-    torch.set_num_threads(1)
     if before:
         before()
     code = main(args)

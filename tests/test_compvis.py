@@ -130,7 +130,7 @@ def plan(name: str, heads: str = "", **changes) -> compvis_config.Plan:
 
 
 def shapes(group: str, name: str) -> dict[str, tuple[int, ...]]:
-    found = json.loads(gzip.decompress(shared("reference", "state_dict_shapes.json.gz").read_bytes()))
+    found = json.loads(gzip.decompress(shared("state_dict_shapes.json.gz").read_bytes()))
     return {key: tuple(shape) for key, shape in found[group][name].items()}
 
 

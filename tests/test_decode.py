@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_cases import shared
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.data.decode import BadImage, decode, probe, scaled_size, shown, to_size
 
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-BROKEN = SHARED / "data" / "broken"
-needs_broken = pytest.mark.skipif(not BROKEN.is_dir(), reason=f"no broken files at {BROKEN}; set LDM_SHARED")
+BROKEN = shared("broken")
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -36,13 +35,10 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def expected_cases() -> list[tuple[str, str]]:
-    if not BROKEN.is_dir():
-        return []
     lines = (BROKEN / "EXPECTED.tsv").read_text("utf-8").splitlines()[1:]
     return [tuple(line.split("\t")[:2]) for line in lines if not line.startswith("odd_names.tar:")]
 
 
-@needs_broken
 @pytest.mark.parametrize("name, readable", expected_cases())
 def test_each_broken_file_is_read_or_refused_as_stated(name, readable):
     with warnings.catch_warnings():
@@ -57,7 +53,6 @@ def test_each_broken_file_is_read_or_refused_as_stated(name, readable):
             assert image.mode == "RGB" and min(image.size) >= 1
 
 
-@needs_broken
 def test_files_with_odd_names_are_read_and_their_names_can_be_shown(tmp_path):
     with tarfile.open(BROKEN / "odd_names.tar") as tar:
         tar.extractall(tmp_path, filter="fully_trusted")  # a dangling link is among them
@@ -77,7 +72,6 @@ def test_files_with_odd_names_are_read_and_their_names_can_be_shown(tmp_path):
     assert len(outcomes) == 8
 
 
-@needs_broken
 def test_the_eight_orientations_are_one_picture():
     first = array(BROKEN / "exif_orientation_1.jpg").astype(int)
     for k in range(2, 9):

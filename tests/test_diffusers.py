@@ -35,7 +35,7 @@ CLOSE = 1e-5  # of the largest value, as the cases' README has it
 
 
 def case(*parts: str) -> Path:
-    return shared("diffusers_golden", *parts)
+    return shared("diffusers", *parts)
 
 
 def io(name: str) -> dict[str, torch.Tensor]:

@@ -1,14 +1,13 @@
 """Evaluation end to end on tiny sets: what is measured, what the result states, and what is refused."""
 
 import json
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from golden_cases import shared, squeezenet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,10 +21,6 @@ from ldmcli.drivers.evaluate import evaluate, reconstruction_metrics
 from ldmcli.drivers.image_sources import spread
 from ldmcli.drivers.reference import write_statistics
 from ldmcli.maths.statistics import frechet_from_features
-
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-GOLDEN = SHARED / "eval_golden"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no recorded values at {GOLDEN}")
 
 
 class TinyNet(torch.nn.Module):
@@ -332,10 +327,9 @@ def test_missing_weights_end_the_command_before_anything_is_drawn(rows, monkeypa
 # --- pairs and reconstructions ---------------------------------------------------------------------------------
 
 
-@golden
 def test_pairs_of_folders_have_the_recorded_psnr_and_ssim(tmp_path):
-    arrays = load_file(GOLDEN / "pairs.safetensors")
-    recorded = json.loads((GOLDEN / "golden.json").read_text())["images"]["rows"][:8]
+    arrays = load_file(shared("metrics", "pairs.safetensors"))
+    recorded = json.loads(shared("metrics", "golden.json").read_text())["images"]["rows"][:8]
     sides = [folder(tmp_path / side, [arrays[f"{i:02d}.{side}"].numpy() for i in range(8)]) for side in "ab"]
     found = evaluate(pairs=sides)
     psnrs = [row["psnr_skimage_range255"] for row in recorded if row["psnr_skimage_range255"] is not None]
@@ -460,9 +454,8 @@ def test_another_sample_count_is_said_in_a_comparison():
 
 def test_the_network_of_lpips_is_chosen_by_its_file(tmp_path):
     import tiny
-    from golden_cases import shared
 
-    weights = shared("data", "weights", "squeezenet1_1_caffe.safetensors")
+    weights = squeezenet(tmp_path / "backbone.safetensors")
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -1,23 +1,18 @@
 """Feature extractors: recorded values, the rule of each resize, independence of the batch, and honest names."""
 
-import io
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from golden_cases import relative, shared, squeezenet
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.drivers import features
 from ldmcli.drivers.features import FEATURES, NETWORKS, Extractor, default_features, extract, open_extractor
 from ldmcli.networks import feature_nets as nets
-
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-WEIGHTS, PHOTOS = SHARED / "data" / "weights", SHARED / "data" / "photos_whole"
-shared = pytest.mark.skipif(not WEIGHTS.is_dir(), reason=f"no weights and photographs at {SHARED / 'data'}")
 
 
 @pytest.fixture(scope="module")
@@ -26,45 +21,41 @@ def lite0():
 
 
 @pytest.fixture(scope="module")
-def crops():
-    """Photographs by name, as the recorded values had them: short side 256, centre crop 224."""
-    import pyarrow.parquet
-    from PIL import Image
-
-    out = {}
-    for row in pyarrow.parquet.read_table(next(PHOTOS.glob("*.parquet")), columns=["photo", "image"]).to_pylist():
-        photo = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        scale = 256 / min(photo.size)
-        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.BICUBIC)
-        left, top = (photo.width - 224) // 2, (photo.height - 224) // 2
-        out[row["photo"]] = np.array(photo.crop((left, top, left + 224, top + 224)))
-    return out
+def photos():
+    """Photographs of 224 x 224 px by name."""
+    return {path.stem: np.array(Image.open(path)) for path in shared("photos").glob("*.png")}
 
 
 def noise_images(n, size=24, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 
-@shared
-def test_effnet_gives_the_recorded_features_and_classes(lite0, crops):
-    checks = json.loads((WEIGHTS / "CHECK.json").read_text())["images"]
-    found, logits = lite0.features_and_logits([crops[photo] for photo in checks])
+def test_effnet_gives_the_recorded_features_and_classes(lite0, photos):
+    checks = json.loads(shared("photos", "efficientnet_lite0.json").read_text())
+    assert checks.keys() == photos.keys() and len(checks) == 3
+    found, logits = lite0.features_and_logits([photos[name] for name in checks])
     for feature, shares, expected in zip(found, torch.from_numpy(logits).softmax(1), checks.values(), strict=True):
-        assert np.allclose(feature[:8], expected["efficientnet_lite0_pool_first8"], atol=2e-3)
-        assert feature.mean() == pytest.approx(expected["efficientnet_lite0_pool_mean"], abs=2e-3)
-        index, _, share = expected["efficientnet_lite0_top3"][0]
+        assert np.allclose(feature[:8], expected["pool_first8"], atol=2e-3)
+        assert feature.mean() == pytest.approx(expected["pool_mean"], abs=2e-3)
+        index, _, share = expected["top1"]
         assert int(shares.argmax()) == index and shares[index].item() == pytest.approx(share, abs=2e-3)
 
 
-@shared
-def test_a_weights_file_of_squeezenet_is_recognised_and_gives_the_recorded_classes(crops):
-    extractor = open_extractor(str(WEIGHTS / "squeezenet1_1_caffe.safetensors"), torch.device("cpu"))
+def test_a_weights_file_of_squeezenet_is_recognised_and_gives_what_torchvision_gives(tmp_path, photos):
+    import torchvision
+
+    path = squeezenet(tmp_path / "some.safetensors")
+    theirs = torchvision.models.squeezenet1_1(weights=None).eval()
+    theirs.load_state_dict(load_file(path))
+    extractor = open_extractor(str(path), torch.device("cpu"))
     assert (extractor.name, extractor.dim, extractor.metric_key) == ("squeezenet", 512, "fd_squeezenet1_1")
-    checks = json.loads((WEIGHTS / "CHECK.json").read_text())["images"]
-    logits = extractor.features_and_logits([crops[photo] for photo in checks])[1]
-    expected = [entry["squeezenet1_1_top3"][0] for entry in checks.values()]
-    assert logits.argmax(1).tolist() == [entry[0] for entry in expected]
-    assert np.allclose(torch.from_numpy(logits).softmax(1).max(1).values, [entry[2] for entry in expected], atol=2e-3)
+    prepare = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.transforms(crop_size=224, resize_size=224)
+    x = torch.stack([prepare(Image.fromarray(photo)) for photo in photos.values()])
+    with torch.no_grad():
+        pooled, logits = theirs.features(x).mean((2, 3)), theirs(x)
+        turned = theirs(x.flip(1))
+    found = [torch.from_numpy(values) for values in extractor.features_and_logits(list(photos.values()))]
+    assert relative(found[0], pooled) < 1e-4 and relative(found[1], logits) < 1e-4 < relative(turned, logits)
 
 
 def test_features_do_not_depend_on_the_batch(lite0):

@@ -43,7 +43,7 @@ def test_bad_files_are_named_with_their_reason_and_stop_nothing(tmp_path):
 
 
 def test_every_picture_that_cannot_be_read_is_listed_and_no_other(shared, tmp_path):
-    folder = shared / "data" / "broken"
+    folder = shared / "broken"
     named = {one["file"] for one in look(folder, tmp_path)["bad"]}
     with open(folder / "EXPECTED.tsv", newline="", encoding="utf-8") as file:
         expected = {row["file"]: row["readable"] for row in csv.DictReader(file, delimiter="\t")}

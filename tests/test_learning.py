@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_cases import squeezenet
 from PIL import Image
 from tiny import (
     ADAM,
@@ -189,11 +190,9 @@ def test_a_pixel_term_alone_changes_encoder_and_decoder(tmp_path, term):
     assert lines[0]["grad_nll"] > 0
 
 
-def test_a_perceptual_term_alone_changes_encoder_and_decoder(tmp_path, shared):
+def test_a_perceptual_term_alone_changes_encoder_and_decoder(tmp_path):
     """Row 12: the perceptual distance has a gradient, and its norm is in the log."""
-    backbone = shared / "data" / "weights" / "squeezenet1_1_caffe.safetensors"
-    if not backbone.is_file():
-        pytest.skip("needs the backbone of the shared folder")
+    backbone = squeezenet(tmp_path / "backbone.safetensors")
     changed, lines = parts_moved(tmp_path, *NO_RECONSTRUCTION, "--set", "loss.perceptual_weight=1",
                                  "--set", f"loss.perceptual={backbone}", "--size", 32, steps=(1, 2))  # fmt: skip
     assert changed == [True, True]

@@ -3,10 +3,10 @@
 import json
 import os
 import socket
-from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import shared
 from safetensors.torch import load_file
 
 from ldmcli.core.errors import UsageError
@@ -22,16 +22,13 @@ from ldmcli.networks.losses import (
     generator_loss,
 )
 
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-GOLDEN = SHARED / "golden" / "ae_losses"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no recorded losses at {GOLDEN}")
 VARIANTS = [f"{reg}.{gan}.step{step}" for reg in ("kl", "vq") for gan in ("hinge", "vanilla") for step in (0, 100)]
 KEYS = {"total_loss", "kl_loss", "nll_loss", "rec_loss", "d_weight", "disc_factor", "g_loss", "quant_loss"}
 
 
 def recorded_discriminator(config):
     net = PatchDiscriminator(3, config["disc"]["ndf"], config["disc"]["n_layers"])
-    net.load_state_dict(load_file(GOLDEN / "discriminator.safetensors"), strict=True)
+    net.load_state_dict(load_file(shared("golden", "ae_losses", "discriminator.safetensors")), strict=True)
     return net
 
 
@@ -47,7 +44,8 @@ def posterior_kl(moments):
 
 @pytest.fixture(scope="module")
 def recorded():
-    return json.loads((GOLDEN / "config.json").read_text()), load_file(GOLDEN / "io.safetensors")
+    folder = shared("golden", "ae_losses")
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "io.safetensors")
 
 
 def run_variant(config, io, variant):
@@ -70,7 +68,6 @@ def run_variant(config, io, variant):
     return stats | {"disc_loss": loss.detach()}, weight.grad, logvar.grad
 
 
-@golden
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_are_those_of_the_original(recorded, variant):
     config, io = recorded
@@ -87,7 +84,6 @@ def test_losses_are_those_of_the_original(recorded, variant):
         assert float(stats["perceptual_loss"]) == pytest.approx(expected["p_loss"], rel=1e-5)
 
 
-@golden
 def test_the_discriminator_gives_the_recorded_logits_in_both_modes(recorded):
     config, io = recorded
     net = recorded_discriminator(config)
@@ -96,7 +92,6 @@ def test_the_discriminator_gives_the_recorded_logits_in_both_modes(recorded):
     torch.testing.assert_close(net.eval()(io["x"]), io["logits_eval_mode"], rtol=1e-5, atol=1e-6)
 
 
-@golden
 def test_codebook_statistics_are_those_of_the_original(recorded):
     config, _ = recorded
     stats = codebook_stats(torch.tensor(config["vq"]["predicted_indices"]), config["vq"]["n_classes"])
@@ -212,7 +207,6 @@ def test_the_edge_term_ignores_brightness_and_sees_a_step():
 
 
 def _train_mode_gradients(rank, world, port, shares, folder):
-    torch.set_num_threads(1)
     if world > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world)

@@ -1,16 +1,11 @@
 """Learning rates and the average's decay against recorded values and by their definition."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
+from golden_cases import shared
 
 from ldmcli.maths import lr
-
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-GOLDEN = SHARED / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded values: set LDM_SHARED to their folder")
 
 CHURCHES = {"warm_up_steps": [10000], "f_min": [1.0], "f_max": [1.0], "f_start": [1e-6], "cycle_lengths": [1e13]}
 INPAINTING = {
@@ -20,10 +15,9 @@ INPAINTING = {
 
 @pytest.fixture(scope="module")
 def golden():
-    return json.loads((GOLDEN / "lr_and_ema.json").read_text())
+    return json.loads(shared("golden", "lr_and_ema.json").read_text())
 
 
-@needs_golden
 @pytest.mark.parametrize(
     "name, function, parameters",
     [
@@ -40,7 +34,6 @@ def test_schedulers_of_the_original_match_their_recorded_multipliers(name, funct
         assert function(int(n), **(parameters or case["params"])) == pytest.approx(expected, rel=1e-9), n
 
 
-@needs_golden
 def test_average_with_this_decay_takes_the_recorded_values(golden):
     case = golden["ema"]
     weight, shadow = list(case["initial_weight"]), list(case["initial_weight"])

@@ -3,22 +3,16 @@
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_cases import shared
 from safetensors.torch import load_file, save_file
 
 from ldmcli.core.errors import InputError
 from ldmcli.networks.perceptual import BACKBONES, PerceptualNet, detect, perceptual_net, read_heads
-
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-GOLDEN, WEIGHTS = SHARED / "eval_golden", SHARED / "data" / "weights"
-SQUEEZE = WEIGHTS / "squeezenet1_1_caffe.safetensors"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no recorded distances at {GOLDEN}")
-weights = pytest.mark.skipif(not SQUEEZE.is_file(), reason=f"no weights at {SQUEEZE}")
 
 
 def trunk_state(kind):
@@ -46,11 +40,10 @@ def recorded_trunk(kind, seed):
     return state
 
 
-@golden
 @pytest.mark.parametrize("kind, pairs", [("squeeze", range(12)), ("alex", range(12)), ("vgg", (0, 3, 6, 8))])
 def test_distances_are_those_of_lpips(kind, pairs):
-    images = json.loads((GOLDEN / "golden.json").read_text())["images"]
-    arrays = load_file(GOLDEN / "pairs.safetensors")
+    images = json.loads(shared("metrics", "golden.json").read_text())["images"]
+    arrays = load_file(shared("metrics", "pairs.safetensors"))
     net = PerceptualNet(kind, recorded_trunk(kind, images["trunk_seed"]), read_heads(kind))
     for pair in pairs:
         a, b = (arrays[f"{pair:02d}.{side}"].permute(2, 0, 1)[None] / 127.5 - 1 for side in "ab")
@@ -58,37 +51,15 @@ def test_distances_are_those_of_lpips(kind, pairs):
         assert net(a, b).item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
-@weights
-@pytest.mark.skipif(not (SHARED / "data" / "photos_whole").is_dir(), reason="no photographs")
-def test_a_local_squeezenet_gives_the_recorded_distances_of_photographs():
-    import pyarrow.parquet
-    from PIL import Image, ImageFilter, ImageOps
-
-    checks = json.loads((WEIGHTS / "CHECK.json").read_text())["images"]
-    table = next((SHARED / "data" / "photos_whole").glob("*.parquet"))
-    rows = pyarrow.parquet.read_table(table, columns=["photo", "image"]).to_pylist()
-    net = perceptual_net(str(SQUEEZE))
-
-    def pixels(image):
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
-
-    compared = 0
-    for row in rows:
-        if row["photo"] not in list(checks)[:3]:
-            continue
-        photo = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        scale = 256 / min(photo.size)
-        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.BICUBIC)
-        left, top = (photo.width - 224) // 2, (photo.height - 224) // 2
-        crop = photo.crop((left, top, left + 224, top + 224))
-        expected = checks[row["photo"]]
-        blurred = crop.filter(ImageFilter.GaussianBlur(2))
-        assert net(pixels(crop), pixels(blurred)).item() == pytest.approx(
-            expected["lpips_squeeze_heads_crop_vs_blur2"], abs=2e-3)
-        assert net(pixels(crop), pixels(ImageOps.mirror(crop))).item() == pytest.approx(
-            expected["lpips_crop_vs_hflip"], abs=2e-3)
-        compared += 1
-    assert compared == 3
+def test_a_local_file_of_backbone_weights_gives_the_recorded_distances(tmp_path):
+    images = json.loads(shared("metrics", "golden.json").read_text())["images"]
+    arrays = load_file(shared("metrics", "pairs.safetensors"))
+    trunk = recorded_trunk("squeeze", images["trunk_seed"])
+    save_file({f"features.{name}": value for name, value in trunk.items()}, tmp_path / "backbone.safetensors")
+    net = perceptual_net(str(tmp_path / "backbone.safetensors"))
+    for row in images["rows"][:3]:
+        a, b = (arrays[f"{row['pair']}.{side}"].permute(2, 0, 1)[None] / 127.5 - 1 for side in "ab")
+        assert net(a, b).item() == pytest.approx(row["lpips"]["squeeze"], rel=1e-4, abs=1e-7)
 
 
 @pytest.fixture(scope="module")

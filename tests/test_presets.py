@@ -52,7 +52,7 @@ def counts(module: torch.nn.Module) -> tuple[int, int]:
 
 
 def shapes(group: str, name: str) -> dict[str, list[int]]:
-    with gzip.open(shared("reference", "state_dict_shapes.json.gz")) as file:
+    with gzip.open(shared("state_dict_shapes.json.gz")) as file:
         return json.load(file)[group][SHAPES_NAME.get(name, name)]
 
 

@@ -7,21 +7,17 @@ that function's coefficients, (constant, start, noise of step 0, 1, …): mean a
 import ast
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_cases import shared
 
 from ldmcli.core.settings import DiffusionSettings
 from ldmcli.maths import samplers, schedule
 from ldmcli.maths.samplers import SAMPLERS
 from ldmcli.maths.schedule import Levels, make_schedule
-
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-GOLDEN = SHARED / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded values: set LDM_SHARED to their folder")
 
 MEAN, STD = 0.7, 0.6
 VP = make_schedule(DiffusionSettings(prediction="v"))
@@ -79,10 +75,9 @@ def test_the_module_imports_neither_torch_nor_numpy():
     assert imported <= {"collections.abc", "dataclasses", "math", "typing"}
 
 
-@needs_golden
 @pytest.mark.parametrize("name", ["ddim", "plms"])
 def test_trajectory_is_the_recorded_one_of_the_original(name):
-    case = json.loads((GOLDEN / "sampler_trajectories.json").read_text())
+    case = json.loads(shared("golden", "sampler_trajectories.json").read_text())
     recorded = case["trajectories"][name]
     process = make_schedule(
         DiffusionSettings(prediction="eps", beta_start=case["linear_start"], beta_end=case["linear_end"])

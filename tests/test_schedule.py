@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_cases import shared
 from scipy import stats
 
 from ldmcli.core.errors import UsageError
@@ -15,10 +14,6 @@ from ldmcli.core.settings import DiffusionSettings
 from ldmcli.maths import schedule
 from ldmcli.maths.samplers import ddim_sigma
 from ldmcli.maths.schedule import levels, levels_at, make_schedule, timesteps
-
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-GOLDEN = SHARED / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded values: set LDM_SHARED to their folder")
 
 NAMED = ("uncond_0195", "cond_0205", "churches_sr_0155", "text_1p4B", "rdm")
 PREDICTIONS = ("eps", "v", "x0", "flow")
@@ -33,7 +28,7 @@ VP, FLOW = process(), process(prediction="flow")
 
 @pytest.fixture(scope="module")
 def golden():
-    return json.loads((GOLDEN / "schedules.json").read_text())
+    return json.loads(shared("golden", "schedules.json").read_text())
 
 
 def named(golden, name):
@@ -41,7 +36,6 @@ def named(golden, name):
     return case, process(beta_start=case["linear_start"], beta_end=case["linear_end"])
 
 
-@needs_golden
 @pytest.mark.parametrize("name", NAMED)
 def test_linear_schedule_matches_the_recorded_one(name, golden):
     case, s = named(golden, name)
@@ -54,7 +48,6 @@ def test_linear_schedule_matches_the_recorded_one(name, golden):
         assert s.alphas_cumprod[int(t)] == pytest.approx(value, rel=1e-11)
 
 
-@needs_golden
 @pytest.mark.parametrize("name", ["cosine", "sqrt_linear", "sqrt"])
 def test_other_schedules_match_the_recorded_ones(name, golden):
     case = golden["other"][name]
@@ -66,7 +59,6 @@ def test_other_schedules_match_the_recorded_ones(name, golden):
         assert s.alphas_cumprod[int(t)] == pytest.approx(value, rel=1e-9)
 
 
-@needs_golden
 @pytest.mark.parametrize("name", NAMED)
 def test_original_subsets_levels_and_noise_match_the_recorded_ones(name, golden):
     case, s = named(golden, name)
@@ -92,7 +84,6 @@ def test_original_subsets_levels_and_noise_match_the_recorded_ones(name, golden)
             np.testing.assert_allclose(sigmas[-4:], last, rtol=5e-5)
 
 
-@needs_golden
 def test_original_subset_fails_for_exactly_the_step_counts_that_overrun_the_originals_table(golden):
     refused = []
     for steps in range(1, 1001):
@@ -103,7 +94,6 @@ def test_original_subset_fails_for_exactly_the_step_counts_that_overrun_the_orig
     assert refused == golden["uniform_step_counts_that_index_1000"]
 
 
-@needs_golden
 def test_original_subset_has_the_recorded_number_of_steps(golden):
     refused = set(golden["uniform_step_counts_that_index_1000"])
     counts = {s: n for s, n in golden["uniform_number_of_timesteps_for_S"].items() if int(s) not in refused}
@@ -112,13 +102,11 @@ def test_original_subset_has_the_recorded_number_of_steps(golden):
         assert len(timesteps(VP, int(steps), "original")) == n
 
 
-@needs_golden
 def test_quadratic_subset_matches_the_recorded_one(golden):
     for steps, expected in golden["quad_timesteps"].items():
         assert timesteps(VP, int(steps), "original_quad") == expected[::-1]
 
 
-@needs_golden
 def test_buffers_match_the_recorded_ones(golden):
     case = golden["ddpm_buffers"]
     table = schedule.buffers(process(beta_start=case["linear_start"], beta_end=case["linear_end"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_cases import shared
 from PIL import Image
 
 from ldmcli.core.errors import InputError, UsageError
@@ -18,9 +19,6 @@ from ldmcli.data.sources import open_rows, usable, verify
 from ldmcli.data.streams import mixed, stream
 from ldmcli.data.tables import open_tables
 
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-DATA = SHARED / "data"
-needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets at {DATA}; set LDM_SHARED")
 SIZE = (8, 8)
 
 
@@ -235,13 +233,13 @@ def test_maps_and_objects_of_a_folder_come_with_their_pictures(tmp_path):
     assert found.boxes(0, (4, 4))["bbox"].tolist() == [[0, 0, 0.5, 1]]
 
 
-@needs_shared
 def test_the_broken_folder_gives_its_good_pictures_and_names_the_bad(tmp_path):
-    expected = dict(line.split("\t")[:2] for line in (DATA / "broken/EXPECTED.tsv").read_text().splitlines()[1:])
-    with tarfile.open(DATA / "broken/odd_names.tar") as tar:
+    broken = shared("broken")
+    expected = dict(line.split("\t")[:2] for line in (broken / "EXPECTED.tsv").read_text().splitlines()[1:])
+    with tarfile.open(broken / "odd_names.tar") as tar:
         tar.extractall(tmp_path, filter="fully_trusted")
     names, refused = set(), set()
-    for root, prefix in ((DATA / "broken", ""), (tmp_path / "odd_names", "odd_names.tar:")):
+    for root, prefix in ((broken, ""), (tmp_path / "odd_names", "odd_names.tar:")):
         chosen = settings(root, skip_bad=True)
         for split in ("train", "validation"):
             rows, bad = usable(open_rows(chosen, split=split), chosen)
@@ -252,7 +250,7 @@ def test_the_broken_folder_gives_its_good_pictures_and_names_the_bad(tmp_path):
     assert {name for name, verdict in expected.items() if verdict == "yes"} <= names
     assert not {name for name, verdict in expected.items() if verdict == "no"} & names
     with pytest.raises(InputError, match=r"pictures cannot be read: .*truncated|and \d+ more"):
-        usable(open_rows(settings(DATA / "broken")), settings(DATA / "broken"))
+        usable(open_rows(settings(broken)), settings(broken))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -637,14 +635,37 @@ def test_fingerprints_of_shapes_tell_levels_splits_and_limits_apart():
     assert len(prints) == 6  # the limit touches training rows only
 
 
-@needs_shared
-@pytest.mark.parametrize("name, sizes, roles", [
-    ("digits8", (1500, 297), {"image", "caption", "label"}),
-    ("layout128", (1200, 150), {"image", "caption", "objects", "map"}),
-    ("imagefolder_classes", (24, 9), {"image", "label"}),
+def layouts(root: Path) -> Path:
+    """Pictures with a caption, boxes and a class map, as published sets have them."""
+    import datasets
+
+    for split, n in (("train", 5), ("validation", 2)):
+        objects = {"bbox": [[0.0, 0.0, 4.0, 8.0]], "category": [1], "area": [32.0]}
+        parquet(root, f"{split}-00000-of-00001.parquet", n, segmentation=[{"bytes": png(k), "path": None}
+                for k in range(n)], caption=[f"{k}" for k in range(n)], objects=[objects] * n, image_id=list(range(n)))
+    boxes = {"bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4)),
+             "category": datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"])),
+             "area": datasets.Sequence(datasets.Value("float32"))}  # fmt: skip
+    for path in root.glob("*.parquet"):
+        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(root.parent / "cache"))
+        table.cast_column("segmentation", datasets.Image()).cast_column("objects", boxes).to_parquet(path)
+    return root
+
+
+def class_folders(root: Path) -> Path:
+    for split, n in (("train", 4), ("validation", 1)):
+        pictures(root / split, *(f"{kind}/{k}.png" for kind in ("animals", "food") for k in range(n)))
+    return root
+
+
+@pytest.mark.parametrize("made, sizes, roles", [
+    (lambda root: shared("digits"), (40, 10), {"image", "caption", "label"}),
+    (layouts, (5, 2), {"image", "caption", "objects", "map"}),
+    (class_folders, (8, 2), {"image", "label"}),
 ])  # fmt: skip
-def test_the_shared_sets_open_with_their_splits_and_columns(name, sizes, roles):
-    both = [open_rows(settings(DATA / name), split=split) for split in ("train", "validation")]
+def test_whole_sets_open_with_their_splits_and_columns(tmp_path, made, sizes, roles):
+    root = made(tmp_path / "set")
+    both = [open_rows(settings(root), split=split) for split in ("train", "validation")]
     assert tuple(map(len, both)) == sizes and set(both[0].columns) == roles
     assert both[1].pixels(0, SIZE).shape == (8, 8, 3)
 

@@ -2,18 +2,13 @@
 
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_cases import shared
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.maths import statistics as st
-
-SHARED = Path(os.environ.get("LDM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-GOLDEN = SHARED / "eval_golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded values: set LDM_SHARED to their folder")
 
 SETS = ("a", "b", "rank_deficient", "offset", "collapsed", "identical")
 GAUSSIANS = (
@@ -24,21 +19,21 @@ PAIRS = tuple(f"{i:02d}" for i in range(12))
 
 @pytest.fixture(scope="module")
 def golden():
-    return json.loads((GOLDEN / "golden.json").read_text())
+    return json.loads(shared("metrics", "golden.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def features():
     from safetensors.numpy import load_file
 
-    return load_file(GOLDEN / "features.safetensors")
+    return load_file(shared("metrics", "features.safetensors"))
 
 
 @pytest.fixture(scope="module")
 def pairs():
     from safetensors.numpy import load_file
 
-    return load_file(GOLDEN / "pairs.safetensors")
+    return load_file(shared("metrics", "pairs.safetensors"))
 
 
 def rng():
@@ -51,7 +46,6 @@ def spread(d, seed=0):
     return x @ x.T / d
 
 
-@needs_golden
 @pytest.mark.parametrize("name", SETS)
 def test_fid_of_features_matches_the_recorded_exact_value(name, golden, features):
     exact = golden["features"][name]["fid"]["exact_float64_nuclear_norm"]
@@ -59,7 +53,6 @@ def test_fid_of_features_matches_the_recorded_exact_value(name, golden, features
     assert value == pytest.approx(exact, rel=1e-11, abs=1e-12)
 
 
-@needs_golden
 @pytest.mark.parametrize("name", SETS)
 def test_fid_of_merged_batches_matches_the_recorded_exact_value(name, golden, features):
     moments = []
@@ -74,18 +67,16 @@ def test_fid_of_merged_batches_matches_the_recorded_exact_value(name, golden, fe
     assert st.frechet(*moments) == pytest.approx(exact, rel=1e-11, abs=1e-12)
 
 
-@needs_golden
 @pytest.mark.parametrize("name", GAUSSIANS)
 def test_frechet_distance_matches_the_closed_form_of_recorded_gaussians(name, golden):
     from safetensors.numpy import load_file
 
-    arrays = load_file(GOLDEN / "gaussians.safetensors")
+    arrays = load_file(shared("metrics", "gaussians.safetensors"))
     exact = next(row["exact"] for row in golden["gaussians"] if row["name"] == name)
     value = st.frechet(*(arrays[f"{name}.{part}"] for part in ("mu1", "sigma1", "mu2", "sigma2")))
     assert value == pytest.approx(exact, rel=1e-11)
 
 
-@needs_golden
 @pytest.mark.parametrize("name", SETS)
 def test_kid_matches_the_recorded_float64_value(name, golden, features):
     entry = golden["features"][name]["kid"]
@@ -99,7 +90,6 @@ def test_kid_matches_the_recorded_float64_value(name, golden, features):
     assert std == pytest.approx(entry["torch_fidelity_float64"]["std"], **bound)
 
 
-@needs_golden
 @pytest.mark.parametrize("name", SETS)
 def test_precision_and_recall_match_the_recorded_counts(name, golden, features):
     entry = golden["features"][name]["prc"]["scipy_cdist_float64"]
@@ -109,7 +99,6 @@ def test_precision_and_recall_match_the_recorded_counts(name, golden, features):
     assert round(recall * len(reference)) == round(entry["recall"] * len(reference))
 
 
-@needs_golden
 @pytest.mark.parametrize("name", ["logits_small", "logits_1008"])
 @pytest.mark.parametrize("splits, shuffle", [(10, True), (10, False), (1, True)])
 def test_inception_score_matches_the_recorded_value(name, splits, shuffle, golden, features):
@@ -119,7 +108,6 @@ def test_inception_score_matches_the_recorded_value(name, splits, shuffle, golde
     assert std == pytest.approx(entry["std"], abs=1e-9)
 
 
-@needs_golden
 @pytest.mark.parametrize("name", PAIRS)
 def test_psnr_and_ssim_match_the_recorded_values(name, golden, pairs):
     row = next(row for row in golden["images"]["rows"] if row["pair"] == name)

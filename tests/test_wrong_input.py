@@ -110,9 +110,7 @@ def test_a_file_without_permission_is_named(tmp_path):
 
 def test_the_broken_folder_is_refused_by_name_and_trains_with_skip_bad(tmp_path, shared):
     """Row 23, 24: 77 damaged and unusual files: those that can be read are read, the others named."""
-    folder = shared / "data" / "broken"
-    if not folder.is_dir():
-        pytest.skip("needs the broken folder")
+    folder = shared / "broken"
     assert "pictures cannot be read" in refused(3, *begin(folder, tmp_path / "a"))
     ending = ldm(*begin(folder, tmp_path / "b", "--skip-bad"))
     assert ending.code == 0, ending.stderr
