@@ -639,16 +639,20 @@ def layouts(root: Path) -> Path:
     """Pictures with a caption, boxes and a class map, as published sets have them."""
     import datasets
 
-    for split, n in (("train", 5), ("validation", 2)):
-        objects = {"bbox": [[0.0, 0.0, 4.0, 8.0]], "category": [1], "area": [32.0]}
-        parquet(root, f"{split}-00000-of-00001.parquet", n, segmentation=[{"bytes": png(k), "path": None}
-                for k in range(n)], caption=[f"{k}" for k in range(n)], objects=[objects] * n, image_id=list(range(n)))
+    root.mkdir()
     boxes = {"bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4)),
              "category": datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"])),
              "area": datasets.Sequence(datasets.Value("float32"))}  # fmt: skip
-    for path in root.glob("*.parquet"):
-        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(root.parent / "cache"))
-        table.cast_column("segmentation", datasets.Image()).cast_column("objects", boxes).to_parquet(path)
+    features = datasets.Features({
+        "image": datasets.Image(), "segmentation": datasets.Image(), "caption": datasets.Value("string"),
+        "objects": boxes, "image_id": datasets.Value("int64")})  # fmt: skip
+    file = io.BytesIO()
+    Image.new("L", SIZE, 3).save(file, "PNG")
+    for split, n in (("train", 5), ("validation", 2)):
+        row = {"segmentation": {"bytes": file.getvalue(), "path": None}, "caption": "a dog", "objects": {
+            "bbox": [[0, 0, 4, 8]], "category": [1], "area": [32]}}  # fmt: skip
+        rows = [{"image": {"bytes": png(k + 1), "path": None}, "image_id": k, **row} for k in range(n)]
+        datasets.Dataset.from_list(rows, features).to_parquet(root / f"{split}-00000-of-00001.parquet")
     return root
 
 
