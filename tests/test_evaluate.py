@@ -345,7 +345,7 @@ def test_pairs_share_their_relative_path_whatever_the_file_type(tmp_path):
     first, second = folder(tmp_path / "a", images), folder(tmp_path / "b", images, ".bmp")
     assert evaluate(pairs=(first, second), metrics=["psnr"])["metrics"]["psnr_equal_images"] == 3
     (second / "000001.bmp").rename(second / "other.bmp")
-    with pytest.raises(InputError, match=r"000001: has no partner"):
+    with pytest.raises(InputError, match=r"000001.png: has no partner"):
         evaluate(pairs=(first, second), metrics=["psnr"])
 
 

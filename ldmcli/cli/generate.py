@@ -55,7 +55,7 @@ def reconstruct(given: opt.Given) -> None:
     from ldmcli.drivers.generate import reconstruct_to_folder
 
     result = reconstruct_to_folder(given.images, given.autoencoder, out, size=config.size_of(given.size),
-                                   overwrite=given.overwrite)
+                                   overwrite=given.overwrite, own_folder=given.out is None)
     if given.json:
         console.emit_json(result)
     else:

@@ -1,6 +1,6 @@
 """What `ldm sample`, `ldm inpaint` and `ldm upscale` ask of the generator, as plain data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,13 @@ class EditRequest:
     spacing: str | None = None
     batch_size: int | None = None
     weights: str = "ema"  # ema | raw
+
+
+def named_files(request: SampleRequest | EditRequest) -> list[Path]:
+    """The files that a request names, in order of its fields; folders are left out."""
+    values = [getattr(request, one.name) for one in fields(request)]
+    paths = [path for value in values for path in (value if isinstance(value, tuple) else (value,))]
+    return [path for path in paths if isinstance(path, Path) and path.is_file()]
 
 
 def sampling_of(request: SampleRequest | EditRequest) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`ldm inpaint` and `ldm upscale`: picture files to picture files, with what was asked for inside them."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -12,17 +11,19 @@ import numpy as np
 from PIL import Image
 
 from ldmcli import __version__
-from ldmcli.core import console, files, runs
+from ldmcli.core import console, runs
 from ldmcli.core.config import from_toml
 from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
-from ldmcli.core.requests import EditRequest, sampling_of, sampling_used
+from ldmcli.core.outputs import SHEET, Results
+from ldmcli.core.requests import EditRequest, named_files, sampling_of, sampling_used
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, probe
 from ldmcli.drivers import tiling
 from ldmcli.drivers.drawing import holed
 from ldmcli.drivers.edit import check_edit, inpaint_images, trained_size, upscale_images
-from ldmcli.drivers.generate import batches, end_if_asked, image_bytes, image_files, output_names, still_to_draw
-from ldmcli.drivers.grids import save_grid
+from ldmcli.drivers.generate import batches, contents, end_if_asked, image_bytes, image_files, output_names
+from ldmcli.drivers.grids import grid, png_bytes
+from ldmcli.drivers.image_sources import by_pair_name
 from ldmcli.drivers.load import load
 from ldmcli.drivers.loaded import LoadedDiffusion
 
@@ -77,8 +78,8 @@ def _boxed(box: tuple[int, int, int, int] | None, size: tuple[int, int], image: 
 
 
 def paired(request: EditRequest) -> list[_Source]:
-    """Pictures with their masks: two files, or two folders paired by the names without their endings; or one box for
-    all. Raises InputError, naming what has no partner."""
+    """Pictures with their masks: two files, or two folders paired by relative path without ending; or one box for all.
+    Raises InputError, naming what has no partner or two."""
     images = image_files(list(request.images))
     if request.box is not None:
         return [_Source(image, box=request.box) for image in images]
@@ -89,12 +90,17 @@ def paired(request: EditRequest) -> list[_Source]:
     masks = image_files(list(request.masks))
     if not request.images[0].is_dir():
         return [_Source(images[0], masks[0])]
-    by_stem = {mask.stem: mask for mask in masks}
-    lost = [image for image in images if image.stem not in by_stem]
+    pictures = by_pair_name(request.images[0], images)
+    partners = by_pair_name(request.masks[0], masks)
+    lost = [image for name, image in pictures.items() if name not in partners]
     if lost:
         raise InputError(f"{lost[0]}: no mask of that name in {request.masks[0]} ({len(lost)} of {len(images)} "
-                         "pictures have none)")
-    return [_Source(image, by_stem[image.stem]) for image in images]
+                         "pictures have none); pairs share path and name")
+    left = [mask for name, mask in partners.items() if name not in pictures]
+    if left:
+        console.warn(f"{left[0]}: no picture of that name in {request.images[0]} ({len(left)} of {len(masks)} masks "
+                     "are not used)")
+    return [_Source(image, partners[name]) for name, image in pictures.items()]
 
 
 def suitable_model(model: str | None, request: EditRequest) -> tuple[Path, LoadedDiffusion]:
@@ -214,11 +220,15 @@ def _to_folder(
     """Draws what is missing of n results a source. largest: what goes through the networks at once, (h, w) px."""
     _check(loaded, request, sizes)
     total = request.n * len(sources)
-    names = output_names(out, total, fmt, overwrite)
+    names = output_names(out, total, fmt)
     document = {name: value for name, value in asdict(request).items() if name != "batch_size"}
+    read = [file for source in sources for file in (source.image, source.mask) if file is not None]
     wanted = {"model": loaded.fingerprint, "command": command, **_plain(document), "total": total, "format": fmt,
-              "pictures": _digest(sources)}  # fmt: skip
-    todo = still_to_draw(out, names, wanted, overwrite)
+              "pictures": contents(read)}  # fmt: skip
+    told = [path for path in named_files(request) if path not in {*request.images, *request.masks}]
+    wanted |= {"contents": contents(told)} if told else {}
+    results = Results(out, names, wanted, inputs=[*read, *told], overwrite=overwrite)
+    todo = results.todo
     if todo and fmt == "jpg" and command == "inpaint":
         console.warn("--format jpg: known pixels change a little as the file is packed; png keeps them")
     size = request.batch_size or tiling.batch_within(loaded, largest, request.max_memory, LARGEST_BATCH)
@@ -226,19 +236,20 @@ def _to_folder(
     describe = {"command": command, "weights": request.weights, "model_sha256": loaded.fingerprint,
                 "ldm_version": __version__, **_plain(used)}  # fmt: skip
     started = time.perf_counter()
-    with StopRequest() as stop, console.progress(len(todo), command) as bar:
+    with results, StopRequest() as stop, console.progress(len(todo), command) as bar:
         for batch in _of_one_size(todo, sizes, size):
             which = [sources[k % len(sources)] for k in batch]
             for k, source, image in zip(batch, which, draw(batch, which)):
                 facts = {**_about(source, request), "seed": request.seed, "sample": k, **describe} if metadata else None
-                files.write_bytes(names[k], image_bytes(Image.fromarray(image), fmt, facts))
+                results.write(names[k], image_bytes(Image.fromarray(image), fmt, facts))
             bar.advance(len(batch))
             end_if_asked(stop, names)
-    seconds = time.perf_counter() - started
-    _write_sheet(out / "grid.png", [shown(source) for source in sources[:SHEET_ROWS]], names, len(sources))
+        seconds = time.perf_counter() - started
+        rows = _sheet([shown(source) for source in sources[:SHEET_ROWS]], names, len(sources))
+        results.write(out / SHEET, png_bytes(grid(rows)))
     console.say(f"{total} pictures in {out} ({len(todo)} drawn in {seconds:.1f} s)")
     images = [str(name) for name in names]
-    return {"model": str(path), "out": str(out), "images": images, "grid": str(out / "grid.png"),
+    return {"model": str(path), "out": str(out), "images": images, "grid": str(out / SHEET),
             "sources": [str(sources[k % len(sources)].image) for k in range(total)], "drawn": len(todo),
             "seconds": seconds, **describe}  # fmt: skip
 
@@ -271,23 +282,13 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-def _digest(sources: list[_Source]) -> str:
-    """Hash of the files that a request stands for: they may change under the same names."""
-    digest = hashlib.sha256()
-    for source in sources:
-        for file in (source.image, source.mask):
-            if file is not None:
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def _write_sheet(path: Path, shown: list[list[np.ndarray]], names: list[Path], groups: int) -> None:
+def _sheet(shown: list[list[np.ndarray]], names: list[Path], groups: int) -> list[list[np.ndarray]]:
     """A row a picture, before its results; each brought to one small size."""
     rows = []
     for k, before in enumerate(shown):
         results = [np.asarray(Image.open(name).convert("RGB")) for name in names[k::groups][:SHEET_RESULTS]]
         rows.append([_small(picture) for picture in (*before, *results)])
-    save_grid(path, rows)
+    return rows
 
 
 def _small(picture: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ import torch
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
-from ldmcli.core.errors import InputError, Interrupted, ModelError, UsageError
-from ldmcli.core.requests import SampleRequest, sampling_of, sampling_used
+from ldmcli.core.errors import InputError, Interrupted, UsageError
+from ldmcli.core.outputs import BESIDE, SHEET, Results, beside, refuse_foreign, refuse_inputs
+from ldmcli.core.requests import SampleRequest, named_files, sampling_of, sampling_used
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, to_size
 from ldmcli.drivers import tiling
 from ldmcli.drivers.drawing import boxed, enlarged, labelled, shown_condition, with_legend
 from ldmcli.drivers.edit import MAX_MEMORY, tile_side, trained_size
-from ldmcli.drivers.grids import grid, in_rows, png_bytes, save_grid
+from ldmcli.drivers.grids import grid, in_rows, png_bytes
 from ldmcli.drivers.guiders import image_guide, latent_decoder
 from ldmcli.drivers.load import load
 from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pil, to_pixels, to_uint8
@@ -30,7 +32,6 @@ from ldmcli.maths.tiles import framed, middle
 
 Size = tuple[int, int] | None  # (height, width) in pixels; None: as trained
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-PICTURED = ("layout", "map")  # conditions that a picture beside each sample shows
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -64,7 +65,8 @@ def image_bytes(image, fmt: str, metadata: dict[str, Any] | None) -> bytes:
     return buffer.getvalue()
 
 
-def output_names(out: Path, total: int, fmt: str, overwrite: bool) -> list[Path]:
+def output_names(out: Path, total: int, fmt: str) -> list[Path]:
+    """The pictures of a request, in a folder that is made for them."""
     if fmt not in FORMATS:
         raise UsageError(f"--format {fmt}: choose one of {', '.join(FORMATS)}")
     with files.writing(out):
@@ -72,30 +74,12 @@ def output_names(out: Path, total: int, fmt: str, overwrite: bool) -> list[Path]
     return [out / f"{k:06d}.{fmt}" for k in range(total)]
 
 
-def still_to_draw(out: Path, names: list[Path], wanted: dict[str, Any], overwrite: bool) -> list[int]:
-    """Samples still to draw. A folder with other settings is refused; the same request fills what is missing."""
-    record = out / "request.json"
-    if overwrite:
-        for name in [*names, *_earlier(record), record, out / "grid.png"]:
-            name.unlink(missing_ok=True)
-            for kind in PICTURED:
-                name.with_name(f"{name.stem}-{kind}.png").unlink(missing_ok=True)
-    if any(name.exists() for name in _earlier(record)):
-        if files.read_json(record) != wanted:
-            raise UsageError(f"{out}: holds samples of another request; choose another --out or add --overwrite")
-    elif any(name.exists() for name in names):
-        raise UsageError(f"{out}: holds images already ({names[0].name} …); choose another --out or add --overwrite")
-    files.write_json(record, wanted)
-    return [k for k, name in enumerate(names) if not name.exists()]
-
-
-def _earlier(record: Path) -> list[Path]:
-    """The images of the request that `record` keeps; none where it is absent or damaged."""
-    try:
-        found = files.read_json(record)
-        return [record.with_name(f"{k:06d}.{found['format']}") for k in range(found["total"])]
-    except (ModelError, KeyError, TypeError):
-        return []
+def contents(paths: Iterable[Path]) -> str:
+    """Hash of the files that a request stands for: they may change under the same names."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(bytes.fromhex(files.sha256_file(path)))
+    return digest.hexdigest()
 
 
 def _check(
@@ -140,32 +124,35 @@ def sample_to_folder(
     total, settings = n * groups, sampling_of(request)
     whole = loaded.drawn_size(request.size)
     _check(loaded, values, request, settings, whole)
-    names = output_names(out, total, fmt, overwrite)
+    names = output_names(out, total, fmt)
     wanted = {"model": loaded.fingerprint, **_document(request), "total": total, "format": fmt}
     wanted |= {"told": _digest(values)} if _pictured(values) else {}
-    todo = still_to_draw(out, names, wanted, overwrite)
-    describe = _describe(loaded, path, request)
+    read = named_files(request)
+    if begun := [path for path in (request.init_image, request.guide) if path is not None]:
+        wanted["contents"] = contents(begun)
+    results = Results(out, names, wanted, kinds=_pictured(values), inputs=read, overwrite=overwrite)
+    todo, describe = results.todo, _describe(loaded, path, request)
     started = time.perf_counter()
-    with StopRequest() as stop, console.progress(len(todo), "sampling") as bar:
+    with results, StopRequest() as stop, console.progress(len(todo), "sampling") as bar:
         for batch in batches(todo, request.batch_size or _batch_size(loaded, whole)):
             images = _draw(loaded, batch, values, request, settings, whole)
             for k, image in zip(batch, images):
                 facts = _facts(k, values, request, describe) if metadata else None
                 for kind in _pictured(values):  # before the sample, whose presence says that both are there
                     shown = _beside(kind, np.asarray(image), values[kind][k % len(values[kind])], loaded)
-                    files.write_bytes(names[k].with_name(f"{names[k].stem}-{kind}.png"), png_bytes(shown))
-                files.write_bytes(names[k], image_bytes(image, fmt, facts))
+                    results.write(beside(names[k], kind), png_bytes(shown))
+                results.write(names[k], image_bytes(image, fmt, facts))
             bar.advance(len(batch))
             end_if_asked(stop, names)
-    seconds = time.perf_counter() - started
-    _write_grid(names, out / "grid.png", n, groups, values, loaded)
+        seconds = time.perf_counter() - started
+        results.write(out / SHEET, png_bytes(grid(_sheet(names, n, groups, values, loaded))))
     rate = len(todo) / seconds if todo else 0.0
     console.say(f"{total} images in {out} ({len(todo)} drawn in {seconds:.1f} s, {rate:.2f} images/s)")
     return {
         "model": str(path),
         "out": str(out),
         "images": [str(name) for name in names],
-        "grid": str(out / "grid.png"),
+        "grid": str(out / SHEET),
         "drawn": len(todo),
         "seconds": seconds,
         "images_per_s": rate,
@@ -270,7 +257,7 @@ def _facts(k: int, values: dict[str, list], request: SampleRequest, describe: di
 
 def _pictured(values: dict[str, list]) -> list[str]:
     """Conditions of a request that a picture beside the sample shows."""
-    return [kind for kind in PICTURED if kind in values]
+    return [kind for kind in BESIDE if kind in values]
 
 
 def _digest(values: dict[str, list]) -> str:
@@ -292,10 +279,10 @@ def _beside(kind: str, picture: np.ndarray, value: Any, loaded: LoadedDiffusion)
     return with_legend(shown_condition(kind, value, picture.shape[:2], names), there)
 
 
-def _write_grid(names: list[Path], path: Path, n: int, groups: int, values: dict[str, list],
-                loaded: LoadedDiffusion) -> None:
-    """One sheet of all samples, at most 256: a prompt a column where there are several, a class's name above, or a
-    layout or map before its samples."""
+def _sheet(names: list[Path], n: int, groups: int, values: dict[str, list], loaded: LoadedDiffusion
+           ) -> list[list[np.ndarray]]:  # fmt: skip
+    """Rows of a sheet of all samples, at most 256: a prompt a column where there are several, a class's name above, or
+    a layout or map before its samples."""
     from PIL import Image
 
     pictures = [np.asarray(Image.open(name).convert("RGB")) for name in names[:256]]
@@ -309,10 +296,9 @@ def _write_grid(names: list[Path], path: Path, n: int, groups: int, values: dict
                                      loaded.model.conditions.entries[kind].names) for kind in kinds]
             shown = [enlarged(one, pictures[0].shape[:2]) for one in shown]
             rows.append([*shown, *pictures[group::groups]])
-        save_grid(path, rows)
-        return
+        return rows
     columns = groups if 1 < groups <= 16 else min(8, math.ceil(math.sqrt(len(pictures))))
-    save_grid(path, in_rows(pictures, columns))
+    return in_rows(pictures, columns)
 
 
 def image_files(paths: list[Path]) -> list[Path]:
@@ -338,19 +324,23 @@ def reconstruct_to_folder(
     *,
     size: tuple[int, int] | None = None,
     overwrite: bool = False,
+    own_folder: bool = False,
 ) -> dict[str, Any]:
     """Images through the autoencoder: original and reconstruction side by side in `out`, with PSNR and SSIM.
 
-    Images keep their size, cropped to multiples of f (centre), unless `size` is given.
+    Images keep their size, cropped to multiples of f (centre), unless `size` is given. own_folder: `out` is the name
+    that the command gave itself, so that what lies there is its own, also without a mark (as older versions wrote it).
     """
     path = find_model(autoencoder, "autoencoder")
     loaded = load(path)
     loaded = loaded if isinstance(loaded, LoadedAutoencoder) else loaded.autoencoder
     found = image_files(inputs)
-    names = output_names(out, len(found), "png", overwrite)
+    names = output_names(out, len(found), "png")
+    refuse_inputs(out, names, found)
     taken = [name for name in names if name.exists()]
     if taken and not overwrite:
         raise UsageError(f"{taken[0]}: exists; choose another --out or add --overwrite")
+    refuse_foreign(names, dict.fromkeys((name.name for name in names), "") if own_folder else {})
     rows = []
     with console.progress(len(found), "reconstructing") as bar:
         for source, name in zip(found, names):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ldmcli.core import files
+from ldmcli.core.outputs import MARK
 
 GAP = 2
 
@@ -31,11 +32,13 @@ def in_rows(pictures: Sequence[np.ndarray], columns: int = 8) -> list[list[np.nd
 
 
 def png_bytes(picture: np.ndarray) -> bytes:
-    """A picture as PNG."""
+    """A picture as PNG, marked as written by `ldm` (`core.outputs`)."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text(*MARK)
+    Image.fromarray(picture).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 

@@ -61,6 +61,16 @@ def _pair_name(folder: Path, path: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
+def by_pair_name(folder: Path, found: list[Path]) -> dict[str, Path]:
+    """Pictures of a folder by relative path without extension. Raises InputError where two share one."""
+    named: dict[str, Path] = {}
+    for path in found:
+        first = named.setdefault(_pair_name(folder, path), path)
+        if first != path:
+            raise InputError(f"{first} and {path.name}: two images of one name; pairs share path and name, so keep one")
+    return named
+
+
 def read_image(path: Path) -> np.ndarray:
     """uint8 (H, W, 3), upright, transparency on white. Raises InputError, naming the file."""
     from ldmcli.data.decode import decode
@@ -136,14 +146,11 @@ def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[Sou
         if a.count != b.count:
             raise InputError(f"{first} has {a.count} images, {second} {b.count}: need as many on both sides")
         return a, b
-    names = [[_pair_name(folder, path) for path in image_files(folder)] for folder in (first, second)]
-    for here, there, own, other in ((first, second, *names), (second, first, *names[::-1])):
-        twice = [name for name, following in zip(own, own[1:]) if name == following]
-        if twice:
-            raise InputError(f"{here / twice[0]}: two images of this name; pairs share path and name")
-        lonely = sorted(set(own) - set(other))
+    named = [by_pair_name(folder, image_files(folder)) for folder in (first, second)]
+    for here, there, own, other in ((first, second, *named), (second, first, *named[::-1])):
+        lonely = [path for name, path in own.items() if name not in other]
         if lonely:
-            raise InputError(f"{here / lonely[0]}: has no partner in {there} ({len(lonely)} of {len(own)} images "
+            raise InputError(f"{lonely[0]}: has no partner in {there} ({len(lonely)} of {len(own)} images of {here} "
                              "unmatched); pairs share path and name")
     return folder_source(first, n), folder_source(second, n)
 
