@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ldmcli.cli import options as opt
 from ldmcli.cli.generate import guidance_of, interval_of, slug
@@ -13,7 +13,8 @@ from ldmcli.core.requests import EditRequest
 
 Picture = Annotated[Path, opt.argument("A picture, or a folder of them.", "IMAGE")]
 Mask = Annotated[Path | None, opt.argument("White where to repaint: a picture of the same size, or a folder of them "
-    "with the same names.", "MASK", default="--box", required=False)]
+    "with the same names. Without it and --box: what is transparent in IMAGE.", "MASK", default="--box",
+    required=False)]
 Box = Annotated[opt.Text, opt.option("--box", panel=opt.DATA, metavar="X,Y,W,H", default="the mask",
     help="What to repaint, in pixels from the upper left corner.")]
 Scale = Annotated[int, opt.option("--scale", value=4, panel=opt.MODEL, metavar="2|4|8", default="4",
@@ -21,9 +22,15 @@ Scale = Annotated[int, opt.option("--scale", value=4, panel=opt.MODEL, metavar="
 Results = Annotated[int, opt.option("-n", "--count", value=1, panel=opt.SAMPLING, metavar="N", min=1, default="1",
     help="Different results of each picture.")]
 OnePrompt = Annotated[opt.Text, opt.option("--prompt", panel=opt.SAMPLING, metavar="TEXT", default="none",
-    help="What to draw there, where the model takes a prompt.")]
+    help="What the picture shows, where the model takes a prompt.")]
 OneClass = Annotated[opt.Text, opt.option("--class", panel=opt.SAMPLING, metavar="NAME|INDEX", default="none",
-    help="Class of the picture, where the model takes one.")]
+    help="Class of the picture, where the model takes one; where classes are called by numbers, #1 is the second one.")]
+OneLayout = Annotated[Path | None, opt.option("--layout", panel=opt.SAMPLING, metavar="FILE.json", default="none",
+    help="Boxes in the whole picture, where the model takes them: a file, or a folder of them with the pictures' "
+         "names.")]
+OneMap = Annotated[Path | None, opt.option("--map", panel=opt.SAMPLING, metavar="FILE.png", default="none",
+    help="Class map of the whole picture, where the model takes one: a file, or a folder of them with the pictures' "
+         "names.")]
 Blend = Annotated[int, opt.option("--blend", value=8, panel=opt.SAMPLING, metavar="PX", min=0, default="8",
     help="Pixels around a hole by which the brightness and colour in it are fitted; 0 = pasted as drawn.")]
 Resample = Annotated[int, opt.option("--resample", value=10, panel=opt.SAMPLING, metavar="N", min=1, default="10",
@@ -38,11 +45,13 @@ MaxMemory = Annotated[float, opt.option("--max-memory", value=4.0, panel=opt.MAC
 _MODEL = {"model": opt.Model, "weights": opt.Weights}
 _DRAWING = {**opt.DRAWING, "guidance": opt.KindGuidance, "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
             "spacing": opt.Spacing}  # fmt: skip
+_TOLD = {"prompt": OnePrompt, "class_name": OneClass, "layout": OneLayout, "map": OneMap,
+         "negative_prompt": opt.NegativePrompt, "count": Results}  # fmt: skip
 _MACHINE = {"tile": Tile, "max_memory": MaxMemory}
 
 
-@opt.takes({"image": Picture, "mask": Mask, "box": Box}, _MODEL, {"prompt": OnePrompt, "class_name": OneClass,
-           "count": Results, "blend": Blend, "resample": Resample}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE)
+@opt.takes({"image": Picture, "mask": Mask, "box": Box}, _MODEL, _TOLD,
+           {"blend": Blend, "resample": Resample}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE)
 def inpaint(given: opt.Given) -> None:
     """Repaint a part of a picture: what is white in MASK, or inside --box.
 
@@ -50,18 +59,16 @@ def inpaint(given: opt.Given) -> None:
     gets the known part back at every step. It looks at the surroundings of the hole only, so photographs of any size
     will do.
     """
-    if (given.mask is None) == (given.box is None):
+    if given.mask is not None and given.box is not None:
         raise UsageError("MASK or --box: give one of them, to say what to repaint")
-    request = _request(given, masks=() if given.mask is None else (given.mask,), box=_box(given.box),
-                       prompts=_one(given.prompt), classes=_one(given.class_name), blend=given.blend,
-                       resample=given.resample)
+    request = _request(given, masks=_one(given.mask), box=_box(given.box), blend=given.blend, resample=given.resample)
     out = _out(given, request, "inpainted")
     from ldmcli.drivers.edit_files import inpaint_to_folder
 
     _done(given, out, inpaint_to_folder(given.model, request, out, **_how(given)))
 
 
-@opt.takes({"image": Picture, "scale": Scale}, _MODEL, {"count": Results, "tone": Tone}, _DRAWING, opt.IMAGES_OUT,
+@opt.takes({"image": Picture, "scale": Scale}, _MODEL, _TOLD, {"tone": Tone}, _DRAWING, opt.IMAGES_OUT,
            opt.TALK, _MACHINE)
 def upscale(given: opt.Given) -> None:
     """Make pictures larger, with a model trained with --task sr.
@@ -79,13 +86,16 @@ def upscale(given: opt.Given) -> None:
 
 
 def _request(given: opt.Given, **more) -> EditRequest:
-    for path in (given.image, *more.get("masks", ())):
+    files = {"layouts": _one(given.layout), "maps": _one(given.map)}
+    for path in (given.image, *more.get("masks", ()), *files["layouts"], *files["maps"]):
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
     if not 0 < given.max_memory < float("inf"):
         raise UsageError(f"--max-memory {given.max_memory:g}: a number of GiB above 0")
     return EditRequest(
-        images=(given.image,), n=given.count, tile=given.tile, max_memory=given.max_memory, steps=given.steps,
+        images=(given.image,), prompts=_one(given.prompt), classes=_one(given.class_name), **files,
+        negative_prompt=given.negative_prompt, n=given.count, tile=given.tile, max_memory=given.max_memory,
+        steps=given.steps,
         guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval), seed=given.seed,
         sampler=given.sampler, eta=given.eta, temperature=given.temperature, spacing=given.spacing,
         batch_size=given.batch_size, weights=given.weights, **more,
@@ -102,7 +112,7 @@ def _box(text: str | None) -> tuple[int, int, int, int] | None:
     return x, y, width, height
 
 
-def _one(value: str | None) -> tuple[str, ...]:
+def _one(value: Any) -> tuple[Any, ...]:
     return () if value is None else (value,)
 
 

@@ -47,7 +47,10 @@ class EditRequest:
     box: tuple[int, int, int, int] | None = None  # … x, y, width, height of the hole in pixels
     scale: int = 0  # upscale: result side / picture side
     prompts: tuple[str, ...] = ()  # at most one, for all pictures
+    negative_prompt: str = ""
     classes: tuple[str, ...] = ()
+    layouts: tuple[Path, ...] = ()  # at most one: a JSON file for all pictures, or a folder of them
+    maps: tuple[Path, ...] = ()  # likewise, class maps
     n: int = 1  # results a picture
     blend: int = 8  # pixels around a hole by which brightness and colour in it are fitted; 0 = pasted as drawn
     resample: int = 10  # times that each step is done where the model was not trained to inpaint

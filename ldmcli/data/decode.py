@@ -65,6 +65,25 @@ def decode(
 
     Raises BadImage: no picture, damaged, larger than `max_pixels` (judged by the header), empty, or without a range.
     """
+    return _flat(_upright_8bit(data, name, max_pixels), _colour(background))
+
+
+def decode_alpha(
+    data: bytes | Path | Image.Image, *, name: str = "", max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(colours uint8 (H, W, 3) as they are in the file, alpha uint8 (H, W) with 255 = opaque, or None where all of the
+    picture is). Upright, 8 bit; raises as `decode`."""
+    image = _upright_8bit(data, name, max_pixels)
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB")), None
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    pixels = np.asarray(image.convert("RGBA"))
+    alpha = pixels[..., 3]
+    return np.ascontiguousarray(pixels[..., :3]), None if alpha.min() == 255 else alpha
+
+
+def _upright_8bit(data: bytes | Path | Image.Image, name: str, max_pixels: int) -> Image.Image:
     name = name or (str(data) if isinstance(data, Path) else "image")
     try:
         content = b"" if isinstance(data, Image.Image) else _bytes(data, name)
@@ -72,7 +91,7 @@ def decode(
         _check_size(name, image.size, max_pixels)
         _warn_of_frames(image, content, name)
         image.load()
-        return _flat(_eight_bit(_upright(image), name), _colour(background))
+        return _eight_bit(_upright(image), name)
     except _DAMAGE as error:
         raise BadImage(name, f"damaged ({_cause(error)})") from None
 

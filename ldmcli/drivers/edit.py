@@ -15,13 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldmcli.core.console import warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.drivers import tiling
 from ldmcli.drivers.loaded import OPTIONS, LoadedDiffusion, to_uint8
 from ldmcli.drivers.sampling import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
 from ldmcli.drivers.tiling import MAX_MEMORY
+from ldmcli.drivers.told import maps_of
 from ldmcli.maths import pasting, rng
-from ldmcli.maths.tiles import padded
+from ldmcli.maths.tiles import padded, reframed
+from ldmcli.networks.conditions import ASKED
 
 BLEND = 8  # pixels
 # As in the RePaint paper. With 20 steps on emoji of 64 px, once left foreign things in the hole (PSNR 9.6 dB in it),
@@ -53,9 +56,8 @@ def upscale_images(
     images = [padded(image, step) for image in low]
     size = (images[0].shape[0] * scale, images[0].shape[1] * scale)
     side = tile_side(model, size, tile, max_memory, settings)
-    given = {kind: list(values) for kind, values in (told or {}).items()} | {"lowres": images}
-    if "map" in given:
-        given["map"] = [padded(index, step * scale) for index in given["map"]]
+    given = _on_padded({kind: list(values) for kind, values in (told or {}).items()}, (height, width), step * scale)
+    given["lowres"] = images
     with _first_stage(model, side, max_memory):
         z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
     made = to_uint8(tiling.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
@@ -101,7 +103,8 @@ def inpaint_images(
         parts = [(padded(images[i][window], unit), padded(masks[i][window], unit)) for i, window in batch]
         here = {kind: [given[i] for i in which] for kind, given in known.items()}
         if "map" in here:
-            here["map"] = [padded(index[window], unit) for index, (_, window) in zip(here["map"], batch)]
+            here["map"] = [index[window] for index, (_, window) in zip(here["map"], batch)]
+        here = _on_padded(here, shape, unit)
         drawn = _fill(
             model, parts, here, [ids[i] for i in which],
             seed if k == 0 else rng.key(seed, "window", k), (tile, max_memory, resample), settings,
@@ -114,26 +117,46 @@ def inpaint_images(
 
 
 def edited(
-    model: LoadedDiffusion, values: Mapping[str, list], ids: Sequence[int], *, batch_size: int, **how
+    model: LoadedDiffusion, pictures: Sequence[np.ndarray], holes: Sequence[np.ndarray] | None,
+    told: Mapping[str, Sequence], *, n: int = 1, first: int = 0, batch_size: int = 16, **how,
 ) -> list[Image.Image]:
-    """What `LoadedDiffusion.sample` draws from images: samples `ids`, of which k is told values[kind][k mod their
-    number], by `upscale_images` or `inpaint_images`. Images may differ in size; those of one size go together."""
-    command = upscale_images if "lowres" in values else inpaint_images
-    source, scale = ("lowres", model.config.task.scale) if "lowres" in values else ("masked", 1)
-    pictures = values[source] if scale > 1 else [image for image, _ in values[source]]
+    """n results for each entry of the longest list, from number `first` on: sample k enlarges pictures[k mod their
+    number], or fills its hole, told told[kind][k mod their number]: values, but maps as people give them.
+
+    Pictures, uint8 (h, w, 3), may differ in size; those of one size go together. holes: bool (h, w); None enlarges.
+    how: as `upscale_images` and `inpaint_images`.
+    """
+    scale = 1 if holes is not None else model.config.task.scale
+    total = n * max(len(pictures), *(len(given) for given in told.values()), 0)
     groups: dict[tuple[int, int], list[int]] = {}
-    for k in ids:
+    for k in range(first, total):
         height, width = pictures[k % len(pictures)].shape[:2]
         groups.setdefault((height * scale, width * scale), []).append(k)
     found: dict[int, np.ndarray] = {}
     for size, group in groups.items():
         most = tiling.batch_within(model, size, how.get("max_memory", MAX_MEMORY), batch_size)
-        for batch in (group[start : start + most] for start in range(0, len(group), most)):
-            told = {kind: [given[k % len(given)] for k in batch] for kind, given in values.items()}
-            given = told.pop(source)
-            arrays = [np.stack(given)] if command is upscale_images else [np.stack(part) for part in zip(*given)]
-            found |= dict(zip(batch, command(model, *arrays, ids=batch, told=told, **how)))
-    return [Image.fromarray(found[k]) for k in ids]
+        for ids in (group[start : start + most] for start in range(0, len(group), most)):
+            shown = np.stack([pictures[k % len(pictures)] for k in ids])
+            asked = {kind: [given[k % len(given)] for k in ids] for kind, given in told.items() if len(given)}
+            if "map" in asked:
+                asked["map"] = maps_of(asked["map"], model.entry("map"), size)
+            if holes is None:
+                drawn = upscale_images(model, shown, ids=ids, told=asked, **how)
+            else:
+                masks = np.stack([holes[k % len(holes)] for k in ids])
+                drawn = inpaint_images(model, shown, masks, ids=ids, told=asked, **how)
+            found |= dict(zip(ids, drawn))
+    return [Image.fromarray(found[k]) for k in range(first, total)]
+
+
+def _on_padded(told: dict[str, list], size: tuple[int, int], unit: int) -> dict[str, list]:
+    """Values for pictures of `size` px as they are for ones `padded` to multiples of `unit`."""
+    whole = (-(-size[0] // unit) * unit, -(-size[1] // unit) * unit)
+    if "map" in told:
+        told["map"] = [padded(index, unit) for index in told["map"]]
+    if "layout" in told:
+        told["layout"] = [one | {"bbox": reframed(np.asarray(one["bbox"]), size, whole)} for one in told["layout"]]
+    return told
 
 
 def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
@@ -185,12 +208,10 @@ def _drawn(
     inputs: dict[str, Tensor] = dict(prepared or {})
     ready = {name.partition(".")[0] for name in inputs}
     for kind, given in told.items():
-        if kind not in conditions.kinds:
-            raise UsageError(f"{OPTIONS[kind]}: this model was trained without {kind}")
+        model.entry(kind)
         inputs |= conditions.prepare_one(kind, given)
     missing = [kind for kind in conditions.kinds if kind not in told and kind not in ready]
-    if "map" in missing:
-        raise UsageError("this model draws what a class map says; `ldm sample --map` takes one")
+    check_missing(model, missing)
     if missing:
         null = conditions.null(n, inputs)
         inputs |= {name: tensor for name, tensor in null.items() if name.partition(".")[0] in missing}
@@ -204,6 +225,19 @@ def _drawn(
     return draw_latents(model.model, model.schedule, chosen, ids=ids, seed=seed, inputs=inputs,
                         negative=model._negative(negative, n), shape=model.latent_shape(size),
                         steering=steering)  # fmt: skip
+
+
+def check_missing(model: LoadedDiffusion, missing: Sequence[str]) -> None:
+    """Raises UsageError where an edit is not told a condition that has no null, or a class map: what none of its
+    classes is drawn like, nobody asks for. Says so where training never left the condition out."""
+    if "map" in missing:
+        raise UsageError("--map: this model draws what a class map says; give one with --map FILE.png")
+    if "class" in missing and not model.entry("class").has_null:
+        raise UsageError("--class: this model has no class that means none; name one with --class")
+    if missing and not model.config.condition.drop:
+        names = ", ".join(OPTIONS[kind] for kind in missing)
+        warn_once("told-nothing", f"{names} not given, and this model was trained without leaving it out: results "
+                                  "are better with it")
 
 
 def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memory: float, settings: Mapping) -> int:
@@ -223,19 +257,21 @@ def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memo
 
 
 def check_edit(
-    model: LoadedDiffusion, size: tuple[int, int], tile: int, settings: Mapping, prompts: Sequence[str],
-    classes: Sequence[str | int],
+    model: LoadedDiffusion, size: tuple[int, int], tile: int, settings: Mapping, told: Mapping[str, Sequence],
+    negative: str = "",
 ) -> None:  # fmt: skip
-    """Raises for what is wrong with an edit that gives pictures of `size` px, without drawing any."""
+    """Raises for what is wrong with an edit that gives pictures of `size` px, without drawing any. told: values."""
     _check_side(model, size)
     check_sampling(with_overrides(model.config.sample, **settings), model.schedule)
     if tile:
         tile_side(model, size, tile, MAX_MEMORY, settings)
-    guided_kinds(model.model.conditions.kinds, settings.get("guidance") or 1.0)
-    for kind, given in (("text", prompts), ("class", classes)):
-        if given:
-            model._entry(kind)
-            model.model.conditions.prepare_one(kind, list(given))
+    kinds = model.model.conditions.kinds
+    guided_kinds(kinds, settings.get("guidance") or 1.0)
+    for kind, given in told.items():
+        model.entry(kind)
+        model.model.conditions.prepare_one(kind, list(given))
+    check_missing(model, [kind for kind in kinds if kind in ASKED and kind not in told])
+    model._negative(negative, 1)
 
 
 def unit_of(model: LoadedDiffusion) -> int:

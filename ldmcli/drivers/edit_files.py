@@ -3,21 +3,22 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from ldmcli import __version__
 from ldmcli.core import console, runs
 from ldmcli.core.config import from_toml
 from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
 from ldmcli.core.outputs import SHEET, Results
-from ldmcli.core.requests import EditRequest, named_files, sampling_of, sampling_used
+from ldmcli.core.requests import EditRequest, sampling_of, sampling_used
 from ldmcli.core.signals import StopRequest
-from ldmcli.data.decode import decode, probe
+from ldmcli.data.decode import decode, decode_alpha, probe
 from ldmcli.drivers import tiling
 from ldmcli.drivers.drawing import holed
 from ldmcli.drivers.edit import check_edit, inpaint_images, trained_size, upscale_images
@@ -26,40 +27,72 @@ from ldmcli.drivers.grids import grid, png_bytes
 from ldmcli.drivers.image_sources import by_pair_name
 from ldmcli.drivers.load import load
 from ldmcli.drivers.loaded import LoadedDiffusion
+from ldmcli.drivers.told import hole_in, layouts_of, maps_of, transparent_hole
+from ldmcli.maths.pasting import filled
 
-HOLE_LUMINANCE = 128
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
 LARGEST_BATCH = 8
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A picture to work on. mask: a file, or None where a box says where the hole is."""
+    """A picture to work on. mask: a file, or None where a box says where the hole is; without both the hole is what is
+    transparent. map, layout: files that speak of the whole picture."""
 
     image: Path
     mask: Path | None = None
     box: tuple[int, int, int, int] | None = None
+    map: Path | None = None
+    layout: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that the results depend on."""
+        return [file for file in (self.image, self.mask, self.map, self.layout) if file is not None]
 
     def pixels(self) -> np.ndarray:
-        """uint8 (H, W, 3). Raises InputError."""
-        return np.asarray(decode(self.image))
+        """uint8 (H, W, 3): colours as they are in the file. Raises InputError."""
+        return decode_alpha(self.image)[0]
+
+    def alpha(self) -> np.ndarray | None:
+        """uint8 (H, W), 255 = opaque; None where all of the picture is. Raises InputError."""
+        return decode_alpha(self.image)[1]
 
     def hole(self, size: tuple[int, int]) -> np.ndarray:
         """bool (H, W), True = hole. Raises InputError or, for a box, UsageError for what cannot be used."""
-        if self.mask is None:
+        if self.box is not None:
             return _boxed(self.box, size, self.image)
-        # what is transparent in a mask was not painted
-        found = np.asarray(decode(self.mask, background="black").convert("L")) >= HOLE_LUMINANCE
+        if self.mask is None:
+            return transparent_hole(self.alpha(), str(self.image))
+        found = hole_in(self.mask, str(self.mask))
         if found.shape != size:
             raise InputError(f"{self.mask}: a mask of {found.shape[1]}x{found.shape[0]} px for a picture of "
                              f"{size[1]}x{size[0]} px ({self.image}); they must be of one size")
-        if not found.any():
-            raise InputError(f"{self.mask}: nothing in it is white (luminance {HOLE_LUMINANCE} or more), so there is "
-                             "nothing to repaint; white marks the hole")
         if found.all():
             raise InputError(f"{self.mask}: all of it is white, so nothing of the picture would be kept; black marks "
                              "what is known (`ldm sample` draws whole pictures)")
         return found
+
+    def told(self, loaded: LoadedDiffusion, request: EditRequest, size: tuple[int, int]) -> dict[str, Any]:
+        """Values of conditions by kind, for a result of `size` = (height, width) px. Raises UsageError for a kind that
+        the model does not take, InputError for a layout or map that is wrong."""
+        found: dict[str, Any] = {}
+        given = {"text": next(iter(request.prompts), None), "class": next(iter(request.classes), None),
+                 "layout": self.layout, "map": self.map}  # fmt: skip
+        for kind, value in given.items():
+            if value is not None:
+                entry = loaded.entry(kind)
+                found[kind] = (_layout(value, entry) if kind == "layout" else maps_of(value, entry, size)[0]
+                               if kind == "map" else value)  # fmt: skip
+        return found
+
+
+def _layout(path: Path, entry: Any) -> dict[str, np.ndarray]:
+    found = layouts_of(path, entry)
+    if len(found) != 1:
+        raise InputError(f"--layout {path}: {len(found)} layouts for one picture; for several pictures give a folder "
+                         "of files with their names")
+    return found[0]
 
 
 def _boxed(box: tuple[int, int, int, int] | None, size: tuple[int, int], image: Path) -> np.ndarray:
@@ -78,29 +111,42 @@ def _boxed(box: tuple[int, int, int, int] | None, size: tuple[int, int], image: 
 
 
 def paired(request: EditRequest) -> list[_Source]:
-    """Pictures with their masks: two files, or two folders paired by relative path without ending; or one box for all.
-    Raises InputError, naming what has no partner or two."""
-    images = image_files(list(request.images))
-    if request.box is not None:
-        return [_Source(image, box=request.box) for image in images]
-    if not request.masks:
-        return [_Source(image) for image in images]
-    if request.images[0].is_dir() != request.masks[0].is_dir():
+    """Pictures with what belongs to each: masks, maps and layouts from folders pair up with pictures by relative path
+    without ending (or by name, where names are unique); a single file, or box, is for all. Raises UsageError, or
+    InputError for a picture without a partner."""
+    root, beside = request.images[0], [*request.masks, *request.maps, *request.layouts]
+    inside = [path for path in beside if path.is_dir() and path != root and path.is_relative_to(root)]
+    images = [path for path in image_files(list(request.images)) if not any(path.is_relative_to(p) for p in inside)]
+    if not images:
+        raise InputError(f"{root}: no images there")
+    if request.masks and root.is_dir() != request.masks[0].is_dir():
         raise UsageError("IMAGE and MASK: two files, or two folders whose files pair up by name")
-    masks = image_files(list(request.masks))
-    if not request.images[0].is_dir():
-        return [_Source(images[0], masks[0])]
-    pictures = by_pair_name(request.images[0], images)
-    partners = by_pair_name(request.masks[0], masks)
+    sources = [_Source(image, box=request.box) for image in images]
+    for what, given in (("mask", request.masks), ("map", request.maps), ("layout", request.layouts)):
+        if given:
+            partners = _partners(images, root, given[0], what)
+            sources = [replace(source, **{what: partner}) for source, partner in zip(sources, partners)]
+    return sources
+
+
+def _partners(images: list[Path], root: Path, given: Path, what: str) -> list[Path]:
+    """What belongs to each picture: a file for all, or the one of its name in a folder."""
+    if not given.is_dir():
+        return [given] * len(images)
+    found = sorted(given.rglob("*.json")) if what == "layout" else image_files([given])
+    folder = root if root.is_dir() else root.parent
+    pictures, partners = by_pair_name(folder, images), by_pair_name(given, found)
     lost = [image for name, image in pictures.items() if name not in partners]
+    if lost and len({image.stem for image in images}) == len(images) and len({one.stem for one in found}) == len(found):
+        pictures, partners = ({path.stem: path for path in paths} for paths in (images, found))  # one folder, flat
+        lost = [image for name, image in pictures.items() if name not in partners]
     if lost:
-        raise InputError(f"{lost[0]}: no mask of that name in {request.masks[0]} ({len(lost)} of {len(images)} "
-                         "pictures have none); pairs share path and name")
-    left = [mask for name, mask in partners.items() if name not in pictures]
+        raise InputError(f"{lost[0]}: no {what} of that name in {given} ({len(lost)} of {len(images)} pictures have "
+                         "none); pairs share path and name")
+    left = [path for name, path in partners.items() if name not in pictures]
     if left:
-        console.warn(f"{left[0]}: no picture of that name in {request.images[0]} ({len(left)} of {len(masks)} masks "
-                     "are not used)")
-    return [_Source(image, partners[name]) for name, image in pictures.items()]
+        console.warn(f"{left[0]}: no picture of that name in {root} ({len(left)} of {len(found)} {what}s are not used)")
+    return [partners[name] for name in pictures]
 
 
 def suitable_model(model: str | None, request: EditRequest) -> tuple[Path, LoadedDiffusion]:
@@ -163,16 +209,17 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
         source.hole(size)
     path, loaded = suitable_model(model, request)
 
-    def draw(ids: list[int], which: list[_Source]) -> np.ndarray:
+    def draw(ids: list[int], which: list[_Source]) -> list[np.ndarray]:
         images = np.stack([source.pixels() for source in which])
         holes = np.stack([source.hole(image.shape[:2]) for source, image in zip(which, images)])
-        told = {name: list(given) * len(ids) for name, given in (("prompts", request.prompts),
-                ("classes", request.classes)) if given}  # fmt: skip
-        return inpaint_images(loaded, images, holes, seed=request.seed, ids=ids, blend=request.blend,
-                              resample=request.resample, **told, **_drawing(request))  # fmt: skip
+        made = inpaint_images(loaded, _seen(which, images), holes, seed=request.seed, ids=ids, blend=request.blend,
+                              resample=request.resample, told=_told(loaded, request, which, images.shape[1:3]),
+                              **_drawing(request))  # fmt: skip
+        made = np.where(holes[..., None], made, images)
+        return [_with_alpha(one, source.alpha(), hole) for one, source, hole in zip(made, which, holes)]
 
     def shown(source: _Source) -> list[np.ndarray]:
-        image = source.pixels()
+        image = np.asarray(decode(source.image))
         return [image, holed(image, source.hole(image.shape[:2]))]
 
     size = trained_size(loaded)
@@ -187,18 +234,53 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
     largest = max(sizes, key=lambda size: size[0] * size[1])
     size = (largest[0] * request.scale, largest[1] * request.scale)
 
-    def draw(ids: list[int], which: list[_Source]) -> np.ndarray:
+    def draw(ids: list[int], which: list[_Source]) -> list[np.ndarray]:
         low = np.stack([source.pixels() for source in which])
-        return upscale_images(loaded, low, seed=request.seed, ids=ids, tone=request.tone, **_drawing(request))
+        large = (low.shape[1] * request.scale, low.shape[2] * request.scale)
+        made = upscale_images(loaded, _seen(which, low), seed=request.seed, ids=ids, tone=request.tone,
+                              told=_told(loaded, request, which, large), **_drawing(request))  # fmt: skip
+        return [_with_alpha(one, _enlarged(source.alpha(), large)) for one, source in zip(made, which)]
 
     def shown(source: _Source) -> list[np.ndarray]:
-        return [source.pixels()]
+        return [np.asarray(decode(source.image))]
 
     return _to_folder("upscale", path, loaded, request, sources, sizes, size, draw, shown, out, **how)
 
 
 def _drawing(request: EditRequest) -> dict[str, Any]:
-    return sampling_of(request) | {"tile": request.tile, "max_memory": request.max_memory}
+    return sampling_of(request) | {"tile": request.tile, "max_memory": request.max_memory,
+                                   "negative_prompt": request.negative_prompt}
+
+
+def _told(loaded: LoadedDiffusion, request: EditRequest, which: list[_Source],
+          size: tuple[int, int]) -> dict[str, list]:
+    """Values by kind, one a picture."""
+    each = [source.told(loaded, request, size) for source in which]
+    return {kind: [told[kind] for told in each] for kind in each[0]}
+
+
+def _seen(which: list[_Source], images: np.ndarray) -> np.ndarray:
+    """What the networks see of pictures: colours that nobody sees are those around them."""
+    found = [source.alpha() for source in which]
+    return np.stack([image if alpha is None else filled(image, alpha == 0) for image, alpha in zip(images, found)])
+
+
+def _with_alpha(image: np.ndarray, alpha: np.ndarray | None, hole: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3), or (H, W, 4) where the picture has an alpha channel. In a hole it goes on as it is at the rim; where
+    all that is known is opaque, nothing is left of it."""
+    if alpha is None:
+        return image
+    if hole is not None:
+        nearest = ndimage.distance_transform_edt(hole, return_distances=False, return_indices=True)
+        alpha = alpha[tuple(nearest)]
+    return image if alpha.min() == 255 else np.dstack([image, alpha])
+
+
+def _enlarged(alpha: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+    """An alpha channel at `size` = (height, width), bicubic."""
+    if alpha is None:
+        return None
+    return np.asarray(Image.fromarray(alpha).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def _to_folder(
@@ -209,7 +291,7 @@ def _to_folder(
     sources: list[_Source],
     sizes: list[tuple[int, int]],
     largest: tuple[int, int],
-    draw: Callable[[list[int], list[_Source]], np.ndarray],
+    draw: Callable[[list[int], list[_Source]], list[np.ndarray]],
     shown: Callable[[_Source], list[np.ndarray]],
     out: Path,
     *,
@@ -218,16 +300,14 @@ def _to_folder(
     metadata: bool = True,
 ) -> dict[str, Any]:
     """Draws what is missing of n results a source. largest: what goes through the networks at once, (h, w) px."""
-    _check(loaded, request, sizes)
+    _check(loaded, request, sources, sizes)
     total = request.n * len(sources)
     names = output_names(out, total, fmt)
     document = {name: value for name, value in asdict(request).items() if name != "batch_size"}
-    read = [file for source in sources for file in (source.image, source.mask) if file is not None]
+    read = [file for source in sources for file in source.files]
     wanted = {"model": loaded.fingerprint, "command": command, **_plain(document), "total": total, "format": fmt,
               "pictures": contents(read)}  # fmt: skip
-    told = [path for path in named_files(request) if path not in {*request.images, *request.masks}]
-    wanted |= {"contents": contents(told)} if told else {}
-    results = Results(out, names, wanted, inputs=[*read, *told], overwrite=overwrite)
+    results = Results(out, names, wanted, inputs=read, overwrite=overwrite)
     todo = results.todo
     if todo and fmt == "jpg" and command == "inpaint":
         console.warn("--format jpg: known pixels change a little as the file is packed; png keeps them")
@@ -241,7 +321,7 @@ def _to_folder(
             which = [sources[k % len(sources)] for k in batch]
             for k, source, image in zip(batch, which, draw(batch, which)):
                 facts = {**_about(source, request), "seed": request.seed, "sample": k, **describe} if metadata else None
-                results.write(names[k], image_bytes(Image.fromarray(image), fmt, facts))
+                results.write(names[k], image_bytes(_fit_for(fmt, image), fmt, facts))
             bar.advance(len(batch))
             end_if_asked(stop, names)
         seconds = time.perf_counter() - started
@@ -254,12 +334,15 @@ def _to_folder(
             "seconds": seconds, **describe}  # fmt: skip
 
 
-def _check(loaded: LoadedDiffusion, request: EditRequest, sizes: list[tuple[int, int]]) -> None:
+def _check(loaded: LoadedDiffusion, request: EditRequest, sources: list[_Source], sizes: list[tuple[int, int]]) -> None:
     """Raises for what is wrong with a request before a folder is made for it."""
-    settings = sampling_of(request)
-    for size in set(sizes):
-        whole = (size[0] * (request.scale or 1), size[1] * (request.scale or 1))
-        check_edit(loaded, whole, request.tile, settings, request.prompts, request.classes)
+    settings, scale, seen = sampling_of(request), request.scale or 1, set()
+    for source, size in zip(sources, sizes):
+        if (about := (size, source.map, source.layout)) not in seen:
+            seen.add(about)
+            whole = (size[0] * scale, size[1] * scale)
+            told = {kind: [value] for kind, value in source.told(loaded, request, whole).items()}
+            check_edit(loaded, whole, request.tile, settings, told, request.negative_prompt)
 
 
 def _of_one_size(todo: list[int], sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:
@@ -270,10 +353,19 @@ def _of_one_size(todo: list[int], sizes: Sequence[tuple[int, int]], most: int) -
     return [batch for group in groups.values() for batch in batches(group, most)]
 
 
+def _fit_for(fmt: str, image: np.ndarray) -> Image.Image:
+    """A picture as its format can hold it."""
+    if fmt != "jpg" or image.shape[-1] == 3:
+        return Image.fromarray(image)
+    console.warn_once("alpha-jpg", "--format jpg: transparency is lost, laid over white; png and webp keep it")
+    return decode(Image.fromarray(image))
+
+
 def _about(source: _Source, request: EditRequest) -> dict[str, Any]:
     told = {"image": source.image.name, "mask": source.mask.name if source.mask else None, "box": source.box,
             "scale": request.scale or None, "prompt": next(iter(request.prompts), None),
-            "class": next(iter(request.classes), None)}  # fmt: skip
+            "class": next(iter(request.classes), None), "negative_prompt": request.negative_prompt or None,
+            **{kind: file.name for kind, file in (("layout", source.layout), ("map", source.map)) if file}}  # fmt: skip
     return {name: value for name, value in told.items() if value is not None}
 
 
@@ -286,7 +378,7 @@ def _sheet(shown: list[list[np.ndarray]], names: list[Path], groups: int) -> lis
     """A row a picture, before its results; each brought to one small size."""
     rows = []
     for k, before in enumerate(shown):
-        results = [np.asarray(Image.open(name).convert("RGB")) for name in names[k::groups][:SHEET_RESULTS]]
+        results = [np.asarray(decode(name)) for name in names[k::groups][:SHEET_RESULTS]]
         rows.append([_small(picture) for picture in (*before, *results)])
     return rows
 

@@ -189,6 +189,7 @@ def _draw(
         seed=request.seed,
         negative_prompt=request.negative_prompt,
         size=whole,
+        inside=request.size,
         start=start,
         strength=strength,
         steering=steering,

@@ -13,15 +13,17 @@ from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
 from ldmcli.drivers.sampling import Steering, check_sampling, draw_latents, with_overrides
-from ldmcli.drivers.told import as_list, images_of, layouts_of, maps_of, masks_of
+from ldmcli.drivers.told import as_list, images_of, labels_of, layouts_of, maps_of, masks_of, words_of
 from ldmcli.maths.schedule import make_schedule
-from ldmcli.maths.tiles import framed, middle
+from ldmcli.maths.tiles import framed, middle, middle_corner, reframed
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
 from ldmcli.networks.conditions import Conditioning
 from ldmcli.networks.diffusion import DiffusionModel, LatentScale
 
 OPTIONS = {"text": "--prompt", "class": "--class", "layout": "--layout", "map": "--map", "lowres": "image",
            "masked": "image", "tokens": "context"}  # what people give a condition with
+TASK_WORDS = {"generate": "draws images from nothing; `inpaint(image, mask)` fills a hole with it",
+              "sr": "makes images larger; use `upscale(image)`", "inpaint": "fills holes; use `inpaint(image, mask)`"}
 
 
 def default_device() -> torch.device:
@@ -175,13 +177,13 @@ class LoadedDiffusion:
         if classes is not None:
             values["class"] = list(classes)
         if layout is not None:
-            values["layout"] = layouts_of(layout, self._entry("layout"))
+            values["layout"] = layouts_of(layout, self.entry("layout"))
         if map is not None:
-            values["map"] = maps_of(map, self._entry("map"))
+            values["map"] = maps_of(map, self.entry("map"))
         found = self._embed(values, tokens)
         return found.context if found.vector is None and found.concat is None else found
 
-    def _entry(self, kind: str) -> Any:
+    def entry(self, kind: str) -> Any:
         """The condition of a kind. Raises UsageError where the model has none."""
         if kind not in self.model.conditions.entries:
             raise UsageError(f"{OPTIONS[kind]}: this model was trained without {kind}; it takes {self._takes()}")
@@ -193,11 +195,11 @@ class LoadedDiffusion:
     def _embed(self, values: dict[str, list], tokens: Tensor | None = None) -> Conditioning:
         inputs: dict[str, Tensor] = {}
         for kind, given in values.items():
-            self._entry(kind)
+            self.entry(kind)
             inputs |= self.model.conditions.prepare_one(kind, given)
         if tokens is not None:
             kind = "text" if "text" in self.model.conditions.entries and "text" not in values else "layout"
-            self._entry(kind)
+            self.entry(kind)
             inputs[f"{kind}.ids"] = tokens
             if kind == "text":
                 inputs["text.mask"] = torch.ones_like(tokens, dtype=torch.bool)
@@ -232,19 +234,57 @@ class LoadedDiffusion:
         """
         from ldmcli.drivers import edit, tiling  # they draw with what is defined here
 
-        values = self.request_values(prompt, classes, layout=layout, map=map, image=image, mask=mask, size=size)
-        ids, images = range(first, n * _groups(values)), []
         if image is not None:
-            return edit.edited(self, values, ids, seed=seed, batch_size=batch_size, negative_prompt=negative_prompt,
-                               **settings)  # fmt: skip
+            if size is not None:
+                raise UsageError("size: a result from an image has the size that the image asks for")
+            return self._edited(self.config.task.name, image, mask, prompt, classes, layout, map, n=n, first=first,
+                                seed=seed, batch_size=batch_size, negative_prompt=negative_prompt,
+                                **settings)  # fmt: skip
+        values = self.request_values(prompt, classes, layout=layout, map=map, size=size)
+        ids, images = range(first, n * _groups(values)), []
         whole = self.drawn_size(size)
         tile = edit.tile_side(self, whole, 0, tiling.MAX_MEMORY, settings) if whole else 0
         for start in range(0, len(ids), batch_size):
             z = self.latents_for(ids[start : start + batch_size], values, seed=seed, negative_prompt=negative_prompt,
-                                 size=whole, steering=Steering(tile=tile), **settings)  # fmt: skip
+                                 size=whole, inside=size, steering=Steering(tile=tile), **settings)  # fmt: skip
             drawn = tiling.decode(self.autoencoder, z, tile)
             images += to_pil(drawn[(..., *middle(whole, size))] if whole and size else drawn)
         return images
+
+    def inpaint(self, image: Any, mask: Any, prompt: Any = None, *, classes: Any = None, layout: Any = None,
+                map: Any = None, n: int = 1, **how) -> list:
+        """PIL images: holes filled, known pixels as they were; by a model of task inpaint, or any that generates.
+
+        image: a PIL image, file or array, or several; mask: where to repaint (bool (H, W), or a picture whose luminance
+        is at least 128 there), one or one an image. prompt, classes, layout, map: one or one an image, of the picture
+        as a whole, where the model takes them; a map is needed, the others may be left out. how: seed, batch_size,
+        negative_prompt, steps and other settings of sampling, and those of `drivers.edit.inpaint_images`.
+        """
+        return self._edited("inpaint", image, mask, prompt, classes, layout, map, n=n, **how)
+
+    def upscale(self, image: Any, prompt: Any = None, *, classes: Any = None, layout: Any = None, map: Any = None,
+                n: int = 1, **how) -> list:
+        """PIL images, `config.task.scale` times as large, by a model of task sr; arguments as `inpaint`."""
+        return self._edited("sr", image, None, prompt, classes, layout, map, n=n, **how)
+
+    def _edited(self, task: str, image: Any, mask: Any, prompt: Any, classes: Any, layout: Any, map: Any,
+                **how) -> list:
+        from ldmcli.drivers import edit
+
+        own = self.config.task.name
+        if task == "generate" or (task == "sr") != (own == "sr"):
+            raise UsageError(f"image: this model {TASK_WORDS[own]}")
+        pictures = images_of(image)
+        if (task == "inpaint") != (mask is not None):
+            raise UsageError("mask: says what to repaint; give one" if mask is None else
+                             "mask: this model makes images larger; it takes none")
+        holes = None if mask is None else [hole for _, hole in _pairs(pictures, masks_of(mask))]
+        told = {"text": words_of(prompt), "class": labels_of(classes), "layout": as_list(layout), "map": as_list(map)}
+        for kind in [kind for kind, given in told.items() if given]:
+            self.entry(kind)
+        if layout is not None:
+            told["layout"] = layouts_of(layout, self.entry("layout"))
+        return edit.edited(self, pictures, holes, told, **how)
 
     @torch.no_grad()
     def latents_for(
@@ -255,6 +295,7 @@ class LoadedDiffusion:
         seed: int = 0,
         negative_prompt: str = "",
         size: tuple[int, int] | None = None,
+        inside: tuple[int, int] | None = None,
         start: Tensor | None = None,
         strength: float = 1.0,
         steering: Steering | None = None,
@@ -262,7 +303,8 @@ class LoadedDiffusion:
     ) -> Tensor:
         """Final latents of samples `ids` of a call; sample k is told values[kind][k mod their number].
 
-        A map smaller than `size` (multiples of the model's unit) stands in its middle.
+        inside: (height, width) px of the middle of `size` (multiples of the model's unit) that is wanted: what maps and
+        layouts speak of.
         """
         chosen = with_overrides(self.config.sample, **settings)
         check_sampling(chosen, self.schedule)
@@ -270,6 +312,9 @@ class LoadedDiffusion:
         rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
         if "map" in rows and size is not None:
             rows["map"] = [framed(index, size) for index in rows["map"]]
+        if "layout" in rows and size is not None and inside is not None:
+            corner = middle_corner(size, inside)
+            rows["layout"] = [one | {"bbox": reframed(one["bbox"], inside, size, corner)} for one in rows["layout"]]
         return draw_latents(
             self.model,
             self.schedule,
@@ -284,35 +329,26 @@ class LoadedDiffusion:
             steering=steering,
         )
 
-    def request_values(self, prompt=None, classes=None, *, layout: Any = None, map: Any = None, image: Any = None,
-                       mask: Any = None, size: tuple[int, int] | None = None) -> dict[str, list]:
+    def request_values(self, prompt=None, classes=None, *, layout: Any = None, map: Any = None,
+                       size: tuple[int, int] | None = None) -> dict[str, list]:
         """What the model is told, checked against what it takes. Raises UsageError, or InputError for what is wrong
-        with a layout, map or image. size: of the pictures to draw, in pixels; maps are brought to it, or to the size
-        that images ask for."""
+        with a layout or map. size: of the pictures to draw, in pixels; maps are brought to it."""
         kinds = self.model.conditions.kinds
-        given = {"text": [prompt] if isinstance(prompt, str) else list(prompt or []), "class": list(classes or []),
-                 "layout": as_list(layout), "map": as_list(map)}
-        given |= {"lowres" if "lowres" in kinds else "masked": [] if image is None else images_of(image)}
+        given = {"text": words_of(prompt), "class": labels_of(classes), "layout": as_list(layout), "map": as_list(map)}
         if given["class"] == ["all"]:
             given["class"] = list(range(len(self.class_names)))
         for kind, value in given.items():
             if value:
-                self._entry(kind)
+                self.entry(kind)
         for kind in kinds:  # after what it never takes: a class for a text model is the mistake, not the missing prompt
             if not given.get(kind):
                 given[kind] = self._left_out(kind, told=bool(given["text"]))
         if given["layout"]:
-            given["layout"] = layouts_of(given["layout"], self._entry("layout"))
-        if "masked" in kinds:
-            given["masked"] = _pairs(given["masked"], masks_of(mask))
-            size = given["masked"][0][0].shape[:2]
-        elif "lowres" in kinds:
-            height, width = given["lowres"][0].shape[:2]
-            size = (height * self.config.task.scale, width * self.config.task.scale)
+            given["layout"] = layouts_of(given["layout"], self.entry("layout"))
         if given["map"]:
             _, height, width = self.model.latent_shape
             f = self.autoencoder.network.f
-            given["map"] = maps_of(given["map"], self._entry("map"), size or (height * f, width * f))
+            given["map"] = maps_of(given["map"], self.entry("map"), size or (height * f, width * f))
         return {kind: given[kind] for kind in kinds}
 
     def _left_out(self, kind: str, told: bool) -> list:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ldmcli.core.console import warn
-from ldmcli.core.errors import InputError
+from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.decode import BadImage
+from ldmcli.data.decode import BadImage, decode, decode_alpha
 from ldmcli.data.rows import class_map
 from ldmcli.networks.layout import LayoutCondition
 from ldmcli.networks.planes import MapCondition
@@ -19,6 +20,8 @@ from ldmcli.networks.planes import MapCondition
 SLACK = 0.005  # share of the picture by which a box may reach beyond it: rounded corners are no mistake
 ASPECT_SLACK = 0.02
 LIMIT = DataSettings().max_pixels
+HOLE_LUMINANCE = 128
+OPAQUE = 250  # of 255: lossy formats round
 FORM = '{"size": [width, height], "objects": [{"bbox": [x, y, w, h], "category": "name"}]}'
 
 
@@ -57,13 +60,22 @@ def layout_value(given: Any, entry: LayoutCondition, name: str = "layout") -> di
     size = _size(given.get("size"), name)
     boxes = np.stack([_box(one["bbox"], size, f"{name}, object {k + 1}") for k, one in enumerate(objects)])
     try:
-        kinds = [entry.index(one["category"]) for one in objects]
+        kinds = [entry.index(_category(one["category"])) for one in objects]
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     slots = entry.layout.slots
     if len(kinds) > slots:
         warn(f"{name}: {len(kinds)} objects; this model has room for {slots}, the others are left out")
     return {"bbox": boxes[:slots], "category": np.array(kinds[:slots], np.int64)}
+
+
+def _category(value: Any) -> str:
+    """A category as people write it: a number is read as text, since categories may be called by numbers."""
+    if isinstance(value, (str, int, np.integer)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))
+    raise InputError(f"category {value!r}: a category is a name")
 
 
 def _size(size: Any, name: str) -> tuple[float, float] | None:
@@ -108,6 +120,29 @@ def as_list(given: Any) -> list:
     if isinstance(given, np.ndarray) or hasattr(given, "detach"):
         return list(np.asarray(given)) if given.ndim > 2 else [np.asarray(given)]
     return list(given) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
+
+
+def words_of(given: Any) -> list[str]:
+    """Prompts from Python: one, or several. Raises UsageError for what is no text."""
+    found = [given] if isinstance(given, str) else [] if given is None else list(given)
+    wrong = next((one for one in found if not isinstance(one, str)), None)
+    if wrong is not None:
+        raise UsageError(f"prompt: {wrong!r} is no text")
+    return [str(one) for one in found]
+
+
+def labels_of(given: Any) -> list[int | str]:
+    """Classes from Python: a name or index, or several: a list, an array, a tensor of whole numbers. Raises
+    UsageError."""
+    found = given.tolist() if hasattr(given, "tolist") else given
+    found = [] if found is None else [found] if isinstance(found, (str, int, float)) else list(found)
+    return [_label(one.item() if hasattr(one, "item") else one) for one in found]
+
+
+def _label(one: Any) -> int | str:
+    if isinstance(one, bool) or not isinstance(one, (int, str)):
+        raise UsageError(f"classes: {one!r} is neither the name of a class nor a whole number")
+    return one
 
 
 def layouts_of(given: Any, entry: LayoutCondition) -> list[dict]:
@@ -170,23 +205,74 @@ def _fitting(index: np.ndarray, name: str, entry: MapCondition, size: tuple[int,
 
 def images_of(given: Any) -> list[np.ndarray]:
     """Pictures from Python as uint8 (H, W, 3): paths, PIL pictures, arrays; one or several."""
-    from ldmcli.data.decode import decode
-
     pictures = [given] if isinstance(given, np.ndarray) and given.ndim == 3 else as_list(given)
     return [np.asarray(one, np.uint8) if isinstance(one, np.ndarray)
             else np.asarray(decode(Path(one) if isinstance(one, str) else one)) for one in pictures]
 
 
 def masks_of(given: Any) -> list[np.ndarray]:
-    """Masks from Python as bool (H, W), True = hole: bool arrays, or pictures whose luminance is at least 128 there."""
-    return [one if isinstance(one, np.ndarray) and one.dtype == bool
-            else np.asarray(_grey(one)) >= 128 for one in as_list(given)]
+    """Masks from Python as bool (H, W), True = hole: bool arrays, or pictures as `hole_in` reads them."""
+    found = []
+    for k, one in enumerate(as_list(given)):
+        array = np.asarray(one) if isinstance(one, np.ndarray) or hasattr(one, "detach") else None
+        if array is not None and array.dtype == bool and array.ndim == 2:
+            found.append(array)
+        elif array is None or array.dtype == np.uint8:
+            found.append(hole_in(one if array is None else array, f"mask {k + 1}"))
+        else:
+            raise InputError(f"mask {k + 1}: {array.dtype} {array.shape}; a mask is bool (H, W), True in holes, "
+                             "or a uint8 picture that is white there")
+    return found
 
 
-def _grey(one: Any):
-    from PIL import Image
+def hole_in(mask: Any, name: str) -> np.ndarray:
+    """bool (H, W), True = hole, of a mask: a file, a PIL picture, or uint8 (H, W) or (H, W, 3 or 4).
 
-    from ldmcli.data.decode import decode
+    A hole has a luminance of at least 128. What is transparent was not painted, so it is no hole. Raises InputError
+    where nothing is a hole, and for a picture with a transparent part whose colours are no mask.
+    """
+    colours, alpha = decode_alpha(_opened(mask), name=name)
+    luminance = np.asarray(Image.fromarray(colours).convert("L"))
+    if alpha is not None:
+        _check_painted(luminance, alpha, name)
+        luminance = (luminance * (alpha / 255.0) + 0.5).astype(np.uint8)
+    found = luminance >= HOLE_LUMINANCE
+    if not found.any():
+        least, most = int(luminance.min()), int(luminance.max())
+        dim = f"; its values are {least} … {most} of 255, so brighten it" if 0 < most and least != most else ""
+        raise InputError(f"{name}: nothing in it is white (luminance {HOLE_LUMINANCE} or more), so there is nothing to "
+                         f"repaint; white marks the hole{dim}")
+    return found
 
-    one = Image.fromarray(one) if isinstance(one, np.ndarray) else Path(one) if isinstance(one, str) else one
-    return decode(one).convert("L")
+
+def _check_painted(luminance: np.ndarray, alpha: np.ndarray, name: str) -> None:
+    """Raises InputError for a mask with alpha that says nothing by its colours, or that is a photograph."""
+    painted = luminance[alpha >= HOLE_LUMINANCE]
+    if not painted.size:
+        raise InputError(f"{name}: all of it is transparent; paint white what is to be repainted")
+    if painted.max() < HOLE_LUMINANCE:
+        raise InputError(f"{name}: a mask in its alpha channel alone, and nothing in it is white: it may mean what is "
+                         "painted or what is transparent; save it without transparency, white where to repaint")
+    between = (painted > 32) & (painted < 224)
+    if between.mean() > 0.2 and painted.min() != painted.max():
+        raise InputError(f"{name}: a picture with a transparent part, not a mask; to repaint that part, give it as the "
+                         "image, without a mask")
+
+
+def transparent_hole(alpha: np.ndarray | None, name: str) -> np.ndarray:
+    """bool (H, W), True where a picture's alpha is not opaque. Raises UsageError where it has no such part, InputError
+    where nothing is opaque."""
+    if alpha is None or alpha.min() >= HOLE_LUMINANCE:
+        raise UsageError(f"MASK or --box: give one of them, to say what to repaint ({name} has no transparent part, "
+                         "which would say it, too)")
+    hole = alpha < OPAQUE
+    if hole.all():
+        raise InputError(f"{name}: all of it is transparent, so nothing would be kept")
+    return hole
+
+
+def _opened(one: Any) -> Any:
+    """What `decode` takes, of a path, a PIL picture or a uint8 array."""
+    if isinstance(one, np.ndarray):
+        return Image.fromarray(one)
+    return Path(one) if isinstance(one, str) else one

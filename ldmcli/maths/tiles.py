@@ -169,6 +169,24 @@ def middle(size: tuple[int, int], inside: tuple[int, int]) -> tuple[slice, slice
     return rows, columns
 
 
+def middle_corner(size: tuple[int, int], inside: tuple[int, int]) -> tuple[int, int]:
+    """Row and column of `size` where its middle `inside` begins."""
+    rows, columns = middle(size, inside)
+    return rows.start, columns.start
+
+
+def reframed(
+    bbox: np.ndarray, inside: tuple[int, int], size: tuple[int, int], corner: tuple[int, int] = (0, 0)
+) -> np.ndarray:
+    """Boxes (n, 4), x, y, w, h as shares of a picture of `inside` = (h, w) px, as shares of one of `size` = (H, W) that
+    holds it with its upper left pixel at `corner` = (row, column)."""
+    if tuple(inside) == tuple(size):
+        return bbox
+    (height, width), (top, left) = size, corner
+    pixels = bbox * np.array([inside[1], inside[0], inside[1], inside[0]]) + np.array([left, top, 0, 0])
+    return pixels / np.array([width, height, width, height])
+
+
 def framed(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w, …) in the middle of `size`, its edges carried on."""
     pads = [(part.start, length - part.stop) for part, length in zip(middle(size, image.shape[:2]), size)]

@@ -6,7 +6,6 @@ Each has its own null, which takes its place at random while training and in the
 A condition is one class and one line in `CONDITIONS`.
 """
 
-import difflib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.networks.conditioning import Conditioning
 from ldmcli.networks.layout import LayoutCondition
+from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition
 from ldmcli.networks.transformer import TextTransformer, pooled, vector_of_tokens
 
@@ -190,15 +190,15 @@ class ClassCondition(nn.Module):
         return {"class_names": list(rows.class_names)}
 
     def index(self, value: str | int) -> int:
-        """A class by name or, where no name is that text, by number; a number is always one. Raises UsageError."""
-        text = str(value)
-        if isinstance(value, str) and text in self.names:
-            return self.names.index(text)
-        known = len(self.names) + (self.numbered_null and not isinstance(value, str))
-        if text.isdecimal() and int(text) < known:
-            return int(text)
-        close = difflib.get_close_matches(text, self.names, 3) or self.names[:8]
-        raise UsageError(f"--class {text}: no such class among {len(self.names)}; for example {', '.join(close)}")
+        """A class: a number is its index; a text its name, "#" and its index, or, where no class is called by a number,
+        its index. Raises UsageError, naming classes."""
+        if isinstance(value, str):
+            found = place_of(value, self.names)
+        else:
+            found = int(value) if 0 <= int(value) < len(self.names) + self.numbered_null else None
+        if found is None:
+            raise UsageError(f"--class {value}: no such class among {len(self.names)}; {hint(value, self.names)}")
+        return found
 
     def prepare(self, labels: list[int | str]) -> dict[str, Tensor]:
         """Labels (numbers or names) -> {"label": (n,) int64}."""

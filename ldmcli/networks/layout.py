@@ -1,7 +1,6 @@
 """Boxes with categories as a condition: tokens through the transformer that text goes through (App. D.3, Tab. 17), and
 planes beside z_t on which each box is drawn where it lies."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ldmcli.core.errors import InputError
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.networks.conditioning import Conditioning
 from ldmcli.networks.layout_tokens import Layout
+from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.transformer import TextTransformer, pooled, vector_of_tokens
 from ldmcli.networks.unet import sinusoidal_map
 
@@ -78,15 +78,16 @@ class LayoutCondition(nn.Module):
                 "planes": settings.layout_planes}
 
     def index(self, value: str | int) -> int:
-        """A category by name or, where no name is that text, by number. Raises InputError, naming close matches."""
-        text = str(value)
-        if isinstance(value, str) and text in self.names:
-            return self.names.index(text)
-        if text.isdecimal() and int(text) < len(self.names):
-            return int(text)
-        close = difflib.get_close_matches(text, self.names, 3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"for example {', '.join(self.names[:8])}"
-        raise InputError(f"category {text!r}: no such category among {len(self.names)}; {hint}")
+        """A category: a number is its index; a text its name, "#" and its index, or, where no category is called by a
+        number, its index. Raises InputError, naming categories."""
+        if isinstance(value, str):
+            found = place_of(value, self.names)
+        else:
+            found = int(value) if 0 <= int(value) < len(self.names) else None
+        if found is None:
+            raise InputError(f"category {str(value)!r}: no such category among {len(self.names)}; "
+                             f"{hint(value, self.names)}")
+        return found
 
     def prepare(self, layouts: list[dict]) -> dict[str, Tensor]:
         """Layouts -> {"ids": (n, length) int64}; objects beyond the places that there are do not count."""
