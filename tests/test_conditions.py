@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from golden_cases import golden, relative
 
-from ldmcli.core.errors import InputError, ModelError
+from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
 from ldmcli.maths.filling import continued, spread_over
 from ldmcli.maths.patches import patched
@@ -222,12 +222,32 @@ def test_without_planes_a_layout_is_tokens_alone():
     assert LayoutCondition.learn(ConditionSettings(layout_planes=5), seen, rows, None)["planes"] == 5
 
 
-@pytest.mark.parametrize("entry", [LayoutCondition(SMALL, {**FACTS["layout"], "categories": ["7", "1", "5"]}),
-                                   ClassCondition(SMALL, {"class_names": ["7", "1", "5"]})])
-def test_a_number_is_an_index_and_a_text_a_name_first(entry):
-    assert [entry.index(value) for value in (1, np.int64(2), "1", "7", "0")] == [1, 2, 1, 0, 0]
-    with pytest.raises((InputError, Exception), match="no such c"):
-        entry.index(3)
+def entries(names: list[str]) -> list:
+    return [LayoutCondition(SMALL, {**FACTS["layout"], "categories": names}),
+            ClassCondition(SMALL, {"class_names": names})]
+
+
+@pytest.mark.parametrize(("names", "means"), [
+    (["7", "1", "5"], {1: 1, np.int64(2): 2, "1": 1, "7": 0, "#0": 0, "#2": 2, "0": None, "2": None, 3: None,
+                       -1: None}),
+    (["cat", "dog"], {"dog": 1, "1": 1, "#1": 1, 0: 0, "2": None, "#2": None, "Dog": None, "-1": None, "": None}),
+    (["cat", "9"], {"9": 1, "0": None, "1": None, "#1": 1, "#9": None, "²": None}),  # a number among them
+    (["#1", " a"], {"#1": 0, " a": 1, "#0": 0, "1": 1}),
+])
+def test_a_number_is_an_index_and_a_text_a_name_first(names, means):
+    for entry in entries(names):
+        for value, index in means.items():
+            if index is not None:
+                assert entry.index(value) == index, (names, value)
+            else:
+                with pytest.raises((InputError, UsageError), match="no such c.*(there are|did you mean)"):
+                    entry.index(value)
+
+
+def test_of_many_names_a_few_are_listed():
+    for entry in entries([f"n{k}" for k in range(1000)]):
+        with pytest.raises((InputError, UsageError), match=r"among 1000; there are n0, .*n7 … \(1000 in all\)"):
+            entry.index("zebra")
 
 
 def test_an_unknown_category_names_near_ones():

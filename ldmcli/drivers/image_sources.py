@@ -228,9 +228,14 @@ def drawn_for(model, told, ids: list[int], first: int, seed: int, size, settings
 
     numbers, values = range(first, first + len(ids)), {}
     for kind in model.model.conditions.kinds:
-        own = told.values(kind, ids, ids) if kind != "class" else [class_of(told.rows, i) for i in ids]
+        own = values_for(told, kind, ids)
         values[kind] = [own[(k - first) % len(ids)] for k in range(len(ids))]  # sample k takes entry k mod their number
     return to_uint8(model.autoencoder.decode(model.latents_for(numbers, values, seed=seed, size=size, **settings)))
+
+
+def values_for(told, kind: str, ids: list[int]) -> list:
+    """Values of a condition for rows `ids`; classes by name."""
+    return told.values(kind, ids, ids) if kind != "class" else [class_of(told.rows, i) for i in ids]
 
 
 def class_of(rows, i: int) -> int | str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.drivers.image_sources import Source, check_columns, class_of, condition_source, drawn_for
+from ldmcli.drivers.image_sources import Source, check_columns, condition_source, drawn_for, values_for
 from ldmcli.maths.filling import continued
 from ldmcli.maths.patches import patched
 
@@ -35,14 +35,10 @@ def task_sources(model, rows, ids: list[int], truth: Source, *, size: tuple[int,
     """(the model's answers for rows `ids`, plain methods by name, facts), in the order of `ids`.
 
     Answer k is drawn with the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their facts.
-    Raises UsageError where the model wants more than pictures and words.
+    Raises InputError where the data lack what the model is told.
     """
-    task, kinds = task_of(model), tuple(model.model.conditions.kinds)
-    words = [kind for kind in kinds if kind in ("text", "class")]
-    more = [kind for kind in kinds if kind not in (*TASKS, *(words if task == "inpaint" else ()))]
-    if more:
-        raise UsageError(f"evaluation of {task} gives pictures{' and words' if task == 'inpaint' else ''} only; this "
-                         f"model is conditioned on {more[0]}, too")
+    task = task_of(model)
+    check_columns(rows, tuple(model.model.conditions.kinds))
     told = condition_source(model, rows, size, seed)
     how = (model, told, ids, seed, batch_size, settings)
     facts = {**truth.facts, "fingerprint": model.fingerprint, "task": task}
@@ -131,7 +127,7 @@ def _enlarged(model, told, ids, seed, batch_size, settings):
 
         for numbers, block in _blocks(ids, batch_size):
             low = np.stack(told.values("lowres", block, block))
-            yield from upscale_images(model, low, seed=seed, ids=numbers, **settings)
+            yield from upscale_images(model, low, seed=seed, ids=numbers, told=_said(model, told, block), **settings)
 
     return stream
 
@@ -140,15 +136,18 @@ def _filled(model, told, ids, seed, batch_size, settings):
     def stream() -> Iterator[np.ndarray]:
         from ldmcli.drivers.edit import inpaint_images
 
-        kinds = model.model.conditions.kinds
         for numbers, block in _blocks(ids, batch_size):
             images, holes = (np.stack(part) for part in zip(*told.values("masked", block, block)))
-            words = {"prompts": [told.rows.caption(i) for i in block]} if "text" in kinds else {}
-            words |= {"classes": [class_of(told.rows, i) for i in block]} if "class" in kinds else {}
-            made = inpaint_images(model, images, holes, seed=seed, ids=numbers, **words, **settings)
+            made = inpaint_images(model, images, holes, seed=seed, ids=numbers, told=_said(model, told, block),
+                                  **settings)  # fmt: skip
             yield from np.where(holes[..., None], made, images)
 
     return stream
+
+
+def _said(model, told, ids: list[int]) -> dict[str, list]:
+    """What rows tell a model beside the picture of its task."""
+    return {kind: values_for(told, kind, ids) for kind in model.model.conditions.kinds if kind not in TASKS}
 
 
 def _each(told, ids, task: str, method):
