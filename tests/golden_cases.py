@@ -9,6 +9,7 @@ import json
 import lzma
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -128,17 +129,40 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def decided(h: Tensor, codebook: Tensor, share: float = 1e-5) -> Tensor:
-    """Where a quantiser can't choose otherwise: h (N, C, H, W), codebook (K, C) -> bool (N, H, W).
+def decided(h: Tensor, codebook: Tensor, error: float = 0.0) -> Tensor:
+    """Which latents no rounding brings to another entry of a codebook: h (N, C, H, W), codebook (K, C) -> (N, H, W).
 
-    The squared distances of the two nearest entries differ by more than `share` of |h|² + |e|². Computed as
-    |h|² + |e|² - 2 h·e in float32 they are off by some 5e-7 of it, whatever the machine.
+    `error` bounds how far each value of h may be off. Squared distances, |h|² + |e|² - 2 h·e in float32, are off by
+    some 5e-7 of |h|² + |e|²; four times that is left.
     """
-    points = h.permute(0, 2, 3, 1).double()
-    entries = codebook.double()
-    nearest, order = (points[..., None, :] - entries).square().sum(-1).topk(2, largest=False)
-    size = points.square().sum(-1) + entries[order[..., 0]].square().sum(-1)
-    return nearest[..., 1] - nearest[..., 0] > share * size
+    points, entries = h.permute(0, 2, 3, 1).double(), codebook.double()
+    distances = (points[..., None, :] - entries).square().sum(-1)
+    nearest, index = distances.min(-1)
+    chosen = entries[index]
+    moved = 2 * error * (entries - chosen[..., None, :]).abs().sum(-1)
+    rounding = 2e-6 * (points.square().sum(-1, keepdim=True) + entries.square().sum(-1))
+    others = torch.ones_like(distances, dtype=torch.bool).scatter_(-1, index[..., None], False)
+    return (distances - nearest[..., None] > moved + rounding).logical_or(~others).all(-1)
+
+
+@contextmanager
+def clear_of_ties(share: float = 1e-5):
+    """In here every latent that is quantised has to be decided, with `share` of the largest value as its error."""
+    from ldmcli.networks.autoencoder import VectorQuantizer
+
+    nearest, seen = VectorQuantizer.nearest, []
+
+    def watched(self, rows):
+        seen.append(decided(rows.detach().T[None, :, None], self.embedding.weight.detach(),
+                            share * rows.detach().abs().max().item()))  # fmt: skip
+        return nearest(self, rows)
+
+    VectorQuantizer.nearest = watched
+    try:
+        yield
+    finally:
+        VectorQuantizer.nearest = nearest
+    assert all(found.all() for found in seen), "a latent as near to one entry of the codebook as to another"
 
 
 def squeezenet(path: Path) -> Path:

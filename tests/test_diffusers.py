@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import randomised, relative, shared
+from golden_cases import decided, randomised, relative, shared
 from safetensors.torch import load_file, save_file
 
 from ldmcli.core.errors import LdmError, ModelError
@@ -94,6 +94,7 @@ def test_kl_autoencoder_repeats_the_recording():
 def test_vq_model_repeats_the_recording():
     want, network = io("vqmodel"), stage_of(diffusers.read(case("vqmodel")))
     assert relative(network.moments(want["x"]), want["encoded"]) < CLOSE
+    assert decided(want["h"], network.quantize.embedding.weight).all()
     found = network.quantize(want["h"])
     assert torch.equal(found.indices, want["indices"])
     assert relative(found.z, want["quantized"]) < CLOSE
@@ -160,7 +161,9 @@ def test_pipelines_repeat_the_recording(name):
     states, _ = trajectory(model, bundle, want["latents"], told, null, scale, steps=10)
     recorded = next(want[key] for key in want if key.startswith("trajectory"))
     assert relative(states, recorded) < CLOSE
-    pixels = stage_of(bundle.autoencoder).decode(bundle.scale.restore(recorded[-1]))
+    stage, z = stage_of(bundle.autoencoder), bundle.scale.restore(recorded[-1])
+    assert not stage.is_vq or decided(z, stage.quantize.embedding.weight).all()
+    pixels = stage.decode(z)
     assert relative(pixels, want["decoded"]) < CLOSE
     image = (pixels / 2 + 0.5).clamp(0, 1)
     there = want["image01"] if want["image01"].shape[1] == 3 else want["image01"].permute(0, 3, 1, 2)
@@ -259,6 +262,7 @@ def test_statistics_folded_into_the_first_stage_leave_images_as_they_are(reg, sc
     folded = diffusers.read(tmp_path / "out")
     z, x = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 16, 16).clamp(-1, 1)
     before, after = stage_of(model.autoencoder), stage_of(folded.autoencoder)
+    assert reg == "kl" or decided(model.scale.restore(z), before.quantize.embedding.weight, 1e-5 * z.max().item()).all()
     assert relative(after.decode(folded.scale.restore(z)), before.decode(model.scale.restore(z))) < 1e-5
 
     def encoded(network, scale):

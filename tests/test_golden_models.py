@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_cases import relative, shared
+from golden_cases import decided, relative, shared
 from safetensors.torch import load_file
 from tiny import ldm, state
 
@@ -63,11 +63,16 @@ def test_kl(models, way):
     assert relative(ae.decode(mean + (logvar / 2).exp() * io["eps"]), io["rec_sample"]) < FORWARD
 
 
+def clear(network, h: torch.Tensor) -> bool:
+    """Whether every latent keeps its code where it is off by what is allowed."""
+    return bool(decided(h, network.quantize.embedding.weight, FORWARD * h.abs().max().item()).all())
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_vq(models, way):
     ae, io = models("vq_f4_noattn", way), recorded("vq_f4_noattn")
     h = ae.moments(io["x"])
-    assert relative(h, io["h"]) < FORWARD
+    assert relative(h, io["h"]) < FORWARD and clear(ae.network, io["h"])
     quant, indices = ae.quantize(h)
     assert torch.equal(indices, io["indices"]) and relative(quant, io["quant"]) < FORWARD
     assert relative(ae.decode(h), io["rec"]) < QUANTISED
@@ -189,7 +194,7 @@ def test_maps(models, way):
 def test_a_full_checkpoint(models, way):
     model, io = models("full_checkpoint", way), recorded("full_checkpoint")
     ae = model.autoencoder
-    assert relative(ae.encode(io["image"]), io["z"]) < FORWARD
+    assert relative(ae.encode(io["image"]), io["z"]) < FORWARD and clear(ae.network, ae.scale.restore(io["z"]))
     assert relative(ae.decode(io["z"]), io["rec"]) < QUANTISED
     assert relative(ae.network.decode(ae.scale.restore(io["z"]), quantize=False), io["rec_noquant"]) < FORWARD
     context = model.embed(classes=io["labels"].tolist())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from golden_cases import clear_of_ties
 
 from ldmcli.core.settings import AutoencoderSettings, ConditionSettings, DiffusionSettings, SampleSettings
 from ldmcli.drivers.guiders import classifier_guide, downsampled, image_guide, latent_decoder, squared
@@ -41,10 +42,10 @@ def model() -> DiffusionModel:
 def decode(request):
     torch.manual_seed(1)
     settings = AutoencoderSettings(f=4, channels=16, channel_mult=(1,), num_res_blocks=1, embed_dim=3, z_channels=3,
-                                   reg=request.param, codebook_size=64)  # fmt: skip
+                                   reg=request.param, codebook_size=16)  # fmt: skip
     network = Autoencoder(settings).eval().requires_grad_(False)
     if request.param == "vq":
-        network.quantize.embedding.weight.copy_(latents(64, 3))
+        network.quantize.embedding.weight.copy_(latents(16, 3))
     return latent_decoder(LoadedAutoencoder(network, LatentScale.identity(3), ""))
 
 
@@ -84,7 +85,8 @@ def test_the_image_guide_works_on_what_classifier_free_guidance_gives(model, dec
     given, null = (model.embed({"class.label": torch.tensor(labels)}) for labels in ([0, 1], [2, 2]))
     free = denoiser(model, SCHEDULE, given, null, Guidance(3.0))
     guided = image_guide(free, decode, low, plain=True)
-    x0, eps = guided(z, 500.0, ALPHA, SIGMA)
+    with clear_of_ties():
+        x0, eps = guided(z, 500.0, ALPHA, SIGMA)
     with torch.enable_grad():
         here = z.clone().requires_grad_()
         error = squared(downsampled(decode(free(here, 500.0, ALPHA, SIGMA)[0]), (8, 8)), low.expand(2, -1, -1, -1))
@@ -96,7 +98,8 @@ def test_the_image_guide_works_on_what_classifier_free_guidance_gives(model, dec
 
 def test_a_sample_s_guide_sees_that_sample_alone(model, decode):
     low = torch.cat([torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)])
-    both = drawn(model, lambda denoise: image_guide(denoise, decode, low), ids=(0, 1))
+    with clear_of_ties():
+        both = drawn(model, lambda denoise: image_guide(denoise, decode, low), ids=(0, 1))
     alone = drawn(model, lambda denoise: image_guide(denoise, decode, low[1:]), ids=(1,))
     assert torch.allclose(both[1:], alone, atol=1e-3)
 

@@ -5,7 +5,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from golden_cases import golden, randomised, relative
+from golden_cases import decided, golden, randomised, relative
 from test_unet import loaded as recorded_unet
 
 from ldmcli.core.errors import ResourceError
@@ -123,6 +123,7 @@ def test_tiled_decoding_and_encoding_are_the_recorded_ones():
     split = config["split"]
     tile, stride = tuple(split["ks"]), tuple(split["stride"])
     z, x = io["split.decode_in"], io["split.encode_in"]
+    assert decided(z, network.quantize.embedding.weight).all()
     plan = original_plan(tuple(z.shape[2:]), tile, stride, up=split["vqf"])
     decoded = blend(lambda k: network.decode(plan.cut(z, plan.corners[k])), plan)
     assert relative(decoded, io["split.decode_out"]) < QUANTISED
@@ -170,6 +171,8 @@ def test_networks_of_the_paper_in_pieces_are_the_recorded_and_the_untiled_ones(c
     found = pieces.moments(network, x)
     z = moments if network.is_vq else moments.chunk(2, 1)[0]
     assert relative(found, moments) < EXACT
+    if network.is_vq:
+        assert decided(moments, network.quantize.embedding.weight, EXACT * moments.abs().max().item()).all()
     assert (pieces.decode(network, z) - network.decode(z)).abs().max() * 127.5 < 0.01  # of 255
     if network.is_vq:
         assert torch.equal(network.quantize(found).indices, network.quantize(moments).indices)

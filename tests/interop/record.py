@@ -138,10 +138,12 @@ def single_networks() -> None:
 
 
 def apart(made, vq, of=lambda tensor: tensor):
-    """The first of `made(0)`, `made(1)` … of which `of` gives latents where no rounding decides about a code, thrice
-    as clearly as the tests ask for."""
-    codebook = vq.quantize.embedding.weight
-    return next(found for found in map(made, range(100)) if decided(of(found), codebook, 3e-5).all())
+    """The first of `made(0)`, `made(1)` … of which `of` gives latents where no rounding decides about a code."""
+
+    def clear(h):
+        return decided(h, vq.quantize.embedding.weight, 1e-5 * h.abs().max().item()).all()
+
+    return next(found for found in map(made, range(100)) if clear(of(found)))
 
 
 def finish(folder: Path, pipe, states, times, call, **tensors) -> None:

@@ -3,7 +3,9 @@
 `make test-interop` runs these in an environment that has diffusers; elsewhere they are skipped.
 """
 
+import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 real = pytest.importorskip("diffusers", reason="diffusers is not installed here; `make test-interop` brings it")
 
-from golden_cases import relative  # noqa: E402
+from golden_cases import DATA, decided, relative, unpack  # noqa: E402
 from test_diffusers import (  # noqa: E402
     CUSTOM,
     SHIFTED,
@@ -67,6 +69,32 @@ def bundles(tmp_path):
     }  # fmt: skip
 
 
+@contextmanager
+def decoded_latents(pipe):
+    """What the pipeline's VQ model quantises, while it draws: (latents, their codes), each once."""
+    seen, handle = [], None
+    if hasattr(getattr(pipe, "vqvae", None), "quantize"):
+        handle = pipe.vqvae.quantize.register_forward_hook(
+            lambda module, args, out: seen.append((args[0], out[2][2].reshape(args[0][:, 0].shape))))
+    yield seen
+    if handle:
+        handle.remove()
+
+
+def same_codes(bundle, z: torch.Tensor, theirs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The pixels of their codes, after our latents and codes were found to be theirs.
+
+    Codes are compared where no rounding decides. A drawn latent may lie as near to one entry as to another: then both
+    codes are right, and the pictures differ.
+    """
+    stage, h = stage_of(bundle.autoencoder), bundle.scale.restore(z)
+    latents, codes = theirs  # normalised where the scale was folded into the first stage
+    assert min(relative(latents, z), relative(latents, h)) < CLOSE
+    clear = decided(h, stage.quantize.embedding.weight, CLOSE * h.abs().max().item())
+    assert clear.float().mean() > 0.9 and torch.equal(stage.quantize(h).indices[clear], codes[clear])
+    return stage.decode(stage.codes(codes), quantize=False)
+
+
 STOCK = ["uncond-vq", "uncond-vq-shifted", "uncond-kl-channelwise", "uncond-film", "uncond-no-middle",
          "uncond-v-cosine", "text-f8", "text-f2", "text-levels", "superres", "pixels"]  # fmt: skip
 
@@ -96,15 +124,17 @@ def test_stock_pipelines_draw_the_same_pictures(name, tmp_path):
     noise = torch.randn((2, *bundle.latent_shape), generator=torch.Generator().manual_seed(3))
     states, _ = trajectory(model, bundle, noise, told, null, scale, steps=10)
     more = {"num_inference_steps": 10, "generator": generator, "output_type": "np"}
-    if "text" in name:
-        images = pipe(prompts, guidance_scale=5.0, height=8 * side, width=8 * side, **more).images
-    elif name == "superres":
-        images = pipe(told.concat, **more).images
-    else:
-        images = pipe(batch_size=2, **more).images
+    with decoded_latents(pipe) as latents:
+        if "text" in name:
+            images = pipe(prompts, guidance_scale=5.0, height=8 * side, width=8 * side, **more).images
+        elif name == "superres":
+            images = pipe(told.concat, **more).images
+        else:
+            images = pipe(batch_size=2, **more).images
     pixels = states[-1]
     if bundle.autoencoder is not None:
-        pixels = stage_of(bundle.autoencoder).decode(bundle.scale.restore(pixels))
+        stage = stage_of(bundle.autoencoder)
+        pixels = same_codes(bundle, pixels, *latents) if stage.is_vq else stage.decode(bundle.scale.restore(pixels))
     expected = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert relative(torch.from_numpy(images), expected) < CLOSE
 
@@ -116,6 +146,7 @@ def test_first_stages_encode_and_decode_the_same(reg, tmp_path):
     theirs = (real.AutoencoderKL if reg == "kl" else real.VQModel).from_pretrained(tmp_path / "out")
     network, x, z = stage_of(bundle), torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)
     assert theirs.config.scaling_factor == 0.5
+    assert reg == "kl" or decided(z, network.quantize.embedding.weight).all()
     assert relative(theirs.decode(z).sample, network.decode(z)) < CLOSE
     found = theirs.encode(x)
     if reg == "kl":
@@ -239,3 +270,21 @@ def test_samplers_end_where_the_schedulers_do(kind, settings, steps, tmp_path):
     assert sorted(set(times), reverse=True) == [pytest.approx(t, abs=1e-3) for t in way.t]
     longest = kind.startswith("DPM") and settings.get("final_sigmas_type") == "sigma_min" and steps >= 15
     assert notes if longest else relative(mine, x) < CLOSE  # the one way that is known to differ, and says so
+
+
+def test_what_was_recorded_is_what_diffusers_computes(tmp_path, monkeypatch):
+    """The cases of tests/data, recorded anew: weights bit by bit, the rest to rounding."""
+    import record
+
+    shutil.copytree(record.FOLDER, tmp_path / "new", ignore=shutil.ignore_patterns("*.packed"))
+    monkeypatch.setattr(record, "FOLDER", tmp_path / "new")
+    record.single_networks()
+    record.pipelines()
+    names = sorted(str(path.relative_to(DATA / "diffusers")) for path in (DATA / "diffusers").rglob("*.packed"))
+    assert names == sorted(str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*.packed"))
+    for name in names:
+        old, new = (unpack((folder / name).read_bytes())[0] for folder in (DATA / "diffusers", tmp_path / "new"))
+        assert old.keys() == new.keys()
+        for key, value in old.items():
+            exact = name.endswith("model.safetensors.packed") or not value.is_floating_point()
+            assert torch.equal(new[key], value) if exact else relative(new[key], value) < CLOSE, (name, key)
