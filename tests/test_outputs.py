@@ -171,6 +171,130 @@ def test_somebody_elses_request_json_speaks_of_no_files(tmp_path, record):
     assert outputs.read_record(tmp_path / "request.json") is None
 
 
+# --- pages, sheets, runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["report.html", "README.md"])
+def test_a_page_that_was_changed_by_hand_is_kept(models, tmp_path, name):
+    """By the command that writes it again, and by a training that goes on or begins anew."""
+    run = tmp_path / "run"
+    shutil.copytree(models["ae"], run)
+    train_ae(run, steps=4)
+    assert outputs.page_is_ours(run / name)
+    text = (run / name).read_text().replace("step", "stride")
+    (run / name).write_text(text)
+    ending = train_ae(run, steps=5)
+    assert f"{name}: not written by ldm, or changed since" in ending.stderr
+    train_ae(run, "--fresh", steps=2)
+    assert (run / name).read_text() == text
+    if name == "report.html":
+        ending = ldm("report", run)
+        assert ending.code == 2 and name in ending.line and (run / name).read_text() == text
+        assert ldm("report", run, "--out", tmp_path / "elsewhere").code == 0
+        assert outputs.page_is_ours(tmp_path / "elsewhere" / name)
+
+
+def test_a_run_that_begins_anew_keeps_what_is_not_of_it(models, tmp_path):
+    """Also where its parts are links to folders elsewhere: those are emptied of checkpoints, and stay."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    shutil.copytree(models["ae"], run)
+    (run / "checkpoints").rename(disk)
+    (run / "checkpoints").symlink_to(disk)
+    mine = ["notes.txt", "checkpoints/best.txt", "checkpoints/step-00000003/mine.txt", "samples/keep.png",
+            "samples/step-of-a-dance.png", "tokenizer/poem.txt", ".secret.tmp"]  # fmt: skip
+    for name in mine:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("mine")
+    train_ae(run, "--fresh", "--sample-every", 1, steps=1)
+    assert all((run / name).read_text() == "mine" for name in mine)
+    assert (run / "checkpoints").is_symlink() and {path.name for path in disk.glob("step-*/manifest.json")}
+    assert json.loads((run / "run.json").read_text())["step"] == 1
+    assert not list(disk.glob("step-00000003/*.safetensors"))
+
+
+def test_the_sheet_of_a_data_set_replaces_only_an_earlier_one(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "contact.png").write_bytes(b"mine")
+    asked = ("data", "shapes", "--limit", 4, "--out", out)
+    ending = ldm(*asked)
+    assert ending.code == 2 and "contact.png" in ending.line and (out / "contact.png").read_bytes() == b"mine"
+    (out / "contact.png").unlink()
+    assert ldm(*asked).code == 0 and ldm(*asked).code == 0 and outputs.marked(out / "contact.png")
+    monkeypatch.chdir(tmp_path)
+    old = tmp_path / "outputs" / "shapes-data"
+    old.mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(old / "contact.png")  # of an older version, in the folder that the command names
+    assert ldm("data", "shapes", "--limit", 4).code == 0 and outputs.marked(old / "contact.png")
+
+
+@pytest.mark.parametrize("name", ["samples.png", "prompts.txt", "summary.json", "report.html"])
+def test_the_demo_keeps_files_of_ones_own(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    ending = ldm("demo", "--minutes", 1, "--out", tmp_path / "out")
+    assert ending.code == 2 and name in ending.line and [one.name for one in (tmp_path / "out").iterdir()] == [name]
+
+
+FOREIGN = {
+    "a letter": ("letter.txt", "dear"), "a picture": ("samples/holiday.png", "png"), "notes": ("README.md", "# Plan"),
+    "weights elsewhere": ("old/weights.pt", "x"), "a hidden file": (".env", "TOKEN=1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["run", "diffusers"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_converted_folder_is_replaced_only_while_all_in_it_is_a_models(models, tmp_path, to, what):
+    source, target = tmp_path / "source", tmp_path / "target"
+    assert ldm("convert", models["none"], source, "--to", "diffusers").code == 0
+    asked = ("convert", source if to == "run" else models["none"], target, "--to", to)
+    assert ldm(*asked).code == 0 and ldm(*asked, "--overwrite").code == 0
+    name, text = FOREIGN[what]
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text(text)
+    before = sorted(target.rglob("*"))
+    ending = ldm(*asked, "--overwrite")
+    assert ending.code == 2 and name in ending.line, ending.stderr
+    assert sorted(target.rglob("*")) == before and (target / name).read_text() == text
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.json", '{"name": "my app"}'), ("run.json", "{}"),
+                                            ("model_index.json", "[]"), ("model_index.json", "not json")])
+def test_a_folder_of_something_else_is_not_replaced_by_a_model(models, tmp_path, name, text):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / name).write_text(text)
+    (target / "index.js").write_text("main()")
+    assert ldm("convert", models["none"], target, "--to", "diffusers", "--overwrite").code == 2
+    assert (target / name).read_text() == text and (target / "index.js").is_file()
+
+
+@pytest.mark.parametrize("spoilt", ["m.yaml", "m-tokenizer/poem.txt", "m.ckpt/inside.txt"])
+def test_what_lies_beside_a_checkpoint_is_replaced_only_where_it_belongs_to_one(tmp_path, spoilt):
+    from test_convert import random_checkpoint
+
+    path = random_checkpoint(tmp_path / "theirs", "unconditional")
+    assert ldm("convert", path, tmp_path / "run").code == 0
+    (tmp_path / "out" / spoilt).parent.mkdir(parents=True)
+    (tmp_path / "out" / spoilt).write_text("shopping: [eggs]")
+    asked = ("convert", tmp_path / "run", tmp_path / "out" / "m.ckpt", "--to", "compvis")
+    assert ldm(*asked).code == 2
+    ending = ldm(*asked, "--overwrite")
+    assert ending.code == 2 and (tmp_path / "out" / spoilt).read_text() == "shopping: [eggs]", ending.stderr
+
+
+def test_a_target_that_is_a_link_is_followed_or_refused(models, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    asked = ("convert", models["none"])
+    for _ in range(2):
+        assert ldm(*asked, tmp_path / "link", "--to", "diffusers", "--overwrite").code == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model_index.json").is_file()
+    ending = ldm(*asked, tmp_path / "broken", "--to", "diffusers")
+    assert ending.code == 2 and "a link to nothing" in ending.line
+
+
 # --- pairs --------------------------------------------------------------------------------------------------------
 
 

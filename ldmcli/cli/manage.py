@@ -14,6 +14,7 @@ from ldmcli.cli import options as opt
 from ldmcli.cli.train import data_name, require_folder
 from ldmcli.core import config, console
 from ldmcli.core.errors import ModelError
+from ldmcli.core.outputs import CONTACT, refuse_foreign
 
 Minutes = Annotated[float, opt.option("--minutes", value=10.0, panel=opt.TRAINING, metavar="MINUTES", default="10",
     min=0.1, help="Time for the whole chain; settings are chosen for it.")]
@@ -23,6 +24,8 @@ DemoPreset = Annotated[opt.Text, opt.option("--preset", panel=opt.MODEL, metavar
     help="Settings of the diffusion model; `paper` trains as the paper does, to compare.")]
 DemoOut = Annotated[Path | None, opt.option("--out", "-o", panel=opt.OUTPUT, metavar="DIR", default="runs/demo",
     help="Folder for the runs, images and the report.")]
+ReportOut = Annotated[Path | None, opt.option("--out", "-o", panel=opt.OUTPUT, metavar="DIR",
+    default="the run's folder", help="Folder for the report, as where the run's cannot be written.")]
 Source = Annotated[opt.Text, opt.argument("Data set, as for --data.", "D", default="shapes", required=False)]
 Run = Annotated[Path, opt.argument("Run folder.", "RUN")]
 RecipeName = Annotated[opt.Text, opt.argument("Recipe to show, as its file.", "NAME", default="the list",
@@ -69,6 +72,8 @@ def data(given: opt.Given) -> None:
     settings = config.resolve("diffusion", [*given.layers("data."), *named]).config.data
     out = given.out or Path("outputs") / f"{data_name(settings.source)}-data"
     require_folder(out)
+    # in the folder that this command names itself the sheet is its own, also as older versions wrote it, without a mark
+    refuse_foreign([out / CONTACT], {CONTACT: ""} if given.out is None else {})
     from ldmcli.products.inspect import inspect, inspect_text
 
     result = inspect(settings, out)
@@ -78,7 +83,7 @@ def data(given: opt.Given) -> None:
         console.out(inspect_text(result, console.width()))
 
 
-@opt.takes({"run": Run}, opt.TALK)
+@opt.takes({"run": Run, "out": ReportOut}, opt.TALK)
 def report(given: opt.Given) -> None:
     """Write the report of a run again: one HTML file that opens offline."""
     from ldmcli.core.runs import is_run
@@ -87,7 +92,9 @@ def report(given: opt.Given) -> None:
         raise ModelError(f"{given.run}: no run folder (it holds no run.json); `ldm runs` lists runs")
     from ldmcli.products.report import write_report
 
-    path = write_report(given.run)
+    if given.out is not None:
+        require_folder(given.out)
+    path = write_report(given.run, out=given.out)
     if given.json:
         console.emit_json({"report": str(path)})
     else:

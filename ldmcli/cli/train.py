@@ -9,7 +9,7 @@ import typer
 
 from ldmcli.cli import options as opt
 from ldmcli.core import config, console, launch
-from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, UsageError
+from ldmcli.core.errors import DivergedError, Interrupted, ModelError, UsageError
 
 _AE_MODEL = {**opt.CONFIGURATION, "f": opt.Factor, "reg": opt.Reg, "embed_dim": opt.EmbedDim,
              "codebook_size": opt.CodebookSize, "attn": opt.Attention}
@@ -132,19 +132,14 @@ def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) 
 
 
 def _write_pages(out: Path) -> None:
-    """Report and model card; that they cannot be written must not hide how the training ended."""
+    """Report and model card, by one process."""
     from ldmcli.core.runs import is_run
 
     if launch.world()[0] != 0 or not is_run(out):
         return
-    from ldmcli.products.card import write_card
-    from ldmcli.products.report import write_report
+    from ldmcli.products.report import write_pages
 
-    try:
-        write_card(out)
-        console.say(f"report: {write_report(out)}")
-    except (LdmError, OSError) as error:
-        console.warn(f"{out}: the report could not be written ({error})")
+    write_pages(out)
 
 
 def _show_plan(given: opt.Given, resolved: config.Resolved, models: dict[str, str]) -> None:

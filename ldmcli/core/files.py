@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,10 +66,32 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, through links to folders as well, each folder once."""
+    found, seen = [], set()
+    for here, below, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(here))
+        below[:] = sorted(name for name in below if os.path.realpath(os.path.join(here, name)) not in seen)
+        found += [Path(here, name) for name in sorted(names)]
+    return found
+
+
+def temporary_path(path: Path) -> Path:
+    """Where what will be `path` is written; its name is cut where it would become too long for a file system."""
+    name = os.fsencode(path.name)
+    short = path.name if len(name) < 200 else hashlib.sha256(name).hexdigest()[:16]
+    return path.with_name(f".{short}.{os.getpid()}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file has a name that `temporary_path` gives."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+
+
 @contextmanager
 def atomic_path(path: Path, needed: int = 0):
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, else removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with writing(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -16,7 +16,8 @@ from ldmcli.core import files
 from ldmcli.core.errors import ModelError, UsageError
 
 RECORD = "request.json"
-SHEET = "grid.png"
+SHEET, CONTACT = "grid.png", "contact.png"  # of samples; of a data set
+PAGES = ("report.html", "README.md")
 MARK = "Software", "ldm"  # PNG text of every sheet
 BESIDE = ("layout", "map")  # what was told, as a picture beside a sample: 000000-map.png
 MOST = 10_000_000  # pictures of a request
@@ -93,6 +94,42 @@ def refuse_foreign(paths: Iterable[Path], declared: Mapping[str, str] | None = N
         more = f" (nor {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise UsageError(f"{foreign[0]}: not written by ldm, or changed since{more}, so it is not replaced; move it "
                          "away or choose another --out")
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes a page of text (HTML or Markdown) that ends in a comment with its own hash. Raises UsageError where a page
+    is there that was changed by hand, or never was one of these."""
+    if os.path.lexists(path) and not page_is_ours(path):
+        raise UsageError(f"{path}: not written by ldm, or changed since, so it is kept; move it away for a new one")
+    files.write_text(path, f"{text}{_signature(text)}\n")
+
+
+def page_is_ours(path: Path) -> bool:
+    """Whether a page is as `write_page` left it, or a report of a version before it signed pages."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    signed = _as_signed(path)
+    return signed if signed is not None else "<footer>Written by ldm " in _text(path)
+
+
+def card_is_models(path: Path) -> bool:
+    """Whether a README.md is the card of a model (it has the hub's front matter) that was not changed by hand."""
+    return _as_signed(path) is not False and _text(path).startswith("---\n")
+
+
+def _as_signed(path: Path) -> bool | None:
+    """Whether a page is what its signature says; None where it has none."""
+    text = _text(path)
+    body, begin, _ = text.rpartition("<!-- ldm ")
+    return text == f"{body}{_signature(body)}\n" if begin else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _signature(text: str) -> str:
+    return f"<!-- ldm {hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()} -->"
 
 
 class Results:

@@ -17,8 +17,25 @@ from typing import IO, Any
 
 from ldmcli.core import files
 from ldmcli.core.errors import LdmError, ModelError, UsageError
+from ldmcli.core.outputs import PAGES, page_is_ours
 
 _STEP_NAME = re.compile(r"^step-(\d{8,})$")
+
+
+_PART = r"(config\.toml|run\.json|model\.safetensors|stats\.json)"
+_WRITTEN = re.compile("|".join([
+    _PART, rf"autoencoder/{_PART}", r"metrics\.jsonl", r"bad-batch\.json", r"\.lock", r"samples/step-\d+\.png",
+    r"checkpoints/step-\d+/([\w.-]+\.safetensors|state\.json|manifest\.json)",
+    r"tokenizer/(vocab\.(txt|json)|merges\.txt|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json)",
+    r"tensorboard/(.+/)?(events\.out\.tfevents\..+|hparams\.yml)", r"wandb/.+",
+]))  # fmt: skip
+
+
+def own_files(path: Path) -> list[Path]:
+    """The files of a run folder that `ldm` writes in one; a report or card only as it was written."""
+    found = files.files_below(path)
+    pages = [one for one in found if one.parent == path and one.name in PAGES and page_is_ours(one)]
+    return [*pages, *(one for one in found if _WRITTEN.fullmatch(one.relative_to(path).as_posix()))]
 
 
 class RunFolder:
@@ -55,25 +72,21 @@ class RunFolder:
             self._lock = None
 
     def clear(self) -> None:
-        """Removes an earlier run's files (for --fresh); files that are not a run's stay."""
+        """Removes an earlier run's files (for --fresh); files that are not a run's stay, wherever they lie in it."""
         if is_run(self.path):  # it goes last and promises nothing: a kill in between leaves a run that begins anew
             try:
                 self.update(state="interrupted", step=0, checkpoint=0, reason="begun anew with --fresh")
             except ModelError:
                 pass  # run.json is damaged, and gone in a moment
-        for name in ("checkpoints", "samples", "tokenizer", "autoencoder", "tensorboard", "wandb"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (
-            "config.toml",
-            "model.safetensors",
-            "metrics.jsonl",
-            "stats.json",
-            "report.html",
-            "README.md",
-            "bad-batch.json",
-            "run.json",
-        ):
-            (self.path / name).unlink(missing_ok=True)
+        ours = [path for path in own_files(self.path) if path.name != ".lock"]
+        for path in sorted(ours, key=lambda path: path == self.path / "run.json"):
+            path.unlink(missing_ok=True)
+        below = {folder for path in ours for folder in path.parents if self.path in folder.parents}
+        for folder in sorted(below, key=lambda folder: -len(folder.parts)):
+            try:
+                folder.rmdir()
+            except OSError:
+                pass  # something of the user's lies in it, or it is a link to a folder elsewhere
 
     def update(self, **changes: Any) -> None:
         """Merges `changes` into run.json, replacing it atomically."""
@@ -250,7 +263,8 @@ def sweep_unfinished(run: RunFolder, warn=lambda text: None) -> None:
         warn(f"{path.name}: an unfinished checkpoint, removed")
         shutil.rmtree(path, ignore_errors=True)
     for path in [*run.path.glob(".*.tmp"), *run.path.glob("*/.*.tmp")]:
-        path.unlink(missing_ok=True)
+        if files.is_temporary(path):
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- finding runs
@@ -273,7 +287,8 @@ def read_run(path: Path) -> dict[str, Any]:
 def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
     """Runs below `root`, newest last: path, kind, state, step, data, the latest evaluation, time of the last change."""
     rows = []
-    for marker in sorted(root.glob("**/run.json"), key=lambda p: p.stat().st_mtime):
+    markers = [path for path in files.files_below(root) if path.name == "run.json" and path.is_file()]
+    for marker in sorted(markers, key=lambda path: path.stat().st_mtime):
         try:
             state = files.read_json(marker)
         except ModelError:

@@ -1,19 +1,26 @@
 """From one format to another: what `ldm convert` does."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldmcli.core.errors import UsageError
+from ldmcli.core import files, runs
+from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.core.outputs import card_is_models, marked
 from ldmcli.formats import run
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle
 from ldmcli.formats.detect import Reading, format_of, read
 
 TARGETS = ("run", "compvis", "diffusers")
-_MARKS = ("run.json", "model_index.json", "config.json")  # of folders that --overwrite may replace
+# files of models of diffusers and transformers, and of the tokenizers beside them
+_OF_MODELS = re.compile(
+    r"(model_index|config|scheduler_config|generation_config|preprocessor_config|tokenizer|tokenizer_config|vocab|"
+    r"special_tokens_map|added_tokens|latents)\.json|vocab\.txt|merges\.txt|\.gitattributes|(pipeline|model_\w+)\.py|"
+    r"(diffusion_pytorch_model|pytorch_model|model|unfolded|io)[\w.-]*\.(safetensors|bin|json)")
 
 
 def convert(source: Path, target: Path, to: str = "", reading: Reading | None = None, *, overwrite: bool = False
@@ -45,7 +52,7 @@ def _write(bundle: Bundle, place: Path, to: str, source: Path, kind: str) -> lis
         notes = compvis_write.write(bundle, place)
         tokenizer = getattr(bundle, "tokenizer", None)
         if tokenizer is not None:
-            shutil.copytree(tokenizer, place.with_name(f"{place.stem}-tokenizer"))
+            shutil.copytree(tokenizer, _tokenizer_beside(place))
         return notes
     from ldmcli.formats import diffusers
 
@@ -69,30 +76,92 @@ def _check_target(source: Path, target: Path, to: str, overwrite: bool) -> None:
         raise UsageError(f"{target}: a checkpoint of CompVis is one file; end its name with .ckpt or .safetensors")
     if source.exists() and (target.resolve() == source.resolve() or target.resolve() in source.resolve().parents):
         raise UsageError(f"{target}: is, or holds, what is to be converted; choose another name")
+    if target.is_symlink() and not target.exists():
+        raise UsageError(f"{target}: a link to nothing; choose another name")
     if to == "compvis":
-        taken = [path for path in (target, target.with_suffix(".yaml")) if path.exists()]
-        if taken and not overwrite:
-            raise UsageError(f"{taken[0]}: exists; --overwrite replaces it")
-        return
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        _check_file(target, overwrite)
+    elif target.exists() and not (target.is_dir() and not any(target.iterdir())):
         if not overwrite:
             raise UsageError(f"{target}: exists; --overwrite replaces it")
-        if not any((target / mark).is_file() for mark in _MARKS):
-            raise UsageError(f"{target}: holds something other than a model, which --overwrite does not replace")
+        foreign = _foreign(target)
+        if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            what = "" if foreign == [target] else f" ({foreign[0]}{more})"
+            raise UsageError(f"{target}: holds something other than a model{what}, which --overwrite does not replace; "
+                             "move it away or choose another name")
+
+
+def _check_file(target: Path, overwrite: bool) -> None:
+    """As above for a checkpoint, whose configuration and tokenizer lie beside it."""
+    yaml, tokenizer = target.with_suffix(".yaml"), _tokenizer_beside(target)
+    taken = [path for path in (target, yaml, tokenizer) if path.exists()]
+    if taken and not overwrite:
+        raise UsageError(f"{taken[0]}: exists; --overwrite replaces it")
+    wrong = [target] if target.is_dir() else []
+    wrong += [yaml] if yaml.exists() and not _is_configuration(yaml) else []
+    wrong += [path for path in files.files_below(tokenizer) if not _OF_MODELS.fullmatch(path.name)]
+    if wrong:
+        raise UsageError(f"{wrong[0]}: no part of a checkpoint, so --overwrite does not replace it; move it away or "
+                         "choose another name")
+
+
+def _tokenizer_beside(target: Path) -> Path:
+    return target.with_name(f"{target.stem}-tokenizer")
+
+
+def _is_configuration(path: Path) -> bool:
+    """Whether a YAML names the class of a model, as those of CompVis do."""
+    import yaml
+
+    try:
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return False
+    return isinstance(model, dict) and "target" in model
+
+
+def _foreign(folder: Path) -> list[Path]:
+    """What of a folder is no part of a model; the folder itself where nothing in it says that it is one."""
+    if not folder.is_dir():
+        return [folder]
+    run = runs.is_run(folder)
+    if not run and not any(_describes_model(folder / name) for name in ("model_index.json", "config.json")):
+        return [folder]
+    own = set(runs.own_files(folder)) if run else set()
+    return [path for path in files.files_below(folder) if path not in own and not _is_part(path, run)]
+
+
+def _is_part(path: Path, run: bool) -> bool:
+    if path.name == "README.md":
+        return card_is_models(path)
+    if path.name == "samples.png":
+        card = path.with_name("README.md")
+        return marked(path) or card.is_file() and "Exported for diffusers: " in card.read_text(encoding="utf-8")
+    return not run and _OF_MODELS.fullmatch(path.name) is not None
+
+
+def _describes_model(path: Path) -> bool:
+    try:
+        found = files.read_json(path)
+    except ModelError:
+        return False
+    return isinstance(found, dict) and bool({"_class_name", "model_type", "architectures"} & set(found))
 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
     """A place beside `target` to write in; what stands there becomes `target` (with what lies beside it) at the end."""
-    stage = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    target = target.resolve() if target.is_symlink() else target
+    stage = files.temporary_path(target)
     shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
+    with files.writing(target):
+        stage.mkdir(parents=True)
     try:
         yield stage / target.name
         for path in sorted(stage.iterdir(), key=lambda path: path.name == target.name):
             final = target.with_name(path.name)
-            if final.is_dir():
-                shutil.rmtree(final)
+            if final.is_dir():  # out of the way first: a kill leaves the old one or the new one, whole
+                os.replace(final, stage / f"{path.name}.before")
             os.replace(path, final)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -5,8 +5,8 @@ import re
 from html import escape
 from pathlib import Path
 
-from ldmcli.core import files
 from ldmcli.core.console import clean, redact
+from ldmcli.core.outputs import write_page
 from ldmcli.products import run_page
 from ldmcli.products.charts import figure
 from ldmcli.products.run_page import RunView, last_name, look
@@ -15,11 +15,12 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
 
 
 def write_card(run_dir: Path) -> Path:
-    """Writes run_dir/README.md from what lies in the folder, and returns its path."""
+    """Writes run_dir/README.md from what lies in the folder, and returns its path. Raises UsageError for a card that
+    somebody wrote or changed by hand."""
     run = look(run_dir)
     parts = [_front_matter(run), f"# {_text(run.name)}", _summary(run), _picture(run), _use(run), _data(run),
              _metrics(run), _settings(run), _limits(run)]  # fmt: skip
-    files.write_text(run_dir / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    write_page(run_dir / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     return run_dir / "README.md"
 
 

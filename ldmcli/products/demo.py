@@ -9,6 +9,7 @@ import numpy as np
 
 from ldmcli.core import config, console, files, runs
 from ldmcli.core.errors import UsageError
+from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import DataSettings
 
 # shares of the minutes; the rest is starting, encoding, sampling, measuring (about a minute on two cores)
@@ -45,6 +46,8 @@ def demo(data: DataSettings, *, minutes: float = 10, out: Path = Path("runs/demo
 
     if minutes < 0.2:
         raise UsageError(f"--minutes {minutes}: at least 0.2")
+    if not runs.is_run(out / "autoencoder"):  # what an earlier demo wrote there is replaced
+        refuse_foreign([out / name for name in ("samples.png", "prompts.txt", "summary.json", "report.html")])
     started = time.monotonic()
     rows = open_rows(data, split="train")
     chosen = plan_for(rows, data, minutes)
@@ -96,12 +99,10 @@ def _train(kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: 
 
 
 def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
-    from ldmcli.products.card import write_card
-    from ldmcli.products.report import write_demo_report, write_report
+    from ldmcli.products.report import write_demo_report, write_pages
 
     for part in parts:
-        write_card(part)
-        write_report(part)
+        write_pages(part)
     console.say(f"report: {write_demo_report(out, parts, summary)}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.core import console
+from ldmcli.core.outputs import CONTACT
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import BadImage, shown
 from ldmcli.data.rows import WORKERS, Rows, in_threads, is_shapes
@@ -196,8 +197,8 @@ def _contact_sheet(good: Sequence[Look], settings: DataSettings, out: Path) -> P
     picked = [good[round(k * (len(good) - 1) / max(count - 1, 1))] for k in range(count)]
     size = settings.size if any(settings.size) else (CELL, CELL)
     pictures = [rows.pixels(i, size) for rows, i in (look.row for look in picked)]
-    save_grid(out / "contact.png", in_rows(pictures, SHEET_COLUMNS))
-    return out / "contact.png"
+    save_grid(out / CONTACT, in_rows(pictures, SHEET_COLUMNS))
+    return out / CONTACT
 
 
 # ---------------------------------------------------------------- for people

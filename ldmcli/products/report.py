@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
-from ldmcli.core import files
+from ldmcli.core import console
+from ldmcli.core.errors import LdmError
+from ldmcli.core.outputs import write_page
 from ldmcli.products import page, run_page
+from ldmcli.products.card import write_card
 from ldmcli.products.page import safe
 from ldmcli.products.run_page import RunView, clock, look
 
@@ -15,20 +18,35 @@ _SCORES = ("colour", "shape", "position", "background", "count", "all")
 _NAMES = {"all": "everything right", "count": "number of objects", "iou": "overlap with the shape"}
 
 
-def write_report(run_dir: Path, summary: dict[str, Any] | None = None) -> Path:
-    """Writes run_dir/report.html from what lies in the folder, and returns its path. `summary`: an evaluation that
-    is shown with those that lie in the folder as eval*.json. Raises ResourceError or UsageError when it can't write."""
+def write_report(run_dir: Path, summary: dict[str, Any] | None = None, out: Path | None = None) -> Path:
+    """Writes report.html into `out` (None: the run's folder) from what lies in run_dir, and returns its path.
+
+    summary: an evaluation that is shown with those that lie in the folder as eval*.json. Raises ResourceError or
+    UsageError when it can't write, or would replace a page that was changed by hand.
+    """
     run = look(run_dir)
     body = (
         run_page.header(run) + run_page.key_figures(run) + run_page.previews(run) + run_page.curves(run)
         + run_page.evaluations(run, summary) + run_page.protocol(run) + run_page.settings(run)
     )  # fmt: skip
-    return _write(run_dir, run.name, body)
+    return _write(out or run_dir, run.name, body)
+
+
+def write_pages(run_dir: Path) -> None:
+    """Model card and report. That one cannot be written, or was changed by hand and is kept, is a warning: it must not
+    hide how the training ended."""
+    for write in (write_card, write_report):
+        try:
+            path = write(run_dir)
+            if write is write_report:
+                console.say(f"report: {path}")
+        except (LdmError, OSError) as error:
+            console.warn(error)
 
 
 def _write(folder: Path, title: str, body: str) -> Path:
     footer = f"<footer>Written by ldm {safe(__version__)}. This page is one file and loads nothing.</footer>"
-    files.write_text(folder / "report.html", page.page(f"{title} · ldm", body + footer))
+    write_page(folder / "report.html", page.page(f"{title} · ldm", body + footer))
     return folder / "report.html"
 
 
