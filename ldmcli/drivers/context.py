@@ -57,6 +57,11 @@ class Context:
         """Whether this process writes the run folder and speaks."""
         return self.rank == 0
 
+    def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A micro-batch on this process's device. float64 stays on the host: Apple GPUs have none, and what is drawn
+        from it (timesteps) is made there."""
+        return {k: v if v.dtype == torch.float64 else v.to(self.device) for k, v in batch.items()}
+
     def autocast(self):
         """Context in which matrix products run in the low precision, if one is in use."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)

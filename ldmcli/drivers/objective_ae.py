@@ -186,6 +186,8 @@ class AutoencoderObjective:
         """(mean loss of a micro-batch, statistics). `networks` are the wrapped ones."""
         x = scaled(batch["pixels"], self.context.device)
         noise = batch.get(f"noise.{phase}")
+        if noise is not None:
+            noise = noise.to(x.device)
         if phase == "discriminator":
             with torch.no_grad():
                 fake = networks["autoencoder"](x, noise).reconstruction
@@ -305,8 +307,9 @@ class AutoencoderObjective:
                 [self.rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in picked[start : start + 32]]
             )
             with self.context.autocast():
-                moments = self.autoencoder.moments(scaled(torch.from_numpy(pixels), self.context.device)).double()
-            mean, extra = moment_sums(moments, self.autoencoder.is_vq)
+                moments = self.autoencoder.moments(scaled(torch.from_numpy(pixels), self.context.device))
+            # float64 on the host: not every device has it
+            mean, extra = moment_sums(moments.cpu().double(), self.autoencoder.is_vq)
             total, square, n = total + mean, square + extra, n + moments[0, 0].numel() * len(moments)
         scale = LatentScale.measured(total / n, square / n - (total / n) ** 2, "per_channel")
         return {

@@ -122,8 +122,10 @@ class Training:
     def _prepare(self) -> None:
         context, objective = self.context, self.objective
         self.wrapped, self.updaters = {}, {}
+        self.trained: dict[str, list[torch.nn.Parameter]] = {}  # without what a network keeps frozen
         for name, module in objective.networks.items():
             module.to(context.device).train()
+            self.trained[name] = [p for p in module.parameters() if p.requires_grad]
             used = torch.compile(module) if self.settings.compile else module
             self.wrapped[name] = context.accelerator.prepare_model(used) if context.world > 1 else used
             self.updaters[name] = Updater(module.named_parameters(), self.settings, objective.learning_rate(name))
@@ -359,14 +361,15 @@ class Training:
     def _update(self, phase: str, batch: dict[str, Tensor], step: int, rate: float, norms: bool):
         """Backward over this process's micro-batches and one update; (applied?, statistics)."""
         updater, wrapped, context = self.updaters[phase], self.wrapped[phase], self.context
-        for name, module in self.objective.networks.items():
-            module.requires_grad_(name == phase)
+        for name, parameters in self.trained.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name == phase)
         updater.zero()
         parts = micro_batches(len(batch["row"]), self.settings.micro_batch)
         sums: dict[str, Tensor] = {}
         seen: dict[str, int] = {}
         for index, part in enumerate(parts):
-            micro = {k: v[part] for k, v in batch.items()}
+            micro = context.on_device({k: v[part] for k, v in batch.items()})
             share_of_step = (part.stop - part.start) / self.settings.batch_size
             last = index == len(parts) - 1
             with context.accelerator.no_sync(wrapped) if not last and context.world > 1 else nullcontext():

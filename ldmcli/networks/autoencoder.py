@@ -4,6 +4,7 @@ Pixels x: (B, in_channels, H, W) in [-1, 1]. Latents z here are unscaled: (B, em
 State-dict keys of family "paper" are those of the original checkpoints.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,12 @@ def revive(codebook: Tensor, dead: Tensor, vectors: Tensor, generator: torch.Gen
     return codebook.index_copy(0, dead.to(codebook.device), vectors[chosen].to(codebook))
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Context without autocast; the meta device, on which networks are measured, has none."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 class VectorQuantizer(nn.Module):
     """Nearest entry of a learned codebook, straight-through (van den Oord et al. 2017).
 
@@ -87,7 +94,7 @@ class VectorQuantizer(nn.Module):
         codebook = self.embedding.weight.detach().float()
         squares = codebook.square().sum(dim=1)
         found = []
-        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        with torch.no_grad(), _full_precision(rows.device):
             for part in rows.detach().float().split(QUANTISE_ROWS):
                 distance = part.square().sum(dim=1, keepdim=True) + squares - 2.0 * part @ codebook.t()
                 found.append(distance.argmin(dim=1))

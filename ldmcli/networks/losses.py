@@ -163,4 +163,5 @@ def codebook_stats(indices: Tensor, size: int) -> Stats:
         torch.distributed.all_reduce(counts)
     p = counts / counts.sum()
     used = (counts > 0).sum()
-    return {"perplexity": torch.special.entr(p).sum().exp(), "codes_used": used, "code_usage": used / size}
+    # not torch.special.entr, which older versions of torch lack on Apple GPUs
+    return {"perplexity": (-torch.xlogy(p, p)).sum().exp(), "codes_used": used, "code_usage": used / size}

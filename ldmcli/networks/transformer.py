@@ -66,7 +66,8 @@ class PositionEmbedding(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """Embeddings, layers and the last norm; `to_logits` exists only where a checkpoint carries it."""
+    """Embeddings, layers and the last norm; `to_logits` exists only where a checkpoint carries it, and is frozen: no
+    forward pass uses it, and data-parallel training would wait for its gradients."""
 
     def __init__(self, vocab_size: int, length: int, layers: Layers, width: int, logits_head: bool, std: float):
         super().__init__()
@@ -76,7 +77,7 @@ class TokenTransformer(nn.Module):
         self.attn_layers = layers
         self.norm = nn.LayerNorm(width)
         if logits_head:
-            self.to_logits = nn.Linear(width, vocab_size)
+            self.to_logits = nn.Linear(width, vocab_size).requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token_emb(tokens) + self.pos_emb(tokens.shape[1])
