@@ -258,6 +258,8 @@ class TrainSettings:
     seed: int = 0
     mixed_precision: str = "auto"  # auto | no | bf16 | fp16
     compile: bool = False
+    # several processes: seconds that a backward pass waits for the others; whatever else they do may take hours
+    gradient_timeout: float = 600.0
     max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5
     save_every: int = 1000
     keep: int = 2  # newest checkpoints that stay
@@ -275,7 +277,8 @@ class TrainSettings:
         _choice("train", "mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
         _choice("train", "ema_scope", self.ema_scope, ("all", "unet"))
         _positive("train", {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "keep": self.keep,
-                            "log_every": self.log_every, "save_every": self.save_every})
+                            "log_every": self.log_every, "save_every": self.save_every,
+                            "gradient_timeout": self.gradient_timeout})
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
         if self.spike and self.spike < 2:

@@ -5,19 +5,29 @@ The store of one (autoencoder, transform, dtype) is a folder of immutable shards
 content hash of each row and is written after it. A row is found by its content hash, so changed pixels, another
 autoencoder or another transform miss, only what is new is encoded, and runs share what they have in common. A shard
 without its list does not exist: a killed build loses one shard at most.
+
+A large set has more shards than a process may have open files or maps: rows are read by their place in a file, and
+only the files that were read last stay open.
 """
 
+import errno
 import hashlib
 import json
 import os
+import resource
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ldmcli.core import files
+from ldmcli.core.errors import ResourceError
 
 SHARD_ROWS = 1024
+MOST_OPEN = 256  # files; fewer where the limit of the process asks for it
 
 
 def cache_root(setting: str) -> Path:
@@ -30,29 +40,115 @@ def cache_key(*facts: str) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 
 
+class _File:
+    """A file that is open as long as somebody has this object, a reader in another thread included."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class _OpenFiles:
+    """The files that were read last, from any thread."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Path, _File] = OrderedDict()
+        self._lock = threading.Lock()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = max(1, min(MOST_OPEN, soft // 4 if soft != resource.RLIM_INFINITY else MOST_OPEN))
+
+    def read(self, path: Path, start: int, size: int) -> bytes:
+        """`size` bytes from place `start` on; fewer where the file ends before. Raises OSError."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = self._opened(path)
+            self._files.move_to_end(path)
+        return os.pread(file.number, size, start)
+
+    def _opened(self, path: Path) -> _File:
+        while len(self._files) >= self._most:
+            self._files.popitem(last=False)
+        try:
+            file = _File(path)
+        except OSError as error:
+            if not _none_left(error):
+                raise
+            self._files.clear()  # others took what there was
+            file = _File(path)
+        self._files[path] = file
+        return file
+
+
+def _none_left(error: OSError) -> bool:
+    """Whether an error speaks of the process or the machine, and not of the file."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """An array in a file of NumPy: the place of its first number, and its shape."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+
+
+def _read_shard(path: Path, dtype: np.dtype) -> _Shard:
+    """Raises ValueError where the file is no whole array of `dtype`, OSError where it can't be opened."""
+    with open(path, "rb") as handle:
+        version = np.lib.format.read_magic(handle)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"{path}: an array of version {version}")
+        shape, by_columns, found = read(handle)
+        start = handle.tell()
+        size = os.fstat(handle.fileno()).st_size
+    if by_columns or found != dtype or size < start + int(np.prod(shape)) * dtype.itemsize:
+        raise ValueError(f"{path}: another array, or cut")
+    return _Shard(path, start, shape)
+
+
 class LatentCache:
     """The store in `folder`. `keys` are content hashes, one a data row; duplicates share an entry."""
 
     def __init__(self, folder: Path, keys: Sequence[str], shape: tuple[int, int, int], dtype: str, views: int):
         self.folder, self.keys, self.shape, self.dtype = folder, list(keys), tuple(shape), np.dtype(dtype)
         self.views = views
-        self._shards: list[np.ndarray] = []
+        self._shards: list[_Shard] = []
+        self._files = _OpenFiles()
         self._where: dict[str, tuple[int, int]] = {}
         self._index = np.empty((0, 2), np.int64)
         self._known: set[str] = set()
 
     def refresh(self) -> None:
-        """Reads the lists of all finished shards (also those of other processes and earlier runs)."""
+        """Reads the lists of all finished shards (also those of other processes and earlier runs).
+
+        Raises ResourceError where no more files can be opened: nothing is damaged then.
+        """
+        try:
+            self._refresh()
+        except OSError as error:
+            if _none_left(error):
+                raise self._refused(error) from error
+            raise
+
+    def _refresh(self) -> None:
         for listing in sorted(self.folder.glob("*.json")):
             array = listing.with_suffix(".npy")
             if listing.name in self._known or not array.exists():
                 continue
             try:
                 names = json.loads(listing.read_text())
-                shard = np.load(array, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError):
+                shard = _read_shard(array, self.dtype)
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and _none_left(error):
+                    raise
                 continue  # damaged: its rows count as missing and are encoded again
-            if shard.shape != (len(names), self.views, *self.shape) or shard.dtype != self.dtype:
+            if shard.shape != (len(names), self.views, *self.shape):
                 continue
             self._known.add(listing.name)
             self._shards.append(shard)
@@ -104,19 +200,41 @@ class LatentCache:
                 np.save(handle, moments, allow_pickle=False)
         files.write_text(self.folder / f"{name}.json", json.dumps(names))
 
+    def _refused(self, error: OSError) -> ResourceError:
+        return ResourceError(f"{self.folder}: no shard can be opened ({error.strerror}); raise the limit of open files "
+                             "(`ulimit -n`), or end what else holds so many")
+
     def seal(self) -> None:
-        """Call when all processes have built: resolves each row to its place. Raises KeyError if one is missing."""
+        """Call when all processes have built: resolves each row to its place. Raises ResourceError if one is missing:
+        what was encoded is gone, or another process wrote it elsewhere."""
         self.refresh()
+        gone = sum(key not in self._where for key in self.keys)
+        if gone:
+            raise ResourceError(f"{self.folder}: {gone:,} of {len(self.keys):,} latents that were encoded can't be "
+                                "found; all processes must see one cache (data.cache_dir or LDM_CACHE) that nothing "
+                                "clears meanwhile; the same command encodes what is missing")
         self._index = np.array([self._where[key] for key in self.keys], np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def moments(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> np.ndarray:
-        """Moments (n, c, h, w) float32 of data rows, as they are or mirrored."""
+        """Moments (n, c, h, w) float32 of data rows, as they are or mirrored. Raises ResourceError where a shard is
+        gone or cut."""
         flags = [False] * len(rows) if mirrored is None else mirrored
         out = np.empty((len(rows), *self.shape), np.float32)
+        size = int(np.prod(self.shape)) * self.dtype.itemsize
         for position, (row, flag) in enumerate(zip(rows, flags)):
-            shard, place = self._index[row]
-            out[position] = self._shards[shard][place, int(flag)]
+            number, place = self._index[row]
+            shard = self._shards[number]
+            try:
+                found = self._files.read(shard.path, shard.start + (int(place) * self.views + int(flag)) * size, size)
+            except OSError as error:
+                if _none_left(error):
+                    raise self._refused(error) from error
+                found = b""
+            if len(found) < size:
+                raise ResourceError(f"{shard.path}: gone or cut while it was in use; the same command encodes anew "
+                                    "what it held")
+            out[position] = np.frombuffer(found, self.dtype).reshape(self.shape)
         return out

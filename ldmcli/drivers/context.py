@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,20 +14,28 @@ from ldmcli.core.settings import TrainSettings
 from ldmcli.drivers.optim import bf16_is_fast
 from ldmcli.maths import rng
 
+CONTROL_TIMEOUT = timedelta(hours=24)  # while one process writes, evaluates, encodes or reads, the others wait
+
 
 class Context:
-    """One process of a training. Accelerate gives device, wrapping, backward and gathering; precision is ours."""
+    """One process of a training. Accelerate gives device, wrapping, backward and gathering; precision is ours.
+
+    Gradients, and what else a backward pass needs of others, go through Accelerate's group, whose timeout is
+    train.gradient_timeout. Objects and decisions go through a group of their own on the CPU with a timeout of a day:
+    no phase of one process, however long, ends the others; one that dies closes its connections, which does.
+    """
 
     def __init__(self, settings: TrainSettings):
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         # without an accelerator a bare Accelerator() ignores the launcher's variables and believes itself alone
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         # buffers are equal on all processes already; broadcasting them between two forwards breaks the backward
-        kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[kwargs])
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=settings.gradient_timeout))]  # fmt: skip
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
         if self.accelerator.num_processes != asked:
             raise UsageError(
                 f"{asked} processes were started but this one sees {self.accelerator.num_processes}; start with "
@@ -34,6 +43,9 @@ class Context:
             )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.control = None
+        if self.world > 1:
+            self.control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.dtype = self.on_main(lambda: autocast_dtype(settings.mixed_precision, self.device))
 
     @property
@@ -85,21 +97,23 @@ class Context:
             except LdmError as error:
                 result[1] = error
         if self.world > 1:
-            torch.distributed.broadcast_object_list(result, src=0)
+            torch.distributed.broadcast_object_list(result, src=0, group=self.control)
         if result[1] is not None:
             raise result[1]
         return result[0]
 
     def together(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on every process; if it failed on any, all raise that error, so that nobody waits alone."""
+        """Runs `function` on every process; if it failed on any, all raise that error, so that nobody waits alone.
+
+        All have returned from `function` when this returns. It must not call the others itself.
+        """
         result, error = None, None
         try:
             result = function()
         except LdmError as caught:
             error = caught
-        found = [e for e in self.gather(error) if e is not None]
-        if found:
-            raise error or found[0]
+        if self.maximum([float(error is not None)])[0]:
+            raise error or next(e for e in self.gather(error) if e is not None)
         return result
 
     def gather(self, value: Any) -> list[Any]:
@@ -107,15 +121,15 @@ class Context:
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(out, pickle.loads(pickle.dumps(value)))
+        torch.distributed.all_gather_object(out, pickle.loads(pickle.dumps(value)), group=self.control)
         return out
 
     def maximum(self, values: list[float]) -> list[float]:
         """Element-wise maximum over processes of a few numbers."""
         if self.world == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float32, device=self.device)
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
     def mean(self, values: dict[str, float], weight: float) -> dict[str, float]:
@@ -124,8 +138,7 @@ class Context:
             return values
         names = sorted(values)
         tensor = torch.tensor([weight] + [values[n] * weight for n in names], dtype=torch.float64)
-        tensor = tensor.to(self.device, torch.float32)
-        torch.distributed.all_reduce(tensor)
+        torch.distributed.all_reduce(tensor, group=self.control)
         total = tensor.tolist()
         return {name: value / total[0] for name, value in zip(names, total[1:])}
 

@@ -9,6 +9,7 @@ import torch
 from ldmcli.core import console, runs
 from ldmcli.core.config import Resolved, flat, from_toml
 from ldmcli.core.errors import Interrupted, LdmError, ModelError, UsageError
+from ldmcli.core.settings import TrainSettings
 from ldmcli.drivers.context import Context
 
 # settings that may change when a run goes on: they say how long, how often and where, not what is learned
@@ -32,6 +33,7 @@ _HARMLESS = (
     "train.max_minutes",
     "train.track",
     "train.compile",
+    "train.gradient_timeout",
     "sample.",
     "data.workers",
     "data.cache",
@@ -102,6 +104,21 @@ def _compare_settings(kind: str, path: Path, resolved: Resolved, options: Option
 def out_of_memory(error: BaseException) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
+
+
+def out_of_resources(error: BaseException, context: Context, settings: TrainSettings) -> str:
+    """What to say of an error that means that memory ran out or that another process is gone; else ""."""
+    if out_of_memory(error):
+        return "memory ran out; lower --micro-batch (the global batch stays), or --size, or the model's channels"
+    said = str(error).lower()
+    if context.world == 1 or not isinstance(error, RuntimeError):
+        return ""
+    if "timed out" in said:
+        return (f"another process did not come to the backward pass within {settings.gradient_timeout:g} s "
+                "(train.gradient_timeout); find what held it up, or raise that")  # fmt: skip
+    if any(words in said for words in ("connection closed", "connection reset", "broken pipe")):
+        return "another process of this training ended; what it said tells why, and the same command goes on"
+    return ""
 
 
 def record_failure(run: runs.RunFolder, error: BaseException, context: Context) -> None:

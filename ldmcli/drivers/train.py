@@ -26,7 +26,7 @@ from ldmcli.drivers.context import Context
 from ldmcli.drivers.meter import Window, clock, peak_memory_bytes
 from ldmcli.drivers.objective_ae import AutoencoderObjective, data_facts
 from ldmcli.drivers.objective_ldm import DiffusionObjective
-from ldmcli.drivers.opening import Options, open_run, out_of_memory, record_failure
+from ldmcli.drivers.opening import Options, open_run, out_of_resources, record_failure
 from ldmcli.drivers.optim import Ema, Updater
 from ldmcli.drivers.progress import Progress
 from ldmcli.formats.run import settings_of_weights
@@ -57,10 +57,10 @@ def train(kind: str, resolved: Resolved, out: Path, options: Options) -> dict[st
             record_failure(run, Interrupted(text, 2), context)
             raise
         except Exception as error:
-            if not out_of_memory(error):
+            text = out_of_resources(error, context, resolved.config.train)
+            if not text:
                 record_failure(run, error, context)
                 raise
-            text = "memory ran out; lower --micro-batch (the global batch stays), or --size, or the model's channels"
             record_failure(run, ResourceError(text), context)
             raise ResourceError(f"{out}: {text}") from error
         finally:
@@ -339,7 +339,7 @@ class Training:
 
     def _step(self) -> None:
         begun, step = time.perf_counter(), self.progress.step
-        batch = self.batches.get(step)
+        batch = self.context.together(lambda: self.batches.get(step))  # nobody begins a backward pass before the others
         logs = (step + 1) % self.settings.log_every == 0 or step == 0
         rate, good, stats = self.rate(), True, {}
         for phase in self.objective.phases(step):
