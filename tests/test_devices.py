@@ -1,146 +1,452 @@
-"""Devices, processes and limits of the machine: what a GPU, an Apple GPU, a cluster or a small limit would end."""
+"""What a GPU or an Apple GPU would refuse, found without one: every entry of the tables on a pretended device.
 
-import json
-import os
-import resource
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+`pretend.device` refuses tensors of two devices in one operation and float64 off the CPU, and computes with the CPU's
+numbers, so results are compared bit for bit. Fake CUDA tensors show what autocast does there.
+"""
+
+import contextlib
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pretend
 import pytest
 import tiny
-from processes import ranks
+import torch
+from test_perceptual import recorded_trunk
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ldmcli.core.errors import ResourceError
-from ldmcli.data.cache import LatentCache
+from ldmcli.core import config as configuration
+from ldmcli.core.settings import (
+    AutoencoderConfig,
+    AutoencoderSettings,
+    ConditionSettings,
+    DiffusionConfig,
+    DiffusionSettings,
+    LossSettings,
+    SampleSettings,
+    TaskSettings,
+)
+from ldmcli.drivers import edit, features, guiders, load, loaded, tiling
+from ldmcli.drivers.context import Context
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, pixel_autoencoder, to_uint8
+from ldmcli.drivers.objective_ae import AutoencoderObjective
+from ldmcli.drivers.objective_ldm import DiffusionObjective
+from ldmcli.drivers.sampling import Known, Steering, draw_latents
+from ldmcli.maths import rng
+from ldmcli.maths.samplers import SAMPLERS
+from ldmcli.maths.schedule import make_schedule
+from ldmcli.networks.autoencoder import Autoencoder
+from ldmcli.networks.conditions import ASKED, CONDITIONS, load_tokenizer, train_vocabulary
+from ldmcli.networks.diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.discriminator import PatchDiscriminator
+from ldmcli.networks.perceptual import BACKBONES, PerceptualNet, read_heads
+from ldmcli.networks.presets import PRESETS
+from ldmcli.products import plan as planning
 
-# --- a control group beside that of gradients ------------------------------------------------------------------
-
-LOOP = ("--data", "shapes", "--limit", 10, "--size", "16x16", "--log-every", 1, "--sample-every", 0, "--eval-every", 0,
-        "--mixed-precision", "no", "--set", "train.cooldown=0", "--batch-size", 4, "-q")  # fmt: skip
-PHASE, TIMEOUT = 6.0, 3.0  # seconds
-
-
-class Slow:
-    """Makes one process slow in its process: at a phase of its own, at a batch, or between two backward passes."""
-
-    def __init__(self, where: str, seconds: float = PHASE):
-        self.where, self.seconds = where, seconds
-
-    def __call__(self) -> None:
-        from ldmcli.drivers.objective_ae import AutoencoderObjective
-        from ldmcli.drivers.train import Training
-
-        owner, name = {"phase": (Training, "_write_weights"), "batch": (AutoencoderObjective, "batch"),
-                       "backward": (AutoencoderObjective, "loss")}[self.where]  # fmt: skip
-        function, seconds, seen = getattr(owner, name), self.seconds, []
-
-        def slow(this, *args):
-            if this.context.rank == (0 if name == "_write_weights" else 1) and not seen:
-                seen.append(time.sleep(seconds))
-            return function(this, *args)
-
-        setattr(owner, name, slow)
-
-
-@pytest.mark.parametrize("where", ["phase", "batch"])
-def test_a_phase_of_one_process_may_last_longer_than_gradients_wait(where, tmp_path):
-    line = ("train-ae", *tiny.AE_NETWORK, *LOOP, "--steps", 2, "--out", tmp_path / "run",
-            "--set", f"train.gradient_timeout={TIMEOUT}")  # fmt: skip
-    both = ranks(tmp_path, 2, *line, before=Slow(where))
-    assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
-    assert tiny.state(tmp_path / "run")["step"] == 2
-
-
-def test_gradients_wait_as_long_as_they_were_told(tmp_path):
-    line = ("train-ae", *tiny.AE_NETWORK, *LOOP, "--steps", 2, "--out", tmp_path / "run",
-            "--set", f"train.gradient_timeout={TIMEOUT}")  # fmt: skip
-    both = ranks(tmp_path, 2, *line, before=Slow("backward"))
-    assert [command.wait() for command in both] == [6, 6], both[0].stderr + both[1].stderr
-    assert "train.gradient_timeout" in both[0].stderr and "Traceback" not in both[0].stderr
-
-
-# --- more shards than open files ---------------------------------------------------------------------------------
+CPU = torch.device("cpu")
+SIDE, F = 16, 4
+STAGES = {
+    "kl": AutoencoderSettings(f=F, channels=8, num_res_blocks=1, embed_dim=3, z_channels=3),
+    "vq": AutoencoderSettings(f=F, channels=8, num_res_blocks=1, embed_dim=3, z_channels=3, reg="vq", codebook_size=16),
+    "paper": AutoencoderSettings(f=F, family="paper", channels=8, channel_mult=(1, 1, 2), num_res_blocks=1, groups=4,
+                                 attn_resolutions=(64,), reg="vq", codebook_size=16, embed_dim=3, z_channels=3),
+    "none": None,
+}  # fmt: skip
+UNET = DiffusionSettings(channels=16, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), head_channels=8,
+                         groups=4, timesteps=50)  # fmt: skip
+TOLD = {"context_dim": 16, "text_heads": 2, "text_head_channels": 8}
+SQUEEZE = BACKBONES["squeeze"]
+TASKS = {
+    "generate": TaskSettings(),
+    "sr": TaskSettings(name="sr", scale=2),
+    **{f"inpaint, {fill}": TaskSettings(name="inpaint", fill=fill) for fill in ("black", "smooth", "patches")},
+}
 
 
-def shards_of(folder: Path, count: int, rows: int = 2) -> list[str]:
-    """`count` shards of `rows` rows (1 channel, 1x2, as is and mirrored) as `LatentCache` writes them; their keys."""
-    folder.mkdir()
-    numbers = np.arange(count * rows * 4, dtype=np.float32).reshape(count, rows, 2, 1, 1, 2)
-    for k, shard in enumerate(numbers):
-        np.save(folder / f"{k:04d}.npy", shard)
-        (folder / f"{k:04d}.json").write_text(json.dumps([f"row {k * rows + row}" for row in range(rows)]))
-    return [f"row {k}" for k in range(count * rows)]
+@contextlib.contextmanager
+def pretended():
+    """The pretended device, where whatever asks for one finds it."""
+    with pytest.MonkeyPatch.context() as patch, pretend.device("mps") as device:
+        for module in (loaded, load, planning):
+            patch.setattr(module, "default_device", lambda: device)
+        begin = Context.__init__
+
+        def on_it(self, settings):
+            begin(self, settings)
+            self.device = device
+
+        patch.setattr(Context, "__init__", on_it)
+        yield device
 
 
-def no_encoding(indices):
-    raise AssertionError(f"{len(indices)} rows are encoded again")
+def test_the_pretended_device_refuses_what_gpus_refuse():
+    with pretended() as device:
+        here, there = torch.zeros(2), torch.zeros(2, device=device)
+        assert there.device == (there + 1).device == device and (there + torch.tensor(1.0)).device == device
+        with pytest.raises(RuntimeError, match="same device"):
+            here + there
+        for wrong in (there.double, lambda: here.double().to(device), there.numpy, lambda: np.asarray(there)):
+            with pytest.raises(TypeError):
+                wrong()
+        weight = torch.ones(2, requires_grad=True)
+        (weight.to(device) * there).sum().backward()
+        assert weight.grad.device == CPU and there.cpu().double().device == CPU
 
 
-@pytest.fixture
-def few_files():
-    """A function that sets the soft limit of open files; it is as it was afterwards."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield lambda limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+def test_a_micro_batch_moves_whole_but_for_float64():
+    batch = {"pixels": torch.zeros(2, 3, dtype=torch.uint8), "noise": torch.zeros(2), "u": torch.zeros(2).double()}
+    with pretended() as device:
+        moved = Context.on_device(SimpleNamespace(device=device), batch)
+        assert {name: tensor.device for name, tensor in moved.items()} == {"pixels": device, "noise": device, "u": CPU}
 
 
-def test_a_cache_may_have_more_shards_than_a_process_open_files(tmp_path, few_files):
-    keys = shards_of(tmp_path / "latents", 1200)
-    few_files(256)
-    cache = LatentCache(tmp_path / "latents", keys, (1, 1, 2), "float32", 2)
-    assert cache.build(no_encoding) == 0
-    cache.seal()
-    order = np.random.default_rng(0).permutation(len(keys)).tolist()
-    with ThreadPoolExecutor(4) as pool:  # as batches are made
-        found = np.concatenate(list(pool.map(cache.moments, [order[i::8] for i in range(8)])))
-    wanted = np.concatenate([order[i::8] for i in range(8)])
-    assert (found[:, 0, 0, 0] == wanted * 4).all()
-    assert (cache.moments([7], [True]) == [[[[30, 31]]]]).all()
-    assert len(os.listdir("/proc/self/fd")) < 200
+# --- whole commands ------------------------------------------------------------------------------------------------
+
+DATA = ("--data", "shapes", "--limit", 8, "--size", "16x16")
+SHOWN = ("--eval-every", 1, "--sample-every", 1, "--set", "sample.n=2", "--set", "sample.steps=1",
+         "--set", "train.eval_images=4")  # fmt: skip
+GAN = ("--set", "loss.disc_weight=0.5", "--set", "loss.disc_start=1", "--set", "loss.disc_channels=8",
+       "--set", "loss.disc_layers=1", *tiny.ADAM)  # fmt: skip
+VQ = ("--reg", "vq", "--set", "autoencoder.codebook_size=16", "--set", "autoencoder.revive_codes=1")
 
 
-def test_no_file_left_is_not_taken_for_damage(tmp_path, few_files):
-    keys = shards_of(tmp_path / "latents", 3)
-    cache = LatentCache(tmp_path / "latents", keys, (1, 1, 2), "float32", 2)
-    taken = []
-    few_files(64)
-    try:
-        with pytest.raises(OSError):
-            while True:
-                taken.append(open(os.devnull))
-        with pytest.raises(ResourceError, match="ulimit -n"):
-            cache.build(no_encoding)
-    finally:
-        for file in taken:
-            file.close()
-    assert cache.build(no_encoding) == 0
+def trained(where, *line) -> None:
+    ending = tiny.ldm(*line, *SHOWN, *DATA, *tiny.QUIET_LOOP[:4], "--out", where)
+    assert ending.code == 0, ending.stderr
 
 
-def test_rows_that_another_process_wrote_elsewhere_are_an_error_of_ldm(tmp_path):
-    keys = shards_of(tmp_path / "latents", 2)
-    cache = LatentCache(tmp_path / "latents", [*keys, "of another"], (1, 1, 2), "float32", 2)
-    with pytest.raises(ResourceError, match=r"1 of 5 latents.*LDM_CACHE"):
-        cache.seal()
+@pytest.mark.parametrize("more", [GAN, VQ, ("--set", "loss.perceptual_weight=1")], ids=["gan", "vq", "perceptual"])
+def test_a_first_stage_is_trained_and_measured_on_a_gpu_with_the_numbers_of_a_cpu(more, tmp_path, monkeypatch):
+    net = PerceptualNet("squeeze", recorded_trunk("squeeze", 0), read_heads("squeeze"))
+    monkeypatch.setattr("ldmcli.networks.perceptual.perceptual_net", lambda name="": net)
+    monkeypatch.setattr("ldmcli.networks.perceptual.BACKBONES", {"squeeze": replace(SQUEEZE, smallest=16)})
+    trained(tmp_path / "cpu", "train-ae", *tiny.AE_NETWORK, "--steps", 2, *more)
+    with pretended():
+        trained(tmp_path / "gpu", "train-ae", *tiny.AE_NETWORK, "--steps", 2, *more)
+    assert tiny.same(tiny.weights(tmp_path / "gpu"), tiny.weights(tmp_path / "cpu"))
+    assert tiny.state(tmp_path / "gpu")["metrics"] == tiny.state(tmp_path / "cpu")["metrics"]
 
 
-@pytest.mark.parametrize("harm", ["gone", "cut"])
-def test_a_shard_that_goes_while_it_is_in_use_is_named(harm, tmp_path):
-    keys = shards_of(tmp_path / "latents", 2)
-    cache = LatentCache(tmp_path / "latents", keys, (1, 1, 2), "float32", 2)
-    cache.seal()
-    shard = tmp_path / "latents" / "0001.npy"
-    shard.unlink() if harm == "gone" else os.truncate(shard, shard.stat().st_size - 8)
-    cache.moments([0, 1])
-    with pytest.raises(ResourceError, match="0001.npy"):
-        cache.moments([3], [True])
+def test_a_model_of_a_vq_stage_is_trained_and_used_on_a_gpu_with_the_numbers_of_a_cpu(tmp_path):
+    trained(tmp_path / "ae", "train-ae", *tiny.AE_NETWORK, "--steps", 1, *VQ)
+    line = ("train-ldm", "--autoencoder", tmp_path / "ae", *tiny.UNET, "--condition", "class+text", "--steps", 2)
+    for name, place in (("cpu", contextlib.nullcontext), ("gpu", pretended)):
+        cache = ("--set", f"data.cache_dir={tmp_path / name}-cache")
+        with place():
+            trained(tmp_path / name, *line, *cache)
+            for command in (("sample", "--class", 1, "--prompt", "a red star", "-n", 1, "--size", 24),
+                            ("eval-fid", "--metrics", "psnr", "-n", 2)):  # fmt: skip
+                model = ("--model", tmp_path / (name if command[0] == "sample" else "ae"))
+                steps = ("--steps", 2, "--out", tmp_path / f"{name}-drawn") if command[0] == "sample" else ()
+                ending = tiny.ldm(*command, *model, *steps)
+                assert ending.code == 0, ending.stderr
+    assert tiny.same(tiny.weights(tmp_path / "gpu"), tiny.weights(tmp_path / "cpu"))
+    assert (tiny.pictures(tmp_path / "gpu-drawn")[0] == tiny.pictures(tmp_path / "cpu-drawn")[0]).all()
 
 
-def test_a_cut_shard_is_encoded_again(tmp_path):
-    keys = shards_of(tmp_path / "latents", 2)
-    os.truncate(tmp_path / "latents" / "0001.npy", 100)
-    cache = LatentCache(tmp_path / "latents", keys, (1, 1, 2), "float32", 2)
-    assert cache.build(lambda ids: np.full((len(ids), 2, 1, 1, 2), 5, np.float32)) == 2
-    cache.seal()
-    assert cache.moments([0, 2])[:, 0, 0, 0].tolist() == [0, 5]
+# --- every condition, task and first stage -------------------------------------------------------------------------
+
+COMBINED = ("", *ASKED, "class+text", "text+layout+map")
+LAYOUT = {"bbox": np.array([[0.1, 0.2, 0.5, 0.4]]), "category": ["star"]}
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+HOLES = np.zeros((2, SIDE, SIDE), bool)
+HOLES[:, 5:11, 4:12] = True
+VALUES = {
+    "class": [0, 1],
+    "text": ["a red star", "two"],
+    "layout": [LAYOUT, {"bbox": np.zeros((0, 4)), "category": []}],
+    "map": [np.full((SIDE, SIDE), k, np.uint8) for k in range(2)],
+    "lowres": [pixels[::2, ::2] for pixels in PIXELS],
+    "masked": list(zip(PIXELS, HOLES)),
+    "tokens": [torch.ones(5, 16), torch.zeros(5, 16)],
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    train_vocabulary(["a red star", "two green circles"], 64, folder)
+    return load_tokenizer(folder)
+
+
+def first_stage(name: str, settings: AutoencoderSettings | None = None) -> LoadedAutoencoder:
+    settings = settings or STAGES[name]
+    if settings is None:
+        return pixel_autoencoder()
+    torch.manual_seed(0)
+    network = Autoencoder(settings).eval().requires_grad_(False)
+    scale = LatentScale((0.1,) * network.latent_channels, (1.5,) * network.latent_channels)
+    return LoadedAutoencoder(network, scale, "x", AutoencoderConfig(autoencoder=settings))
+
+
+def tiny_model(stage: str, words=None, kinds=(), task: str = "generate", **diffusion) -> LoadedDiffusion:
+    config = DiffusionConfig(diffusion=replace(UNET, **diffusion), task=TASKS[task],
+                             condition=ConditionSettings(kinds=tuple(kinds), **TOLD),
+                             sample=SampleSettings(steps=2, guidance=2.0, sampler="ddim"))  # fmt: skip
+    ae = first_stage(stage)
+    latent = ae.network.latent_shape(SIDE, SIDE)
+    facts = {
+        "class": {"class_names": ["a", "b"]},
+        "text": {"length": 8, "vocabulary": 64, "logits": True},
+        "layout": {"categories": ["star"], "length": 8, "vocabulary": 8192, "planes": 4, "logits": True},
+        "map": {"classes": 3, "out_channels": 3, "stages": ae.network.f.bit_length() - 1},
+        "lowres": {"scale": 2, "f": ae.network.f, "latent": latent[0]},
+        "masked": {"channels": latent[0], "fill": config.task.fill},
+        "tokens": {},
+    }
+    assert facts.keys() == VALUES.keys() == CONDITIONS.keys()
+    torch.manual_seed(1)
+    model = DiffusionModel(config.diffusion, config.condition, facts, words, latent, config.kinds or kinds)
+    for parameter in model.parameters():  # what begins at 0 would hide what comes before it
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return LoadedDiffusion(model, ae, config, "")
+
+
+def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
+    """Loss of a micro-batch as it comes from the loop: (the batch, on the CPU, is moved by the loop or by `loss`)."""
+    objective = object.__new__(DiffusionObjective)
+    network = model.autoencoder.network
+    objective.config, objective.context, objective.autoencoder = model.config, SimpleNamespace(device=device), \
+        model.autoencoder
+    objective.is_vq, objective.scale = network.is_vq or network.is_identity, model.autoencoder.scale
+    objective.schedule = make_schedule(model.config.diffusion)
+    shape = model.model.latent_shape
+    batch = {"row": torch.arange(2), "noise": rng.normal(0, [0, 1], shape, "noise"), "pixels": torch.from_numpy(PIXELS),
+             "u": rng.uniform(0, [0, 1], "timestep")}  # fmt: skip
+    if not objective.is_vq:
+        batch["posterior"] = rng.normal(0, [0, 1], shape, "posterior")
+    conditions = model.model.conditions
+    inputs = conditions.prepare({kind: VALUES[kind] for kind in conditions.kinds}) if conditions.kinds else {}
+    dropped = {kind: torch.tensor([False, True]) for kind in conditions.droppable}
+    batch |= {f"condition.{name}": value for name, value in conditions.drop(inputs, dropped).items()}
+    moved = Context.on_device(objective.context, batch)
+    loss, _ = objective.loss("model", {"model": model.model}, moved, 0, False)
+    unmoved, _ = objective.loss("model", {"model": model.model}, batch, 0, False)
+    assert float(unmoved) == float(loss)
+    return loss
+
+
+def use_of(model: LoadedDiffusion, kinds) -> np.ndarray:
+    """What a model's command draws: pictures of two things told."""
+    told = {kind: VALUES[kind] for kind in kinds}
+    match model.config.task.name:
+        case "sr":
+            return edit.upscale_images(model, PIXELS[:, ::2, ::2], told=told, steps=1)
+        case "inpaint":
+            return edit.inpaint_images(model, PIXELS, HOLES, told=told, steps=1)
+    drawn = model.latents_for([0, 1], told, steps=1)
+    return to_uint8(model.autoencoder.decode(drawn))
+
+
+@pytest.mark.parametrize("stage", ("kl", "vq", "none"))
+@pytest.mark.parametrize("task", TASKS)
+def test_first_step_and_use_with_every_condition(stage, task, words):
+    """A loss, a gradient for each weight that is trained (data-parallel training waits for all), and pictures."""
+    for combined in COMBINED if task in ("generate", "sr", "inpaint, black") else ("", "class"):
+        kinds = [kind for kind in combined.split("+") if kind]
+        model = tiny_model(stage, words, kinds, task)
+        expected, drawn = float(loss_of(model, CPU)), use_of(model, kinds)
+        with pretended() as device:
+            model.model.to(device), model.autoencoder.network.to(device)
+            loss = loss_of(model, device)
+            loss.backward()
+            assert float(loss) == expected, combined
+            without = [n for n, p in model.model.named_parameters() if p.requires_grad and p.grad is None]
+            assert not without, (combined, without)
+            assert (use_of(model, kinds) == drawn).all(), combined
+
+
+def test_tokens_from_elsewhere():
+    model = tiny_model("kl", kinds=("tokens",))
+    with pretended() as device:
+        model.model.to(device), model.autoencoder.network.to(device)
+        loss_of(model, device).backward()
+        model.sample_latents(context=torch.stack(VALUES["tokens"]), n=2, steps=1)
+
+
+# --- drawing -------------------------------------------------------------------------------------------------------
+
+
+def steered(name: str, model: LoadedDiffusion, device: torch.device) -> Steering | None:
+    low = torch.zeros(1, 3, 4, 4, device=device)
+    keep = torch.zeros(1, 1, 4, 4, device=device)
+    keep[..., :2] = 1
+    known = Known(torch.ones(2, 3, 4, 4, device=device), keep)
+    decode = guiders.latent_decoder(model.autoencoder)
+    return {"plain": None, "known": Steering(known), "known twice": Steering(replace(known, resample=2)),
+            "tiles": Steering(tile=2),
+            "picture": Steering(wrap=lambda d: guiders.image_guide(d, decode, low)),
+            "picture, plain": Steering(wrap=lambda d: guiders.image_guide(d, decode, low, 0.1, plain=True)),
+            "classifier": Steering(wrap=lambda d: guiders.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))),
+            }[name]  # fmt: skip
+
+
+STEERINGS = ("plain", "known", "known twice", "tiles", "picture", "picture, plain", "classifier")
+
+
+def drawn_latents(model, sampler: str, steering: str, device) -> torch.Tensor:
+    settings = SampleSettings(sampler=sampler, steps=3, guidance=2.0, eta=0.5 if sampler == "ddim" else 0.0)
+    inputs = model.model.conditions.prepare({"class": [0, 1]})
+    return draw_latents(model.model, model.schedule, settings, ids=[0, 1], seed=0, inputs=inputs,
+                        steering=steered(steering, model, device)).cpu()  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_on_a_gpu_what_it_draws_on_a_cpu(sampler):
+    for prediction in ("eps", "v", "x0", "flow"):
+        model = tiny_model("kl", kinds=("class",), prediction=prediction)
+        ways = STEERINGS if prediction == "eps" else ("plain",)
+        with torch.no_grad():
+            expected = {way: drawn_latents(model, sampler, way, CPU) for way in ways}
+            with pretended() as device:
+                model.model.to(device), model.autoencoder.network.to(device)
+                for way in ways:
+                    found = drawn_latents(model, sampler, way, device)
+                    assert torch.equal(found, expected[way]), (prediction, way)
+
+
+@pytest.mark.parametrize("stage", [name for name, settings in STAGES.items() if settings])
+def test_first_stages_encode_and_decode_whole_and_in_tiles(stage):
+    ae, results = first_stage(stage), []
+    for place in (contextlib.nullcontext, pretended):
+        with place() as device:
+            ae.network.to(device or CPU)
+            z = tiling.encode(ae, PIXELS, 2, max_memory=1e-9)
+            parts = [ae.encode(PIXELS), ae.encode(PIXELS, sample=torch.Generator().manual_seed(0)), z,
+                     ae.decode(z), tiling.decode(ae, z, 2, max_memory=1e-9)]  # fmt: skip
+            results.append([part.cpu() for part in parts])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+# --- presets -------------------------------------------------------------------------------------------------------
+
+SMALL = {"autoencoder.channels": 8, "autoencoder.groups": 4, "autoencoder.num_res_blocks": 1,
+         "autoencoder.codebook_size": 16, "diffusion.channels": 32, "diffusion.groups": 8,
+         "diffusion.num_res_blocks": 1,
+         "condition.context_dim": 16, "condition.text_layers": 1}  # fmt: skip
+
+
+def resolved(name: str, **changes):
+    kind = PRESETS[name].kind
+    small = {key: value for key, value in changes.items() if key in configuration.paths(kind)}
+    return configuration.resolve(kind, [(name, dict(PRESETS[name].values)), ("test", small)])
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.kind == "autoencoder"])
+def test_first_step_of_every_first_stage(name):
+    """Both phases of a small network of each preset; bounds on memory are found for it, too."""
+    settings = resolved(name, **SMALL).config.autoencoder
+    side = 4 * settings.f
+    assert tiling.peak_bytes(Autoencoder(settings), (1, settings.in_channels, side, side)) > 0
+    with pretended() as device:
+        losses_of_ae(settings, device, side)
+
+
+def losses_of_ae(settings: AutoencoderSettings, device: torch.device, side: int) -> None:
+    torch.manual_seed(0)
+    objective = object.__new__(AutoencoderObjective)
+    objective.config = AutoencoderConfig(autoencoder=settings, loss=LossSettings(
+        disc_weight=0.5, disc_start=0, disc_channels=8, disc_layers=1, style="paper"))  # fmt: skip
+    objective.context, objective.perceptual = SimpleNamespace(device=device), None
+    objective.autoencoder = Autoencoder(settings).to(device)
+    objective.networks = {"autoencoder": objective.autoencoder, "discriminator": PatchDiscriminator(3, 8, 1).to(device)}
+    objective.used_codes = torch.zeros(settings.codebook_size, dtype=torch.bool)
+    shape = objective.autoencoder.latent_shape(side, side)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    batch = {"row": torch.arange(2), "pixels": torch.from_numpy(pixels)}
+    for phase in objective.phases(0):
+        if not objective.autoencoder.is_vq:
+            batch[f"noise.{phase}"] = rng.normal(0, [0, 1], shape, "posterior", phase)
+        for network in objective.networks.values():
+            network.requires_grad_(network is objective.networks[phase])
+        loss, stats = objective.loss(phase, objective.networks, batch, 0, norms=phase == "autoencoder")
+        loss.backward()
+        without = [n for n, p in objective.networks[phase].named_parameters() if p.grad is None]
+        assert not without and all(torch.isfinite(value.float()).all() for value in stats.values())
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.kind == "diffusion"])
+def test_a_pass_of_every_diffusion_model(name):
+    config = resolved(name, **SMALL).config
+    latent = [PRESETS[name].extra["latent"][0] if PRESETS[name].extra else 3, 0, 0]
+    factor = 2 ** (len(config.diffusion.channel_mult) - 1) * config.diffusion.patch
+    latent[1:] = [2 * factor] * 2
+    notes: list[str] = []
+    facts = planning._facts(config, "", tuple(latent), F, notes)
+    with pretended() as device:
+        model = DiffusionModel(config.diffusion, config.condition, facts, None, tuple(latent), config.kinds).to(device)
+        model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device=device)
+        inputs = planning._inputs(model, (F * latent[1], F * latent[2]))
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        out = model(torch.zeros(1, *latent, device=device), torch.zeros(1, device=device), inputs)
+        out.sum().backward()
+        assert out.shape == (1, *latent) and out.device == device
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_planned(name, monkeypatch):
+    monkeypatch.setattr(planning, "probe_flops_per_s", lambda device, dtype: 1e9)
+    found = planning.plan(PRESETS[name].kind, resolved(name), first_stage=PRESETS[name].extra.get("first_stage", ""))
+    assert found["flops"]["per_step"] > 0 and found["memory"]["activations"] > 0
+
+
+# --- networks that measure -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", features.NETWORKS)
+def test_features_are_those_of_a_cpu(name):
+    torch.manual_seed(0)
+    network = features.NETWORKS[name]
+    net, found = network.build().eval().requires_grad_(False), []
+    for place in (contextlib.nullcontext, pretended):
+        with place() as device:
+            extractor = object.__new__(features.Extractor)
+            extractor.name, extractor.network, extractor.block = name, network, 2
+            extractor.device, extractor.net = device or CPU, net.to(device or CPU)
+            found.append(extractor.features(list(PIXELS)))
+    assert (found[0] == found[1]).all()
+
+
+# --- autocast ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def bf16_of_cuda():
+    """Fake CUDA tensors, with bfloat16 where CUDA's autocast has it (without a GPU `torch.autocast` is off)."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_autocast_enabled("cuda", True), torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            yield torch.device("cuda")
+        finally:
+            torch.set_autocast_enabled("cuda", False), torch.clear_autocast_cache()
+
+
+@pytest.mark.parametrize("stage", [name for name, settings in STAGES.items() if settings])
+def test_autocast_on_cuda_leaves_regularisers_in_float32(stage):
+    with bf16_of_cuda() as device:
+        with device:
+            network = Autoencoder(STAGES[stage])
+        seen, nearest = [], torch.Tensor.argmin
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "argmin", lambda x, **how: (seen.append(x.dtype), nearest(x, **how))[1])
+            found = network(torch.empty(2, 3, SIDE, SIDE, device=device), torch.empty(2, 3, 4, 4, device=device))
+        assert found.moments.dtype == torch.bfloat16 and found.reconstruction.device.type == "cuda"
+        assert found.codebook_loss.dtype == torch.float32 or not network.is_vq
+        assert set(seen) == ({torch.float32} if network.is_vq else set())
+        assert network.kl(found.moments).dtype == torch.float32 or network.is_vq
+
+
+@pytest.mark.parametrize("kinds", COMBINED)
+def test_a_step_with_autocast_on_cuda(kinds, words):
+    model = tiny_model("vq", words, [kind for kind in kinds.split("+") if kind])
+    with bf16_of_cuda() as device:
+        model.model.to(device), model.autoencoder.network.to(device)
+        conditions = model.model.conditions
+        inputs = {k: v.to(device) for k, v in conditions.prepare({k: VALUES[k] for k in conditions.kinds}).items()}
+        objective = object.__new__(DiffusionObjective)
+        objective.config, objective.schedule = model.config, make_schedule(model.config.diffusion)
+        z = torch.empty(2, *model.model.latent_shape, device=device)
+        each = objective._losses(model.model, z, torch.empty_like(z), rng.uniform(0, [0, 1], "t"), inputs)
+        assert each.device.type == "cuda" and each.dtype == torch.float32

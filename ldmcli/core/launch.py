@@ -35,6 +35,14 @@ def world() -> tuple[int, int, int]:
     return rank, size, local
 
 
+def local_processes() -> int:
+    """Processes of this launch on this machine; all of them where the launcher does not say."""
+    try:
+        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or world()[1]))
+    except ValueError:
+        raise UsageError("LOCAL_WORLD_SIZE must be a whole number; a launcher sets it") from None
+
+
 def relaunch_if_needed(gpus: int | None, argv: list[str]) -> int | None:
     """None where this process is the one to work, else the exit code of the `gpus` processes that did.
 

@@ -49,6 +49,16 @@ class BadImage(InputError):
     def __init__(self, name: str, reason: str):
         self.name, self.reason = shown(name), shown(reason)
         super().__init__(f"{self.name}: {self.reason}")
+        self.index = -1  # of the row, where a whole set is looked at
+
+    def __reduce__(self):
+        return _bad_image, (self.name, self.reason, self.index)
+
+
+def _bad_image(name: str, reason: str, index: int) -> BadImage:
+    error = BadImage(name, reason)
+    error.index = index
+    return error
 
 
 def shown(text: object, limit: int = 200) -> str:

@@ -1,6 +1,7 @@
 """Rows of a data set as everything above sees them: pictures, captions, labels, boxes and maps by number."""
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ldmcli.core.errors import UsageError
+from ldmcli.core.launch import local_processes
 from ldmcli.core.settings import DataSettings
 from ldmcli.data import shapes
 from ldmcli.data.decode import BadImage, decode, probe, scaled_size, shown, to_size
@@ -36,6 +38,27 @@ class Columns:
     notes: list[str] = field(default_factory=list)
 
 
+class Room:
+    """Bytes of memory in which a process may keep pictures. All that it reads shares one; any thread may ask."""
+
+    def __init__(self, size: int | None = None):
+        """size: bytes; None = this process's part of an eighth of the machine's memory."""
+        self.left = memory_bytes() // 8 // local_processes() if size is None else size
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for `size` bytes more, which are taken then."""
+        with self._lock:
+            fits = size <= self.left
+            self.left -= size if fits else 0
+        return fits
+
+    def give_back(self, size: int) -> None:
+        """`size` bytes that were taken are free again."""
+        with self._lock:
+            self.left += size
+
+
 class Rows:
     """Rows of one split. `columns` says which column was taken for which role; `notes` what was left out;
     `validation_is_train` is True when the only row had to serve as both. Indices count 0 … len - 1.
@@ -53,6 +76,19 @@ class Rows:
         self._hashes: dict[int, str] = {}
         self._kept: dict[int, np.ndarray] = {}
         self._kept_as: tuple | None = None
+        self.readable: set[int] = set()  # numbers of the data's rows that were decoded without a complaint
+        self._room: Room | None = None
+
+    @property
+    def room(self) -> Room:
+        """Where pictures are kept; rows that were selected from others share theirs."""
+        if self._room is None:
+            self._room = Room()
+        return self._room
+
+    @room.setter
+    def room(self, room: Room) -> None:
+        self._room = room
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -67,8 +103,11 @@ class Rows:
 
     def image(self, i: int) -> Image.Image:
         """The whole picture, RGB, upright."""
-        limits = {"max_pixels": self._settings.max_pixels, "background": self._settings.background}
-        return decode(self._encoded(i), name=self.name(i), **limits)
+        return decode(self._encoded(i), name=self.name(i), **self._limits)
+
+    @property
+    def _limits(self) -> dict:
+        return {"max_pixels": self._settings.max_pixels, "background": self._settings.background}
 
     def shape(self, i: int) -> tuple[int, int]:
         """(height, width) of the whole picture in pixels, from its header."""
@@ -80,6 +119,9 @@ class Rows:
     def pixels(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> np.ndarray:
         """uint8 (h, w, 3) at `size`: resized by data.resize and cropped in the middle, or ("random") at share u."""
         whole = self._kept.get(int(self._ids[i])) if self._kept_as == (tuple(size), crop) else None
+        if whole is None and self._kept_as == (tuple(size), crop) and self.room.left > 0:
+            whole = self._whole(self.image(i), size, crop)
+            self._keep(i, whole)
         if whole is None or self._zooms(crop):
             picture = self.image(i) if whole is None else Image.fromarray(whole)
             return to_size(picture, size, crop, self._settings.resize, u)
@@ -136,6 +178,22 @@ class Rows:
             self._hashes[row] = hashlib.sha256(self._encoded(i)).hexdigest()
         return self._hashes[row]
 
+    def hashes_of(self, indices: Sequence[int], workers: int = WORKERS) -> bytes:
+        """SHA-256 of those encoded pictures, 32 bytes each; zeros where one cannot be read."""
+        return b"".join(in_threads(self._hash_or_zeros, indices, workers))
+
+    def _hash_or_zeros(self, i: int) -> bytes:
+        try:
+            return bytes.fromhex(self.content_hash(i))
+        except BadImage:
+            return bytes(32)
+
+    def learn_hashes(self, indices: Sequence[int], hashes: bytes) -> None:
+        """Takes over what `hashes_of` gave another process for those rows."""
+        for place, i in enumerate(indices):
+            if any(found := hashes[32 * place : 32 * (place + 1)]):
+                self._hashes[int(self._ids[i])] = found.hex()
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any picture, caption or label of these rows, and with their order."""
@@ -152,6 +210,7 @@ class Rows:
         chosen.notes, chosen.validation_is_train = list(self.notes), self.validation_is_train
         chosen.boxes_are_shares = self.boxes_are_shares
         chosen._hashes, chosen._kept, chosen._kept_as = self._hashes, self._kept, self._kept_as
+        chosen.readable, chosen.room = self.readable, self.room
         return chosen
 
     def describe(self) -> str:
@@ -163,19 +222,31 @@ class Rows:
 
     def preload(self, size: tuple[int, int], crop: str = "center", *, indices=None, progress=None,
                 workers: int = WORKERS) -> list[BadImage]:
-        """Decodes rows and keeps them in memory at `size` while an eighth of the memory holds them; returns the bad
-        ones. With crop = "random" the resized whole is kept, so that every crop can still be cut."""
+        """Decodes rows and keeps them in memory at `size` while there is room; returns the bad ones. With crop =
+        "random" the resized whole is kept, so that every crop can still be cut. Rows that are not among them are kept
+        when they are first asked for."""
         indices = range(len(self)) if indices is None else indices
-        self._kept_as, self._kept, room = (tuple(size), crop), {}, memory_bytes() // 8
+        self.forget()
+        self._kept_as = (tuple(size), crop)
         bad = []
         for i, picture in zip(indices, in_threads(lambda i: self._prepared(i, size, crop), indices, workers)):
             if isinstance(picture, BadImage):
                 bad.append(picture)
-            elif (room := room - picture.nbytes) > 0:
-                self._kept[int(self._ids[i])] = picture
+            else:
+                self._keep(i, picture)
             if progress is not None:
                 progress.advance(1)
         return bad
+
+    def _keep(self, i: int, picture: np.ndarray) -> None:
+        row = int(self._ids[i])
+        if row not in self._kept and self.room.take(picture.nbytes):
+            self._kept[row] = picture
+
+    def forget(self) -> None:
+        """Keeps no pictures from here on; their memory is free for others."""
+        self.room.give_back(sum(picture.nbytes for picture in self._kept.values()))
+        self._kept, self._kept_as = {}, None
 
     def _zooms(self, crop: str) -> bool:
         """Whether crops are of several sizes: pictures are kept whole then, as they came."""
@@ -183,12 +254,28 @@ class Rows:
 
     def _prepared(self, i: int, size: tuple[int, int], crop: str) -> np.ndarray | BadImage:
         try:
-            picture = self.image(i)
-            if self.has("map"):
-                self.map(i)
+            picture = self._looked_at(i)
         except BadImage as error:
             error.index = i
             return error
+        return self._whole(picture, size, crop)
+
+    def _looked_at(self, i: int) -> Image.Image:
+        """The whole picture, after its map; what is read is hashed on the way. Raises BadImage."""
+        content = self._encoded(i)
+        if int(self._ids[i]) not in self._hashes:
+            self._hashes[int(self._ids[i])] = hashlib.sha256(content).hexdigest()
+        picture = decode(content, name=self.name(i), **self._limits)
+        if self.has("map"):
+            self.map(i)
+        return picture
+
+    def unread(self, indices: Sequence[int]) -> list[int]:
+        """Those of `indices` that have not been found `readable`."""
+        return [i for i in indices if int(self._ids[i]) not in self.readable]
+
+    def _whole(self, picture: Image.Image, size: tuple[int, int], crop: str) -> np.ndarray:
+        """What is kept of a picture: every crop can be cut from it."""
         if self._zooms(crop):
             return np.asarray(picture)
         whole = scaled_size((picture.height, picture.width), size) if crop == "random" else size

@@ -26,20 +26,36 @@ def open_rows(settings: DataSettings, *, split: str = "train") -> Rows:
     Raises InputError: no such data, no picture column, a named column or split that is not there, labels outside
     their classes, no rows.
     """
+    rows, undivided = whole_rows(settings, split)
+    return divided(rows, settings, split, held_out(rows, settings) if undivided else None)
+
+
+def whole_rows(settings: DataSettings, split: str) -> tuple[Rows, bool]:
+    """(rows, whether some of them have still to be held out: where the data have no validation split). Nothing of
+    their pictures is read. Raises as `open_rows`."""
     if split not in ("train", "validation"):
         raise UsageError(f"rows are opened for train or validation, not {split!r}")
     if is_shapes(settings.source):
-        return shape_rows(settings, split)
+        return shape_rows(settings, split), False
     tables = open_tables(settings)
     wanted = existing_split(settings.split, list(tables), "--split", settings)
-    held_out = validation_split(settings, list(tables), wanted)
-    name = held_out if split == "validation" and held_out else wanted
+    other = validation_split(settings, list(tables), wanted)
+    name = other if split == "validation" and other else wanted
     rows = rows_of(tables[name], settings, name, label_names_of(tables, settings))
     if not len(rows):
         raise InputError(f"{shown(settings.source)}: split {name} has no rows")
-    if not held_out:
-        rows = _held_out(rows, settings, split)
-    if split == "train" and settings.limit:
+    return rows, not other
+
+
+def divided(rows: Rows, settings: DataSettings, split: str, held: set[int] | None) -> Rows:
+    """The rows of `split` among those of `whole_rows`. held: `held_out`, or None where there is nothing to divide."""
+    if held is not None and len(rows) == 1:
+        rows = rows.select([0])
+        rows.validation_is_train = True
+    elif held is not None:
+        rows = rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")])
+        rows.split = split
+    if split == "train" and settings.limit and not is_shapes(settings.source):
         rows = rows.select(range(min(settings.limit, len(rows))))
     return rows
 
@@ -57,22 +73,14 @@ def existing_split(name: str, there: list[str], option: str, settings: DataSetti
     raise InputError(f"{option} {shown(name)}: {shown(settings.source)} has no such split; there are {several(there)}")
 
 
-def _held_out(rows: Rows, settings: DataSettings, split: str) -> Rows:
-    if len(rows) == 1:
-        rows.validation_is_train = True
-        return rows
-    held = _held_out_ids(rows, settings)
-    chosen = rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")])
-    chosen.split = split
-    return chosen
-
-
 FEW = 16  # rows that are worth decoding to see whether a side has one that can be read
 
 
-def _held_out_ids(rows: Rows, settings: DataSettings) -> set[int]:
+def held_out(rows: Rows, settings: DataSettings) -> set[int]:
     """Rows whose hash lies below val_fraction. Where that leaves a side without a row that can be read, the rows with
     the next hash join, or, when all that can be read are copies of one picture, one row alone is held out."""
+    if len(rows) == 1:
+        return set()  # it is both
     shares = list(in_threads(lambda i: _share(rows, i), range(len(rows)), WORKERS))
     order = sorted(range(len(rows)), key=shares.__getitem__)
     held = {i for i in order if shares[i] < settings.val_fraction}
@@ -105,6 +113,8 @@ def _readable(rows: Rows, i: int) -> bool:
         rows.image(i)
     except BadImage:
         return False
+    if not rows.has("map"):  # else there is more to check
+        rows.readable.add(i)
     return True
 
 
@@ -123,10 +133,12 @@ def verify(rows: Rows, settings: DataSettings, *, indices=None, progress=None, w
     return rows.preload(size, settings.crop, indices=indices, progress=progress, workers=workers or WORKERS)
 
 
-def usable(rows: Rows, settings: DataSettings, *, progress=None) -> tuple[Rows, list[BadImage]]:
-    """(rows whose pictures can be read, the bad ones). Raises InputError when there are bad ones and data.skip_bad is
-    off, or when nothing is left."""
-    bad = verify(rows, settings, progress=progress, workers=settings.workers)
+def usable(rows: Rows, settings: DataSettings, *, progress=None,
+           bad: list[BadImage] | None = None) -> tuple[Rows, list[BadImage]]:
+    """(rows whose pictures can be read, the bad ones). bad: what `verify` found, where it was asked already. Raises
+    InputError when there are bad ones and data.skip_bad is off, or when nothing is left."""
+    if bad is None:
+        bad = verify(rows, settings, progress=progress, workers=settings.workers)
     if bad and not settings.skip_bad:
         raise InputError(f"{len(bad)} of {len(rows)} pictures cannot be read: {several(bad)}; "
                          "skip them with --skip-bad")

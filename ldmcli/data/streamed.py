@@ -8,7 +8,7 @@ from itertools import islice
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import BadImage
-from ldmcli.data.rows import Rows
+from ldmcli.data.rows import Room, Rows
 from ldmcli.data.streams import stream
 
 HEAD_ROWS = 2048  # what vocabulary, class names, latent scale and fingerprint are learned from
@@ -23,6 +23,8 @@ class StreamedRows:
     8,192 rows are read again from the start. Pictures that cannot be decoded end with InputError, or with data.skip_bad
     are passed over, alike on all processes.
     """
+
+    room = Room(0)  # what it keeps is counted in rows
 
     def __init__(self, settings: DataSettings, seed: int):
         self._settings, self._seed = settings, seed

@@ -12,8 +12,7 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.decode import BadImage
 from ldmcli.data.folder import several
-from ldmcli.data.rows import in_threads
-from ldmcli.data.tables import memory_bytes
+from ldmcli.data.rows import Room, in_threads
 from ldmcli.drivers.objective_ae import views
 from ldmcli.maths import rng
 from ldmcli.networks.conditions import ASKED, CONDITIONS
@@ -69,7 +68,7 @@ class ConditionSource:
         self._translate: np.ndarray | None = None
         self._boxes: dict[int, dict] = {}
         self._maps: dict[int, np.ndarray] = {}
-        self._room = memory_bytes() // 8
+        self._room: Room = rows.room
 
     @property
     def _fixed(self) -> bool:
@@ -135,8 +134,7 @@ class ConditionSource:
         if i in self._maps:
             return self._maps[i]
         found = self.rows.map_pixels(i, self.size, self.config.data.crop if self.training else "center", tuple(u))
-        if self._fixed and self._room > found.nbytes:
-            self._room -= found.nbytes
+        if self._fixed and i not in self._maps and self._room.take(found.nbytes):
             self._maps[i] = found
         return found
 
@@ -183,17 +181,21 @@ def _outside(bbox: np.ndarray, shape: tuple[int, int]) -> int:
     return int((~(inside & (w > 0) & (h > 0))).sum())
 
 
-def look_at_maps(rows, skip_bad: bool, workers: int) -> tuple[Any, list[BadImage], list[int]]:
-    """(rows whose map is as large as the picture, the others, class indices that occur). Raises InputError where there
-    are others and they are not to be skipped."""
+def look_at_maps(rows, indices: Sequence[int], workers: int) -> tuple[list[BadImage], np.ndarray]:
+    """(maps among those of `indices` that are not as large as their picture, how often each class index occurs)."""
     bad: list[BadImage] = []
     seen = np.zeros(256, np.int64)
-    for i, found in enumerate(in_threads(lambda i: _map_facts(rows, i), range(len(rows)), workers or 1)):
+    for i, found in zip(indices, in_threads(lambda i: _map_facts(rows, i), indices, workers or 1)):
         if isinstance(found, BadImage):
             found.index = i
             bad.append(found)
         else:
             seen += found
+    return bad, seen
+
+
+def with_fitting_maps(rows, bad: list[BadImage], skip_bad: bool):
+    """The rows without those whose map was found `bad`. Raises InputError where they are not to be skipped."""
     if bad and (not skip_bad or len(bad) == len(rows)):
         raise InputError(f"{len(bad)} of {len(rows)} maps do not fit their picture: {several(bad)}; "
                          "mend them, or leave such rows out with --skip-bad")
@@ -201,7 +203,7 @@ def look_at_maps(rows, skip_bad: bool, workers: int) -> tuple[Any, list[BadImage
         left_out = {error.index for error in bad}
         rows = rows.select([i for i in range(len(rows)) if i not in left_out])
         rows.notes.append(f"{len(bad)} rows whose map does not fit left out")
-    return rows, bad, np.flatnonzero(seen).tolist()
+    return rows
 
 
 def _map_facts(rows, i: int) -> np.ndarray | BadImage:

@@ -1,6 +1,7 @@
 """What the training of an autoencoder asks of the loop (Sec. 3.1): two phases a step once the discriminator starts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from ldmcli.core import files
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig
 from ldmcli.data.batches import positions, share
-from ldmcli.data.sources import open_rows, usable
+from ldmcli.data.rows import Room
+from ldmcli.data.sources import divided, held_out, is_shapes, usable, verify, whole_rows
 from ldmcli.data.streamed import StreamedRows, StreamedValidation
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.loaded import LoadedAutoencoder, to_uint8
@@ -28,16 +30,44 @@ FRECHET_IMAGES = 64  # with fewer the distance says nothing, and its network tak
 
 
 def open_data(config, context: Context, size: tuple[int, int]):
-    """(training rows, validation rows, bad files), decoded once and checked; the same on all processes."""
-    from dataclasses import replace
-
+    """(training rows, validation rows, bad files), the same on all processes. Each picture is hashed and decoded by
+    one of them; what is kept of pictures fits in each one's part of the memory (`Room`)."""
     settings = replace(config.data, size=size)
     if settings.streaming:
         seed = config.train.seed
         return context.together(lambda: (StreamedRows(settings, seed), StreamedValidation(settings), []))
-    rows, bad = context.together(lambda: usable(open_rows(settings, split="train"), settings))
-    validation, worse = context.together(lambda: usable(open_rows(settings, split="validation"), settings))
+    whole, undivided = context.together(lambda: whole_rows(settings, "train"))
+    other, held = whole, None
+    if undivided:
+        _exchange_hashes(whole, context)
+        held, readable = context.on_main(lambda: (held_out(whole, settings), whole.readable))
+        whole.readable |= readable
+    else:
+        other, _ = context.together(lambda: whole_rows(settings, "validation"))
+    whole.room = other.room = Room()
+    rows = divided(whole, settings, "train", held)
+    validation = divided(other, settings, "validation", held)
+    rows, bad = _checked(rows, settings, context)
+    validation, worse = _checked(validation, replace(settings, crop="center"), context)
     return rows, validation, [*bad, *worse]
+
+
+def _exchange_hashes(rows, context: Context) -> None:
+    """Every process hashes its share of the pictures and hears of the others'."""
+    if is_shapes(rows.source):
+        return  # nothing is stored that would have to be read
+    shares = [range(rank, len(rows), context.world) for rank in range(context.world)]
+    for indices, hashes in zip(shares, context.gather(rows.hashes_of(shares[context.rank]))):
+        rows.learn_hashes(indices, hashes)
+
+
+def _checked(rows, settings, context: Context):
+    """`usable` rows and the bad ones, each of which one process decoded."""
+    mine = rows.unread(range(context.rank, len(rows), context.world))
+    found = context.gather(verify(rows, settings, indices=mine, workers=settings.workers))
+    bad = sorted(sum(found, []), key=lambda error: error.index)
+    _exchange_hashes(rows, context)
+    return context.together(lambda: usable(rows, settings, bad=bad))
 
 
 def data_facts(rows, validation, bad) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ldmcli.drivers.condition_data import (
     look_at_boxes,
     look_at_maps,
     map_names,
+    with_fitting_maps,
 )
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.drawing import enlarged, shown_condition
@@ -88,6 +89,9 @@ class DiffusionObjective:
         self.cache = self._build_cache(self.rows, "latents") if config.caches_latents else None
         self.scale = self._scale()
         self._held = self._validation_latents()
+        if self.cache and not {"lowres", "masked"} & set(config.kinds):
+            for rows in (self.rows, self.validation):
+                rows.forget()  # latents stand for them from here on
         self.loaded()  # lends the first stage to the conditions
 
     def _size(self) -> tuple[int, int]:
@@ -127,11 +131,17 @@ class DiffusionObjective:
             self.context.together(lambda: [look_at_boxes(rows) for rows in (self.rows, self.validation)])
         self._map_indices: list[int] = []
         if "map" in kinds:
-            how = (config.data.skip_bad, config.data.workers)
-            looked = self.context.together(lambda: [look_at_maps(r, *how) for r in (self.rows, self.validation)])
-            (self.rows, *_), (self.validation, *_) = looked
-            self.bad = [*self.bad, *looked[0][1], *looked[1][1]]
-            self._map_indices = sorted({index for _, _, found in looked for index in found})
+            (self.rows, first), (self.validation, second) = map(self._fitting_maps, (self.rows, self.validation))
+            self._map_indices = np.flatnonzero(first + second).tolist()
+
+    def _fitting_maps(self, rows) -> tuple[Any, np.ndarray]:
+        """(rows whose map fits their picture, how often each class index occurs); each process looks at its share."""
+        context, data = self.context, self.config.data
+        found = context.gather(look_at_maps(rows, range(context.rank, len(rows), context.world), data.workers))
+        bad = sorted(sum((bad for bad, _ in found), []), key=lambda error: error.index)
+        self.bad = [*self.bad, *bad]
+        rows = context.together(lambda: with_fitting_maps(rows, bad, data.skip_bad))
+        return rows, sum(seen for _, seen in found)
 
     def _learn_conditions(self) -> dict[str, dict[str, Any]]:
         """What conditions learn from data: from an earlier start of this run, else from the training rows."""

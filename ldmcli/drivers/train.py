@@ -122,6 +122,7 @@ class Training:
     def _prepare(self) -> None:
         context, objective = self.context, self.objective
         self.wrapped, self.updaters = {}, {}
+        context.maximum([0.0])  # wrapping compares weights: nobody begins before the others are here
         self.trained: dict[str, list[torch.nn.Parameter]] = {}  # without what a network keeps frozen
         for name, module in objective.networks.items():
             module.to(context.device).train()
@@ -411,7 +412,7 @@ class Training:
         """Counts the first step's forward pass; a training step is three of them."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        if self.flops or not self.context.is_main:
+        if self.flops:  # on all processes: the first use takes seconds, and gradients wait for the last
             yield
             return
         with FlopCounterMode(display=False) as counter:
