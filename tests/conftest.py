@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("LDM_TEST_THREADS", "1")
 for _name in [name for name in os.environ if name.startswith("LDM_")]:
     del os.environ[_name]  # a developer's settings must not reach the tests
 os.environ["LDM_TRAIN_EVAL_FRECHET"] = "false"  # seconds a run for a number that tests of it ask for themselves
+os.environ["LDM_TRAIN_MIXED_PRECISION"] = "no"  # "auto" goes by the time that a product takes: no test may
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -96,3 +96,10 @@ def ranks(folder: Path, count: int, *args: object, before: Callable[[], None] | 
               "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     return [Command(folder / f"rank-{rank}.log", *args, before=before,
                     env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+
+
+def call(count: int, function: Callable[..., None], *args: object) -> None:
+    """`function(rank, *args)` in `count` processes at once; raises what one of them raised."""
+    import torch
+
+    torch.multiprocessing.start_processes(function, args, nprocs=count, start_method="forkserver")

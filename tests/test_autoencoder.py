@@ -155,7 +155,8 @@ def test_every_parameter_gets_a_finite_gradient_at_every_factor(family, reg, f):
     ((out.reconstruction - x).square().mean() + out.codebook_loss + 1e-3 * model.kl(out.moments).sum()).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     flat = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
-    assert silent == [] and flat == []
+    # the bias of the keys adds one number to all of a query's logits: its gradient is 0 but for rounding
+    assert silent == [] and [name for name in flat if not name.endswith("attn_1.k.bias")] == []
 
 
 @pytest.mark.parametrize("family", ["fast", "paper"])

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 from ldmcli.cli import COMMANDS
 from ldmcli.cli.helptext import EXAMPLES, example_line
+from ldmcli.drivers import features
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALL = {
@@ -42,7 +44,10 @@ def here(tmp_path_factory):
             patch.setenv(name, value)
         patch.setattr("ldmcli.products.demo._resolved", small_resolved)
         patch.setattr("ldmcli.products.demo.HELD_OUT", 6)
+        patch.setitem(features.NETWORKS, "effnet-lite0", replace(features.NETWORKS["effnet-lite0"], size=32))
+        features._cached.cache_clear()  # an extractor of 224 px that another test has opened
         yield folder
+    features._cached.cache_clear()
 
 
 def small_resolved(kind: str, values: dict, preset: str = ""):

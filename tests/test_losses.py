@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 from golden_cases import shared
+from processes import call
 from safetensors.torch import load_file
 
 from ldmcli.core.errors import UsageError
@@ -240,7 +241,7 @@ def free_port():
 @pytest.mark.parametrize("shares", [(3, 3), (4, 2)])
 def test_two_processes_have_the_batch_statistics_gradients_and_weight_of_one(tmp_path, shares):
     _train_mode_gradients(0, 1, 0, (6,), tmp_path)
-    torch.multiprocessing.spawn(_train_mode_gradients, (2, free_port(), shares, str(tmp_path)), nprocs=2)
+    call(2, _train_mode_gradients, 2, free_port(), shares, str(tmp_path))
     one, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     for a, b, c in zip(one, first, second, strict=True):
         torch.testing.assert_close(b, c, rtol=0, atol=0)
