@@ -1,10 +1,6 @@
 """What training learns and what it must never do, through `ldm train-ae` and `ldm train-ldm`."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +8,7 @@ import pytest
 import torch
 from golden_cases import squeezenet
 from PIL import Image
+from processes import ranks
 from tiny import (
     ADAM,
     QUIET_LOOP,
@@ -31,7 +28,6 @@ from ldmcli.core.settings import ConditionSettings
 from ldmcli.drivers.objective_ldm import DiffusionObjective
 from ldmcli.networks.conditions import ASKED
 
-ROOT = Path(__file__).resolve().parents[1]
 NO_RECONSTRUCTION = ("--set", "loss.l1=0", "--set", "loss.l2=0", "--set", "loss.edge=0", "--set", "loss.kl_weight=0")
 DISCRIMINATOR = ("--set", "loss.disc_weight=1", "--set", "loss.disc_start=5", "--set", "loss.disc_channels=8",
                  "--set", "loss.disc_layers=1")  # fmt: skip
@@ -125,39 +121,27 @@ def test_a_discriminator_update_that_is_refused_does_not_hold_back_the_average(t
     assert count == 3
 
 
-_TWO = """
-import os, sys
-from ldmcli.drivers.objective_ldm import DiffusionObjective
-whole = DiffusionObjective.batch
-def batch(self, step):
-    found = whole(self, step)
-    if step == 1 and self.context.rank == 1:
-        found["noise"][0] = float("nan")
-    return found
-DiffusionObjective.batch = batch
-from ldmcli.cli import main
-code = main(sys.argv[1:])
-sys.stderr.flush()
-os._exit(code)  # as python -m ldmcli ends: a late thread of gloo may abort the teardown
-"""
+def spoil_one_process() -> None:
+    """A NaN in the noise of step 1, on the second process alone."""
+    whole = DiffusionObjective.batch
+
+    def batch(self, step):
+        found = whole(self, step)
+        if step == 1 and self.context.rank == 1:
+            found["noise"][0] = float("nan")
+        return found
+
+    DiffusionObjective.batch = batch
 
 
 def test_a_bad_batch_on_one_process_stops_the_step_on_both(ae, tmp_path):
     """Row 11: all processes take the same decision, so training goes on with equal weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = tmp_path / "two.py"
-    script.write_text(_TWO)
     args = ["train-ldm", "--autoencoder", ae, *SHAPES, *QUIET_LOOP, "--steps", 3, "--out", tmp_path / "run",
             "--set", "diffusion.channels=16", "--set", "diffusion.channel_mult=1",
             "--set", f"data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
-    common = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    both = [subprocess.Popen([sys.executable, script, *map(str, args)], env=common | {"RANK": r, "LOCAL_RANK": r},
-                             stderr=subprocess.PIPE, text=True) for r in "01"]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    both = ranks(tmp_path, 2, *args, before=spoil_one_process)
+    assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
+    said = [command.stderr for command in both]
     assert "step 1: NaN or Inf, the update was not applied (1 in a row" in said[0]
     assert state(tmp_path / "run")["state"] == "finished" and state(tmp_path / "run")["step"] == 3
     assert len(json.loads((tmp_path / "run" / "bad-batch.json").read_text())["rows"]) == 4
@@ -264,7 +248,7 @@ def twelve(out: Path, ae: Path, *more) -> dict:
     return {name: tensor for name, tensor in checkpoint(out).items() if name.startswith("model.")}
 
 
-def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path, ldm_process):
+def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path):
     """Row 14: 12 x 1, 4 x 3 accumulated and 2 processes x 3 x 2 end at the same weights and learning rates; a log line
     is an optimiser update. 20 rows in batches of 12: epochs end inside an update."""
     whole = twelve(tmp_path / "whole", ae)
@@ -273,10 +257,10 @@ def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path, 
     from tiny import UNET
 
     cache = ("--set", f"data.cache_dir={tmp_path / 'cache'}")
-    two = ldm_process("train-ldm", "--autoencoder", ae, *SHAPES, *UNET, *QUIET_LOOP, *cache, *ADAM, "--batch-size", 12,
-                      "--lr", "1e-3", "--set", "train.warmup=3", "--log-every", 1, "--condition", "class",
-                      "--micro-batch", 3, "--gpus", 2, "--steps", 5, "--out", tmp_path / "two")  # fmt: skip
-    assert two.code == 0, two.stderr
+    two = ranks(tmp_path, 2, "train-ldm", "--autoencoder", ae, *SHAPES, *UNET, *QUIET_LOOP, *cache, *ADAM,
+                "--batch-size", 12, "--lr", "1e-3", "--set", "train.warmup=3", "--log-every", 1, "--condition", "class",
+                "--micro-batch", 3, "--steps", 5, "--out", tmp_path / "two")  # fmt: skip
+    assert [command.wait() for command in two] == [0, 0], two[0].stderr + two[1].stderr
     spread = {name: tensor for name, tensor in checkpoint(tmp_path / "two").items() if name.startswith("model.")}
     assert distance(parts, whole) < 1e-6 and distance(odd, whole) < 1e-6 and distance(spread, whole) < 1e-6
     rates = [[line["lr_factor"] for line in log(tmp_path / name) if "lr_factor" in line]
