@@ -408,7 +408,7 @@ WRONG = [
     ("inpaint lost.png mask.png", 3, "lost.png: no such file"),
     ("inpaint text.png mask.png", 3, "text.png"),
     ("inpaint photo.png text.png", 3, "text.png"),
-    ("inpaint empty masks", 3, "no images there"),
+    ("inpaint empty masks", 3, "no pictures in this folder"),
     ("inpaint photo.png masks", 2, "two files, or two folders"),
     ("inpaint photo.png", 2, "MASK or --box"),
     ("inpaint photo.png mask.png --box 1,1,4,4", 2, "MASK or --box"),
@@ -417,7 +417,7 @@ WRONG = [
     ("inpaint photo.png --box 1,1,0,4", 2, "at least 1"),
     ("inpaint photo.png --box 0,0,58,41", 2, "whole picture"),
     ("inpaint photo.png --box 1,1,4", 2, "x,y,width,height"),
-    ("inpaint dot.png --box 1,1,1,1", 3, "smaller than one latent"),
+    ("inpaint dot.png --box 1,1,1,1", 3, "dot.png: a picture of 3x3 px is smaller than one latent"),
     ("inpaint photo.png mask.png --prompt x", 2, "--prompt"),
     ("inpaint photo.png mask.png --class 0", 2, "--class"),
     ("inpaint photo.png mask.png --guidance text=3", 2, "--guidance"),
@@ -429,7 +429,7 @@ WRONG = [
     ("upscale photo.png --scale 3", 2, "choose one of 2, 4, 8"),
     ("upscale lost.png", 3, "lost.png: no such file"),
     ("upscale text.png", 3, "text.png"),
-    ("upscale empty", 3, "no images there"),
+    ("upscale empty", 3, "no pictures in this folder"),
 ]
 
 

@@ -377,3 +377,34 @@ def test_a_size_that_the_factor_does_not_divide_is_code_2_with_the_nearest(tmp_p
     asked = (*SHAPES, "--size", size, *AE_NETWORK, *QUIET_LOOP, "--steps", 1)
     line = refused(2, "train-ae", *asked, "--out", tmp_path / "run")
     assert near in line
+
+
+def test_a_picture_below_one_latent_is_named_before_any_other_is_reconstructed(tmp_path, ae):
+    """Also where it is the last of several; with --size it is enlarged."""
+    noisy_images(tmp_path / "data", 3)
+    Image.new("RGB", (20, 1)).save(tmp_path / "data" / "z.png")
+    command = ("reconstruct", tmp_path / "data", "--autoencoder", ae, "--out", tmp_path / "out")
+    line = refused(3, *command)
+    assert "1 of 4 pictures are smaller than one latent (4 px)" in line and "z.png" in line
+    assert not (tmp_path / "out").exists()
+    assert ldm(*command, "--size", 16).code == 0
+
+
+def test_captions_that_the_model_cuts_are_counted_in_training(tmp_path, ae):
+    """With the number of tokens that it reads."""
+    noisy_images(tmp_path / "data", 6)
+    for k in range(6):
+        (tmp_path / "data" / f"{k:02d}.txt").write_text("one two three four five six seven eight " * (1 + k % 2))
+    options = ("--condition", "text", "--set", "condition.text_length=12", "--set", "data.val_fraction=0.01")
+    ending = train_ldm(tmp_path / "run", ae, *options, data=("--data", tmp_path / "data", "--size", 20), steps=1)
+    cut = next(line for line in ending.stderr.splitlines() if "captions have more than" in line)
+    assert cut.startswith("data: ") and "of 5 captions have more than the 12 tokens" in cut
+    assert cut.split()[1] in ("2", "3")  # one of the six is held out
+
+
+def test_what_is_passed_over_is_said_by_training_too(tmp_path):
+    """The notes of `ldm data`, before step 1."""
+    noisy_images(tmp_path / "data", 4)
+    (tmp_path / "data" / "photo.heic").write_bytes(b"x")
+    ending = ldm(*begin(tmp_path / "data", tmp_path / "run"))
+    assert ending.code == 0 and "data: 1 files of formats that are not read passed over: 1 .heic" in ending.stderr

@@ -100,10 +100,9 @@ def _map_files(paths: Sequence[Path]) -> tuple[Path, ...]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(one for one in path.iterdir() if one.suffix.lower() in (".png", ".gif", ".bmp", ".tif"))
-            if not inside:
-                raise InputError(f"--map {path}: no class maps in that folder (PNG)")
-            found += inside
+            from ldmcli.data.pictures import image_files
+
+            found += image_files([path])
         else:
             found.append(path)
     return tuple(found)

@@ -77,6 +77,13 @@ def say(text: object) -> None:
         _to_stderr(str(text))
 
 
+def say_once(text: object) -> None:
+    """As `say`, the first time that this text comes up in this command."""
+    if str(text) not in _state.warned:
+        _state.warned.add(str(text))
+        say(text)
+
+
 def detail(text: object) -> None:
     """As `say`, only with --verbose."""
     if _state.verbose:

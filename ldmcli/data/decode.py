@@ -19,7 +19,8 @@ from ldmcli.core.errors import InputError, UsageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
 EXTENSIONS = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .qoi".split()
+    ".png .apng .jpg .jpeg .jpe .jfif .pjpeg .pjp .mpo .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif "
+    ".avifs .jp2 .j2k .j2c .jpc .jpf .jpx .qoi".split()
 )
 MAX_PIXELS = 89_478_485  # Pillow's own limit, a quarter of a gigabyte in RGB
 FILTERS = {
@@ -260,14 +261,15 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
 
 
 def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """RGB with transparency laid over the background."""
+    """RGB with transparency laid over the background; info["transparent"] says whether there was any."""
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     picture = image.convert("RGBA")
-    flat = Image.new("RGB", picture.size, background)
-    flat.paste(picture, mask=picture.getchannel("A"))
+    flat, alpha = Image.new("RGB", picture.size, background), picture.getchannel("A")
+    flat.paste(picture, mask=alpha)
+    flat.info["transparent"] = alpha.getextrema()[0] < 255
     return flat
 
 

@@ -1,30 +1,39 @@
 """Folders of plain image files, read so that nothing is lost on the way.
 
-Captions and labels come from `metadata.csv` / `metadata.jsonl` (column `file_name`, relative to that file), from text
-files beside the pictures (`cat.png`, `cat.txt`), or from class folders. A folder is a set of splits only when all of
-its pictures lie in top-level folders called train, validation, test and the like; file names never say a split.
-Hidden files, resource forks and files that are not pictures are passed over. Links and `file_name` entries that lead
-out of the folder are refused.
+Captions and labels come from `metadata.csv`, `.tsv`, `.jsonl` or `.json` (column `file_name`, relative to that file or
+to the folder), from text files beside the pictures (`cat.png`, `cat.txt`), or from class folders. Splits are top-level
+folders called train, val2017, test and the like, or a column `split` of the metadata; file names never say one.
+Links and `file_name` entries that lead out of the folder are refused. What is there and is not taken stands in `notes`.
 """
 
-import csv
-import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ldmcli.core.errors import InputError
+from ldmcli.data.annotations import Annotations, read_annotations
 from ldmcli.data.decode import EXTENSIONS, shown
+from ldmcli.data.metadata import file_column, read_rows, read_text
+from ldmcli.data.pictures import TEXTS, Found, no_pictures, several
 
 SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "eval": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json")
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
-SHOWN_NAMES = 5
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+CAPTIONS = ("caption", "text", "prompt", "description", "title")  # of JSON files beside pictures
+_SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})[-_ ]?((19|20)\d\d|set|data|split|images|imgs)?", re.IGNORECASE)
+_HINTED = 3
+
+
+def split_of(name: str) -> str | None:
+    """train, validation or test for what people call them (Val, valid, train2017, test_set); None for other names."""
+    match = _SPLIT_NAME.fullmatch(name)
+    return SPLITS[match[1].lower()] if match else None
 
 
 @dataclass
@@ -37,105 +46,104 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
 
-def scan(root: Path, *, skip_bad: bool = False) -> dict[str, Listing]:
+def scan(found: Found, *, skip_bad: bool = False, image_column: str = "") -> dict[str, Listing]:
     """The splits of a folder, {"train": …} where it has none. Raises InputError: no pictures, pictures without a row
     or rows without a picture (with `skip_bad` they are left out and counted in `notes`), unreadable metadata."""
-    walk = _walk(root)
-    if walk.outside and not skip_bad:
-        raise InputError(f"{several(walk.outside)}: links that lead out of {shown(root)}; "
+    root = found.root
+    if found.outside and not skip_bad:
+        raise InputError(f"{several(found.outside)}: links that lead out of {shown(root)}; "
                          "copy the pictures or leave them out with --skip-bad")
-    if not walk.images and not walk.tables:
-        raise InputError(f"{shown(root)}: no pictures in this folder")
-    splits, bases = {}, _split_folders(root, walk)
-    classes = {part for base in bases.values() for path in walk.images for part in _class_of(path, base)}
+    if not found.pictures and not found.metadata:
+        raise no_pictures(root, [*found.notes(), *_unused_tables(found)])
+    bases, notes = _split_folders(found)
+    notes += [f"{len(found.outside)} links that lead out of the folder left out"] * bool(found.outside)
+    taken = [path for path in found.pictures if _base_of(path, bases)]
+    listings = {}
+    if found.metadata:
+        covered = _covered(found, bases)
+        rows = _Rows(root, taken, found.metadata, image_column)
+        notes += rows.check(skip_bad, covered)
+        listings = rows.listings({split: base for split, base in bases.items() if base in covered}, notes)
+        bases = {split: base for split, base in bases.items() if base not in covered}
+        notes += [f"{base.name}/ has no metadata" for base in bases.values()]
+    told = Annotations() if found.metadata else read_annotations(found, _foreign_tables(found, ".json"), split_of)
+    notes += [f"boxes or captions come from {found.names(told.files)}"] * bool(told.values)
+    notes += [f"{found.names(told.large)}: too large to be read for annotations"] * bool(told.large)
+    classes = _classes(found, taken, bases)
     for split, base in bases.items():
-        part = _Walk(*([p for p in paths if base == root or base in p.parents] for paths in walk.lists()))
-        splits[split] = _listing(root, part, skip_bad)
-        if not part.tables and len(classes) > 1:
-            _add_classes(splits[split], base)
-        splits[split].notes += [f"{len(walk.outside)} links that lead out of the folder left out"] * bool(walk.outside)
-    return splits
+        listings[split] = _plain(root, [path for path in taken if base in path.parents], found, skip_bad)
+        _add_annotations(listings[split], told)
+        if len(classes) > 1:
+            _add_classes(listings[split], base)
+    for listing in listings.values():
+        listing.notes = [*notes, *listing.notes, *found.notes(), *_unused_tables(found, told.files)]
+    return listings
 
 
-def scan_table(table: Path, *, skip_bad: bool = False) -> Listing:
+def scan_table(table: Path, *, skip_bad: bool = False, image_column: str = "") -> dict[str, Listing]:
     """A metadata file by itself, whatever its name: rows that name pictures relative to it."""
-    return _with_metadata(table.parent, _Walk(tables=[table]), skip_bad)
-
-
-@dataclass
-class _Walk:
-    images: list[Path] = field(default_factory=list)
-    tables: list[Path] = field(default_factory=list)
-    outside: list[Path] = field(default_factory=list)
-
-    def lists(self) -> tuple[list[Path], ...]:
-        return self.images, self.tables, self.outside
-
-
-def _walk(root: Path) -> _Walk:
-    """Pictures and metadata files below `root`, in the order of their names."""
-    walk, real_root = _Walk(), root.resolve()
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if not _ignored(name))
-        for name in sorted(n for n in names if not _ignored(n)):
-            path = Path(folder, name)
-            wanted = walk.tables if name in METADATA else walk.images
-            if name in METADATA or path.suffix.lower() in EXTENSIONS:
-                (wanted if _inside(path, real_root) else walk.outside).append(path)
-        walk.outside += [Path(folder, name) for name in below if not _inside(Path(folder, name), real_root)]
-    return walk
-
-
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _inside(path: Path, real_root: Path) -> bool:
-    """Links are followed to their end; a link to nothing stays inside when its target would."""
-    return not path.is_symlink() or path.resolve().is_relative_to(real_root)
-
-
-def _split_folders(root: Path, walk: _Walk) -> dict[str, Path]:
-    tops = {path.relative_to(root).parts[0] for path in walk.images}
-    tops |= {p.relative_to(root).parts[0] for p in walk.tables if p.parent != root}
-    is_split = all(name.lower() in SPLITS and (root / name).is_dir() for name in tops)
-    if not is_split or any(path.parent == root for path in walk.tables):
-        return {"train": root}
-    named = {SPLITS[name.lower()]: root / name for name in sorted(tops)}
-    if len(named) < len(tops):
-        raise InputError(f"{shown(root)}: two folders for one split ({', '.join(sorted(tops))}); keep one of them")
-    return named
-
-
-def _listing(root: Path, walk: _Walk, skip_bad: bool) -> Listing:
-    if walk.tables:
-        return _with_metadata(root, walk, skip_bad)
-    listing = Listing([_id(path, root) for path in walk.images], {"image": list(walk.images)})
-    captions = [path.with_suffix(".txt") for path in walk.images]
-    if any(path.is_file() for path in captions):
-        _add_text_files(listing, captions, root, skip_bad)
-    return listing
+    rows = _Rows(table.parent, [], [table], image_column)
+    notes = rows.check(skip_bad, set())
+    listings = rows.listings({"train": table.parent}, notes)
+    for listing in listings.values():
+        listing.notes = list(notes)
+    return listings
 
 
 def _id(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _add_text_files(listing: Listing, captions: list[Path], root: Path, skip_bad: bool) -> None:
-    lonely = [name for name, path in zip(listing.names, captions) if not path.is_file()]
-    if lonely and not skip_bad:
-        raise InputError(f"{len(lonely)} pictures have no text file beside them ({several(lonely)}); "
-                         "leave them out with --skip-bad")
-    kept = [k for k, path in enumerate(captions) if path.is_file()]
-    listing.names = [listing.names[k] for k in kept]
-    listing.columns["image"] = [listing.columns["image"][k] for k in kept]
-    listing.columns["caption"] = [read_text(captions[k]).strip() for k in kept]
-    listing.notes += [f"{len(lonely)} pictures without a text file left out"] * bool(lonely)
+# --- splits and classes -----------------------------------------------------------------------------------------------
+
+
+def _split_folders(found: Found) -> tuple[dict[str, Path], list[str]]:
+    """Folders by split, and notes. Top-level folders are splits when all of them are called so, or when two splits are
+    among them: what lies beside those is no training data."""
+    root = found.root
+    parts = [path.relative_to(root).parts for path in [*found.pictures, *found.metadata]]
+    tops = sorted({one[0] for one in parts if len(one) > 1})
+    loose = [path for path in found.pictures if path.parent == root]
+    splits: dict[str, list[str]] = {}
+    for name in tops:
+        if split := split_of(name):
+            splits.setdefault(split, []).append(name)
+    others = [name for name in tops if not split_of(name)]
+    if not splits or (others or loose) and len(splits) < 2:
+        named = [f"{name}/" for names in splits.values() for name in names]
+        return {"train": root}, [f"{several(named)} is no split: other pictures lie beside it"] * bool(named)
+    for names in splits.values():
+        if len(names) > 1:
+            raise InputError(f"{shown(root)}: two folders for one split ({', '.join(names)}); keep one of them")
+    notes = []
+    if others or loose:
+        beside = [path for path in found.pictures if not split_of(path.relative_to(root).parts[0])]
+        named = " and ".join(f"{name}/" for names in splits.values() for name in names)
+        notes.append(f"{named} are taken as splits; {len(beside)} pictures beside them passed over "
+                     f"({found.names(beside)})")
+    return {split: root / names[0] for split, names in splits.items()}, notes
+
+
+def _base_of(path: Path, bases: dict[str, Path]) -> Path | None:
+    return next((base for base in bases.values() if base in path.parents), None)
+
+
+def _covered(found: Found, bases: dict[str, Path]) -> set[Path]:
+    """Splits whose pictures must have a row: those that metadata lie in or, where it lies above them, all."""
+    above = any(_base_of(table, bases) is None for table in found.metadata)
+    return {base for base in bases.values() if above or any(base in table.parents for table in found.metadata)}
 
 
 def _class_of(path: Path, base: Path) -> tuple[str, ...]:
     """The first-level folder of a picture below `base`; nothing for one that lies beside the folders."""
     return path.relative_to(base).parts[:-1][:1] if base in path.parents else ()
+
+
+def _classes(found: Found, pictures: list[Path], bases: dict[str, Path]) -> set[str]:
+    """Names of class folders. Numbered folders with a parquet or stats file of their name are shards of img2dataset."""
+    names = {part for base in bases.values() for path in pictures for part in _class_of(path, base)}
+    shards = {path.name.partition(".")[0].removesuffix("_stats") for path in [*found.data, *found.tables]}
+    return names if not names <= shards else set()
 
 
 def _add_classes(listing: Listing, base: Path) -> None:
@@ -147,125 +155,240 @@ def _add_classes(listing: Listing, base: Path) -> None:
         listing.notes.append("pictures lie beside folders, so folders are not taken as classes")
 
 
-def _with_metadata(root: Path, walk: _Walk, skip_bad: bool) -> Listing:
-    rows: list[tuple[Path, dict]] = []
-    named, missing = set(), []
-    for table in walk.tables:
-        for row in map(_named_file, read_rows(table)):
-            paths = {_short(key): _resolve(row[key], table, root) for key in row if _is_path_column(key)}
-            if "image" not in paths:
-                raise InputError(f"{shown(_id(table, root))}: no column file_name; there are {several(row)}")
-            named.update(paths.values())
-            absent = [path for path in paths.values() if not (path.is_file() or path.is_symlink())]
-            missing += [_id(path, root) for path in absent]
+# --- text beside pictures ---------------------------------------------------------------------------------------------
+
+
+def _plain(root: Path, pictures: list[Path], found: Found, skip_bad: bool) -> Listing:
+    """Pictures without a row in metadata, with the text or JSON files beside them."""
+    listing = Listing([_id(path, root) for path in pictures], {"image": list(pictures)})
+    beside = _beside(pictures, found.texts)
+    if any(beside):
+        _add_text_files(listing, beside, skip_bad)
+        endings = Counter(path.suffix for path in beside if path)
+        other = ", ".join(f"{count} {ending}" for ending, count in endings.items() if ending != ".txt")
+        listing.notes += [f"captions come from text files beside the pictures ({other})"] * bool(other)
+        taken = {path for path in beside if path}
+        folders = {path.parent for path in taken}
+        lonely = [path for path in found.texts if path.parent in folders and path not in taken]
+        listing.notes += [f"{len(lonely)} text files belong to no picture, or to one that has another "
+                          f"({found.names(lonely)}), passed over"] * bool(lonely)
+    else:
+        _add_json_files(listing, _beside(pictures, found.tables, (".json",)))
+    return listing
+
+
+def _beside(pictures: list[Path], texts: list[Path], endings: Sequence[str] = TEXTS) -> list[Path | None]:
+    """For each picture the file of its name with one of the endings, the first of them where there are several."""
+    by_name: dict[tuple[Path, str], Path] = {}
+    for ending in reversed(endings):
+        by_name |= {(path.parent, path.stem): path for path in texts if path.suffix.lower() == ending}
+    return [by_name.get((path.parent, path.stem)) or by_name.get((path.parent, path.name)) for path in pictures]
+
+
+def _add_text_files(listing: Listing, captions: list[Path | None], skip_bad: bool) -> None:
+    lonely = [name for name, path in zip(listing.names, captions) if path is None]
+    if lonely and not skip_bad:
+        raise InputError(f"{len(lonely)} pictures have no text file beside them ({several(lonely)}); "
+                         "leave them out with --skip-bad")
+    kept = [(k, path) for k, path in enumerate(captions) if path is not None]
+    listing.names = [listing.names[k] for k, _ in kept]
+    listing.columns["image"] = [listing.columns["image"][k] for k, _ in kept]
+    listing.columns["caption"] = [read_text(path).strip() for _, path in kept]
+    listing.notes += [f"{len(lonely)} pictures without a text file left out ({several(lonely)})"] * bool(lonely)
+
+
+def _add_json_files(listing: Listing, beside: list[Path | None]) -> None:
+    """Captions from JSON files beside the pictures, where those have one."""
+    found = [_json_caption(path) if path else None for path in beside]
+    count = sum(text is not None for text in found)
+    if count:
+        listing.columns["caption"] = found
+        lonely = [name for name, text in zip(listing.names, found) if text is None]
+        told = f"; {len(lonely)} have none ({several(lonely)})" if lonely else ""
+        listing.notes.append(f"captions come from {count} JSON files beside the pictures{told}")
+
+
+def _add_annotations(listing: Listing, told: Annotations) -> None:
+    """Columns from annotation files; pictures that they do not speak of have nothing there."""
+    found = [told.values.get(path, {}) for path in listing.columns["image"]]
+    for column in {key: None for one in found for key in one}:
+        listing.columns.setdefault(column, [one.get(column) for one in found])
+    lonely = [name for name, one in zip(listing.names, found) if not one]
+    if told.values and lonely:
+        listing.notes.append(f"{len(lonely)} pictures have no entry in the annotations ({several(lonely)})")
+
+
+def _json_caption(path: Path) -> str | None:
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    texts = (value.get(key) for key in CAPTIONS) if isinstance(value, dict) else ()
+    return next((text for text in texts if isinstance(text, str)), None)
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    picture: Path
+    values: dict
+    table: Path
+
+
+class _Rows:
+    """Rows of the metadata files of a folder, one a picture, and what has no partner."""
+
+    def __init__(self, root: Path, pictures: list[Path], tables: list[Path], image_column: str):
+        self.root, self.tables, self.pictures = root, tables, pictures
+        self.missing: list[str] = []
+        self.named: set[Path] = set()
+        read = [row for table in tables for row in self._read(table, image_column)]
+        self.rows, self.notes = _one_each(read, root)
+
+    def _read(self, table: Path, image_column: str) -> Iterable[_Row]:
+        for row in read_rows(table):
+            key = file_column(row, image_column)
+            columns = {} if key is None else {key if key == image_column else "image": key}
+            columns |= {name.removesuffix("_file_name"): name for name in row if name.endswith("_file_name")}
+            picture = next((short for short in columns if short in (key, "image")), None)
+            if picture is None or not isinstance(row[columns[picture]], str):
+                raise InputError(f"{shown(_id(table, self.root))}: no column file_name; there are {several(row)}")
+            paths = {short: self._resolve(row[name], table) for short, name in columns.items()
+                     if short == picture or row[name]}  # fmt: skip
+            self.named.update(paths.values())
+            absent = [row[columns[short]] for short, path in paths.items() if not _there(path)]
+            self.missing += [shown(one) for one in absent]
             if not absent:
-                rows.append((paths["image"], {k: v for k, v in row.items() if not _is_path_column(k)} | paths))
-    lonely = [_id(path, root) for path in walk.images if path not in named]
-    notes = _partners(root, missing, lonely, skip_bad)
-    if not rows:
-        raise InputError(f"{shown(_id(walk.tables[0], root))}: no row with a picture")
-    columns = {key: None for _, row in rows for key in row}
-    return Listing([_id(path, root) for path, _ in rows], {c: [r.get(c) for _, r in rows] for c in columns}, notes)
+                others = {name: value for name, value in row.items() if name not in columns.values()}
+                yield _Row(paths[picture], others | paths, table)
+
+    def _resolve(self, value: object, table: Path) -> Path:
+        """The file that a metadata entry names; entries that lead out of the folder are refused."""
+        text = str(value).strip()
+        root, path = self.root.resolve(), PurePosixPath(text.replace("\\", "/") if os.sep == "\\" else text)
+        where = shown(_id(table, self.root))
+        if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
+            raise InputError(f"{where}: {shown(text, 80)} is an address; fetch the pictures first (img2dataset does) "
+                             "and name their files")
+        if path.is_absolute() and root in Path(path).parents and ".." not in path.parts:
+            path = PurePosixPath(Path(path).relative_to(root))
+        if not text or path.is_absolute() or ".." in path.parts or "\0" in text:
+            raise InputError(f"{where}: file_name {shown(text)!r} leads out of the folder; "
+                             "name files relative to the metadata file")
+        places = [table.parent / path, self.root / path]
+        if not path.suffix:
+            places += [one for one in self._by_stem.get(places[0], ())]
+        found = next((place for place in places if _there(place)), places[0])
+        if not found.parent.resolve().is_relative_to(root) or found.is_symlink() and not (
+                found.resolve().is_relative_to(root)):  # fmt: skip
+            raise InputError(f"{where}: {shown(text)} is a link that leads out of the folder")
+        return found
+
+    @property
+    def _by_stem(self) -> dict[Path, list[Path]]:
+        """Pictures by their path without ending, where only one has it."""
+        if not hasattr(self, "_stems"):
+            counts = Counter(path.with_suffix("") for path in self.pictures)
+            self._stems = {one: [path] for path in self.pictures if counts[one := path.with_suffix("")] == 1}
+        return self._stems
+
+    def check(self, skip_bad: bool, covered: set[Path]) -> list[str]:
+        """Notes on what is left out. Raises InputError for rows without a picture and pictures without a row."""
+        lonely = [_id(path, self.root) for path in self.pictures
+                  if path not in self.named and not covered.isdisjoint(path.parents)]
+        told = []
+        if self.missing:
+            told.append(f"{len(self.missing)} rows name pictures that are absent ({several(self.missing)}"
+                        f"{_hint(self.missing, lonely)})")
+        if lonely:
+            told.append(f"{len(lonely)} pictures have no row in the metadata ({several(lonely)})")
+        if not self.rows:
+            what = "; ".join(told) or "no row with a picture"
+            raise InputError(f"{shown(_id(self.tables[0], self.root))}: {what}")
+        if told and not skip_bad:
+            raise InputError(f"{shown(self.root)}: {'; '.join(told)}; leave them out with --skip-bad")
+        return [*(f"{one}, left out" for one in told), *self.notes]
+
+    def listings(self, bases: dict[str, Path], notes: list[str]) -> dict[str, Listing]:
+        """Rows by the folder that their picture lies in, or of a single folder by a column that states splits."""
+        if len(bases) == 1 and self.root in bases.values():
+            for name in SPLIT_COLUMNS:
+                stated = [split_of(str(row.values.get(name, "")).strip()) for row in self.rows]
+                if all(stated):
+                    notes.append(f"column {name} tells the splits")
+                    return {str(split): self._listing([row for row, own in zip(self.rows, stated) if own == split])
+                            for split in dict.fromkeys(stated)}
+        parts = {split: [row for row in self.rows if base in row.picture.parents] for split, base in bases.items()}
+        return {split: self._listing(rows) for split, rows in parts.items() if rows}
+
+    def _listing(self, rows: list[_Row]) -> Listing:
+        columns = {key: None for row in rows for key in row.values}
+        names = [_id(row.picture, self.root) for row in rows]
+        return Listing(names, {key: [row.values.get(key) for row in rows] for key in columns})
 
 
-def _partners(root: Path, missing: list[str], lonely: list[str], skip_bad: bool) -> list[str]:
-    """Complains about rows without a picture and pictures without a row, or returns notes that count them."""
-    told = []
-    if missing:
-        told.append(f"{len(missing)} rows name pictures that are absent ({several(missing)})")
-    if lonely:
-        told.append(f"{len(lonely)} pictures have no row in the metadata ({several(lonely)})")
-    if told and not skip_bad:
-        raise InputError(f"{shown(root)}: {'; '.join(told)}; leave them out with --skip-bad")
-    return [f"{one}, left out" for one in told]
+def _there(path: Path) -> bool:
+    return path.is_file() or path.is_symlink()
 
 
-def _named_file(row: dict) -> dict:
-    """The row with its picture under `file_name`, whatever usual name the column has."""
-    key = next((name for name in FILE_COLUMNS if isinstance(row.get(name), str)), "file_name")
-    return row if key == "file_name" else {"file_name" if k == key else k: v for k, v in row.items()}
+def _hint(missing: list[str], lonely: list[str]) -> str:
+    """Pictures that absent ones may mean: the same name in another case, in another folder, behind other slashes."""
+    by_name = {PurePosixPath(name).name.lower(): name for name in reversed(lonely)}
+    near = [by_name.get(name.replace("\\", "/").rpartition("/")[2].lower()) for name in missing[:_HINTED]]
+    return f"; did you mean {', '.join(name for name in near if name)}?" if any(near) else ""
 
 
-def _is_path_column(key: str) -> bool:
-    return key == "file_name" or key.endswith("_file_name")
+def _one_each(rows: list[_Row], root: Path) -> tuple[list[_Row], list[str]]:
+    """One row a picture, with notes: of several files the nearest to the picture counts, of two in one folder the first
+    by name, and of several rows in one file the first."""
+    groups: dict[Path, list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(row.picture, []).append(row)
+    kept, passed, repeated = [], Counter(), {}
+    for picture, group in groups.items():
+        table = max((row.table for row in group), key=lambda path: len(path.parts))
+        own = [row for row in group if row.table == table]
+        passed.update((row.table, table) for row in group if row.table != table)
+        kept.append(own[0])
+        if len(own) > 1:
+            repeated.setdefault(table, []).append((picture, len(own) - 1))
+    notes = [f"{count} rows of {_id(other, root)} left out: {_id(table, root)} tells of the same pictures"
+             for (other, table), count in passed.items()]
+    for table, several_rows in repeated.items():
+        names = several(_id(picture, root) for picture, _ in several_rows)
+        notes.append(f"{len(several_rows)} pictures have several rows in {_id(table, root)} ({names}); the first of "
+                     f"each is taken, {sum(count for _, count in several_rows)} others are left out")
+    return kept, notes
 
 
-def _short(key: str) -> str:
-    return "image" if key == "file_name" else key.removesuffix("_file_name")
+def _unused_tables(found: Found, used: Sequence[Path] = ()) -> list[str]:
+    """Tables beside the pictures that nothing was read from, where they speak of pictures or look as if."""
+    texts = {path for path in found.texts if path.suffix.lower() == ".txt"} - set(_beside(found.pictures, found.texts))
+    unused = [path for path in (*_foreign_tables(found), *sorted(texts)) if path not in used
+              and (path.suffix.lower() not in (".json", ".txt") or _speaks_of_pictures(path))]
+    if not unused:
+        return []
+    name, ending = unused[0].relative_to(found.root).as_posix(), unused[0].suffix.lower()
+    how = f"name it to take it (--data {shown(found.root / name)}), or call it metadata{ending}"
+    if ending == ".txt":
+        how = "call it metadata.csv where its first line names columns, as in file_name,caption"
+    return [f"{len(unused)} tables are not read ({found.names(unused)}); {how}"]
 
 
-def _resolve(value: object, table: Path, root: Path) -> Path:
-    """The file that a metadata entry names; entries that lead out of the folder are refused."""
-    text = str(value).replace("\\", "/") if os.sep == "\\" else str(value)
-    path = PurePosixPath(text)
-    if not text or path.is_absolute() or ".." in path.parts or "\0" in text:
-        raise InputError(f"{shown(_id(table, root))}: file_name {shown(text)!r} leads out of the folder; "
-                         "name files relative to the metadata file")
-    found = table.parent / path
-    if not _inside(found, root.resolve()) or not found.parent.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{shown(_id(table, root))}: {shown(text)} is a link that leads out of the folder")
-    return found
+def _foreign_tables(found: Found, ending: str = "") -> list[Path]:
+    """Tables that belong to no single picture, and are no statistics of img2dataset."""
+    beside = {path for path in _beside(found.pictures, found.tables, (".json",)) if path}
+    return [path for path in found.tables if path not in beside and not path.stem.endswith("_stats")
+            and path.suffix.lower().endswith(ending)]
 
 
-def several(names: Iterable) -> str:
-    """The first few names, and how many more there are."""
-    names = [shown(name, 80) for name in names]
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more
-
-
-
-# --- text files -------------------------------------------------------------------------------------------------------
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, with or without BOM. Raises InputError that names the file and the first bad byte."""
+def _speaks_of_pictures(path: Path) -> bool:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{shown(path)}: cannot be read ({error.strerror})") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = error.start + (3 if content.startswith(b"\xef\xbb\xbf") else 0)
-        raise InputError(f"{shown(path)}: not UTF-8 text at byte {where} (0x{content[where]:02x}); "
-                         "save the file as UTF-8") from None
+        with open(path, "rb") as file:
+            head = file.read(4096).lower()
+    except OSError:
+        return False
+    return any(ending.encode() in head for ending in (*EXTENSIONS, "file_name"))
 
-
-def read_rows(path: Path) -> Iterator[dict]:
-    """Rows of a .csv, .tsv, .jsonl or .json file. In CSV every field is text and stays so, `NA` and `null` too."""
-    text = read_text(path)
-    kind = path.suffix.lower()
-    try:
-        if kind in (".csv", ".tsv"):
-            yield from _csv_rows(text, path, "\t" if kind == ".tsv" else ",")
-        elif kind == ".json" and text.lstrip().startswith("["):
-            yield from (_object(row, path, k) for k, row in enumerate(json.loads(text), 1))
-        else:
-            yield from (_object(json.loads(line), path, k) for k, line in _lines(text))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{shown(path)}: not valid JSON ({error.msg}, column {error.colno})") from None
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines, split at newlines only: JSON strings may hold U+2028 and the like."""
-    return ((k, line) for k, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _object(row: object, path: Path, line: int) -> dict:
-    if not isinstance(row, dict):
-        raise InputError(f"{shown(path)}: row {line} is not an object with named values")
-    return row
-
-
-def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[dict]:
-    csv.field_size_limit(1 << 30)  # captions of megabytes are rare, but no reason to stop
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", strict=True)
-    try:
-        for row in reader:
-            if "" in row or None in row.values():
-                raise InputError(f"{shown(path)}: line {reader.line_num} has "
-                                 f"{'more' if '' in row else 'fewer'} fields than the header; quote commas")
-            yield row
-    except csv.Error as error:
-        raise InputError(f"{shown(path)}: line {reader.line_num}: {error}") from None

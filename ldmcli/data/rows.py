@@ -11,7 +11,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from ldmcli.core.errors import UsageError
+from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.launch import local_processes
 from ldmcli.core.settings import DataSettings
 from ldmcli.data import shapes
@@ -33,9 +33,16 @@ class Columns:
     objects: Callable[[int], dict] | None = None
     map: Callable[[int], bytes] | None = None
     class_names: list[str] = field(default_factory=list)
-    category_names: list[str] = field(default_factory=list)
+    category_names: list[str] | Callable[[], list[str]] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    trouble: str = ""  # why labels cannot be used, said when they are
+
+    def known_categories(self) -> list[str]:
+        """Names of the objects' categories, found out when they are first asked for."""
+        if callable(self.category_names):
+            self.category_names = self.category_names()
+        return self.category_names
 
 
 class Room:
@@ -70,10 +77,11 @@ class Rows:
         self._columns, self._ids, self._settings = columns, ids, settings
         self.source, self.split = source, split
         self.columns, self.notes = dict(columns.chosen), list(columns.notes)
-        self.class_names, self.category_names = columns.class_names, columns.category_names
+        self.class_names = columns.class_names
         self.validation_is_train = False
         self.boxes_are_shares = False  # of the whole picture, instead of its pixels
         self._hashes: dict[int, str] = {}
+        self.transparent_rows: set[int] = set()  # numbers of the data's rows that were decoded and have such pixels
         self._kept: dict[int, np.ndarray] = {}
         self._kept_as: tuple | None = None
         self.readable: set[int] = set()  # numbers of the data's rows that were decoded without a complaint
@@ -103,7 +111,18 @@ class Rows:
 
     def image(self, i: int) -> Image.Image:
         """The whole picture, RGB, upright."""
-        return decode(self._encoded(i), name=self.name(i), **self._limits)
+        return self._decoded(i, self._encoded(i))
+
+    def _decoded(self, i: int, content: bytes) -> Image.Image:
+        picture = decode(content, name=self.name(i), **self._limits)
+        if picture.info.get("transparent"):
+            self.transparent_rows.add(int(self._ids[i]))
+        return picture
+
+    @property
+    def transparent(self) -> int:
+        """How many of the pictures that were decoded have transparent pixels."""
+        return sum(int(row) in self.transparent_rows for row in self._ids) if self.transparent_rows else 0
 
     @property
     def _limits(self) -> dict:
@@ -133,8 +152,16 @@ class Rows:
         return self._columns.caption(int(self._ids[i])) if self._columns.caption else ""
 
     def label(self, i: int) -> int:
-        """Index into `class_names`."""
-        return int(self._columns.label[self._ids[i]])
+        """Index into `class_names`. Raises InputError where the row has no label that names a class."""
+        label = int(self._columns.label[self._ids[i]])
+        if label < 0:
+            raise InputError(self._columns.trouble)
+        return label
+
+    @property
+    def category_names(self) -> list[str]:
+        """Names of the objects' categories. Raises InputError where a row's objects have none."""
+        return self._columns.known_categories()
 
     def objects(self, i: int) -> dict:
         """{"bbox": float32 (n, 4) x, y, width, height in pixels of the whole picture, "category": int64 (n,)}."""
@@ -198,9 +225,13 @@ class Rows:
     def fingerprint(self) -> str:
         """Changes with any picture, caption or label of these rows, and with their order."""
         digest = hashlib.sha256()
-        for i in range(len(self)):
-            label = self.label(i) if self.has("label") else ""
-            digest.update(f"{self.content_hash(i)}\0{self.caption(i)}\0{label}\n".encode("utf-8", "surrogatepass"))
+        for i, row in enumerate(self._ids):
+            label = int(self._columns.label[row]) if self.has("label") else ""
+            try:
+                caption = self.caption(i)
+            except InputError as error:  # refused where captions are used
+                caption = str(error)
+            digest.update(f"{self.content_hash(i)}\0{caption}\0{label}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:32]
 
     def select(self, indices: Sequence[int]) -> "Rows":
@@ -211,6 +242,7 @@ class Rows:
         chosen.boxes_are_shares = self.boxes_are_shares
         chosen._hashes, chosen._kept, chosen._kept_as = self._hashes, self._kept, self._kept_as
         chosen.readable, chosen.room = self.readable, self.room
+        chosen.transparent_rows = self.transparent_rows
         return chosen
 
     def describe(self) -> str:
@@ -265,7 +297,7 @@ class Rows:
         content = self._encoded(i)
         if int(self._ids[i]) not in self._hashes:
             self._hashes[int(self._ids[i])] = hashlib.sha256(content).hexdigest()
-        picture = decode(content, name=self.name(i), **self._limits)
+        picture = self._decoded(i, content)
         if self.has("map"):
             self.map(i)
         return picture

@@ -11,7 +11,8 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.columns import label_names_of, make_columns
 from ldmcli.data.decode import BadImage, shown
-from ldmcli.data.folder import SPLITS, several
+from ldmcli.data.folder import split_of
+from ldmcli.data.pictures import several
 from ldmcli.data.rows import SHAPES_SIZE, WORKERS, Rows, in_threads, is_shapes, shape_rows
 from ldmcli.data.tables import Table, open_tables
 
@@ -60,6 +61,11 @@ def divided(rows: Rows, settings: DataSettings, split: str, held: set[int] | Non
     return rows
 
 
+def split_sizes(settings: DataSettings) -> dict[str, int]:
+    """Rows of each split that is stored; {} for shapes, which has none."""
+    return {} if is_shapes(settings.source) else {name: table.length for name, table in open_tables(settings).items()}
+
+
 def validation_split(settings: DataSettings, there: list[str], wanted: str) -> str:
     if settings.val_split:
         return existing_split(settings.val_split, there, "--val-split", settings)
@@ -67,10 +73,11 @@ def validation_split(settings: DataSettings, there: list[str], wanted: str) -> s
 
 
 def existing_split(name: str, there: list[str], option: str, settings: DataSettings) -> str:
-    for candidate in (name, SPLITS.get(name.lower(), name)):
+    for candidate in (name, split_of(name)):
         if candidate in there:
             return candidate
-    raise InputError(f"{option} {shown(name)}: {shown(settings.source)} has no such split; there are {several(there)}")
+    raise InputError(f"{option} {shown(name)}: {shown(settings.source)} has no such split; there are {several(there)}"
+                     f" (take one with {option} {shown(there[0])})")
 
 
 FEW = 16  # rows that are worth decoding to see whether a side has one that can be read
@@ -147,5 +154,7 @@ def usable(rows: Rows, settings: DataSettings, *, progress=None,
     if bad:
         left_out = {error.index for error in bad}
         rows = rows.select([i for i in range(len(rows)) if i not in left_out])
-        rows.notes.append(f"{len(bad)} pictures that cannot be read left out")
+        rows.notes.append(f"{len(bad)} pictures that cannot be read left out ({several(bad)})")
+    rows.notes += [f"{rows.transparent} pictures of {rows.split} have transparent pixels, laid over "
+                   f"{settings.background} (data.background)"] * bool(rows.transparent)
     return rows, bad

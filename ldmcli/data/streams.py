@@ -17,10 +17,11 @@ from ldmcli.core.settings import DataSettings
 from ldmcli.data.batches import positions
 from ldmcli.data.columns import choose_columns
 from ldmcli.data.decode import shown
-from ldmcli.data.folder import SPLITS
+from ldmcli.data.folder import split_of
+from ldmcli.data.pictures import find
 from ldmcli.data.rows import Rows, is_shapes
 from ldmcli.data.sources import existing_split, open_rows, rows_of, share_of, validation_split
-from ldmcli.data.tables import Table, by_split, data_files, describe_features, load_hub
+from ldmcli.data.tables import Table, by_split, data_files, describe_features, load_hub, with_paths
 
 SHUFFLE_BUFFER = 1000
 
@@ -69,7 +70,7 @@ def _passes(settings: DataSettings, split: str) -> Callable[[list[int]], Iterato
     def one_pass(key: list[int]) -> Iterator[Rows]:
         values = itertools.islice(part.rows(), limit)
         for k, value in enumerate(mixed(values, key) if split == "train" else values):
-            row = _single(value, kinds, classes, settings, split, k)
+            row = _single(value, kinds, classes, settings, split, k, part.base)
             if held_out or (share_of(row.content_hash(0)) < settings.val_fraction) == (split == "validation"):
                 yield row
 
@@ -107,7 +108,7 @@ class _LocalPart:
         from datasets import Features
         from pyarrow import parquet
 
-        self.files = files
+        self.files, self.base = files, files[0].parent
         with _naming(files[0]):
             self.features = Features.from_arrow_schema(parquet.read_schema(files[0]))
 
@@ -122,6 +123,8 @@ class _LocalPart:
 
 class _HubPart:
     """A split of a hub data set, streamed by the datasets library with its pictures still encoded."""
+
+    base = None
 
     def __init__(self, dataset):
         import datasets
@@ -140,17 +143,19 @@ def _parts(settings: DataSettings) -> dict[str, "_LocalPart | _HubPart"] | None:
     if is_shapes(settings.source):
         return None
     if not path.exists():
-        return {SPLITS.get(name, name): _HubPart(part) for name, part in load_hub(settings, streaming=True).items()}
+        return {split_of(name) or name: _HubPart(part) for name, part in load_hub(settings, streaming=True).items()}
     is_saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
-    found = [] if is_saved else data_files(path) if path.is_dir() else [path]
+    found = [] if is_saved else data_files(find(path)) if path.is_dir() else [path]
     if not found or any(one.suffix.lower() != ".parquet" for one in found):
         return None
     files = by_split(found, path) if path.is_dir() else {"train": found}
     return {name: _LocalPart(part) for name, part in files.items()}
 
 
-def _single(value: dict, kinds, classes, settings: DataSettings, split: str, k: int) -> Rows:
+def _single(value: dict, kinds, classes, settings: DataSettings, split: str, k: int, base: Path | None) -> Rows:
     table = Table(1, {column: [cell] for column, cell in value.items()}, kinds, classes, lambda _: f"streamed row {k}")
+    if base is not None:
+        table = with_paths(table, base, settings.image_column)
     label = choose_columns(table, settings).get("label")
     if label is not None and label not in classes:
         table.kinds = {column: kind for column, kind in kinds.items() if column != label}  # its classes are unknown

@@ -11,17 +11,20 @@ import ssl
 import tarfile
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from ldmcli.core.config import did_you_mean, suggestions
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.decode import EXTENSIONS, shown
-from ldmcli.data.folder import METADATA, SPLITS, scan, scan_table, several
+from ldmcli.data.decode import EXTENSIONS, BadImage, shown
+from ldmcli.data.folder import scan, scan_table, split_of
+from ldmcli.data.metadata import file_column
+from ldmcli.data.pictures import DATA_FILES, TABLES, UNREAD, Found, find, is_hidden, several
 
-TABLE_FILES = (".parquet", ".arrow", ".tar", ".csv", ".tsv", ".jsonl", ".json")
+TABLE_FILES = (*DATA_FILES, *TABLES)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?$")
 
 
@@ -41,9 +44,10 @@ class TarEntry:
 
 @dataclass
 class Table:
-    """Columns of equal length. `kinds` says of each what it holds: image, text, texts, class, int, objects or other;
-    `classes` the names of class columns. Values of image columns are bytes, paths, archive entries or a
-    datasets dict of bytes and path. `name(i)` is what people call row i."""
+    """Columns of equal length. `kinds` says of each what it holds: image, bytes, text (numbers among them), texts
+    (lists of text), class, int, number, objects, mixed (text and what is none), empty or other; `classes` the names of
+    class columns. Values of image columns are bytes, paths, archive entries or a datasets dict of bytes and path.
+    `name(i)` is what people call row i."""
 
     length: int
     columns: dict[str, Sequence]
@@ -60,32 +64,32 @@ def open_tables(settings: DataSettings) -> dict[str, Table]:
     if not path.exists():
         return _from_hub(settings)
     if path.is_file():
-        return {"train": _from_files([path], settings)}
+        return _from_files([path], settings)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _from_disk(path)
-    files = data_files(path)
+    found = find(path)
+    files = data_files(found)
     if files:
-        return {split: _from_files(part, settings) for split, part in by_split(files, path).items()}
-    return {split: _listed(part) for split, part in scan(path, skip_bad=settings.skip_bad).items()}
+        return {split: table for name, part in by_split(files, path).items()
+                for split, table in _from_files(part, settings, name).items()}  # fmt: skip
+    listings = scan(found, skip_bad=settings.skip_bad, image_column=settings.image_column)
+    return {split: _listed(part) for split, part in listings.items()}
 
 
-def data_files(folder: Path) -> list[Path]:
+def data_files(found: Found) -> list[Path]:
     """Data files of a folder; none where it holds loose pictures, whose metadata and archives are another's matter.
     Raises InputError for a folder of both Parquet or Arrow files and pictures."""
-    found, pictures = [], 0
-    for here, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        visible = [Path(here, name) for name in sorted(names) if not name.startswith(".")]
-        pictures += sum(path.suffix.lower() in EXTENSIONS or path.name in METADATA for path in visible)
-        found += [path for path in visible if path.suffix.lower() in TABLE_FILES]
-    columnar = [path for path in found if path.suffix.lower() in (".parquet", ".arrow")]
-    if pictures and columnar:
-        raise InputError(f"{shown(folder)}: holds both pictures ({pictures}) and data files ({several(columnar)}); "
-                         "name the folder of one kind")
-    if pictures:
+    archives = [path for path in found.data if path.suffix.lower() == ".tar"]
+    loose = {path.parent for path in found.pictures}
+    shards = {path.with_suffix("") for path in archives} | loose
+    # img2dataset writes what it knows of a shard beside it, 00000.parquet beside 00000.tar or 00000/
+    columnar = [path for path in found.data if path not in archives and path.with_suffix("") not in shards]
+    if found.pictures and columnar:
+        raise InputError(f"{shown(found.root)}: holds both pictures ({len(found.pictures)}) and data files "
+                         f"({several(columnar)}); name the folder of one kind")
+    if found.pictures or found.metadata:
         return []
-    archives = [path for path in found if path.suffix.lower() == ".tar"]
-    return columnar or archives or [path for path in found if path.suffix.lower() != ".json"]
+    return columnar or archives or [path for path in found.tables if path.suffix.lower() != ".json"]
 
 
 def by_split(files: list[Path], root: Path) -> dict[str, list[Path]]:
@@ -93,20 +97,21 @@ def by_split(files: list[Path], root: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for path in files:
         words = [*path.relative_to(root).parts[:-1], *re.split(r"[-_.]", path.stem)]
-        named = [SPLITS[word.lower()] for word in words if word.lower() in SPLITS]
+        named = [split for word in words if (split := split_of(word))]
         splits.setdefault(named[0] if named else "train", []).append(path)
     return splits
 
 
-def _from_files(files: list[Path], settings: DataSettings) -> Table:
+def _from_files(files: list[Path], settings: DataSettings, split: str = "train") -> dict[str, Table]:
     kinds = {path.suffix.lower() for path in files}
     if kinds == {".tar"}:
-        return _listed_tar(files, settings.skip_bad)
+        return {split: _listed_tar(files, settings.skip_bad)}
     if kinds == {".parquet"} or kinds == {".arrow"}:
-        return _from_dataset(_read_columns(files, kinds.pop()[1:]))
-    if len(files) == 1 and kinds & {".csv", ".tsv", ".jsonl", ".json"}:
-        listing = scan_table(files[0], skip_bad=settings.skip_bad)
-        return _typed(listing.columns, listing.names, listing.notes)
+        table = _from_dataset(_read_columns(files, kinds.pop()[1:]))
+        return {split: with_paths(table, files[0].parent, settings.image_column)}
+    if len(files) == 1 and kinds & set(TABLES):
+        listings = scan_table(files[0], skip_bad=settings.skip_bad, image_column=settings.image_column)
+        return {own if split == "train" else split: _listed(part) for own, part in listings.items()}
     if kinds & set(EXTENSIONS):
         raise InputError(f"{shown(files[0])}: one picture; name the folder that it lies in")
     raise InputError(f"{several(files)}: not data files of one kind ({', '.join(TABLE_FILES)})")
@@ -125,18 +130,37 @@ def _typed(columns: dict[str, list], names: list[str], notes: list[str]) -> Tabl
 
 
 def _kind(values: Sequence) -> str:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if not is_missing(value)]
+    if not known:
+        return "empty"
     for kind, fits in (
         ("image", lambda v: isinstance(v, (Path, TarEntry))),
-        ("text", lambda v: isinstance(v, str)),
         ("int", lambda v: isinstance(v, int) and not isinstance(v, bool)),
-        ("texts", lambda v: isinstance(v, list) and all(isinstance(one, str) for one in v)),
-        ("objects", lambda v: isinstance(v, dict) and {"bbox", "category"} <= set(v)),
-        ("objects", lambda v: isinstance(v, list) and all(isinstance(o, dict) and "bbox" in o for o in v)),
+        ("number", _is_number),
+        ("text", lambda v: isinstance(v, str) or _is_number(v)),
+        ("texts", lambda v: isinstance(v, str) or _is_number(v) or isinstance(v, list) and all(map(_is_text, v))),
     ):
-        if known and all(map(fits, known)):
+        if all(map(fits, known)):
             return kind
-    return "other"
+    return "objects" if any(map(_has_boxes, known)) else "mixed" if any(map(_is_text, known)) else "other"
+
+
+def is_missing(value: object) -> bool:
+    """None, and NaN, as which pandas and JSON write what is not there."""
+    return value is None or isinstance(value, float) and value != value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _has_boxes(value: object) -> bool:
+    one = value[0] if isinstance(value, list) and value else value
+    return isinstance(one, dict) and "bbox" in one
 
 
 _TAR_TEXT = {"txt": "caption", "text": "caption", "caption": "caption", "cls": "label"}
@@ -145,16 +169,19 @@ _TAR_TEXT = {"txt": "caption", "text": "caption", "caption": "caption", "cls": "
 def _listed_tar(archives: list[Path], skip_bad: bool) -> Table:
     """WebDataset archives: files that share a name up to the first dot of its last part are one row."""
     rows: dict[tuple[Path, str], dict] = {}
+    unread: Counter[str] = Counter()
     for archive in archives:
         for key, extension, entry in _tar_entries(archive):
             _put(rows.setdefault((archive, key), {}), extension, entry)
-    lonely = [key for (_, key), row in rows.items() if "image" not in row]
+            unread.update([ending] if (ending := f".{extension.rpartition('.')[2]}") in UNREAD else ())
+    lonely = [key for (_, key), row in rows.items() if not isinstance(row.get("image"), TarEntry)]
+    formats = f"; formats that are not read: {', '.join(f'{n} {ending}' for ending, n in unread.items())}"
+    told = f"{len(lonely)} rows without a picture ({several(lonely)}{formats if unread else ''})"
     if lonely and not skip_bad:
-        raise InputError(f"{shown(archives[0])}: {len(lonely)} rows without a picture ({several(lonely)}); "
-                         "leave them out with --skip-bad")
-    kept = {key: row for key, row in rows.items() if "image" in row}
+        raise InputError(f"{shown(archives[0])}: {told}; leave them out with --skip-bad")
+    kept = {key: row for key, row in rows.items() if isinstance(row.get("image"), TarEntry)}
     columns = {column: None for row in kept.values() for column in row}
-    notes = [f"{len(lonely)} rows without a picture left out"] * bool(lonely)
+    notes = [f"{told} left out"] * bool(lonely)
     many = len(archives) > 1
     names = [f"{archive.name}:{key}" if many else key for archive, key in kept]
     return _typed({c: [row.get(c) for row in kept.values()] for c in columns}, names, notes)
@@ -167,7 +194,7 @@ def _tar_entries(archive: Path):
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
-                if member.isdir() or name.name.startswith("."):
+                if member.isdir() or any(is_hidden(part) for part in name.parts if part not in (".", "..")):
                     continue
                 if name.is_absolute() or ".." in name.parts or not member.isreg():
                     raise InputError(f"{shown(archive)}: entry {shown(member.name)!r} is refused: "
@@ -187,7 +214,7 @@ def _put(row: dict, extension: str, entry: TarEntry) -> None:
         row.update({key: value for key, value in _json_of(entry).items() if key not in row})
     elif extension in _TAR_TEXT:
         text = _text_of(entry).strip()
-        row[_TAR_TEXT[extension]] = int(text) if extension == "cls" and text.lstrip("-").isdigit() else text
+        row[_TAR_TEXT[extension]] = int(text) if extension == "cls" and text.lstrip("-").isdecimal() else text
 
 
 def _text_of(entry: TarEntry) -> str:
@@ -257,13 +284,13 @@ def _from_disk(path: Path) -> dict[str, Table]:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{shown(path)}: not a complete save_to_disk folder ({shown(error)})") from None
     if isinstance(loaded, datasets.DatasetDict):
-        return {SPLITS.get(name, name): _from_dataset(part) for name, part in loaded.items()}
+        return {split_of(name) or name: _from_dataset(part) for name, part in loaded.items()}
     return {"train": _from_dataset(loaded)}
 
 
 def _from_hub(settings: DataSettings) -> dict[str, Table]:
     loaded = load_hub(settings)
-    return {SPLITS.get(name, name): _from_dataset(part) for name, part in loaded.items()}
+    return {split_of(name) or name: _from_dataset(part) for name, part in loaded.items()}
 
 
 def load_hub(settings: DataSettings, **options):
@@ -363,13 +390,56 @@ def feature_kind(feature) -> str:
         return "class"
     if isinstance(feature, datasets.Value):
         plain = feature.dtype
-        return "text" if "string" in plain else "int" if "int" in plain else "bytes" if "binary" in plain else "other"
+        known = (("string", "text"), ("int", "int"), ("binary", "bytes"), ("float", "number"))
+        return next((kind for part, kind in known if part in plain), "empty" if plain == "null" else "other")
     if isinstance(feature, (datasets.List, datasets.LargeList)) and feature_kind(feature.feature) == "text":
         return "texts"
-    return "objects" if isinstance(feature, dict) and {"bbox", "category"} <= set(feature) else "other"
+    inner = getattr(feature, "feature", feature)
+    return "objects" if isinstance(inner, dict) and "bbox" in inner else "other"
 
 
-def category_names(feature: dict) -> list[str]:
+def category_names(feature) -> list[str]:
     """Names of an objects column's categories; empty where the column does not name them."""
-    inner = getattr(feature["category"], "feature", None)
-    return list(getattr(inner, "names", None) or [])
+    inner = getattr(feature, "feature", feature)
+    category = inner.get("category")
+    return list(getattr(getattr(category, "feature", category), "names", None) or [])
+
+
+# --- pictures by path -------------------------------------------------------------------------------------------------
+
+
+class PathColumn(Sequence):
+    """A column of paths, relative to the folder of the file that they stand in."""
+
+    def __init__(self, values: Sequence, base: Path):
+        self._values, self._base = values, base
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, i):
+        text = self._values[i]
+        path = Path(str(text).strip())
+        whole = path if path.is_absolute() else self._base / path
+        if not text or ".." in path.parts or not whole.resolve().is_relative_to(self._base.resolve()):
+            raise BadImage(f"row {i}", f"the path {shown(text)!r} leads out of {shown(self._base)}")
+        return whole
+
+
+def with_paths(table: Table, base: Path, image_column: str = "") -> Table:
+    """The table, with its column of paths as pictures where it holds no encoded ones. Raises InputError where the
+    pictures are named by web addresses."""
+    texts = [column for column, kind in table.kinds.items() if kind == "text"]
+    if image_column not in texts and ({"image", "bytes"} & set(table.kinds.values()) or image_column):
+        return table
+    column = file_column(texts, image_column)
+    firsts = {one: next((text for text in table.columns[one] if text), "") for one in texts}
+    addresses = [one for one, text in firsts.items() if text.lower().startswith(("http://", "https://"))]
+    if addresses and (column is None or column in addresses):
+        raise InputError(f"column {shown(column or addresses[0])} holds addresses of pictures, not pictures; fetch "
+                         "them first (img2dataset does), then name the folder that they lie in")
+    if column is None:
+        return table
+    values = table.columns[column]
+    return replace(table, columns={**table.columns, column: PathColumn(values, base)},
+                   kinds={**table.kinds, column: "image"}, name=lambda i: str(values[i]))

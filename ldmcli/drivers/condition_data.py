@@ -11,7 +11,7 @@ from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.decode import BadImage
-from ldmcli.data.folder import several
+from ldmcli.data.pictures import several
 from ldmcli.data.rows import Room, in_threads
 from ldmcli.drivers.objective_ae import views
 from ldmcli.maths import rng

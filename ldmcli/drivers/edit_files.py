@@ -19,10 +19,11 @@ from ldmcli.core.outputs import SHEET, Results
 from ldmcli.core.requests import EditRequest, sampling_of, sampling_used
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, decode_alpha, probe
+from ldmcli.data.pictures import image_files
 from ldmcli.drivers import tiling
 from ldmcli.drivers.drawing import holed
 from ldmcli.drivers.edit import check_edit, inpaint_images, trained_size, upscale_images
-from ldmcli.drivers.generate import batches, contents, end_if_asked, image_bytes, image_files, output_names
+from ldmcli.drivers.generate import batches, contents, end_if_asked, image_bytes, output_names
 from ldmcli.drivers.grids import grid, png_bytes
 from ldmcli.drivers.image_sources import by_pair_name
 from ldmcli.drivers.load import load
@@ -116,9 +117,7 @@ def paired(request: EditRequest) -> list[_Source]:
     InputError for a picture without a partner."""
     root, beside = request.images[0], [*request.masks, *request.maps, *request.layouts]
     inside = [path for path in beside if path.is_dir() and path != root and path.is_relative_to(root)]
-    images = [path for path in image_files(list(request.images)) if not any(path.is_relative_to(p) for p in inside)]
-    if not images:
-        raise InputError(f"{root}: no images there")
+    images = image_files(request.images, besides=inside)
     if request.masks and root.is_dir() != request.masks[0].is_dir():
         raise UsageError("IMAGE and MASK: two files, or two folders whose files pair up by name")
     sources = [_Source(image, box=request.box) for image in images]
@@ -342,7 +341,10 @@ def _check(loaded: LoadedDiffusion, request: EditRequest, sources: list[_Source]
             seen.add(about)
             whole = (size[0] * scale, size[1] * scale)
             told = {kind: [value] for kind, value in source.told(loaded, request, whole).items()}
-            check_edit(loaded, whole, request.tile, settings, told, request.negative_prompt)
+            try:
+                check_edit(loaded, whole, request.tile, settings, told, request.negative_prompt)
+            except InputError as error:
+                raise InputError(f"{source.image}: {error}") from None
 
 
 def _of_one_size(todo: list[int], sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:

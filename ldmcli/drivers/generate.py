@@ -18,7 +18,8 @@ from ldmcli.core.errors import InputError, Interrupted, UsageError
 from ldmcli.core.outputs import BESIDE, SHEET, Results, beside, refuse_foreign, refuse_inputs
 from ldmcli.core.requests import SampleRequest, named_files, sampling_of, sampling_used
 from ldmcli.core.signals import StopRequest
-from ldmcli.data.decode import decode, to_size
+from ldmcli.data.decode import decode, probe, to_size
+from ldmcli.data.pictures import image_files, several
 from ldmcli.drivers import tiling
 from ldmcli.drivers.drawing import boxed, enlarged, labelled, shown_condition, with_legend
 from ldmcli.drivers.edit import MAX_MEMORY, tile_side, trained_size
@@ -32,7 +33,6 @@ from ldmcli.maths.tiles import framed, middle
 
 Size = tuple[int, int] | None  # (height, width) in pixels; None: as trained
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def find_model(model: str | None, kind: str) -> Path:
@@ -302,22 +302,6 @@ def _sheet(names: list[Path], n: int, groups: int, values: dict[str, list], load
     return in_rows(pictures, columns)
 
 
-def image_files(paths: list[Path]) -> list[Path]:
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-            )
-        elif path.exists():
-            found.append(path)
-        else:
-            raise InputError(f"{path}: no such file or folder")
-    if not found:
-        raise InputError(f"{paths[0]}: no images there")
-    return found
-
-
 def reconstruct_to_folder(
     inputs: list[Path],
     autoencoder: str | None,
@@ -336,6 +320,10 @@ def reconstruct_to_folder(
     loaded = load(path)
     loaded = loaded if isinstance(loaded, LoadedAutoencoder) else loaded.autoencoder
     found = image_files(inputs)
+    small = [] if size else [path for path in found if min(probe(path)) < loaded.network.f]
+    if small:
+        raise InputError(f"{len(small)} of {len(found)} pictures are smaller than one latent ({loaded.network.f} px): "
+                         f"{several(small)}; take them out, or give --size")
     names = output_names(out, len(found), "png")
     refuse_inputs(out, names, found)
     taken = [name for name in names if name.exists()]

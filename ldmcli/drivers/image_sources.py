@@ -1,7 +1,7 @@
 """Where the images of an evaluation come from: streams of uint8 (H, W, 3) arrays, and what is to be said of them."""
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,13 @@ def take(count: int, n: int | None, what: str) -> int:
 # --- folders and files -----------------------------------------------------------------------------------------
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Pictures below `folder` in order of relative path, without hidden files and our own contact sheets (grid.*)."""
-    from ldmcli.data.decode import EXTENSIONS
+def image_files(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
+    """Pictures below `folder` in order of relative path without extension; `besides`: as for `data.pictures.find`."""
+    from ldmcli.data import pictures
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of images")
-    found = []
-    for path in folder.rglob("*"):
-        inside = path.relative_to(folder)
-        shown = not any(part.startswith(".") for part in inside.parts) and path.stem != "grid"
-        if shown and path.suffix.lower() in EXTENSIONS and path.is_file():
-            found.append(path)
-    if not found:
-        raise InputError(f"{folder}: no images in this folder")
+    found = pictures.image_files([folder], besides=besides)
     return sorted(found, key=lambda path: (_pair_name(folder, path), path.suffix))
 
 
@@ -78,9 +71,9 @@ def read_image(path: Path) -> np.ndarray:
     return np.array(decode(path))
 
 
-def folder_source(folder: Path, n: int | None = None) -> Source:
+def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = ()) -> Source:
     """Images of a folder at their own sizes."""
-    files = image_files(folder)
+    files = image_files(folder, besides)
     files = files[: take(len(files), n, str(folder))]
     lossy = any(path.suffix.lower() in LOSSY for path in files)
     return Source(name=str(folder), count=len(files), stream=lambda: (read_image(path) for path in files),
@@ -146,13 +139,14 @@ def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[Sou
         if a.count != b.count:
             raise InputError(f"{first} has {a.count} images, {second} {b.count}: need as many on both sides")
         return a, b
-    named = [by_pair_name(folder, image_files(folder)) for folder in (first, second)]
+    named = [by_pair_name(folder, image_files(folder, (other,))) for folder, other in (
+        (first, second), (second, first))]
     for here, there, own, other in ((first, second, *named), (second, first, *named[::-1])):
         lonely = [path for name, path in own.items() if name not in other]
         if lonely:
             raise InputError(f"{lonely[0]}: has no partner in {there} ({len(lonely)} of {len(own)} images of {here} "
                              "unmatched); pairs share path and name")
-    return folder_source(first, n), folder_source(second, n)
+    return folder_source(first, n, (second,)), folder_source(second, n, (first,))
 
 
 # --- rows of a data set and models -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.core import files
+from ldmcli.core import console, files
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig
 from ldmcli.data.batches import positions, share
@@ -49,6 +49,8 @@ def open_data(config, context: Context, size: tuple[int, int]):
     validation = divided(other, settings, "validation", held)
     rows, bad = _checked(rows, settings, context)
     validation, worse = _checked(validation, replace(settings, crop="center"), context)
+    for note in dict.fromkeys([*rows.notes, *validation.notes]):
+        console.say(f"data: {note}")
     return rows, validation, [*bad, *worse]
 
 
@@ -66,6 +68,7 @@ def _checked(rows, settings, context: Context):
     mine = rows.unread(range(context.rank, len(rows), context.world))
     found = context.gather(verify(rows, settings, indices=mine, workers=settings.workers))
     bad = sorted(sum(found, []), key=lambda error: error.index)
+    rows.transparent_rows.update(*context.gather(rows.transparent_rows))
     _exchange_hashes(rows, context)
     return context.together(lambda: usable(rows, settings, bad=bad))
 

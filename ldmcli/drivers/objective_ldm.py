@@ -14,6 +14,7 @@ from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import share
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
+from ldmcli.data.decode import shown
 from ldmcli.drivers.condition_data import (
     TABLED,
     ConditionSource,
@@ -205,9 +206,19 @@ class DiffusionObjective:
         for kind in TABLED if not self.config.data.streaming else ():
             if kind in self.config.kinds:
                 self.tables |= self.model.conditions.prepare_one(kind, self.source.values(kind, everything, everything))
+        if "text.mask" in self.tables and self.context.is_main:
+            self._tell_of_cut_captions(self.tables["text.mask"].all(1).nonzero()[:, 0].tolist())
         ids = range(self._held_rows())
         values = {kind: self.validation_source.values(kind, ids, ids) for kind in self.config.kinds}
         self.validation_tables = self.model.conditions.prepare(values) if values else {}
+
+    def _tell_of_cut_captions(self, full: list[int]) -> None:
+        """full: rows whose captions fill the places that the model has."""
+        entry = self.model.conditions.entries["text"]
+        cut = entry.cut([self.rows.caption(i) for i in full])
+        if cut:
+            console.say(f"data: {len(cut)} of {len(self.rows)} captions have more than the {entry.length} tokens that "
+                        f"the model reads, and are cut (condition.text_length): {shown(cut[0], 60)}")
 
     def _held_rows(self) -> int:
         """Validation rows that the loss is measured on: as many as keep their planes in a quarter of a gigabyte."""

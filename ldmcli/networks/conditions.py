@@ -135,6 +135,14 @@ class TextCondition(nn.Module):
             )
         return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
 
+    def cut(self, captions: list[str]) -> list[str]:
+        """Those of the captions that have more tokens than the model reads."""
+        distinct = list(dict.fromkeys(captions))
+        with self._one_at_a_time:
+            ids = self.tokenizer([caption[:READ_CHARACTERS] for caption in distinct])["input_ids"] if distinct else []
+        longer = {caption for caption, own in zip(distinct, ids) if len(own) > self.length}
+        return [caption for caption in captions if caption in longer]
+
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The empty caption, n times."""
         return self.prepare([""] * n)

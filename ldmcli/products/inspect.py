@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.core import console
+from ldmcli.core.errors import InputError
 from ldmcli.core.outputs import CONTACT
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import BadImage, shown
 from ldmcli.data.rows import WORKERS, Rows, in_threads, is_shapes
-from ldmcli.data.sources import open_rows
+from ldmcli.data.sources import open_rows, split_sizes
 
 SPLITS = ("train", "validation")
 SHEET, SHEET_COLUMNS, CELL = 64, 8, 96
@@ -41,26 +42,28 @@ def inspect(settings: DataSettings, out: Path | None = None) -> dict[str, Any]:
     """Columns, counts, sizes, captions, classes, bad files and duplicates of a data set, and out/contact.png.
 
     Every picture is decoded once (data.limit bounds that; of a stream the first 256 rows are looked at). Nothing is
-    left out: what --skip-bad would leave out is listed. Raises InputError where there is no data set to be seen.
+    left out: what --skip-bad would leave out is listed, and what training would refuse stands in the notes. Raises
+    InputError where there is no data set to be seen.
     """
     source = settings.source
-    splits = _opened(replace(settings, skip_bad=True))
+    splits, notes = _opened(replace(settings, skip_bad=True))
     total = sum(map(len, splits.values()))
     with console.progress(total, "looking") as bar:
         found = [look for split, rows in splits.items() for look in _looks(rows, split, bar.advance)]
     good = [look for look in found if not look.reason]
     some = next(rows for rows in splits.values() if rows)[0][0]
+    notes += _notes(splits, settings)
     result = {
         "source": shown(source),
         "rows": {split: len(rows) for split, rows in splits.items()},
         "columns": {role: shown(column) for role, column in some.columns.items()},
         "sizes": _sizes(good, settings),
-        "captions": _captions(good) if some.has("caption") else None,
-        "classes": _classes(good) if some.has("label") else None,
-        "objects": _objects(good) if some.has("objects") else None,
+        "captions": _captions(good, notes) if some.has("caption") else None,
+        "classes": _classes(good, notes) if some.has("label") else None,
+        "objects": _objects(good, notes) if some.has("objects") else None,
         "bad": [{"file": look.name, "split": look.split, "reason": look.reason} for look in found if look.reason],
         "duplicates": _duplicates(good),
-        "notes": _notes(splits, settings),
+        "notes": list(dict.fromkeys(map(shown, notes))),
         "contact_sheet": None,
     }
     if good:
@@ -73,25 +76,37 @@ def _default_out(source: str) -> Path:
     return Path("outputs") / f"data-{name or 'data'}"
 
 
-def _opened(settings: DataSettings) -> dict[str, list[Row]]:
+def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
+    """Rows by split, and notes on splits: without a train split, all that there are."""
     if settings.streaming and not is_shapes(settings.source):
         from ldmcli.data.streams import stream
 
-        return {"train": [(row, 0) for row in islice(stream(settings), min(settings.limit or STREAMED, STREAMED))]}
-    opened = {split: open_rows(settings, split=split) for split in SPLITS}
-    if opened["validation"].validation_is_train:
-        del opened["validation"]
-    return {split: [(rows, i) for i in range(len(rows))] for split, rows in opened.items()}
+        first = islice(stream(settings), min(settings.limit or STREAMED, STREAMED))
+        return {"train": [(row, 0) for row in first]}, [
+            "a stream: only its first rows were looked at, and how many there are is not known"]
+    sizes = split_sizes(settings)
+    if settings.split == "train" and sizes and "train" not in sizes:
+        opened = {split: open_rows(replace(settings, split=split, val_split=split), split="validation")
+                  for split in sizes}
+        notes = [f"there is no split train; training takes another with --split {next(iter(sizes))}"]
+    else:
+        opened = {split: open_rows(settings, split=split) for split in SPLITS}
+        notes = []
+        if opened["validation"].validation_is_train:
+            del opened["validation"]
+            notes.append("nothing is held out for validation")
+        used = {settings.split, *(rows.split for rows in opened.values())}
+        notes += [f"split {shown(split)} ({count:,} rows) is not used; --val-split {shown(split)} takes it"
+                  for split, count in sizes.items() if split not in used]
+    return {split: [(rows, i) for i in range(len(rows))] for split, rows in opened.items()}, notes
 
 
 def _notes(splits: dict[str, list[Row]], settings: DataSettings) -> list[str]:
-    opened = {id(rows): rows for part in splits.values() for rows, _ in part[:1]}.values()
-    notes = [note for rows in opened for note in rows.notes]
-    if settings.streaming and not is_shapes(settings.source):
-        notes.append("a stream: only its first rows were looked at, and how many there are is not known")
-    if "validation" not in splits:
-        notes.append("nothing is held out for validation")
-    return list(dict.fromkeys(map(shown, notes)))
+    """What rows themselves say, once their pictures were looked at."""
+    opened = {id(rows): rows for part in splits.values() for rows, _ in part}.values()
+    transparent = sum(rows.transparent for rows in opened)
+    told = f"{transparent} pictures have transparent pixels, laid over {settings.background} (data.background)"
+    return [note for rows in opened for note in rows.notes] + [told] * bool(transparent)
 
 
 def _looks(rows: Sequence[Row], split: str, advance: Callable[[], None]) -> Iterable[Look]:
@@ -142,11 +157,30 @@ def _by(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def _captions(good: Sequence[Look]) -> dict[str, Any]:
-    texts = [rows.caption(i) for rows, i in (look.row for look in good)]
+def _usable(good: Sequence[Look], get: Callable[[Rows, int], Any], what: str, notes: list[str]) -> list[Any]:
+    """What `get` gives of each row; rows that it refuses are left out, and `notes` takes how many and why."""
+    found, refused = [], []
+    for rows, i in (look.row for look in good):
+        try:
+            found.append(get(rows, i))
+        except InputError as error:
+            refused.append(str(error))
+    if refused:
+        notes.append(f"{what} of {len(refused)} rows cannot be used, so training with them ends: {refused[0]}")
+    return found
+
+
+def _captions(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:
+    from ldmcli.networks.conditions import MAX_TEXT_LENGTH
+
+    texts = _usable(good, lambda rows, i: rows.caption(i), "captions", notes)
     filled = [text for text in texts if text.strip()]
     words = [len(text.split()) for text in filled]
     spread = [filled[round(k * (len(filled) - 1) / max(EXAMPLES - 1, 1))] for k in range(min(EXAMPLES, len(filled)))]
+    long = sum(count > MAX_TEXT_LENGTH - 2 for count in words)  # a word is one token or more; two mark the ends
+    if long:
+        notes.append(f"{long} captions have more than {MAX_TEXT_LENGTH - 2} words: a model reads {MAX_TEXT_LENGTH} "
+                     "tokens unless condition.text_length says more, so their ends are cut")
     return {
         "with_text": len(filled),
         "empty": len(texts) - len(filled),
@@ -158,15 +192,15 @@ def _captions(good: Sequence[Look]) -> dict[str, Any]:
     }
 
 
-def _classes(good: Sequence[Look]) -> dict[str, int]:
+def _classes(good: Sequence[Look], notes: list[str]) -> dict[str, int]:
     """Rows of each class, in the order of the classes; those without a row too."""
     names = good[0].row[0].class_names if good else []
-    counts = Counter(rows.label(i) for rows, i in (look.row for look in good))
+    counts = Counter(_usable(good, lambda rows, i: rows.label(i), "labels", notes))
     return {shown(name): counts[k] for k, name in enumerate(names)}
 
 
-def _objects(good: Sequence[Look]) -> dict[str, Any]:
-    found = [rows.objects(i)["category"] for rows, i in (look.row for look in good)]
+def _objects(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:
+    found = _usable(good, lambda rows, i: rows.objects(i)["category"], "boxes", notes)
     counts = [len(categories) for categories in found]
     return {
         "per_image_median": statistics.median(counts) if counts else 0,
