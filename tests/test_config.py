@@ -133,7 +133,7 @@ def test_a_value_that_a_check_refuses_names_where_it_came_from():
 
 
 def test_environment_variables_that_are_no_settings_are_ignored():
-    names = ("LDM_CACHE", "LDM_SHARED", "LDM_EXIT_DIR", "LDM_DEBUG_PAUSE", "LDM_", "LDM_DATA", "PATH", "ldm_train_lr")
+    names = ("LDM_CACHE", "LDM_WEIGHTS", "LDM_EXIT_DIR", "LDM_DEBUG_PAUSE", "LDM_", "LDM_DATA", "PATH", "ldm_train_lr")
     assert config.environment_layers("diffusion", dict.fromkeys(names, "x")) == []
 
 
