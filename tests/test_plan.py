@@ -6,6 +6,7 @@ from torch import nn
 
 from ldmcli.core import config, files
 from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.drivers import cost
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.diffusion import DiffusionModel
 from ldmcli.networks.discriminator import PatchDiscriminator
@@ -24,6 +25,13 @@ def quick(monkeypatch):
 def resolved(kind, **values):
     values = {name.replace("__", "."): value for name, value in values.items()}
     return config.resolve(kind, [("test", {**NOWHERE, **values})])
+
+
+def write_run(folder, settings):
+    """What a plan reads of an autoencoder's run."""
+    folder.mkdir(exist_ok=True)
+    files.write_text(folder / "config.toml", config.to_toml(settings))
+    files.write_json(folder / "run.json", {"kind": "autoencoder"})
 
 
 def count(module):
@@ -52,15 +60,14 @@ def test_parameters_of_the_diffusion_model_are_those_of_the_network():
 
 def test_latents_are_those_of_the_named_autoencoder(tmp_path):
     ae = resolved("autoencoder", data__size=(48, 96), autoencoder__f=8, autoencoder__embed_dim=7)
-    files.write_text(tmp_path / "config.toml", config.to_toml(ae.config))
+    write_run(tmp_path, ae.config)
     given = resolved("diffusion", **{k.replace(".", "__"): v for k, v in SMALL.items()})
     assert plan("diffusion", given, autoencoder=str(tmp_path))["latent"] == [7, 6, 12]
     assert plan("diffusion", given, autoencoder="none")["latent"] == [3, 64, 64]
 
 
 def test_conditions_of_an_earlier_run_are_taken_over(tmp_path):
-    (tmp_path / "autoencoder").mkdir()
-    files.write_text(tmp_path / "autoencoder" / "config.toml", config.to_toml(resolved("autoencoder").config))
+    write_run(tmp_path / "autoencoder", resolved("autoencoder").config)
     files.write_json(tmp_path / "stats.json", {"conditions": {"class": {"class_names": ["a", "b"]}}})
     given = resolved("diffusion", condition__kinds=("class",), **{k.replace(".", "__"): v for k, v in SMALL.items()})
     kept, assumed = plan("diffusion", given, init_from=str(tmp_path)), plan("diffusion", given)
@@ -70,7 +77,7 @@ def test_conditions_of_an_earlier_run_are_taken_over(tmp_path):
 
 
 def test_an_autoencoder_that_is_not_there_is_named():
-    with pytest.raises(ModelError, match="/no/such/ae: config.toml is missing"):
+    with pytest.raises(ModelError, match="/no/such/ae: no such run folder"):
         plan("diffusion", resolved("diffusion"), autoencoder="/no/such/ae")
 
 
@@ -87,7 +94,7 @@ def test_a_frozen_text_encoder_is_not_opened():
 def test_flops_and_kept_bytes_of_a_layer_are_those_of_arithmetic():
     with torch.device("meta"):
         layer, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.zeros(1, 8)
-    work = planning._work(layer, lambda: layer(x))
+    work = cost.count(layer, lambda: layer(x))
     assert work.forward == 2 * (8 * 16 + 16 * 4)
     assert work.both == work.forward + 2 * (8 * 16 + 2 * 16 * 4)  # the input needs no gradient
     assert work.kept == 4 * (8 + 16)  # the input and the ReLU's output, each once
@@ -100,7 +107,7 @@ def test_flops_a_step_grow_with_the_batch_and_with_a_discriminator():
     critic = plan("autoencoder", resolved("autoencoder", train__batch_size=1, loss__disc_weight=1.0))["flops"]
     with torch.device("meta"):
         net, x = PatchDiscriminator(3, 64, 3).eval(), torch.zeros(1, 3, 64, 64)
-    work = planning._work(net, lambda: net(x))
+    work = cost.count(net, lambda: net(x))
     # one reconstruction without gradients; the critic once for the generator (no weight gradients), twice for itself
     more = one["forward_per_image"] + 2 * work.forward + 2 * work.both
     assert critic["per_step"] - one["per_step"] == more
@@ -130,14 +137,34 @@ def test_optimiser_state_is_counted_as_the_optimiser_keeps_it():
 
 
 def test_what_does_not_fit_names_the_micro_batch_that_would(monkeypatch):
-    given = resolved("autoencoder", train__batch_size=4096)
+    given = resolved("autoencoder", train__batch_size=4096, train__micro_batch=4096)
     one = plan("autoencoder", given)["memory"]
     room = one["total"] - one["activations"] + 40 * one["per_image"]
-    monkeypatch.setattr(planning, "available_bytes", lambda device: int(room))
+    monkeypatch.setattr(cost, "available_bytes", lambda device: int(room))
     found = plan("autoencoder", given)
     assert not found["memory"]["fits"] and any("--micro-batch 32 would" in note for note in found["notes"])
-    monkeypatch.setattr(planning, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(cost, "available_bytes", lambda device: 1000)
     assert any("not even --micro-batch 1" in note for note in plan("autoencoder", given)["notes"])
+
+
+def test_left_to_itself_the_micro_batch_is_what_fits_made_even(monkeypatch):
+    given = resolved("autoencoder", train__batch_size=90)
+    whole = plan("autoencoder", given)
+    assert whole["batch"]["per_pass"] == 90 and not any("--micro-batch" in note for note in whole["notes"])
+    memory = whole["memory"]
+    fixed = memory["total"] - memory["activations"]
+    room = int(fixed + 40.5 * memory["per_image"] / cost.MEMORY_SHARE)
+    monkeypatch.setattr(cost, "available_bytes", lambda device: room)
+    found = plan("autoencoder", given)
+    assert found["batch"]["per_pass"] == 30 and found["memory"]["fits"]  # 40 would fit: 40 + 40 + 10 is as many passes
+    assert any("30 of 90 images go through at a time" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("share, per_image, room, expected", [
+    (8, 10, 80, 8), (8, 10, 79, 4), (8, 10, 45, 4), (8, 10, 39, 3), (7, 10, 60, 4), (8, 10, 9, 1), (8, 10, -5, 1),
+    (8, 0, 0, 8)])
+def test_micro_batches(share, per_image, room, expected):
+    assert cost.micro_batch(share, per_image, room) == expected
 
 
 def test_time_is_work_over_rate_and_bounded_by_the_minutes_given(monkeypatch):

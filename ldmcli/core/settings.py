@@ -195,7 +195,8 @@ class ConditionSettings:
     embedding_std: float = 0.5
     layout_planes: int = 16  # layout: boxes are also drawn at the latent's size, in so many planes; paper: 0
     smooth_places: bool = True  # layout: new codes of grid points are alike where points are near; else independent
-    vocabulary: str = ""  # folder with a tokeniser; "" = a WordPiece vocabulary is trained on the captions
+    # folder with a tokeniser, vocab.txt of one, or hub id; "" = a WordPiece vocabulary is trained on the captions
+    vocabulary: str = ""
     vocabulary_size: int = 8192  # at most
     text_pooled: bool = True  # pooled text added to the time embedding beside cross-attention
     class_vector: bool = True  # class embedding added to the time embedding, too

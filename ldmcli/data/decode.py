@@ -76,7 +76,7 @@ def decode(
 
     Raises BadImage: no picture, damaged, larger than `max_pixels` (judged by the header), empty, or without a range.
     """
-    return _flat(_upright_8bit(data, name, max_pixels), _colour(background))
+    return _flat(_upright_8bit(data, name, max_pixels), colour(background))
 
 
 def decode_alpha(
@@ -273,7 +273,8 @@ def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return flat
 
 
-def _colour(background: str) -> tuple[int, int, int]:
+def colour(background: str) -> tuple[int, int, int]:
+    """Red, green and blue of a colour's name or #rrggbb. Raises UsageError."""
     try:
         return ImageColor.getrgb(background)[:3]
     except ValueError:

@@ -405,6 +405,12 @@ def is_shapes(source: str) -> bool:
     return source == "shapes" or source.startswith("shapes:")
 
 
+def check_source(source: str) -> None:
+    """Raises UsageError for a level of the embedded shapes that there is none of."""
+    if is_shapes(source):
+        _level(source)
+
+
 def _level(source: str) -> int:
     level = source.partition(":")[2] or "1"
     if level not in ("1", "2", "3"):

@@ -8,42 +8,16 @@ from typing import Any
 import numpy as np
 
 from ldmcli.core import console
-from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.decode import BadImage
 from ldmcli.data.pictures import several
 from ldmcli.data.rows import Room, in_threads
 from ldmcli.drivers.objective_ae import views
 from ldmcli.maths import rng
-from ldmcli.networks.conditions import ASKED, CONDITIONS
+from ldmcli.networks.conditions import CONDITIONS
 
 TABLED = ("text", "class")  # neither crops nor flips change them: prepared once for all rows
-
-
-def check_settings(config: DiffusionConfig, size: tuple[int, int]) -> None:
-    """Raises UsageError where conditions, task and size do not go together."""
-    for kind in config.condition.kinds:
-        if kind not in ASKED:
-            raise UsageError(f"--condition {kind}: choose among none, {', '.join(ASKED)} (joined with +)"
-                             + ("; --task sr or inpaint brings it along" if kind in CONDITIONS else ""))
-    twice = sorted({kind for kind in config.condition.kinds if config.condition.kinds.count(kind) > 1})
-    if twice:
-        raise UsageError(f"--condition: {twice[0]} is named twice")
-    streamed = [kind for kind in ("layout", "map") if kind in config.condition.kinds and config.data.streaming]
-    if streamed:
-        raise UsageError(f"--condition {streamed[0]} with --streaming: boxes and maps of all rows are read beforehand; "
-                         "leave --streaming away")
-    scale = config.task.scale
-    if config.task.name == "sr" and (size[0] % scale or size[1] % scale):
-        raise UsageError(f"--size {size[0]}x{size[1]} with --scale {scale}: both sides must be multiples of {scale}")
-
-
-def cache_note(config: DiffusionConfig) -> str:
-    """Why latents are not cached although they were asked for; "" where they are, or were not."""
-    if not config.data.cache or config.caches_latents:
-        return ""
-    why = "a stream is not read twice" if config.data.streaming else "random crops show other pixels in each epoch"
-    return f"latents are not cached: {why}, so every batch is encoded anew (--no-cache leaves out this line)"
 
 
 def check_columns(rows, kinds: Sequence[str]) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ldmcli.core import console, files
-from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig
 from ldmcli.data.batches import positions, share
 from ldmcli.data.rows import Room
 from ldmcli.data.sources import divided, held_out, is_shapes, usable, verify, whole_rows
 from ldmcli.data.streamed import StreamedRows, StreamedValidation
+from ldmcli.drivers import checks, cost
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.loaded import LoadedAutoencoder, to_uint8
 from ldmcli.maths import rng
@@ -25,7 +25,6 @@ from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discriminator_loss, generator_loss
 
 SCALE_IMAGES = 2048
-DEFAULT_SIZE = (64, 64)
 FRECHET_IMAGES = 64  # with fewer the distance says nothing, and its network takes longer to load than a short run
 
 
@@ -131,13 +130,12 @@ class AutoencoderObjective:
         from ldmcli.networks.perceptual import perceptual_net
 
         self.config, self.run, self.context = config, run, context
-        if config.autoencoder.f == 1:
-            raise UsageError("--f 1 is the identity and has nothing to train; use `ldm train-ldm --autoencoder none`")
-        self.size = tuple(config.data.size) if any(config.data.size) else DEFAULT_SIZE
-        self._check(config)
+        self.size = checks.image_size(config.data)
+        context.together(lambda: checks.check_autoencoder(config, context.world))
         self.perceptual = None
         if config.loss.perceptual_weight > 0 or config.loss.perceptual:  # a file with weight 0: measured only
             self.perceptual = context.together(lambda: perceptual_net(config.loss.perceptual)).to(context.device)
+            context.together(lambda: self.perceptual.check_size(self.size))
         self.rows, self.validation, self.bad = open_data(config, context, self.size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
@@ -150,27 +148,6 @@ class AutoencoderObjective:
         used = torch.zeros(config.autoencoder.codebook_size if self.autoencoder.is_vq else 0, dtype=torch.bool)
         self.used_codes = used
         self._last_vectors: Tensor | None = None
-
-    def _check(self, config: AutoencoderConfig) -> None:
-        f = config.autoencoder.f
-        if self.size[0] % f or self.size[1] % f:
-            near = "x".join(str(max(f, round(side / f) * f)) for side in self.size)
-            raise UsageError(f"--size {self.size[0]}x{self.size[1]}: f = {f} needs multiples of {f}; nearest: {near}")
-        loss = config.loss
-        if not any((loss.l1, loss.l2, loss.edge, loss.perceptual_weight, loss.disc_weight)):
-            raise UsageError("every weight in [loss] is 0: nothing would be learned")
-        split = config.train.batch_size % (self.context.world * max(config.train.micro_batch, 1))
-        if loss.disc_weight > 0 and self.context.world > 1 and split:
-            raise UsageError(
-                f"train.batch_size = {config.train.batch_size}: with a discriminator it must be a multiple "
-                f"of processes x micro-batch ({self.context.world} x {max(config.train.micro_batch, 1)})"
-            )
-        smallest = 3 * 2**loss.disc_layers
-        if loss.disc_weight > 0 and min(self.size) < smallest:
-            raise UsageError(
-                f"loss.disc_layers = {loss.disc_layers}: images of {min(self.size)} px are smaller than its "
-                f"patch ({smallest} px); use fewer layers"
-            )
 
     def describe(self) -> str:
         """The first line of a training."""
@@ -191,6 +168,10 @@ class AutoencoderObjective:
             return ""
         without = ", without the Fréchet distance" if train.eval_frechet and count < FRECHET_IMAGES <= usual else ""
         return f"a short run: validation on {count} of {usual} images{without}"
+
+    def kept_bytes(self) -> float:
+        """Bytes that one image takes in a step: what is kept for the backward passes, in float32."""
+        return sum(work.kept for work in cost.autoencoder_works(self.config, self.size).values())
 
     def learning_rate(self, phase: str) -> float | None:
         """A rate of its own for a phase, None for train.lr."""

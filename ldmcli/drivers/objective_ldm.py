@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from ldmcli.core import console, files, runs
-from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import share
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.data.decode import shown
+from ldmcli.drivers import checks, cost
 from ldmcli.drivers.condition_data import (
     TABLED,
     ConditionSource,
-    cache_note,
     check_columns,
-    check_settings,
     look_at_boxes,
     look_at_maps,
     map_names,
@@ -31,14 +30,15 @@ from ldmcli.drivers.drawing import enlarged, shown_condition
 from ldmcli.drivers.grids import in_rows, save_grid
 from ldmcli.drivers.load import load_autoencoder
 from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_uint8
-from ldmcli.drivers.objective_ae import DEFAULT_SIZE, moment_sums, open_data, pixel_batch, scaled, step_rows
+from ldmcli.drivers.objective_ae import moment_sums, open_data, pixel_batch, scaled, step_rows
+from ldmcli.drivers.tiling import peak_bytes
 from ldmcli.formats.bundle import AutoencoderBundle
 from ldmcli.formats.run import read_scale
 from ldmcli.formats.run import write as write_run
 from ldmcli.maths import rng
 from ldmcli.maths.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
 from ldmcli.networks.autoencoder import posterior_sample
-from ldmcli.networks.conditions import CONDITIONS, load_tokenizer
+from ldmcli.networks.conditions import CONDITIONS, load_tokenizer, load_vocabulary
 from ldmcli.networks.diffusion import DiffusionModel, LatentScale
 
 VALIDATION_ROWS = 512
@@ -70,8 +70,11 @@ class DiffusionObjective:
             lambda: load_autoencoder(self.autoencoder_path, context.device)
         )
         self._check_autoencoder()
-        self.size = self._size()
-        check_settings(config, self.size)
+        own = self.autoencoder.config
+        self.size = checks.image_size(config.data, tuple(own.data.size) if own else (0, 0))
+        stage = self.autoencoder.network.settings
+        context.together(lambda: checks.check_diffusion(config, stage, self.size, context.world))
+        self._check_words()
         self.latent_shape = self.autoencoder.network.latent_shape(*self.size)
         self.is_vq = self.autoencoder.network.is_vq or self.autoencoder.network.is_identity
         self._open_data()
@@ -82,11 +85,11 @@ class DiffusionObjective:
             torch.manual_seed(rng.key(config.train.seed, "init"))
             self.model = DiffusionModel(config.diffusion, config.condition, self.facts, tokenizer, self.latent_shape,
                                         config.kinds)
-        self._check_latent_size()
         self.networks: dict[str, torch.nn.Module] = {"model": self.model}
         self._prepare_sources()
-        if context.is_main and (note := cache_note(config)):
-            console.say(note)
+        if context.is_main:
+            for note in checks.notes_of(config):
+                console.say(note)
         self.cache = self._build_cache(self.rows, "latents") if config.caches_latents else None
         self.scale = self._scale()
         self._held = self._validation_latents()
@@ -94,12 +97,6 @@ class DiffusionObjective:
             for rows in (self.rows, self.validation):
                 rows.forget()  # latents stand for them from here on
         self.loaded()  # lends the first stage to the conditions
-
-    def _size(self) -> tuple[int, int]:
-        if any(self.config.data.size):
-            return tuple(self.config.data.size)
-        own = self.autoencoder.config.data.size if self.autoencoder.config else (0, 0)
-        return tuple(own) if any(own) else DEFAULT_SIZE
 
     def _check_autoencoder(self) -> None:
         wanted, found = self._stored_stats().get("autoencoder"), self.autoencoder.fingerprint
@@ -109,14 +106,15 @@ class DiffusionObjective:
                 f"{self.autoencoder_path} ({found[:12]}); name that one, or begin anew with --fresh"
             )
 
-    def _check_latent_size(self) -> None:
-        factor, f = self.model.unet.size_factor, self.autoencoder.network.f
-        if self.latent_shape[1] % factor or self.latent_shape[2] % factor:
-            need = factor * f
-            raise UsageError(
-                f"--size {self.size[0]}x{self.size[1]}: the UNet halves {factor.bit_length() - 1} times, so "
-                f"both sides must be multiples of {need}; or use fewer diffusion.channel_mult levels"
-            )
+    def _check_words(self) -> None:
+        """Opens a tokeniser of others, which may have to be downloaded, before data are read for nothing."""
+        told = self.config.condition
+        if "text" not in told.kinds or (self.run / "tokenizer").is_dir():
+            return
+        if told.text_encoder != "joint":
+            self.context.on_main(lambda: load_tokenizer(told.text_encoder) and None)
+        elif told.vocabulary:
+            self.context.on_main(lambda: load_vocabulary(told.vocabulary) and None)
 
     def _stored_stats(self) -> dict[str, Any]:
         path = self.run / "stats.json"
@@ -171,11 +169,8 @@ class DiffusionObjective:
         return files.read_json(self.init_from / "stats.json").get("conditions", {}).get(kind)
 
     def _learn(self, kind: str) -> dict[str, Any]:
-        if kind == "lowres":
-            latent = self.latent_shape[0] if self.config.task.enlarged else 0
-            return {"scale": self.config.task.scale, "f": self.autoencoder.network.f, "latent": latent}
-        if kind == "masked":
-            return {"channels": self.latent_shape[0], "fill": self.config.task.fill}
+        if kind in ("lowres", "masked"):
+            return cost.task_facts(kind, self.config, self.autoencoder.network)
         if kind == "map":
             return CONDITIONS[kind].learn(self._map_indices, map_names(self.rows), self.autoencoder.network.f)
         source = ConditionSource(self.rows, self.config, self.size, training=False)
@@ -320,6 +315,16 @@ class DiffusionObjective:
         """What a validation of this run leaves out because the run is short; "" = nothing."""
         count, usual = self._held_rows(), self._most_held()
         return "" if count == usual else f"a short run: validation on {count} of {usual} images"
+
+    def kept_bytes(self) -> float:
+        """Bytes that one image takes in a step, in float32: what is kept for the backward pass, or what the first stage
+        takes to encode it, where that is more."""
+        kept = cost.diffusion_work(self.config, self.facts, self.latent_shape, self.size).kept
+        network = self.autoencoder.network
+        encodes = self.cache is None or any(kind in ("lowres", "masked") for kind in self.facts)
+        if network.is_identity or not encodes:
+            return kept
+        return max(kept, float(peak_bytes(network.encoder, (1, 3, *self.size))))
 
     def learning_rate(self, phase: str) -> float | None:
         """No phase has a rate of its own."""

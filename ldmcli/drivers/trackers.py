@@ -72,13 +72,18 @@ def open_trackers(names: tuple[str, ...], run: Path, config: dict[str, Any]) -> 
 
     Raises UsageError for an unknown name, InputError where a package is missing or a tracker cannot start.
     """
+    check_trackers(names)
+    return Trackers({name: _started(name, run, config) for name in dict.fromkeys(names)})
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises UsageError for an unknown name, InputError where its package is missing."""
     for name in names:
         if name not in TRACKERS:
             hint = did_you_mean(suggestions(name, TRACKERS))
             raise UsageError(f"--track {name}: no such tracker{hint}; there are {', '.join(TRACKERS)}")
         if find_spec(name) is None:
             raise InputError(f"--track {name}: the package {name} is missing: pip install 'ldm-toolkit[trackers]'")
-    return Trackers({name: _started(name, run, config) for name in dict.fromkeys(names)})
 
 
 def _started(name: str, run: Path, config: dict[str, Any]):

@@ -54,19 +54,40 @@ def same_signs(tokenizer) -> dict[int, int]:
     return {a: b for a, b in twins if known[b] and not known[a]}
 
 
-def load_tokenizer(folder: str | Path):
-    """A fast tokeniser from a folder or the hub. Raises InputError when there is none."""
+def load_tokenizer(source: str | Path):
+    """A fast tokeniser from a folder, a hub id, or a bare WordPiece vocabulary (a .txt file, or a folder with vocab.txt
+    and nothing that names a class: BERT's, lower-cased). Raises InputError when there is none."""
     import os
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, BertTokenizerFast
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no tokeniser could be loaded from there ({str(error).splitlines()[0]})") from error
+        words = _bare_vocabulary(Path(source))
+        return AutoTokenizer.from_pretrained(str(source)) if words is None else BertTokenizerFast(str(words))
+    except Exception as error:  # readers of two libraries raise many kinds for files that are none of theirs
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{source}: no tokeniser could be loaded from there ({reason})") from error
+
+
+def _bare_vocabulary(path: Path) -> Path | None:
+    if path.is_dir():
+        alone = not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))
+        return path / "vocab.txt" if alone and (path / "vocab.txt").is_file() else None
+    return path if path.is_file() and path.suffix == ".txt" else None
+
+
+def load_vocabulary(source: str):
+    """`load_tokenizer` for `condition.vocabulary`, whose error says what to give instead."""
+    try:
+        return load_tokenizer(source)
+    except InputError as error:
+        raise InputError(
+            f"condition.vocabulary = {error}; without a network give a folder with that tokeniser, or its vocab.txt: "
+            "--set condition.vocabulary=FILE; or --set condition.vocabulary= to learn one from the captions"
+        ) from error
 
 
 class TextCondition(nn.Module):
@@ -110,7 +131,7 @@ class TextCondition(nn.Module):
         if settings.text_encoder != "joint":
             tokenizer = load_tokenizer(settings.text_encoder)
         elif settings.vocabulary:
-            tokenizer = load_tokenizer(settings.vocabulary)
+            tokenizer = load_vocabulary(settings.vocabulary)
         else:
             train_vocabulary(distinct, settings.vocabulary_size, folder)
             tokenizer = load_tokenizer(folder)

@@ -70,10 +70,13 @@ class PerceptualNet(nn.Module):
         return maps
 
     def _check(self, x: Tensor) -> None:
-        smallest = BACKBONES[self.kind].smallest
-        if x.dtype == torch.uint8 or min(x.shape[-2:]) < smallest:
-            raise InputError(f"LPIPS ({self.kind}): takes float images in [-1, 1] of at least {smallest} px a side, "
-                             f"got {x.dtype} {x.shape[-2]}x{x.shape[-1]}")
+        if x.dtype == torch.uint8:
+            raise InputError(f"LPIPS ({self.kind}): takes float images in [-1, 1], got {x.dtype}")
+        self.check_size(tuple(x.shape[-2:]))
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises InputError for images of `size` (height, width) px, which are too small."""
+        _check_size(self.kind, size)
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -81,7 +84,21 @@ def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-def _build_trunk(kind: str, weights: dict[str, Tensor]) -> nn.Sequential:
+def perceptual_shapes(name: str = "") -> PerceptualNet:
+    """The network that `perceptual_net` would give, without weights, on the meta device; of a file, whose network only
+    its content tells, the largest one."""
+    kind = name if name in BACKBONES else "vgg"
+    with torch.device("meta"):
+        trunk = _build_trunk(kind, None)
+        maps, x = [], torch.zeros(1, 3, 64, 64)
+        for index, layer in enumerate(trunk):
+            x = layer(x)
+            maps += [x] if index in BACKBONES[kind].taps else []
+        return PerceptualNet(kind, trunk.state_dict(), [torch.zeros(found.shape[1]) for found in maps])
+
+
+def _build_trunk(kind: str, weights: dict[str, Tensor] | None) -> nn.Sequential:
+    """The layers up to the last tap; with weights None on the meta device."""
     import torchvision
 
     backbone = BACKBONES[kind]
@@ -91,6 +108,8 @@ def _build_trunk(kind: str, weights: dict[str, Tensor]) -> nn.Sequential:
     for module in trunk.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False  # the maps in front of it are kept for the backward pass
+    if weights is None:
+        return trunk
     expected = trunk.state_dict()
     wrong = [name for name, value in expected.items() if name not in weights or weights[name].shape != value.shape]
     if wrong:
@@ -119,6 +138,23 @@ def detect(state: dict[str, Tensor], path: Path) -> str:
         if first == backbone.first and (kind == "squeeze") == squeeze:
             return kind
     raise InputError(f"{path}: no backbone of LPIPS; weights of torchvision's vgg16, alexnet or squeezenet1_1 are")
+
+
+def _check_size(kind: str, size: tuple[int, int]) -> None:
+    smallest = BACKBONES[kind].smallest
+    if min(size) < smallest:
+        raise InputError(f"LPIPS ({kind}): takes images of at least {smallest} px a side, got {size[0]}x{size[1]}")
+
+
+def check_perceptual(name: str, size: tuple[int, int]) -> None:
+    """Raises InputError where `perceptual_net` would for want of a named file, and where images of `size` (height,
+    width) px are too small for it. Published weights may still have to be downloaded."""
+    kind = name or "vgg"
+    if kind not in BACKBONES:
+        if not Path(kind).is_file():
+            raise InputError(f"{Path(kind)}: no such weights file")
+        return
+    _check_size(kind, size)
 
 
 def perceptual_net(name: str = "") -> PerceptualNet:

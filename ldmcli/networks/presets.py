@@ -257,7 +257,8 @@ Z4, Z8 = (3, 64, 64), (4, 32, 32)
 UNCONDITIONAL = _Shape(274_056_163, 368, "vq-f4", Z4)
 UNCONDITIONAL_UNET = (224, (1, 2, 3, 4), (8, 4, 2))
 TEXT_SETTINGS = {"condition__kinds": ("text",), "condition__text_layers": 32, "condition__text_length": 77,
-                 "condition__vocabulary_size": 30522, "condition__drop": 0.1}
+                 "condition__vocabulary": "bert-base-uncased", "condition__vocabulary_size": 30522,
+                 "condition__drop": 0.1}
 # The published code drops no condition; the models meant for guidance get the 0.1 that is usual elsewhere.
 
 # One head in cin256, text2img256 and layout2img: their weights come from code that ignored the configured head width.
