@@ -22,6 +22,22 @@ def _positive(section: str, values: dict[str, float]) -> None:
             raise UsageError(f"{section}.{name} = {value}: must be greater than 0")
 
 
+def _at_least(section: str, least: float, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not all(each >= least for each in (value if isinstance(value, tuple) else (value,))):
+            shown = list(value) if isinstance(value, tuple) else value
+            bound = f"be at least {least:g}" if least else "not be negative"
+            raise UsageError(f"{section}.{name} = {shown}: must {bound}")
+
+
+def _share(section: str, settings: object, *names: str) -> None:
+    """0 … 1, the upper end left out."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise UsageError(f"{section}.{name} = {getattr(settings, name)}: must be at least 0 and below 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Which rows, and how a row becomes a square of pixels."""
@@ -63,8 +79,8 @@ class DataSettings:
                              "0 < crop_min <= crop_max <= 1")
         if self.crop_min < 1 and self.crop != "random":
             raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
-        if self.limit < 0 or self.workers < 0:
-            raise UsageError("data.limit and data.workers must not be negative")
+        _at_least("data", 0, self, "limit", "workers")
+        _at_least("data", 1, self, "max_pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +116,13 @@ class AutoencoderSettings:
                 f"autoencoder.channel_mult = {list(self.channel_mult)}: f = {self.f} needs "
                 f"{self.f.bit_length()} entries, one a resolution"
             )
-        sizes = {"z_channels": self.z_channels, "embed_dim": self.embed_dim, "channels": self.channels}
-        _positive("autoencoder", sizes)
+        _at_least("autoencoder", 1, self, "in_channels", "z_channels", "embed_dim", "channels", "codebook_size",
+                  "groups", "num_res_blocks")
+        _at_least("autoencoder", 0, self, "beta", "revive_codes")
+        _share("autoencoder", self, "dropout")
+        if not self.channel_mult or min(self.channel_mult) * self.channels < 1:
+            raise UsageError(f"autoencoder.channel_mult = {list(self.channel_mult)}: one factor a level is needed, of "
+                             "at least one channel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +148,9 @@ class LossSettings:
     def __post_init__(self):
         _choice("loss", "style", self.style, ("mean", "paper"))
         _choice("loss", "gan", self.gan, ("hinge", "vanilla"))
+        _at_least("loss", 0, self, "l1", "l2", "edge", "perceptual_weight", "kl_weight", "codebook_weight",
+                  "disc_weight", "disc_start", "disc_lr")
+        _at_least("loss", 1, self, "disc_channels", "disc_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +197,17 @@ class DiffusionSettings:
         _choice("diffusion", "loss_weight", self.loss_weight, ("uniform", "min_snr"))
         _choice("diffusion", "latent_scale", self.latent_scale, ("per_channel", "global", "none"))
         _choice("diffusion", "position", self.position, ("none", "learned", "sinusoidal"))
-        _positive("diffusion", {"channels": self.channels, "timesteps": self.timesteps, "patch": self.patch})
+        _at_least("diffusion", 1, self, "channels", "timesteps", "patch", "head_channels", "num_res_blocks", "groups",
+                  "transformer_depth")
+        _at_least("diffusion", 0, self, "num_heads", "level_heads", "t_std")
+        _positive("diffusion", {"snr_gamma": self.snr_gamma})
+        _share("diffusion", self, "dropout")
+        if not self.channel_mult or min(self.channel_mult) * self.channels < 1:
+            raise UsageError(f"diffusion.channel_mult = {list(self.channel_mult)}: one factor a level is needed, of at "
+                             "least one channel")
+        if self.level_heads and len(self.level_heads) != len(self.channel_mult):
+            raise UsageError(f"diffusion.level_heads = {list(self.level_heads)}: one number for each of the "
+                             f"{len(self.channel_mult)} entries of diffusion.channel_mult is needed")
         if self.loss_weight == "min_snr" and self.prediction == "flow":
             raise UsageError("diffusion.loss_weight = 'min_snr' is defined for eps, v and x0; flow takes 'uniform'")
 
@@ -202,10 +236,11 @@ class ConditionSettings:
     class_vector: bool = True  # class embedding added to the time embedding, too
 
     def __post_init__(self):
-        if not 0 <= self.drop < 1:
-            raise UsageError(f"condition.drop = {self.drop}: must be at least 0 and below 1")
-        if self.layout_planes < 0:
-            raise UsageError(f"condition.layout_planes = {self.layout_planes}: must not be negative")
+        _share("condition", self, "drop")
+        _at_least("condition", 0, self, "layout_planes", "text_length", "embedding_std")
+        _at_least("condition", 1, self, "context_dim", "text_layers", "text_heads", "text_head_channels")
+        if 0 < self.text_length < 3:
+            raise UsageError(f"condition.text_length = {self.text_length}: needs 3, two of which begin and end it")
 
 
 TASKS = ("generate", "sr", "inpaint")
@@ -242,7 +277,7 @@ class TrainSettings:
 
     steps: int = 10_000
     batch_size: int = 32
-    micro_batch: int = 0  # samples that one device takes at a time; 0 = the whole share of the device
+    micro_batch: int = 0  # samples that a process takes at a time; 0 = auto: its whole share, or as many as fit
     lr: float = 1e-3
     optimizer: str = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW at `adam_lr`)
     adam_lr: float = 1e-3  # muon only: rate of the part that AdamW trains
@@ -280,6 +315,11 @@ class TrainSettings:
         _positive("train", {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "keep": self.keep,
                             "log_every": self.log_every, "save_every": self.save_every,
                             "gradient_timeout": self.gradient_timeout})
+        _at_least("train", 0, self, "micro_batch", "clip", "weight_decay", "warmup", "sample_every", "eval_every",
+                  "eval_images", "max_hours", "max_minutes")
+        _at_least("train", 1, self, "muon_every")
+        _positive("train", {"adam_lr": self.adam_lr})
+        _share("train", self, "ema_decay")
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
         if self.spike and self.spike < 2:
@@ -306,6 +346,9 @@ class SampleSettings:
     spacing: str = ""  # "" = linspace for eps/v/x0, uniform for flow; "original" = the subset of the original DDIM code
     n: int = 16  # images of a preview grid
     prompts: tuple[str, ...] = ()  # of the preview grid; () = captions of validation rows
+
+    def __post_init__(self):
+        _at_least("sample", 0, self, "eta", "temperature", "n")
 
 
 def _autoencoder_training() -> TrainSettings:

@@ -66,7 +66,11 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
                          f"1/{unit}, so both sides must be multiples of {f * unit}; nearest: {near}; or use fewer "
                          "diffusion.channel_mult levels")
     network = cost.autoencoder_model(stage)
-    cost.diffusion_model(config, cost.assumed_facts(config, network, {}), network.latent_shape(*size))
+    model = cost.diffusion_model(config, cost.assumed_facts(config, network, {}), network.latent_shape(*size))
+    vector, embedding = model.conditions.vector_dim, 4 * config.diffusion.channels
+    if not config.diffusion.vector_mlp and vector not in (None, embedding):
+        raise UsageError(f"diffusion.vector_mlp = false adds vectors to the time embedding as they are: both must be "
+                         f"as wide, condition.context_dim = {vector} and 4 x diffusion.channels = {embedding}")
 
 
 def _check_conditions(config: DiffusionConfig, size: tuple[int, int]) -> None:

@@ -73,6 +73,8 @@ def diffusion_model(config: DiffusionConfig, facts: dict[str, dict[str, Any]],
     with torch.device("meta"):
         model = DiffusionModel(config.diffusion, condition, facts, None, latent, config.kinds)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device="meta")
+    if "masked" in model.conditions.entries:
+        model.conditions.entries["masked"].fill = "black"  # filling looks at pixels, and keeps nothing for gradients
     return model
 
 

@@ -78,6 +78,7 @@ class Progress:
     loss_scale: float = 1.0
     good_steps: int = 0
     precision: str = ""  # of the autocast; "auto" is decided once a run, so that going on is exact
+    micro_batch: int = 0  # samples at a time: as set, or chosen by free memory; 0 = not chosen yet
     course: Course = field(default_factory=Course)
 
     @classmethod

@@ -19,11 +19,12 @@ from torch import Tensor
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import Resolved, config_hash, flat, to_toml
-from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, ResourceError, UsageError
+from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, ResourceError
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.batches import Prefetcher, micro_batches, share
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.meter import Window, clock, peak_memory_bytes
+from ldmcli.drivers.micro_batch import choose, that_fits
 from ldmcli.drivers.objective_ae import AutoencoderObjective, data_facts
 from ldmcli.drivers.objective_ldm import DiffusionObjective
 from ldmcli.drivers.opening import Options, open_run, out_of_resources, record_failure
@@ -92,14 +93,11 @@ class Training:
         self.settings = self.config.train
         self.started = time.monotonic()
         self.progress = Progress(loss_scale=_FP16_SCALE if context.dtype == torch.float16 else 1.0)
-        if context.world > self.settings.batch_size:
-            raise UsageError(
-                f"train.batch_size = {self.settings.batch_size}: fewer samples than processes ({context.world})"
-            )
         self.objective = self._objective(kind)
         self._prepare()
         self.resumed = self._resume()
         self._fix_precision()
+        self.progress.micro_batch = choose(self.objective, context, self.settings, self.progress.micro_batch)
         self.flops = 0.0
         self.trackers = self._trackers()
 
@@ -361,12 +359,28 @@ class Training:
 
     def _update(self, phase: str, batch: dict[str, Tensor], step: int, rate: float, norms: bool):
         """Backward over this process's micro-batches and one update; (applied?, statistics)."""
-        updater, wrapped, context = self.updaters[phase], self.wrapped[phase], self.context
+        updater, context = self.updaters[phase], self.context
         for name, parameters in self.trained.items():
             for parameter in parameters:
                 parameter.requires_grad_(name == phase)
-        updater.zero()
-        parts = micro_batches(len(batch["row"]), self.settings.micro_batch)
+        stats = that_fits(lambda: self._backward(phase, batch, step, norms), self.progress, len(batch["row"]), context)
+        grads = updater.gradients()
+        if self.progress.loss_scale != 1:
+            torch._foreach_div_(grads, self.progress.loss_scale)
+        norm = torch.nn.utils.get_total_norm(grads)
+        good = bool(context.maximum([float(not bool(norm.isfinite()))])[0] == 0)
+        if good:
+            if (factor := self._scaled_down(phase, float(norm))) < 1:
+                torch._foreach_mul_(grads, factor)
+            updater.step(rate)
+        self._adapt_scale(good)
+        return good, {**stats, f"grad_norm_{phase}": norm}
+
+    def _backward(self, phase: str, batch: dict[str, Tensor], step: int, norms: bool) -> dict[str, Tensor]:
+        """Gradients summed over this process's micro-batches; means of the statistics."""
+        wrapped, context = self.wrapped[phase], self.context
+        self.updaters[phase].zero()
+        parts = micro_batches(len(batch["row"]), self.progress.micro_batch)
         sums: dict[str, Tensor] = {}
         seen: dict[str, int] = {}
         for index, part in enumerate(parts):
@@ -383,17 +397,7 @@ class Training:
             for name, value in {f"loss_{phase}": loss, **stats}.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() * (part.stop - part.start)
                 seen[name] = seen.get(name, 0) + part.stop - part.start
-        grads = updater.gradients()
-        if self.progress.loss_scale != 1:
-            torch._foreach_div_(grads, self.progress.loss_scale)
-        norm = torch.nn.utils.get_total_norm(grads)
-        good = bool(context.maximum([float(not bool(norm.isfinite()))])[0] == 0)
-        if good:
-            if (factor := self._scaled_down(phase, float(norm))) < 1:
-                torch._foreach_mul_(grads, factor)
-            updater.step(rate)
-        self._adapt_scale(good)
-        return good, {**{name: total / seen[name] for name, total in sums.items()}, f"grad_norm_{phase}": norm}
+        return {name: total / seen[name] for name, total in sums.items()}
 
     def _scaled_down(self, phase: str, norm: float) -> float:
         """What the gradient is multiplied by: it is cut to train.clip, and to its usual norm where it is a spike."""
