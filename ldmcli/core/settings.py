@@ -197,9 +197,9 @@ class DiffusionSettings:
         _choice("diffusion", "loss_weight", self.loss_weight, ("uniform", "min_snr"))
         _choice("diffusion", "latent_scale", self.latent_scale, ("per_channel", "global", "none"))
         _choice("diffusion", "position", self.position, ("none", "learned", "sinusoidal"))
-        _at_least("diffusion", 1, self, "channels", "timesteps", "patch", "head_channels", "num_res_blocks", "groups",
+        _at_least("diffusion", 1, self, "channels", "timesteps", "patch", "head_channels", "groups",
                   "transformer_depth")
-        _at_least("diffusion", 0, self, "num_heads", "level_heads", "t_std")
+        _at_least("diffusion", 0, self, "num_heads", "num_res_blocks", "level_heads", "t_std")
         _positive("diffusion", {"snr_gamma": self.snr_gamma})
         _share("diffusion", self, "dropout")
         if not self.channel_mult or min(self.channel_mult) * self.channels < 1:
