@@ -83,13 +83,8 @@ class Training:
         options: Options,
         request: StopRequest,
     ):
-        self.config, self.run, self.context, self.options, self.request = (
-            resolved.config,
-            run,
-            context,
-            options,
-            request,
-        )
+        self.config, self.run, self.context = resolved.config, run, context
+        self.options, self.request = options, request
         self.settings = self.config.train
         self.started = time.monotonic()
         self.progress = Progress(loss_scale=_FP16_SCALE if context.dtype == torch.float16 else 1.0)
