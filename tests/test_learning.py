@@ -25,6 +25,8 @@ from tiny import (
 )
 
 from ldmcli.core.settings import ConditionSettings
+from ldmcli.drivers import optim
+from ldmcli.drivers.context import autocast_dtype
 from ldmcli.drivers.objective_ldm import DiffusionObjective
 from ldmcli.networks.conditions import ASKED
 
@@ -272,6 +274,17 @@ def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path):
 
 
 # --- row 15: the average ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half, pays", [(1.0, True), (1.9, False)])
+def test_bfloat16_is_taken_where_a_product_takes_less_time(monkeypatch, half, pays):
+    """Row 15: `auto` on a CPU goes by what a product takes, and by the instruction that it needs."""
+    seconds = {torch.bfloat16: half, torch.float32: 2.0}
+    monkeypatch.setattr(optim, "_product_seconds", seconds.get)
+    optim.bf16_is_fast.cache_clear()
+    found = autocast_dtype("auto", torch.device("cpu"))
+    optim.bf16_is_fast.cache_clear()
+    assert found is (torch.bfloat16 if pays and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None)
 
 
 @pytest.fixture(scope="module")

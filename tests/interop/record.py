@@ -103,7 +103,7 @@ def single_networks() -> None:
           decoded=vae.decode(z).sample, reconstruction_of_mode=vae.decode(found.mean).sample)
 
     folder = FOLDER / "vqmodel"
-    vq = network(diffusers.VQModel, folder, 2, ("encoder.conv_in",))
+    vq = network(diffusers.VQModel, folder, 2, ("encoder.conv_in", "decoder.conv_in"))
     x = image(3, 2, 3, 32, 32)
     h = apart(lambda seed: noise(seed, 2, 3, 8, 8), vq)
     quantised, _, (_, _, indices) = vq.quantize(h)
