@@ -61,6 +61,9 @@ class DataSettings:
     resize: str = "bicubic"  # short side to size, antialiased
     flip: bool = False  # mirror half of the images; off by default: text, flags and "left of" have a side
     background: str = "white"  # what shows through transparent pixels
+    min_objects: int = 0  # rows with fewer boxes are left out …
+    max_objects: int = 0  # … and those with more; 0 = no bound
+    min_box_area: float = 0.0  # boxes smaller than this share of the picture don't count
     max_pixels: int = 89_478_485  # a larger image counts as bad
     skip_bad: bool = False
     cache: bool = True  # latents (train-ldm): encode once, where pictures are seen alike each time (no random crops)
@@ -79,7 +82,13 @@ class DataSettings:
                              "0 < crop_min <= crop_max <= 1")
         if self.crop_min < 1 and self.crop != "random":
             raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
-        _at_least("data", 0, self, "limit", "workers")
+        _at_least("data", 0, self, "limit", "workers", "min_objects", "max_objects")
+        _share("data", self, "min_box_area")
+        if self.max_objects and self.max_objects < self.min_objects:
+            raise UsageError(f"data.max_objects = {self.max_objects}: less than data.min_objects = {self.min_objects}")
+        if self.streaming and (self.min_objects or self.max_objects or self.min_box_area):
+            raise UsageError("data.min_objects, max_objects and min_box_area need all rows beforehand; leave "
+                             "data.streaming (--streaming) away")
         _at_least("data", 1, self, "max_pixels")
 
 
@@ -228,6 +237,7 @@ class ConditionSettings:
     # shapes of 32 px 12 % of the places were obeyed, with 0.5 97 %
     embedding_std: float = 0.5
     layout_planes: int = 16  # layout: boxes are also drawn at the latent's size, in so many planes; paper: 0
+    crop_tokens: bool = False  # layout: boxes in the whole picture, and the crop's corners (paper); else in the crop
     smooth_places: bool = True  # layout: new codes of grid points are alike where points are near; else independent
     # folder with a tokeniser, vocab.txt of one, or hub id; "" = a WordPiece vocabulary is trained on the captions
     vocabulary: str = ""

@@ -164,7 +164,17 @@ class Rows:
         return self._columns.known_categories()
 
     def objects(self, i: int) -> dict:
-        """{"bbox": float32 (n, 4) x, y, width, height in pixels of the whole picture, "category": int64 (n,)}."""
+        """{"bbox": float32 (n, 4) x, y, width, height in pixels of the whole picture, "category": int64 (n,)}, without
+        those smaller than data.min_box_area."""
+        found, least = self.all_objects(i), self._settings.min_box_area
+        if not least:
+            return found
+        height, width = (1, 1) if self.boxes_are_shares else self.shape(i)
+        large = found["bbox"][:, 2] * found["bbox"][:, 3] >= least * height * width
+        return {name: values[large] for name, values in found.items()}
+
+    def all_objects(self, i: int) -> dict:
+        """`objects`, small ones as well."""
         return self._columns.objects(int(self._ids[i]))
 
     def map(self, i: int) -> np.ndarray:
@@ -183,8 +193,9 @@ class Rows:
         return whole[rows][:, columns]
 
     def boxes(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> dict:
-        """`objects` cut as `pixels` cuts the picture: boxes clipped, as shares (0 … 1) of the crop; those that lie
-        outside are dropped."""
+        """`objects` cut as `pixels` cuts the picture: "bbox" clipped, as shares (0 … 1) of the crop, and "whole", as
+        shares of the whole picture; those that lie outside of the crop are dropped. "crop": x, y, w, h of the crop as
+        shares of the picture."""
         found, shape = self.objects(i), self.shape(i)
         u = (0.5, 0.5) if crop == "center" else u
         height, width = scaled_size(shape, size, *u[2:])
@@ -196,7 +207,9 @@ class Rows:
         x0, y0, x1, y1 = np.clip(edges, 0, 1)
         inside = (x1 > x0) & (y1 > y0)
         bbox = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1).astype(np.float32)
-        return {"bbox": bbox[inside], "category": found["category"][inside]}
+        of_whole = np.stack([x, y, w, h], axis=1) / np.array([shape[1], shape[0]] * 2, np.float32)
+        frame = np.array([left / width, top / height, size[1] / width, size[0] / height])
+        return {"bbox": bbox[inside], "category": found["category"][inside], "whole": of_whole[inside], "crop": frame}
 
     def content_hash(self, i: int) -> str:
         """SHA-256 of the encoded picture, hexadecimal."""
@@ -369,7 +382,7 @@ class ShapeRows(Rows):
     def label(self, i: int) -> int:
         return self.spec(i).things[0].shape
 
-    def objects(self, i: int) -> dict:
+    def all_objects(self, i: int) -> dict:
         spec = self.spec(i)
         return {"bbox": np.array(shapes.boxes(spec, self._size), np.float32),
                 "category": np.array([thing.shape for thing in spec.things], np.int64)}
@@ -382,7 +395,8 @@ class ShapeRows(Rows):
 
     def boxes(self, i: int, size, crop="center", u=(0.5, 0.5)) -> dict:
         found = self.objects(i)
-        return {**found, "bbox": found["bbox"] / np.array([*self._size[::-1]] * 2, np.float32)}
+        bbox = found["bbox"] / np.array([*self._size[::-1]] * 2, np.float32)
+        return {**found, "bbox": bbox, "whole": bbox, "crop": np.array([0.0, 0.0, 1.0, 1.0])}
 
     def content_hash(self, i: int) -> str:
         """SHA-256 of what is drawn; sizes do not enter."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.boxes import with_boxes
 from ldmcli.data.columns import label_names_of, make_columns
 from ldmcli.data.decode import BadImage, shown
 from ldmcli.data.folder import split_of
@@ -56,6 +57,7 @@ def divided(rows: Rows, settings: DataSettings, split: str, held: set[int] | Non
     elif held is not None:
         rows = rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")])
         rows.split = split
+    rows = with_boxes(rows, settings)
     if split == "train" and settings.limit and not is_shapes(settings.source):
         rows = rows.select(range(min(settings.limit, len(rows))))
     return rows

@@ -10,6 +10,7 @@ import numpy as np
 from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig
+from ldmcli.data.boxes import are_shares
 from ldmcli.data.decode import BadImage
 from ldmcli.data.pictures import several
 from ldmcli.data.rows import Room, in_threads
@@ -73,23 +74,27 @@ class ConditionSource:
 
     def _layout(self, i: int, u, flip: bool, at: int) -> dict[str, Any]:
         """Boxes of a row in the order of its position: the original shuffles them, too."""
-        found = self.layout(i, u)
-        bbox, category = found["bbox"], found["category"]
+        found = dict(self.layout(i, u))
         if flip:
-            bbox = np.stack([1 - bbox[:, 0] - bbox[:, 2], *bbox[:, 1:].T], axis=1)
-        if self.training and len(category) > 1:
-            order = rng.permutation(rng.key(self.config.train.seed, int(at), "objects"), 0, len(category))
-            bbox, category = bbox[order], category[order]
-        return {"bbox": bbox, "category": category}
+            found |= {name: _mirrored(found[name]) for name in ("bbox", "whole", "crop") if name in found}
+        if self.training and len(found["category"]) > 1:
+            order = rng.permutation(rng.key(self.config.train.seed, int(at), "objects"), 0, len(found["category"]))
+            found |= {name: found[name][order] for name in ("bbox", "whole", "category") if name in found}
+        return found
 
     def layout(self, i: int, u=(0.5, 0.5)) -> dict[str, Any]:
-        """{"bbox": (n, 4) shares of the crop, "category": (n,) indices of the model's names} of a row."""
+        """{"bbox": (n, 4) shares of the crop, "category": (n,) indices of the model's names} of a row. With
+        condition.crop_tokens beside them "whole" (n, 4), shares of the whole picture, and "crop" (4,), where the crop
+        lies in it."""
         if i in self._boxes:
             return self._boxes[i]
         found = self.rows.boxes(i, self.size, self.config.data.crop if self.training else "center", tuple(u))
         if self._translate is not None:
             category = self._translate[found["category"]]
-            found = {"bbox": found["bbox"][category >= 0], "category": category[category >= 0]}
+            known = category >= 0
+            found |= {"bbox": found["bbox"][known], "whole": found["whole"][known], "category": category[known]}
+        if not self.config.condition.crop_tokens:
+            found = {"bbox": found["bbox"], "category": found["category"]}
         if self._fixed:
             self._boxes[i] = found
         return found
@@ -124,17 +129,21 @@ class ConditionSource:
         return picture, random_mask(*self.size, *key, "mask")
 
 
+def _mirrored(boxes: np.ndarray) -> np.ndarray:
+    """Boxes (…, 4) x, y, w, h as shares, left and right exchanged."""
+    return np.stack([1 - boxes[..., 0] - boxes[..., 2], *np.moveaxis(boxes[..., 1:], -1, 0)], axis=-1)
+
+
 # ------------------------------------------------------------------ checks
 
 
 def look_at_boxes(rows) -> None:
     """Reads all boxes, says what is odd about them (outside of the picture, none at all), and finds out whether they
     are pixels or shares of the picture."""
-    found = [rows.objects(i) for i in range(len(rows))]
-    boxes = [one["bbox"] for one in found if len(one["bbox"])]
-    rows.boxes_are_shares = bool(boxes) and max(float(one.max()) for one in boxes) <= 1
+    rows.boxes_are_shares = are_shares([rows.all_objects(i)["bbox"] for i in range(len(rows))])
     if rows.boxes_are_shares:
         console.say(f"{rows.source}, {rows.split}: boxes are taken as shares of the picture, none being above 1")
+    found = [rows.objects(i) for i in range(len(rows))]
     empty = sum(not len(one["bbox"]) for one in found)
     if empty == len(found):
         raise InputError(f"{rows.source}, {rows.split}: no row has a box in {rows.columns.get('objects', 'objects')}")

@@ -47,7 +47,7 @@ def open_data(config, context: Context, size: tuple[int, int]):
     rows = divided(whole, settings, "train", held)
     validation = divided(other, settings, "validation", held)
     rows, bad = _checked(rows, settings, context)
-    validation, worse = _checked(validation, replace(settings, crop="center"), context)
+    validation, worse = _checked(validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), context)
     for note in dict.fromkeys([*rows.notes, *validation.notes]):
         console.say(f"data: {note}")
     return rows, validation, [*bad, *worse]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.networks.conditioning import Conditioning
-from ldmcli.networks.layout_tokens import Layout
+from ldmcli.networks.layout_tokens import WHOLE, Layout
 from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.transformer import TextTransformer, pooled, vector_of_tokens
 from ldmcli.networks.unet import sinusoidal_map
@@ -90,8 +90,15 @@ class LayoutCondition(nn.Module):
         return found
 
     def prepare(self, layouts: list[dict]) -> dict[str, Tensor]:
-        """Layouts -> {"ids": (n, length) int64}; objects beyond the places that there are do not count."""
-        rows = [self.layout.tokens(one["bbox"], [self.index(name) for name in one["category"]]) for one in layouts]
+        """Layouts -> {"ids": (n, length) int64}; objects beyond the places that there are do not count.
+
+        A layout with "crop" (x, y, w, h of the shown part, as shares of the whole picture) is told by "whole", its
+        boxes in the whole picture, and the corners of the crop, as the original tells its training crops."""
+        rows = []
+        for one in layouts:
+            kinds = [self.index(name) for name in one["category"]]
+            cut = "crop" in one
+            rows.append(self.layout.tokens(one["whole" if cut else "bbox"], kinds, crop=one["crop"] if cut else WHOLE))
         return {"ids": torch.from_numpy(np.stack(rows))}
 
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -302,7 +302,9 @@ MODELS: dict[str, Preset] = {
         (128, (1, 2, 3, 4), (8, 4, 2)), (4.8e-5, 24, 4_400_000),
         conditioner=_text(8192, 16, 512, 92, 58_858_496) | {"kind": "layout"}, diffusion__num_heads=1,
         diffusion__transformer_depth=3, diffusion__loss="l1", diffusion__beta_end=0.0205,
-        condition__kinds=("layout",), condition__text_layers=16, sample__steps=200),
+        condition__kinds=("layout",), condition__text_layers=16, condition__crop_tokens=True, sample__steps=200,
+        data__crop="random", data__crop_min=0.375, data__min_objects=2, data__max_objects=30,
+        data__min_box_area=1e-4),
     "semantic_synthesis256": _model(
         "maps of 182 classes to landscapes", _Shape(215_229_315, 216, "vq-f4", Z4, planes=3),
         (128, (1, 4, 8), (32, 16, 8)), (4.8e-5, 48, 360_000),
