@@ -41,7 +41,7 @@ def build_autoencoder(bundle: AutoencoderBundle, device: torch.device, where: st
     network.eval().requires_grad_(False).to(device)
     scale = bundle.scale or LatentScale.identity(network.latent_channels)
     fingerprint = bundle.fingerprint or fingerprint_of(bundle.tensors)
-    return LoadedAutoencoder(network, scale, fingerprint, bundle.config)
+    return LoadedAutoencoder(network, scale, fingerprint, bundle.config, device)
 
 
 def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | Path = "") -> LoadedDiffusion:
@@ -54,7 +54,7 @@ def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | 
                                config.kinds)
     strict_load(model, bundle.tensors, where)
     model.eval().requires_grad_(False).to(device)
-    autoencoder = pixel_autoencoder() if bundle.autoencoder is None else build_autoencoder(
+    autoencoder = pixel_autoencoder(device) if bundle.autoencoder is None else build_autoencoder(
         bundle.autoencoder, device, where)  # fmt: skip
     autoencoder.scale = bundle.scale
     return LoadedDiffusion(model, autoencoder, config, bundle.fingerprint or fingerprint_of(bundle.tensors))
@@ -66,9 +66,9 @@ def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAu
     Of a checkpoint or pipeline of others that holds a whole diffusion model, its first stage is taken, at that model's
     scale. Raises ModelError.
     """
-    if str(path) == "none":
-        return pixel_autoencoder()
     device = device or default_device()
+    if str(path) == "none":
+        return pixel_autoencoder(device)
     if format_of(path) == "run":
         return build_autoencoder(read_autoencoder(path), device, path)
     return build_autoencoder(first_stage_of(read(path, Reading(part="first-stage")), path), device, path)

@@ -58,19 +58,26 @@ def to_pil(x: Tensor) -> list:
 
 
 class LoadedAutoencoder:
-    """A first stage in use. Latents are normalised by `scale` on the way out and restored on the way in."""
+    """A first stage in use. Latents are normalised by `scale` on the way out and restored on the way in. place: where
+    pixels go when the network has no weights that would tell (LDM-1)."""
 
     kind = "autoencoder"
 
     def __init__(
-        self, network: Autoencoder, scale: LatentScale, fingerprint: str, config: AutoencoderConfig | None = None
+        self,
+        network: Autoencoder,
+        scale: LatentScale,
+        fingerprint: str,
+        config: AutoencoderConfig | None = None,
+        place: torch.device | None = None,
     ):
         self.network, self.scale, self.fingerprint, self.config = network, scale, fingerprint, config
+        self.place = place or torch.device("cpu")
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        return next((p.device for p in self.network.parameters()), self.place)
 
     @torch.no_grad()
     def moments(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -483,7 +490,8 @@ def _pairs(images: list[np.ndarray], holes: list[np.ndarray]) -> list[tuple[np.n
     return pairs
 
 
-def pixel_autoencoder() -> LoadedAutoencoder:
-    """LDM-1: latents are the pixels."""
+def pixel_autoencoder(device: torch.device | None = None) -> LoadedAutoencoder:
+    """LDM-1: latents are the pixels, on `device` (the CPU where none is named)."""
     settings = AutoencoderSettings(f=1)
-    return LoadedAutoencoder(Autoencoder(settings), LatentScale.identity(settings.in_channels), "pixels")
+    scale = LatentScale.identity(settings.in_channels)
+    return LoadedAutoencoder(Autoencoder(settings), scale, "pixels", place=device)

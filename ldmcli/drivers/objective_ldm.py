@@ -411,9 +411,8 @@ class DiffusionObjective:
 
     def loaded(self) -> LoadedDiffusion:
         """The model as users load it; lends its first stage to the conditions."""
-        autoencoder = LoadedAutoencoder(
-            self.autoencoder.network, self.scale, self.autoencoder.fingerprint, self.autoencoder.config
-        )
+        first = self.autoencoder
+        autoencoder = LoadedAutoencoder(first.network, self.scale, first.fingerprint, first.config, first.place)
         return LoadedDiffusion(self.model, autoencoder, self.config, "")
 
     @torch.no_grad()
