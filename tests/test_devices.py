@@ -28,7 +28,7 @@ from ldmcli.core.settings import (
     SampleSettings,
     TaskSettings,
 )
-from ldmcli.drivers import edit, features, guiders, load, loaded, tiling
+from ldmcli.drivers import cost, edit, features, guiders, load, loaded, tiling
 from ldmcli.drivers.context import Context
 from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, pixel_autoencoder, to_uint8
 from ldmcli.drivers.objective_ae import AutoencoderObjective
@@ -356,6 +356,10 @@ def resolved(name: str, **changes):
     return configuration.resolve(kind, [(name, dict(PRESETS[name].values)), ("test", small)])
 
 
+def stage_of(name: str) -> str:
+    return PRESETS[name].extra.get("first_stage", "")
+
+
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.kind == "autoencoder"])
 def test_first_step_of_every_first_stage(name):
     """Both phases of a small network of each preset; bounds on memory are found for it, too."""
@@ -391,17 +395,16 @@ def losses_of_ae(settings: AutoencoderSettings, device: torch.device, side: int)
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.kind == "diffusion"])
 def test_a_pass_of_every_diffusion_model(name):
-    config = resolved(name, **SMALL).config
-    latent = [PRESETS[name].extra["latent"][0] if PRESETS[name].extra else 3, 0, 0]
-    factor = 2 ** (len(config.diffusion.channel_mult) - 1) * config.diffusion.patch
-    latent[1:] = [2 * factor] * 2
-    notes: list[str] = []
-    facts = planning._facts(config, "", tuple(latent), F, notes)
+    config, stage = resolved(name, **SMALL).config, AutoencoderSettings(f=F, embed_dim=3, z_channels=3)
+    if stage_of(name):
+        stage = resolved(stage_of(name)).config.autoencoder
+    stage = cost.autoencoder_model(stage)
+    side = 2 * stage.f * 2 ** (len(config.diffusion.channel_mult) - 1) * config.diffusion.patch
+    latent, facts = stage.latent_shape(side, side), cost.assumed_facts(config, stage, {})
     with pretended() as device:
-        model = DiffusionModel(config.diffusion, config.condition, facts, None, tuple(latent), config.kinds).to(device)
+        model = DiffusionModel(config.diffusion, config.condition, facts, None, latent, config.kinds).to(device)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device=device)
-        inputs = planning._inputs(model, (F * latent[1], F * latent[2]))
-        inputs = {key: value.to(device) for key, value in inputs.items()}
+        inputs = {key: value.to(device) for key, value in cost._inputs(model, (side, side)).items()}
         out = model(torch.zeros(1, *latent, device=device), torch.zeros(1, device=device), inputs)
         out.sum().backward()
         assert out.shape == (1, *latent) and out.device == device
@@ -410,7 +413,7 @@ def test_a_pass_of_every_diffusion_model(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_planned(name, monkeypatch):
     monkeypatch.setattr(planning, "probe_flops_per_s", lambda device, dtype: 1e9)
-    found = planning.plan(PRESETS[name].kind, resolved(name), first_stage=PRESETS[name].extra.get("first_stage", ""))
+    found = planning.plan(PRESETS[name].kind, resolved(name, **SMALL), first_stage=stage_of(name))
     assert found["flops"]["per_step"] > 0 and found["memory"]["activations"] > 0
 
 
