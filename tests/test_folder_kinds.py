@@ -214,6 +214,19 @@ def test_tables_that_cannot_be_meant_are_refused_with_what_to_do(tmp_path, conte
     assert says in str(failure.value)
 
 
+def test_a_metadata_file_of_the_whole_set_names_no_pictures_and_stops_nothing(tmp_path):
+    write(make(tmp_path, "a.png", "b.png"), "metadata.json", json.dumps({"title": "birds", "license": "CC0"}, indent=1))
+    assert names_of(tmp_path) == ["a.png", "b.png"]
+
+
+def test_the_column_that_a_user_names_holds_the_pictures(tmp_path):
+    make(tmp_path, "a.png", "b.png", "c.png")
+    write(tmp_path, "metadata.csv", "file_name,second,text\na.png,b.png,x\nb.png,c.png,y\nc.png,a.png,z\n")
+    assert rows_of(tmp_path, image_column="second") == [("a.png", "z"), ("b.png", "x"), ("c.png", "y")]
+    with pytest.raises(InputError, match="--image-column third: no such column"):
+        open_rows(DataSettings(source=str(tmp_path), image_column="third"))
+
+
 def test_of_two_tables_for_one_picture_the_nearest_counts_and_it_is_said(tmp_path):
     make(tmp_path, "sub/a.png", "sub/b.png", "c.png")
     write(tmp_path, "metadata.csv", "file_name,text\nsub/a.png,far\nsub/b.png,far\nc.png,only\n")

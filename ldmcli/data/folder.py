@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from ldmcli.core.errors import InputError
 from ldmcli.data.annotations import Annotations, read_annotations
 from ldmcli.data.decode import EXTENSIONS, shown
-from ldmcli.data.metadata import file_column, read_rows, read_text
+from ldmcli.data.metadata import file_column, holds_rows, read_rows, read_text
 from ldmcli.data.pictures import TEXTS, Found, no_pictures, several
 
 SPLITS = {
@@ -50,6 +50,9 @@ def scan(found: Found, *, skip_bad: bool = False, image_column: str = "") -> dic
     """The splits of a folder, {"train": …} where it has none. Raises InputError: no pictures, pictures without a row
     or rows without a picture (with `skip_bad` they are left out and counted in `notes`), unreadable metadata."""
     root = found.root
+    general = [path for path in found.metadata if path.suffix.lower() == ".json" and not holds_rows(path)]
+    found.metadata = [path for path in found.metadata if path not in general]
+    found.tables += general
     if found.outside and not skip_bad:
         raise InputError(f"{several(found.outside)}: links that lead out of {shown(root)}; "
                          "copy the pictures or leave them out with --skip-bad")

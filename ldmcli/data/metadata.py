@@ -70,6 +70,18 @@ def read_rows(path: Path) -> Iterator[dict]:
         raise InputError(f"{shown(path)}: JSON that is nested too deeply") from None
 
 
+def holds_rows(path: Path) -> bool:
+    """Whether a JSON file may tell of pictures one by one; an object that speaks of the data set as a whole does not.
+    Damaged files may: reading them says what is wrong."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return True
+    return not isinstance(value, dict) or _json_rows(text) is not None or file_column(value) is not None or any(
+        key.endswith("_file_name") for key in value)
+
+
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """Numbered lines, split at newlines only: JSON strings may hold U+2028 and the like."""
     return ((k, line) for k, line in enumerate(text.split("\n"), 1) if line.strip())

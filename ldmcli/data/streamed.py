@@ -32,7 +32,7 @@ class StreamedRows:
         self._restart()
         self.head = [self._read_next() for _ in range(HEAD_ROWS)]
         first = self.head[0]
-        self.source, self.split, self.columns = first.source, first.split, first.columns
+        self.source, self.split, self.columns, self.notes = first.source, first.split, first.columns, first.notes
         self.class_names = first.class_names
 
     def _restart(self) -> None:
@@ -105,5 +105,5 @@ class StreamedValidation(StreamedRows):
             raise InputError(f"{settings.source}: no validation rows in the stream; raise data.val_fraction")
         first = self.head[0]
         self._lock = threading.RLock()
-        self.source, self.split, self.columns = first.source, first.split, first.columns
+        self.source, self.split, self.columns, self.notes = first.source, first.split, first.columns, first.notes
         self.class_names = first.class_names

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.drivers.comparison import compare, lookup, read_result, with_comparison
 from ldmcli.drivers.features import (
@@ -328,6 +329,8 @@ def _rows(run: _Run, data, split: str, size: tuple[int, int]):
         rows = open_rows(settings, split="train")
         run.warnings.append(f"{rows.source}: too few images are held out to measure against; its {len(rows)} training "
                             "images are the reference, which a model may have learned by heart")
+    for note in rows.notes:
+        console.say_once(f"{rows.source}: {note}")
     return rows, settings
 
 

@@ -34,7 +34,9 @@ def open_data(config, context: Context, size: tuple[int, int]):
     settings = replace(config.data, size=size)
     if settings.streaming:
         seed = config.train.seed
-        return context.together(lambda: (StreamedRows(settings, seed), StreamedValidation(settings), []))
+        rows, validation = context.together(lambda: (StreamedRows(settings, seed), StreamedValidation(settings)))
+        _say_notes(rows, validation)
+        return rows, validation, []
     whole, undivided = context.together(lambda: whole_rows(settings, "train"))
     other, held = whole, None
     if undivided:
@@ -48,9 +50,13 @@ def open_data(config, context: Context, size: tuple[int, int]):
     validation = divided(other, settings, "validation", held)
     rows, bad = _checked(rows, settings, context)
     validation, worse = _checked(validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), context)
+    _say_notes(rows, validation)
+    return rows, validation, [*bad, *worse]
+
+
+def _say_notes(rows, validation) -> None:
     for note in dict.fromkeys([*rows.notes, *validation.notes]):
         console.say(f"data: {note}")
-    return rows, validation, [*bad, *worse]
 
 
 def _exchange_hashes(rows, context: Context) -> None:
