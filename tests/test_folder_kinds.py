@@ -352,6 +352,25 @@ def test_boxes_that_cannot_be_used_are_refused_by_row_and_key_where_they_are_use
     assert any("boxes of" in note and key in note for note in found["notes"])
 
 
+def test_a_split_that_lacks_what_another_has_is_named(tmp_path):
+    make(tmp_path, "train/a.png", "train/b.png", "val/c.png")
+    write(tmp_path, "train/metadata.csv", "file_name,label\na.png,x\nb.png,y\n")
+    found = inspect(DataSettings(source=str(tmp_path), size=SIZE), tmp_path / "out")
+    assert found["rows"] == {"train": 2, "validation": 1} and found["classes"] == {"x": 1, "y": 1}
+    assert any("split validation has no labels" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("text", ["half \ud800 a sign", "nul \x00 inside", "x" * 5000])
+def test_text_and_names_that_no_file_could_have_stop_nothing(tmp_path, text):
+    jsonl(tmp_path, {"caption": text, "label": text}, {"caption": "b", "label": "b"})
+    inspect_text(inspect(DataSettings(source=str(tmp_path), size=SIZE), tmp_path / "out"))
+    for caption in (caption for _, caption in rows_of(tmp_path)):
+        caption.encode()
+    write(tmp_path, "metadata.jsonl", json.dumps({"file_name": f"{text}.png"}) + '\n{"file_name": "0.png"}')
+    with pytest.raises(InputError, match="leads out" if "\x00" in text else "1 rows name pictures that are absent"):
+        open_rows(DataSettings(source=str(tmp_path)))
+
+
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 SPLITS = {  # folders with their pictures, rows by split as `ldm data` shows them, words of a note

@@ -140,7 +140,12 @@ def _caption(value) -> str | None:
         return None if None in texts else next((text for text in texts if text and text.strip()), "")
     if is_missing(value):
         return ""
-    return str(value) if isinstance(value, (str, int, float)) else None
+    return _encodable(str(value)) if isinstance(value, (str, int, float)) else None
+
+
+def _encodable(text: str) -> str:
+    """The text with question marks for halves of characters, which JSON can hold and no file."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _inner_text(value):
@@ -206,7 +211,7 @@ def _category_texts(table: Table, column: str, i: int, categories: list) -> list
     stated, found = table.classes.get(column), []
     for value in categories:
         name = _category(value) if isinstance(value, dict) else value
-        text = str(name).strip() if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
+        text = _encodable(str(name).strip()) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
         if stated is not None and isinstance(name, int):
             text = stated[name] if 0 <= name < len(stated) else ""
         if not text or text == "-1" or stated is not None and text not in stated:
@@ -256,7 +261,7 @@ def _label_name(value) -> str | None:
         value = int(value)
     if is_missing(value) or not isinstance(value, (str, int, float)):
         return None
-    name = str(value).strip()
+    name = _encodable(str(value).strip())
     return None if not name or name == "-1" or name.startswith("-") and name[1:].isdecimal() else name
 
 

@@ -64,7 +64,10 @@ def _bad_image(name: str, reason: str, index: int) -> BadImage:
 
 def shown(text: object, limit: int = 200) -> str:
     """Text from data as it may be shown: one line, no control characters, bytes that are not UTF-8 as \\xNN."""
-    line = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        line = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a pair of UTF-16, as JSON can hold
+        line = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     line = " ".join(clean(line).split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 

@@ -78,6 +78,8 @@ def scan(found: Found, *, skip_bad: bool = False, image_column: str = "") -> dic
         _add_annotations(listings[split], told)
         if len(classes) > 1:
             _add_classes(listings[split], base)
+    if not listings:
+        raise InputError(f"{shown(root)}: no row of the metadata names a picture of a split; {'; '.join(notes)}")
     for listing in listings.values():
         listing.notes = [*notes, *listing.notes, *found.notes(), *_unused_tables(found, told.files)]
     return listings
@@ -284,6 +286,8 @@ class _Rows:
         if not path.suffix:
             places += [one for one in self._by_stem.get(places[0], ())]
         found = next((place for place in places if _there(place)), places[0])
+        if not _there(found):
+            return found
         if not found.parent.resolve().is_relative_to(root) or found.is_symlink() and not (
                 found.resolve().is_relative_to(root)):  # fmt: skip
             raise InputError(f"{where}: {shown(text)} is a link that leads out of the folder")
@@ -333,7 +337,10 @@ class _Rows:
 
 
 def _there(path: Path) -> bool:
-    return path.is_file() or path.is_symlink()
+    try:
+        return path.is_file() or path.is_symlink()
+    except OSError:  # no file can be called so
+        return False
 
 
 def _hint(missing: list[str], lonely: list[str]) -> str:

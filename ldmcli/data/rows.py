@@ -153,6 +153,8 @@ class Rows:
 
     def label(self, i: int) -> int:
         """Index into `class_names`. Raises InputError where the row has no label that names a class."""
+        if self._columns.label is None:
+            raise InputError(f"{shown(self.source)}: split {self.split} has no labels")
         label = int(self._columns.label[self._ids[i]])
         if label < 0:
             raise InputError(self._columns.trouble)
@@ -175,6 +177,8 @@ class Rows:
 
     def all_objects(self, i: int) -> dict:
         """`objects`, small ones as well."""
+        if self._columns.objects is None:
+            raise InputError(f"{shown(self.source)}: split {self.split} has no objects")
         return self._columns.objects(int(self._ids[i]))
 
     def map(self, i: int) -> np.ndarray:
