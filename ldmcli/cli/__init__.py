@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("manage", "Check this machine: versions, devices, memory, disk.", _LOOK),
 }
 _MEMORY_WORDS = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "MPS backend out of memory")
+_NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -109,6 +110,7 @@ def begin(values: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns its exit code (the table in the README) and raises nothing but SystemExit."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    console.open_streams()
     root = command_line()
     if os.environ.get("_LDM_COMPLETE"):
         root.main(args=argv, prog_name="ldm")
@@ -151,14 +153,19 @@ def ending(error: BaseException) -> tuple[int, str]:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return ExitCode.SIGINT, "interrupted"
     if isinstance(error, BrokenPipeError):
-        # the reader of our stdout has what it wanted (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.silence(sys.stdout)  # its reader has what it wanted (`| head`)
         return ExitCode.OK, ""
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if not error.filename:
+            console.silence(sys.stdout)  # which may be what is full; the interpreter would try it again as it ends
         where = f"{error.filename}: " if error.filename else ""
         return ExitCode.RESOURCE, f"{where}the disk is full ({error.strerror}); make room and run the command again"
     if isinstance(error, PermissionError) and error.filename:
         return _permission(error)
+    if isinstance(error, OSError) and error.errno in _NO_NAMES:
+        named = os.fsdecode(error.filename or "")
+        shown = f"{named[:60]}…" if len(named) > 80 else named
+        return ExitCode.USAGE, f"{shown or 'a name'}: no name of a file or folder ({error.strerror})"
     if _out_of_memory(error):
         return ExitCode.RESOURCE, f"out of memory: {_first_line(error)}; lower --micro-batch or --batch-size, or --size"
     return ExitCode.FAULT, _fault(error)

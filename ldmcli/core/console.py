@@ -4,6 +4,7 @@ Text that came from data (captions, file names, metadata) passes `clean` on its 
 interprets markup: a caption `[red]` is printed as it stands.
 """
 
+import io
 import json
 import os
 import re
@@ -26,6 +27,30 @@ class _State:
 
 
 _state = _State()
+
+
+def open_streams() -> None:
+    """Makes stdout and stderr writable whatever a caller left of them: closed ones lead to the null device (a file
+    opened later must not become one of them), and characters that they cannot show are replaced."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="replace")
+
+
+def silence(stream) -> None:
+    """Nobody reads what goes to a stream any more: the rest, also what is held back in it, leads to nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # a stream of Python's own, without a file
+        pass
 
 
 def set_verbosity(*, quiet: bool = False, verbose: bool = False, json: bool = False) -> None:
@@ -57,8 +82,9 @@ def _to_stderr(text: str) -> None:
     # a reader of the conversation who went away never stops the work
     try:
         print(clean(text), file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        sys.stderr = open(os.devnull, "w")
+    except (OSError, ValueError):
+        silence(sys.stderr)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
 def out(text: object = "") -> None:
@@ -117,7 +143,12 @@ def _one_line(text: object) -> str:
 def emit_json(document: dict) -> None:
     """The document of --json on stdout; NaN and infinities become null, which every JSON reader takes."""
     if speaks():
-        print(json.dumps(_plain(document), ensure_ascii=False, indent=2, default=str), flush=True)
+        text = json.dumps(_plain(document), ensure_ascii=False, indent=2, default=str)
+        try:
+            text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:  # JSON has a way to say them, so nothing is replaced
+            text = json.dumps(_plain(document), indent=2, default=str)
+        print(text, flush=True)
 
 
 def _plain(value):

@@ -13,6 +13,24 @@ from typing import Any
 from ldmcli.core.errors import ModelError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+             errno.ELOOP)  # fmt: skip
+
+
+def home() -> Path | None:
+    """The user's folder; None where there is none: neither $HOME nor an entry among the users, as in containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def expanded(path: Path) -> Path:
+    """~/x and ~name/x as the shell reads them; as it stands where there is no such folder or user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def free_bytes(path: Path) -> int:
@@ -53,7 +71,7 @@ def writing(path: Path, needed: int = 0):
                 f"{path}: the disk (or a file-size limit) is full: {size}{human_bytes(free_bytes(path.parent))} free; "
                 "make room and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in _UNUSABLE:
             raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
         raise
 
@@ -111,13 +129,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by UTF-8 `text`, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    """Replaces `path` by UTF-8 `text`, whole or not at all. Bytes of file names that are no text become "?"."""
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as indented JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON without NaN; readable, unless it holds file names whose bytes are no text, which need JSON's own escapes."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    return text
 
 
 def read_json(path: Path) -> Any:

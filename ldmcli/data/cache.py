@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import resource
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,16 +24,29 @@ from pathlib import Path
 
 import numpy as np
 
-from ldmcli.core import files
+from ldmcli.core import console, files
 from ldmcli.core.errors import ResourceError
 
 SHARD_ROWS = 1024
 MOST_OPEN = 256  # files; fewer where the limit of the process asks for it
 
 
-def cache_root(setting: str) -> Path:
-    """data.cache_dir, else $LDM_CACHE, else ~/.cache/ldm."""
-    return Path(setting or os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm")
+def cache_root(setting: str) -> Path | None:
+    """data.cache_dir, else $LDM_CACHE, else ~/.cache/ldm. None, with a warning, where nothing can be written there."""
+    named, home = setting or os.environ.get("LDM_CACHE"), files.home()
+    if not named and home is None:
+        console.warn_once("cache", "this user has no home folder, so nothing is cached; name a folder for caches in "
+                                   "LDM_CACHE or data.cache_dir")
+        return None
+    root = Path(named) if named else home / ".cache" / "ldm"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+    except OSError as error:
+        console.warn_once("cache", f"{root}: cannot be written ({error.strerror}), so nothing is cached; name another "
+                                   "folder for caches in LDM_CACHE or data.cache_dir")
+        return None
 
 
 def cache_key(*facts: str) -> str:

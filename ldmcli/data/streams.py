@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ldmcli.core.errors import InputError
+from ldmcli.core.files import expanded
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.batches import positions
 from ldmcli.data.columns import choose_columns
@@ -139,7 +140,7 @@ class _HubPart:
 
 
 def _parts(settings: DataSettings) -> dict[str, "_LocalPart | _HubPart"] | None:
-    path = Path(settings.source).expanduser()
+    path = expanded(Path(settings.source))
     if is_shapes(settings.source):
         return None
     if not path.exists():

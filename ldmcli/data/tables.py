@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from ldmcli.core.config import did_you_mean, suggestions
 from ldmcli.core.errors import InputError
+from ldmcli.core.files import expanded
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import EXTENSIONS, BadImage, shown
 from ldmcli.data.folder import scan, scan_table, split_of
@@ -60,7 +61,7 @@ class Table:
 def open_tables(settings: DataSettings) -> dict[str, Table]:
     """The splits of `settings.source`. Raises InputError when it is nothing that can be opened."""
     source = settings.source
-    path = Path(source).expanduser()
+    path = expanded(Path(source))
     if not path.exists():
         return _from_hub(settings)
     if path.is_file():
@@ -297,7 +298,7 @@ def load_hub(settings: DataSettings, **options):
     """A hub data set as a datasets.DatasetDict (or its streaming kind). Raises InputError in one line."""
     source = settings.source
     if _looks_like_a_path(source):
-        raise InputError(f"--data {shown(source)}: no such file or folder{_near_name(Path(source).expanduser())}")
+        raise InputError(f"--data {shown(source)}: no such file or folder{_near_name(expanded(Path(source)))}")
     import datasets
 
     _mind_the_network()

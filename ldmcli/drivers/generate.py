@@ -51,7 +51,7 @@ def image_bytes(image, fmt: str, metadata: dict[str, Any] | None) -> bytes:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    buffer, text = io.BytesIO(), json.dumps(metadata, ensure_ascii=False) if metadata else ""
+    buffer, text = io.BytesIO(), files.json_text(metadata) if metadata else ""
     if fmt == "png":
         info = PngInfo()
         if text:

@@ -243,15 +243,16 @@ def open_reader(kind: str, rows, training, config, size: tuple[int, int], progre
         known = [int(one[one != NO_CLASS].max(initial=0)) for one in map(truth, range(len(picked)))]
         classes = max(classes, *(index + 1 for index in known))
     key = cache_key(training.fingerprint, what, f"{size}", f"{classes}", f"{len(picked)}", f"{JUDGE_VERSION}")
-    path = cache_root(config.data.cache_dir) / "judges" / f"{key}.safetensors"
-    judge = _stored(path, classes)
+    root = cache_root(config.data.cache_dir)
+    path = None if root is None else root / "judges" / f"{key}.safetensors"
+    judge = None if path is None else _stored(path, classes)
     if judge is None:
         with progress(len(picked) + JUDGE_STEPS, f"training a judge of {what}") as bar:
             judge = train_judge(lambda k: training.pixels(picked[k], size, "center", (0.5, 0.5)), truth, len(picked),
                                 classes, advance=bar.advance)
-        path.parent.mkdir(parents=True, exist_ok=True)
         told = {"classes": str(classes), "of": what, "rows": str(len(picked)), "source": str(training.source)}
-        files.save_tensors(path, judge.head.state_dict(), told)
+        if path is not None:
+            files.save_tensors(path, judge.head.state_dict(), told)
     facts = {"reader": f"a judge of {what}: EfficientNet-lite0 and a head trained on {len(picked):,} training rows, "
                        f"{JUDGE_STEPS} steps", "judge": key, "classes": classes}
     return Reader(judge.maps, lambda images: [regions(one, category_of) for one in judge.maps(images)], facts)

@@ -90,7 +90,9 @@ class DiffusionObjective:
         if context.is_main:
             for note in checks.notes_of(config):
                 console.say(note)
-        self.cache = self._build_cache(self.rows, "latents") if config.caches_latents else None
+        root = cache_root(config.data.cache_dir) if config.caches_latents else None
+        root = root if all(context.gather(root is not None)) else None  # all processes build it, or none
+        self.cache = None if root is None else self._build_cache(self.rows, "latents", root)
         self.scale = self._scale()
         self._held = self._validation_latents()
         if self.cache and not {"lowres", "masked"} & set(config.kinds):
@@ -226,11 +228,11 @@ class DiffusionObjective:
 
     # ------------------------------------------------------------- latents
 
-    def _build_cache(self, rows, label: str) -> LatentCache:
+    def _build_cache(self, rows, label: str, root: Path) -> LatentCache:
         data = self.config.data
         shape = (self.latent_shape[0] * (1 if self.is_vq else 2), *self.latent_shape[1:])
         how = (f"{self.size}", data.resize, data.background, data.cache_dtype, f"flips {data.flip}")
-        folder = cache_root(data.cache_dir) / "latents" / cache_key(self.autoencoder.fingerprint, *how)
+        folder = root / "latents" / cache_key(self.autoencoder.fingerprint, *how)
         keys = [rows.content_hash(i) for i in range(len(rows))]
         cache = LatentCache(folder, keys, shape, data.cache_dtype, 1 + data.flip)
         cache.refresh()

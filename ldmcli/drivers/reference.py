@@ -1,6 +1,7 @@
 """References that need not be computed again: statistics files, and features cached by content."""
 
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ldmcli.core.errors import InputError
+from ldmcli.core import console
+from ldmcli.core.errors import InputError, LdmError
 from ldmcli.core.files import atomic_path
 from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.drivers.features import Extractor, FeatureSet, extract
@@ -53,8 +55,11 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics | None:
             mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
             n = int(file["n"]) if "n" in file.files else None
             stored = json.loads(str(file["protocol"]))["extractor"] if "protocol" in file.files else {}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a readable .npz of statistics or images ({error})") from error
+    for name, values in (("mu", mu), ("sigma", sigma)):
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: {name} holds NaN or Inf; compute the statistics again")
     wrong = [key for key in SAME if key in stored and stored[key] != extractor.facts[key]]
     if mu.shape != (extractor.dim,) or sigma.shape != (extractor.dim, extractor.dim) or wrong:
         raise InputError(f"{path}: statistics of another extractor ({', '.join(wrong) or f'shape {mu.shape}'}), "
@@ -66,12 +71,15 @@ def reference_features(extractor: Extractor, source: Source, advance: Callable[[
                        limit: int) -> FeatureSet:
     """Features of a reference, from the cache where the same content met the same extractor before."""
     path = _cache_path(extractor, source) if source.count <= limit else None
-    if path is not None and path.is_file():
+    if path is not None and path.is_file() and (kept := _read(path)) is not None:
         advance(source.count)
-        return _read(path)
+        return kept
     found = extract(source.stream(), extractor, advance)
     if path is not None and len(found):
-        _write(path, found)
+        try:
+            _write(path, found)
+        except (LdmError, OSError) as error:
+            console.warn(f"features of the reference are not kept: {error}")
     return found
 
 
@@ -79,14 +87,19 @@ def _cache_path(extractor: Extractor, source: Source) -> Path | None:
     if not source.key:
         return None
     facts = [str(extractor.facts[key]) for key in SAME]
-    return cache_root("") / "features" / f"{cache_key('reference-1', source.key, *facts)}.npz"
+    root = cache_root("")
+    return None if root is None else root / "features" / f"{cache_key('reference-1', source.key, *facts)}.npz"
 
 
-def _read(path: Path) -> FeatureSet:
-    with np.load(path, allow_pickle=False) as file:
-        sizes = {(int(height), int(width)) for height, width in file["sizes"]}
-        features = file["features"]
-        return FeatureSet(features, features[:, :0], [str(name) for name in file["hashes"]], sizes)
+def _read(path: Path) -> FeatureSet | None:
+    """What `_write` kept; None where it is damaged, so that it is computed again."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            sizes = {(int(height), int(width)) for height, width in file["sizes"]}
+            features, hashes = file["features"], [str(name) for name in file["hashes"]]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return FeatureSet(features, features[:, :0], hashes, sizes) if np.isfinite(features).all() else None
 
 
 def _write(path: Path, found: FeatureSet) -> None:

@@ -148,7 +148,9 @@ class TextCondition(nn.Module):
         with self._one_at_a_time:
             spelling = same_signs(self.tokenizer) if self.joint else {}
             out = self.tokenizer(
-                [caption[:READ_CHARACTERS].translate(spelling) for caption in captions],
+                # bytes of a command line that are no text would be refused
+                [caption[:READ_CHARACTERS].translate(spelling).encode("utf-8", "replace").decode()
+                 for caption in captions],
                 padding="max_length",
                 truncation=True,
                 max_length=self.length,
