@@ -25,14 +25,16 @@ from pathlib import Path
 import numpy as np
 
 from ldmcli.core import console, files
-from ldmcli.core.errors import ResourceError
+from ldmcli.core.errors import ResourceError, UsageError
 
 SHARD_ROWS = 1024
 MOST_OPEN = 256  # files; fewer where the limit of the process asks for it
 
 
 def cache_root(setting: str) -> Path | None:
-    """data.cache_dir, else $LDM_CACHE, else ~/.cache/ldm. None, with a warning, where nothing can be written there."""
+    """data.cache_dir, else $LDM_CACHE, else ~/.cache/ldm. None, with a warning, where nothing can be written there;
+    UsageError where the setting says so.
+    """
     named, home = setting or os.environ.get("LDM_CACHE"), files.home()
     if not named and home is None:
         console.warn_once("cache", "this user has no home folder, so nothing is cached; name a folder for caches in "
@@ -44,6 +46,9 @@ def cache_root(setting: str) -> Path | None:
         with tempfile.TemporaryFile(dir=root):
             return root
     except OSError as error:
+        if setting:
+            raise UsageError(f"data.cache_dir {root}: cannot be written ({error.strerror}); name another folder, or turn "
+                             "caching off with --no-cache") from error
         console.warn_once("cache", f"{root}: cannot be written ({error.strerror}), so nothing is cached; name another "
                                    "folder for caches in LDM_CACHE or data.cache_dir")
         return None
