@@ -47,8 +47,8 @@ def cache_root(setting: str) -> Path | None:
             return root
     except OSError as error:
         if setting:
-            raise UsageError(f"data.cache_dir {root}: cannot be written ({error.strerror}); name another folder, or turn "
-                             "caching off with --no-cache") from error
+            raise UsageError(f"data.cache_dir {root}: cannot be written ({error.strerror}); name another folder, or "
+                             "turn caching off with --no-cache") from error
         console.warn_once("cache", f"{root}: cannot be written ({error.strerror}), so nothing is cached; name another "
                                    "folder for caches in LDM_CACHE or data.cache_dir")
         return None
