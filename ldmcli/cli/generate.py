@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ldmcli.cli import options as opt
+from ldmcli.cli.prompts import read_prompts
 from ldmcli.cli.train import require_folder
 from ldmcli.core import config, console
 from ldmcli.core.errors import InputError, UsageError
@@ -66,13 +67,18 @@ def reconstruct(given: opt.Given) -> None:
 
 def sample_request(given: opt.Given) -> SampleRequest:
     """What the options ask for; UsageError or InputError where they don't fit together."""
-    prompts = (*(given.prompt or ()), *(_read_prompts(given.prompts) if given.prompts else ()))
+    prompts, classes = tuple(given.prompt or ()), tuple(given.classes or ())
+    if given.prompts is not None:
+        asked = read_prompts(given.prompts)
+        if asked.classes and (prompts or classes):
+            raise UsageError(f"--prompts {given.prompts} names classes itself; leave --prompt and --class away")
+        prompts, classes = prompts + asked.prompts, classes + asked.classes
     if given.init_image is not None and not given.init_image.is_file():
         raise InputError(f"--init-image {given.init_image}: no such file")
     if given.guide is not None and not given.guide.is_file():
         raise InputError(f"--guide {given.guide}: no such file")
     return SampleRequest(
-        prompts=prompts, negative_prompt=given.negative_prompt, classes=tuple(given.classes or ()),
+        prompts=prompts, negative_prompt=given.negative_prompt, classes=classes,
         layouts=tuple(given.layouts or ()), maps=_map_files(given.maps or ()), n=given.count,
         steps=given.steps, guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval),
         seed=given.seed, sampler=given.sampler, eta=given.eta, temperature=given.temperature,
@@ -80,19 +86,6 @@ def sample_request(given: opt.Given) -> SampleRequest:
         batch_size=given.batch_size, init_image=given.init_image, strength=given.strength, weights=given.weights,
         spacing=given.spacing, guide=given.guide, guide_scale=given.guide_scale,
     )
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts {path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise InputError(f"--prompts {path}: {error.strerror}") from None
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise InputError(f"--prompts {path}: no prompt in it; write one a line")
-    return prompts
 
 
 def _map_files(paths: Sequence[Path]) -> tuple[Path, ...]:

@@ -181,9 +181,9 @@ SnrGamma = Annotated[Text, setting("diffusion.snr_gamma", "--snr-gamma", panel=T
 Prompt = Annotated[list[str] | None, option("--prompt", panel=SAMPLING, metavar="TEXT",
     help="What to draw; repeatable.")]
 Prompts = Annotated[Path | None, option("--prompts", panel=SAMPLING, metavar="FILE", default="none",
-    help="Prompts from a text file, one a line.")]
+    help="Prompts from a text file (- = stdin), one a line; # begins a comment. A line may be JSON: prompt, class, n.")]
 Classes = Annotated[list[str] | None, option("--class", panel=SAMPLING, metavar="NAME|INDEX|all",
-    help="Class to draw; repeatable.")]
+    help="Class to draw; repeatable. Where classes are called by numbers, #1 is the second one.")]
 Layouts = Annotated[list[Path] | None, option("--layout", panel=SAMPLING, metavar="FILE.json",
     help="Boxes and what is in them, as JSON; repeatable.")]
 Maps = Annotated[list[Path] | None, option("--map", panel=SAMPLING, metavar="FILE.png",

@@ -21,7 +21,7 @@ from ldmcli.drivers import tiling
 from ldmcli.drivers.loaded import OPTIONS, LoadedDiffusion, to_uint8
 from ldmcli.drivers.sampling import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
 from ldmcli.drivers.tiling import MAX_MEMORY
-from ldmcli.drivers.told import maps_of
+from ldmcli.drivers.told import maps_of, warn_of_cut
 from ldmcli.maths import pasting, rng
 from ldmcli.maths.tiles import padded, reframed
 from ldmcli.networks.conditions import ASKED
@@ -270,6 +270,8 @@ def check_edit(
     for kind, given in told.items():
         model.entry(kind)
         model.model.conditions.prepare_one(kind, list(given))
+    if "text" in told:
+        warn_of_cut(model.entry("text"), list(told["text"]), "prompts")
     check_missing(model, [kind for kind in kinds if kind in ASKED and kind not in told])
     model._negative(negative, 1)
 

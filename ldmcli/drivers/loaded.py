@@ -13,7 +13,7 @@ from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
 from ldmcli.drivers.sampling import Steering, check_sampling, draw_latents, with_overrides
-from ldmcli.drivers.told import as_list, images_of, labels_of, layouts_of, maps_of, masks_of, words_of
+from ldmcli.drivers.told import as_list, images_of, labels_of, layouts_of, maps_of, masks_of, warn_of_cut, words_of
 from ldmcli.maths.schedule import make_schedule
 from ldmcli.maths.tiles import framed, middle, middle_corner, reframed
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
@@ -289,6 +289,8 @@ class LoadedDiffusion:
         told = {"text": words_of(prompt), "class": labels_of(classes), "layout": as_list(layout), "map": as_list(map)}
         for kind in [kind for kind, given in told.items() if given]:
             self.entry(kind)
+        if told["text"]:
+            warn_of_cut(self.entry("text"), told["text"], "prompts")
         if layout is not None:
             told["layout"] = layouts_of(layout, self.entry("layout"))
         return edit.edited(self, pictures, holes, told, **how)
@@ -350,6 +352,8 @@ class LoadedDiffusion:
         for kind in kinds:  # after what it never takes: a class for a text model is the mistake, not the missing prompt
             if not given.get(kind):
                 given[kind] = self._left_out(kind, told=bool(given["text"]))
+        if "text" in kinds:
+            warn_of_cut(self.entry("text"), given["text"], "prompts")
         if given["layout"]:
             given["layout"] = layouts_of(given["layout"], self.entry("layout"))
         if given["map"]:
@@ -404,6 +408,7 @@ class LoadedDiffusion:
             return None
         if "text" not in self.model.conditions.kinds:
             raise UsageError("--negative-prompt: this model takes no prompt")
+        warn_of_cut(self.entry("text"), [text], "negative prompts")
         return self.model.conditions.prepare_one("text", [text] * n)
 
     def _warn_about_guidance(self, scale: float | Mapping[str, float], negative: str) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldmcli.core.console import warn
+from ldmcli.core.console import warn, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.decode import BadImage, decode, decode_alpha
+from ldmcli.data.decode import BadImage, decode, decode_alpha, shown
 from ldmcli.data.rows import class_map
+from ldmcli.networks.conditions import TextCondition
 from ldmcli.networks.layout import LayoutCondition
 from ldmcli.networks.planes import MapCondition
 
@@ -129,6 +130,15 @@ def words_of(given: Any) -> list[str]:
     if wrong is not None:
         raise UsageError(f"prompt: {wrong!r} is no text")
     return [str(one) for one in found]
+
+
+def warn_of_cut(entry: TextCondition, texts: Sequence[str], what: str, remedy: str = "", total: int = 0) -> None:
+    """Says once how many prompts or captions are longer than a model reads, and the first of them. `remedy` ends the
+    line; total: how many there are, where `texts` are those that may be too long."""
+    if cut := entry.cut(texts):
+        are = "are" if len(cut) > 1 else "is"
+        warn_once(f"cut {what}", f"{len(cut)} of {total or len(texts)} {what} {are} longer than the {entry.length} "
+                                 f"tokens that the model reads, and cut; the first: “{shown(cut[0], 80)}”{remedy}")
 
 
 def labels_of(given: Any) -> list[int | str]:

@@ -158,12 +158,17 @@ class TextCondition(nn.Module):
             )
         return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
 
-    def cut(self, captions: list[str]) -> list[str]:
+    def cut(self, captions: Sequence[str]) -> list[str]:
         """Those of the captions that have more tokens than the model reads."""
         distinct = list(dict.fromkeys(captions))
+        if self.tokenizer is None or not distinct:
+            return []
         with self._one_at_a_time:
-            ids = self.tokenizer([caption[:READ_CHARACTERS] for caption in distinct])["input_ids"] if distinct else []
-        longer = {caption for caption, own in zip(distinct, ids) if len(own) > self.length}
+            spelling = same_signs(self.tokenizer) if self.joint else {}
+            known = [caption[:READ_CHARACTERS].translate(spelling) for caption in distinct]
+            ids = self.tokenizer(known, verbose=False)["input_ids"]
+        longer = {caption for caption, own in zip(distinct, ids)
+                  if len(own) > self.length or len(caption) > READ_CHARACTERS}
         return [caption for caption in captions if caption in longer]
 
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
