@@ -18,7 +18,8 @@ from torch import Tensor
 from ldmcli.core.console import warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.drivers import tiling
-from ldmcli.drivers.loaded import OPTIONS, LoadedDiffusion, to_uint8
+from ldmcli.drivers.arrays import to_uint8
+from ldmcli.drivers.loaded import OPTIONS, LoadedDiffusion
 from ldmcli.drivers.sampling import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
 from ldmcli.drivers.tiling import MAX_MEMORY
 from ldmcli.drivers.told import maps_of, warn_of_cut

@@ -21,12 +21,13 @@ from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, probe, to_size
 from ldmcli.data.pictures import image_files, several
 from ldmcli.drivers import tiling
+from ldmcli.drivers.arrays import to_pil, to_pixels, to_uint8
 from ldmcli.drivers.drawing import boxed, enlarged, labelled, shown_condition, with_legend
 from ldmcli.drivers.edit import MAX_MEMORY, tile_side, trained_size
 from ldmcli.drivers.grids import grid, in_rows, png_bytes
 from ldmcli.drivers.guiders import image_guide, latent_decoder
 from ldmcli.drivers.load import load
-from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pil, to_pixels, to_uint8
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion
 from ldmcli.drivers.sampling import Steering, check_sampling, with_overrides
 from ldmcli.maths.statistics import psnr, ssim
 from ldmcli.maths.tiles import framed, middle

@@ -218,7 +218,7 @@ def condition_source(model, rows, size: tuple[int, int], seed: int):
 
 def drawn_for(model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any]) -> np.ndarray:
     """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
-    from ldmcli.drivers.loaded import to_uint8
+    from ldmcli.drivers.arrays import to_uint8
 
     numbers, values = range(first, first + len(ids)), {}
     for kind in model.model.conditions.kinds:
@@ -241,8 +241,8 @@ def rebuilt(autoencoder, source: Source, batch_size: int) -> Callable[[], Iterat
     """The stream of a source's images after `encode` (the mode) and `decode`."""
     import torch
 
+    from ldmcli.drivers.arrays import to_uint8
     from ldmcli.drivers.features import in_blocks
-    from ldmcli.drivers.loaded import to_uint8
 
     def stream() -> Iterator[np.ndarray]:
         for block in in_blocks(source.stream(), batch_size):

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
+from ldmcli.drivers.arrays import batch_of, floats, latents, pictures_of, to_pil, to_pixels, whole_numbers
 from ldmcli.drivers.sampling import Steering, check_sampling, draw_latents, with_overrides
-from ldmcli.drivers.told import as_list, images_of, labels_of, layouts_of, maps_of, masks_of, warn_of_cut, words_of
+from ldmcli.drivers.told import as_list, labels_of, layouts_of, maps_of, masks_of, warn_of_cut, words_of
 from ldmcli.maths.schedule import make_schedule
 from ldmcli.maths.tiles import framed, middle, middle_corner, reframed
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
@@ -31,30 +31,6 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def to_pixels(images: Any) -> Tensor:
-    """PIL images, uint8 NHWC, or float NCHW in [-1, 1] -> float NCHW in [-1, 1]."""
-    if isinstance(images, Tensor) and images.is_floating_point():
-        return images if images.ndim == 4 else images[None]
-    if not isinstance(images, (np.ndarray, Tensor)):
-        images = images if isinstance(images, (list, tuple)) else [images]
-        images = np.stack(
-            [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in images]
-        )
-    array = torch.as_tensor(np.asarray(images))
-    array = array if array.ndim == 4 else array[None]
-    return array.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-
-
-def to_uint8(x: Tensor) -> np.ndarray:
-    """Float NCHW in [-1, 1] -> uint8 NHWC: clamped, rounded half to even."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_pil(x: Tensor) -> list:
-    """Float NCHW in [-1, 1] -> list of PIL images."""
-    return [Image.fromarray(array) for array in to_uint8(x)]
 
 
 class LoadedAutoencoder:
@@ -82,8 +58,14 @@ class LoadedAutoencoder:
     @torch.no_grad()
     def moments(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
         """KL: (mean, log-variance), each (B, c, h, w), unscaled; VQ and pixels: the latent before quantisation."""
-        moments = self.network.moments(to_pixels(x).to(self.device))
+        moments = self.network.moments(self._pixels(x))
         return split_moments(moments) if self._is_kl else moments
+
+    def _pixels(self, x: Any) -> Tensor:
+        return to_pixels(x, self.network.settings.in_channels).to(self.device)
+
+    def _latents(self, z: Any) -> Tensor:
+        return latents(z, "z", self.network.latent_channels).to(self.device)
 
     @property
     def _is_kl(self) -> bool:
@@ -91,8 +73,10 @@ class LoadedAutoencoder:
 
     @torch.no_grad()
     def encode(self, x: Any, sample: bool | torch.Generator = False) -> Tensor:
-        """Images -> normalised latents (B, c, h, w): the mode, or with `sample` (True or a generator) a draw."""
-        moments = self.network.moments(to_pixels(x).to(self.device))
+        """Images (as `arrays.to_pixels` takes them) -> normalised latents (B, c, h, w): the mode, or with `sample`
+        (True or a generator) a draw. Raises InputError for what is no picture, UsageError for sides that f does not
+        divide."""
+        moments = self.network.moments(self._pixels(x))
         return self.scale.normalise(self._draw(moments, sample))
 
     def _draw(self, moments: Tensor, sample: bool | torch.Generator) -> Tensor:
@@ -106,21 +90,22 @@ class LoadedAutoencoder:
         return posterior_sample(moments, noise)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        """Normalised latents -> pixels (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.decode_unscaled(self.scale.restore(z.to(self.device)))
+    def decode(self, z: Any) -> Tensor:
+        """Normalised latents (B, c, h, w) -> pixels (B, 3, H, W), about [-1, 1], not clamped. Raises UsageError for
+        another shape, InputError for NaN."""
+        return self.network.decode(self.scale.restore(self._latents(z)))
 
     @torch.no_grad()
-    def decode_unscaled(self, z: Tensor) -> Tensor:
-        """The decoder on latents without scaling (VQ: quantised first)."""
-        return self.network.decode(z.to(self.device))
+    def decode_unscaled(self, z: Any) -> Tensor:
+        """The decoder on latents without scaling (VQ: quantised first). Raises as `decode`."""
+        return self.network.decode(self._latents(z))
 
     @torch.no_grad()
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, z: Any) -> tuple[Tensor, Tensor]:
         """VQ: (quantised latent, code indices (B, h, w)) of unscaled latents. Raises UsageError for other models."""
         if not self.network.is_vq:
             raise UsageError("quantize: this autoencoder has no codebook")
-        found = self.network.quantize(z.to(self.device))
+        found = self.network.quantize(self._latents(z))
         return found.z, found.indices
 
 
@@ -148,44 +133,74 @@ class LoadedDiffusion:
         return entries["class"].names if "class" in entries else []
 
     @torch.no_grad()
-    def predict(
-        self,
-        z_t: Tensor,
-        t: Tensor,
-        context: Tensor | Conditioning | None = None,
-        concat: Tensor | Conditioning | None = None,
-        classes: Sequence[int] | None = None,
-    ) -> Tensor:
-        """The network's raw output (B, c, h, w). `context`: tokens (B, M, d), or what `embed` gave; `concat`: planes
-        (B, c', h, w)."""
-        conditioning = _conditioning(context, concat, self.device)
+    def predict(self, z_t: Any, t: Any, context: Any = None, concat: Any = None, classes: Any = None) -> Tensor:
+        """The network's raw output (B, c, h, w). t: timesteps (B,), or one for all; context: tokens (B, M, d), or what
+        `embed` gave; concat: planes (B, c', h, w), all of them or those that `context` lacks. One row of context,
+        planes or classes stands for all. Raises UsageError for shapes that do not fit, InputError for NaN."""
+        z = self._z(z_t, "z_t")
+        times = batch_of(floats(t, "t", 1), len(z), "t").to(self.device)
+        conditioning = self._conditioning(context, concat)
         if classes is not None:
-            conditioning = conditioning.joined(self._embed({"class": list(classes)}))
-        return self.model.predict(z_t.to(self.device), t.to(self.device), conditioning)
+            told = self._embed({"class": labels_of(classes)})
+            conditioning = Conditioning(*(None if part is None else batch_of(part, len(z), "classes")
+                                          for part in astuple_of(told))).joined(conditioning)
+        return self.model.predict(z, times, self._checked(conditioning, z))
+
+    def _z(self, value: Any, name: str) -> Tensor:
+        z, factor = latents(value, name, self.model.latent_shape[0]), self.model.unet.size_factor
+        if z.shape[-2] % factor or z.shape[-1] % factor:
+            raise UsageError(f"{name}: {z.shape[-1]}x{z.shape[-2]} positions; this UNet needs multiples of {factor}")
+        return z.to(self.device)
+
+    def _conditioning(self, context: Any, concat: Any) -> Conditioning:
+        """Tokens or what `embed` gave, and planes beside them, as the network takes them."""
+        given = context if isinstance(context, Conditioning) else Conditioning(
+            context=None if context is None else floats(context, "context", 3))
+        planes = concat.concat if isinstance(concat, Conditioning) else concat
+        if planes is not None:
+            planes, wanted = floats(planes, "concat", 4), self.model.conditions.concat_channels
+            lacking = wanted - (0 if given.concat is None else given.concat.shape[1])
+            if planes.shape[1] == lacking and given.concat is not None:
+                planes = torch.cat([batch_of(given.concat.to(planes), len(planes), "context"), planes], dim=1)
+        parts = (given.context, given.concat if planes is None else planes, given.vector)
+        return Conditioning(*(None if part is None else part.to(self.device) for part in parts))
+
+    def _checked(self, given: Conditioning, z: Tensor) -> Conditioning:
+        """The conditioning with as many rows as z. Raises UsageError where the network could not take it."""
+        conditions, shapes = self.model.conditions, {}
+        width, planes = conditions.context_dim, conditions.concat_channels
+        if given.context is not None and given.context.shape[-1] != width:
+            raise UsageError(f"context: tokens of {given.context.shape[-1]} numbers; this model reads "
+                             + (f"{width}" if width else "no tokens"))
+        if (0 if given.concat is None else given.concat.shape[1]) != planes:
+            raise UsageError(f"concat: {0 if given.concat is None else given.concat.shape[1]} planes; this model reads "
+                             f"{planes} beside z_t")
+        if given.concat is not None and given.concat.shape[-2:] != z.shape[-2:]:
+            shapes = [f"{x.shape[-1]}x{x.shape[-2]}" for x in (given.concat, z)]
+            raise UsageError(f"concat: planes of {shapes[0]} for latents of {shapes[1]}")
+        named = zip(("context", "concat", "vector"), astuple_of(given))
+        return Conditioning(*(None if part is None else batch_of(part, len(z), name) for name, part in named))
 
     @torch.no_grad()
-    def embed(
-        self,
-        prompt: str | list[str] | None = None,
-        classes: Sequence[int | str] | None = None,
-        *,
-        tokens: Tensor | None = None,
-        layout: Any = None,
-        map: Any = None,
-    ):
+    def embed(self, prompt: Any = None, classes: Any = None, *, tokens: Any = None, layout: Any = None,
+              map: Any = None) -> Any:
         """tau(y) of what is given: tokens (B, M, d), or a `Conditioning` where planes or a vector stand beside them.
 
-        tokens: ids (B, L) int64 for the transformer of a text or layout model, instead of a prompt or layout.
-        layout, map: one or a list, as `sample` takes them; maps keep their size, and layouts are drawn at it.
+        prompt: a text or several; classes: names or indices, one or several. tokens: ids (B, L) for the transformer of
+        a text or layout model, instead of a prompt or layout. layout, map: one or several, as `sample` takes them; maps
+        keep their size, and layouts are drawn at it. Of each kind one, or equally many. Raises UsageError, or
+        InputError for a layout or map that is wrong.
         """
-        values: dict[str, list] = {}
-        if prompt is not None:
-            values["text"] = [prompt] if isinstance(prompt, str) else list(prompt)
-        if classes is not None:
-            values["class"] = list(classes)
-        if layout is not None:
+        values: dict[str, list] = {"text": words_of(prompt), "class": labels_of(classes), "layout": as_list(layout),
+                                   "map": as_list(map)}  # fmt: skip
+        values = {kind: given for kind, given in values.items() if given}
+        if not values and tokens is None:
+            raise UsageError(f"embed: nothing is given; this model takes {self._takes()}")
+        for kind in values:
+            self.entry(kind)
+        if "layout" in values:
             values["layout"] = layouts_of(layout, self.entry("layout"))
-        if map is not None:
+        if "map" in values:
             values["map"] = maps_of(map, self.entry("map"))
         found = self._embed(values, tokens)
         return found.context if found.vector is None and found.concat is None else found
@@ -199,19 +214,31 @@ class LoadedDiffusion:
     def _takes(self) -> str:
         return " and ".join(OPTIONS[kind] for kind in self.model.conditions.kinds) or "no condition"
 
-    def _embed(self, values: dict[str, list], tokens: Tensor | None = None) -> Conditioning:
+    def _embed(self, values: dict[str, list], tokens: Any = None) -> Conditioning:
         inputs: dict[str, Tensor] = {}
         for kind, given in values.items():
             self.entry(kind)
             inputs |= self.model.conditions.prepare_one(kind, given)
         if tokens is not None:
             kind = "text" if "text" in self.model.conditions.entries and "text" not in values else "layout"
-            self.entry(kind)
-            inputs[f"{kind}.ids"] = tokens
+            ids = self._ids(tokens, self.entry(kind))
+            inputs[f"{kind}.ids"] = ids
             if kind == "text":
-                inputs["text.mask"] = torch.ones_like(tokens, dtype=torch.bool)
+                inputs["text.mask"] = torch.ones_like(ids, dtype=torch.bool)
+        n = max(len(tensor) for tensor in inputs.values())
+        inputs = {name: batch_of(tensor, n, OPTIONS[name.partition(".")[0]]) for name, tensor in inputs.items()}
         size = self.latent_shape(inputs["map.index"].shape[1:])[1:] if "map.index" in inputs else None
         return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()}, size)
+
+    def _ids(self, tokens: Any, entry: Any) -> Tensor:
+        ids, encoder = whole_numbers(tokens, "tokens", 2), entry.encoder
+        length = getattr(entry, "length", None) or entry.layout.length
+        known = encoder.transformer.token_emb.num_embeddings if hasattr(encoder, "transformer") else None
+        if not 0 < ids.shape[1] <= length:
+            raise UsageError(f"tokens: {ids.shape[1]} a row; this model reads at most {length}")
+        if known and (int(ids.min()) < 0 or int(ids.max()) >= known):
+            raise UsageError(f"tokens: ids from {int(ids.min())} to {int(ids.max())}; this model knows 0 … {known - 1}")
+        return ids
 
     @torch.no_grad()
     def sample(
@@ -236,8 +263,9 @@ class LoadedDiffusion:
         layout: {"size": [w, h], "objects": [{"bbox": [x, y, w, h], "category": name}]} (shares without size), a JSON
         file, or a list. map: class indices (H, W), a PIL picture or file, or a list. image: what a model of task sr
         enlarges, or of task inpaint fills where mask (bool, or a picture with holes of luminance ≥ 128) says so; known
-        pixels stay. size: (height, width) in pixels, as `drawn_size` draws it. settings: steps, guidance (a number, or
-        one a condition), guidance_interval, sampler, eta, spacing; with an image those of `drivers.edit` as well.
+        pixels stay. size: (height, width) in pixels, or one number, as `drawn_size` draws it. settings: steps, guidance
+        (a number, or one a condition), guidance_interval, sampler, eta, spacing; with an image those of `drivers.edit`
+        as well.
         """
         from ldmcli.drivers import edit, tiling  # they draw with what is defined here
 
@@ -247,6 +275,9 @@ class LoadedDiffusion:
             return self._edited(self.config.task.name, image, mask, prompt, classes, layout, map, n=n, first=first,
                                 seed=seed, batch_size=batch_size, negative_prompt=negative_prompt,
                                 **settings)  # fmt: skip
+        if n < 1 or batch_size < 1:
+            raise UsageError(f"n: {n} images, {batch_size} at a time; both must be at least 1")
+        size = (size, size) if isinstance(size, int) else size
         values = self.request_values(prompt, classes, layout=layout, map=map, size=size)
         ids, images = range(first, n * _groups(values)), []
         whole = self.drawn_size(size)
@@ -281,7 +312,7 @@ class LoadedDiffusion:
         own = self.config.task.name
         if task == "generate" or (task == "sr") != (own == "sr"):
             raise UsageError(f"image: this model {TASK_WORDS[own]}")
-        pictures = images_of(image)
+        pictures = pictures_of(image)
         if (task == "inpaint") != (mask is not None):
             raise UsageError("mask: says what to repaint; give one" if mask is None else
                              "mask: this model makes images larger; it takes none")
@@ -424,13 +455,13 @@ class LoadedDiffusion:
     @torch.no_grad()
     def sample_latents(
         self,
-        z_T: Tensor | None = None,
+        z_T: Any = None,
         *,
         n: int | None = None,
         seed: int = 0,
-        context=None,
-        uncond=None,
-        concat: Tensor | None = None,
+        context: Any = None,
+        uncond: Any = None,
+        concat: Any = None,
         noise: Callable[[int], Tensor] | None = None,
         before_step: Callable[[int, Tensor], Tensor] | None = None,
         **settings,
@@ -449,7 +480,11 @@ class LoadedDiffusion:
         if context is None and uncond is None and "guidance" not in settings:
             chosen = replace(chosen, guidance=1.0)
         z_T = rng.normal(seed, range(n or 1), self.model.latent_shape, "z_T") if z_T is None else z_T
-        given, null = (_conditioning(c, concat, self.device) for c in (context, uncond))
+        z_T = self._z(z_T, "z_T")
+        if uncond is None and context is not None and chosen.guidance != 1:
+            warn_once("no-uncond", "guidance has no effect without uncond=…, which it leads away from")
+        given, null = (self._checked(self._conditioning(c, concat), z_T)
+                       for c in (context, context if uncond is None else uncond))
         denoise = denoiser(
             self.model,
             self.schedule,
@@ -464,7 +499,7 @@ class LoadedDiffusion:
 
         return SAMPLERS[chosen.sampler].function(
             denoise,
-            z_T.to(self.device),
+            z_T,
             levels(self.schedule, chosen.steps, chosen.spacing),
             eta=chosen.eta,
             noise=noise or drawn,
@@ -472,12 +507,9 @@ class LoadedDiffusion:
         )
 
 
-def _conditioning(context: Any, concat: Any, device: torch.device) -> Conditioning:
-    """Tokens or what `embed` gave, and planes (which come before those of the first), as the network takes them."""
-    first = context if isinstance(context, Conditioning) else Conditioning(context=context)
-    planes = concat.concat if isinstance(concat, Conditioning) else concat
-    parts = (first.context, first.concat if planes is None else planes, first.vector)
-    return Conditioning(*(None if part is None else part.to(device) for part in parts))
+def astuple_of(given: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(context, concat, vector), not copied."""
+    return given.context, given.concat, given.vector
 
 
 def _groups(values: dict[str, list]) -> int:

@@ -16,8 +16,9 @@ from ldmcli.data.rows import Room
 from ldmcli.data.sources import divided, held_out, is_shapes, usable, verify, whole_rows
 from ldmcli.data.streamed import StreamedRows, StreamedValidation
 from ldmcli.drivers import checks, cost
+from ldmcli.drivers.arrays import to_uint8
 from ldmcli.drivers.context import Context
-from ldmcli.drivers.loaded import LoadedAutoencoder, to_uint8
+from ldmcli.drivers.loaded import LoadedAutoencoder
 from ldmcli.maths import rng
 from ldmcli.networks.autoencoder import Autoencoder, revive, split_moments
 from ldmcli.networks.diffusion import LatentScale

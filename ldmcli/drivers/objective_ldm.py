@@ -16,6 +16,7 @@ from ldmcli.data.batches import share
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.data.decode import shown
 from ldmcli.drivers import checks, cost
+from ldmcli.drivers.arrays import to_uint8
 from ldmcli.drivers.condition_data import (
     TABLED,
     ConditionSource,
@@ -29,7 +30,7 @@ from ldmcli.drivers.context import Context
 from ldmcli.drivers.drawing import enlarged, shown_condition
 from ldmcli.drivers.grids import in_rows, save_grid
 from ldmcli.drivers.load import load_autoencoder
-from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_uint8
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion
 from ldmcli.drivers.objective_ae import moment_sums, open_data, pixel_batch, scaled, step_rows
 from ldmcli.drivers.tiling import peak_bytes
 from ldmcli.formats.bundle import AutoencoderBundle

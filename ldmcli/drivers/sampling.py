@@ -12,7 +12,7 @@ always there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -248,5 +248,8 @@ def _path(
 
 
 def with_overrides(settings: SampleSettings, **values) -> SampleSettings:
-    """`settings` with those of `values` that are not None."""
+    """`settings` with those of `values` that are not None. Raises UsageError for a setting that there is not."""
+    known = [one.name for one in fields(settings)]
+    if unknown := sorted(values.keys() - set(known)):
+        raise UsageError(f"{unknown[0]}: no such setting of sampling; there are {', '.join(known)}")
     return replace(settings, **{name: value for name, value in values.items() if value is not None})

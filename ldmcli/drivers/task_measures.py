@@ -100,8 +100,8 @@ def _made_small(rows, ids: list[int], size: tuple[int, int], factor: int):
 
 def _to_low(model, low: list[np.ndarray]):
     """Steering of a batch, each sample to its own small picture."""
+    from ldmcli.drivers.arrays import to_pixels
     from ldmcli.drivers.guiders import image_guide, latent_decoder
-    from ldmcli.drivers.loaded import to_pixels
     from ldmcli.drivers.sampling import Steering
 
     pixels, decoder = to_pixels(np.stack(low)).to(model.device), latent_decoder(model.autoencoder)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldmcli.core.errors import ResourceError
-from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, to_pixels
+from ldmcli.drivers.arrays import to_pixels
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion
 from ldmcli.maths.tiles import blend, smooth_plan
 from ldmcli.networks.piecewise import Pieces
 

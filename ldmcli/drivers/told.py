@@ -12,8 +12,9 @@ from PIL import Image
 from ldmcli.core.console import warn, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.decode import BadImage, decode, decode_alpha, shown
+from ldmcli.data.decode import BadImage, decode_alpha, shown
 from ldmcli.data.rows import class_map
+from ldmcli.drivers.arrays import numeric_rows
 from ldmcli.networks.conditions import TextCondition
 from ldmcli.networks.layout import LayoutCondition
 from ldmcli.networks.planes import MapCondition
@@ -51,8 +52,7 @@ def layout_value(given: Any, entry: LayoutCondition, name: str = "layout") -> di
     """
     if not isinstance(given, dict) or not ("objects" in given or {"bbox", "category"} <= given.keys()):
         raise InputError(f"{name}: a layout is {FORM}")
-    objects = given["objects"] if "objects" in given else [
-        {"bbox": box, "category": kind} for box, kind in zip(given["bbox"], given["category"])]
+    objects = given["objects"] if "objects" in given else _objects(given["bbox"], given["category"], name)
     if not isinstance(objects, (list, tuple)) or not all(
             isinstance(one, dict) and {"bbox", "category"} <= one.keys() for one in objects):
         raise InputError(f'{name}: "objects" is a list of {{"bbox": [x, y, w, h], "category": "name"}}')
@@ -68,6 +68,14 @@ def layout_value(given: Any, entry: LayoutCondition, name: str = "layout") -> di
     if len(kinds) > slots:
         warn(f"{name}: {len(kinds)} objects; this model has room for {slots}, the others are left out")
     return {"bbox": boxes[:slots], "category": np.array(kinds[:slots], np.int64)}
+
+
+def _objects(boxes: Any, kinds: Any, name: str) -> list[dict[str, Any]]:
+    """Objects of two lists, arrays or tensors."""
+    boxes, kinds = (part.tolist() if hasattr(part, "tolist") else part for part in (boxes, kinds))
+    if not isinstance(boxes, (list, tuple)) or not isinstance(kinds, (list, tuple)) or len(boxes) != len(kinds):
+        raise InputError(f'{name}: "bbox" and "category" are two lists, equally long')
+    return [{"bbox": box, "category": kind} for box, kind in zip(boxes, kinds)]
 
 
 def _category(value: Any) -> str:
@@ -106,6 +114,7 @@ def _box(bbox: Any, size: tuple[float, float] | None, name: str) -> np.ndarray:
 
 def _numbers(value: Any, count: int) -> list[float] | None:
     try:
+        value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, (str, bytes)) or len(value) != count or any(isinstance(one, bool) for one in value):
             return None
         numbers = [float(one) for one in value]
@@ -115,9 +124,11 @@ def _numbers(value: Any, count: int) -> list[float] | None:
 
 
 def as_list(given: Any) -> list:
-    """Several things as a list; one thing (a dict, a text, a picture, an array of one) as a list of it."""
+    """Several things as a list; one thing (a dict, a text, a picture, an array or rows of numbers) as a list of it."""
     if given is None:
         return []
+    if numeric_rows(given):
+        given = np.asarray(given)
     if isinstance(given, np.ndarray) or hasattr(given, "detach"):
         return list(np.asarray(given)) if given.ndim > 2 else [np.asarray(given)]
     return list(given) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
@@ -190,7 +201,10 @@ def _map(one: Any, name: str) -> tuple[np.ndarray, str]:
         buffer = BytesIO()
         one.save(buffer, "PNG")
         return class_map(buffer.getvalue(), name, LIMIT), name
-    index = np.asarray(one)
+    try:
+        index = np.asarray(one)
+    except (TypeError, ValueError):
+        index = np.asarray(None)
     if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer) or not index.size or index.min() < 0:
         raise InputError(f"{name}: a map is an array (height, width) of class indices from 0 on, not "
                          f"{index.dtype} {index.shape}")
@@ -211,13 +225,6 @@ def _fitting(index: np.ndarray, name: str, entry: MapCondition, size: tuple[int,
                          f"picture, {size[1]}x{size[0]}; cut the map, or give --size {index.shape[0]}x{index.shape[1]}")
     rows, columns = ((np.arange(b) + 0.5) * a / b for a, b in zip(index.shape, size))
     return index[rows.astype(int)][:, columns.astype(int)].astype(np.uint8)
-
-
-def images_of(given: Any) -> list[np.ndarray]:
-    """Pictures from Python as uint8 (H, W, 3): paths, PIL pictures, arrays; one or several."""
-    pictures = [given] if isinstance(given, np.ndarray) and given.ndim == 3 else as_list(given)
-    return [np.asarray(one, np.uint8) if isinstance(one, np.ndarray)
-            else np.asarray(decode(Path(one) if isinstance(one, str) else one)) for one in pictures]
 
 
 def masks_of(given: Any) -> list[np.ndarray]:
@@ -267,6 +274,9 @@ def _check_painted(luminance: np.ndarray, alpha: np.ndarray, name: str) -> None:
     if between.mean() > 0.2 and painted.min() != painted.max():
         raise InputError(f"{name}: a picture with a transparent part, not a mask; to repaint that part, give it as the "
                          "image, without a mask")
+    if painted.min() >= HOLE_LUMINANCE:
+        warn_once(f"painted {name}", f"{name}: white on transparent: what is painted is repainted, "
+                                     f"{(alpha >= HOLE_LUMINANCE).mean():.0%} of the picture")
 
 
 def transparent_hole(alpha: np.ndarray | None, name: str) -> np.ndarray:

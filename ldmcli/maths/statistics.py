@@ -20,9 +20,20 @@ METRICS = ("fid", "kid", "pr", "is")
 BLOCK = 2**22  # numbers in a block of distances: 32 MiB
 
 
+def _numbers(value: Any, name: str, dtype: Any = np.float64) -> Array:
+    """An array of a list, an array, a picture, or a tensor of any device and type; InputError for what is none."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    try:
+        return np.asarray(value, dtype=dtype)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name}: {type(value).__name__} that is no array of numbers") from None
+
+
 def _rows(features: ArrayLike, name: str) -> Array:
-    """(N, D) float64 of finite numbers, from an array or a CPU tensor; InputError otherwise."""
-    rows = np.asarray(features, dtype=np.float64)
+    """(N, D) float64 of finite numbers, from a list, an array or a tensor; InputError otherwise."""
+    rows = _numbers(features, f"{name} features")
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise InputError(f"{name} features have shape {rows.shape}: need (N, D), a row for each image")
     if not np.isfinite(rows).all():
@@ -105,8 +116,8 @@ def frechet(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike
 
     Not clamped: equal Gaussians give ±1e-14 or so. Exact to rounding for singular covariances, too.
     """
-    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
-    sigma1, sigma2 = np.asarray(sigma1, np.float64), np.asarray(sigma2, np.float64)
+    mu1, mu2 = _numbers(mu1, "mu1"), _numbers(mu2, "mu2")
+    sigma1, sigma2 = _numbers(sigma1, "sigma1"), _numbers(sigma2, "sigma2")
     shapes = [mu1.shape, mu2.shape, sigma1.shape, sigma2.shape]
     d = mu1.shape[0] if mu1.ndim else 0
     if shapes != [(d,), (d,), (d, d), (d, d)] or d == 0:
@@ -279,8 +290,14 @@ def metrics_from_features(
     return values
 
 
+def _as_bytes(image: Array) -> Array:
+    """Whole numbers that are all 0 … 255 as uint8; other arrays as they are."""
+    whole = np.issubdtype(image.dtype, np.integer) and image.size and image.min() >= 0 and image.max() <= 255
+    return image.astype(np.uint8) if whole else image
+
+
 def _images(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
-    first, second = np.asarray(a), np.asarray(b)
+    first, second = (_as_bytes(_numbers(image, "an image", None)) for image in (a, b))
     for image in (first, second):
         if image.dtype != np.uint8 or image.ndim != 3 or image.size == 0:
             raise InputError(f"an image of shape {image.shape} and type {image.dtype}: need uint8 (H, W, C)")

@@ -109,9 +109,9 @@ def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
 def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, out: Path, seed: int) -> dict[str, Any]:
     """Samples of held-out requests beside reconstructions and real images, all scored the same way."""
     from ldmcli.data.sources import open_rows
+    from ldmcli.drivers.arrays import to_uint8
     from ldmcli.drivers.grids import in_rows, save_grid
     from ldmcli.drivers.load import load
-    from ldmcli.drivers.loaded import to_uint8
 
     model = load(ldm)
     held = open_rows(replace(data, size=chosen["size"]), split="validation")
