@@ -77,14 +77,20 @@ def sample_request(given: opt.Given) -> SampleRequest:
         raise InputError(f"--init-image {given.init_image}: no such file")
     if given.guide is not None and not given.guide.is_file():
         raise InputError(f"--guide {given.guide}: no such file")
+    for option, value, needs, file in (("--strength", given.strength, "--init-image", given.init_image),
+                                       ("--guide-scale", given.guide_scale, "--guide", given.guide)):
+        if value is not None and file is None:
+            raise UsageError(f"{option} {value:g}: says how much {needs} counts; give {needs} FILE, too")
+    more = {name: value for name, value in (("strength", given.strength), ("guide_scale", given.guide_scale))
+            if value is not None}  # fmt: skip
     return SampleRequest(
         prompts=prompts, negative_prompt=given.negative_prompt, classes=classes,
         layouts=tuple(given.layouts or ()), maps=_map_files(given.maps or ()), n=given.count,
         steps=given.steps, guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval),
         seed=given.seed, sampler=given.sampler, eta=given.eta, temperature=given.temperature,
         size=config.size_of(given.size),
-        batch_size=given.batch_size, init_image=given.init_image, strength=given.strength, weights=given.weights,
-        spacing=given.spacing, guide=given.guide, guide_scale=given.guide_scale,
+        batch_size=given.batch_size, init_image=given.init_image, weights=given.weights,
+        spacing=given.spacing, guide=given.guide, **more,
     )
 
 

@@ -220,11 +220,11 @@ SampleBatch = Annotated[int | None, option("--batch-size", panel=SAMPLING, metav
     default="chosen", help="Images at a time; no picture depends on it.")]
 InitImage = Annotated[Path | None, option("--init-image", panel=SAMPLING, metavar="FILE", default="none",
     help="Begin from this image instead of noise.")]
-Strength = Annotated[float, option("--strength", value=0.8, panel=SAMPLING, metavar="SHARE", min=0, max=1,
+Strength = Annotated[float | None, option("--strength", panel=SAMPLING, metavar="SHARE", min=0, max=1,
     default="0.8", help="How far the first image is turned into noise: 0 keeps it, 1 forgets it.")]
 Guide = Annotated[Path | None, option("--guide", panel=SAMPLING, metavar="FILE", default="none",
     help="A small image; results are led to what looks like it when made as small.")]
-GuideScale = Annotated[float, option("--guide-scale", value=1.0, panel=SAMPLING, metavar="SCALE", min=0, default="1",
+GuideScale = Annotated[float | None, option("--guide-scale", panel=SAMPLING, metavar="SCALE", min=0, default="1",
     help="How far each step goes towards --guide: 0 not at all, 1 as far as would fit it.")]
 
 # --- Output

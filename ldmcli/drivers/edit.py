@@ -266,6 +266,7 @@ def check_edit(
     check_sampling(with_overrides(model.config.sample, **settings), model.schedule)
     if tile:
         tile_side(model, size, tile, MAX_MEMORY, settings)
+    model.warn_of_idle_guidance(settings.get("guidance"))
     kinds = model.model.conditions.kinds
     guided_kinds(kinds, settings.get("guidance") or 1.0)
     for kind, given in told.items():

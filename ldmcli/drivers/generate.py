@@ -18,7 +18,7 @@ from ldmcli.core.errors import InputError, Interrupted, UsageError
 from ldmcli.core.outputs import BESIDE, SHEET, Results, beside, refuse_foreign, refuse_inputs
 from ldmcli.core.requests import SampleRequest, named_files, sampling_of, sampling_used
 from ldmcli.core.signals import StopRequest
-from ldmcli.data.decode import decode, probe, to_size
+from ldmcli.data.decode import decode, decode_alpha, probe, to_size
 from ldmcli.data.pictures import image_files, several
 from ldmcli.drivers import tiling
 from ldmcli.drivers.arrays import to_pil, to_pixels, to_uint8
@@ -91,6 +91,7 @@ def _check(
     if values:
         loaded.model.conditions.prepare(values)
     loaded._negative(request.negative_prompt, 1)
+    loaded.warn_of_idle_guidance(request.guidance)
     _start(loaded, request, 1, whole)
     _steering(loaded, request, whole)
 
@@ -334,6 +335,8 @@ def reconstruct_to_folder(
     rows = []
     with console.progress(len(found), "reconstructing") as bar:
         for source, name in zip(found, names):
+            if decode_alpha(source, name=str(source))[1] is not None:
+                console.warn_once("alpha", f"{source}: its transparency is lost, laid over white")
             pixels = _whole(decode(source, name=str(source)), loaded.network.f, size)
             rebuilt = to_uint8(loaded.decode(loaded.encode(pixels[None])))[0]
             files.write_bytes(name, png_bytes(grid([[pixels, rebuilt]])))

@@ -442,6 +442,12 @@ class LoadedDiffusion:
         warn_of_cut(self.entry("text"), [text], "negative prompts")
         return self.model.conditions.prepare_one("text", [text] * n)
 
+    def warn_of_idle_guidance(self, scale: float | Mapping[str, float] | None) -> None:
+        """Says that a scale that was asked for does nothing, where nothing can be left out of what the model is
+        told."""
+        if scale not in (None, 1) and not self.model.conditions.droppable:
+            warn_once("idle-guidance", "--guidance has no effect: this model takes no prompt, class, layout or map")
+
     def _warn_about_guidance(self, scale: float | Mapping[str, float], negative: str) -> None:
         if scale == 1 and negative:
             warn_once("negative", "--negative-prompt has no effect at --guidance 1")
