@@ -165,7 +165,8 @@ def test_folders_pair_with_what_is_said_of_each_picture(command, runs, files, se
     words = (files / "masks",) if command == "inpaint" else ("--scale", 2)
     ending = tiny.ldm(command, files / "photos", *words, "--map", files / "maps", "--layout", files / "layouts",
                       "--prompt", "a star", "--class", "star", "--negative-prompt", "a ring", "--guidance", 3,
-                      "--model", runs / {"upscale": "sr"}.get(command, command), *FAST, "--out", files / "out", "--json")
+                      "--model", runs / {"upscale": "sr"}.get(command, command), *FAST, "--json", "--out",
+                      files / "out")
     assert ending.code == 0, ending.stderr
     assert [Path(one).relative_to(files / "photos").as_posix() for one in ending.json["sources"]] == [
         "a/1.png", "b/1.png", "b/2.png"]
