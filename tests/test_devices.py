@@ -29,8 +29,9 @@ from ldmcli.core.settings import (
     TaskSettings,
 )
 from ldmcli.drivers import cost, edit, features, guiders, load, loaded, tiling
+from ldmcli.drivers.arrays import to_uint8
 from ldmcli.drivers.context import Context
-from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, pixel_autoencoder, to_uint8
+from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, pixel_autoencoder
 from ldmcli.drivers.objective_ae import AutoencoderObjective
 from ldmcli.drivers.objective_ldm import DiffusionObjective
 from ldmcli.drivers.sampling import Known, Steering, draw_latents
