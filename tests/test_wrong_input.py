@@ -306,7 +306,7 @@ def test_f_3_is_refused_with_the_factors_there_are(tmp_path):
 def test_an_empty_folder_is_code_3(tmp_path, ae, command):
     """Whatever wants pictures says that there are none."""
     (tmp_path / "data").mkdir()
-    args = {"train-ae": ("--data",), "train-ldm": ("--autoencoder", ae, "--data"), "data": ()}[command]
+    args = {"train-ae": ("--data",), "train-ldm": ("--autoencoder", ae, "--size", 16, "--data"), "data": ()}[command]
     line = refused(3, command, *args, tmp_path / "data", "--out", tmp_path / "run")
     assert "no pictures in this folder" in line
 
