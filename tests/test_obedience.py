@@ -13,6 +13,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DataSettings, DiffusionConfig, TaskSettings
 from ldmcli.data import shapes
 from ldmcli.data.degradations import degrade
+from ldmcli.data.rows import Room
 from ldmcli.data.sources import open_rows
 from ldmcli.drivers import evaluate as evaluation
 from ldmcli.drivers import obedience as module
@@ -143,7 +144,7 @@ def test_a_judge_is_kept_and_found_again(tmp_path, monkeypatch):
 
     class Rows:
         source, split, fingerprint, category_names = str(tmp_path), "train", "abc", ["striped", "plain"]
-        map_names = ["ground", "striped", "plain"]
+        map_names, room = ["ground", "striped", "plain"], Room()
         has = staticmethod(lambda role: role in ("map", "objects"))
         __len__ = staticmethod(lambda: 10)
         pixels = staticmethod(lambda i, size, crop="center", u=None: images[i])
@@ -204,7 +205,7 @@ def test_super_resolution_beside_bicubic(answers, monkeypatch):
     assert values["psnr"] == float("inf") and values["ssim"] == pytest.approx(1)
     assert 15 < values["psnr_bicubic"] < 40 and 0.5 < values["ssim_bicubic"] < 0.99
     assert (result["task"], result["scale"], result["degradation"]) == ("sr", 4, "bicubic")
-    assert [ids for _, ids, _ in answers] == [[0, 1, 2, 3], [4, 5]] and answers[0][2] == {"steps": 3}
+    assert [ids for _, ids, _ in answers] == [[0, 1, 2, 3], [4, 5]] and answers[0][2] == {"steps": 3, "told": {}}
     low = answers[0][0]
     rows = open_rows(config("shapes").data, split="validation")
     assert low.shape == (4, 16, 16, 3) and np.array_equal(low[1], degrade(rows.pixels(1, SIZE), 4, "bicubic", 0))
