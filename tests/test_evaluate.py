@@ -79,6 +79,7 @@ class Rows:
     source: str = "made"
     split: str = "validation"
     class_names: tuple = ("one", "two")
+    notes: tuple = ()
 
     fingerprint = property(lambda self: features.content_hash(self.images))
 
