@@ -5,6 +5,7 @@ numbers, so results are compared bit for bit. Fake CUDA tensors show what autoca
 """
 
 import contextlib
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -281,6 +282,17 @@ def test_first_step_and_use_with_every_condition(stage, task, words):
             assert (use_of(model, kinds) == drawn).all(), combined
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "flow"])
+def test_losses_of_every_parametrisation(prediction):
+    weights = ("uniform",) if prediction == "flow" else ("uniform", "min_snr")
+    for weight, drawn in itertools.product(weights, ("uniform", "logit_normal")):
+        model = tiny_model("kl", prediction=prediction, loss_weight=weight, t_sampling=drawn)
+        expected = float(loss_of(model, CPU).detach())
+        with pretended() as device:
+            moved(model, device)
+            assert float(loss_of(model, device).detach()) == expected
+
+
 def test_tokens_from_elsewhere():
     model = tiny_model("kl", kinds=("tokens",))
     with pretended() as device:
@@ -454,9 +466,15 @@ def test_autocast_on_cuda_leaves_regularisers_in_float32(stage):
     with bf16_of_cuda() as device:
         with device:
             network = Autoencoder(STAGES[stage])
-        seen, nearest = [], torch.Tensor.argmin
+        seen, product = [], torch.Tensor.__matmul__
+
+        def watched(a, b):
+            out = product(a, b)
+            seen.append(out.dtype)
+            return out
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "argmin", lambda x, **how: (seen.append(x.dtype), nearest(x, **how))[1])
+            patch.setattr(torch.Tensor, "__matmul__", watched)
             found = network(torch.empty(2, 3, SIDE, SIDE, device=device), torch.empty(2, 3, 4, 4, device=device))
         assert found.moments.dtype == torch.bfloat16 and found.reconstruction.device.type == "cuda"
         assert found.codebook_loss.dtype == torch.float32 or not network.is_vq
