@@ -485,10 +485,11 @@ def test_autocast_on_cuda_leaves_regularisers_in_float32(stage):
 @pytest.mark.parametrize("kinds", COMBINED)
 def test_a_step_with_autocast_on_cuda(kinds, words):
     model = tiny_model("vq", words, [kind for kind in kinds.split("+") if kind])
+    conditions = model.model.conditions
+    inputs = conditions.prepare({kind: VALUES[kind] for kind in conditions.kinds}) if conditions.kinds else {}
     with bf16_of_cuda() as device:
         moved(model, device)
-        conditions = model.model.conditions
-        inputs = {k: v.to(device) for k, v in conditions.prepare({k: VALUES[k] for k in conditions.kinds}).items()}
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         objective = object.__new__(DiffusionObjective)
         objective.config, objective.schedule = model.config, make_schedule(model.config.diffusion)
         z = torch.empty(2, *model.model.latent_shape, device=device)
