@@ -13,7 +13,7 @@ from ldmcli.core.errors import ThresholdError, UsageError
 Reference = Annotated[opt.Text, opt.setting("data.source", "--data", panel=opt.DATA, metavar="D",
     default="the model's own", help="Images to measure against, as for training.")]
 ReferenceSplit = Annotated[opt.Text, opt.setting("data.split", "--split", panel=opt.DATA, metavar="NAME",
-    default="the validation rows", help="Rows to measure against.")]
+    default="the validation rows", help="Rows to measure against: a split, or all of the set.")]
 Images = Annotated[Path | None, opt.option("--images", panel=opt.DATA, metavar="DIR|FILE.npz", default="none",
     help="Measure these images instead of a model's.")]
 Pairs = Annotated[tuple[Path, Path] | None, opt.option("--pairs", panel=opt.DATA, metavar="DIR_A DIR_B",
@@ -153,6 +153,8 @@ def describe(result: dict[str, Any]) -> str:
     labels = result.get("labels", {})
     rows = [(labels.get(key, key), _number(value)) for key, value in result["metrics"].items()]
     counts = f"n = {result.get('n_generated', 0):,} measured, {result.get('n_reference') or 0:,} reference"
+    if held := result.get("held_out"):
+        counts += f" ({held['rows']:,} held out of {held['of']:,} rows)"
     if "weights" in result:
         counts += {"ema": "; averaged weights (EMA)", "raw": "; weights of the last step (raw)"}[result["weights"]]
     return "\n".join([console.table(rows, ["metric", "value"]), counts])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldmcli.core.errors import ModelError, ResourceError, UsageError
+from ldmcli.core.errors import LdmError, ModelError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -177,6 +177,25 @@ def tensors_hash(tensors: dict) -> str:
     return digest.hexdigest()
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name without what DistributedDataParallel and torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def require_finite(tensors: dict, where: Path | str, error: type[LdmError] = ModelError) -> None:
+    """Raises `error`, naming them, where tensors hold NaN or Inf: a model with such weights draws black pictures."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise error(f"{where}: NaN or Inf in {', '.join(bad[:3])}{more} ({len(bad)} of {len(tensors)} tensors); "
+                    "get an intact copy, or a checkpoint from before it was spoilt")
+
+
+def _finite(tensor) -> bool:
+    # a sum is quicker than a look at each number, and only finite where all are; large finite ones may overflow it
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> str:
     """Writes tensors (moved to the CPU) as safetensors with their content hash in the metadata; returns the hash."""
     from safetensors.torch import save_file
@@ -195,10 +214,11 @@ def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = No
     return digest
 
 
-def load_tensors(path: Path, *, verify: bool = True) -> tuple[dict, dict[str, str]]:
+def load_tensors(path: Path, *, verify: bool = True, finite: bool = True) -> tuple[dict, dict[str, str]]:
     """(tensors on the CPU, metadata) of a file written by `save_tensors`.
 
-    Raises ModelError when the file is missing, cut, or (verify) its content is not what was written.
+    Raises ModelError when the file is missing, cut, or (verify) its content is not what was written, or (finite)
+    holds NaN or Inf.
     """
     from safetensors import safe_open
 
@@ -212,4 +232,6 @@ def load_tensors(path: Path, *, verify: bool = True) -> tuple[dict, dict[str, st
         raise ModelError(f"{path}: damaged, not a readable safetensors file ({error})") from error
     if verify and metadata.get("content_sha256", "") != tensors_hash(tensors):
         raise ModelError(f"{path}: damaged, its content does not match its hash; restore it from a copy")
+    if verify and finite:
+        require_finite(tensors, path)
     return tensors, metadata

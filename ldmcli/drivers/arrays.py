@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldmcli.core.console import warn_once
-from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.data.decode import decode, decode_alpha
 
 LARGEST = 16.0  # of pixels in [-1, 1]; reconstructions reach a little beyond 1, shares of 255 far
@@ -92,8 +92,13 @@ def _opened(given: Any, name: str) -> np.ndarray:
     return np.asarray(decode(source, name=name))
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """Float NCHW in [-1, 1] -> uint8 NHWC: clamped, rounded half to even."""
+def to_uint8(x: Tensor, *, finite: bool = True) -> np.ndarray:
+    """Float NCHW in [-1, 1] -> uint8 NHWC: clamped, rounded half to even. Raises ModelError (finite) for pictures with
+    NaN or Inf, which would become black."""
+    if finite and not bool(x.isfinite().all()):
+        bad = int((~x.isfinite().flatten(1).all(1)).sum())
+        raise ModelError(f"{bad} of {len(x)} decoded pictures hold NaN or Inf; the autoencoder overflows on these "
+                         "latents, so nothing is written of them")
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

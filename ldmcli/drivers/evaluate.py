@@ -43,7 +43,14 @@ from ldmcli.drivers.image_sources import (
 )
 from ldmcli.drivers.obedience import KINDS as OBEDIENCE_METRICS
 from ldmcli.drivers.obedience import measure as measure_obedience
-from ldmcli.drivers.reference import Statistics, gaussian, read_statistics, reference_features
+from ldmcli.drivers.reference import (
+    ALL,
+    Statistics,
+    gaussian,
+    open_reference,
+    read_statistics,
+    reference_features,
+)
 from ldmcli.drivers.task_measures import guided_sources, task_of, task_sources
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup", "pair_values", "reconstruction_metrics"]
@@ -198,7 +205,7 @@ def _of_pairs(run: _Run, pairs: Sequence[Any], n: int | None) -> tuple[FeatureSe
 def _of_autoencoder(run: _Run, autoencoder, data, split: str, n: int | None, size, batch_size: int):
     autoencoder = loaded(autoencoder, "autoencoder")
     size = size or trained_size(autoencoder)
-    source = _original(run, _own_data(autoencoder, data), split, n, size)
+    source = _original(run, _own_data(autoencoder, data), split, n, size, autoencoder)
     facts = {**source.facts, "autoencoder": autoencoder.fingerprint, "float_to_uint8": "clamp, round half to even",
              "latent": "mode of the posterior"}
     made = replace(source, name="reconstructions", facts=facts, key="",
@@ -206,11 +213,11 @@ def _of_autoencoder(run: _Run, autoencoder, data, split: str, n: int | None, siz
     return _paired(run, made, source)
 
 
-def _original(run: _Run, data, split: str, n: int | None, size) -> Source:
+def _original(run: _Run, data, split: str, n: int | None, size, model: Any) -> Source:
     if _is_npz(data):
         return open_images(data, n)
-    rows, settings = _rows(run, data, split, size)
-    count = _limited(run, len(rows)) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
+    rows, settings = _rows(run, data, split, size, model)
+    count = _limited(run, rows) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
     return rows_source(rows, settings, spread(len(rows), count))
 
 
@@ -219,7 +226,7 @@ def _of_task(run: _Run, model, data, split: str, n: int | None, size, draw: dict
     """A model's answers to degraded or masked rows, or its samples guided to small ones, against the rows themselves,
     and plain methods' beside them."""
     size = size or trained_size(model)
-    rows, settings = _rows(run, _own_data(model, data), split, size)
+    rows, settings = _rows(run, _own_data(model, data), split, size, model)
     count = min(len(rows), GENERATED_LIMIT) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
     ids = spread(len(rows), count)
     truth = rows_source(rows, settings, ids)
@@ -244,7 +251,7 @@ def _of_sets(run: _Run, model, data, split: str, n: int | None, size, draw: dict
         size = size or first_size(source)
     else:
         size, data = size or trained_size(model), _own_data(model, data)
-    rows, settings = (None, None) if data is None or _is_npz(data) else _rows(run, data, split, size)
+    rows, settings = (None, None) if data is None or _is_npz(data) else _rows(run, data, split, size, model)
     if images is None:
         n = n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
         source = model_source(model, rows, n, size=size, **draw)
@@ -275,7 +282,7 @@ def _keeping(stream: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator[n
 
 def _put_obedience(run: _Run, kind: str, images: list[np.ndarray], rows, data, size, config) -> None:
     """Whether pictures drawn for rows obey them, as a judge trained on the training rows (or an exact reader) sees."""
-    training = _rows(run, data, "train", size)[0]
+    training = _rows(run, data, "train", size, config)[0]
     values, facts = measure_obedience(kind, images, rows, training, spread(len(rows), len(images)), config, size,
                                       run.progress)
     for key, (label, value) in values.items():
@@ -293,14 +300,16 @@ def _reference(run: _Run, rows, settings, data):
         if lacking:
             raise InputError(f"--metrics {lacking[0]}: needs the images of the reference; {data} has mu and sigma only")
         return statistics if statistics is not None else open_images(data)
-    return rows_source(rows, settings, spread(len(rows), _limited(run, len(rows))))
+    return rows_source(rows, settings, spread(len(rows), _limited(run, rows)))
 
 
-def _limited(run: _Run, count: int) -> int:
-    """How many rows of a data set are read where nobody says how many."""
-    if count > REFERENCE_LIMIT:
-        run.warnings.append(f"reference: {REFERENCE_LIMIT:,} of {count:,} rows, evenly spread")
-    return min(count, REFERENCE_LIMIT)
+def _limited(run: _Run, rows) -> int:
+    """How many rows of a data set are read where nobody says how many; all where `all` were asked for."""
+    if rows.split == ALL or len(rows) <= REFERENCE_LIMIT:
+        return len(rows)
+    run.warnings.append(f"reference: {REFERENCE_LIMIT:,} of {len(rows):,} rows, evenly spread; --split all takes every "
+                        "row of the set")
+    return REFERENCE_LIMIT
 
 
 def _own_data(run, data):
@@ -310,25 +319,25 @@ def _own_data(run, data):
     return run.config.data if data is None else data
 
 
-def _rows(run: _Run, data, split: str, size: tuple[int, int]):
+def _rows(run: _Run, data, split: str, size: tuple[int, int], model: Any = None):
     """Rows of the data, and the settings by which they become pixels.
 
     Of a small folder the held-out part may be a single image, of which no distribution can be made.
     """
     from ldmcli.core.settings import DataSettings
-    from ldmcli.data.sources import open_rows
 
     settings = data if isinstance(data, DataSettings) else DataSettings(source=str(data))
     settings = replace(settings, size=tuple(size))
-    # a split that is named is meant whole; without one the rows that training leaves out are taken
-    if split not in ("train", "validation") or settings.split == split == "validation":
-        settings, split = replace(settings, split=split, val_split=split), "validation"
-    rows = open_rows(settings, split=split)
-    if split == "validation" and settings.split != settings.val_split and len(rows) < 2 and (
-            set(run.metrics) & set(SET_METRICS)):
-        rows = open_rows(settings, split="train")
+    rows, whole = open_reference(settings, split)
+    if whole and len(rows) < 2 and set(run.metrics) & set(SET_METRICS):
+        rows = open_reference(settings, "train")[0]
         run.warnings.append(f"{rows.source}: too few images are held out to measure against; its {len(rows)} training "
                             "images are the reference, which a model may have learned by heart")
+    elif whole > len(rows):
+        run.facts["held_out"] = {"rows": len(rows), "of": whole}
+        if model is None:
+            run.warnings.append(f"reference: {len(rows):,} of {whole:,} rows ({100 * len(rows) / whole:.2g} %), those "
+                                "that a training would hold out; --split all takes the whole set")
     for note in rows.notes:
         console.say_once(f"{rows.source}: {note}")
     return rows, settings

@@ -16,7 +16,7 @@ from ldmcli.networks.diffusion import DiffusionModel, LatentScale
 
 
 def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Loads weights, refusing missing, extra or misshapen ones (ModelError names the first five).
+    """Loads weights, refusing missing, extra or misshapen ones (ModelError names the first three).
 
     The module takes the tensors themselves where it was built on the meta device.
     """
@@ -25,7 +25,7 @@ def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: str 
     shapes = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
     if missing or extra or shapes:
         parts = [
-            f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''} ({len(names)})"
+            f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)})"
             for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
             if names
         ]

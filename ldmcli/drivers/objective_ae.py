@@ -292,7 +292,7 @@ class AutoencoderObjective:
         for start in range(mine.start, mine.stop, 16):
             x = scaled(torch.from_numpy(np.stack(pixels[start : min(start + 16, mine.stop)])), self.context.device)
             with self.context.autocast():
-                rebuilt.append(to_uint8(self.autoencoder(x).reconstruction))
+                rebuilt.append(to_uint8(self.autoencoder(x).reconstruction, finite=False))
         parts = self.context.gather(np.concatenate(rebuilt) if rebuilt else np.zeros((0, *pixels[0].shape), np.uint8))
         made = np.concatenate(parts)
 
@@ -309,7 +309,7 @@ class AutoencoderObjective:
 
         pixels = np.stack(self._validation_pixels(16))
         x = scaled(torch.from_numpy(pixels), self.context.device)
-        rebuilt = to_uint8(self.autoencoder(x).reconstruction)
+        rebuilt = to_uint8(self.autoencoder(x).reconstruction, finite=False)
         half = -(-len(pixels) // 2)
         rows = []
         for part in (slice(0, half), slice(half, len(pixels))):

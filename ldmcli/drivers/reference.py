@@ -3,7 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ import numpy as np
 from ldmcli.core import console
 from ldmcli.core.errors import InputError, LdmError
 from ldmcli.core.files import atomic_path
+from ldmcli.core.settings import DataSettings
 from ldmcli.data.cache import cache_key, cache_root
+from ldmcli.data.rows import JoinedRows
+from ldmcli.data.sources import divided, held_out, open_rows, split_sizes, whole_rows
 from ldmcli.drivers.features import Extractor, FeatureSet, extract
 from ldmcli.drivers.image_sources import Source
 from ldmcli.maths.statistics import Gaussian
@@ -28,6 +31,34 @@ class Statistics:
     sigma: np.ndarray
     n: int | None
     source: str
+
+
+ALL = "all"  # --split: every row of every split
+
+
+def open_reference(settings: DataSettings, split: str) -> tuple[Any, int]:
+    """(rows to measure against, how many there are where those are what training would hold out of them, else 0).
+
+    split: "train", "validation" (what is held out where the data have no such split), a split by name, or "all".
+    """
+    stored = split_sizes(settings)
+    if split == ALL and ALL not in stored:
+        names = list(stored) or ["train", "validation"]
+        parts = [open_rows(_named(settings, name), split="validation") if stored else open_rows(settings, split=name)
+                 for name in names]  # fmt: skip
+        return JoinedRows(parts), 0
+    if settings.split == ALL and ALL not in stored:
+        settings = replace(settings, split="train")
+    # a split that is named is meant whole; without one the rows that training leaves out are taken
+    if split not in ("train", "validation") or settings.split == split == "validation":
+        return open_rows(_named(settings, split), split="validation"), 0
+    whole, undivided = whole_rows(settings, split)
+    rows = divided(whole, settings, split, held_out(whole, settings) if undivided else None)
+    return rows, len(whole) if undivided and split == "validation" else 0
+
+
+def _named(settings: DataSettings, split: str) -> DataSettings:
+    return replace(settings, split=split, val_split=split)
 
 
 def gaussian(features: np.ndarray) -> Gaussian:

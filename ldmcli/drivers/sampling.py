@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ldmcli.core.errors import UsageError
+from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import SampleSettings
 from ldmcli.maths import rng
 from ldmcli.maths.samplers import SAMPLERS, resampled
@@ -193,7 +193,7 @@ def draw_latents(
     inputs: prepared conditions, n rows each; negative: what takes the place of their null, or of a part of it. start:
     clean latents from which an image-to-image run begins, noised to `strength` of the way. z_T overrides the initial
     noise. settings.temperature scales the initial noise and that of the steps (the original: of the steps only). A
-    known region comes back as it was.
+    known region comes back as it was. Raises ModelError where the model gives NaN or Inf, naming step and sample.
     """
     device, steering = next(model.parameters()).device, steering or Steering()
     shape = shape or model.latent_shape
@@ -206,6 +206,7 @@ def draw_latents(
     denoise = denoiser(model, schedule, given, path, guidance, tile=steering.tile)
     if steering.wrap is not None:
         denoise = steering.wrap(denoise)
+    denoise, seen = _watched(denoise)
 
     def noise(purpose: str, factor: float = 1.0) -> Callable[..., Tensor]:
         return lambda *step: factor * rng.normal(seed, ids, shape, purpose, *step, device=device)
@@ -213,14 +214,42 @@ def draw_latents(
     sample, known = SAMPLERS[settings.sampler].function, steering.known
     fresh = noise("step", settings.temperature)
     if known is None:
-        return sample(denoise, z, way, eta=settings.eta, noise=fresh)
+        return _finite(sample(denoise, z, way, eta=settings.eta, noise=fresh), seen, ids)
     before_step = known_region(known, way, noise("known"))
     if known.resample > 1:
         z = resampled(sample, denoise, z, way, known.resample, noise=fresh, again=noise("again"),
                       eta=settings.eta, before_step=before_step)  # fmt: skip
     else:
         z = sample(denoise, z, way, eta=settings.eta, noise=fresh, before_step=before_step)
-    return known.keep * known.z0 + (1 - known.keep) * z
+    return _finite(known.keep * known.z0 + (1 - known.keep) * z, seen, ids)
+
+
+def _watched(denoise: Denoise) -> tuple[Denoise, list[tuple[float, Tensor]]]:
+    """The function, and a list that gets (t, which samples were finite) of each call; nothing waits for a device."""
+    seen: list[tuple[float, Tensor]] = []
+
+    def watched(z: Tensor, t: float, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        x0, eps = denoise(z, t, alpha, sigma)
+        seen.append((t, x0.isfinite().flatten(1).all(1)))
+        return x0, eps
+
+    return watched, seen
+
+
+def _finite(z: Tensor, seen: list[tuple[float, Tensor]], ids: Sequence[int]) -> Tensor:
+    """z, or ModelError that names samples and the first step where NaN or Inf came up."""
+    good = z.isfinite().flatten(1).all(1)
+    if bool(good.all()):
+        return z
+    where = "at the end of the sampler"
+    for k, (t, fine) in enumerate(seen, 1):
+        if not bool(fine.all()):
+            good, where = fine, f"from call {k} of {len(seen)} of the network on (t = {t:g})"
+            break
+    bad = [i for i, fine in zip(ids, good.tolist()) if not fine]
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    raise ModelError(f"the model gives NaN or Inf in sample {bad[0]}{more}, {where}; nothing was written of it. Try a "
+                     "lower --guidance, another --sampler, more --steps, or an earlier checkpoint")
 
 
 def _path(

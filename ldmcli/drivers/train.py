@@ -184,7 +184,7 @@ class Training:
         for name, module in self.objective.networks.items():
             tensors, _ = files.load_tensors(path / f"{name}.safetensors")
             module.load_state_dict(tensors)
-            optimiser, _ = files.load_tensors(path / f"optimizer-{name}.safetensors")
+            optimiser, _ = files.load_tensors(path / f"optimizer-{name}.safetensors", finite=False)
             self.updaters[name].load({k: v.to(self.context.device) for k, v in optimiser.items()})
         if self.ema:
             averaged, _ = files.load_tensors(path / "ema.safetensors")
@@ -568,7 +568,10 @@ class Training:
 
     def _preview(self) -> None:
         path = self.run.path / "samples" / f"step-{self.progress.step:08d}.png"
-        self.context.on_main(lambda: self._with_average(lambda: self.objective.preview(path)))
+        try:
+            self.context.on_main(lambda: self._with_average(lambda: self.objective.preview(path)))
+        except ModelError as error:  # NaN or Inf in what is drawn: the loss decides whether a training goes on
+            console.warn(f"no preview at step {self.progress.step}: {error}")
 
     def _finish(self) -> dict[str, Any]:
         self._save()  # before the last evaluation, which may take long and be ended

@@ -30,6 +30,7 @@ BUFFERS = (
 STRAY = re.compile("|".join([*BUFFERS, "logvar", "scale_factor", r"model_ema\.(decay|num_updates)",
                              r"(first_stage_model\.|cond_stage_model\.)?loss\..*",
                              r"(first_stage_model\.)?model_ema\.(decay|num_updates)"]))  # fmt: skip
+ROOTS = (UNET, FIRST, COND, EMA, "encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "conditioner.")
 HINT = "does the configuration belong to another model?"
 SD_SCALES = {"cond_stage_model.": 0.18215, "conditioner.": 0.13025}
 SD_MARKS = ("cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "conditioner.embedders.")
@@ -67,7 +68,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         state = pickles.read_state_dict(path)
     if not state:
         raise ModelError(f"{path}: holds no weights")
-    return state
+    return unwrapped(state, path)
+
+
+def unwrapped(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Weights under the model's own names: without what DistributedDataParallel and torch.compile put into them, nor
+    the name under which a program kept the whole model. Raises ModelError where two would get one name."""
+    plain = {name: files.plain_name(name).replace("_orig_mod", "") for name in state}
+    while not any(name.startswith(ROOTS) for name in plain.values()):
+        first = {name.partition(".")[0] for name in plain.values()}
+        if len(first) != 1 or not all("." in name for name in plain.values()):
+            break  # no model of this kind, as the reader will say
+        plain = {name: short.partition(".")[2] for name, short in plain.items()}
+    if len(set(plain.values())) < len(plain):
+        twice = next(name for name, short in plain.items() if list(plain.values()).count(short) > 1)
+        raise ModelError(f"{path}: {twice} stands there twice, with and without a wrapper's name; keep one of them")
+    return {plain[name]: tensor for name, tensor in state.items()}
 
 
 def config_beside(path: Path) -> Path | None:
@@ -97,7 +113,7 @@ class _Weights:
 
     def take(self, prefix: str, names: Iterable[str], average: Callable[[str], str] | None = None) -> dict[str, Tensor]:
         """`names` below a prefix, as fp32; from the averages where `average` says their names and they are wanted."""
-        found, missing = {}, []
+        found, missing, sources = {}, [], {}
         for name in names:
             source = own = prefix + name
             if average is not None and self.has_averages:
@@ -107,9 +123,10 @@ class _Weights:
             if source not in self.state:
                 missing.append(source)
             else:
-                found[name] = self.state[source]
+                found[name] = sources[source] = self.state[source]
         if missing:
             raise ModelError(f"{self.path}: {len(missing)} weights are missing: {_list(missing)}; {HINT}")
+        files.require_finite(sources, self.path)
         return {name: tensor.float() for name, tensor in found.items()}
 
     def drop(self, prefix: str) -> None:
@@ -124,7 +141,7 @@ class _Weights:
 
 
 def _list(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _fitting(path: Path, found: dict[str, Tensor], module: torch.nn.Module, below: str = "") -> dict[str, Tensor]:

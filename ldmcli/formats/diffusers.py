@@ -106,13 +106,14 @@ def _bundle(path: Path, folder: Path, values: dict[str, Any], autoencoder: Autoe
     if kind not in unets.DEFAULTS:
         raise ModelError(f"{folder}: a network of class {kind}; {' and '.join(unets.DEFAULTS)} are read")
     config = Config(folder / "config.json", values, unets.DEFAULTS[kind])
-    settings, own, table = unets.read_unet(config, kind, read_weights(folder))
+    read: list[str] = []
+    settings, own, table = unets.read_unet(config, kind, read_weights(folder, notes=read))
     tensors = {f"unet.{name}": tensor for name, tensor in own.items()}
     channels, height, width = config.integer("out_channels"), *config.side("sample_size", 32)
     planes = config.integer("in_channels") - channels
     condition: dict[str, Any] = {"context_dim": 4 * settings.channels, "drop": 0.0, "text_pooled": False}
     task, facts, tokenizer = TaskSettings(), {}, None
-    sample, notes = PAPER_SAMPLING, [*(autoencoder.notes if autoencoder else [])]
+    sample, notes = PAPER_SAMPLING, [*(autoencoder.notes if autoencoder else []), *read]
     f = autoencoder.config.autoencoder.f if autoencoder else 1
     if planes:
         task, facts = _planes(config, planes, channels, f if autoencoder else 4, notes)

@@ -18,6 +18,7 @@ from ldmcli.core.errors import ModelError
 
 MODEL = "diffusion_pytorch_model"
 MOST_LAYERS = 256  # a level or a stack; more is damage, which must not cost memory
+VARIANTS = ("", "fp32", "ema", "fp16", "bf16")  # in the order in which they are taken; then others
 LARGEST_SHARD = 10 * 2**30  # bytes of weights a file, as diffusers cuts them
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -79,30 +80,49 @@ class Config:
         return self.integer(key), self.integer(key)
 
 
-def read_weights(folder: Path, stem: str = MODEL) -> dict[str, Tensor]:
+def read_weights(folder: Path, stem: str = MODEL, notes: list[str] | None = None) -> dict[str, Tensor]:
     """All tensors of a model folder in float32. stem: "model" for the classes of transformers.
 
-    Taken in this order: STEM.safetensors, its shards, a variant (STEM.fp16.safetensors), a pickled .bin. Raises
-    ModelError when nothing is there, when an index leads out of the folder, or names a file that lacks its tensors.
+    Taken in this order: STEM.safetensors, its shards, a variant of lower precision, another one, the same as pickled
+    .bin; where several lie there, `notes` is told which was taken. Raises ModelError when nothing is there, when an
+    index leads out of the folder, or names a file that lacks its tensors, and for NaN or Inf, naming the tensor.
     """
-    found = folder / f"{stem}.safetensors"
-    indices = sorted(folder.glob(f"{stem}.safetensors.index*.json"))
-    variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]
-    pickled = [folder / f"{name}.bin" for name in (stem, "pytorch_model")]
-    if found.is_file():
-        tensors = files.load_tensors(found, verify=False)[0]
-    elif indices:
-        tensors = _shards(indices[0])
-    elif variants:
-        tensors = files.load_tensors(variants[0], verify=False)[0]
-    else:
-        old = next((path for path in pickled if path.is_file()), None)
-        if old is None:
-            raise ModelError(f"{folder}: no weights ({stem}.safetensors, its index, or a .bin)")
-        from ldmcli.formats.pickles import read_state_dict
-
-        tensors = read_state_dict(old)
+    there = _weight_files(folder, stem)
+    if not there:
+        raise ModelError(f"{folder}: no weights ({stem}.safetensors, its index, or a .bin)")
+    variant, path = there[0]
+    others = [other.name for _, other in there[1:]]
+    if notes is not None and (variant or others):
+        more = f"; not read: {', '.join(others[:3])}{' …' if len(others) > 3 else ''}" if others else ""
+        notes.append(f"weights of {folder.name}/{path.name}{more}")
+    tensors = _read_file(path)
+    files.require_finite(tensors, path)
+    tensors = {files.plain_name(name): tensor for name, tensor in tensors.items()}
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _weight_files(folder: Path, stem: str) -> list[tuple[str, Path]]:
+    """(variant, file) of everything that holds, or lists, all weights of a folder, what to take first."""
+    stems = "|".join(map(re.escape, {stem, "pytorch_model"}))
+    pattern = re.compile(rf"({stems})(\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)"
+                         r"(?P<index>\.index(\.(?P<late>\w+))?\.json)?")
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (match := pattern.fullmatch(path.name)):
+            variant = match["variant"] or match["late"] or ""
+            rank = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+            found.append((match["kind"] == "bin", rank, bool(match["index"]), variant, path))
+    return [(variant, path) for *_, variant, path in sorted(found)]
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".json":
+        return _shards(path)
+    if path.suffix == ".safetensors":
+        return files.load_tensors(path, verify=False)[0]
+    from ldmcli.formats.pickles import read_state_dict
+
+    return read_state_dict(path)
 
 
 def _shards(index: Path) -> dict[str, Tensor]:
@@ -110,11 +130,11 @@ def _shards(index: Path) -> dict[str, Tensor]:
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise ModelError(f"{index}: no weight_map in it")
     for name in set(table.values()):
-        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
+        if PurePosixPath(name).name != name or "\\" in name or not name.endswith((".safetensors", ".bin")):
             raise ModelError(f"{index}: weight_map leads to {name!r}; files beside the index are expected")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(table.values())):
-        tensors |= files.load_tensors(index.parent / name, verify=False)[0]
+        tensors |= _read_file(index.parent / name)
     absent = sorted(set(table) - set(tensors))
     if absent:
         raise ModelError(f"{index}: names {absent[0]} and {len(absent) - 1} more that its files do not hold")
@@ -170,7 +190,7 @@ class Names:
 def translate(names: Names, theirs: dict[str, Tensor], ours: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
     """Their tensors under our names. ours: our network's state dict (its shapes; it may be on the meta device).
 
-    Raises ModelError with the first five that are missing, unknown, or of another shape.
+    Raises ModelError with the first three that are missing, unknown, or of another shape.
     """
     left = {_modern(name): tensor for name, tensor in theirs.items()}
     out: dict[str, Tensor] = {}
@@ -204,7 +224,7 @@ def translate(names: Names, theirs: dict[str, Tensor], ours: dict[str, Tensor], 
 
 def _complain(where: Path, missing: list[str], unknown: list[str], misshapen: list[str]) -> None:
     groups = (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
-    parts = [f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''} ({len(names)})"
+    parts = [f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)})"
              for what, names in groups if names]
     if parts:
         raise ModelError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")

@@ -128,7 +128,8 @@ def read_vae(folder: Path, values: dict[str, Any], kind: str) -> AutoencoderBund
     settings = read_settings(config, kind)
     with torch.device("meta"):
         ours = Autoencoder(settings).state_dict()
-    weights, notes = read_weights(folder), []
+    notes: list[str] = []
+    weights = read_weights(folder, notes=notes)
     for key, layer, size in (("use_quant_conv", "quant_conv", 2 * settings.embed_dim),
                              ("use_post_quant_conv", "post_quant_conv", settings.embed_dim)):
         if kind == KL and config[key] is False:

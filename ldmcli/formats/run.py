@@ -1,6 +1,7 @@
 """Run folders as bundles, both ways: what use needs of a run, without its training state."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,11 @@ def read_config(kind: str, path: Path):
 def read_scale(stats: Mapping[str, Any], channels: int) -> LatentScale:
     """The latent scale of a run's stats.json; none for autoencoders that have not measured it yet."""
     found = stats.get("latent_scale")
-    return LatentScale(tuple(found["mean"]), tuple(found["std"])) if found else LatentScale.identity(channels)
+    if not found:
+        return LatentScale.identity(channels)
+    if not all(map(math.isfinite, found["mean"])) or not all(0 < std < math.inf for std in found["std"]):
+        raise ModelError(f"stats.json: latent_scale holds what is no scale (mean {found['mean']}, std {found['std']})")
+    return LatentScale(tuple(found["mean"]), tuple(found["std"]))
 
 
 def settings_of_weights(config: DiffusionConfig | AutoencoderConfig) -> dict[str, Any]:

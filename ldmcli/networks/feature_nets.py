@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.files import atomic_path
+from ldmcli.core.files import atomic_path, plain_name, require_finite
 
 TIMEOUT = 3.0  # seconds that a server may stay silent
 OFFLINE = ("LDM_OFFLINE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -76,12 +76,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model"):
+            state = state[key] if isinstance(state.get(key), dict) else state
+        state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:  # both readers raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable weights file ({reason})") from error
-    return dict(state)
+    require_finite(state, path, InputError)
+    return {plain_name(name): value for name, value in state.items()}
 
 
 # --- resize rules ----------------------------------------------------------------------------------------------
