@@ -102,7 +102,8 @@ class Rows:
 @pytest.fixture
 def rows(monkeypatch):
     found = Rows(pictures(12, seed=9))
-    monkeypatch.setattr("ldmcli.data.sources.open_rows", lambda settings, split: replace(found, split=split))
+    monkeypatch.setattr("ldmcli.drivers.evaluate.open_reference",
+                        lambda settings, split: (replace(found, split=split), 0))
     return found
 
 
