@@ -240,7 +240,8 @@ Plan = Annotated[bool, option("--plan", value=False, panel=OUTPUT,
     help="Print settings, parameters, FLOPs a step, memory and time, and end.")]
 Track = Annotated[Text, setting("train.track", "--track", panel=OUTPUT, metavar="NAME[,NAME]",
     help="Trackers: tensorboard, wandb, trackio.")]
-Overwrite = Annotated[bool, option("--overwrite", value=False, panel=OUTPUT, help="Replace files of the same name.")]
+Overwrite = Annotated[bool, option("--overwrite", value=False, panel=OUTPUT,
+    help="Replace what ldm wrote there before; other files stay.")]
 Format = Annotated[str, option("--format", value="png", panel=OUTPUT, choices=("png", "jpg", "webp"), default="png",
     help="Image format.")]
 Metadata = Annotated[bool, option("--metadata/--no-metadata", value=True, panel=OUTPUT, default="on",
