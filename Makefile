@@ -10,8 +10,9 @@ INTEROP := .venv-interop
 demo: install  ## the whole chain on the embedded data set, at most ten minutes
 	$(BIN)/ldm demo
 
+# a process a core, each with one thread; a file stays in one process, since its tests share what they trained
 test: install  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # diffusers comes into an environment of its own that lies on top of the other one, so that it can change nothing there
 test-interop: install  ## exported models loaded and run by diffusers itself
