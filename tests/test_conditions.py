@@ -403,3 +403,44 @@ def test_the_latent_of_the_enlarged_image_stands_beside_the_small_one():
     entry.first_stage = None
     with pytest.raises(ModelError, match="no first stage was lent"):
         entry(entry.prepare([flat]))
+
+
+# --- vocabularies of others -------------------------------------------------------------------------------------------
+
+
+def bert_words(path):
+    """A vocabulary in BERT's form, of few words."""
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle", "##s"]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "folder with its class"])
+def test_a_vocabulary_of_words_alone_is_read_as_berts(form, tmp_path):
+    from ldmcli.networks.conditions import load_tokenizer
+
+    file = bert_words(tmp_path / "vocab.txt")
+    if form == "folder with its class":
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    found = load_tokenizer(file if form == "file" else tmp_path)
+    assert len(found) == 9 and found("A red Circles")["input_ids"] == [2, 5, 6, 7, 8, 3]
+
+
+def test_a_text_model_trains_with_a_vocabulary_by_file_and_takes_it_along(tmp_path):
+    import tiny
+
+    file = bert_words(tmp_path / "words.txt")
+    tiny.train_ldm(tmp_path / "run", "none", "--condition", "text", "--set", f"condition.vocabulary={file}", steps=1)
+    file.unlink()
+    ending = tiny.ldm("sample", "--model", tmp_path / "run", "--prompt", "a red circle", "-n", 1, "--steps", 1, "--out",
+                      tmp_path / "out")
+    assert ending.code == 0, ending.stderr
+
+
+def test_without_a_network_the_published_text_models_say_what_to_give_before_data_is_read(tmp_path):
+    import tiny
+
+    ending = tiny.ldm("train-ldm", "--recipe", "txt2img-1p4B", "--data", "/no/such/data", "--autoencoder", "none",
+                      "--set", "diffusion.channels=8", "--set", "condition.context_dim=16", "--size", 16,
+                      "--set", "diffusion.groups=4", "--out", tmp_path / "run")
+    assert ending.code == 3 and ending.stderr.count("ldm: ") == 1
+    assert "bert-base-uncased" in ending.line and "--set condition.vocabulary=FILE" in ending.line

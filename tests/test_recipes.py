@@ -73,7 +73,9 @@ MODELS = {
     "semantic_synthesis256": Published(215_229_315, 215),
     "semantic-kl-unscaled": Published(215_229_315),
     "semantic-kl-rescaled": Published(215_229_315),
+    "semantic_synthesis512": Published(215_229_315),
     "sr4-imagenet": Published(113_622_563, 169, VQ_F4),
+    "sr4-imagenet-15ep": Published(113_622_563),
     "bsr_sr": Published(113_622_563),
     "inpaint-vq-attn": Published(215_230_467, 215),
     "inpaint-vq-noattn": Published(215_230_467, 215),
@@ -215,6 +217,13 @@ def test_attention_of_a_study_is_at_the_pixels_of_the_tables(study):
     ("semantic-kl-unscaled", "diffusion.latent_scale", "none"),
     ("semantic-kl-rescaled", "diffusion.latent_scale", "global"),
     ("layout2img-coco", "diffusion.dropout", 0.1),
+    ("cin256-v2", "train.ema", True),
+    ("txt2img-1p4B", "train.ema", True),
+    ("txt2img-1p4B", "condition.vocabulary", "bert-base-uncased"),
+    ("layout2img-coco", "condition.crop_tokens", True),
+    ("layout2img-coco-ft", "data.min_objects", 2),
+    ("bsr_sr", "data.crop_min", 0.5),
+    ("vq-f8", "data.crop_max", 0.6667),
 ])
 def test_what_sets_a_variant_apart(name, path, value):
     assert config.flat(resolved(name).config)[path] == value

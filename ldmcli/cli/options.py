@@ -156,7 +156,7 @@ Steps = Annotated[Text, setting("train.steps", "--steps", panel=TRAINING, metava
 BatchSize = Annotated[Text, setting("train.batch_size", "--batch-size", panel=TRAINING, metavar="N",
     help="Images a step, over all processes and accumulation.")]
 MicroBatch = Annotated[Text, setting("train.micro_batch", "--micro-batch", panel=TRAINING, metavar="auto|N",
-    default="auto", help="Images that one device takes at a time.")]
+    default="auto", help="Images that one device takes at a time; auto: as many as fit.")]
 LearningRate = Annotated[Text, setting("train.lr", "--lr", panel=TRAINING, metavar="RATE", help="Learning rate.")]
 TrainSeed = Annotated[Text, setting("train.seed", "--seed", panel=TRAINING, metavar="N",
     help="Decides every random draw.")]

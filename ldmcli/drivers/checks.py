@@ -1,6 +1,8 @@
 """What settings must agree on before any data is read. Training and `--plan` ask the same functions, so that a plan
 refuses what a training would, in the same words."""
 
+from pathlib import Path
+
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSettings, DiffusionConfig, TrainSettings
 from ldmcli.data.decode import colour
@@ -9,7 +11,7 @@ from ldmcli.drivers import cost
 from ldmcli.drivers.sampling import check_sampling
 from ldmcli.drivers.trackers import check_trackers
 from ldmcli.maths.schedule import make_schedule
-from ldmcli.networks.conditions import ASKED, CONDITIONS
+from ldmcli.networks.conditions import ASKED, CONDITIONS, load_tokenizer, load_vocabulary
 from ldmcli.networks.perceptual import check_perceptual
 
 DEFAULT_SIZE = (64, 64)
@@ -58,6 +60,7 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
     _check_loop(config.train, config.data, world)
     if stage.in_channels != 3:
         raise UsageError(f"an autoencoder of pictures of {stage.in_channels} channels: training pictures have 3 (RGB)")
+    _check_words(config)
     check_sampling(config.sample, make_schedule(config.diffusion))
     f, unit = stage.f, config.diffusion.patch * 2 ** (len(config.diffusion.channel_mult) - 1)
     if any(side % (f * unit) for side in size):
@@ -89,6 +92,15 @@ def _check_conditions(config: DiffusionConfig, size: tuple[int, int]) -> None:
     scale = config.task.scale
     if config.task.name == "sr" and (size[0] % scale or size[1] % scale):
         raise UsageError(f"--size {size[0]}x{size[1]} with --scale {scale}: both sides must be multiples of {scale}")
+
+
+def _check_words(config: DiffusionConfig) -> None:
+    """A tokeniser on this machine can be opened; one of a hub is not asked for here."""
+    told = config.condition
+    joint = told.text_encoder == "joint"
+    source = told.vocabulary if joint else told.text_encoder
+    if "text" in told.kinds and source and (Path(source).exists() or source.startswith(("/", "."))):
+        (load_vocabulary if joint else load_tokenizer)(source)
 
 
 def _check_loop(train: TrainSettings, data: DataSettings, world: int) -> None:
