@@ -126,4 +126,4 @@ def test_prompts_that_are_cut_are_counted_and_the_first_is_shown(runs, tmp_path)
     assert len(lines) == 1 and lines[0].startswith("ldm: warning: 2 of 3 prompts are longer than the 6 tokens")
     assert long in lines[0] and "again" not in lines[0]
     assert "and cut" not in tiny.ldm("sample", "--model", runs / "text", "--steps", 1, "--out", tmp_path / "short",
-                                 "--prompt", "a red star").stderr  # six tokens with their ends
+                                 "--prompt", "a red star at").stderr  # six tokens with their ends
