@@ -194,3 +194,12 @@ def test_presets_of_the_paper_can_be_planned():
         kind = config.presets()[name].kind
         found = plan(kind, config.resolve(kind, [config.preset_layer(kind, name), ("test", NOWHERE)]))
         assert found["parameters"] and found["flops"]["per_step"] > 1e12
+
+
+def test_a_recipe_without_a_named_autoencoder_is_planned_with_the_one_it_was_published_with():
+    import tiny
+
+    ending = tiny.ldm("train-ldm", "--recipe", "ldm8-imagenet", "--data", "/no/such/folder", "--plan", "--json")
+    assert ending.code == 0, ending.stderr
+    assert ending.json["latent"] == [4, 32, 32]
+    assert any("vq-f8, with which" in note for note in ending.json["notes"])

@@ -146,7 +146,8 @@ def _show_plan(given: opt.Given, resolved: config.Resolved, models: dict[str, st
     from ldmcli.networks.presets import PRESETS
     from ldmcli.products.plan import plan, plan_text
 
-    stage = str(PRESETS[given.preset].extra.get("first_stage", "")) if given.preset in PRESETS else ""
+    preset = config.read_recipe(config.recipe_path(given.recipe)).preset if given.recipe else given.preset
+    stage = str(PRESETS[preset].extra.get("first_stage", "")) if preset in PRESETS else ""
     facts = plan(resolved.kind, resolved, first_stage=stage, processes=given.gpus or 1, **models)
     if given.json:
         console.emit_json(facts)

@@ -89,6 +89,8 @@ def _diffusion_works(config: DiffusionConfig, autoencoder: str, init_from: str, 
     text = config.condition
     if "text" in config.kinds and text.text_encoder != "joint":
         notes.append(f"text encoder {text.text_encoder}: not opened; the paper's transformer is counted in its place")
+    if "text" in config.kinds and text.text_encoder == "joint" and text.vocabulary:
+        notes.append(f"vocabulary {text.vocabulary}: not opened; a training downloads it where it is not here")
     if config.task.name == "inpaint" or (config.task.name == "sr" and config.task.enlarged):
         what = "with its hole" if config.task.name == "inpaint" else "reduced and enlarged"
         notes.append(f"the first stage, which encodes each image {what}, is not counted")
