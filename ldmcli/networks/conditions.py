@@ -146,11 +146,8 @@ class TextCondition(nn.Module):
             raise InputError("this model came without a tokenizer, so it reads no prompts; convert it again with "
                              "`ldm convert --tokenizer FOLDER`, or give tokens from Python")
         with self._one_at_a_time:
-            spelling = same_signs(self.tokenizer) if self.joint else {}
             out = self.tokenizer(
-                # bytes of a command line that are no text would be refused
-                [caption[:READ_CHARACTERS].translate(spelling).encode("utf-8", "replace").decode()
-                 for caption in captions],
+                self._spelled(captions),
                 padding="max_length",
                 truncation=True,
                 max_length=self.length,
@@ -158,15 +155,19 @@ class TextCondition(nn.Module):
             )
         return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
 
+    def _spelled(self, captions: Sequence[str]) -> list[str]:
+        """Captions as the tokenizer takes them: bytes of a command line that are no text would be refused."""
+        spelling = same_signs(self.tokenizer) if self.joint else {}
+        known = [caption[:READ_CHARACTERS].translate(spelling) for caption in captions]
+        return [caption.encode("utf-8", "replace").decode() for caption in known]
+
     def cut(self, captions: Sequence[str]) -> list[str]:
         """Those of the captions that have more tokens than the model reads."""
         distinct = list(dict.fromkeys(captions))
         if self.tokenizer is None or not distinct:
             return []
         with self._one_at_a_time:
-            spelling = same_signs(self.tokenizer) if self.joint else {}
-            known = [caption[:READ_CHARACTERS].translate(spelling) for caption in distinct]
-            ids = self.tokenizer(known, verbose=False)["input_ids"]
+            ids = self.tokenizer(self._spelled(distinct), verbose=False)["input_ids"]
         longer = {caption for caption, own in zip(distinct, ids)
                   if len(own) > self.length or len(caption) > READ_CHARACTERS}
         return [caption for caption in captions if caption in longer]
