@@ -48,7 +48,7 @@ class BadImage(InputError):
     """A picture that cannot be used. `name` says which, `reason` why: one line each, no control characters."""
 
     def __init__(self, name: str, reason: str):
-        self.name, self.reason = shown(name), shown(reason)
+        self.name, self.reason = shown(name, end=True), shown(reason)
         super().__init__(f"{self.name}: {self.reason}")
         self.index = -1  # of the row, where a whole set is looked at
 
@@ -62,14 +62,19 @@ def _bad_image(name: str, reason: str, index: int) -> BadImage:
     return error
 
 
-def shown(text: object, limit: int = 200) -> str:
-    """Text from data as it may be shown: one line, no control characters, bytes that are not UTF-8 as \\xNN."""
+def shown(text: object, limit: int = 200, *, end: bool = False) -> str:
+    """Text from data as it may be shown: one line, no control characters, bytes that are not UTF-8 as \\xNN.
+
+    What is longer than `limit` loses its end, or with `end` its beginning: a file is told by the end of its path.
+    """
     try:
         line = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half a pair of UTF-16, as JSON can hold
         line = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     line = " ".join(clean(line).split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+    if len(line) <= limit:
+        return line
+    return f"…{line[1 - limit :]}" if end else f"{line[: limit - 1]}…"
 
 
 def decode(

@@ -56,7 +56,7 @@ def is_hidden(name: str) -> bool:
 
 def several(names: Iterable) -> str:
     """The first few names, and how many more there are."""
-    names = [shown(name, 80) for name in names]
+    names = [shown(name, 80, end=True) for name in names]
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more
 

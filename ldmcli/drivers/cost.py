@@ -3,7 +3,8 @@ FLOPs, and the bytes that the backward pass keeps. `--plan` shows it, and `--mic
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,21 +43,38 @@ class Work:
 # ---------------------------------------------------------------- networks
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights undrawn. On the meta device a random number loads torch's compiler: a second, and 150 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if getattr(function, "__module__", "") == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Context in which tensors and networks are made on the meta device."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
 def autoencoder_model(settings: AutoencoderSettings) -> Autoencoder:
     """The network on the meta device."""
-    with torch.device("meta"):
+    with shapes_only():
         return Autoencoder(settings)
 
 
 def autoencoder_works(config: AutoencoderConfig, size: tuple[int, int]) -> dict[str, Work]:
     """The networks of a first-stage training, and the loss network ("perceptual"), which is not trained."""
     network = autoencoder_model(config.autoencoder)
-    with torch.device("meta"):
+    with shapes_only():
         pixels = torch.zeros(1, config.autoencoder.in_channels, *size)
         noise = torch.zeros(1, *network.latent_shape(*size))
     works = {"autoencoder": count(network, lambda: network(pixels, noise).reconstruction)}
     if config.loss.disc_weight > 0:
-        with torch.device("meta"):
+        with shapes_only():
             critic = PatchDiscriminator(3, config.loss.disc_channels, config.loss.disc_layers).eval()
         works["discriminator"] = count(critic, lambda: critic(pixels))
     if config.loss.perceptual_weight > 0:
@@ -70,7 +88,7 @@ def diffusion_model(config: DiffusionConfig, facts: dict[str, dict[str, Any]],
                     latent: tuple[int, int, int]) -> DiffusionModel:
     """The model on the meta device. A frozen text encoder would have to be opened; the paper's stands in for it."""
     condition = countable(config.condition)
-    with torch.device("meta"):
+    with shapes_only():
         model = DiffusionModel(config.diffusion, condition, facts, None, latent, config.kinds)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device="meta")
     if "masked" in model.conditions.entries:
@@ -82,7 +100,7 @@ def diffusion_work(config: DiffusionConfig, facts: dict[str, dict[str, Any]], la
                    size: tuple[int, int]) -> Work:
     """The diffusion model with one row of conditions."""
     model = diffusion_model(config, facts, latent)
-    with torch.device("meta"):
+    with shapes_only():
         inputs = _inputs(model, size)
         z, t = torch.zeros(1, *latent), torch.zeros(1)
     return count(model, lambda: model(z, t, inputs))
