@@ -196,9 +196,12 @@ def test_presets_of_the_paper_can_be_planned():
         assert found["parameters"] and found["flops"]["per_step"] > 1e12
 
 
-def test_a_recipe_without_a_named_autoencoder_is_planned_with_the_one_it_was_published_with():
+def test_a_recipe_without_a_named_autoencoder_is_planned_with_the_one_it_was_published_with(
+    tmp_path, monkeypatch
+):
     import tiny
 
+    monkeypatch.chdir(tmp_path)  # away from the runs of whoever runs the tests, which would be taken
     ending = tiny.ldm("train-ldm", "--recipe", "ldm8-imagenet", "--data", "/no/such/folder", "--plan", "--json")
     assert ending.code == 0, ending.stderr
     assert ending.json["latent"] == [4, 32, 32]
