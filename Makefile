@@ -24,6 +24,7 @@ test-interop: install  ## exported models loaded and run by diffusers itself
 
 lint: install  ## style and types
 	$(BIN)/ruff check ldmcli tests
+	$(BIN)/ruff format --check ldmcli tests
 	$(BIN)/mypy
 
 install: $(STAMP)

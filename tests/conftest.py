@@ -52,8 +52,14 @@ def ldm_process(tmp_path):
 
     def run(*args: object, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 300) -> Ending:
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
-        done = subprocess.run([sys.executable, "-m", "ldmcli", *map(str, args)], cwd=cwd or tmp_path,
-                              env=environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            [sys.executable, "-m", "ldmcli", *map(str, args)],
+            cwd=cwd or tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         return Ending(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -63,13 +63,19 @@ def words_of(seed: int, count: int) -> np.ndarray:
     return np.random.RandomState(seed).randint(0, 2**32, size=count, dtype=np.uint32)
 
 
-def pack(tensors: dict[str, Tensor], places: dict[str, tuple] | None = None, seed: int = 0, beside: dict | None = None,
-         ) -> bytes:  # fmt: skip
+def pack(
+    tensors: dict[str, Tensor], places: dict[str, tuple] | None = None, seed: int = 0, beside: dict | None = None
+) -> bytes:
     """Tensors, in order. `places` says which are drawn: name -> (place, bound[, centre]) in the stream of `seed`."""
     places = places or {}
-    head = {"seed": seed, "beside": beside or {}, "tensors": {
-        name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), *places.get(name, ())]
-        for name, tensor in tensors.items()}}  # fmt: skip
+    head = {
+        "seed": seed,
+        "beside": beside or {},
+        "tensors": {
+            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), *places.get(name, ())]
+            for name, tensor in tensors.items()
+        },
+    }
     kept: dict[str, list[bytes]] = {}
     for name, tensor in tensors.items():
         if name not in places:
@@ -153,8 +159,11 @@ def clear_of_ties(share: float = 1e-5):
     nearest, seen = VectorQuantizer.nearest, []
 
     def watched(self, rows):
-        seen.append(decided(rows.detach().T[None, :, None], self.embedding.weight.detach(),
-                            share * rows.detach().abs().max().item()))  # fmt: skip
+        seen.append(
+            decided(
+                rows.detach().T[None, :, None], self.embedding.weight.detach(), share * rows.detach().abs().max().item()
+            )
+        )
         return nearest(self, rows)
 
     VectorQuantizer.nearest = watched

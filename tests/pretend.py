@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 _MIXING = ("aten::copy_", "aten::_to_copy")  # from one device to the other
 _BY_INDEX = ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_")  # indices may be the CPU's
-_GETTERS = {getattr(Tensor, name).__get__: kind
-            for name, kind in (("is_cuda", "cuda"), ("is_mps", "mps"), ("is_cpu", "cpu"))}
+_GETTERS = {
+    getattr(Tensor, name).__get__: kind for name, kind in (("is_cuda", "cuda"), ("is_mps", "mps"), ("is_cpu", "cpu"))
+}
 _DEVICE = Tensor.device.__get__
 
 
@@ -49,8 +50,10 @@ class _Operations(TorchDispatchMode):
             looked = tensors[:1] if name in _BY_INDEX else tensors
             strangers = [t for t in looked if not _labelled(t) and t.ndim]
             if strangers:
-                raise RuntimeError(f"Expected all tensors to be on the same device: {function} of "
-                                   f"{[(tuple(t.shape), 'gpu' if _labelled(t) else 'cpu') for t in tensors]}")
+                raise RuntimeError(
+                    f"Expected all tensors to be on the same device: {function} of "
+                    f"{[(tuple(t.shape), 'gpu' if _labelled(t) else 'cpu') for t in tensors]}"
+                )
         out = function(*args, **(kwargs or {}))
         if here and name != "aten::copy_":
             for leaf in tree_leaves(out):
@@ -90,8 +93,10 @@ class _Calls(TorchFunctionMode):
 
     def _moved(self, tensor: Tensor, *args, **kwargs) -> Tensor:
         if args and isinstance(args[0], Tensor):
-            args, kwargs = (), {**kwargs, "device": self.device if _labelled(args[0]) else "cpu",
-                                "dtype": args[0].dtype}  # fmt: skip
+            args, kwargs = (
+                (),
+                {**kwargs, "device": self.device if _labelled(args[0]) else "cpu", "dtype": args[0].dtype},
+            )
         device, dtype, _, layout = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
         if device is not None and not self._is_ours(device) and device.type != "cpu":
             return tensor.to(*args, **kwargs)

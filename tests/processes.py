@@ -29,11 +29,13 @@ def _kill_what_a_failed_test_left() -> None:
 class Command:
     """One running command. `before` is called in its process first, to break something."""
 
-    def __init__(self, log: Path, *args: object, env: dict[str, str] | None = None,
-                 before: Callable[[], None] | None = None):
+    def __init__(
+        self, log: Path, *args: object, env: dict[str, str] | None = None, before: Callable[[], None] | None = None
+    ):
         self.log = log
-        self._process = _SERVER.Process(target=run, args=([str(arg) for arg in args], str(log), env or {}, before),
-                                        daemon=True)
+        self._process = _SERVER.Process(
+            target=run, args=([str(arg) for arg in args], str(log), env or {}, before), daemon=True
+        )
         self._process.start()
         _started.append(self._process)
         self.pid = self._process.pid
@@ -92,10 +94,19 @@ def ranks(folder: Path, count: int, *args: object, before: Callable[[], None] | 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    return [Command(folder / f"rank-{rank}.log", *args, before=before,
-                    env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return [
+        Command(
+            folder / f"rank-{rank}.log", *args, before=before, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(count)
+    ]
 
 
 def call(count: int, function: Callable[..., None], *args: object) -> None:

@@ -39,7 +39,7 @@ def sprite() -> np.ndarray:
 
 def area(y: int, x: int, h: int, w: int) -> np.ndarray:
     hole = np.zeros(SIZE, bool)
-    hole[y:y + h, x:x + w] = True
+    hole[y : y + h, x : x + w] = True
     return hole
 
 
@@ -69,8 +69,10 @@ def test_inpainting_keeps_colours_and_alpha_of_all_that_is_known(runs, tmp_path)
 def test_a_hole_is_as_opaque_as_what_lies_around_it(runs, tmp_path):
     alpha = np.full(SIZE, 200, np.uint8)
     alpha[6:10, 6:10] = 0
-    files = save(np.dstack([colours(), alpha]), tmp_path / "photo.webp", lossless=True), save(
-        area(5, 5, 6, 6), tmp_path / "mask.png")  # fmt: skip
+    files = (
+        save(np.dstack([colours(), alpha]), tmp_path / "photo.webp", lossless=True),
+        save(area(5, 5, 6, 6), tmp_path / "mask.png"),
+    )
     made, _ = run("inpaint", *files, "--model", runs / "inpaint", *FAST, "--out", tmp_path / "out")
     assert (made[..., 3] == 200).all()
 
@@ -126,19 +128,31 @@ def forms(folder: Path) -> dict[str, tuple[Path, np.ndarray, np.ndarray | None]]
     return {
         "LA": (save(np.dstack([grey, alpha]), folder / "la.png"), np.dstack([grey] * 3), alpha),
         "a palette": (save(table, folder / "p.png"), flat, None),
-        "a palette with a transparent colour": (save(table, folder / "pt.png", transparency=3), flat,
-                                                np.where(index == 3, 0, 255).astype(np.uint8)),
-        "a palette of alphas": (save(table, folder / "pa.png", transparency=bytes(range(0, 160, 10))), flat,
-                                (index * 10).astype(np.uint8)),
-        "a transparent colour": (save(Image.fromarray(rgb), folder / "tc.png", transparency=tuple(map(int, rgb[0, 0]))),
-                                 rgb, np.where((rgb == rgb[0, 0]).all(-1), 0, 255).astype(np.uint8)),
+        "a palette with a transparent colour": (
+            save(table, folder / "pt.png", transparency=3),
+            flat,
+            np.where(index == 3, 0, 255).astype(np.uint8),
+        ),
+        "a palette of alphas": (
+            save(table, folder / "pa.png", transparency=bytes(range(0, 160, 10))),
+            flat,
+            (index * 10).astype(np.uint8),
+        ),
+        "a transparent colour": (
+            save(Image.fromarray(rgb), folder / "tc.png", transparency=tuple(map(int, rgb[0, 0]))),
+            rgb,
+            np.where((rgb == rgb[0, 0]).all(-1), 0, 255).astype(np.uint8),
+        ),
         "16 bit": (save(deep, folder / "deep.png"), np.dstack([grey] * 3), None),
         "turned by EXIF": (save(turned, folder / "turned.png", exif=exif), rgb, alpha),
         "opaque alpha": (save(premultiplied, folder / "opaque.png"), rgb, None),
         "TIFF": (save(np.dstack([rgb, alpha]), folder / "a.tiff"), rgb, alpha),
-        "CMYK": (save(Image.fromarray(rgb).convert("CMYK"), folder / "c.tif"),
-                 np.asarray(Image.fromarray(rgb).convert("CMYK").convert("RGB")), None),
-    }  # fmt: skip
+        "CMYK": (
+            save(Image.fromarray(rgb).convert("CMYK"), folder / "c.tif"),
+            np.asarray(Image.fromarray(rgb).convert("CMYK").convert("RGB")),
+            None,
+        ),
+    }
 
 
 def test_every_form_of_a_picture_goes_the_same_way(runs, tmp_path):

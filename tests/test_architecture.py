@@ -22,8 +22,18 @@ BELOW = {
 }
 # presets are plain data of the layer that knows the networks; configuration reads the table when a preset is named
 EXCEPTIONS = {("core/config.py", "networks")}
-HEAVY = {"torch", "torchvision", "numpy", "scipy", "datasets", "transformers", "accelerate", "PIL", "safetensors",
-         "rich"}
+HEAVY = {
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "datasets",
+    "transformers",
+    "accelerate",
+    "PIL",
+    "safetensors",
+    "rich",
+}
 ids = [str(path.relative_to(ROOT)) for path in FILES]
 
 
@@ -64,8 +74,11 @@ def test_imports_go_downward(path):
     own = layer(path)
     if not own:
         return  # the package itself: names loaded on use
-    wanted = {match[1] for name in imports(ast.parse(path.read_text(encoding="utf-8")))
-              if (match := re.match(r"ldmcli\.([a-z_]+)", name))}
+    wanted = {
+        match[1]
+        for name in imports(ast.parse(path.read_text(encoding="utf-8")))
+        if (match := re.match(r"ldmcli\.([a-z_]+)", name))
+    }
     allowed = BELOW[own] | {own} | {name for where, name in EXCEPTIONS if where == str(path.relative_to(PACKAGE))}
     assert wanted - {"__version__"} <= allowed
 
@@ -74,8 +87,11 @@ def test_every_folder_has_its_place_in_the_table():
     assert {layer(path) for path in FILES} - {""} == set(BELOW)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if layer(path) in ("", "core", "cli")],
-                         ids=[name for name, path in zip(ids, FILES) if layer(path) in ("", "core", "cli")])
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if layer(path) in ("", "core", "cli")],
+    ids=[name for name, path in zip(ids, FILES) if layer(path) in ("", "core", "cli")],
+)
 def test_light_layers_load_nothing_heavy_at_import_time(path):
     tree = at_import_time(ast.parse(path.read_text(encoding="utf-8")))
     assert not {name.partition(".")[0] for name in imports(tree)} & HEAVY
@@ -90,8 +106,11 @@ def test_samplers_need_no_array_library():
 def test_files_and_functions_stay_short(path):
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 600
-    long = [f"{node.name}: {node.end_lineno - node.lineno + 1} lines" for node in ast.walk(ast.parse(text))
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno + 1 > 90]
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno + 1 > 90
+    ]
     assert not long
 
 
@@ -99,8 +118,11 @@ def test_files_and_functions_stay_short(path):
 def test_nothing_but_the_command_line_ends_the_process(path):
     if path.name == "__main__.py" or path.name == "launch.py":
         return
-    calls = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("sys.exit", "exit", "quit", "os._exit")]
+    calls = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("sys.exit", "exit", "quit", "os._exit")
+    ]
     assert not calls
 
 

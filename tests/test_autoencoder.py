@@ -24,11 +24,20 @@ def settings_of(config: dict) -> AutoencoderSettings:
     """Our settings for a configuration of the original."""
     dd = config["ddconfig"]
     return AutoencoderSettings(
-        family="paper", f=2 ** (len(dd["ch_mult"]) - 1), reg="kl" if dd["double_z"] else "vq",
-        z_channels=dd["z_channels"], embed_dim=config["embed_dim"], codebook_size=config.get("n_embed", 1),
-        channels=dd["ch"], channel_mult=tuple(dd["ch_mult"]), num_res_blocks=dd["num_res_blocks"],
-        attn_resolutions=tuple(dd["attn_resolutions"]), resolution=dd["resolution"],
-        mid_attention=dd.get("attn_type") != "none", beta=0.25, legacy_beta=True,
+        family="paper",
+        f=2 ** (len(dd["ch_mult"]) - 1),
+        reg="kl" if dd["double_z"] else "vq",
+        z_channels=dd["z_channels"],
+        embed_dim=config["embed_dim"],
+        codebook_size=config.get("n_embed", 1),
+        channels=dd["ch"],
+        channel_mult=tuple(dd["ch_mult"]),
+        num_res_blocks=dd["num_res_blocks"],
+        attn_resolutions=tuple(dd["attn_resolutions"]),
+        resolution=dd["resolution"],
+        mid_attention=dd.get("attn_type") != "none",
+        beta=0.25,
+        legacy_beta=True,
     )
 
 

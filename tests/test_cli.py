@@ -45,8 +45,9 @@ def trained(monkeypatch, tmp_path):
     calls = []
 
     def train(kind, resolved, out, options):
-        calls.append(types.SimpleNamespace(kind=kind, resolved=resolved, config=resolved.config, out=out,
-                                           options=options))
+        calls.append(
+            types.SimpleNamespace(kind=kind, resolved=resolved, config=resolved.config, out=out, options=options)
+        )
         return {"kind": kind, "state": "finished"}
 
     stand_in(monkeypatch, "ldmcli.drivers.train", train=train, Options=types.SimpleNamespace)
@@ -56,6 +57,7 @@ def trained(monkeypatch, tmp_path):
 
 def raising(monkeypatch, error: BaseException) -> None:
     """`ldm runs` fails with `error`."""
+
     def list_runs(root):
         raise error
 
@@ -123,8 +125,8 @@ def test_help_shows_the_defaults_of_its_own_command(ldm):
 @pytest.mark.parametrize("args", [["--help"], ["train-ldm", "--help"], ["sample", "--help"], ["--version"], ["zzz"]])
 def test_help_and_mistakes_load_neither_torch_nor_numpy_nor_datasets(ldm_process, tmp_path, args):
     (tmp_path / "sitecustomize.py").write_text(
-        "import atexit, sys\n"
-        "atexit.register(lambda: open('modules', 'w').write(' '.join(sys.modules)))\n")
+        "import atexit, sys\natexit.register(lambda: open('modules', 'w').write(' '.join(sys.modules)))\n"
+    )
     ended = ldm_process(*args, env={"PYTHONPATH": f"{tmp_path}:{Path(ldmcli.__file__).parents[1]}"})
     assert ended.code == (2 if args == ["zzz"] else 0)
     loaded = set((tmp_path / "modules").read_text().split())
@@ -134,8 +136,9 @@ def test_help_and_mistakes_load_neither_torch_nor_numpy_nor_datasets(ldm_process
 
 def test_importing_the_package_loads_no_torch():
     code = "import sys, ldmcli; assert 'torch' not in sys.modules; print(ldmcli.__version__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=Path(ldmcli.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(ldmcli.__file__).parents[1]
+    )
     assert done.stdout.strip() == ldmcli.__version__, done.stderr
 
 
@@ -166,8 +169,11 @@ def test_completion_offers_options_and_their_words(ldm_process):
 
 
 def declared() -> list:
-    return [alias for alias in vars(opt).values()
-            if hasattr(alias, "__metadata__") and isinstance(alias.__metadata__[0], OptionInfo)]
+    return [
+        alias
+        for alias in vars(opt).values()
+        if hasattr(alias, "__metadata__") and isinstance(alias.__metadata__[0], OptionInfo)
+    ]
 
 
 def test_every_option_that_sets_something_names_a_setting_that_exists():
@@ -216,19 +222,22 @@ def test_options_win_over_the_environment_and_set_wins_over_options(ldm, trained
     assert (train.steps, train.seed, train.keep) == (3, 2, 1)
 
 
-@pytest.mark.parametrize("alias, value, path, expected", [
-    ("--max_train_steps", "7", "train.steps", 7),
-    ("--learning_rate", "1e-4", "train.lr", 1e-4),
-    ("--checkpointing_steps", "5", "train.save_every", 5),
-    ("--checkpoints_total_limit", "3", "train.keep", 3),
-    ("--report_to", "tensorboard", "train.track", ("tensorboard",)),
-    ("--train_data_dir", "photos", "data.source", "photos"),
-    ("--dataset_name", "user/set", "data.source", "user/set"),
-    ("--train_batch_size", "6", "train.batch_size", 6),
-    ("--mixed_precision", "bf16", "train.mixed_precision", "bf16"),
-    ("--micro_batch", "auto", "train.micro_batch", 0),
-    ("--max-train-steps", "7", "train.steps", 7),
-])
+@pytest.mark.parametrize(
+    "alias, value, path, expected",
+    [
+        ("--max_train_steps", "7", "train.steps", 7),
+        ("--learning_rate", "1e-4", "train.lr", 1e-4),
+        ("--checkpointing_steps", "5", "train.save_every", 5),
+        ("--checkpoints_total_limit", "3", "train.keep", 3),
+        ("--report_to", "tensorboard", "train.track", ("tensorboard",)),
+        ("--train_data_dir", "photos", "data.source", "photos"),
+        ("--dataset_name", "user/set", "data.source", "user/set"),
+        ("--train_batch_size", "6", "train.batch_size", 6),
+        ("--mixed_precision", "bf16", "train.mixed_precision", "bf16"),
+        ("--micro_batch", "auto", "train.micro_batch", 0),
+        ("--max-train-steps", "7", "train.steps", 7),
+    ],
+)
 def test_names_from_diffusers_and_underscores_work(ldm, trained, alias, value, path, expected):
     assert ldm("train-ldm", "--autoencoder", "none", alias, value).code == 0
     assert config.flat(trained[0].config)[path] == expected
@@ -253,8 +262,11 @@ def test_train_batch_size_counts_one_process(ldm, trained, monkeypatch):
 
 def test_aliases_are_not_on_the_help_page(ldm):
     page = ldm("train-ldm", "--help").stdout
-    assert not [name for name in (*opt.ALIASES, "train-batch-size", "snr-gamma") if f"--{name} " in page and
-                name not in ("data", "out")]
+    assert not [
+        name
+        for name in (*opt.ALIASES, "train-batch-size", "snr-gamma")
+        if f"--{name} " in page and name not in ("data", "out")
+    ]
 
 
 # --- training --------------------------------------------------------------------------------------------------
@@ -275,8 +287,12 @@ def test_the_loop_gets_what_the_command_line_said(ldm, trained):
     models = ("--autoencoder", "runs/a", "--init-from", "runs/b")
     assert ldm("train-ldm", *models, "--fresh", "--allow", "train.seed").code == 0
     options = trained[0].options
-    assert (options.autoencoder, options.init_from, options.fresh, options.allow) == ("runs/a", "runs/b", True,
-                                                                                       ("train.seed",))
+    assert (options.autoencoder, options.init_from, options.fresh, options.allow) == (
+        "runs/a",
+        "runs/b",
+        True,
+        ("train.seed",),
+    )
     assert options.command_line[:2] == ["ldm", "train-ldm"] and trained[0].kind == "diffusion"
 
 
@@ -360,9 +376,36 @@ def sampled(monkeypatch, tmp_path):
 
 
 def test_sample_hands_its_options_on_as_one_request(ldm, sampled):
-    ended = ldm("sample", "--prompt", "a [red] circle", "--prompt", "b", "-n", 2, "--steps", 5, "--guidance", 2,
-                "--size", "32x48", "--seed", 3, "--guidance_interval", "0.1,0.9", "--sampler", "ddim", "-o", "x",
-                "--format", "webp", "--no-metadata", "--model", "runs/a", "--weights", "raw")
+    ended = ldm(
+        "sample",
+        "--prompt",
+        "a [red] circle",
+        "--prompt",
+        "b",
+        "-n",
+        2,
+        "--steps",
+        5,
+        "--guidance",
+        2,
+        "--size",
+        "32x48",
+        "--seed",
+        3,
+        "--guidance_interval",
+        "0.1,0.9",
+        "--sampler",
+        "ddim",
+        "-o",
+        "x",
+        "--format",
+        "webp",
+        "--no-metadata",
+        "--model",
+        "runs/a",
+        "--weights",
+        "raw",
+    )
     assert ended.code == 0 and ended.stdout == "x\n"
     model, request, out, more = sampled[0]
     assert (model, out, more) == ("runs/a", Path("x"), {"overwrite": False, "fmt": "webp", "metadata": False})
@@ -391,31 +434,39 @@ def test_the_same_command_has_the_same_folder_and_another_has_another(ldm, sampl
     assert first == again != other and first.parent == Path("outputs") and first.name.startswith("a-b-")
 
 
-@pytest.mark.parametrize("args, code, expected", [
-    (["--prompts", "none.txt"], 3, "none.txt: No such file"),
-    (["--init-image", "none.png"], 3, "--init-image none.png: no such file"),
-    (["--guidance-interval", "0.9,0.1"], 2, "not two shares"),
-    (["--size", "wide"], 2, "--size: 'wide' is not pixels"),
-    (["--size", "0"], 2, "--size: '0' is not pixels"),
-    (["--sampler", "dimm"], 2, "--sampler: 'dimm' is not one of ddim, ddpm, plms,"),
-    (["--sampler", "dimm"], 2, "; did you mean ddim?"),
-    (["-n", "0"], 2, "-n 0: must be at least 1"),
-    (["-n", "x"], 2, "-n: 'x' is not a whole number"),
-    (["--guidance", "x"], 2, "--guidance: 'x' is no scale from 0 on"),
-    (["--eta", "2"], 2, "--eta 2: must be at most 1"),
-    (["--seed"], 2, "--seed needs a value"),
-    (["--sede", "1"], 2, "no such option --sede; did you mean --seed?"),
-    (["x"], 2, "unexpected argument 'x'; see `ldm sample --help`"),
-])
+@pytest.mark.parametrize(
+    "args, code, expected",
+    [
+        (["--prompts", "none.txt"], 3, "none.txt: No such file"),
+        (["--init-image", "none.png"], 3, "--init-image none.png: no such file"),
+        (["--guidance-interval", "0.9,0.1"], 2, "not two shares"),
+        (["--size", "wide"], 2, "--size: 'wide' is not pixels"),
+        (["--size", "0"], 2, "--size: '0' is not pixels"),
+        (["--sampler", "dimm"], 2, "--sampler: 'dimm' is not one of ddim, ddpm, plms,"),
+        (["--sampler", "dimm"], 2, "; did you mean ddim?"),
+        (["-n", "0"], 2, "-n 0: must be at least 1"),
+        (["-n", "x"], 2, "-n: 'x' is not a whole number"),
+        (["--guidance", "x"], 2, "--guidance: 'x' is no scale from 0 on"),
+        (["--eta", "2"], 2, "--eta 2: must be at most 1"),
+        (["--seed"], 2, "--seed needs a value"),
+        (["--sede", "1"], 2, "no such option --sede; did you mean --seed?"),
+        (["x"], 2, "unexpected argument 'x'; see `ldm sample --help`"),
+    ],
+)
 def test_a_mistake_in_sample_is_one_line(ldm, sampled, args, code, expected):
     ended = ldm("sample", *args)
     assert ended.code == code and ended.stdout == "" and sampled == []
     assert ended.stderr.startswith("ldm: ") and expected in ended.stderr and ended.stderr.count("\n") == 1
 
 
-RESULT = {"metrics": {"fd_effnet_lite0": 20.0, "kid_effnet_lite0_mean": 0.5, "psnr": 30.0, "recall": None},
-          "labels": {"fd_effnet_lite0": "FD (EfficientNet-lite0)"}, "frechet": "fd_effnet_lite0",
-          "n_generated": 1000, "n_reference": 2000, "warnings": ["few images"]}
+RESULT = {
+    "metrics": {"fd_effnet_lite0": 20.0, "kid_effnet_lite0_mean": 0.5, "psnr": 30.0, "recall": None},
+    "labels": {"fd_effnet_lite0": "FD (EfficientNet-lite0)"},
+    "frechet": "fd_effnet_lite0",
+    "n_generated": 1000,
+    "n_reference": 2000,
+    "warnings": ["few images"],
+}
 
 
 @pytest.fixture
@@ -426,19 +477,26 @@ def measured(monkeypatch, tmp_path):
     return calls
 
 
-@pytest.mark.parametrize("limits, code, said", [
-    (["--fail-above", "20"], 0, ""),
-    (["--fail-above", "fid=20"], 0, ""),
-    (["--fail-above", "19.9"], 8, "fd_effnet_lite0 = 20 is above 19.9"),
-    (["--fail-above", "kid=0.4"], 8, "kid_effnet_lite0_mean = 0.5 is above 0.4"),
-    (["--fail-below", "psnr=30"], 0, ""),
-    (["--fail-below", "PSNR=31", "--fail-above", "19"], 8, "fd_effnet_lite0 = 20 is above 19; psnr = 30 is below 31"),
-    (["--fail-below", "recall=0"], 8, "recall = none is below 0"),
-    (["--fail-above", "ssim=1"], 2, "ssim: not measured"),
-    (["--fail-above", "fid=low"], 2, "write METRIC=VALUE"),
-    (["--fail-above", "=3"], 2, "write METRIC=VALUE"),
-    (["--fail-above", "nan"], 2, "write METRIC=VALUE"),
-])
+@pytest.mark.parametrize(
+    "limits, code, said",
+    [
+        (["--fail-above", "20"], 0, ""),
+        (["--fail-above", "fid=20"], 0, ""),
+        (["--fail-above", "19.9"], 8, "fd_effnet_lite0 = 20 is above 19.9"),
+        (["--fail-above", "kid=0.4"], 8, "kid_effnet_lite0_mean = 0.5 is above 0.4"),
+        (["--fail-below", "psnr=30"], 0, ""),
+        (
+            ["--fail-below", "PSNR=31", "--fail-above", "19"],
+            8,
+            "fd_effnet_lite0 = 20 is above 19; psnr = 30 is below 31",
+        ),
+        (["--fail-below", "recall=0"], 8, "recall = none is below 0"),
+        (["--fail-above", "ssim=1"], 2, "ssim: not measured"),
+        (["--fail-above", "fid=low"], 2, "write METRIC=VALUE"),
+        (["--fail-above", "=3"], 2, "write METRIC=VALUE"),
+        (["--fail-above", "nan"], 2, "write METRIC=VALUE"),
+    ],
+)
 def test_a_missed_limit_ends_with_code_8(ldm, measured, limits, code, said):
     ended = ldm("eval-fid", "--model", "runs/a", "--data", "shapes", *limits)
     assert ended.code == code and said in ended.stderr
@@ -505,9 +563,35 @@ def test_a_reference_of_statistics_is_handed_on_as_it_is(ldm, measured):
 def test_eval_fid_names_only_parameters_that_the_library_has(ldm, measured):
     import ldmcli.drivers.evaluate as module
 
-    ldm("eval-fid", "--model", "a", "--data", "shapes", "-n", 9, "--features", "x", "--steps", 3, "--guidance", 2,
-        "--sampler", "ddim", "--batch-size", 4, "--size", 32, "--split", "train", "--seed", 1, "--compare", "old.json",
-        "--metrics", "fid")
+    ldm(
+        "eval-fid",
+        "--model",
+        "a",
+        "--data",
+        "shapes",
+        "-n",
+        9,
+        "--features",
+        "x",
+        "--steps",
+        3,
+        "--guidance",
+        2,
+        "--sampler",
+        "ddim",
+        "--batch-size",
+        4,
+        "--size",
+        32,
+        "--split",
+        "train",
+        "--seed",
+        1,
+        "--compare",
+        "old.json",
+        "--metrics",
+        "fid",
+    )
     source = inspect.getsource(module)
     for name in measured[0]:
         assert re.search(rf"^def evaluate\([^)]*\b{name}\b", source, re.MULTILINE | re.DOTALL), name
@@ -530,9 +614,12 @@ def test_reconstruct_prints_a_table_of_psnr(ldm, monkeypatch, tmp_path):
 
 def test_data_takes_its_set_as_an_argument(ldm, monkeypatch, tmp_path):
     calls = []
-    stand_in(monkeypatch, "ldmcli.products.inspect",
-             inspect=lambda settings, out: calls.append((settings, out)) or {"rows": 3},
-             inspect_text=lambda facts, width: f"{facts['rows']} rows")
+    stand_in(
+        monkeypatch,
+        "ldmcli.products.inspect",
+        inspect=lambda settings, out: calls.append((settings, out)) or {"rows": 3},
+        inspect_text=lambda facts, width: f"{facts['rows']} rows",
+    )
     monkeypatch.chdir(tmp_path)
     ended = ldm("data", "photos", "--limit", 4)
     assert (calls[0][0].source, calls[0][0].limit, calls[0][1]) == ("photos", 4, Path("outputs/photos-data"))
@@ -543,8 +630,9 @@ def test_data_takes_its_set_as_an_argument(ldm, monkeypatch, tmp_path):
 
 def test_demo_hands_data_and_minutes_on(ldm, monkeypatch, tmp_path):
     calls = []
-    stand_in(monkeypatch, "ldmcli.products.demo",
-             demo=lambda data, **more: calls.append((data, more)) or {"minutes": 2})
+    stand_in(
+        monkeypatch, "ldmcli.products.demo", demo=lambda data, **more: calls.append((data, more)) or {"minutes": 2}
+    )
     monkeypatch.chdir(tmp_path)
     assert json.loads(ldm("demo", "--data", "photos", "--minutes", 2, "--json").stdout) == {"minutes": 2}
     assert calls[0][0].source == "photos"
@@ -556,8 +644,17 @@ def test_a_report_of_no_run_is_refused(ldm, tmp_path):
 
 
 def test_runs_are_listed_with_their_metrics(ldm, monkeypatch):
-    rows = [{"path": "runs/[red]a\x1b[2J", "kind": "autoencoder", "state": "finished", "step": 20, "data": None,
-             "metrics": {"psnr": 25.123, "note": "x"}, "updated": ""}]
+    rows = [
+        {
+            "path": "runs/[red]a\x1b[2J",
+            "kind": "autoencoder",
+            "state": "finished",
+            "step": 20,
+            "data": None,
+            "metrics": {"psnr": 25.123, "note": "x"},
+            "updated": "",
+        }
+    ]
     monkeypatch.setattr("ldmcli.core.runs.list_runs", lambda root: rows)
     ended = ldm("runs")
     assert re.search(r"^runs/\[red\]a\[2J +autoencoder +finished +20 +psnr 25\.12$", ended.stdout, re.MULTILINE)
@@ -568,7 +665,8 @@ def test_recipes_are_listed_with_command_and_first_line(ldm, monkeypatch, tmp_pa
     (tmp_path / "x.toml").write_text("# Fast on a laptop\n[diffusion]\nchannels = 8\n")
     monkeypatch.setattr(config, "RECIPES", tmp_path)
     assert json.loads(ldm("recipes", "--json").stdout)["recipes"] == [
-        {"name": "x", "command": "ldm train-ldm", "group": "Unconditional", "summary": "Fast on a laptop", "head": {}}]
+        {"name": "x", "command": "ldm train-ldm", "group": "Unconditional", "summary": "Fast on a laptop", "head": {}}
+    ]
 
 
 def test_presets_are_listed_with_their_command(ldm):
@@ -583,35 +681,52 @@ def test_doctor_says_what_the_machine_has(ldm):
 # --- endings ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args, line", [
-    (["train-a"], "ldm: train-a: no such command; did you mean train-ae?\n"),
-    (["zzz"], "ldm: zzz: no such command; `ldm --help` lists them\n"),
-    (["--zzz"], "ldm: no such option --zzz; see `ldm --help`\n"),
-    (["train-ae", "--steps", "abc"], "ldm: --steps: 'abc' is not a whole number\n"),
-    (["train-ae", "--reg", "qv"], "ldm: --reg: 'qv' is not one of kl, vq\n"),
-    (["train-ae", "--set", "train.stesp=1"], "ldm: --set train.stesp: no such setting; did you mean train.steps?\n"),
-    (["train-ae", "--gpus", "0"], "ldm: --gpus 0: must be at least 1\n"),
-    (["runs", "-q", "-v"], "ldm: --quiet and --verbose exclude each other\n"),
-])
+@pytest.mark.parametrize(
+    "args, line",
+    [
+        (["train-a"], "ldm: train-a: no such command; did you mean train-ae?\n"),
+        (["zzz"], "ldm: zzz: no such command; `ldm --help` lists them\n"),
+        (["--zzz"], "ldm: no such option --zzz; see `ldm --help`\n"),
+        (["train-ae", "--steps", "abc"], "ldm: --steps: 'abc' is not a whole number\n"),
+        (["train-ae", "--reg", "qv"], "ldm: --reg: 'qv' is not one of kl, vq\n"),
+        (
+            ["train-ae", "--set", "train.stesp=1"],
+            "ldm: --set train.stesp: no such setting; did you mean train.steps?\n",
+        ),
+        (["train-ae", "--gpus", "0"], "ldm: --gpus 0: must be at least 1\n"),
+        (["runs", "-q", "-v"], "ldm: --quiet and --verbose exclude each other\n"),
+    ],
+)
 def test_a_mistake_is_one_line_and_code_2(ldm, trained, args, line):
     ended = ldm(*args)
     assert (ended.code, ended.stdout, ended.stderr) == (2, "", line)
 
 
-@pytest.mark.parametrize("error, code", [
-    (InputError("x"), 3), (ModelError("x"), 4), (DivergedError("x"), 5), (ResourceError("x"), 6),
-    (ThresholdError("x"), 8), (Interrupted("x", 2), 130), (Interrupted("x", 15), 143),
-])
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (InputError("x"), 3),
+        (ModelError("x"), 4),
+        (DivergedError("x"), 5),
+        (ResourceError("x"), 6),
+        (ThresholdError("x"), 8),
+        (Interrupted("x", 2), 130),
+        (Interrupted("x", 15), 143),
+    ],
+)
 def test_each_failure_has_the_code_of_the_contract(ldm, monkeypatch, error, code):
     raising(monkeypatch, error)
     ended = ldm("runs")
     assert (ended.code, ended.stderr) == (code, "ldm: x\n")
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device", "runs/x/model.safetensors"),
-    OSError(errno.EFBIG, "File too large", "runs/x/model.safetensors"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/x/model.safetensors"),
+        OSError(errno.EFBIG, "File too large", "runs/x/model.safetensors"),
+    ],
+)
 def test_a_full_disk_is_code_6_and_names_the_file(ldm, monkeypatch, error):
     raising(monkeypatch, error)
     ended = ldm("runs")
@@ -622,10 +737,14 @@ class OutOfMemoryError(RuntimeError):
     """Named as torch's."""
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), OutOfMemoryError("CUDA out of memory. Tried to allocate"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_running_out_of_memory_is_code_6_and_says_what_to_change(ldm, monkeypatch, error):
     raising(monkeypatch, error)
     ended = ldm("runs")
@@ -666,15 +785,29 @@ def test_a_fault_of_ours_is_one_line_that_names_the_traceback_without_secrets(ld
 def test_a_reader_that_went_away_is_met_with_silence(tmp_path):
     command = f'"{sys.executable}" -m ldmcli train-ldm --help | true; echo "${{PIPESTATUS[0]}}"'
     root = Path(ldmcli.__file__).parents[1]
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": str(root)})
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_the_codes_are_those_of_the_contract():
     assert [(each.name, each.value) for each in ExitCode] == [
-        ("OK", 0), ("FAULT", 1), ("USAGE", 2), ("INPUT", 3), ("MODEL", 4), ("DIVERGED", 5), ("RESOURCE", 6),
-        ("THRESHOLD", 8), ("SIGINT", 130), ("SIGTERM", 143)]
+        ("OK", 0),
+        ("FAULT", 1),
+        ("USAGE", 2),
+        ("INPUT", 3),
+        ("MODEL", 4),
+        ("DIVERGED", 5),
+        ("RESOURCE", 6),
+        ("THRESHOLD", 8),
+        ("SIGINT", 130),
+        ("SIGTERM", 143),
+    ]
 
 
 # --- console ---------------------------------------------------------------------------------------------------
@@ -731,13 +864,20 @@ def test_other_processes_keep_quiet_unless_they_fail(capsys, monkeypatch):
 
 def test_json_holds_no_nan(capsys):
     console.emit_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": (Path("x"), "é")})
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5],
-                                                                               "c": ["x", "é"]}
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": ["x", "é"],
+    }
 
 
 def test_a_table_aligns_words_left_and_numbers_right():
     assert console.table([["a\nb", 5], ["c", 10]], ["name", "n"]).splitlines() == [
-        "name   n", "----  --", "a b    5", "c     10"]
+        "name   n",
+        "----  --",
+        "a b    5",
+        "c     10",
+    ]
 
 
 def test_progress_in_a_log_is_a_line_each_tenth_without_control_characters(capsys):

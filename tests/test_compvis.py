@@ -42,16 +42,34 @@ def target(name: str, **params) -> dict:
 
 def stage_document(name: str) -> dict:
     reg, z, embed, codes, mult, attention, kind = STAGES[name]
-    network = dict(double_z=reg == "kl", z_channels=z, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=mult,
-                   num_res_blocks=2, attn_resolutions=attention, dropout=0.0, attn_type=kind)  # fmt: skip
+    network = dict(
+        double_z=reg == "kl",
+        z_channels=z,
+        resolution=256,
+        in_channels=3,
+        out_ch=3,
+        ch=128,
+        ch_mult=mult,
+        num_res_blocks=2,
+        attn_resolutions=attention,
+        dropout=0.0,
+        attn_type=kind,
+    )
     if reg == "kl":
         return target("ldm.models.autoencoder.AutoencoderKL", embed_dim=embed, ddconfig=network)
     return target("ldm.models.autoencoder.VQModelInterface", embed_dim=embed, n_embed=codes, ddconfig=network)
 
 
 MODULES = "ldm.modules.encoders.modules."
-UNCONDITIONAL = dict(image_size=64, in_channels=3, out_channels=3, model_channels=224,
-                     attention_resolutions=[8, 4, 2], channel_mult=[1, 2, 3, 4], num_head_channels=32)  # fmt: skip
+UNCONDITIONAL = dict(
+    image_size=64,
+    in_channels=3,
+    out_channels=3,
+    model_channels=224,
+    attention_resolutions=[8, 4, 2],
+    channel_mult=[1, 2, 3, 4],
+    num_head_channels=32,
+)
 TOKENS = dict(use_spatial_transformer=True, transformer_depth=1)
 BERT = dict(n_layer=32)
 # name → unet, first stage, conditioner, process, heads of each level that attends
@@ -60,62 +78,194 @@ PUBLISHED = {
     "ffhq256": (UNCONDITIONAL, "vq-f4", "__is_unconditional__", {}, (14, 21, 28)),
     "lsun_beds256": (UNCONDITIONAL, "vq-f4", "__is_unconditional__", {}, (14, 21, 28)),
     "lsun_churches256": (
-        dict(image_size=32, in_channels=4, out_channels=4, model_channels=192, attention_resolutions=[1, 2, 4, 8],
-             channel_mult=[1, 2, 2, 4, 4], num_heads=8, use_scale_shift_norm=True, resblock_updown=True),
-        "kl-f8", "__is_unconditional__", dict(linear_end=0.0155, scale_by_std=True, loss_type="l1"), (8, 8, 8, 8)),
+        dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=192,
+            attention_resolutions=[1, 2, 4, 8],
+            channel_mult=[1, 2, 2, 4, 4],
+            num_heads=8,
+            use_scale_shift_norm=True,
+            resblock_updown=True,
+        ),
+        "kl-f8",
+        "__is_unconditional__",
+        dict(linear_end=0.0155, scale_by_std=True, loss_type="l1"),
+        (8, 8, 8, 8),
+    ),
     "cin256": (
-        dict(image_size=32, in_channels=4, out_channels=4, model_channels=256, attention_resolutions=[4, 2, 1],
-             channel_mult=[1, 2, 4], num_head_channels=32, context_dim=512, **TOKENS),
-        "vq-f8", target(MODULES + "ClassEmbedder", embed_dim=512, key="class_label"), {}, (1, 1, 1)),
+        dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=256,
+            attention_resolutions=[4, 2, 1],
+            channel_mult=[1, 2, 4],
+            num_head_channels=32,
+            context_dim=512,
+            **TOKENS,
+        ),
+        "vq-f8",
+        target(MODULES + "ClassEmbedder", embed_dim=512, key="class_label"),
+        {},
+        (1, 1, 1),
+    ),
     "cin256-v2": (
-        dict(image_size=64, in_channels=3, out_channels=3, model_channels=192, attention_resolutions=[8, 4, 2],
-             channel_mult=[1, 2, 3, 5], num_heads=1, context_dim=512, **TOKENS),
-        "vq-f4", target(MODULES + "ClassEmbedder", embed_dim=512, n_classes=1001, key="class_label"), {}, (1, 1, 1)),
+        dict(
+            image_size=64,
+            in_channels=3,
+            out_channels=3,
+            model_channels=192,
+            attention_resolutions=[8, 4, 2],
+            channel_mult=[1, 2, 3, 5],
+            num_heads=1,
+            context_dim=512,
+            **TOKENS,
+        ),
+        "vq-f4",
+        target(MODULES + "ClassEmbedder", embed_dim=512, n_classes=1001, key="class_label"),
+        {},
+        (1, 1, 1),
+    ),
     "text2img256": (
-        dict(image_size=64, in_channels=3, out_channels=3, model_channels=192, attention_resolutions=[8, 4, 2],
-             channel_mult=[1, 2, 3, 5], num_head_channels=32, context_dim=640, **TOKENS),
-        "vq-f4", target(MODULES + "BERTEmbedder", n_embed=640, **BERT), {}, (1, 1, 1)),
+        dict(
+            image_size=64,
+            in_channels=3,
+            out_channels=3,
+            model_channels=192,
+            attention_resolutions=[8, 4, 2],
+            channel_mult=[1, 2, 3, 5],
+            num_head_channels=32,
+            context_dim=640,
+            **TOKENS,
+        ),
+        "vq-f4",
+        target(MODULES + "BERTEmbedder", n_embed=640, **BERT),
+        {},
+        (1, 1, 1),
+    ),
     "txt2img-1p4B-eval": (
-        dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, attention_resolutions=[4, 2, 1],
-             channel_mult=[1, 2, 4, 4], num_heads=8, context_dim=1280, legacy=False, use_checkpoint=True, **TOKENS),
-        "kl-f8", target(MODULES + "BERTEmbedder", n_embed=1280, **BERT),
-        dict(linear_start=0.00085, linear_end=0.012, scale_factor=0.18215), (8, 8, 8)),
+        dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=320,
+            attention_resolutions=[4, 2, 1],
+            channel_mult=[1, 2, 4, 4],
+            num_heads=8,
+            context_dim=1280,
+            legacy=False,
+            use_checkpoint=True,
+            **TOKENS,
+        ),
+        "kl-f8",
+        target(MODULES + "BERTEmbedder", n_embed=1280, **BERT),
+        dict(linear_start=0.00085, linear_end=0.012, scale_factor=0.18215),
+        (8, 8, 8),
+    ),
     "layout2img-openimages256": (
-        dict(image_size=64, in_channels=3, out_channels=3, model_channels=128, attention_resolutions=[8, 4, 2],
-             channel_mult=[1, 2, 3, 4], num_head_channels=32, context_dim=512, **TOKENS | {"transformer_depth": 3}),
-        "vq-f4", target(MODULES + "BERTEmbedder", n_embed=512, n_layer=16, vocab_size=8192, max_seq_len=92,
-                        use_tokenizer=False), dict(linear_end=0.0205, loss_type="l1"), (1, 1, 1)),
+        dict(
+            image_size=64,
+            in_channels=3,
+            out_channels=3,
+            model_channels=128,
+            attention_resolutions=[8, 4, 2],
+            channel_mult=[1, 2, 3, 4],
+            num_head_channels=32,
+            context_dim=512,
+            **TOKENS | {"transformer_depth": 3},
+        ),
+        "vq-f4",
+        target(MODULES + "BERTEmbedder", n_embed=512, n_layer=16, vocab_size=8192, max_seq_len=92, use_tokenizer=False),
+        dict(linear_end=0.0205, loss_type="l1"),
+        (1, 1, 1),
+    ),
     "semantic_synthesis256": (
-        dict(image_size=64, in_channels=6, out_channels=3, model_channels=128, attention_resolutions=[32, 16, 8],
-             channel_mult=[1, 4, 8], num_heads=8),
-        "vq-f4", target(MODULES + "SpatialRescaler", n_stages=2, in_channels=182, out_channels=3),
-        dict(linear_end=0.0205, loss_type="l1"), (8,)),
+        dict(
+            image_size=64,
+            in_channels=6,
+            out_channels=3,
+            model_channels=128,
+            attention_resolutions=[32, 16, 8],
+            channel_mult=[1, 4, 8],
+            num_heads=8,
+        ),
+        "vq-f4",
+        target(MODULES + "SpatialRescaler", n_stages=2, in_channels=182, out_channels=3),
+        dict(linear_end=0.0205, loss_type="l1"),
+        (8,),
+    ),
     "semantic_synthesis512": (
-        dict(image_size=128, in_channels=6, out_channels=3, model_channels=128, attention_resolutions=[32, 16, 8],
-             channel_mult=[1, 4, 8], num_heads=8),
-        "vq-f4", target(MODULES + "SpatialRescaler", n_stages=2, in_channels=182, out_channels=3),
-        dict(linear_end=0.0205, loss_type="l1"), (8,)),
+        dict(
+            image_size=128,
+            in_channels=6,
+            out_channels=3,
+            model_channels=128,
+            attention_resolutions=[32, 16, 8],
+            channel_mult=[1, 4, 8],
+            num_heads=8,
+        ),
+        "vq-f4",
+        target(MODULES + "SpatialRescaler", n_stages=2, in_channels=182, out_channels=3),
+        dict(linear_end=0.0205, loss_type="l1"),
+        (8,),
+    ),
     "bsr_sr": (
-        dict(image_size=64, in_channels=6, out_channels=3, model_channels=160, attention_resolutions=[16, 8],
-             channel_mult=[1, 2, 2, 4], num_head_channels=32),
-        "vq-f4", target("torch.nn.Identity"), dict(linear_end=0.0155), (20,)),
+        dict(
+            image_size=64,
+            in_channels=6,
+            out_channels=3,
+            model_channels=160,
+            attention_resolutions=[16, 8],
+            channel_mult=[1, 2, 2, 4],
+            num_head_channels=32,
+        ),
+        "vq-f4",
+        target("torch.nn.Identity"),
+        dict(linear_end=0.0155),
+        (20,),
+    ),
     "inpainting_big": (
-        dict(image_size=64, in_channels=7, out_channels=3, model_channels=256, attention_resolutions=[8, 4, 2],
-             channel_mult=[1, 2, 3, 4], num_heads=8, resblock_updown=True),
-        "vq-f4-noattn", "__is_first_stage__", dict(linear_end=0.0205, loss_type="l1"), (8, 8, 8)),
-}  # fmt: skip
+        dict(
+            image_size=64,
+            in_channels=7,
+            out_channels=3,
+            model_channels=256,
+            attention_resolutions=[8, 4, 2],
+            channel_mult=[1, 2, 3, 4],
+            num_heads=8,
+            resblock_updown=True,
+        ),
+        "vq-f4-noattn",
+        "__is_first_stage__",
+        dict(linear_end=0.0205, loss_type="l1"),
+        (8, 8, 8),
+    ),
+}
 
 
 def document(name: str, **changes) -> dict:
     unet, stage, conditioner, process, _ = PUBLISHED[name]
     unet = dict(num_res_blocks=2, **unet) | changes
     key = "crossattn" if unet.get("use_spatial_transformer") else None
-    return {"model": target(
-        "ldm.models.diffusion.ddpm.LatentDiffusion", linear_start=0.0015, linear_end=0.0195, timesteps=1000,
-        image_size=unet["image_size"], channels=unet["out_channels"], first_stage_key="image", cond_stage_key="x",
-        unet_config=target("ldm.modules.diffusionmodules.openaimodel.UNetModel", **unet),
-        first_stage_config=stage_document(stage), cond_stage_config=conditioner,
-        conditioning_key=key or (None if conditioner == "__is_unconditional__" else "concat")) | {}}  # fmt: skip
+    return {
+        "model": target(
+            "ldm.models.diffusion.ddpm.LatentDiffusion",
+            linear_start=0.0015,
+            linear_end=0.0195,
+            timesteps=1000,
+            image_size=unet["image_size"],
+            channels=unet["out_channels"],
+            first_stage_key="image",
+            cond_stage_key="x",
+            unet_config=target("ldm.modules.diffusionmodules.openaimodel.UNetModel", **unet),
+            first_stage_config=stage_document(stage),
+            cond_stage_config=conditioner,
+            conditioning_key=key or (None if conditioner == "__is_unconditional__" else "concat"),
+        )
+        | {}
+    }
 
 
 def whole(name: str, **changes) -> dict:
@@ -149,8 +299,10 @@ def full_state(name: str, averages: bool = True) -> dict[str, torch.Tensor]:
     if name == "inpainting_big":
         made |= zeros(stage, "cond_stage_model.")
     if averages:
-        made |= {f"model_ema.diffusion_model{key.replace('.', '')}": torch.ones(()).expand(shape)
-                 for key, shape in unet.items()}
+        made |= {
+            f"model_ema.diffusion_model{key.replace('.', '')}": torch.ones(()).expand(shape)
+            for key, shape in unet.items()
+        }
         made |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
     stray = ("lvlb_weights", "first_stage_model.loss.discriminator.main.0.weight")
     return made | {key: torch.zeros(1) for key in stray}
@@ -169,8 +321,10 @@ def test_released_models_have_these_names_and_shapes(name):
     assert {key: tuple(t.shape) for key, t in first.state_dict().items()} == shapes("first_stage", PUBLISHED[name][1])
     preset = MODELS[name.removesuffix("-eval").replace("512", "256")].extra
     assert (sum(t.numel() for t in model.unet.parameters()), len(unet)) == (preset["parameters"], preset["tensors"])
-    told = {key.split(".", 3 if "class" in key else 4)[-1]: tuple(t.shape)
-            for key, t in model.conditions.state_dict().items()}
+    told = {
+        key.split(".", 3 if "class" in key else 4)[-1]: tuple(t.shape)
+        for key, t in model.conditions.state_dict().items()
+    }
     trained = isinstance(PUBLISHED[name][2], dict) and "Identity" not in PUBLISHED[name][2]["target"]
     wanted = shapes("cond_stage", name) if trained else {}
     assert len(told) == len(wanted) and sorted(told.values()) == sorted(wanted.values())
@@ -215,11 +369,26 @@ def test_first_stages_with_and_without_configuration(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_released_checkpoints_are_recognised_without_a_configuration(name):
     found, wanted = compvis_shapes.plan(Path("x.ckpt"), full_state(name, averages=False), ""), plan(name)
-    settings = {name: getattr(found.diffusion, name) for name in ("channels", "channel_mult", "scale_shift",
-                "resblock_updown", "spatial_transformer", "transformer_depth", "beta_start", "beta_end", "num_heads")}
+    settings = {
+        name: getattr(found.diffusion, name)
+        for name in (
+            "channels",
+            "channel_mult",
+            "scale_shift",
+            "resblock_updown",
+            "spatial_transformer",
+            "transformer_depth",
+            "beta_start",
+            "beta_end",
+            "num_heads",
+        )
+    }
     assert settings == {name: getattr(wanted.diffusion, name) for name in settings}
     assert (found.first_stage, found.in_channels, found.context_dim) == (
-        wanted.first_stage, wanted.in_channels, wanted.context_dim)
+        wanted.first_stage,
+        wanted.in_channels,
+        wanted.context_dim,
+    )
     assert found.conditioner.kind == wanted.conditioner.kind
     assert found.notes[0].startswith("recognised by its shapes")
 
@@ -233,12 +402,17 @@ def test_a_whole_released_checkpoint_is_read(name, monkeypatch):
     assert float(bundle.tensors["unet.out.2.bias"][0]) == 1 and any("model_ema" in note for note in bundle.notes)
     raw = compvis._diffusion(Path("x.ckpt"), state_dict, made, Reading(weights="raw"))
     assert float(raw.tensors["unet.out.2.bias"][0]) == 0
-    for key, message in (("model.diffusion_model.extra", "1 unknown entries: model.diffusion_model.extra"),
-                         ("model_ema.more", "unknown")):
+    for key, message in (
+        ("model.diffusion_model.extra", "1 unknown entries: model.diffusion_model.extra"),
+        ("model_ema.more", "unknown"),
+    ):
         with pytest.raises(ModelError, match=message):
             compvis._diffusion(Path("x.ckpt"), state_dict | {key: torch.zeros(1)}, made, Reading())
-    for key in ("model.diffusion_model.out.2.bias", "model_ema.diffusion_modelout2bias",
-                "first_stage_model.decoder.conv_out.bias"):  # fmt: skip
+    for key in (
+        "model.diffusion_model.out.2.bias",
+        "model_ema.diffusion_modelout2bias",
+        "first_stage_model.decoder.conv_out.bias",
+    ):
         less = {name: tensor for name, tensor in state_dict.items() if name != key}
         which = "raw" if key.startswith("model.") else "ema"
         with pytest.raises(ModelError, match=r"1 weights are missing: .*bias"):
@@ -251,8 +425,11 @@ def test_a_vae_of_stable_diffusion(tmp_path):
 
     network = Autoencoder(AutoencoderSettings(family="paper", f=2, channels=32, channel_mult=(1, 1), num_res_blocks=1))
     held = {f"first_stage_model.{name}": tensor for name, tensor in network.state_dict().items()}
-    held |= {"model.diffusion_model.out.2.bias": torch.zeros(4), "betas": torch.zeros(1000),
-             "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.zeros(1, 77)}
+    held |= {
+        "model.diffusion_model.out.2.bias": torch.zeros(4),
+        "betas": torch.zeros(1000),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.zeros(1, 77),
+    }
     save_file(held, tmp_path / "sd.safetensors")
     ending = ldm("convert", tmp_path / "sd.safetensors", tmp_path / "vae")
     assert ending.code == 0 and "first stage only" in ending.stderr
@@ -270,8 +447,16 @@ def test_betas_of_another_schedule_are_refused(tmp_path):
 
 # ---------------------------------------------------------------- the way back
 
-GOLDEN = ("kl_f4_attn", "vq_f4_noattn", "unet_uncond", "unet_class_crossattn", "unet_text_bert", "unet_concat_inpaint",
-          "unet_semantic_rescaler", "full_checkpoint")  # fmt: skip
+GOLDEN = (
+    "kl_f4_attn",
+    "vq_f4_noattn",
+    "unet_uncond",
+    "unet_class_crossattn",
+    "unet_text_bert",
+    "unet_concat_inpaint",
+    "unet_semantic_rescaler",
+    "full_checkpoint",
+)
 
 
 @pytest.mark.parametrize("suffix", (".ckpt", ".safetensors"))
@@ -296,8 +481,9 @@ def test_folding_a_scale_changes_nothing_but_the_place(reg):
     from ldmcli.core.settings import AutoencoderSettings
 
     torch.manual_seed(0)
-    settings = AutoencoderSettings(family="paper", f=2, reg=reg, channels=32, channel_mult=(1, 1), num_res_blocks=1,
-                                   codebook_size=64)  # fmt: skip
+    settings = AutoencoderSettings(
+        family="paper", f=2, reg=reg, channels=32, channel_mult=(1, 1), num_res_blocks=1, codebook_size=64
+    )
     plain, moved = Autoencoder(settings), Autoencoder(settings)
     std = (0.5, 2.0, 3.0, 0.1) if reg == "kl" else (0.5,) * 4
     scale = LatentScale((0.1, -0.3, 0.0, 2.0), std)
@@ -323,8 +509,10 @@ def test_a_scale_a_channel_goes_there_and_back(tmp_path):
     bundle, stage = run.read(tmp_path / "ldm"), run.read(tmp_path / "ae")
     scale = LatentScale((0.1, -0.2, 0.3), (0.7, 1.1, 2.3))
     settings: DiffusionSettings = replace(bundle.config.diffusion, latent_scale="per_channel")
-    run.write(replace(bundle, autoencoder=stage, scale=scale, config=replace(bundle.config, diffusion=settings)),
-              tmp_path / "a")  # fmt: skip
+    run.write(
+        replace(bundle, autoencoder=stage, scale=scale, config=replace(bundle.config, diffusion=settings)),
+        tmp_path / "a",
+    )
     assert ldm("convert", tmp_path / "a", tmp_path / "x.safetensors", "--to", "compvis").code == 0
     held = load_file(tmp_path / "x.safetensors")
     assert len([name for name in held if name.startswith(KEPT)]) == 4

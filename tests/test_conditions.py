@@ -77,9 +77,10 @@ def test_maps_are_rescaled_as_in_the_recorded_semantic_model():
     assert relative(entry(entry.prepare(list(maps.reshape(-1, *maps.shape[-2:])))).concat, io["context"]) < 5e-6
 
 
-@pytest.mark.parametrize(("kinds", "planes"), [
-    (("map",), 3), (("lowres",), 3), (("masked",), 5), (("layout",), 0), (("map", "masked", "class"), 8), ((), 0),
-])
+@pytest.mark.parametrize(
+    ("kinds", "planes"),
+    [(("map",), 3), (("lowres",), 3), (("masked",), 5), (("layout",), 0), (("map", "masked", "class"), 8), ((), 0)],
+)
 def test_the_unet_reads_the_latent_and_the_planes_and_writes_the_latent(kinds, planes):
     """6 → 3 of the published semantic and super-resolution models, 7 → 3 of the inpainting one, for 4 channels here."""
     settings = DiffusionSettings(channels=16, channel_mult=(1,), groups=4, head_channels=8, position="none")
@@ -208,8 +209,10 @@ def test_no_objects_and_unknown_categories_draw_nothing():
 
 def test_boxes_are_drawn_in_the_frame_of_the_crop():
     entry = LayoutCondition(SMALL, GRID_OF_FIVE)
-    whole, half = (torch.from_numpy(entry.layout.tokens([[0.5, 0, 0.25, 1]], [0], crop=crop))[None]
-                   for crop in ((0, 0, 1, 1), (0.5, 0, 0.5, 1)))
+    whole, half = (
+        torch.from_numpy(entry.layout.tokens([[0.5, 0, 0.25, 1]], [0], crop=crop))[None]
+        for crop in ((0, 0, 1, 1), (0.5, 0, 0.5, 1))
+    )
     wide, cut = (entry({"ids": ids}, (4, 4)).concat[0, 0] != 0 for ids in (whole, half))
     assert wide.tolist() == [[False, False, True, False]] * 4 and cut.tolist() == [[True, True, False, False]] * 4
 
@@ -223,17 +226,24 @@ def test_without_planes_a_layout_is_tokens_alone():
 
 
 def entries(names: list[str]) -> list:
-    return [LayoutCondition(SMALL, {**FACTS["layout"], "categories": names}),
-            ClassCondition(SMALL, {"class_names": names})]
+    return [
+        LayoutCondition(SMALL, {**FACTS["layout"], "categories": names}),
+        ClassCondition(SMALL, {"class_names": names}),
+    ]
 
 
-@pytest.mark.parametrize(("names", "means"), [
-    (["7", "1", "5"], {1: 1, np.int64(2): 2, "1": 1, "7": 0, "#0": 0, "#2": 2, "0": None, "2": None, 3: None,
-                       -1: None}),
-    (["cat", "dog"], {"dog": 1, "1": 1, "#1": 1, 0: 0, "2": None, "#2": None, "Dog": None, "-1": None, "": None}),
-    (["cat", "9"], {"9": 1, "0": None, "1": None, "#1": 1, "#9": None, "²": None}),  # a number among them
-    (["#1", " a"], {"#1": 0, " a": 1, "#0": 0, "1": 1}),
-])
+@pytest.mark.parametrize(
+    ("names", "means"),
+    [
+        (
+            ["7", "1", "5"],
+            {1: 1, np.int64(2): 2, "1": 1, "7": 0, "#0": 0, "#2": 2, "0": None, "2": None, 3: None, -1: None},
+        ),
+        (["cat", "dog"], {"dog": 1, "1": 1, "#1": 1, 0: 0, "2": None, "#2": None, "Dog": None, "-1": None, "": None}),
+        (["cat", "9"], {"9": 1, "0": None, "1": None, "#1": 1, "#9": None, "²": None}),  # a number among them
+        (["#1", " a"], {"#1": 0, " a": 1, "#0": 0, "1": 1}),
+    ],
+)
 def test_a_number_is_an_index_and_a_text_a_name_first(names, means):
     for entry in entries(names):
         for value, index in means.items():
@@ -319,7 +329,7 @@ def test_typed_and_typographic_signs_are_the_same_words(tmp_path, seen):
 def test_what_lies_around_is_spread_over_holes(shape, fill):
     x = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
     hole = torch.zeros(2, *shape, dtype=torch.bool)
-    hole[0, :, shape[1] // 3:] = True
+    hole[0, :, shape[1] // 3 :] = True
     filled = fill(x.masked_fill(hole[:, None], -9.0), hole)
     assert torch.equal(filled[~hole[:, None].expand_as(x)], x[~hole[:, None].expand_as(x)])
     assert filled.min() >= x.min() - 1e-6 and filled.max() <= x.max() + 1e-6  # nothing of what stood in the hole
@@ -346,7 +356,7 @@ def test_patches_continue_a_texture(size):
     y, x = torch.meshgrid(*(torch.arange(float(side)) for side in size), indexing="ij")
     stripes = torch.stack([torch.sin(x / 2 + torch.sin(y / 9)), torch.cos(x / 3), torch.sin(x / 2)])
     hole = torch.zeros(size, dtype=torch.bool)
-    hole[size[0] // 3:size[0] // 2, size[1] // 3:size[1] // 2] = True
+    hole[size[0] // 3 : size[0] // 2, size[1] // 3 : size[1] // 2] = True
     hole[-4:, :9] = True
     given = stripes.masked_fill(hole, 7.0)
     filled = patched(given, hole)
@@ -431,16 +441,43 @@ def test_a_text_model_trains_with_a_vocabulary_by_file_and_takes_it_along(tmp_pa
     file = bert_words(tmp_path / "words.txt")
     tiny.train_ldm(tmp_path / "run", "none", "--condition", "text", "--set", f"condition.vocabulary={file}", steps=1)
     file.unlink()
-    ending = tiny.ldm("sample", "--model", tmp_path / "run", "--prompt", "a red circle", "-n", 1, "--steps", 1, "--out",
-                      tmp_path / "out")
+    ending = tiny.ldm(
+        "sample",
+        "--model",
+        tmp_path / "run",
+        "--prompt",
+        "a red circle",
+        "-n",
+        1,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "out",
+    )
     assert ending.code == 0, ending.stderr
 
 
 def test_without_a_network_the_published_text_models_say_what_to_give_before_data_is_read(tmp_path):
     import tiny
 
-    ending = tiny.ldm("train-ldm", "--recipe", "txt2img-1p4B", "--data", "/no/such/data", "--autoencoder", "none",
-                      "--set", "diffusion.channels=8", "--set", "condition.context_dim=16", "--size", 16,
-                      "--set", "diffusion.groups=4", "--out", tmp_path / "run")
+    ending = tiny.ldm(
+        "train-ldm",
+        "--recipe",
+        "txt2img-1p4B",
+        "--data",
+        "/no/such/data",
+        "--autoencoder",
+        "none",
+        "--set",
+        "diffusion.channels=8",
+        "--set",
+        "condition.context_dim=16",
+        "--size",
+        16,
+        "--set",
+        "diffusion.groups=4",
+        "--out",
+        tmp_path / "run",
+    )
     assert ending.code == 3 and ending.stderr.count("ldm: ") == 1
     assert "bert-base-uncased" in ending.line and "--set condition.vocabulary=FILE" in ending.line

@@ -28,13 +28,20 @@ def test_each_source_wins_over_the_one_before(preset, tmp_path):
     recipe.write_text("[train]\nseed = 2\nkeep = 2\nwarmup = 2\nlog_every = 2\n")
     environ = {"LDM_TRAIN_KEEP": "3", "LDM_TRAIN_WARMUP": "3", "LDM_TRAIN_LOG_EVERY": "3"}
     named = [("--warmup", {"train.warmup": "4"}), ("--log-every", {"train.log_every": "4"})]
-    layers = config.gather("autoencoder", preset="tiny", recipe=recipe, environ=environ, named=named,
-                           assignments=["train.log_every=5"])
+    layers = config.gather(
+        "autoencoder", preset="tiny", recipe=recipe, environ=environ, named=named, assignments=["train.log_every=5"]
+    )
     resolved = config.resolve("autoencoder", layers)
     train = resolved.config.train
     assert (train.steps, train.seed, train.keep, train.warmup, train.log_every) == (1, 2, 3, 4, 5)
     assert [resolved.origins[f"train.{name}"] for name in ("lr", "steps", "seed", "keep", "warmup", "log_every")] == [
-        "default", "preset tiny", f"recipe {recipe}", "environment LDM_TRAIN_KEEP", "--warmup", "--set"]
+        "default",
+        "preset tiny",
+        f"recipe {recipe}",
+        "environment LDM_TRAIN_KEEP",
+        "--warmup",
+        "--set",
+    ]
 
 
 def test_the_plan_lists_every_setting_with_its_value_and_origin():
@@ -44,50 +51,56 @@ def test_the_plan_lists_every_setting_with_its_value_and_origin():
     assert [path for path, _, _ in rows] == list(config.paths("diffusion"))
 
 
-@pytest.mark.parametrize("path, text, value", [
-    ("train.steps", "10_000", 10_000),
-    ("train.steps", "1e3", 1000),
-    ("train.lr", "3e-4", 3e-4),
-    ("train.lr", "1", 1.0),
-    ("train.compile", "yes", True),
-    ("train.compile", "false", False),
-    ("train.micro_batch", "auto", 0),
-    ("train.betas", "0.5,0.75", (0.5, 0.75)),
-    ("diffusion.channel_mult", "[1, 2, 4]", (1.0, 2.0, 4.0)),
-    ("diffusion.channel_mult", "1,2,4", (1.0, 2.0, 4.0)),
-    ("diffusion.attention_resolutions", "4", (4,)),
-    ("diffusion.attention_resolutions", "[]", ()),
-    ("data.size", "48", (48, 48)),
-    ("data.size", "48x64", (48, 64)),
-    ("data.size", "[48, 64]", (48, 64)),
-    ("condition.kinds", "class+text", ("class", "text")),
-    ("condition.kinds", "none", ()),
-    ("data.source", "7", "7"),
-    ("data.source", '"quoted"', "quoted"),
-    ("data.source", "photos/[a]=b", "photos/[a]=b"),
-])
+@pytest.mark.parametrize(
+    "path, text, value",
+    [
+        ("train.steps", "10_000", 10_000),
+        ("train.steps", "1e3", 1000),
+        ("train.lr", "3e-4", 3e-4),
+        ("train.lr", "1", 1.0),
+        ("train.compile", "yes", True),
+        ("train.compile", "false", False),
+        ("train.micro_batch", "auto", 0),
+        ("train.betas", "0.5,0.75", (0.5, 0.75)),
+        ("diffusion.channel_mult", "[1, 2, 4]", (1.0, 2.0, 4.0)),
+        ("diffusion.channel_mult", "1,2,4", (1.0, 2.0, 4.0)),
+        ("diffusion.attention_resolutions", "4", (4,)),
+        ("diffusion.attention_resolutions", "[]", ()),
+        ("data.size", "48", (48, 48)),
+        ("data.size", "48x64", (48, 64)),
+        ("data.size", "[48, 64]", (48, 64)),
+        ("condition.kinds", "class+text", ("class", "text")),
+        ("condition.kinds", "none", ()),
+        ("data.source", "7", "7"),
+        ("data.source", '"quoted"', "quoted"),
+        ("data.source", "photos/[a]=b", "photos/[a]=b"),
+    ],
+)
 def test_text_becomes_the_setting_s_type(path, text, value):
     resolved = config.resolve("diffusion", [("--set", {path: text})])
     found = config.flat(resolved.config)[path]
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("path, value, expected", [
-    ("train.steps", "many", "'many' is not a whole number"),
-    ("train.steps", 1.5, "1.5 is not a whole number"),
-    ("train.steps", True, "true is not a whole number"),
-    ("train.lr", "nan", "'nan' is not a number"),
-    ("train.lr", float("inf"), "is not a number"),
-    ("train.lr", [1.0], "[1.0] is not a number"),
-    ("train.compile", "perhaps", "'perhaps' is not true or false"),
-    ("train.compile", 1, "1 is not true or false"),
-    ("data.source", 7, "7 is not text"),
-    ("data.source", "cut\udcff", "is not text"),
-    ("train.betas", [0.9], "[0.9] is not 2 values, each a number"),
-    ("diffusion.attention_resolutions", ["a"], "is not a list, each a whole number"),
-    ("data.size", "wide", "'wide' is not pixels, as 64 or 48x64"),
-    ("diffusion.channel_mult", "[1, 2", "is not a list"),
-])
+@pytest.mark.parametrize(
+    "path, value, expected",
+    [
+        ("train.steps", "many", "'many' is not a whole number"),
+        ("train.steps", 1.5, "1.5 is not a whole number"),
+        ("train.steps", True, "true is not a whole number"),
+        ("train.lr", "nan", "'nan' is not a number"),
+        ("train.lr", float("inf"), "is not a number"),
+        ("train.lr", [1.0], "[1.0] is not a number"),
+        ("train.compile", "perhaps", "'perhaps' is not true or false"),
+        ("train.compile", 1, "1 is not true or false"),
+        ("data.source", 7, "7 is not text"),
+        ("data.source", "cut\udcff", "is not text"),
+        ("train.betas", [0.9], "[0.9] is not 2 values, each a number"),
+        ("diffusion.attention_resolutions", ["a"], "is not a list, each a whole number"),
+        ("data.size", "wide", "'wide' is not pixels, as 64 or 48x64"),
+        ("diffusion.channel_mult", "[1, 2", "is not a list"),
+    ],
+)
 def test_a_wrong_type_names_its_origin_and_its_setting(path, value, expected):
     line = complaint("diffusion", ("recipe r.toml", {path: value}))
     assert line.startswith(f"recipe r.toml: {path}: ") and expected in line
@@ -97,12 +110,15 @@ def test_a_wrong_type_in_a_named_option_is_told_by_the_option_alone():
     assert complaint("diffusion", ("--steps", {"train.steps": "x"})) == "--steps: 'x' is not a whole number"
 
 
-@pytest.mark.parametrize("path, meant", [
-    ("train.stesp", "train.steps"),
-    ("trian.steps", "train.steps"),
-    ("data.batch_size", "train.batch_size"),
-    ("lr", "train.lr"),
-])
+@pytest.mark.parametrize(
+    "path, meant",
+    [
+        ("train.stesp", "train.steps"),
+        ("trian.steps", "train.steps"),
+        ("data.batch_size", "train.batch_size"),
+        ("lr", "train.lr"),
+    ],
+)
 def test_an_unknown_setting_suggests_the_one_that_was_meant(path, meant):
     line = complaint("autoencoder", ("--set", {path: "1"}))
     assert line == f"--set {path}: no such setting; did you mean {meant}?"
@@ -118,8 +134,10 @@ def test_a_setting_of_the_other_command_is_told_apart_from_an_unknown_one():
 
 def test_checks_between_fields_wait_for_all_layers():
     # each half alone is wrong: four entries need f = 8
-    layers = [("preset p", {"autoencoder.family": "paper", "autoencoder.channel_mult": [1, 2, 4, 4]}),
-              ("--f", {"autoencoder.f": "8"})]
+    layers = [
+        ("preset p", {"autoencoder.family": "paper", "autoencoder.channel_mult": [1, 2, 4, 4]}),
+        ("--f", {"autoencoder.f": "8"}),
+    ]
     assert config.resolve("autoencoder", layers).config.autoencoder.f == 8
     line = complaint("autoencoder", layers[0])
     assert "needs 3 entries" in line and line.endswith("(from preset p)")
@@ -140,13 +158,15 @@ def test_environment_variables_that_are_no_settings_are_ignored():
 def test_a_variable_that_only_the_other_command_reads_is_left_alone():
     assert config.environment_layers("diffusion", {"LDM_LOSS_L1": "1"}) == []
     assert config.environment_layers("autoencoder", {"LDM_LOSS_L1": "1"}) == [
-        ("environment LDM_LOSS_L1", {"loss.l1": "1"})]
+        ("environment LDM_LOSS_L1", {"loss.l1": "1"})
+    ]
 
 
 def test_a_misspelt_variable_of_a_section_fails_with_a_suggestion():
     layers = config.environment_layers("diffusion", {"LDM_TRAIN_STESP": "1"})
     assert complaint("diffusion", *layers) == (
-        "environment LDM_TRAIN_STESP: train.stesp: no such setting; did you mean train.steps?")
+        "environment LDM_TRAIN_STESP: train.stesp: no such setting; did you mean train.steps?"
+    )
 
 
 @pytest.mark.parametrize("kind", list(config.KINDS))
@@ -168,13 +188,16 @@ def test_set_without_a_value_says_how_to_write_it():
         config.set_layers(["train.steps"])
 
 
-@pytest.mark.parametrize("content, expected", [
-    (b"[train]\nsteps = 1\nlr = \n", "line 3: not TOML"),
-    (b"[train]\nsteps = 1\n[train]\n", "line 3: not TOML"),
-    (b"[train\n", "line 1: not TOML"),
-    (b"steps = 1\n", "settings stand in sections"),
-    (b"[train]\n# \xff\n", "not UTF-8 text (byte 10)"),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"[train]\nsteps = 1\nlr = \n", "line 3: not TOML"),
+        (b"[train]\nsteps = 1\n[train]\n", "line 3: not TOML"),
+        (b"[train\n", "line 1: not TOML"),
+        (b"steps = 1\n", "settings stand in sections"),
+        (b"[train]\n# \xff\n", "not UTF-8 text (byte 10)"),
+    ],
+)
 def test_a_bad_recipe_is_told_with_file_and_place(tmp_path, content, expected):
     path = tmp_path / "r.toml"
     path.write_bytes(content)
@@ -220,13 +243,18 @@ def test_every_preset_resolves():
 ODD = 'a "quoted" \\ path\twith\nlines, é, 画, \x7f and # = [x]'
 
 
-@pytest.mark.parametrize("each", [
-    AutoencoderConfig(),
-    DiffusionConfig(),
-    DiffusionConfig(data=DataSettings(source=ODD, size=(48, 64), flip=True),
-                    diffusion=DiffusionSettings(channel_mult=(1, 2.5), attention_resolutions=()),
-                    train=TrainSettings(lr=1 / 3 * 1e-17, betas=(0.1, 1e16), track=("wandb", 'a"b'))),
-])
+@pytest.mark.parametrize(
+    "each",
+    [
+        AutoencoderConfig(),
+        DiffusionConfig(),
+        DiffusionConfig(
+            data=DataSettings(source=ODD, size=(48, 64), flip=True),
+            diffusion=DiffusionSettings(channel_mult=(1, 2.5), attention_resolutions=()),
+            train=TrainSettings(lr=1 / 3 * 1e-17, betas=(0.1, 1e16), track=("wandb", 'a"b')),
+        ),
+    ],
+)
 def test_toml_comes_back_equal(each):
     kind = config.kind_of(each)
     text = config.to_toml(each, "made by a test\nsecond line")

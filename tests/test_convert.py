@@ -17,33 +17,69 @@ from ldmcli.formats import compvis_config, run
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.diffusion import DiffusionModel
 
-STAGE = target("ldm.models.autoencoder.AutoencoderKL", embed_dim=3, ddconfig=dict(
-    double_z=True, z_channels=3, resolution=32, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1, 1], num_res_blocks=1,
-    attn_resolutions=[], dropout=0.0))  # fmt: skip
-VQ = target("ldm.models.autoencoder.VQModelInterface", embed_dim=3, n_embed=16,
-            ddconfig=STAGE["params"]["ddconfig"] | {"double_z": False})
+STAGE = target(
+    "ldm.models.autoencoder.AutoencoderKL",
+    embed_dim=3,
+    ddconfig=dict(
+        double_z=True,
+        z_channels=3,
+        resolution=32,
+        in_channels=3,
+        out_ch=3,
+        ch=32,
+        ch_mult=[1, 1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        dropout=0.0,
+    ),
+)
+VQ = target(
+    "ldm.models.autoencoder.VQModelInterface",
+    embed_dim=3,
+    n_embed=16,
+    ddconfig=STAGE["params"]["ddconfig"] | {"double_z": False},
+)
 KINDS = {
     "unconditional": (3, None, "__is_unconditional__"),
     "class": (3, 16, target(MODULES + "ClassEmbedder", embed_dim=16, n_classes=5)),
     "text": (3, 16, target(MODULES + "BERTEmbedder", n_embed=16, n_layer=1, vocab_size=40, max_seq_len=8)),
-    "layout": (3, 16, target(MODULES + "BERTEmbedder", n_embed=16, n_layer=1, vocab_size=8192, max_seq_len=92,
-                             use_tokenizer=False)),
+    "layout": (
+        3,
+        16,
+        target(MODULES + "BERTEmbedder", n_embed=16, n_layer=1, vocab_size=8192, max_seq_len=92, use_tokenizer=False),
+    ),
     "map": (6, None, target(MODULES + "SpatialRescaler", n_stages=2, in_channels=4, out_channels=3)),
     "sr": (6, None, target("torch.nn.Identity")),
     "inpaint": (7, None, "__is_first_stage__"),
-}  # fmt: skip
+}
 
 
 def document(kind: str, stage: dict = STAGE) -> dict:
     channels, width, conditioner = KINDS[kind]
-    unet = dict(image_size=8, in_channels=channels, out_channels=3, model_channels=32, attention_resolutions=[2],
-                num_res_blocks=1, channel_mult=[1, 1], num_heads=1)  # fmt: skip
+    unet = dict(
+        image_size=8,
+        in_channels=channels,
+        out_channels=3,
+        model_channels=32,
+        attention_resolutions=[2],
+        num_res_blocks=1,
+        channel_mult=[1, 1],
+        num_heads=1,
+    )
     if width:
         unet |= dict(use_spatial_transformer=True, context_dim=width, transformer_depth=1)
-    return {"model": target(
-        "ldm.models.diffusion.ddpm.LatentDiffusion", linear_start=0.0015, linear_end=0.0195, image_size=8, channels=3,
-        unet_config=target("ldm.modules.diffusionmodules.openaimodel.UNetModel", **unet), first_stage_config=stage,
-        cond_stage_config=conditioner)}  # fmt: skip
+    return {
+        "model": target(
+            "ldm.models.diffusion.ddpm.LatentDiffusion",
+            linear_start=0.0015,
+            linear_end=0.0195,
+            image_size=8,
+            channels=3,
+            unet_config=target("ldm.modules.diffusionmodules.openaimodel.UNetModel", **unet),
+            first_stage_config=stage,
+            cond_stage_config=conditioner,
+        )
+    }
 
 
 def random_checkpoint(folder: Path, kind: str, suffix: str = ".ckpt", stage: dict = STAGE) -> Path:
@@ -95,11 +131,31 @@ def drawn(folder: Path, kind: str, model: Path) -> None:
         "text": (*draw, "--prompt", "a red circle"),
         "layout": (*draw, "--layout", layout),
         "map": (*draw, "--map", picture(folder / "map.png", 32, "L")),
-        "sr": ("upscale", picture(folder / "small.png", 8), "--scale", 4, "--model", model, "--steps", 2,
-               "--out", folder / "out"),
-        "inpaint": ("inpaint", picture(folder / "whole.png", 32), "--box", "8,8,12,12", "--model", model, "--steps", 2,
-                    "--out", folder / "out"),
-    }  # fmt: skip
+        "sr": (
+            "upscale",
+            picture(folder / "small.png", 8),
+            "--scale",
+            4,
+            "--model",
+            model,
+            "--steps",
+            2,
+            "--out",
+            folder / "out",
+        ),
+        "inpaint": (
+            "inpaint",
+            picture(folder / "whole.png", 32),
+            "--box",
+            "8,8,12,12",
+            "--model",
+            model,
+            "--steps",
+            2,
+            "--out",
+            folder / "out",
+        ),
+    }
     ending = ldm(*commands[kind])
     assert ending.code == 0, ending.stderr
     assert list((folder / "out").rglob("*.png"))
@@ -172,16 +228,19 @@ def test_nothing_is_overwritten(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("arguments, code, words", [
-    (("convert", "RUN", "out"), 2, "--to"),
-    (("convert", "RUN", "out", "--to", "compvis"), 2, ".ckpt"),
-    (("convert", "RUN", "out.ckpt", "--to", "compvis", "--config", "YAML"), 2, "--config"),
-    (("convert", "CKPT", "out", "--config", "nowhere.yaml"), 2, "no such file"),
-    (("convert", "CKPT", "out", "--heads", "lots"), 4, "--heads"),
-    (("convert", "nowhere.ckpt", "out"), 4, "nowhere.ckpt: no such file"),
-    (("convert", "runs/nowhere", "out"), 4, "no such run folder"),
-    (("convert", "CKPT"), 2, "DST"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (("convert", "RUN", "out"), 2, "--to"),
+        (("convert", "RUN", "out", "--to", "compvis"), 2, ".ckpt"),
+        (("convert", "RUN", "out.ckpt", "--to", "compvis", "--config", "YAML"), 2, "--config"),
+        (("convert", "CKPT", "out", "--config", "nowhere.yaml"), 2, "no such file"),
+        (("convert", "CKPT", "out", "--heads", "lots"), 4, "--heads"),
+        (("convert", "nowhere.ckpt", "out"), 4, "nowhere.ckpt: no such file"),
+        (("convert", "runs/nowhere", "out"), 4, "no such run folder"),
+        (("convert", "CKPT"), 2, "DST"),
+    ],
+)
 def test_mistakes(tmp_path, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)
     path = random_checkpoint(tmp_path / "theirs", "class")

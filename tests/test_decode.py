@@ -152,8 +152,11 @@ def test_the_first_frame_of_an_animation_is_taken(kind):
 
 def test_a_colour_profile_changes_no_pixel():
     image = picture(6, 6)
-    srgb = pytest.importorskip("PIL.ImageCms").ImageCmsProfile(
-        pytest.importorskip("PIL.ImageCms").createProfile("sRGB")).tobytes()  # fmt: skip
+    srgb = (
+        pytest.importorskip("PIL.ImageCms")
+        .ImageCmsProfile(pytest.importorskip("PIL.ImageCms").createProfile("sRGB"))
+        .tobytes()
+    )
     for profile in (srgb, b"nonsense"):
         assert (array(encoded(image, icc_profile=profile)) == np.asarray(image)).all()
 
@@ -202,10 +205,16 @@ def test_a_file_cut_in_half_is_refused(kind):
         decode(data[: len(data) // 2], name="half")
 
 
-@pytest.mark.parametrize("data, reason", [
-    (b"", "an empty file"), (b"hello there", "text"), (b"  <!DOCTYPE html><p>404", "an HTML page"),
-    (bytes(range(1, 200)), "unknown first bytes"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "an empty file"),
+        (b"hello there", "text"),
+        (b"  <!DOCTYPE html><p>404", "an HTML page"),
+        (bytes(range(1, 200)), "unknown first bytes"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "text"),
+    ],
+)
 def test_what_is_no_picture_is_told_apart(data, reason):
     with pytest.raises(BadImage, match=reason):
         decode(data, name="x.png")
@@ -263,7 +272,7 @@ def test_the_crop_of_a_resized_picture_is_part_of_the_resized_whole():
     assert scaled_size((40, 100), (20, 20)) == (20, 50)
     for share, left in ((0.0, 0), (0.4, 12), (1.0, 30)):
         part = to_size(image, (20, 20), "random", u=(0.5, share)).astype(int)
-        assert np.abs(part - whole[:, left:left + 20]).max() <= 1
+        assert np.abs(part - whole[:, left : left + 20]).max() <= 1
     assert np.abs(to_size(image, (20, 20)).astype(int) - whole[:, 15:35]).max() <= 1
 
 

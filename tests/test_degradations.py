@@ -33,7 +33,7 @@ def picture(height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
     noise = np.random.default_rng(seed).random((height, width, 3))
     soft = ndimage.gaussian_filter(noise, (3, 3, 0))
     soft = (soft - soft.min()) / (soft.max() - soft.min())
-    soft[height // 4:height // 2, width // 4:width // 2] = (1.0, 0.2, 0.1)
+    soft[height // 4 : height // 2, width // 4 : width // 2] = (1.0, 0.2, 0.1)
     return (soft * 255).astype(np.uint8)
 
 
@@ -73,36 +73,48 @@ def test_antialiased_bicubic_as_recorded():
 HALF = [-0.09375, 0.59375, 0.59375, -0.09375]  # a = -0.75 half-way between two positions
 
 
-@pytest.mark.parametrize("n, m, method, row, weights", [
-    (4, 2, "linear", 0, [0.5, 0.5, 0, 0]),
-    (6, 2, "linear", 1, [0, 0, 0, 0, 1, 0]),  # the middle of three, the others unseen: it aliases, as OpenCV does
-    (2, 4, "linear", 0, [1, 0]),  # beyond the first centre: the border's value
-    (2, 4, "linear", 1, [0.75, 0.25]),
-    (8, 4, "cubic", 1, [0, *HALF, 0, 0, 0]),
-    (8, 4, "cubic", 0, [HALF[0] + HALF[1], HALF[2], HALF[3], 0, 0, 0, 0, 0]),
-    (3, 2, "area", 0, [2 / 3, 1 / 3, 0]),
-    (4, 2, "area", 1, [0, 0, 0.5, 0.5]),
-    (2, 3, "area enlarged", 1, [0.5, 0.5]),
-    (2, 3, "area enlarged", 2, [0, 1]),
-    (5, 5, "cubic", 2, [0, 0, 1, 0, 0]),
-    # a = -0.5 widened twice: the kernel at 1/4, 3/4, 5/4, 7/4, halved; the border stands twice
-    (8, 4, "antialiased", 2, [0, 0, -0.01171875, -0.03515625, 0.11328125, 0.43359375, 0.43359375, 0.11328125][:8]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, m, method, row, weights",
+    [
+        (4, 2, "linear", 0, [0.5, 0.5, 0, 0]),
+        (6, 2, "linear", 1, [0, 0, 0, 0, 1, 0]),  # the middle of three, the others unseen: it aliases, as OpenCV does
+        (2, 4, "linear", 0, [1, 0]),  # beyond the first centre: the border's value
+        (2, 4, "linear", 1, [0.75, 0.25]),
+        (8, 4, "cubic", 1, [0, *HALF, 0, 0, 0]),
+        (8, 4, "cubic", 0, [HALF[0] + HALF[1], HALF[2], HALF[3], 0, 0, 0, 0, 0]),
+        (3, 2, "area", 0, [2 / 3, 1 / 3, 0]),
+        (4, 2, "area", 1, [0, 0, 0.5, 0.5]),
+        (2, 3, "area enlarged", 1, [0.5, 0.5]),
+        (2, 3, "area enlarged", 2, [0, 1]),
+        (5, 5, "cubic", 2, [0, 0, 1, 0, 0]),
+        # a = -0.5 widened twice: the kernel at 1/4, 3/4, 5/4, 7/4, halved; the border stands twice
+        (8, 4, "antialiased", 2, [0, 0, -0.01171875, -0.03515625, 0.11328125, 0.43359375, 0.43359375, 0.11328125][:8]),
+    ],
+)
 def test_weights_by_hand(n, m, method, row, weights):
     found = resize_matrix(n, m, method)
     assert found.shape == (m, n)
     assert np.allclose(found.sum(1), 1, atol=1e-6)
     if method == "antialiased":  # taps 1 … 8 with centre 4.5: the last falls beyond the border and onto position 7
-        weights = [0, -0.01171875, -0.03515625, 0.11328125, 0.43359375, 0.43359375, 0.11328125,
-                   -0.03515625 - 0.01171875]  # fmt: skip
+        weights = [
+            0,
+            -0.01171875,
+            -0.03515625,
+            0.11328125,
+            0.43359375,
+            0.43359375,
+            0.11328125,
+            -0.03515625 - 0.01171875,
+        ]
     assert np.allclose(found[row], weights, atol=1e-6)
 
 
 def test_area_enlarges_where_one_side_grows():
     image = planes()
     mixed = resize(image, 10, 26, "area")
-    assert np.allclose(mixed, separable(image, resize_matrix(20, 10, "area enlarged"),
-                                        resize_matrix(13, 26, "area enlarged")))
+    assert np.allclose(
+        mixed, separable(image, resize_matrix(20, 10, "area enlarged"), resize_matrix(13, 26, "area enlarged"))
+    )
 
 
 def test_kernels_by_hand():
@@ -129,8 +141,10 @@ def test_shifted_kernel_reads_the_middle_of_a_block():
 def test_convolution_against_scipy(size):
     image, one = planes(), np.random.default_rng(1).random(size) / size
     both = np.random.default_rng(2).random((size, size)) / size**2
-    for found, kernel in ((convolve(image, both), both),
-                          (separable(image, blur_matrix(20, one), blur_matrix(13, one)), np.outer(one, one))):
+    for found, kernel in (
+        (convolve(image, both), both),
+        (separable(image, blur_matrix(20, one), blur_matrix(13, one)), np.outer(one, one)),
+    ):
         wanted = np.stack([ndimage.convolve(plane, kernel, mode="mirror") for plane in image])
         assert np.abs(found - wanted).max() < 3e-6
 
@@ -150,8 +164,15 @@ def test_noise_levels_and_kinds(levels):
         noise = (add_noise(grey, levels, draws(seed)) - 0.5) * 255
         together = np.corrcoef(noise.reshape(3, -1))[np.triu_indices(3, 1)]
         deviations = noise.std((1, 2))
-        kind = "grey" if np.abs(noise[0] - noise[2]).max() < 1e-3 else (
-            "coloured" if max(np.abs(together)) < 0.13 and max(deviations) < 1.15 * min(deviations) else "correlated")
+        kind = (
+            "grey"
+            if np.abs(noise[0] - noise[2]).max() < 1e-3
+            else (
+                "coloured"
+                if max(np.abs(together)) < 0.13 and max(deviations) < 1.15 * min(deviations)
+                else "correlated"
+            )
+        )
         kinds[kind].append(noise.std())
     shares = {kind: len(found) / 600 for kind, found in kinds.items()}
     assert shares["grey"] == pytest.approx(0.4, abs=0.06) and shares["correlated"] == pytest.approx(0.2, abs=0.06)
@@ -234,15 +255,21 @@ def test_the_picture_stays_where_it_is(kind, axis):
 def test_bsr_takes_more_away_than_bsr_light():
     image = np.kron(picture(16, 16), np.ones((8, 8, 1), np.uint8))
     clean = degrade(image, 4, "bicubic", 0).astype(float)
-    errors = {kind: np.mean([np.abs(degrade(image, 4, kind, 0, i) - clean).mean() for i in range(40)])
-              for kind in ("bsr", "bsr-light")}
+    errors = {
+        kind: np.mean([np.abs(degrade(image, 4, kind, 0, i) - clean).mean() for i in range(40)])
+        for kind in ("bsr", "bsr-light")
+    }
     assert errors["bsr"] > 1.5 * errors["bsr-light"] > 1.5
 
 
 def test_the_variants_have_the_numbers_of_the_original():
     assert (BSR.noise, BSR.quality, BSR.resized, BSR.steps.count("blur")) == ((2, 25), (30, 95), 0.75, 2)
     assert (BSR_LIGHT.noise, BSR_LIGHT.quality, BSR_LIGHT.resized, BSR_LIGHT.steps.count("blur")) == (
-        (1, 2), (80, 95), 0.8, 1)
+        (1, 2),
+        (80, 95),
+        0.8,
+        1,
+    )
     assert (BSR_LIGHT.narrower, BSR_LIGHT.isotropic_sizes, BSR_LIGHT.kernel_step) == (4, (2, 4), 1)
 
 

@@ -52,12 +52,30 @@ SIDE, F = 16, 4
 STAGES = {
     "kl": AutoencoderSettings(f=F, channels=8, num_res_blocks=1, embed_dim=3, z_channels=3),
     "vq": AutoencoderSettings(f=F, channels=8, num_res_blocks=1, embed_dim=3, z_channels=3, reg="vq", codebook_size=16),
-    "paper": AutoencoderSettings(f=F, family="paper", channels=8, channel_mult=(1, 1, 2), num_res_blocks=1, groups=4,
-                                 attn_resolutions=(64,), reg="vq", codebook_size=16, embed_dim=3, z_channels=3),
+    "paper": AutoencoderSettings(
+        f=F,
+        family="paper",
+        channels=8,
+        channel_mult=(1, 1, 2),
+        num_res_blocks=1,
+        groups=4,
+        attn_resolutions=(64,),
+        reg="vq",
+        codebook_size=16,
+        embed_dim=3,
+        z_channels=3,
+    ),
     "none": None,
-}  # fmt: skip
-UNET = DiffusionSettings(channels=16, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), head_channels=8,
-                         groups=4, timesteps=50)  # fmt: skip
+}
+UNET = DiffusionSettings(
+    channels=16,
+    channel_mult=(1,),
+    num_res_blocks=1,
+    attention_resolutions=(1,),
+    head_channels=8,
+    groups=4,
+    timesteps=50,
+)
 TOLD = {"context_dim": 16, "text_heads": 2, "text_head_channels": 8}
 TASKS = {
     "generate": TaskSettings(),
@@ -107,8 +125,17 @@ def test_a_micro_batch_moves_whole_but_for_float64():
 
 DATA = ("--data", "shapes", "--limit", 8, "--size", "16x16")
 SHOWN = ("--eval-every", 1, "--sample-every", 1, "--set", "train.eval_images=4")
-GAN = ("--set", "loss.disc_weight=0.5", "--set", "loss.disc_start=1", "--set", "loss.disc_channels=8",
-       "--set", "loss.disc_layers=1", *tiny.ADAM)  # fmt: skip
+GAN = (
+    "--set",
+    "loss.disc_weight=0.5",
+    "--set",
+    "loss.disc_start=1",
+    "--set",
+    "loss.disc_channels=8",
+    "--set",
+    "loss.disc_layers=1",
+    *tiny.ADAM,
+)
 VQ = ("--reg", "vq", "--set", "autoencoder.codebook_size=16", "--set", "autoencoder.revive_codes=1")
 
 
@@ -126,8 +153,9 @@ def assert_alike(a, b) -> None:
     assert tiny.state(a)["metrics"] == pytest.approx(tiny.state(b)["metrics"], rel=1e-3)
 
 
-@pytest.mark.parametrize("more", [GAN, VQ, ("--set", "loss.perceptual_weight=1", "--size", "24x24")],
-                         ids=["gan", "vq", "perceptual"])  # fmt: skip
+@pytest.mark.parametrize(
+    "more", [GAN, VQ, ("--set", "loss.perceptual_weight=1", "--size", "24x24")], ids=["gan", "vq", "perceptual"]
+)
 def test_a_first_stage_is_trained_and_measured_on_a_gpu_with_the_numbers_of_a_cpu(more, tmp_path, monkeypatch):
     net = PerceptualNet("squeeze", recorded_trunk("squeeze", 0), read_heads("squeeze"))
     monkeypatch.setattr("ldmcli.networks.perceptual.perceptual_net", lambda name="": net)
@@ -139,8 +167,20 @@ def test_a_first_stage_is_trained_and_measured_on_a_gpu_with_the_numbers_of_a_cp
 
 def test_a_model_of_a_vq_stage_is_trained_and_used_on_a_gpu_with_the_numbers_of_a_cpu(tmp_path):
     trained(tmp_path / "ae", "train-ae", *tiny.AE_NETWORK, "--steps", 1, *VQ)
-    line = ("train-ldm", "--autoencoder", tmp_path / "ae", *tiny.UNET, "--condition", "class+text", "--steps", 2,
-            "--set", "sample.n=2", "--set", "sample.steps=1")  # fmt: skip
+    line = (
+        "train-ldm",
+        "--autoencoder",
+        tmp_path / "ae",
+        *tiny.UNET,
+        "--condition",
+        "class+text",
+        "--steps",
+        2,
+        "--set",
+        "sample.n=2",
+        "--set",
+        "sample.steps=1",
+    )
     for name, place in (("cpu", contextlib.nullcontext), ("gpu", pretended)):
         with place():
             trained(tmp_path / name, *line, "--set", f"data.cache_dir={tmp_path / name}-cache")
@@ -151,11 +191,13 @@ def test_a_model_of_a_vq_stage_is_trained_and_used_on_a_gpu_with_the_numbers_of_
     Image.fromarray(hole).save(tmp_path / "hole.png")
     model = ("--model", tmp_path / "cpu", "--steps", 1)
     with pretended():
-        for k, command in enumerate([
-            ("sample", *model, "--class", 1, "--prompt", "a red star", "-n", 1, "--size", 24),
-            ("inpaint", picture, tmp_path / "hole.png", *model, "--resample", 2),
-            ("reconstruct", picture, "--autoencoder", tmp_path / "ae"),
-        ]):
+        for k, command in enumerate(
+            [
+                ("sample", *model, "--class", 1, "--prompt", "a red star", "-n", 1, "--size", 24),
+                ("inpaint", picture, tmp_path / "hole.png", *model, "--resample", 2),
+                ("reconstruct", picture, "--autoencoder", tmp_path / "ae"),
+            ]
+        ):
             ending = tiny.ldm(*command, "--out", tmp_path / f"out-{k}")
             assert ending.code == 0, ending.stderr
         ending = tiny.ldm("eval-fid", "--metrics", "psnr", "-n", 2, "--autoencoder", tmp_path / "ae")
@@ -198,9 +240,12 @@ def first_stage(name: str) -> LoadedAutoencoder:
 
 
 def tiny_model(stage: str, words=None, kinds=(), task: str = "generate", **diffusion) -> LoadedDiffusion:
-    config = DiffusionConfig(diffusion=replace(UNET, **diffusion), task=TASKS[task],
-                             condition=ConditionSettings(kinds=tuple(kinds), **TOLD),
-                             sample=SampleSettings(steps=2, guidance=2.0, sampler="ddim"))  # fmt: skip
+    config = DiffusionConfig(
+        diffusion=replace(UNET, **diffusion),
+        task=TASKS[task],
+        condition=ConditionSettings(kinds=tuple(kinds), **TOLD),
+        sample=SampleSettings(steps=2, guidance=2.0, sampler="ddim"),
+    )
     ae = first_stage(stage)
     latent = ae.network.latent_shape(SIDE, SIDE)
     facts = {
@@ -231,13 +276,20 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
     """Loss of a micro-batch as it comes from the loop: (the batch, on the CPU, is moved by the loop or by `loss`)."""
     objective = object.__new__(DiffusionObjective)
     network = model.autoencoder.network
-    objective.config, objective.context, objective.autoencoder = model.config, SimpleNamespace(device=device), \
-        model.autoencoder
+    objective.config, objective.context, objective.autoencoder = (
+        model.config,
+        SimpleNamespace(device=device),
+        model.autoencoder,
+    )
     objective.is_vq, objective.scale = network.is_vq or network.is_identity, model.autoencoder.scale
     objective.schedule = make_schedule(model.config.diffusion)
     shape = model.model.latent_shape
-    batch = {"row": torch.arange(2), "noise": rng.normal(0, [0, 1], shape, "noise"), "pixels": torch.from_numpy(PIXELS),
-             "u": rng.uniform(0, [0, 1], "timestep")}  # fmt: skip
+    batch = {
+        "row": torch.arange(2),
+        "noise": rng.normal(0, [0, 1], shape, "noise"),
+        "pixels": torch.from_numpy(PIXELS),
+        "u": rng.uniform(0, [0, 1], "timestep"),
+    }
     if not objective.is_vq:
         batch["posterior"] = rng.normal(0, [0, 1], shape, "posterior")
     conditions = model.model.conditions
@@ -310,12 +362,15 @@ def steered(name: str, model: LoadedDiffusion, device: torch.device) -> Steering
     keep[..., :2] = 1
     known = Known(torch.ones(2, 3, 4, 4, device=device), keep)
     decode = guiders.latent_decoder(model.autoencoder)
-    return {"plain": None, "known": Steering(known), "known twice": Steering(replace(known, resample=2)),
-            "tiles": Steering(tile=2),
-            "picture": Steering(wrap=lambda d: guiders.image_guide(d, decode, low)),
-            "picture, plain": Steering(wrap=lambda d: guiders.image_guide(d, decode, low, 0.1, plain=True)),
-            "classifier": Steering(wrap=lambda d: guiders.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))),
-            }[name]  # fmt: skip
+    return {
+        "plain": None,
+        "known": Steering(known),
+        "known twice": Steering(replace(known, resample=2)),
+        "tiles": Steering(tile=2),
+        "picture": Steering(wrap=lambda d: guiders.image_guide(d, decode, low)),
+        "picture, plain": Steering(wrap=lambda d: guiders.image_guide(d, decode, low, 0.1, plain=True)),
+        "classifier": Steering(wrap=lambda d: guiders.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))),
+    }[name]
 
 
 STEERINGS = ("plain", "known", "tiles", "picture", "known twice", "picture, plain", "classifier")
@@ -324,8 +379,15 @@ STEERINGS = ("plain", "known", "tiles", "picture", "known twice", "picture, plai
 def drawn_latents(model, sampler: str, steering: str, device) -> torch.Tensor:
     settings = SampleSettings(sampler=sampler, steps=2, guidance=2.0, eta=0.5 if sampler == "ddim" else 0.0)
     inputs = model.model.conditions.prepare({"class": [0, 1]})
-    return draw_latents(model.model, model.schedule, settings, ids=[0, 1], seed=0, inputs=inputs,
-                        steering=steered(steering, model, device)).cpu()  # fmt: skip
+    return draw_latents(
+        model.model,
+        model.schedule,
+        settings,
+        ids=[0, 1],
+        seed=0,
+        inputs=inputs,
+        steering=steered(steering, model, device),
+    ).cpu()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -349,18 +411,30 @@ def test_first_stages_encode_and_decode_whole_and_in_tiles(stage):
         with place() as device:
             ae.network.to(device or CPU)
             z = tiling.encode(ae, PIXELS, 2, max_memory=1e-9)
-            parts = [ae.encode(PIXELS), ae.encode(PIXELS, sample=torch.Generator().manual_seed(0)), z,
-                     ae.decode(z), tiling.decode(ae, z, 2, max_memory=1e-9)]  # fmt: skip
+            parts = [
+                ae.encode(PIXELS),
+                ae.encode(PIXELS, sample=torch.Generator().manual_seed(0)),
+                z,
+                ae.decode(z),
+                tiling.decode(ae, z, 2, max_memory=1e-9),
+            ]
             results.append([part.cpu() for part in parts])
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 # --- presets -------------------------------------------------------------------------------------------------------
 
-SMALL = {"autoencoder.channels": 8, "autoencoder.groups": 4, "autoencoder.num_res_blocks": 1,
-         "autoencoder.codebook_size": 16, "diffusion.channels": 32, "diffusion.groups": 8,
-         "diffusion.num_res_blocks": 1,
-         "condition.context_dim": 16, "condition.text_layers": 1}  # fmt: skip
+SMALL = {
+    "autoencoder.channels": 8,
+    "autoencoder.groups": 4,
+    "autoencoder.num_res_blocks": 1,
+    "autoencoder.codebook_size": 16,
+    "diffusion.channels": 32,
+    "diffusion.groups": 8,
+    "diffusion.num_res_blocks": 1,
+    "condition.context_dim": 16,
+    "condition.text_layers": 1,
+}
 
 
 def resolved(name: str, **changes):
@@ -386,8 +460,10 @@ def test_first_step_of_every_first_stage(name):
 def losses_of_ae(settings: AutoencoderSettings, device: torch.device, side: int) -> None:
     torch.manual_seed(0)
     objective = object.__new__(AutoencoderObjective)
-    objective.config = AutoencoderConfig(autoencoder=settings, loss=LossSettings(
-        disc_weight=0.5, disc_start=0, disc_channels=8, disc_layers=1, style="paper"))  # fmt: skip
+    objective.config = AutoencoderConfig(
+        autoencoder=settings,
+        loss=LossSettings(disc_weight=0.5, disc_start=0, disc_channels=8, disc_layers=1, style="paper"),
+    )
     objective.context, objective.perceptual = SimpleNamespace(device=device), None
     objective.autoencoder = Autoencoder(settings).to(device)
     objective.networks = {"autoencoder": objective.autoencoder, "discriminator": PatchDiscriminator(3, 8, 1).to(device)}

@@ -50,8 +50,14 @@ def stage_of(bundle: AutoencoderBundle) -> Autoencoder:
 
 def model_of(bundle: DiffusionBundle) -> DiffusionModel:
     tokenizer = load_tokenizer(bundle.tokenizer) if bundle.tokenizer else None
-    model = DiffusionModel(bundle.config.diffusion, bundle.config.condition, bundle.facts, tokenizer,
-                           bundle.latent_shape, bundle.config.kinds)
+    model = DiffusionModel(
+        bundle.config.diffusion,
+        bundle.config.condition,
+        bundle.facts,
+        tokenizer,
+        bundle.latent_shape,
+        bundle.config.kinds,
+    )
     model.load_state_dict(bundle.tensors)
     return model.eval().requires_grad_(False)
 
@@ -113,8 +119,9 @@ def test_networks_repeat_the_recording(name):
 def test_schedulers_repeat_the_recorded_trajectories(name):
     want, bundle = io("unet2d"), diffusers.read(case("unet2d"))
     path = case("schedulers", name, "scheduler_config.json")
-    process, sample, notes = schedulers.read_scheduler(path, read_config(path), bundle.config.diffusion,
-                                                       bundle.config.sample)
+    process, sample, notes = schedulers.read_scheduler(
+        path, read_config(path), bundle.config.diffusion, bundle.config.sample
+    )
     assert notes == []
     bundle.config = replace(bundle.config, diffusion=process, sample=replace(sample, steps=10))
     states, way = trajectory(model_of(bundle), bundle, want["latents"])
@@ -131,14 +138,18 @@ def test_schedulers_repeat_the_recorded_trajectories(name):
 def test_guided_network_repeats_the_recording():
     want, bundle = io("unet2d_condition"), diffusers.read(case("unet2d_condition"))
     process, sample, _ = schedulers.read_scheduler(
-        Path("x"), read_config(case("schedulers", "ddim", "scheduler_config.json")), bundle.config.diffusion,
-        bundle.config.sample)  # fmt: skip
+        Path("x"),
+        read_config(case("schedulers", "ddim", "scheduler_config.json")),
+        bundle.config.diffusion,
+        bundle.config.sample,
+    )
     bundle.config = replace(bundle.config, diffusion=process, sample=replace(sample, steps=10))
     model, told = model_of(bundle), Conditioning(context=want["context"])
     states, way = trajectory(model, bundle, want["latents"], told)
     assert list(way.t) == want["timesteps"].tolist() and relative(states, want["trajectory_ddim_10"]) < CLOSE
-    states, _ = trajectory(model, bundle, want["latents"], told, Conditioning(context=want["uncond_context"]),
-                           float(want["guidance"]))
+    states, _ = trajectory(
+        model, bundle, want["latents"], told, Conditioning(context=want["uncond_context"]), float(want["guidance"])
+    )
     assert relative(states, want["trajectory_ddim_10_guided"]) < CLOSE
 
 
@@ -147,7 +158,7 @@ def test_pipelines_repeat_the_recording(name):
     want, bundle = io(name), diffusers.read(case(name))
     model, told, null, scale = model_of(bundle), Conditioning(), None, 1.0
     if name == "ldm_superres":
-        pixels = ((want["low"] + 1) * 127.5)
+        pixels = (want["low"] + 1) * 127.5
         told = Conditioning(concat=want["low"])
         assert pixels.shape[-1] * bundle.facts["lowres"]["scale"] == want["decoded"].shape[-1]
     if name == "ldm_text2img":
@@ -170,8 +181,19 @@ def test_pipelines_repeat_the_recording(name):
     assert relative(image, there) < CLOSE
 
 
-@pytest.mark.parametrize("name", ["autoencoder_kl", "vqmodel", "unet2d", "unet2d_film", "unet2d_condition",
-                                  "ldm_uncond", "ldm_superres", "ldm_text2img"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "autoencoder_kl",
+        "vqmodel",
+        "unet2d",
+        "unet2d_film",
+        "unet2d_condition",
+        "ldm_uncond",
+        "ldm_superres",
+        "ldm_text2img",
+    ],
+)
 def test_recorded_folders_go_out_and_back_bit_by_bit(name, tmp_path):
     first = diffusers.read(case(name))
     diffusers.write(first, tmp_path / "out")
@@ -198,37 +220,89 @@ def assert_same(first, again):
 
 
 def small_stage(**settings) -> AutoencoderBundle:
-    values = {"family": "paper", "f": 2, "channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "z_channels": 3,
-              "embed_dim": 3, "groups": 4, "resolution": 16, "codebook_size": 32, **settings}  # fmt: skip
+    values = {
+        "family": "paper",
+        "f": 2,
+        "channels": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "z_channels": 3,
+        "embed_dim": 3,
+        "groups": 4,
+        "resolution": 16,
+        "codebook_size": 32,
+        **settings,
+    }
     config = AutoencoderConfig(autoencoder=AutoencoderSettings(**values))
     torch.manual_seed(0)
     network = randomised(Autoencoder(config.autoencoder), 1, 0.2)
     return AutoencoderBundle(config, network.state_dict(), None)
 
 
-def small_model(kinds=(), stage=None, scale=None, facts=None, diffusion=None, condition=None, task=None, side=8,
-                tokenizer=None, sample=None) -> DiffusionBundle:
+def small_model(
+    kinds=(),
+    stage=None,
+    scale=None,
+    facts=None,
+    diffusion=None,
+    condition=None,
+    task=None,
+    side=8,
+    tokenizer=None,
+    sample=None,
+) -> DiffusionBundle:
     """A random model of a few thousand weights."""
     stage = small_stage() if stage is None else stage
-    process = {"channels": 16, "channel_mult": (1, 1.5), "num_res_blocks": 1, "attention_resolutions": (2,),
-               "head_channels": 8, "groups": 8, "position": "none", "prediction": "eps", "t_sampling": "uniform",
-               "scale_shift": False, "spatial_transformer": "text" in kinds or "class" in kinds,
-               **(diffusion or {})}  # fmt: skip
-    told = {"context_dim": 16, "text_pooled": False, "class_vector": False, "text_heads": 2, "text_head_channels": 8,
-            **(condition or {})}  # fmt: skip
+    process = {
+        "channels": 16,
+        "channel_mult": (1, 1.5),
+        "num_res_blocks": 1,
+        "attention_resolutions": (2,),
+        "head_channels": 8,
+        "groups": 8,
+        "position": "none",
+        "prediction": "eps",
+        "t_sampling": "uniform",
+        "scale_shift": False,
+        "spatial_transformer": "text" in kinds or "class" in kinds,
+        **(diffusion or {}),
+    }
+    told = {
+        "context_dim": 16,
+        "text_pooled": False,
+        "class_vector": False,
+        "text_heads": 2,
+        "text_head_channels": 8,
+        **(condition or {}),
+    }
     config = DiffusionConfig(
-        diffusion=DiffusionSettings(**process), condition=ConditionSettings(kinds=kinds, **told),
+        diffusion=DiffusionSettings(**process),
+        condition=ConditionSettings(kinds=kinds, **told),
         task=TaskSettings(**(task or {})),
-        sample=SampleSettings(**{"sampler": "ddim", "steps": 4, "guidance": 1.0, "spacing": "original",
-                                 **(sample or {})}),
-    )  # fmt: skip
+        sample=SampleSettings(
+            **{"sampler": "ddim", "steps": 4, "guidance": 1.0, "spacing": "original", **(sample or {})}
+        ),
+    )
     torch.manual_seed(0)
     channels = stage.config.autoencoder.embed_dim
-    model = DiffusionModel(config.diffusion, config.condition, facts or {}, tokenizer and load_tokenizer(tokenizer),
-                           (channels, side, side), config.kinds)
+    model = DiffusionModel(
+        config.diffusion,
+        config.condition,
+        facts or {},
+        tokenizer and load_tokenizer(tokenizer),
+        (channels, side, side),
+        config.kinds,
+    )
     randomised(model, 2, 0.1)
-    return DiffusionBundle(config, model.state_dict(), stage, scale or LatentScale.identity(channels),
-                           (channels, side, side), facts or {}, tokenizer)
+    return DiffusionBundle(
+        config,
+        model.state_dict(),
+        stage,
+        scale or LatentScale.identity(channels),
+        (channels, side, side),
+        facts or {},
+        tokenizer,
+    )
 
 
 def vocabulary(folder: Path) -> Path:
@@ -293,8 +367,7 @@ CUSTOM = {
     "class": dict(kinds=("class",), facts={"class": {"class_names": ["a", "b"]}}),
     "map": dict(kinds=("map",), facts={"map": {"classes": 4, "out_channels": 3, "stages": 1}}),
     "inpaint": dict(task={"name": "inpaint"}, facts={"masked": {"channels": 3}}),
-    "patches": dict(task={"name": "inpaint", "fill": "patches"},
-                    facts={"masked": {"channels": 3, "fill": "patches"}}),
+    "patches": dict(task={"name": "inpaint", "fill": "patches"}, facts={"masked": {"channels": 3, "fill": "patches"}}),
     "sqrt": dict(diffusion={"schedule": "sqrt"}),
 }
 
@@ -344,8 +417,10 @@ def test_text_models_of_77_tokens_are_stock_and_others_are_not(logits, tmp_path)
     again = diffusers.read(tmp_path / "out")
     assert_same(bundle, again)
     words = ["a red circle", ""]
-    assert torch.equal(model_of(again).conditions.prepare({"text": words})["text.ids"],
-                       model_of(bundle).conditions.prepare({"text": words})["text.ids"])
+    assert torch.equal(
+        model_of(again).conditions.prepare({"text": words})["text.ids"],
+        model_of(bundle).conditions.prepare({"text": words})["text.ids"],
+    )
     shutil.rmtree(tmp_path / "vocabulary")
     assert "77" in diffusers.write(text_model(tmp_path, 16), tmp_path / "short")[0]
     assert_same(text_model(tmp_path / "again", 16), diffusers.read(tmp_path / "short"))
@@ -399,8 +474,9 @@ def test_shards_variants_and_old_names_of_attention(net):
     index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
     assert_same(want, diffusers.read(net))
     index.unlink()
-    save_file({name: tensor.half() for name, tensor in tensors.items()},
-              net / "diffusion_pytorch_model.fp16.safetensors")
+    save_file(
+        {name: tensor.half() for name, tensor in tensors.items()}, net / "diffusion_pytorch_model.fp16.safetensors"
+    )
     half = diffusers.read(net)
     assert all(tensor.dtype == torch.float32 for tensor in half.tensors.values())
     (net / "diffusion_pytorch_model.fp16.safetensors").unlink()
@@ -428,15 +504,19 @@ def test_an_index_that_leads_elsewhere_is_refused(net, name):
     path, tensors = weights(net)
     path.rename(net.parent / "secret.safetensors")
     (net / "diffusion_pytorch_model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+        json.dumps({"weight_map": dict.fromkeys(tensors, name)})
+    )
     with pytest.raises(ModelError, match="weight_map leads to"):
         diffusers.read(net)
 
 
 def test_keys_that_a_configuration_leaves_out_take_the_defaults_of_the_class(tmp_path):
-    for name, defaults in (("unet2d", unets.DEFAULTS["UNet2DModel"]), ("vqmodel", vaes.DEFAULTS["VQModel"]),
-                           ("unet2d_condition", unets.DEFAULTS["UNet2DConditionModel"]),
-                           ("autoencoder_kl", vaes.DEFAULTS["AutoencoderKL"])):  # fmt: skip
+    for name, defaults in (
+        ("unet2d", unets.DEFAULTS["UNet2DModel"]),
+        ("vqmodel", vaes.DEFAULTS["VQModel"]),
+        ("unet2d_condition", unets.DEFAULTS["UNet2DConditionModel"]),
+        ("autoencoder_kl", vaes.DEFAULTS["AutoencoderKL"]),
+    ):
         shutil.copytree(case(name), tmp_path / name)
         path, want = tmp_path / name / "config.json", diffusers.read(case(name))
         values = read_config(path)
@@ -467,13 +547,28 @@ def test_missing_unknown_and_misshapen_weights_are_listed(net):
 
 
 REFUSED = [
-    ("norm_eps", 1e-6), ("flip_sin_to_cos", False), ("freq_shift", 1), ("attn_norm_num_groups", 4),
-    ("act_fn", "gelu"), ("time_embedding_type", "fourier"), ("downsample_padding", 0), ("class_embed_type", "identity"),
-    ("mid_block_type", None), ("center_input_sample", True), ("attention_head_dim", 7), ("norm_num_groups", 5),
-    ("down_block_types", ["DownBlock2D", "SkipDownBlock2D", "AttnDownBlock2D"]), ("block_out_channels", [16, 24]),
-    ("up_block_types", ["UpBlock2D"] * 3), ("sample_size", "big"), ("layers_per_block", [1, 2, 1]),
-    ("downsample_type", "resnet"), ("num_class_embeds", 3), ("out_channels", 0), ("block_out_channels", None),
-]  # fmt: skip
+    ("norm_eps", 1e-6),
+    ("flip_sin_to_cos", False),
+    ("freq_shift", 1),
+    ("attn_norm_num_groups", 4),
+    ("act_fn", "gelu"),
+    ("time_embedding_type", "fourier"),
+    ("downsample_padding", 0),
+    ("class_embed_type", "identity"),
+    ("mid_block_type", None),
+    ("center_input_sample", True),
+    ("attention_head_dim", 7),
+    ("norm_num_groups", 5),
+    ("down_block_types", ["DownBlock2D", "SkipDownBlock2D", "AttnDownBlock2D"]),
+    ("block_out_channels", [16, 24]),
+    ("up_block_types", ["UpBlock2D"] * 3),
+    ("sample_size", "big"),
+    ("layers_per_block", [1, 2, 1]),
+    ("downsample_type", "resnet"),
+    ("num_class_embeds", 3),
+    ("out_channels", 0),
+    ("block_out_channels", None),
+]
 
 
 @pytest.mark.parametrize("key, value", REFUSED)
@@ -490,11 +585,19 @@ def test_scale_shift_without_groups_for_the_middle_is_refused(tmp_path):
         diffusers.read(tmp_path / "net")
 
 
-@pytest.mark.parametrize("key, value", [
-    ("only_cross_attention", True), ("num_attention_heads", 4), ("attention_head_dim", [2, 5]),
-    ("cross_attention_dim", [1, 2]), ("addition_embed_type", "text_time"), ("dual_cross_attention", True),
-    ("transformer_layers_per_block", [1, 2]), ("mid_block_type", "UNetMidBlock2D"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("only_cross_attention", True),
+        ("num_attention_heads", 4),
+        ("attention_head_dim", [2, 5]),
+        ("cross_attention_dim", [1, 2]),
+        ("addition_embed_type", "text_time"),
+        ("dual_cross_attention", True),
+        ("transformer_layers_per_block", [1, 2]),
+        ("mid_block_type", "UNetMidBlock2D"),
+    ],
+)
 def test_cross_attention_beyond_ours_is_refused_by_name(tmp_path, key, value):
     shutil.copytree(case("unet2d_condition"), tmp_path / "net")
     change(tmp_path / "net" / "config.json", **{key: value})
@@ -517,8 +620,9 @@ def test_linear_projections_are_the_same_as_convolutions(tmp_path):
     shutil.copytree(case("unet2d_condition"), tmp_path / "net")
     change(tmp_path / "net" / "config.json", use_linear_projection=True)
     path, tensors = weights(tmp_path / "net")
-    flat = {k: v[:, :, 0, 0].clone() if "proj_in.weight" in k or "proj_out.weight" in k else v
-            for k, v in tensors.items()}
+    flat = {
+        k: v[:, :, 0, 0].clone() if "proj_in.weight" in k or "proj_out.weight" in k else v for k, v in tensors.items()
+    }
     save_file(flat, path)
     assert_same(diffusers.read(case("unet2d_condition")), diffusers.read(tmp_path / "net"))
 
@@ -553,19 +657,33 @@ def test_statistics_of_a_channel_each_are_kept(tmp_path):
 
 def test_a_pipeline_of_another_model_gives_its_first_stage_and_says_so(tmp_path):
     shutil.copytree(case("autoencoder_kl"), tmp_path / "sd" / "vae")
-    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(
-        {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"],
-         "unet": ["diffusers", "UNet2DConditionModel"]}))
+    (tmp_path / "sd" / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "StableDiffusionPipeline",
+                "vae": ["diffusers", "AutoencoderKL"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+            }
+        )
+    )
     bundle = diffusers.read(tmp_path / "sd")
     assert isinstance(bundle, AutoencoderBundle) and "only the first stage" in bundle.notes[0]
 
 
-@pytest.mark.parametrize("files", [
-    {}, {"config.json": {"_class_name": "FluxTransformer2DModel"}}, {"config.json": []}, {"config.json": {}},
-    {"model_index.json": {"_class_name": "CogVideoXPipeline"}}, {"model_index.json": {"_class_name": "LDMPipeline"}},
-    {"model_index.json": {"_class_name": ["pipeline", "LatentDiffusionPipeline"]}},
-    {"config.json": {"_class_name": "AutoencoderKL"}}, {"config.json": {"_class_name": "UNet2DModel"}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"config.json": {"_class_name": "FluxTransformer2DModel"}},
+        {"config.json": []},
+        {"config.json": {}},
+        {"model_index.json": {"_class_name": "CogVideoXPipeline"}},
+        {"model_index.json": {"_class_name": "LDMPipeline"}},
+        {"model_index.json": {"_class_name": ["pipeline", "LatentDiffusionPipeline"]}},
+        {"config.json": {"_class_name": "AutoencoderKL"}},
+        {"config.json": {"_class_name": "UNet2DModel"}},
+    ],
+)
 def test_folders_of_something_else_end_with_one_line(tmp_path, files):
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
@@ -575,8 +693,15 @@ def test_folders_of_something_else_end_with_one_line(tmp_path, files):
 
 # ---------------------------------------------------------------- schedulers
 
-DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195,
-        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+DDIM = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0015,
+    "beta_end": 0.0195,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 EULER = {**DDIM, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace", "steps_offset": 0}
 DPM = {**DDIM, "_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "leading", "steps_offset": 0}
 SPACED = [
@@ -592,7 +717,7 @@ SPACED = [
     (DPM, "dpm++", "leading_open/clean", [830, 664, 498, 332, 166]),
     ({**DPM, "steps_offset": 1}, "dpm++", "leading_open+1/clean", [831, 665, 499, 333, 167]),
     ({**DPM, "timestep_spacing": "linspace"}, "dpm++", "linspace_open/clean", [999, 799, 599, 400, 200]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("values, sampler, spacing, times", SPACED)
@@ -605,17 +730,34 @@ def test_schedulers_become_sampler_timesteps_and_ending(values, sampler, spacing
     assert ending is None or (way.alphas[-1], way.sigmas[-1]) == ending
 
 
-@pytest.mark.parametrize("key, value", [("beta_schedule", "sigmoid"), ("trained_betas", [0.1]), ("beta_end", 2),
-                                        ("rescale_betas_zero_snr", True), ("prediction_type", "flow_prediction"),
-                                        ("num_train_timesteps", 0), ("timestep_spacing", "odd")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("beta_schedule", "sigmoid"),
+        ("trained_betas", [0.1]),
+        ("beta_end", 2),
+        ("rescale_betas_zero_snr", True),
+        ("prediction_type", "flow_prediction"),
+        ("num_train_timesteps", 0),
+        ("timestep_spacing", "odd"),
+    ],
+)
 def test_processes_that_are_not_ours_are_refused(key, value):
     with pytest.raises(LdmError, match=key if "flow" not in str(value) else "flow"):
         schedulers.read_scheduler(Path("s"), {**DDIM, key: value}, DiffusionSettings(), SampleSettings())
 
 
-@pytest.mark.parametrize("sampler, spacing", [("ddim", "leading+1/first"), ("ddim", "trailing/clean"),
-                                              ("plms", "leading+1/first"), ("dpm++", "linspace_open/clean"),
-                                              ("dpm++", "leading_open+1/first"), ("dpm++", "trailing/clean")])
+@pytest.mark.parametrize(
+    "sampler, spacing",
+    [
+        ("ddim", "leading+1/first"),
+        ("ddim", "trailing/clean"),
+        ("plms", "leading+1/first"),
+        ("dpm++", "linspace_open/clean"),
+        ("dpm++", "leading_open+1/first"),
+        ("dpm++", "trailing/clean"),
+    ],
+)
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_schedulers_go_out_and_back(sampler, spacing, prediction):
     process = DiffusionSettings(prediction=prediction, schedule="cosine", t_sampling="uniform")
@@ -627,11 +769,17 @@ def test_schedulers_go_out_and_back(sampler, spacing, prediction):
 
 # ---------------------------------------------------------------- hostile and damaged
 
-NASTY = [("unet2d", "layers_per_block", 2**20), ("unet2d", "_class_name", ["UNet2DModel"]),
-         ("unet2d", "block_out_channels", [2**23] * 16), ("unet2d", "down_block_types", [[]] * 3),
-         ("autoencoder_kl", "latents_mean", 3), ("autoencoder_kl", "scaling_factor", float("nan")),
-         ("autoencoder_kl", "norm_num_groups", 0), ("vqmodel", "vq_embed_dim", {}),
-         ("unet2d_condition", "transformer_layers_per_block", 10**9)]  # fmt: skip
+NASTY = [
+    ("unet2d", "layers_per_block", 2**20),
+    ("unet2d", "_class_name", ["UNet2DModel"]),
+    ("unet2d", "block_out_channels", [2**23] * 16),
+    ("unet2d", "down_block_types", [[]] * 3),
+    ("autoencoder_kl", "latents_mean", 3),
+    ("autoencoder_kl", "scaling_factor", float("nan")),
+    ("autoencoder_kl", "norm_num_groups", 0),
+    ("vqmodel", "vq_embed_dim", {}),
+    ("unet2d_condition", "transformer_layers_per_block", 10**9),
+]
 
 
 @pytest.mark.parametrize("name, key, value", NASTY)

@@ -148,17 +148,20 @@ def test_tone_is_the_models_unless_asked(sr):
     assert np.array_equal(own, toned(none, low, model.config.task.tone)) and not np.array_equal(own, none)
 
 
-@pytest.mark.parametrize(("hole", "expected"), [
-    (hole_of(200, 300, 90, 140, 10, 10), [(64, 128), (112, 176)]),  # the middle: 64 px around it
-    (hole_of(200, 300, 0, 0, 10, 10), [(0, 64), (0, 64)]),  # a corner: moved into the picture
-    (hole_of(200, 300, 190, 290, 10, 10), [(136, 200), (236, 300)]),
-    (hole_of(200, 300, 50, 50, 90, 90), None),  # larger than 64: with its margin
-    (hole_of(40, 50, 3, 3, 9, 9), [(0, 40), (0, 50)]),  # a small picture: all of it
-])
+@pytest.mark.parametrize(
+    ("hole", "expected"),
+    [
+        (hole_of(200, 300, 90, 140, 10, 10), [(64, 128), (112, 176)]),  # the middle: 64 px around it
+        (hole_of(200, 300, 0, 0, 10, 10), [(0, 64), (0, 64)]),  # a corner: moved into the picture
+        (hole_of(200, 300, 190, 290, 10, 10), [(136, 200), (236, 300)]),
+        (hole_of(200, 300, 50, 50, 90, 90), None),  # larger than 64: with its margin
+        (hole_of(40, 50, 3, 3, 9, 9), [(0, 40), (0, 50)]),  # a small picture: all of it
+    ],
+)
 def test_a_window_holds_the_hole_and_its_surroundings(hole, expected):
     found = windows(hole, (64, 64), (16, 16), 8)
     assert len(found) == 1
-    (rows, columns), = found
+    ((rows, columns),) = found
     if expected:
         assert [(part.start, part.stop) for part in found[0]] == expected
     assert hole[rows, columns].sum() == hole.sum()
@@ -219,8 +222,10 @@ def test_what_the_first_stage_loses_of_patches_is_put_back(patches, monkeypatch)
     wanted = image.copy()
     told = patched(part, torch.from_numpy(hole[rows, columns])).round().clamp(0, 255).byte()
     wanted[rows, columns] = told.permute(1, 2, 0).numpy()
-    monkeypatch.setattr("ldmcli.drivers.edit.draw_latents", lambda *a, inputs, **k: model.autoencoder.encode(
-        inputs["masked.image"].permute(0, 2, 3, 1).numpy()))
+    monkeypatch.setattr(
+        "ldmcli.drivers.edit.draw_latents",
+        lambda *a, inputs, **k: model.autoencoder.encode(inputs["masked.image"].permute(0, 2, 3, 1).numpy()),
+    )
     assert np.array_equal(inpaint_images(model, image[None], hole[None], blend=0)[0], wanted)
     model.config = replace(model.config, task=replace(model.config.task, detail=False))
     drawn = inpaint_images(model, image[None], hole[None], blend=0)[0]
@@ -253,8 +258,10 @@ def test_resampling_and_blending_change_the_hole_only(plain):
 
 def test_a_prompt_reaches_the_hole_and_no_prompt_is_the_null(text):
     model, image, hole = ldmcli.load(text), image_of(20, 20)[None], hole_of(20, 20, 4, 4, 10, 10)[None]
-    none, empty, said = (inpaint_images(model, image, hole, steps=2, prompts=prompts, guidance=3.0)
-                         for prompts in (None, [""], ["a red circle"]))  # fmt: skip
+    none, empty, said = (
+        inpaint_images(model, image, hole, steps=2, prompts=prompts, guidance=3.0)
+        for prompts in (None, [""], ["a red circle"])
+    )
     assert np.array_equal(none, empty) and not np.array_equal(none, said)
 
 
@@ -276,12 +283,17 @@ def test_an_upscaled_picture_depends_on_its_number_alone(sr):
     assert not np.array_equal(alone, upscale_images(model, low[2:], ids=[8], steps=2))
 
 
-@pytest.mark.parametrize("call", [
-    lambda sr, plain: upscale_images(plain, image_of(5, 5)[None]),
-    lambda sr, plain: inpaint_images(sr, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None]),
-    lambda sr, plain: inpaint_images(plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], prompts=["x"]),
-    lambda sr, plain: inpaint_images(plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], tile=2),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda sr, plain: upscale_images(plain, image_of(5, 5)[None]),
+        lambda sr, plain: inpaint_images(sr, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None]),
+        lambda sr, plain: inpaint_images(
+            plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], prompts=["x"]
+        ),
+        lambda sr, plain: inpaint_images(plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], tile=2),
+    ],
+)
 def test_a_model_that_cannot_is_refused(sr, plain, call):
     with pytest.raises(UsageError):
         call(ldmcli.load(sr), ldmcli.load(plain))
@@ -333,8 +345,19 @@ def test_folders_pair_by_name_whatever_the_ending(plain, tmp_path):
     (tmp_path / "masks").mkdir()
     for k in range(3):
         Image.fromarray(hole_of(20, 20, 2 + k, 2, 5, 5)).convert("L").save(tmp_path / "masks" / f"{k:02d}.bmp")
-    ending = ldm("inpaint", tmp_path / "photos", tmp_path / "masks", "--model", plain, *FAST, "-n", 2,
-                 "--out", tmp_path / "out", "--json")  # fmt: skip
+    ending = ldm(
+        "inpaint",
+        tmp_path / "photos",
+        tmp_path / "masks",
+        "--model",
+        plain,
+        *FAST,
+        "-n",
+        2,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
     assert ending.code == 0, ending.stderr
     found = pictures(tmp_path / "out")
     assert len(found) == 6
@@ -443,14 +466,17 @@ def test_a_mistake_is_one_line_with_a_code_and_no_folder(line, code, says, input
     assert not list(inputs.glob("out/*.png"))
 
 
-@pytest.mark.parametrize(("line", "which", "code", "says"), [
-    ("upscale photo.png", "plain", 2, "not trained for super-resolution"),
-    ("upscale photo.png", "ae", 2, "an autoencoder"),
-    ("inpaint photo.png mask.png", "sr", 2, "for super-resolution"),
-    ("upscale photo.png", None, 4, "no super-resolution run"),
-    ("inpaint photo.png mask.png", None, 4, "no suitable run"),
-    ("upscale photo.png", "lost", 4, "lost"),
-])
+@pytest.mark.parametrize(
+    ("line", "which", "code", "says"),
+    [
+        ("upscale photo.png", "plain", 2, "not trained for super-resolution"),
+        ("upscale photo.png", "ae", 2, "an autoencoder"),
+        ("inpaint photo.png mask.png", "sr", 2, "for super-resolution"),
+        ("upscale photo.png", None, 4, "no super-resolution run"),
+        ("inpaint photo.png mask.png", None, 4, "no suitable run"),
+        ("upscale photo.png", "lost", 4, "lost"),
+    ],
+)
 def test_a_model_that_does_not_fit_is_named(line, which, code, says, inputs, request, monkeypatch):
     monkeypatch.chdir(inputs)
     model = request.getfixturevalue(which) if which in ("plain", "ae", "sr") else which
@@ -458,8 +484,9 @@ def test_a_model_that_does_not_fit_is_named(line, which, code, says, inputs, req
     assert ending.code == code and says in ending.line, ending.stderr
 
 
-def test_the_newest_suitable_run_is_taken_and_another_scale_names_what_there_is(sr, inpainter, plain, photo, mask,
-                                                                                 tmp_path, monkeypatch):
+def test_the_newest_suitable_run_is_taken_and_another_scale_names_what_there_is(
+    sr, inpainter, plain, photo, mask, tmp_path, monkeypatch
+):
     for run in (sr, inpainter, plain):
         shutil.copytree(run, tmp_path / "runs" / run.name)
     monkeypatch.chdir(tmp_path)
@@ -496,9 +523,11 @@ def test_guided_samples_are_measured_beside_unguided_ones(request, which, sr):
     values = document["metrics"]
     assert values["psnr"] > values["psnr_unguided"] + 0.3 and values["psnr_bicubic"] > values["psnr"]
     assert document["guide_factor"] == 4 and document["baselines"] == ["unguided", "bicubic"]
-    for more, code, says in ((("--model", model, "--guide-factor", 3), 3, "divides both sides"),
-                             (("--model", sr, "--guide-factor", 4), 2, "this one is for sr"),
-                             (("--images", "x", "--data", "shapes", "--guide-factor", 4), 2, "with --model")):
+    for more, code, says in (
+        (("--model", model, "--guide-factor", 3), 3, "divides both sides"),
+        (("--model", sr, "--guide-factor", 4), 2, "this one is for sr"),
+        (("--images", "x", "--data", "shapes", "--guide-factor", 4), 2, "with --model"),
+    ):
         ending = ldm(*measure, *more)
         assert ending.code == code and says in ending.line
 

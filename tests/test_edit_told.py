@@ -29,8 +29,9 @@ def runs(tmp_path_factory):
     tiny.train_ldm(folder / "inpaint", folder / "ae", "--condition", KINDS, "--task", "inpaint", steps=1)
     tiny.train_ldm(folder / "sr", folder / "ae", "--condition", KINDS, "--task", "sr", "--scale", 2, steps=1)
     tiny.train_ldm(folder / "map", folder / "ae", "--condition", "map", steps=1)
-    tiny.train_ldm(folder / "sure", folder / "ae", "--condition", "text", "--task", "inpaint", "--set",
-                   "condition.drop=0", steps=1)
+    tiny.train_ldm(
+        folder / "sure", folder / "ae", "--condition", "text", "--task", "inpaint", "--set", "condition.drop=0", steps=1
+    )
     return folder
 
 
@@ -61,8 +62,13 @@ BOX = np.array([[0.25, 0.5, 0.5, 0.25]])
 
 
 def told(index: np.ndarray, **more) -> dict:
-    return {"map": [index], "layout": [{"bbox": BOX, "category": np.array([3])}], "text": ["a star"], "class": ["star"],
-            **more}  # fmt: skip
+    return {
+        "map": [index],
+        "layout": [{"bbox": BOX, "category": np.array([3])}],
+        "text": ["a star"],
+        "class": ["star"],
+        **more,
+    }
 
 
 def corners(model, ids) -> np.ndarray:
@@ -87,7 +93,7 @@ def test_an_enlarged_picture_is_told_map_and_layout_where_they_lie(size, runs, s
     (inputs,) = seen
     whole = [4 * side for side in inputs["shape"][1:]]  # latents of 4 px
     assert list(inputs["map.index"].shape[1:]) == whole and all(a >= b for a, b in zip(whole, large))
-    assert (inputs["map.index"][0, :large[0], :large[1]].numpy() == index).all()
+    assert (inputs["map.index"][0, : large[0], : large[1]].numpy() == index).all()
     across, down = large[1] / whole[1], large[0] / whole[0]
     expected = [0.25 * across, 0.5 * down, 0.75 * across, 0.75 * down]
     assert np.abs(corners(model, inputs["layout.ids"]) - expected).max() < 0.02
@@ -130,8 +136,9 @@ def test_samples_of_any_size_are_told_their_layout_in_the_middle(runs, tmp_path,
     from ldmcli.drivers import loaded
 
     found, draw = [], loaded.draw_latents
-    monkeypatch.setattr(loaded, "draw_latents",
-                        lambda *a, inputs, **k: found.append(inputs) or draw(*a, inputs=inputs, **k))
+    monkeypatch.setattr(
+        loaded, "draw_latents", lambda *a, inputs, **k: found.append(inputs) or draw(*a, inputs=inputs, **k)
+    )
     tiny.train_ldm(tmp_path / "layout", runs / "ae", "--condition", "layout", steps=1)
     model = ldmcli.load(tmp_path / "layout")
     model.sample(layout={"bbox": BOX, "category": ["star"]}, size=(22, 30), steps=1)
@@ -151,7 +158,7 @@ def files(tmp_path) -> Path:
             (tmp_path / what / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(*size, k)).save(tmp_path / f"photos/{name}.png")
         hole = np.zeros(size, bool)
-        hole[4:10, 4 + 2 * k:12] = True
+        hole[4:10, 4 + 2 * k : 12] = True
         Image.fromarray(hole).save(tmp_path / f"masks/{name}.bmp")
         Image.fromarray(np.full(size, k + 1, np.uint8)).save(tmp_path / f"maps/{name}.png")
         layout = {"objects": [{"bbox": [0.1 * k, 0.1, 0.5, 0.5], "category": "star"}]}
@@ -162,24 +169,64 @@ def files(tmp_path) -> Path:
 @pytest.mark.parametrize("command", ["inpaint", "upscale"])
 def test_folders_pair_with_what_is_said_of_each_picture(command, runs, files, seen):
     words = (files / "masks",) if command == "inpaint" else ("--scale", 2)
-    ending = tiny.ldm(command, files / "photos", *words, "--map", files / "maps", "--layout", files / "layouts",
-                      "--prompt", "a star", "--class", "star", "--negative-prompt", "a ring", "--guidance", 3,
-                      "--model", runs / {"upscale": "sr"}.get(command, command), *FAST, "--json", "--out",
-                      files / "out")
+    ending = tiny.ldm(
+        command,
+        files / "photos",
+        *words,
+        "--map",
+        files / "maps",
+        "--layout",
+        files / "layouts",
+        "--prompt",
+        "a star",
+        "--class",
+        "star",
+        "--negative-prompt",
+        "a ring",
+        "--guidance",
+        3,
+        "--model",
+        runs / {"upscale": "sr"}.get(command, command),
+        *FAST,
+        "--json",
+        "--out",
+        files / "out",
+    )
     assert ending.code == 0, ending.stderr
     assert [Path(one).relative_to(files / "photos").as_posix() for one in ending.json["sources"]] == [
-        "a/1.png", "b/1.png", "b/2.png"]
+        "a/1.png",
+        "b/1.png",
+        "b/2.png",
+    ]
     assert [int(inputs["map.index"].max()) for inputs in seen] == [1, 2, 3]
     assert [int(inputs["map.index"].min()) for inputs in seen] == [1, 2, 3]
     assert len({tuple(inputs["layout.ids"][0].tolist()) for inputs in seen}) == 3
     facts = json.loads(Image.open(files / "out/000001.png").text["ldm"])
     assert [facts[name] for name in ("prompt", "class", "map", "layout", "negative_prompt")] == [
-        "a star", "star", "1.png", "1.json", "a ring"]
+        "a star",
+        "star",
+        "1.png",
+        "1.json",
+        "a ring",
+    ]
 
 
 def test_a_changed_map_or_layout_is_another_request(runs, files):
-    line = ("upscale", files / "photos/a/1.png", "--scale", 2, "--map", files / "maps/a/1.png", "--layout",
-            files / "layouts/a/1.json", "--model", runs / "sr", *FAST, "--out", files / "out")  # fmt: skip
+    line = (
+        "upscale",
+        files / "photos/a/1.png",
+        "--scale",
+        2,
+        "--map",
+        files / "maps/a/1.png",
+        "--layout",
+        files / "layouts/a/1.json",
+        "--model",
+        runs / "sr",
+        *FAST,
+        "--out",
+        files / "out",
+    )
     assert tiny.ldm(*line).code == 0 and tiny.ldm(*line).code == 0
     for name in ("maps/a/1.png", "layouts/a/1.json"):
         before = (files / name).read_bytes()
@@ -239,8 +286,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(which, words, c
     (files / "two.json").write_text(json.dumps([{"objects": [{"bbox": [0, 0, 1, 1], "category": "star"}]}] * 2))
     Image.fromarray(np.full((20, 24), 9, np.uint8)).save("nine.png")
     (files / "photos/a/1.png").rename(files / "photos/lone.png")
-    command = ("upscale", "photos/lone.png", "--scale", 2) if which == "upscale" else (
-        "inpaint", "photos/lone.png", "masks/a/1.bmp")
+    command = (
+        ("upscale", "photos/lone.png", "--scale", 2)
+        if which == "upscale"
+        else ("inpaint", "photos/lone.png", "masks/a/1.bmp")
+    )
     model = runs / {"upscale": "sr"}.get(which, which)
     ending = tiny.ldm(*command, *words, "--model", model, *FAST, "--out", "out")
     assert ending.code == code and says in ending.line, ending.stderr

@@ -102,8 +102,9 @@ class Rows:
 @pytest.fixture
 def rows(monkeypatch):
     found = Rows(pictures(12, seed=9))
-    monkeypatch.setattr("ldmcli.drivers.evaluate.open_reference",
-                        lambda settings, split: (replace(found, split=split), 0))
+    monkeypatch.setattr(
+        "ldmcli.drivers.evaluate.open_reference", lambda settings, split: (replace(found, split=split), 0)
+    )
     return found
 
 
@@ -158,8 +159,10 @@ def test_the_distance_is_that_of_the_features_and_carries_the_extractor_in_its_n
 
 def test_a_folder_of_png_and_an_npz_give_the_same_numbers(tmp_path):
     images, other = pictures(12, 1), npz(tmp_path / "b.npz", pictures(12, 2))
-    results = [evaluate(images=source, data=other, metrics=["fid", "kid", "pr", "is"])["metrics"]
-               for source in (folder(tmp_path / "a", images), npz(tmp_path / "a.npz", images))]
+    results = [
+        evaluate(images=source, data=other, metrics=["fid", "kid", "pr", "is"])["metrics"]
+        for source in (folder(tmp_path / "a", images), npz(tmp_path / "a.npz", images))
+    ]
     assert results[0] == results[1]
     assert {"fd_tiny8", "kid_tiny8_mean", "precision_tiny8", "recall_tiny8", "is_tiny8_mean"} <= set(results[0])
 
@@ -192,16 +195,18 @@ def test_fewer_images_than_dimensions_are_unreliable_and_fewer_than_two_an_error
 
 
 def test_precision_and_inception_score_of_too_few_images_are_null_with_a_reason(tmp_path):
-    result = evaluate(images=folder(tmp_path / "a", pictures(3)), data=npz(tmp_path / "b.npz", pictures(9, 1)),
-                      metrics=["pr", "is"])
+    result = evaluate(
+        images=folder(tmp_path / "a", pictures(3)), data=npz(tmp_path / "b.npz", pictures(9, 1)), metrics=["pr", "is"]
+    )
     assert result["metrics"]["precision_tiny8"] is None and result["metrics"]["is_tiny8_mean"] is None
     text = " | ".join(result["warnings"])
     assert "no more than 3 images" in text and "3 images for 10 splits" in text
 
 
 def test_the_size_of_kid_subsets_is_stated(tmp_path):
-    result = evaluate(images=folder(tmp_path / "a", pictures(7)), data=npz(tmp_path / "b.npz", pictures(9, 1)),
-                      metrics=["kid"])
+    result = evaluate(
+        images=folder(tmp_path / "a", pictures(7)), data=npz(tmp_path / "b.npz", pictures(9, 1)), metrics=["kid"]
+    )
     assert result["kid"]["subset_size"] == 7 and result["frechet"] is None
 
 
@@ -269,10 +274,15 @@ def test_a_data_set_in_a_folder_is_a_reference(tmp_path, monkeypatch):
     assert result["n_reference"] == 9 and np.isfinite(result["metrics"]["fd_tiny8"])
 
 
-@pytest.mark.parametrize(("there", "named", "counts"), [
-    ({"train": 4, "validation": 9}, "validation", 9), ({"train": 4, "validation": 9}, "train", 4),
-    ({"validation": 9}, "validation", 9), ({"train": 12, "test": 11}, "test", 11),
-])
+@pytest.mark.parametrize(
+    ("there", "named", "counts"),
+    [
+        ({"train": 4, "validation": 9}, "validation", 9),
+        ({"train": 4, "validation": 9}, "train", 4),
+        ({"validation": 9}, "validation", 9),
+        ({"train": 12, "test": 11}, "test", 11),
+    ],
+)
 def test_a_named_split_is_measured_whole(there, named, counts, tmp_path):
     """All of it, though training on it would hold rows out."""
     for split, n in there.items():
@@ -292,8 +302,16 @@ def test_prompts_are_spread_evenly_over_the_reference_and_each_sample_is_drawn_o
     assert model.calls[-1]["prompts"] == [f"caption {i}" for i in (0, 2, 4, 6, 8, 10)]
     assert model.calls[-1]["classes"] == ["one"] * 6
     assert model.calls[0]["steps"] == 7 and "sampler" not in model.calls[0]
-    assert result["sampling"] == {"sampler": "dpm++", "steps": 7, "guidance": 2.0, "guidance_interval": (0.0, 1.0),
-                                  "eta": 0.0, "temperature": 1.0, "spacing": "", "seed": 3}
+    assert result["sampling"] == {
+        "sampler": "dpm++",
+        "steps": 7,
+        "guidance": 2.0,
+        "guidance_interval": (0.0, 1.0),
+        "eta": 0.0,
+        "temperature": 1.0,
+        "spacing": "",
+        "seed": 3,
+    }
     assert result["generated"]["fingerprint"] == model.fingerprint and result["n_generated"] == 6
 
 
@@ -407,21 +425,27 @@ def test_the_measure_during_training_is_that_of_the_command(rows, tiny):
 # --- requests and comparisons ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("request_, words", [
-    ({}, "measure one of"),
-    ({"images": "a", "model": "b", "data": "c"}, "got model and images"),
-    ({"images": "a"}, "name the reference"),
-    ({"images": "a", "data": "b", "metrics": ["psnr"]}, "compares image with image"),
-    ({"images": "a", "data": "b", "metrics": ["fdi"]}, "choose among fid"),
-])
+@pytest.mark.parametrize(
+    "request_, words",
+    [
+        ({}, "measure one of"),
+        ({"images": "a", "model": "b", "data": "c"}, "got model and images"),
+        ({"images": "a"}, "name the reference"),
+        ({"images": "a", "data": "b", "metrics": ["psnr"]}, "compares image with image"),
+        ({"images": "a", "data": "b", "metrics": ["fdi"]}, "choose among fid"),
+    ],
+)
 def test_requests_without_sense_are_refused(request_, words):
     with pytest.raises(UsageError, match=words):
         evaluate(**request_)
 
 
 def test_metrics_are_found_by_their_short_names(tmp_path):
-    result = evaluate(images=folder(tmp_path / "a", pictures(12)), data=npz(tmp_path / "b.npz", pictures(12, 1)),
-                      metrics=["fid", "kid", "pr"])
+    result = evaluate(
+        images=folder(tmp_path / "a", pictures(12)),
+        data=npz(tmp_path / "b.npz", pictures(12, 1)),
+        metrics=["fid", "kid", "pr"],
+    )
     values = result["metrics"]
     assert lookup(result) == lookup(result, "fid") == lookup(result, "fd_tiny8") == ("fd_tiny8", values["fd_tiny8"])
     assert lookup(result, "kid")[0] == lookup(result, "kid_mean")[0] == "kid_tiny8_mean"

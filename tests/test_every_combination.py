@@ -18,8 +18,11 @@ from ldmcli.drivers import evaluate, features
 
 SIZE, ROWS = 16, 6
 CONDITIONS = ("none", "class", "text", "layout", "map", "text+map", "class+layout")
-TASKS = {"generate": (), "sr": ("--task", "sr", "--scale", 2),
-         "inpaint": ("--task", "inpaint", "--set", "task.fill=black")}  # fmt: skip
+TASKS = {
+    "generate": (),
+    "sr": ("--task", "sr", "--scale", 2),
+    "inpaint": ("--task", "inpaint", "--set", "task.fill=black"),
+}
 STAGES = {"kl": ("--f", 4), "vq": ("--f", 4, "--reg", "vq", "--codebook-size", 16), "pixels": None}
 FAST = ("--set", "sample.n=2", "--no-cache", "--set", "diffusion.timesteps=50")
 DRAW = {"steps": 1, "guidance": 2.0}
@@ -47,8 +50,15 @@ def write_rows(folder: Path) -> tuple:
         Image.fromarray(rows.map_pixels(k, (SIZE, SIZE))).save(folder / f"m{k}.png")
         boxes, name = SIZE * rows.boxes(k, (SIZE, SIZE))["bbox"], ("star", "circle")[k % 2]
         objects = {"bbox": boxes.round(2).tolist(), "category": [name] * len(boxes)}
-        found.append({"file_name": f"{k}.png", "map_file_name": f"m{k}.png", "text": rows.caption(k), "label": name,
-                      "objects": objects})  # fmt: skip
+        found.append(
+            {
+                "file_name": f"{k}.png",
+                "map_file_name": f"m{k}.png",
+                "text": rows.caption(k),
+                "label": name,
+                "objects": objects,
+            }
+        )
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, found)))
     return "--data", folder, "--size", SIZE, "--val-fraction", 0.34
 
@@ -83,8 +93,12 @@ def cheap_features(workshop, monkeypatch):
 
 def asked(folder: Path, condition: str) -> tuple[list, dict]:
     """What to draw, as options and as arguments from Python."""
-    every = {"class": ("--class", "classes", "star"), "text": ("--prompt", "prompt", "a red star"),
-             "layout": ("--layout", "layout", folder / "layout.json"), "map": ("--map", "map", folder / "map.png")}
+    every = {
+        "class": ("--class", "classes", "star"),
+        "text": ("--prompt", "prompt", "a red star"),
+        "layout": ("--layout", "layout", folder / "layout.json"),
+        "map": ("--map", "map", folder / "map.png"),
+    }
     chosen = [every[kind] for kind in condition.split("+") if kind in every]
     return [word for option, _, value in chosen for word in (option, value)], {name: value for _, name, value in chosen}
 
@@ -95,11 +109,23 @@ def asked(folder: Path, condition: str) -> tuple[list, dict]:
 def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, workshop, tmp_path):
     folder, data = workshop
     run, picture = tmp_path / "run", folder / "picture.png"
-    tiny.train_ldm(run, "none" if stage == "pixels" else folder / stage, *tiny.ADAM, "--condition", condition,
-                   *TASKS[task], *FAST, data=data, steps=1)
+    tiny.train_ldm(
+        run,
+        "none" if stage == "pixels" else folder / stage,
+        *tiny.ADAM,
+        "--condition",
+        condition,
+        *TASKS[task],
+        *FAST,
+        data=data,
+        steps=1,
+    )
 
-    command = {"generate": ("sample",), "sr": ("upscale", picture, "--scale", 2),
-               "inpaint": ("inpaint", picture, folder / "mask.png")}[task]
+    command = {
+        "generate": ("sample",),
+        "sr": ("upscale", picture, "--scale", 2),
+        "inpaint": ("inpaint", picture, folder / "mask.png"),
+    }[task]
     options, arguments = asked(folder, condition)
     settings = [word for name, value in DRAW.items() for word in (f"--{name}", value)]
     ending = tiny.ldm(*command, "--model", run, *options, "-n", 1, *settings, "--json", "--out", tmp_path / "out")
@@ -109,8 +135,11 @@ def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, wo
     assert drawn.shape == (side, side, 3) and drawn.std() > 0
 
     model = ldmcli.load(run)
-    use = {"generate": model.sample, "sr": lambda **how: model.upscale(picture, **how),
-           "inpaint": lambda **how: model.inpaint(picture, folder / "mask.png", **how)}[task]
+    use = {
+        "generate": model.sample,
+        "sr": lambda **how: model.upscale(picture, **how),
+        "inpaint": lambda **how: model.inpaint(picture, folder / "mask.png", **how),
+    }[task]
     assert (np.asarray(use(**arguments, **DRAW)[0]) == drawn).all()
 
     metric = "fid" if task == "generate" else "psnr"

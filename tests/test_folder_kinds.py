@@ -57,10 +57,27 @@ def notes_of(source, **options) -> str:
 
 # --- one definition of a picture ------------------------------------------------------------------------------------
 
-FORMATS = {"a.AVIF": "AVIF", "b.j2k": "JPEG2000", "c.jfif": "JPEG", "d.pgm": "PPM", "e.WebP": "WEBP", "f.tif": "TIFF",
-           "g.dib": "BMP", "h.gif": "GIF", "i.jpe": "JPEG", "j.jp2": "JPEG2000", "k.pnm": "PPM"}
-NO_PICTURES = (".cache/x.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/a.png", "sub/._a.png",
-               "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "sub/.b.png")  # fmt: skip
+FORMATS = {
+    "a.AVIF": "AVIF",
+    "b.j2k": "JPEG2000",
+    "c.jfif": "JPEG",
+    "d.pgm": "PPM",
+    "e.WebP": "WEBP",
+    "f.tif": "TIFF",
+    "g.dib": "BMP",
+    "h.gif": "GIF",
+    "i.jpe": "JPEG",
+    "j.jp2": "JPEG2000",
+    "k.pnm": "PPM",
+}
+NO_PICTURES = (
+    ".cache/x.png",
+    ".ipynb_checkpoints/a-checkpoint.png",
+    "__MACOSX/a.png",
+    "sub/._a.png",
+    "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg",
+    "sub/.b.png",
+)
 
 
 def test_all_commands_take_the_same_pictures_of_a_folder(tmp_path):
@@ -118,8 +135,16 @@ def test_samples_whose_folder_is_named_are_pictures_but_not_their_sheet_and_comp
 
 
 def test_users_pictures_in_folders_and_files_of_such_names_stay(tmp_path):
-    make(tmp_path, "runs/1.png", "runs/2.png", "walks/1.png", "outputs/tom/face.png", "grid.png", "contact.png",
-         "000000-map.png")  # fmt: skip
+    make(
+        tmp_path,
+        "runs/1.png",
+        "runs/2.png",
+        "walks/1.png",
+        "outputs/tom/face.png",
+        "grid.png",
+        "contact.png",
+        "000000-map.png",
+    )
     assert len(names_of(tmp_path)) == 7 and not find(tmp_path).written
 
 
@@ -136,13 +161,16 @@ def mask(root: Path, name: str, kind: str = "L", size: int = 8) -> None:
     (image.convert("RGB") if kind == "RGB" else image).save(root / name)
 
 
-@pytest.mark.parametrize("names, kind", [
-    ({"a.png": "masks/a.png", "b.png": "masks/b.png"}, "L"),
-    ({"images/a.png": "masks/a.png", "images/b.png": "masks/b.png"}, "RGB"),
-    ({"train/images/a.png": "train/labels/a.png", "train/images/b.png": "train/labels/b.png"}, "P"),
-    ({"a.png": "a_mask.png", "b.png": "b_mask001.png"}, "L"),
-    ({"JPEGImages/a.png": "SegmentationClass/a.png", "JPEGImages/b.png": "SegmentationClass/b.png"}, "P"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, kind",
+    [
+        ({"a.png": "masks/a.png", "b.png": "masks/b.png"}, "L"),
+        ({"images/a.png": "masks/a.png", "images/b.png": "masks/b.png"}, "RGB"),
+        ({"train/images/a.png": "train/labels/a.png", "train/images/b.png": "train/labels/b.png"}, "P"),
+        ({"a.png": "a_mask.png", "b.png": "b_mask001.png"}, "L"),
+        ({"JPEGImages/a.png": "SegmentationClass/a.png", "JPEGImages/b.png": "SegmentationClass/b.png"}, "P"),
+    ],
+)
 def test_masks_beside_or_below_pictures_are_no_pictures_and_said(tmp_path, names, kind):
     make(tmp_path, *names)
     for name in names.values():
@@ -176,21 +204,27 @@ TABLES = {
     "bars": ("metadata.csv", "file_name|caption\na.png|a red fox, resting\nb.png|two owls\n"),
     "blanks": ("metadata.csv", "file_name , caption\n" + QUOTED.format(" ,  ")),
     "sep line": ("metadata.csv", "sep=;\r\nfile_name;caption\r\n" + QUOTED.format(";").replace("\n", "\r\n")),
-    "index": ("metadata.csv", ",file_name,caption\n" + "\n".join(
-        f"{k},{line}" for k, line in enumerate(QUOTED.format(",").splitlines()))),
+    "index": (
+        "metadata.csv",
+        ",file_name,caption\n" + "\n".join(f"{k},{line}" for k, line in enumerate(QUOTED.format(",").splitlines())),
+    ),
     "spreadsheet": ("metadata.csv", 'file_name,caption,,\na.png,"a red fox, resting",,\nb.png,two owls,,\n,,,\n\n'),
     "capitals": ("METADATA.CSV", "Filename,Caption\n" + QUOTED.format(",")),
     "old name": ("metadata.csv", "image_path,text\n" + QUOTED.format(",")),
-    "crlf": ("metadata.jsonl", '{"file_name": "a.png", "caption": "a red fox, resting"}\r\n'
-                               '{"file_name": "b.png", "caption": "two owls"}\r\n'),
+    "crlf": (
+        "metadata.jsonl",
+        '{"file_name": "a.png", "caption": "a red fox, resting"}\r\n{"file_name": "b.png", "caption": "two owls"}\r\n',
+    ),
     "utf-16": ("metadata.csv", ("file_name,caption\n" + QUOTED.format(",")).encode("utf-16")),
     "a list": ("metadata.json", json.dumps([{"file_name": n, "caption": c} for n, c in TWO], indent=1)),
     "by name": ("metadata.json", json.dumps({n: {"caption": c} for n, c in TWO})),
     "texts by name": ("metadata.json", json.dumps(dict(TWO))),
-    "columns": ("metadata.json", json.dumps({"file_name": {"0": "a.png", "1": "b.png"},
-                                             "caption": {"0": TWO[0][1], "1": TWO[1][1]}})),
+    "columns": (
+        "metadata.json",
+        json.dumps({"file_name": {"0": "a.png", "1": "b.png"}, "caption": {"0": TWO[0][1], "1": TWO[1][1]}}),
+    ),
     "no ending": ("metadata.csv", 'file_name,caption\na,"a red fox, resting"\nb,two owls\n'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -200,13 +234,16 @@ def test_tables_give_their_captions_however_they_are_written(tmp_path, kind):
     assert rows_of(tmp_path) == TWO
 
 
-@pytest.mark.parametrize("content, says", [
-    ("a.png,a fox\nb.png,owls\n", "its first line must name the columns"),
-    ("file_name,text,text\na.png,x,y\n", "two columns called text"),
-    ("file_name,text\nhttps://example.org/a.png,x\n", "is an address; fetch the pictures first"),
-    ("file_name,text\nA.PNG,x\nb.png,y\n", "did you mean a.png"),
-    ("file_name,text\npics\\a.png,x\nb.png,y\n", "did you mean a.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("a.png,a fox\nb.png,owls\n", "its first line must name the columns"),
+        ("file_name,text,text\na.png,x,y\n", "two columns called text"),
+        ("file_name,text\nhttps://example.org/a.png,x\n", "is an address; fetch the pictures first"),
+        ("file_name,text\nA.PNG,x\nb.png,y\n", "did you mean a.png"),
+        ("file_name,text\npics\\a.png,x\nb.png,y\n", "did you mean a.png"),
+    ],
+)
 def test_tables_that_cannot_be_meant_are_refused_with_what_to_do(tmp_path, content, says):
     write(make(tmp_path, "a.png", "b.png"), "metadata.csv", content)
     with pytest.raises(InputError) as failure:
@@ -248,9 +285,13 @@ def jsonl(root: Path, *rows: dict, name: str = "metadata.jsonl") -> Path:
 
 
 ODD_CELLS = {
-    "float": (2.5, "2.5"), "null": (None, ""), "nan": (float("nan"), ""), "list": (["", "second"], "second"),
-    "empty list": ([], ""), "annotations": ([{"raw": "as in Flickr", "tokens": ["as"]}], "as in Flickr"),
-}  # fmt: skip
+    "float": (2.5, "2.5"),
+    "null": (None, ""),
+    "nan": (float("nan"), ""),
+    "list": (["", "second"], "second"),
+    "empty list": ([], ""),
+    "annotations": ([{"raw": "as in Flickr", "tokens": ["as"]}], "as in Flickr"),
+}
 
 
 @pytest.mark.parametrize("kind", ODD_CELLS)
@@ -286,19 +327,25 @@ def csv_labels(root: Path, *labels: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize("labels, names, each", [
-    (("3", "10", "3"), ["3", "10"], ["3", "10", "3"]), (("7 ", "cat", "7"), ["7", "cat"], ["7", "cat", "7"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "labels, names, each",
+    [(("3", "10", "3"), ["3", "10"], ["3", "10", "3"]), (("7 ", "cat", "7"), ["7", "cat"], ["7", "cat", "7"])],
+)
 def test_classes_called_by_numbers_keep_their_names(tmp_path, labels, names, each):
     assert labels_of(csv_labels(tmp_path / "csv", *labels)) == (names, each)
     assert labels_of(jsonl(tmp_path / "json", *({"label": int(x) if x.isdecimal() else x} for x in labels))) == (
-        names, each)  # fmt: skip
+        names,
+        each,
+    )
 
 
 @pytest.mark.parametrize("bad", ["-1", "", " ", None, float("nan"), ["x"], -1])
 def test_labels_that_name_no_class_are_refused_by_row_and_only_where_classes_are_used(tmp_path, bad):
-    root = csv_labels(tmp_path, "2", bad, "4") if isinstance(bad, str) else jsonl(
-        tmp_path, {"label": "2"}, {"label": bad}, {"label": "4"})  # fmt: skip
+    root = (
+        csv_labels(tmp_path, "2", bad, "4")
+        if isinstance(bad, str)
+        else jsonl(tmp_path, {"label": "2"}, {"label": bad}, {"label": "4"})
+    )
     assert len(names_of(root)) == 3 and open_rows(DataSettings(source=str(root))).class_names == ["2", "4"]
     with pytest.raises(InputError, match=r"1 labels in column label name no class \(1.png: "):
         labels_of(root)
@@ -315,8 +362,9 @@ BOXES = {  # what people write, categories of each box
     "coco": ([{"bbox": [1, 2, 3, 4], "category_id": 18, "iscrowd": 0, "segmentation": [[1, 2]]}], ["18"]),
     "one object": ({"bbox": [1, 2, 3, 4], "label": "ox"}, ["ox"]),
     "names inside": ({"bbox": [[1, 2, 3, 4]], "category": [{"id": 3, "name": "ox"}]}, ["ox"]),
-    "none": ([], []), "null": (None, []),
-}  # fmt: skip
+    "none": ([], []),
+    "null": (None, []),
+}
 BAD_BOXES = {
     "no category": ([{"bbox": [1, 2, 3, 4], "area": 3}], "category"),
     "one for two": ({"bbox": [[1, 2, 3, 4], [0, 0, 1, 1]], "category": ["ox"]}, "category"),
@@ -324,7 +372,7 @@ BAD_BOXES = {
     "three numbers": ({"bbox": [[1, 2, 3]], "category": ["ox"]}, "bbox"),
     "text": ({"bbox": "1 2 3 4", "category": ["ox"]}, "bbox"),
     "nan": ({"bbox": [[1, float("nan"), 3, 4]], "category": ["ox"]}, "bbox"),
-}  # fmt: skip
+}
 
 
 def boxes_of(root: Path, cell) -> "dict | None":
@@ -381,7 +429,7 @@ SPLITS = {  # folders with their pictures, rows by split as `ldm data` shows the
     "three": ({"train": 3, "val": 2, "test": 4}, {"train": 3, "validation": 2}, "split test (4 rows) is not used"),
     "no train": ({"test": 3, "val": 2}, {"test": 3, "validation": 2}, "there is no split train"),
     "a class": ({"train": 3, "tram": 2}, {"train": 4, "validation": 1}, "train/ is no split"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SPLITS)
@@ -455,7 +503,8 @@ def stats(root: Path, *names: str) -> None:
 
     for name in names:
         datasets.Dataset.from_dict({"url": ["x"], "caption": ["y"], "status": ["success"]}).to_parquet(
-            root / f"{name}.parquet")  # fmt: skip
+            root / f"{name}.parquet"
+        )
         write(root, f"{name}_stats.json", '{"count": 2}')
 
 
@@ -525,10 +574,27 @@ def coco(names: list[str], kinds: dict[int, str], first: int = 40) -> str:
     """Instances: picture k has k boxes; ids begin anywhere."""
     images = [{"id": first + k, "file_name": name, "width": 8, "height": 8} for k, name in enumerate(names)]
     ids = list(kinds)
-    boxes = [{"id": 9 * k + n, "image_id": first + k, "bbox": [n, 0, 2, 2], "category_id": ids[n % len(ids)],
-              "segmentation": [[0, 0, 1, 1]], "iscrowd": 0} for k in range(len(names)) for n in range(k)]  # fmt: skip
-    return json.dumps({"info": {}, "images": images, "annotations": boxes,
-                       "categories": [{"id": k, "name": name} for k, name in kinds.items()]}, indent=1)
+    boxes = [
+        {
+            "id": 9 * k + n,
+            "image_id": first + k,
+            "bbox": [n, 0, 2, 2],
+            "category_id": ids[n % len(ids)],
+            "segmentation": [[0, 0, 1, 1]],
+            "iscrowd": 0,
+        }
+        for k in range(len(names))
+        for n in range(k)
+    ]
+    return json.dumps(
+        {
+            "info": {},
+            "images": images,
+            "annotations": boxes,
+            "categories": [{"id": k, "name": name} for k, name in kinds.items()],
+        },
+        indent=1,
+    )
 
 
 @pytest.mark.parametrize("place", ["annotations/instances_{0}2017.json", "{0}2017/_annotations.coco.json"])
@@ -537,13 +603,19 @@ def test_annotations_of_coco_give_boxes_with_names_and_captions(tmp_path, place)
     for split in ("train", "val"):
         write(tmp_path, place.format(split), coco([f"{k}.png" for k in range(3)], {90: "toothbrush", 1: "person"}))
         texts = [{"image_id": 7, "id": k, "caption": f"{split} text {k}\n"} for k in range(2)]
-        write(tmp_path, f"annotations/captions_{split}2017.json", json.dumps(
-            {"images": [{"id": 7, "file_name": "1.png"}], "annotations": texts}))
+        write(
+            tmp_path,
+            f"annotations/captions_{split}2017.json",
+            json.dumps({"images": [{"id": 7, "file_name": "1.png"}], "annotations": texts}),
+        )
     for split in ("train", "validation"):
         rows = open_rows(DataSettings(source=str(tmp_path)), split=split)
         assert rows.category_names == ["person", "toothbrush"] and [rows.name(i)[-5] for i in range(3)] == list("012")
         assert [[rows.category_names[k] for k in rows.objects(i)["category"]] for i in range(3)] == [
-            [], ["toothbrush"], ["toothbrush", "person"]]
+            [],
+            ["toothbrush"],
+            ["toothbrush", "person"],
+        ]
         assert [rows.caption(i) for i in range(3)] == ["", f"{split.replace('idation', '')} text 0", ""]
         assert "boxes or captions come from" in rows.notes[0] and not any("not read" in one for one in rows.notes)
 

@@ -8,10 +8,14 @@ from golden_cases import DATA, decided, drawn, pack, shared, unpack, words_of
 
 def test_tensors_of_all_kinds_come_back_in_order_bit_by_bit():
     given = {
-        "b": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), "a": torch.arange(7),
-        "empty": torch.zeros(0, 2), "scalar": torch.tensor(0.1, dtype=torch.float64), "bytes": torch.ones(2, 2).byte(),
-        "odd": torch.tensor([float("nan"), float("inf"), -0.0]), "c": torch.randn(4).t(),
-    }  # fmt: skip
+        "b": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
+        "a": torch.arange(7),
+        "empty": torch.zeros(0, 2),
+        "scalar": torch.tensor(0.1, dtype=torch.float64),
+        "bytes": torch.ones(2, 2).byte(),
+        "odd": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "c": torch.randn(4).t(),
+    }
     found, beside = unpack(pack(given, beside={"epoch": 3}))
     assert list(found) == list(given) and beside == {"epoch": 3}
     for name, tensor in given.items():

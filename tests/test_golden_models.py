@@ -15,8 +15,16 @@ from ldmcli.drivers.sampling import Known, known_region
 from ldmcli.maths.schedule import levels
 
 FORWARD, QUANTISED, TRAJECTORY = 5e-6, 2e-5, 1e-4
-CASES = ("kl_f4_attn", "vq_f4_noattn", "unet_uncond", "unet_class_crossattn", "unet_text_bert", "unet_concat_inpaint",
-         "unet_semantic_rescaler", "full_checkpoint")  # fmt: skip
+CASES = (
+    "kl_f4_attn",
+    "vq_f4_noattn",
+    "unet_uncond",
+    "unet_class_crossattn",
+    "unet_text_bert",
+    "unet_concat_inpaint",
+    "unet_semantic_rescaler",
+    "full_checkpoint",
+)
 WAYS = ("converted", "direct")
 
 
@@ -113,6 +121,7 @@ def test_one_ancestral_step(models, t):
     ends = (1.0, 0.0) if t == 0 else (float(alphas[1]), float(sigmas[1]))
     way = Levels((float(t),), (float(alphas[0]), ends[0]), (float(sigmas[0]), ends[1]))
     for name, clamp in (("clip0", False), ("clip1", True)):
+
         def denoise(z, time, alpha, sigma, clamp=clamp):
             x0, eps = to_x0_eps("eps", model.predict(z, torch.full((len(z),), time)), z, alpha, sigma)
             return (x0.clamp(-1, 1), eps) if clamp else (x0, eps)
@@ -131,8 +140,9 @@ def test_classes(models, way):
     assert relative(model.predict(io["x"], io["t"], context=none), io["eps_uncond"]) < FORWARD
     assert relative(model.sample_latents(io["ddim.x_T"], context=context, steps=10), io["ddim.samples"]) < TRAJECTORY
     for sampler in ("ddim", "plms"):
-        got = model.sample_latents(io[f"{sampler}_cfg.x_T"], context=context, uncond=none, steps=10, guidance=3.0,
-                                   sampler=sampler)  # fmt: skip
+        got = model.sample_latents(
+            io[f"{sampler}_cfg.x_T"], context=context, uncond=none, steps=10, guidance=3.0, sampler=sampler
+        )
         assert relative(got, io[f"{sampler}_cfg.samples"]) < TRAJECTORY
 
 
@@ -153,8 +163,9 @@ def test_text(models, way):
     assert relative(model.model.conditions.entries["text"].encoder.logits(io["tokens"]), io["logits"]) < FORWARD
     assert relative(model.predict(io["x"], io["t"], context=context), io["eps"]) < FORWARD
     for sampler in ("ddim", "plms"):
-        got = model.sample_latents(io[f"{sampler}_cfg.x_T"], context=context, uncond=none, steps=10, guidance=5.0,
-                                   sampler=sampler)  # fmt: skip
+        got = model.sample_latents(
+            io[f"{sampler}_cfg.x_T"], context=context, uncond=none, steps=10, guidance=5.0, sampler=sampler
+        )
         assert relative(got, io[f"{sampler}_cfg.samples"]) < TRAJECTORY
     assert model.autoencoder.scale.std == (1 / 0.18215,) * 4
 

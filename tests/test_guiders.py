@@ -30,8 +30,13 @@ def gaussian(z, t, alpha, sigma):
 def model() -> DiffusionModel:
     torch.manual_seed(0)
     settings = DiffusionSettings(channels=16, channel_mult=(1,), groups=4, attention_resolutions=(1,), head_channels=8)
-    model = DiffusionModel(settings, ConditionSettings(kinds=("class",), context_dim=16),
-                           {"class": {"class_names": ["a", "b"]}}, None, (3, 8, 8))  # fmt: skip
+    model = DiffusionModel(
+        settings,
+        ConditionSettings(kinds=("class",), context_dim=16),
+        {"class": {"class_names": ["a", "b"]}},
+        None,
+        (3, 8, 8),
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
@@ -41,8 +46,16 @@ def model() -> DiffusionModel:
 @pytest.fixture(scope="module", params=["kl", "vq"])
 def decode(request):
     torch.manual_seed(1)
-    settings = AutoencoderSettings(f=4, channels=16, channel_mult=(1,), num_res_blocks=1, embed_dim=3, z_channels=3,
-                                   reg=request.param, codebook_size=16)  # fmt: skip
+    settings = AutoencoderSettings(
+        f=4,
+        channels=16,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        embed_dim=3,
+        z_channels=3,
+        reg=request.param,
+        codebook_size=16,
+    )
     network = Autoencoder(settings).eval().requires_grad_(False)
     if request.param == "vq":
         network.quantize.embedding.weight.copy_(latents(16, 3))
@@ -56,8 +69,15 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def drawn(model, wrap=None, scale=2.0, ids=(0, 1), sampler="ddim"):
     settings = SampleSettings(steps=8, sampler=sampler, guidance=scale)
     with torch.no_grad():
-        return draw_latents(model, SCHEDULE, settings, ids=ids, seed=0, steering=Steering(wrap=wrap),
-                            inputs=model.conditions.prepare({"class": [k % 2 for k in ids]}))  # fmt: skip
+        return draw_latents(
+            model,
+            SCHEDULE,
+            settings,
+            ids=ids,
+            seed=0,
+            steering=Steering(wrap=wrap),
+            inputs=model.conditions.prepare({"class": [k % 2 for k in ids]}),
+        )
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])

@@ -23,11 +23,22 @@ from ldmcli.drivers import features
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALL = {
-    "data.limit": 24, "train.batch_size": 4, "train.steps": 3, "train.mixed_precision": "no", "train.sample_every": 0,
-    "autoencoder.channels": 8, "autoencoder.num_res_blocks": 1, "diffusion.channels": 16, "diffusion.channel_mult": "1",
-    "diffusion.groups": 4, "diffusion.attention_resolutions": "1", "diffusion.head_channels": 8,
-    "condition.context_dim": 16, "condition.text_heads": 2, "condition.text_head_channels": 8,
-}  # fmt: skip
+    "data.limit": 24,
+    "train.batch_size": 4,
+    "train.steps": 3,
+    "train.mixed_precision": "no",
+    "train.sample_every": 0,
+    "autoencoder.channels": 8,
+    "autoencoder.num_res_blocks": 1,
+    "diffusion.channels": 16,
+    "diffusion.channel_mult": "1",
+    "diffusion.groups": 4,
+    "diffusion.attention_resolutions": "1",
+    "diffusion.head_channels": 8,
+    "condition.context_dim": 16,
+    "condition.text_heads": 2,
+    "condition.text_head_channels": 8,
+}
 
 
 def environment(settings: dict) -> dict[str, str]:
@@ -65,15 +76,14 @@ def small_resolved(kind: str, values: dict, preset: str = ""):
 def small_run(out: str, *options: object) -> None:
     """A tiny diffusion run at `out`, in latents of the example's autoencoder."""
     typed("train-ae")
-    ending = tiny.ldm("train-ldm", "--autoencoder", option(EXAMPLES["train-ae"], "--out"), "--steps", 2, "--out", out,
-                      *options)  # fmt: skip
+    ending = tiny.ldm(
+        "train-ldm", "--autoencoder", option(EXAMPLES["train-ae"], "--out"), "--steps", 2, "--out", out, *options
+    )
     assert ending.code == 0, ending.stderr
 
 
 # command → lays down what its line names and no other line writes
-NEEDS: dict[str, Callable[[], None]] = {
-    "upscale": lambda: small_run("runs/shapes-x4", "--task", "sr", "--scale", 4),
-}
+NEEDS: dict[str, Callable[[], None]] = {"upscale": lambda: small_run("runs/shapes-x4", "--task", "sr", "--scale", 4)}
 
 
 # --- what a line promises -----------------------------------------------------------------------------------------
@@ -132,10 +142,19 @@ def says(*words: str) -> Callable[[tiny.Ending, Path | None], None]:
 
 # command → looks at how its line ended and at the folder named by --out
 PROMISES: dict[str, Callable[[tiny.Ending, Path], None]] = {
-    "train-ae": run_folder, "train-ldm": run_folder, "sample": four_pictures, "reconstruct": pairs,
-    "inpaint": repainted, "upscale": four_times_as_large,
-    "eval-fid": distance, "data": contact_sheet, "demo": demo_summary, "report": says("report.html"),
-    "runs": says("shapes-ae", "finished"), "recipes": says("train-ae"), "presets": says("kl-f8", "cin256-v2"),
+    "train-ae": run_folder,
+    "train-ldm": run_folder,
+    "sample": four_pictures,
+    "reconstruct": pairs,
+    "inpaint": repainted,
+    "upscale": four_times_as_large,
+    "eval-fid": distance,
+    "data": contact_sheet,
+    "demo": demo_summary,
+    "report": says("report.html"),
+    "runs": says("shapes-ae", "finished"),
+    "recipes": says("train-ae"),
+    "presets": says("kl-f8", "cin256-v2"),
     "doctor": says("torch"),
 }
 

@@ -41,8 +41,10 @@ class Hub(BaseHTTPRequestHandler):
             self.server.created.append(asked["name"])
             return self.answer({"url": f"{self.server.address}/me/{asked['name']}", "name": f"me/{asked['name']}"})
         if "/preupload/" in self.path:
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                     for f in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for f in json.loads(body)["files"]
+            ]
             return self.answer({"files": files})
         if "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):

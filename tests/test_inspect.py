@@ -36,7 +36,9 @@ def test_bad_files_are_named_with_their_reason_and_stop_nothing(tmp_path):
     (tmp_path / "data" / "page.jpg").write_text("<html>")
     found = look(tmp_path / "data", tmp_path / "out")
     assert {one["file"]: one["reason"] for one in found["bad"]} == {
-        "empty.png": "an empty file", "page.jpg": "not a picture of a known format (an HTML page)"}  # fmt: skip
+        "empty.png": "an empty file",
+        "page.jpg": "not a picture of a known format (an HTML page)",
+    }
     assert sum(found["rows"].values()) == 6
     text = inspect_text(found)
     assert "empty.png: an empty file" in text and "bad         2 files" in text

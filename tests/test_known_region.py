@@ -7,15 +7,7 @@ from test_unet import loaded as recorded_unet
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings, SampleSettings
-from ldmcli.drivers.sampling import (
-    Guidance,
-    Known,
-    Steering,
-    denoiser,
-    draw_latents,
-    guided_kinds,
-    known_region,
-)
+from ldmcli.drivers.sampling import Guidance, Known, Steering, denoiser, draw_latents, guided_kinds, known_region
 from ldmcli.maths.samplers import SAMPLERS, ddim, resampled
 from ldmcli.maths.schedule import levels, make_schedule, to_x0_eps
 from ldmcli.networks.diffusion import DiffusionModel
@@ -26,8 +18,11 @@ EXACT = 5e-6
 def recorded(case: str):
     """Denoiser, levels and tensors of a recorded UNet with the original's subset of timesteps."""
     model, _, io, config = recorded_unet(case)
-    schedule = make_schedule(DiffusionSettings(prediction="eps", schedule="linear", beta_start=config["linear_start"],
-                                               beta_end=config["linear_end"]))  # fmt: skip
+    schedule = make_schedule(
+        DiffusionSettings(
+            prediction="eps", schedule="linear", beta_start=config["linear_start"], beta_end=config["linear_end"]
+        )
+    )
 
     def denoise(z, t, alpha, sigma):
         return to_x0_eps("eps", model(z, torch.full((len(z),), t)), z, alpha, sigma)
@@ -61,8 +56,9 @@ def test_every_sampler_takes_what_comes_before_its_steps(name):
 
     def drawn_from(hook):
         zero = torch.zeros(1, 1, 2, 2)
-        return SAMPLERS[name].function(lambda z, t, alpha, sigma: (z, zero), torch.randn(1, 1, 2, 2), way,
-                                       noise=lambda i: zero, before_step=hook)  # fmt: skip
+        return SAMPLERS[name].function(
+            lambda z, t, alpha, sigma: (z, zero), torch.randn(1, 1, 2, 2), way, noise=lambda i: zero, before_step=hook
+        )
 
     first = drawn_from(lambda i, z: seen.append(i) or fixed)
     assert seen == [0, 1, 2, 3, 4]
@@ -92,8 +88,16 @@ def noise(*path):
 def test_resampling_leaves_the_distribution_alone(name, process):
     """Noise put back has just the variance that the step took away."""
     way = levels(make_schedule(DiffusionSettings(**process)), 60)
-    z = resampled(SAMPLERS[name].function, gaussian(0.5, 0.4), noise("T"), way, 3, eta=1.0,
-                  noise=lambda i, k: noise("step", i, k), again=lambda i, k: noise("again", i, k))  # fmt: skip
+    z = resampled(
+        SAMPLERS[name].function,
+        gaussian(0.5, 0.4),
+        noise("T"),
+        way,
+        3,
+        eta=1.0,
+        noise=lambda i, k: noise("step", i, k),
+        again=lambda i, k: noise("again", i, k),
+    )
     assert z.mean().item() == pytest.approx(0.5, abs=0.03) and z.std().item() == pytest.approx(0.4, abs=0.04)
 
 
@@ -106,9 +110,16 @@ def test_one_round_of_resampling_is_ordinary_sampling():
 
 def test_resampling_evaluates_each_step_as_often_as_it_says():
     seen, way = [], levels(make_schedule(DiffusionSettings()), 4)
-    resampled(ddim, lambda z, t, a, s: seen.append(t) or (z, z), torch.zeros(1), way, 3,
-              noise=lambda i, k: torch.zeros(1), again=lambda i, k: torch.zeros(1),
-              before_step=lambda i, k, z: seen.append((i, k)) or z)  # fmt: skip
+    resampled(
+        ddim,
+        lambda z, t, a, s: seen.append(t) or (z, z),
+        torch.zeros(1),
+        way,
+        3,
+        noise=lambda i, k: torch.zeros(1),
+        again=lambda i, k: torch.zeros(1),
+        before_step=lambda i, k, z: seen.append((i, k)) or z,
+    )
     assert [entry for entry in seen if isinstance(entry, tuple)] == [(i, k) for i in range(4) for k in range(3)]
     assert [entry for entry in seen if not isinstance(entry, tuple)] == [t for t in way.t for _ in range(3)]
 
@@ -121,8 +132,10 @@ def model() -> DiffusionModel:
     """Told a class and a map."""
     torch.manual_seed(0)
     settings = DiffusionSettings(channels=16, channel_mult=(1,), groups=4, attention_resolutions=(1,), head_channels=8)
-    facts = {"class": {"class_names": ["a", "b", "c"]},
-             "map": {"classes": 3, "names": ["x", "y", "z"], "out_channels": 3, "stages": 1}}  # fmt: skip
+    facts = {
+        "class": {"class_names": ["a", "b", "c"]},
+        "map": {"classes": 3, "names": ["x", "y", "z"], "out_channels": 3, "stages": 1},
+    }
     model = DiffusionModel(settings, ConditionSettings(kinds=("class", "map"), context_dim=16), facts, None, (4, 6, 6))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -164,8 +177,12 @@ def test_a_sample_with_a_known_region_depends_on_its_number_alone(model, inputs,
     z0, keep = torch.zeros(2, 4, 6, 6), torch.zeros(1, 1, 6, 6)
     keep[..., 2:, :] = 1
     both = drawn(model, inputs, steering=Steering(known=Known(z0, keep, resample)), ids=[3, 7])
-    alone = drawn(model, {name: tensor[1:] for name, tensor in inputs.items()}, ids=[7],
-                  steering=Steering(known=Known(z0[1:], keep, resample)))  # fmt: skip
+    alone = drawn(
+        model,
+        {name: tensor[1:] for name, tensor in inputs.items()},
+        ids=[7],
+        steering=Steering(known=Known(z0[1:], keep, resample)),
+    )
     assert relative(both[1:], alone) < 1e-4
 
 
@@ -176,16 +193,27 @@ def test_a_sample_with_a_known_region_depends_on_its_number_alone(model, inputs,
 def asked(monkeypatch) -> list[int]:
     """Batch sizes of the network's calls."""
     sizes, predict = [], DiffusionModel.predict
-    monkeypatch.setattr(DiffusionModel, "predict",
-                        lambda self, z, t, given: sizes.append(len(z)) or predict(self, z, t, given))  # fmt: skip
+    monkeypatch.setattr(
+        DiffusionModel, "predict", lambda self, z, t, given: sizes.append(len(z)) or predict(self, z, t, given)
+    )
     return sizes
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("scale", "halves"), [
-    (1.0, 1), (0.0, 1), (2.0, 2), ({"class": 3.0, "map": 1.5}, 3), ({"class": 2.0, "map": 2.0}, 2),
-    ({"class": 3.0}, 2), ({"map": 1.0, "class": 3.0}, 2), ({"class": 1.0}, 1), ({"map": 2.0, "class": 0.0}, 2),
-])
+@pytest.mark.parametrize(
+    ("scale", "halves"),
+    [
+        (1.0, 1),
+        (0.0, 1),
+        (2.0, 2),
+        ({"class": 3.0, "map": 1.5}, 3),
+        ({"class": 2.0, "map": 2.0}, 2),
+        ({"class": 3.0}, 2),
+        ({"map": 1.0, "class": 3.0}, 2),
+        ({"class": 1.0}, 1),
+        ({"map": 2.0, "class": 0.0}, 2),
+    ],
+)
 def test_no_more_is_computed_than_the_scales_ask_for(model, inputs, asked, scale, halves):
     drawn(model, inputs, scale)
     assert asked == [2 * halves] * 4
@@ -239,9 +267,9 @@ def test_tiles_of_the_network_see_their_part_of_the_planes(model):
     maps = torch.zeros(1, 48, 48, dtype=torch.long)
     maps[:, :, 24:] = 2
     inputs = model.conditions.prepare({"class": [1], "map": list(maps.numpy())})
-    whole, tiled, one = (drawn(model, inputs, shape=(4, 24, 24), ids=[0], steering=Steering(tile=tile))
-                         for tile in (0, 16, 24))  # fmt: skip
+    whole, tiled, one = (
+        drawn(model, inputs, shape=(4, 24, 24), ids=[0], steering=Steering(tile=tile)) for tile in (0, 16, 24)
+    )
     assert torch.equal(whole, one) and torch.isfinite(tiled).all()
     apart = (tiled - whole).square().mean().sqrt() / whole.std()
     assert 0 < apart < 0.35
-

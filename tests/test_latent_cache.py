@@ -96,10 +96,14 @@ def test_another_first_stage_size_resize_or_dtype_misses(ae, folder, tmp_path, e
     train_ae(tmp_path / "other", "--seed", 1)
     train(tmp_path, "one", ae, folder)
     whole = rows_of(tmp_path / "one")
-    for name, stage, *more in (("stage", tmp_path / "other"), ("size", ae, "--size", 16),
-                               ("resize", ae, "--set", "data.resize=box"),
-                               ("back", ae, "--set", "data.background=black"),
-                               ("dtype", ae, "--set", "data.cache_dtype=float16"), ("flip", ae, "--flip")):  # fmt: skip
+    for name, stage, *more in (
+        ("stage", tmp_path / "other"),
+        ("size", ae, "--size", 16),
+        ("resize", ae, "--set", "data.resize=box"),
+        ("back", ae, "--set", "data.background=black"),
+        ("dtype", ae, "--set", "data.cache_dtype=float16"),
+        ("flip", ae, "--flip"),
+    ):
         del encoded[:]
         train(tmp_path, name, stage, folder, *more)
         assert sum(encoded) == whole, name
@@ -112,8 +116,9 @@ def test_posterior_noise_is_drawn_anew_at_every_visit(ae, folder, tmp_path, obje
     batches = [objective.batch(step) for step in range(2)]
     visits = [{int(i): k for k, i in enumerate(batch["row"])} for batch in batches]
     row = next(i for i in visits[0] if i in visits[1])
-    latents = [objective._latents(batch["moments"], batch["posterior"])[seen[row]]
-               for batch, seen in zip(batches, visits)]  # fmt: skip
+    latents = [
+        objective._latents(batch["moments"], batch["posterior"])[seen[row]] for batch, seen in zip(batches, visits)
+    ]
     assert torch.equal(*[batch["moments"][seen[row]] for batch, seen in zip(batches, visits)])
     assert not torch.equal(*latents)
 
@@ -139,8 +144,14 @@ def test_without_the_cache_the_same_is_learned(ae, folder, tmp_path):
     more = (*ADAM, "--flip", "--log-every", 1)
     train(tmp_path, "with", ae, folder, *more, steps=3)
     train(tmp_path, "without", ae, folder, *more, "--no-cache", steps=3)
-    losses = [[json.loads(line)["loss_model"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-               if "loss_model" in line] for name in ("with", "without")]  # fmt: skip
+    losses = [
+        [
+            json.loads(line)["loss_model"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if "loss_model" in line
+        ]
+        for name in ("with", "without")
+    ]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -171,8 +182,11 @@ def test_an_array_without_its_list_and_a_cut_one_are_never_read(ae, folder, tmp_
     train(tmp_path, "one", ae, folder)
     (array,), (listing,) = (list((tmp_path / "cache").rglob(f"*.{kind}")) for kind in ("npy", "json"))
     whole, names = array.read_bytes(), listing.read_text()
-    for spoil in (lambda: listing.unlink(), lambda: array.write_bytes(whole[: len(whole) // 2]),
-                  lambda: listing.write_text(names[:-5])):  # fmt: skip
+    for spoil in (
+        lambda: listing.unlink(),
+        lambda: array.write_bytes(whole[: len(whole) // 2]),
+        lambda: listing.write_text(names[:-5]),
+    ):
         del encoded[:]
         spoil()
         train(tmp_path, f"after-{len(list(tmp_path.iterdir()))}", ae, folder)

@@ -17,7 +17,7 @@ from ldmcli.core.signals import StopRequest
 ROOT = Path(__file__).resolve().parents[1]
 
 # takes the trainer's place in each process: notes what it was given, then does what BEHAVE says
-STAND_IN = '''
+STAND_IN = """
 import os, sys, types
 
 def train(kind, resolved, out, options):
@@ -46,7 +46,7 @@ def train(kind, resolved, out, options):
 module = types.ModuleType("ldmcli.drivers.train")
 module.train, module.Options = train, types.SimpleNamespace
 sys.modules["ldmcli.drivers.train"] = module
-'''
+"""
 
 
 @pytest.fixture
@@ -57,12 +57,21 @@ def two_processes(tmp_path):
     def start(behave: str):
         (tmp_path / "notes").mkdir()
         (tmp_path / "sitecustomize.py").write_text(STAND_IN)
-        environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "NOTES": str(tmp_path / "notes"),
-                                    "BEHAVE": behave, "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "NOTES": str(tmp_path / "notes"),
+            "BEHAVE": behave,
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         environment.pop("OMP_NUM_THREADS", None)
-        process = subprocess.Popen([sys.executable, "-m", "ldmcli", "train-ae", "--gpus", "2", "--out", "runs/x"],
-                                   cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ldmcli", "train-ae", "--gpus", "2", "--out", "runs/x"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         started.append(process)
         return process, tmp_path / "notes"
 
@@ -215,11 +224,14 @@ def test_a_port_that_was_taken_meanwhile_is_replaced(monkeypatch, tmp_path):
     assert statuses == []
 
 
-@pytest.mark.parametrize("words", [
-    "Tried to launch distributed communication on port `5`, but another process is utilizing it. Please specify",
-    "The server socket has failed to listen on any local network address. port: 5, useIPv6: false, code: -98, "
-    "name: EADDRINUSE, message: address already in use",
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Tried to launch distributed communication on port `5`, but another process is utilizing it. Please specify",
+        "The server socket has failed to listen on any local network address. port: 5, useIPv6: false, code: -98, "
+        "name: EADDRINUSE, message: address already in use",
+    ],
+)
 def test_the_launcher_tells_a_taken_port_from_other_failures(monkeypatch, words):
     import accelerate.commands.launch
 

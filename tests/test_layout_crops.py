@@ -35,8 +35,15 @@ def folder(where, shares: bool = False):
 
 
 def source(where, *, training: bool = True, **values) -> ConditionSource:
-    settings = {"data.source": str(where), "data.size": "32", "condition.kinds": "layout",
-                "condition.crop_tokens": True, "data.crop": "random", "data.crop_min": 0.5, **values}
+    settings = {
+        "data.source": str(where),
+        "data.size": "32",
+        "condition.kinds": "layout",
+        "condition.crop_tokens": True,
+        "data.crop": "random",
+        "data.crop_min": 0.5,
+        **values,
+    }
     found = config.resolve("diffusion", [("test", settings)]).config
     rows = open_rows(found.data, split="train" if training else "validation")
     return ConditionSource(rows, found, (32, 32), training=training)
@@ -93,13 +100,26 @@ def test_the_embedded_shapes_are_never_cut():
 
 def test_a_run_trains_with_crop_tokens_and_is_told_layouts(tmp_path):
     out = tmp_path / "run"
-    tiny.train_ldm(out, "none", "--condition", "layout", "--crop", "random", "--set", "condition.crop_tokens=true",
-                   "--set", "data.crop_min=0.5", "--sample-every", 1,
-                   data=("--data", folder(tmp_path / "data"), "--size", 16), steps=1)
-    (tmp_path / "layout.json").write_text(json.dumps(
-        {"objects": [{"bbox": [0.1, 0.1, 0.5, 0.5], "category": "c0"}]}))
-    ending = tiny.ldm("sample", "--model", out, "--layout", tmp_path / "layout.json", "-n", 1, "--steps", 2,
-                      "--out", tmp_path / "out")
+    tiny.train_ldm(
+        out,
+        "none",
+        "--condition",
+        "layout",
+        "--crop",
+        "random",
+        "--set",
+        "condition.crop_tokens=true",
+        "--set",
+        "data.crop_min=0.5",
+        "--sample-every",
+        1,
+        data=("--data", folder(tmp_path / "data"), "--size", 16),
+        steps=1,
+    )
+    (tmp_path / "layout.json").write_text(json.dumps({"objects": [{"bbox": [0.1, 0.1, 0.5, 0.5], "category": "c0"}]}))
+    ending = tiny.ldm(
+        "sample", "--model", out, "--layout", tmp_path / "layout.json", "-n", 1, "--steps", 2, "--out", tmp_path / "out"
+    )
     assert ending.code == 0, ending.stderr
 
 
@@ -111,15 +131,18 @@ def chosen(where, **values):
 
 
 @pytest.mark.parametrize("shares", [False, True])
-@pytest.mark.parametrize("values, names", [
-    ({"min_objects": 2}, ["0.png", "2.png"]),
-    ({"max_objects": 2}, ["0.png", "1.png"]),
-    ({"min_objects": 2, "max_objects": 2}, ["0.png"]),
-    ({"min_objects": 3, "min_box_area": 0.0005}, ["2.png"]),
-    ({"min_objects": 2, "min_box_area": 0.005}, ["0.png", "2.png"]),
-    ({"min_objects": 2, "min_box_area": 0.05}, ["0.png"]),
-    ({"min_box_area": 0.5}, ["0.png", "1.png", "2.png"]),
-])
+@pytest.mark.parametrize(
+    "values, names",
+    [
+        ({"min_objects": 2}, ["0.png", "2.png"]),
+        ({"max_objects": 2}, ["0.png", "1.png"]),
+        ({"min_objects": 2, "max_objects": 2}, ["0.png"]),
+        ({"min_objects": 3, "min_box_area": 0.0005}, ["2.png"]),
+        ({"min_objects": 2, "min_box_area": 0.005}, ["0.png", "2.png"]),
+        ({"min_objects": 2, "min_box_area": 0.05}, ["0.png"]),
+        ({"min_box_area": 0.5}, ["0.png", "1.png", "2.png"]),
+    ],
+)
 def test_rows_are_chosen_by_the_number_and_size_of_their_boxes(values, names, shares, tmp_path):
     rows = chosen(folder(tmp_path, shares), **values)
     assert [rows.name(i).split("/")[-1] for i in range(len(rows))] == names
@@ -136,8 +159,16 @@ def test_small_boxes_are_not_told(tmp_path):
 
 
 def test_what_is_left_out_is_said_before_training(tmp_path):
-    ending = tiny.train_ldm(tmp_path / "run", "none", "--condition", "layout", "--set", "data.min_objects=2",
-                            data=("--data", folder(tmp_path / "data"), "--size", 16), steps=1)
+    ending = tiny.train_ldm(
+        tmp_path / "run",
+        "none",
+        "--condition",
+        "layout",
+        "--set",
+        "data.min_objects=2",
+        data=("--data", folder(tmp_path / "data"), "--size", 16),
+        steps=1,
+    )
     assert ending.stderr.count("1 of 3 train rows, without 2 boxes or more, left out") == 1
     assert tiny.state(tmp_path / "run")["data"]["rows"] == 2
 
@@ -150,9 +181,15 @@ def test_bounds_that_leave_nothing_or_find_no_boxes_are_told(tmp_path):
         chosen(tmp_path / "b", min_objects=1)
 
 
-@pytest.mark.parametrize("values, said", [
-    ({"min_objects": 3, "max_objects": 2}, "less than data.min_objects"), ({"min_objects": -1}, "must not be negative"),
-    ({"min_box_area": 1.0}, "below 1"), ({"min_objects": 2, "streaming": True}, "all rows beforehand")])
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"min_objects": 3, "max_objects": 2}, "less than data.min_objects"),
+        ({"min_objects": -1}, "must not be negative"),
+        ({"min_box_area": 1.0}, "below 1"),
+        ({"min_objects": 2, "streaming": True}, "all rows beforehand"),
+    ],
+)
 def test_bounds_that_contradict_each_other_are_refused(values, said):
     with pytest.raises(UsageError, match=said):
         DataSettings(**values)

@@ -8,27 +8,35 @@ from golden_cases import shared
 
 from ldmcli.networks.layout_tokens import WHOLE, Layout, flagged
 
-CASES = [f"{name}.{form}" for name in ("full_image", "crop_and_flip", "small_no_crop_token")
-         for form in ("bbox", "center_points")]
+CASES = [
+    f"{name}.{form}"
+    for name in ("full_image", "crop_and_flip", "small_no_crop_token")
+    for form in ("bbox", "center_points")
+]
 
 
 def recorded(name: str) -> tuple[dict, Layout, list[int]]:
     """A recorded case, how it makes tokens, and the categories of its objects with their marks."""
     case = json.loads(shared("golden", "layout_tokens.json").read_text())[name]
-    layout = Layout(case["max_objects"], case["no_tokens"], case["encode_crop"],
-                    "box" if name.endswith("bbox") else "centre")
+    layout = Layout(
+        case["max_objects"], case["no_tokens"], case["encode_crop"], "box" if name.endswith("bbox") else "centre"
+    )
     marks = (["group"] if case["use_group"] else []) + (
-        ["occluded", "depiction", "inside"] if case["use_additional"] else [])
-    kinds = [flagged(one["cat"], case["no_object_classes"], **{mark: one.get(mark, False) for mark in marks})
-             for one in case["objects"]]
+        ["occluded", "depiction", "inside"] if case["use_additional"] else []
+    )
+    kinds = [
+        flagged(one["cat"], case["no_object_classes"], **{mark: one.get(mark, False) for mark in marks})
+        for one in case["objects"]
+    ]
     return case, layout, kinds
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_are_those_of_the_original_builders(name):
     case, layout, kinds = recorded(name)
-    found = layout.tokens([one["bbox"] for one in case["objects"]], kinds, crop=case.get("crop", WHOLE),
-                          flip=case.get("flip", False))
+    found = layout.tokens(
+        [one["bbox"] for one in case["objects"]], kinds, crop=case.get("crop", WHOLE), flip=case.get("flip", False)
+    )
     assert found.tolist() == case["tokens"]
     assert (layout.length, layout.empty) == (case["length"], case["none_token"])
 

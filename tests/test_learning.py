@@ -9,20 +9,7 @@ import torch
 from golden_cases import squeezenet
 from PIL import Image
 from processes import ranks
-from tiny import (
-    ADAM,
-    QUIET_LOOP,
-    SHAPES,
-    checkpoint,
-    ldm,
-    log,
-    pictures,
-    same,
-    state,
-    train_ae,
-    train_ldm,
-    weights,
-)
+from tiny import ADAM, QUIET_LOOP, SHAPES, checkpoint, ldm, log, pictures, same, state, train_ae, train_ldm, weights
 
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.drivers import optim
@@ -31,8 +18,16 @@ from ldmcli.drivers.objective_ldm import DiffusionObjective
 from ldmcli.networks.conditions import ASKED
 
 NO_RECONSTRUCTION = ("--set", "loss.l1=0", "--set", "loss.l2=0", "--set", "loss.edge=0", "--set", "loss.kl_weight=0")
-DISCRIMINATOR = ("--set", "loss.disc_weight=1", "--set", "loss.disc_start=5", "--set", "loss.disc_channels=8",
-                 "--set", "loss.disc_layers=1")  # fmt: skip
+DISCRIMINATOR = (
+    "--set",
+    "loss.disc_weight=1",
+    "--set",
+    "loss.disc_start=5",
+    "--set",
+    "loss.disc_channels=8",
+    "--set",
+    "loss.disc_layers=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +75,40 @@ def test_nan_in_every_step_ends_with_code_5_and_the_last_good_checkpoint_stands(
     assert "3 steps in a row" in ending.line and "bad-batch.json" in ending.line
     assert state(tmp_path / "run")["state"] == "diverged" and state(tmp_path / "run")["exit_code"] == 5
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
-        "step-00000002", "step-00000004"]
+        "step-00000002",
+        "step-00000004",
+    ]
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path / "run").values())
 
 
 def test_a_learning_rate_of_a_million_writes_no_weight_that_is_not_finite(ae, tmp_path):
     """Row 11: whatever such a run does, code 0 or 5, nothing that is NaN or Inf is ever stored."""
-    ending = ldm("train-ldm", "--autoencoder", ae, *SHAPES, *QUIET_LOOP, *ADAM, "--lr", "1e6", "--steps", 12,
-                 "--save-every", 1, "--set", "train.max_bad_steps=3", "--set", "train.adam_lr=1e6",
-                 "--set", "diffusion.channels=16", "--set", "diffusion.channel_mult=1",
-                 "--set", f"data.cache_dir={tmp_path / 'cache'}", "--out", tmp_path / "run")  # fmt: skip
+    ending = ldm(
+        "train-ldm",
+        "--autoencoder",
+        ae,
+        *SHAPES,
+        *QUIET_LOOP,
+        *ADAM,
+        "--lr",
+        "1e6",
+        "--steps",
+        12,
+        "--save-every",
+        1,
+        "--set",
+        "train.max_bad_steps=3",
+        "--set",
+        "train.adam_lr=1e6",
+        "--set",
+        "diffusion.channels=16",
+        "--set",
+        "diffusion.channel_mult=1",
+        "--set",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "--out",
+        tmp_path / "run",
+    )
     assert ending.code in (0, 5), ending.stderr
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path / "run").values())
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
@@ -138,9 +157,23 @@ def spoil_one_process() -> None:
 
 def test_a_bad_batch_on_one_process_stops_the_step_on_both(ae, tmp_path):
     """Row 11: all processes take the same decision, so training goes on with equal weights."""
-    args = ["train-ldm", "--autoencoder", ae, *SHAPES, *QUIET_LOOP, "--steps", 3, "--out", tmp_path / "run",
-            "--set", "diffusion.channels=16", "--set", "diffusion.channel_mult=1",
-            "--set", f"data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+    args = [
+        "train-ldm",
+        "--autoencoder",
+        ae,
+        *SHAPES,
+        *QUIET_LOOP,
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "diffusion.channels=16",
+        "--set",
+        "diffusion.channel_mult=1",
+        "--set",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]
     both = ranks(tmp_path, 2, *args, before=spoil_one_process)
     assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
     said = [command.stderr for command in both]
@@ -163,8 +196,14 @@ def parts_moved(tmp_path, *more, parts=("autoencoder.encoder", "autoencoder.deco
     train_ae(tmp_path / "run", *more, "--save-every", steps[0], "--keep", 9, "--log-every", log_every, steps=steps[1])
     from safetensors.torch import load_file
 
-    stored = [{f"{file.stem}.{k}": v for file in (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").glob("*.s*")
-               for k, v in load_file(file).items()} for step in steps]  # fmt: skip
+    stored = [
+        {
+            f"{file.stem}.{k}": v
+            for file in (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").glob("*.s*")
+            for k, v in load_file(file).items()
+        }
+        for step in steps
+    ]
     return [moved(*stored, part) for part in parts], log(tmp_path / "run")
 
 
@@ -179,8 +218,17 @@ def test_a_pixel_term_alone_changes_encoder_and_decoder(tmp_path, term):
 def test_a_perceptual_term_alone_changes_encoder_and_decoder(tmp_path):
     """Row 12: the perceptual distance has a gradient, and its norm is in the log."""
     backbone = squeezenet(tmp_path / "backbone.safetensors")
-    changed, lines = parts_moved(tmp_path, *NO_RECONSTRUCTION, "--set", "loss.perceptual_weight=1",
-                                 "--set", f"loss.perceptual={backbone}", "--size", 32, steps=(1, 2))  # fmt: skip
+    changed, lines = parts_moved(
+        tmp_path,
+        *NO_RECONSTRUCTION,
+        "--set",
+        "loss.perceptual_weight=1",
+        "--set",
+        f"loss.perceptual={backbone}",
+        "--size",
+        32,
+        steps=(1, 2),
+    )
     assert changed == [True, True]
     assert lines[0]["grad_perceptual"] > 0
 
@@ -245,8 +293,23 @@ def distance(a: dict, b: dict) -> float:
 
 def twelve(out: Path, ae: Path, *more) -> dict:
     """Five updates of 12 samples on 20 rows (60 = 3 epochs); trained weights without the average."""
-    train_ldm(out, ae, *ADAM, "--batch-size", 12, "--lr", "1e-3", "--set", "train.warmup=3", "--log-every", 1,
-              "--condition", "class", *more, steps=5)  # fmt: skip
+    train_ldm(
+        out,
+        ae,
+        *ADAM,
+        "--batch-size",
+        12,
+        "--lr",
+        "1e-3",
+        "--set",
+        "train.warmup=3",
+        "--log-every",
+        1,
+        "--condition",
+        "class",
+        *more,
+        steps=5,
+    )
     return {name: tensor for name, tensor in checkpoint(out).items() if name.startswith("model.")}
 
 
@@ -259,18 +322,47 @@ def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path):
     from tiny import UNET
 
     cache = ("--set", f"data.cache_dir={tmp_path / 'cache'}")
-    two = ranks(tmp_path, 2, "train-ldm", "--autoencoder", ae, *SHAPES, *UNET, *QUIET_LOOP, *cache, *ADAM,
-                "--batch-size", 12, "--lr", "1e-3", "--set", "train.warmup=3", "--log-every", 1, "--condition", "class",
-                "--micro-batch", 3, "--steps", 5, "--out", tmp_path / "two")  # fmt: skip
+    two = ranks(
+        tmp_path,
+        2,
+        "train-ldm",
+        "--autoencoder",
+        ae,
+        *SHAPES,
+        *UNET,
+        *QUIET_LOOP,
+        *cache,
+        *ADAM,
+        "--batch-size",
+        12,
+        "--lr",
+        "1e-3",
+        "--set",
+        "train.warmup=3",
+        "--log-every",
+        1,
+        "--condition",
+        "class",
+        "--micro-batch",
+        3,
+        "--steps",
+        5,
+        "--out",
+        tmp_path / "two",
+    )
     assert [command.wait() for command in two] == [0, 0], two[0].stderr + two[1].stderr
     spread = {name: tensor for name, tensor in checkpoint(tmp_path / "two").items() if name.startswith("model.")}
     # sums in another order leave 2e-7 after five updates; a part with a wrong weight would leave 1e-3
     assert distance(parts, whole) < 1e-5 and distance(odd, whole) < 1e-5 and distance(spread, whole) < 1e-5
-    rates = [[line["lr_factor"] for line in log(tmp_path / name) if "lr_factor" in line]
-             for name in ("whole", "parts", "odd", "two")]  # fmt: skip
+    rates = [
+        [line["lr_factor"] for line in log(tmp_path / name) if "lr_factor" in line]
+        for name in ("whole", "parts", "odd", "two")
+    ]
     assert len(rates[0]) == 5 and all(each == pytest.approx(rates[0]) for each in rates)
-    counts = {json.loads(next((tmp_path / name / "checkpoints").glob("*/state.json")).read_text())["ema_count"]
-              for name in ("whole", "parts", "odd", "two")}  # fmt: skip
+    counts = {
+        json.loads(next((tmp_path / name / "checkpoints").glob("*/state.json")).read_text())["ema_count"]
+        for name in ("whole", "parts", "odd", "two")
+    }
     assert counts == {5}
 
 
@@ -381,8 +473,9 @@ def test_latents_as_trained_on_have_unit_spread_whatever_the_first_stage_gives(a
     for name in tensors:
         if name.startswith("quant_conv"):
             tensors[name][:3] *= 10  # the means; the log-variances stay
-    files.save_tensors(loud / "model.safetensors", tensors,
-                       {"config_sha256": config_hash(read_config("autoencoder", loud))})  # fmt: skip
+    files.save_tensors(
+        loud / "model.safetensors", tensors, {"config_sha256": config_hash(read_config("autoencoder", loud))}
+    )
     folder = sorted_images(tmp_path / "data")
     data = ("--data", folder, "--size", 20)
     train_ldm(tmp_path / "run", loud, "--set", f"diffusion.latent_scale={kind}", data=data, steps=2)

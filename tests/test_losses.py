@@ -52,17 +52,34 @@ def recorded():
 def run_variant(config, io, variant):
     reg, gan, step = variant.split(".")
     entry, step = config[reg], int(step[4:])
-    settings = LossSettings(style="paper", l1=1.0, l2=0.0, edge=0.0, gan=gan,
-                            perceptual_weight=config["perceptual_weight"],
-                            kl_weight=entry.get("kl_weight", 1e-6), disc_weight=entry["disc_weight"],
-                            disc_start=entry["disc_start"])
+    settings = LossSettings(
+        style="paper",
+        l1=1.0,
+        l2=0.0,
+        edge=0.0,
+        gan=gan,
+        perceptual_weight=config["perceptual_weight"],
+        kl_weight=entry.get("kl_weight", 1e-6),
+        disc_weight=entry["disc_weight"],
+        disc_start=entry["disc_start"],
+    )
     weight = io["last_weight"].clone().requires_grad_()
     rec = torch.nn.functional.conv2d(io["feat"], weight, padding=1)
     factor, logvar = disc_factor(step, settings), torch.tensor(entry.get("logvar_init", 0.0), requires_grad=True)
     regulariser = posterior_kl(io["moments"]) if reg == "kl" else torch.tensor(entry["codebook_loss"])
     adversary = Adversary(logits_fake=recorded_discriminator(config)(rec), factor=factor)
-    total, stats = generator_loss(reg, io["x"], rec, regulariser, settings, last_layer=weight, perceptual=stand_in,
-                                  adversary=adversary, logvar=logvar if reg == "kl" else None, norms=True)
+    total, stats = generator_loss(
+        reg,
+        io["x"],
+        rec,
+        regulariser,
+        settings,
+        last_layer=weight,
+        perceptual=stand_in,
+        adversary=adversary,
+        logvar=logvar if reg == "kl" else None,
+        norms=True,
+    )
     total.backward()
     net = recorded_discriminator(config)
     loss = discriminator_loss(net(io["x"]), net(rec.detach()), gan, factor)
@@ -130,8 +147,9 @@ def total_of(settings, reg="kl", adversary=False, norms=False):
     rec = net(x)
     regulariser = rec.square().sum(dim=(1, 2, 3)) if reg == "kl" else rec.square().mean()
     enemy = Adversary(logits_fake=PatchDiscriminator(3, 8, 2)(rec)) if adversary else None
-    total, stats = generator_loss(reg, x, rec, regulariser, settings, last_layer=net[2].weight, perceptual=stand_in,
-                                  adversary=enemy, norms=norms)
+    total, stats = generator_loss(
+        reg, x, rec, regulariser, settings, last_layer=net[2].weight, perceptual=stand_in, adversary=enemy, norms=norms
+    )
     return net, total, stats
 
 
@@ -215,7 +233,7 @@ def _train_mode_gradients(rank, world, port, shares, folder):
     net = PatchDiscriminator(3, 8, 2).double()
     scale = torch.nn.Conv2d(3, 3, 1).double()
     x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    own = scale(x[sum(shares[:rank]): sum(shares[: rank + 1])])
+    own = scale(x[sum(shares[:rank]) : sum(shares[: rank + 1])])
     logits = net(own)
     # the mean over the global batch, written as a mean over processes as DistributedDataParallel takes it
     loss = logits.square().mean(dim=(1, 2, 3)).sum() * world / len(x)

@@ -8,9 +8,7 @@ from golden_cases import shared
 from ldmcli.maths import lr
 
 CHURCHES = {"warm_up_steps": [10000], "f_min": [1.0], "f_max": [1.0], "f_start": [1e-6], "cycle_lengths": [1e13]}
-INPAINTING = {
-    "warm_up_steps": 1000, "lr_min": 1e-4, "lr_max": 0.1, "lr_start": 1e-3, "max_decay_steps": 50000,
-}  # fmt: skip
+INPAINTING = {"warm_up_steps": 1000, "lr_min": 1e-4, "lr_max": 0.1, "lr_start": 1e-3, "max_decay_steps": 50000}
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +59,12 @@ def test_linear_scheduler_jumps_where_warm_up_ends():
 @pytest.mark.parametrize("function", [lr.lambda_linear, lr.lambda_warmup_cosine_cycles])
 def test_after_the_last_cycle_its_end_goes_on(function):
     shape = {
-        "warm_up_steps": [1, 1], "f_min": [0.1, 0.2], "f_max": [1.0, 0.5], "f_start": [0.0, 0.0],
+        "warm_up_steps": [1, 1],
+        "f_min": [0.1, 0.2],
+        "f_max": [1.0, 0.5],
+        "f_start": [0.0, 0.0],
         "cycle_lengths": [10, 20],
-    }  # fmt: skip
+    }
     assert function(10, **shape) == pytest.approx(0.1)
     assert function(30, **shape) == function(10**9, **shape) == pytest.approx(0.2)
 

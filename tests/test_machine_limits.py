@@ -21,8 +21,27 @@ from ldmcli.networks.layout import LayoutCondition
 
 # --- a control group beside that of gradients ------------------------------------------------------------------
 
-LOOP = ("--data", "shapes", "--limit", 10, "--size", "16x16", "--log-every", 1, "--sample-every", 0, "--eval-every", 0,
-        "--mixed-precision", "no", "--set", "train.cooldown=0", "--batch-size", 4, "-q")  # fmt: skip
+LOOP = (
+    "--data",
+    "shapes",
+    "--limit",
+    10,
+    "--size",
+    "16x16",
+    "--log-every",
+    1,
+    "--sample-every",
+    0,
+    "--eval-every",
+    0,
+    "--mixed-precision",
+    "no",
+    "--set",
+    "train.cooldown=0",
+    "--batch-size",
+    4,
+    "-q",
+)
 PHASE, TIMEOUT = 6.0, 3.0  # seconds
 
 
@@ -36,8 +55,11 @@ class Slow:
         from ldmcli.drivers.objective_ae import AutoencoderObjective
         from ldmcli.drivers.train import Training
 
-        owner, name = {"phase": (Training, "_write_weights"), "batch": (AutoencoderObjective, "batch"),
-                       "backward": (AutoencoderObjective, "loss")}[self.where]  # fmt: skip
+        owner, name = {
+            "phase": (Training, "_write_weights"),
+            "batch": (AutoencoderObjective, "batch"),
+            "backward": (AutoencoderObjective, "loss"),
+        }[self.where]
         function, seconds, seen = getattr(owner, name), self.seconds, []
 
         def slow(this, *args):
@@ -50,16 +72,34 @@ class Slow:
 
 @pytest.mark.parametrize("where", ["phase", "batch"])
 def test_a_phase_of_one_process_may_last_longer_than_gradients_wait(where, tmp_path):
-    line = ("train-ae", *tiny.AE_NETWORK, *LOOP, "--steps", 2, "--out", tmp_path / "run",
-            "--set", f"train.gradient_timeout={TIMEOUT}")  # fmt: skip
+    line = (
+        "train-ae",
+        *tiny.AE_NETWORK,
+        *LOOP,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        f"train.gradient_timeout={TIMEOUT}",
+    )
     both = ranks(tmp_path, 2, *line, before=Slow(where))
     assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
     assert tiny.state(tmp_path / "run")["step"] == 2
 
 
 def test_gradients_wait_as_long_as_they_were_told(tmp_path):
-    line = ("train-ae", *tiny.AE_NETWORK, *LOOP, "--steps", 2, "--out", tmp_path / "run",
-            "--set", f"train.gradient_timeout={TIMEOUT}")  # fmt: skip
+    line = (
+        "train-ae",
+        *tiny.AE_NETWORK,
+        *LOOP,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        f"train.gradient_timeout={TIMEOUT}",
+    )
     both = ranks(tmp_path, 2, *line, before=Slow("backward"))
     assert [command.wait() for command in both] == [6, 6], both[0].stderr + both[1].stderr
     assert "train.gradient_timeout" in both[0].stderr and "Traceback" not in both[0].stderr
@@ -160,19 +200,58 @@ def heads_in_layouts() -> None:
 
 
 HEAD = "conditions.entries.{}.encoder.transformer.to_logits.weight"
-ON_TWO = ("--data", "shapes", "--limit", 20, "--size", "16x16", "--batch-size", 4, "--steps", 3, "--sample-every", 0,
-          "--eval-every", 0, "--mixed-precision", "no", "--log-every", 1, "-q")  # fmt: skip
+ON_TWO = (
+    "--data",
+    "shapes",
+    "--limit",
+    20,
+    "--size",
+    "16x16",
+    "--batch-size",
+    4,
+    "--steps",
+    3,
+    "--sample-every",
+    0,
+    "--eval-every",
+    0,
+    "--mixed-precision",
+    "no",
+    "--log-every",
+    1,
+    "-q",
+)
 
 
 def test_a_converted_text_model_is_fine_tuned_on_two_processes(tmp_path):
-    tiny.train_ae(tmp_path / "ae", "--set", "autoencoder.embed_dim=4", "--set", "autoencoder.z_channels=4",
-                  "--set", "autoencoder.f=2", data=("--data", "shapes", "--limit", 20, "--size", "16x16"), steps=1)
+    tiny.train_ae(
+        tmp_path / "ae",
+        "--set",
+        "autoencoder.embed_dim=4",
+        "--set",
+        "autoencoder.z_channels=4",
+        "--set",
+        "autoencoder.f=2",
+        data=("--data", "shapes", "--limit", 20, "--size", "16x16"),
+        steps=1,
+    )
     train_vocabulary(["a red square", "two green circles"], 64, tmp_path / "words")
     source = golden("golden", "unet_text_bert", "model.safetensors")
     assert tiny.ldm("convert", source, tmp_path / "model", "--tokenizer", tmp_path / "words").code == 0
     model = ("--init-from", tmp_path / "model", "--recipe", tmp_path / "model" / "config.toml")
-    both = ranks(tmp_path, 2, "train-ldm", *model, "--autoencoder", tmp_path / "ae", *ON_TWO,
-                 "--set", f"data.cache_dir={tmp_path / 'cache'}", "--out", tmp_path / "run")  # fmt: skip
+    both = ranks(
+        tmp_path,
+        2,
+        "train-ldm",
+        *model,
+        "--autoencoder",
+        tmp_path / "ae",
+        *ON_TWO,
+        "--set",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "--out",
+        tmp_path / "run",
+    )
     assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
     before, after = tiny.weights(tmp_path / "model"), tiny.weights(tmp_path / "run")
     assert before.keys() == after.keys()
@@ -182,9 +261,22 @@ def test_a_converted_text_model_is_fine_tuned_on_two_processes(tmp_path):
 
 def test_a_layout_model_with_a_head_is_trained_on_two_processes(tmp_path):
     tiny.train_ae(tmp_path / "ae", data=("--data", "shapes", "--limit", 20, "--size", "16x16"), steps=1)
-    both = ranks(tmp_path, 2, "train-ldm", "--autoencoder", tmp_path / "ae", *tiny.UNET, "--condition", "layout",
-                 *ON_TWO, "--set", f"data.cache_dir={tmp_path / 'cache'}", "--out", tmp_path / "run",
-                 before=heads_in_layouts)  # fmt: skip
+    both = ranks(
+        tmp_path,
+        2,
+        "train-ldm",
+        "--autoencoder",
+        tmp_path / "ae",
+        *tiny.UNET,
+        "--condition",
+        "layout",
+        *ON_TWO,
+        "--set",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "--out",
+        tmp_path / "run",
+        before=heads_in_layouts,
+    )
     assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
     assert HEAD.format("layout") in tiny.weights(tmp_path / "run")
 
@@ -243,8 +335,24 @@ def test_four_processes_share_the_memory_of_their_machine_and_the_work_on_its_fi
     """128 pictures of 12 KB where 1 MB may be kept: each is hashed and decoded once, by one of the processes."""
     tiny.noisy_images(tmp_path / "data", 128, 64)
     little = Little(tmp_path)
-    four = ranks(tmp_path, 4, "train-ae", *tiny.AE_NETWORK, "--data", tmp_path / "data", "--size", "64x64",
-                 "--steps", 2, *tiny.QUIET_LOOP, "--batch-size", 8, "--out", tmp_path / "run", before=little)
+    four = ranks(
+        tmp_path,
+        4,
+        "train-ae",
+        *tiny.AE_NETWORK,
+        "--data",
+        tmp_path / "data",
+        "--size",
+        "64x64",
+        "--steps",
+        2,
+        *tiny.QUIET_LOOP,
+        "--batch-size",
+        8,
+        "--out",
+        tmp_path / "run",
+        before=little,
+    )
     assert [command.wait() for command in four] == [0] * 4, four[0].stderr + four[1].stderr
     begin, end = little.told("begin"), little.told("end")
     assert len(begin) == 4
@@ -259,8 +367,22 @@ def test_bad_files_that_other_processes_found_are_left_out_by_all(tmp_path):
     for k, path in enumerate(tiny.noisy_images(tmp_path / "data", 24, 20)):
         if k in (3, 4):
             path.write_bytes(path.read_bytes()[:500])
-    both = ranks(tmp_path, 2, "train-ae", *tiny.AE_NETWORK, "--data", tmp_path / "data", "--size", "20x20",
-                 "--steps", 2, *tiny.QUIET_LOOP, "--out", tmp_path / "run", "--skip-bad")  # fmt: skip
+    both = ranks(
+        tmp_path,
+        2,
+        "train-ae",
+        *tiny.AE_NETWORK,
+        "--data",
+        tmp_path / "data",
+        "--size",
+        "20x20",
+        "--steps",
+        2,
+        *tiny.QUIET_LOOP,
+        "--out",
+        tmp_path / "run",
+        "--skip-bad",
+    )
     assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
     data = tiny.state(tmp_path / "run")["data"]
     assert data["rows"] + data["validation_rows"] == 22 and len(data["left_out"]) == 2
@@ -278,6 +400,13 @@ def test_no_pictures_are_kept_where_latents_stand_for_them(cached, tmp_path, mon
 
     monkeypatch.setattr(Training, "_announce", note)
     tiny.noisy_images(tmp_path / "data", 12, 20)
-    tiny.train_ldm(tmp_path / "run", "none", "--condition", "none", *([] if cached else ["--no-cache"]), steps=1,
-                   data=("--data", tmp_path / "data", "--size", "20x20"))
+    tiny.train_ldm(
+        tmp_path / "run",
+        "none",
+        "--condition",
+        "none",
+        *([] if cached else ["--no-cache"]),
+        steps=1,
+        data=("--data", tmp_path / "data", "--size", "20x20"),
+    )
     assert kept == [0] if cached else kept[0] > 8

@@ -24,6 +24,7 @@ def cramped(monkeypatch):
 
 def ae_kept() -> float:
     from ldmcli.core import config
+
     values = dict(pair.split("=") for pair in tiny.AE_NETWORK if "=" in pair)
     found = config.resolve("autoencoder", [("test", values)]).config
     return sum(work.kept for work in cost.autoencoder_works(found, (20, 20)).values())

@@ -33,10 +33,15 @@ def config(source: str, task: str = "generate", size=SIZE, **more) -> DiffusionC
 # --- scores by hand --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("a, b, wanted", [
-    ((0, 0, 1, 1), (0, 0, 1, 1), 1), ((0, 0, 1, 1), (0, 0, 0.5, 1), 0.5), ((0, 0, 1, 1), (1, 0, 1, 1), 0),
-    ((0, 0, 2, 2), (1, 1, 2, 2), 1 / 7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "a, b, wanted",
+    [
+        ((0, 0, 1, 1), (0, 0, 1, 1), 1),
+        ((0, 0, 1, 1), (0, 0, 0.5, 1), 0.5),
+        ((0, 0, 1, 1), (1, 0, 1, 1), 0),
+        ((0, 0, 2, 2), (1, 1, 2, 2), 1 / 7),
+    ],
+)
 def test_intersection_over_union(a, b, wanted):
     assert box_iou(a, b) == box_iou(b, a) == pytest.approx(wanted)
 
@@ -44,8 +49,10 @@ def test_intersection_over_union(a, b, wanted):
 def test_each_box_is_matched_with_the_best_thing_of_its_category():
     box, half = (0, 0, 0.5, 0.5), (0, 0, 0.5, 0.25)
     seen = [[(1, half), (1, box), (2, box)], []]
-    asked = [{"bbox": np.array([box, half, box]), "category": np.array([1, 2, 7])},
-             {"bbox": np.array([box]), "category": np.array([1])}]
+    asked = [
+        {"bbox": np.array([box, half, box]), "category": np.array([1, 2, 7])},
+        {"bbox": np.array([box]), "category": np.array([1])},
+    ]
     assert layout_scores(seen, asked) == {"iou": pytest.approx((1 + 0.5 + 0 + 0) / 4), "found": 0.5}
     assert layout_scores([[]], [{"bbox": np.zeros((0, 4)), "category": np.zeros(0)}]) == {"iou": 0, "found": 0}
 
@@ -84,7 +91,7 @@ def test_real_shapes_obey_and_shuffled_ones_do_not(level):
 
 def test_find_reads_shape_colour_and_box():
     spec = shapes.Spec(1, 1, (shapes.Thing(3, 4, 0.4, 0.6, 0.2),))
-    (shape, colour, box), = shapes.find(shapes.render(spec, SIZE))
+    ((shape, colour, box),) = shapes.find(shapes.render(spec, SIZE))
     assert (shape, colour) == (3, 4)
     assert np.abs(np.array(box) - shapes.boxes(spec, SIZE)[0]).max() < 0.3  # pixels
     assert shapes.find(np.zeros((*SIZE, 3), np.uint8)) == []
@@ -115,7 +122,7 @@ def scenes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
             maps[where] = kind
             images[where] = (230, 40, 40)
             if kind == 1:
-                images[k, top:top + side:4, left:left + side] = 255
+                images[k, top : top + side : 4, left : left + side] = 255
     return images, maps
 
 
@@ -131,8 +138,10 @@ def test_a_judge_learns_classes_that_look_different(judge):
     assert map_scores(seen, list(maps))["accuracy"] > 0.9
     assert map_scores(seen, list(maps[1:]) + [maps[0]])["miou"] < map_scores(seen, list(maps))["miou"] - 0.3
     things = [regions(one, {1: 0, 2: 1}) for one in seen]
-    asked = [{"bbox": np.array([box for _, box in boxes]), "category": np.array([kind for kind, _ in boxes])}
-             for boxes in (regions(one, {1: 0, 2: 1}) for one in maps)]
+    asked = [
+        {"bbox": np.array([box for _, box in boxes]), "category": np.array([kind for kind, _ in boxes])}
+        for boxes in (regions(one, {1: 0, 2: 1}) for one in maps)
+    ]
     assert layout_scores(things, asked)["iou"] > 0.6
 
 
@@ -248,8 +257,9 @@ def test_evaluation_of_an_untrained_model_reports_all_three(run):
     assert values["layout_iou_real"] > 0.9 and values["layout_iou"] < 0.5
     assert values["map_accuracy_real"] > 0.97 and ending.json["extractor"] is None
     assert ending.json["map_obedience"]["reader"] == "templates of the shapes"
-    below = tiny.ldm("eval-fid", "--model", run, "--metrics", "layout", "-n", 4, "--steps", 2, "--fail-below",
-                     "layout=0.9")
+    below = tiny.ldm(
+        "eval-fid", "--model", run, "--metrics", "layout", "-n", 4, "--steps", 2, "--fail-below", "layout=0.9"
+    )
     assert below.code == 8 and "layout_iou" in below.line
 
 

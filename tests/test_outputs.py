@@ -19,8 +19,12 @@ MADE = ("000000.png", "grid.png", "request.json")
 def models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("outputs")
     train_ae(root / "ae")
-    made = {"none": (), "sr": ("--task", "sr", "--scale", 2), "inpaint": ("--task", "inpaint"),
-            "layout": ("--condition", "layout")}  # fmt: skip
+    made = {
+        "none": (),
+        "sr": ("--task", "sr", "--scale", 2),
+        "inpaint": ("--task", "inpaint"),
+        "layout": ("--condition", "layout"),
+    }
     for name, options in made.items():
         data = ("--data", "shapes:2", "--limit", 20, "--size", "20x20") if name == "layout" else ()
         train_ldm(root / name, root / "ae", *ADAM, *options, *data, steps=1)
@@ -36,7 +40,8 @@ def place(tmp_path) -> Path:
     hole[3:9, 4:11] = 255
     Image.fromarray(hole).save(tmp_path / "in" / "hole.png")
     (tmp_path / "in" / "boxes.json").write_text(
-        json.dumps({"objects": [{"bbox": [0.1, 0.2, 0.5, 0.5], "category": "circle"}]}))
+        json.dumps({"objects": [{"bbox": [0.1, 0.2, 0.5, 0.5], "category": "circle"}]})
+    )
     return tmp_path / "in"
 
 
@@ -58,8 +63,7 @@ WRITERS = {
 }
 
 
-WRITTEN = {name: MADE for name in WRITERS} | {"sample --layout": (*MADE, "000000-layout.png"),
-                                              "reconstruct": MADE[:1]}  # fmt: skip
+WRITTEN = {name: MADE for name in WRITERS} | {"sample --layout": (*MADE, "000000-layout.png"), "reconstruct": MADE[:1]}
 
 
 def line(models, model: str, asked, place: Path, out: Path, *more) -> list:
@@ -101,10 +105,17 @@ def test_a_file_of_ones_own_is_kept_whatever_its_name(models, place, tmp_path, n
     assert (tmp_path / "mine").is_file()
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("sample", ()), ("sample", ("--format", "jpg")), ("sample --layout", ()), ("upscale", ("--no-metadata",)),
-    ("inpaint", ("--format", "webp", "--no-metadata")), ("reconstruct", ()),
-])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sample", ()),
+        ("sample", ("--format", "jpg")),
+        ("sample --layout", ()),
+        ("upscale", ("--no-metadata",)),
+        ("inpaint", ("--format", "webp", "--no-metadata")),
+        ("reconstruct", ()),
+    ],
+)
 def test_what_ldm_wrote_is_replaced_and_what_was_changed_since_is_not(models, place, tmp_path, name, options):
     model, asked = WRITERS[name]
     out = tmp_path / "out"
@@ -150,8 +161,9 @@ def test_a_picture_that_was_changed_is_not_drawn_again_when_others_are_missing(m
     assert ending.code == 2 and "000001.png" in ending.line and (out / "000002.png").is_file()
 
 
-@pytest.mark.parametrize("option, name", [("--init-image", "photo.png"), ("--guide", "photo.png"),
-                                          ("--layout", "boxes.json")])
+@pytest.mark.parametrize(
+    "option, name", [("--init-image", "photo.png"), ("--guide", "photo.png"), ("--layout", "boxes.json")]
+)
 def test_other_content_under_the_same_name_is_another_request(models, place, tmp_path, option, name):
     model = models["layout" if option == "--layout" else "none"]
     asked = ("sample", "--model", model, *FAST, option, place / name, "-n", 1, "--out", tmp_path / "out")
@@ -164,8 +176,16 @@ def test_other_content_under_the_same_name_is_another_request(models, place, tmp
     assert ending.code == 2 and "another request" in ending.line
 
 
-@pytest.mark.parametrize("record", ["[]", '{"total": 2}', '{"model": "m", "format": "png", "total": "many"}', "{",
-                                    '{"model": "m", "format": "png", "total": 1, "files": {"../a.png": ""}}'])
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[]",
+        '{"total": 2}',
+        '{"model": "m", "format": "png", "total": "many"}',
+        "{",
+        '{"model": "m", "format": "png", "total": 1, "files": {"../a.png": ""}}',
+    ],
+)
 def test_somebody_elses_request_json_speaks_of_no_files(tmp_path, record):
     (tmp_path / "request.json").write_text(record)
     assert outputs.read_record(tmp_path / "request.json") is None
@@ -200,8 +220,15 @@ def test_a_run_that_begins_anew_keeps_what_is_not_of_it(models, tmp_path):
     shutil.copytree(models["ae"], run)
     (run / "checkpoints").rename(disk)
     (run / "checkpoints").symlink_to(disk)
-    mine = ["notes.txt", "checkpoints/best.txt", "checkpoints/step-00000003/mine.txt", "samples/keep.png",
-            "samples/step-of-a-dance.png", "tokenizer/poem.txt", ".secret.tmp"]  # fmt: skip
+    mine = [
+        "notes.txt",
+        "checkpoints/best.txt",
+        "checkpoints/step-00000003/mine.txt",
+        "samples/keep.png",
+        "samples/step-of-a-dance.png",
+        "tokenizer/poem.txt",
+        ".secret.tmp",
+    ]
     for name in mine:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("mine")
@@ -237,9 +264,12 @@ def test_the_demo_keeps_files_of_ones_own(tmp_path, name):
 
 
 FOREIGN = {
-    "a letter": ("letter.txt", "dear"), "a picture": ("samples/holiday.png", "png"), "notes": ("README.md", "# Plan"),
-    "weights elsewhere": ("old/weights.pt", "x"), "a hidden file": (".env", "TOKEN=1"),
-}  # fmt: skip
+    "a letter": ("letter.txt", "dear"),
+    "a picture": ("samples/holiday.png", "png"),
+    "notes": ("README.md", "# Plan"),
+    "weights elsewhere": ("old/weights.pt", "x"),
+    "a hidden file": (".env", "TOKEN=1"),
+}
 
 
 @pytest.mark.parametrize("to", ["run", "diffusers"])
@@ -258,8 +288,15 @@ def test_a_converted_folder_is_replaced_only_while_all_in_it_is_a_models(models,
     assert sorted(target.rglob("*")) == before and (target / name).read_text() == text
 
 
-@pytest.mark.parametrize(("name", "text"), [("config.json", '{"name": "my app"}'), ("run.json", "{}"),
-                                            ("model_index.json", "[]"), ("model_index.json", "not json")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"name": "my app"}'),
+        ("run.json", "{}"),
+        ("model_index.json", "[]"),
+        ("model_index.json", "not json"),
+    ],
+)
 def test_a_folder_of_something_else_is_not_replaced_by_a_model(models, tmp_path, name, text):
     target = tmp_path / "target"
     target.mkdir()
@@ -313,8 +350,17 @@ def test_masks_pair_with_pictures_by_their_relative_path(models, tmp_path):
         noisy_images((tmp_path / "in" / name).parent / "new", 1)[0].rename(tmp_path / "in" / name)
         ((tmp_path / "in" / name).parent / "new").rmdir()
     holes(tmp_path / "masks", where, ".bmp")
-    ending = ldm("inpaint", tmp_path / "in", tmp_path / "masks", "--model", models["none"], *FAST, "--out",
-                 tmp_path / "out", "--json")  # fmt: skip
+    ending = ldm(
+        "inpaint",
+        tmp_path / "in",
+        tmp_path / "masks",
+        "--model",
+        models["none"],
+        *FAST,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
     assert ending.code == 0, ending.stderr
     for source, result in zip(ending.json["sources"], ending.json["images"]):
         left = where[str(Path(source).relative_to(tmp_path / "in"))]

@@ -53,10 +53,20 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize("new", (True, False), ids=("zip", "legacy"))
 def test_reads_what_torch_writes(tmp_path, new):
     shared = torch.arange(10.0)
-    given = {**STATE, "view": shared[2:8:2], "turned": torch.ones(2, 3).t(), "same": shared, "none": torch.zeros(0, 3),
-             "p": torch.nn.Parameter(torch.ones(2)), "number": torch.tensor(3.5)}  # fmt: skip
-    torch.save({"state_dict": OrderedDict(given), "epoch": 3, "callbacks": {}}, tmp_path / "x.ckpt",
-               _use_new_zipfile_serialization=new)  # fmt: skip
+    given = {
+        **STATE,
+        "view": shared[2:8:2],
+        "turned": torch.ones(2, 3).t(),
+        "same": shared,
+        "none": torch.zeros(0, 3),
+        "p": torch.nn.Parameter(torch.ones(2)),
+        "number": torch.tensor(3.5),
+    }
+    torch.save(
+        {"state_dict": OrderedDict(given), "epoch": 3, "callbacks": {}},
+        tmp_path / "x.ckpt",
+        _use_new_zipfile_serialization=new,
+    )
     found = read_state_dict(tmp_path / "x.ckpt")
     assert found.keys() == given.keys()
     assert all(torch.equal(found[k], given[k]) and found[k].dtype == given[k].dtype for k in given)
@@ -80,8 +90,15 @@ def test_objects_of_training_libraries_are_stand_ins(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     thing = made()
     thing.best = {"score": torch.ones(2)}
-    torch.save({"state_dict": STATE, "callbacks": {made: {"best": 1, "self": thing}},
-                "hyper_parameters": argparse.Namespace(a=1), "when": {1, 2}}, tmp_path / "x.ckpt")  # fmt: skip
+    torch.save(
+        {
+            "state_dict": STATE,
+            "callbacks": {made: {"best": 1, "self": thing}},
+            "hyper_parameters": argparse.Namespace(a=1),
+            "when": {1, 2},
+        },
+        tmp_path / "x.ckpt",
+    )
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
     assert torch.equal(read_state_dict(tmp_path / "x.ckpt")["a"], STATE["a"])
@@ -111,43 +128,61 @@ def nested(path: Path, program: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("program", (
-    b"\x80\x02" + b"]" * 3_000_000 + b"a" * 2_999_999 + b".",
-    b"\x80\x02)" + b"\x85" * 3_000_000 + b".",
-    b"\x80\x02" + b"(" * 3_000_000 + b"." ,
-    b"\x80\x02N" + b"r\xff\xff\xff\x7f" + b".",  # a memo index that a list would be made for
-    b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"abc.",  # bytes longer than the file
-    b"\x80\x04\x96" + struct.pack("<Q", 2**60) + b"abc.",
-    b"\x80\x02}q\x00(" + b"X\x01\x00\x00\x00ah\x00" * 1000 + b"u.",  # a dict in itself
-    b"\x80\x02a.", b"\x80\x02.", b"\x80\x02h\x05.", b"", b"\x80\x02(l.",
-    b"\x80\x02L" + b"9" * 2_000_000 + b"L\n.",
-), ids=range(13))  # fmt: skip
+@pytest.mark.parametrize(
+    "program",
+    (
+        b"\x80\x02" + b"]" * 3_000_000 + b"a" * 2_999_999 + b".",
+        b"\x80\x02)" + b"\x85" * 3_000_000 + b".",
+        b"\x80\x02" + b"(" * 3_000_000 + b".",
+        b"\x80\x02N" + b"r\xff\xff\xff\x7f" + b".",  # a memo index that a list would be made for
+        b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"abc.",  # bytes longer than the file
+        b"\x80\x04\x96" + struct.pack("<Q", 2**60) + b"abc.",
+        b"\x80\x02}q\x00(" + b"X\x01\x00\x00\x00ah\x00" * 1000 + b"u.",  # a dict in itself
+        b"\x80\x02a.",
+        b"\x80\x02.",
+        b"\x80\x02h\x05.",
+        b"",
+        b"\x80\x02(l.",
+        b"\x80\x02L" + b"9" * 2_000_000 + b"L\n.",
+    ),
+    ids=range(13),
+)
 def test_pickles_that_nest_or_lie(tmp_path, program):
     refused(nested(tmp_path / "deep.ckpt", program))
 
 
 def tensor_program(size: tuple, stride: tuple, offset: int, count: int) -> bytes:
     """The pickle of {"state_dict": {"w": a tensor}} with numbers as given."""
+
     def numbers(values):
         signs = (b"\xff" if n < 0 else b"\0" for n in values)
         return b"(" + b"".join(b"\x8a\x09" + struct.pack("<q", n) + sign for n, sign in zip(values, signs)) + b"t"
 
     storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu" + numbers([count])[1:-1] + b"tQ"
-    tensor = (b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + numbers([offset])[1:-1] + numbers(size)
-              + numbers(stride) + b"\x89ccollections\nOrderedDict\n)RtR")  # fmt: skip
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + numbers([offset])[1:-1]
+        + numbers(size)
+        + numbers(stride)
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
     return b"\x80\x02}X\x0a\0\0\0state_dict}X\x01\0\0\0w" + tensor + b"ss."
 
 
-@pytest.mark.parametrize("size, stride, offset, count, good", [
-    ((2, 2), (2, 1), 0, 4, True),
-    ((2**40,), (1,), 0, 4, False),
-    ((2**40,), (0,), 0, 4, False),
-    ((2, 2), (2, 1), 1, 4, False),
-    ((2, 2), (2, 1), -1, 4, False),
-    ((2, -2), (2, 1), 0, 4, False),
-    ((4,), (1,), 0, 2**40, False),
-    ((1,) * 9, (1,) * 9, 0, 4, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, stride, offset, count, good",
+    [
+        ((2, 2), (2, 1), 0, 4, True),
+        ((2**40,), (1,), 0, 4, False),
+        ((2**40,), (0,), 0, 4, False),
+        ((2, 2), (2, 1), 1, 4, False),
+        ((2, 2), (2, 1), -1, 4, False),
+        ((2, -2), (2, 1), 0, 4, False),
+        ((4,), (1,), 0, 2**40, False),
+        ((1,) * 9, (1,) * 9, 0, 4, False),
+    ],
+)
 def test_tensors_that_lie_about_their_size(tmp_path, size, stride, offset, count, good):
     path = nested(tmp_path / "x.ckpt", tensor_program(size, stride, offset, count))
     with zipfile.ZipFile(path, "a") as archive:
@@ -194,20 +229,23 @@ def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-@pytest.mark.parametrize("header, length", [
-    ({"a": entry(0, 16, [4]), "b": entry(8, 16, [2])}, None),  # overlap
-    ({"a": entry(0, 2**50, [2**48])}, None),
-    ({"a": entry(0, 16, [2**40])}, None),
-    ({"a": entry(0, 16, [2**62, 4])}, None),
-    ({"a": entry(16, 0, [4])}, None),
-    ({"a": entry(4, 20, [4])}, None),
-    ({"a": entry(0, 16, [4], "F99")}, None),
-    ({"a": 3}, None),
-    (b"[" * 100_000, None),
-    (b"{", 2**60),
-    ({}, 2**63 - 1),
-    (b"\xff\xfe", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "header, length",
+    [
+        ({"a": entry(0, 16, [4]), "b": entry(8, 16, [2])}, None),  # overlap
+        ({"a": entry(0, 2**50, [2**48])}, None),
+        ({"a": entry(0, 16, [2**40])}, None),
+        ({"a": entry(0, 16, [2**62, 4])}, None),
+        ({"a": entry(16, 0, [4])}, None),
+        ({"a": entry(4, 20, [4])}, None),
+        ({"a": entry(0, 16, [4], "F99")}, None),
+        ({"a": 3}, None),
+        (b"[" * 100_000, None),
+        (b"{", 2**60),
+        ({}, 2**63 - 1),
+        (b"\xff\xfe", None),
+    ],
+)
 def test_safetensors_headers_that_lie(tmp_path, header, length):
     refused(safetensors_file(tmp_path / "x.safetensors", header, length=length))
 
@@ -230,8 +268,8 @@ def test_a_checkpoint_of_something_else(tmp_path, suffix):
 YAMLS = {
     "object": "model: !!python/object/apply:os.system ['touch MARKER']\n",
     "module": "model: !!python/module:os\n",
-    "bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+    "bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
     "deep": "[" * 50_000,
     "text": "nothing",
     "list": "- 1\n- 2\n",
@@ -239,10 +277,10 @@ YAMLS = {
     "unknown target": "model: {target: os.system, params: {}}\n",
     "traversal": "model: {target: ldm.models.autoencoder.AutoencoderKL, params: {ckpt_path: ../../x}}\n",
     "huge": "model: {target: ldm.models.autoencoder.AutoencoderKL, params: {embed_dim: 3, ddconfig: {z_channels: 3, "
-            "ch: 99999999999, ch_mult: [1], num_res_blocks: 1}}}\n",
+    "ch: 99999999999, ch_mult: [1], num_res_blocks: 1}}}\n",
     "many": "model: {target: ldm.models.autoencoder.AutoencoderKL, params: {embed_dim: 3, ddconfig: {z_channels: 3, "
-            "ch: 128, ch_mult: [1], num_res_blocks: 16000000}}}\n",
-}  # fmt: skip
+    "ch: 128, ch_mult: [1], num_res_blocks: 16000000}}}\n",
+}
 
 
 @pytest.mark.parametrize("name", YAMLS)

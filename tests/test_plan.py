@@ -39,18 +39,26 @@ def count(module):
 
 
 def test_parameters_of_the_autoencoder_are_those_of_the_network():
-    given = resolved("autoencoder", autoencoder__channels=16, autoencoder__f=8, loss__disc_weight=0.5,
-                     loss__disc_channels=8)
+    given = resolved(
+        "autoencoder", autoencoder__channels=16, autoencoder__f=8, loss__disc_weight=0.5, loss__disc_channels=8
+    )
     found = plan("autoencoder", given)
-    assert found["parameters"] == {"autoencoder": count(Autoencoder(given.config.autoencoder)),
-                                   "discriminator": count(PatchDiscriminator(3, 8, 3))}
+    assert found["parameters"] == {
+        "autoencoder": count(Autoencoder(given.config.autoencoder)),
+        "discriminator": count(PatchDiscriminator(3, 8, 3)),
+    }
     assert found["latent"] == [4, 8, 8] and found["image"] == [64, 64]
 
 
 def test_parameters_of_the_diffusion_model_are_those_of_the_network():
     kinds = ("text", "class")
-    given = resolved("diffusion", condition__kinds=kinds, condition__text_length=12, condition__vocabulary_size=99,
-                     **{k.replace(".", "__"): v for k, v in SMALL.items()})
+    given = resolved(
+        "diffusion",
+        condition__kinds=kinds,
+        condition__text_length=12,
+        condition__vocabulary_size=99,
+        **{k.replace(".", "__"): v for k, v in SMALL.items()},
+    )
     facts = {"text": {"length": 12, "vocabulary": 99}, "class": {"class_names": [str(k) for k in range(1000)]}}
     model = DiffusionModel(given.config.diffusion, given.config.condition, facts, None, (4, 16, 16))
     found = plan("diffusion", given)
@@ -124,8 +132,11 @@ def test_memory_is_the_sum_of_its_parts_and_follows_the_micro_batch():
 def test_optimiser_state_is_counted_as_the_optimiser_keeps_it():
     from ldmcli.drivers.optim import Updater
 
-    for values in ({"train__optimizer": "adamw"}, {"train__optimizer": "muon", "train__muon_every": 1},
-                   {"train__optimizer": "muon", "train__muon_every": 2}):
+    for values in (
+        {"train__optimizer": "adamw"},
+        {"train__optimizer": "muon", "train__muon_every": 1},
+        {"train__optimizer": "muon", "train__muon_every": 2},
+    ):
         given = resolved("autoencoder", autoencoder__channels=8, **values)
         module = Autoencoder(given.config.autoencoder)
         updater = Updater(module.named_parameters(), given.config.train)
@@ -160,9 +171,19 @@ def test_left_to_itself_the_micro_batch_is_what_fits_made_even(monkeypatch):
     assert any("30 of 90 images go through at a time" in note for note in found["notes"])
 
 
-@pytest.mark.parametrize("share, per_image, room, expected", [
-    (8, 10, 80, 8), (8, 10, 79, 4), (8, 10, 45, 4), (8, 10, 39, 3), (7, 10, 60, 4), (8, 10, 9, 1), (8, 10, -5, 1),
-    (8, 0, 0, 8)])
+@pytest.mark.parametrize(
+    "share, per_image, room, expected",
+    [
+        (8, 10, 80, 8),
+        (8, 10, 79, 4),
+        (8, 10, 45, 4),
+        (8, 10, 39, 3),
+        (7, 10, 60, 4),
+        (8, 10, 9, 1),
+        (8, 10, -5, 1),
+        (8, 0, 0, 8),
+    ],
+)
 def test_micro_batches(share, per_image, room, expected):
     assert cost.micro_batch(share, per_image, room) == expected
 
@@ -196,9 +217,7 @@ def test_presets_of_the_paper_can_be_planned():
         assert found["parameters"] and found["flops"]["per_step"] > 1e12
 
 
-def test_a_recipe_without_a_named_autoencoder_is_planned_with_the_one_it_was_published_with(
-    tmp_path, monkeypatch
-):
+def test_a_recipe_without_a_named_autoencoder_is_planned_with_the_one_it_was_published_with(tmp_path, monkeypatch):
     import tiny
 
     monkeypatch.chdir(tmp_path)  # away from the runs of whoever runs the tests, which would be taken

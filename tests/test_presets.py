@@ -33,8 +33,12 @@ def first_stage(name: str) -> Autoencoder:
 def unet(name: str) -> UNet:
     preset = PRESETS[name]
     with torch.device("meta"):
-        return UNet(DiffusionSettings(**section(preset, "diffusion")), preset.extra["in_channels"],
-                    preset.extra["out_channels"], context_dim=preset.extra["context_dim"])
+        return UNet(
+            DiffusionSettings(**section(preset, "diffusion")),
+            preset.extra["in_channels"],
+            preset.extra["out_channels"],
+            context_dim=preset.extra["context_dim"],
+        )
 
 
 def conditioner(facts: dict) -> torch.nn.Module:
@@ -131,13 +135,40 @@ def test_learning_rate_of_a_first_stage_is_the_base_rate_times_the_batch(name):
 
 
 PINNED = {
-    "autoencoder": ("autoencoder.family", "autoencoder.legacy_beta", "loss.style", "loss.l1", "loss.l2", "loss.edge",
-                    "loss.perceptual_weight", "loss.kl_weight", "loss.codebook_weight", "loss.gan", "loss.disc_weight",
-                    "loss.disc_start", "loss.adaptive_weight"),
-    "diffusion": ("diffusion.prediction", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end",
-                  "diffusion.t_sampling", "diffusion.loss", "diffusion.loss_weight", "diffusion.latent_scale",
-                  "diffusion.position", "diffusion.scale_shift", "condition.text_pooled", "condition.class_vector",
-                  "train.ema_scope", "sample.sampler", "sample.steps", "sample.eta", "sample.spacing"),
+    "autoencoder": (
+        "autoencoder.family",
+        "autoencoder.legacy_beta",
+        "loss.style",
+        "loss.l1",
+        "loss.l2",
+        "loss.edge",
+        "loss.perceptual_weight",
+        "loss.kl_weight",
+        "loss.codebook_weight",
+        "loss.gan",
+        "loss.disc_weight",
+        "loss.disc_start",
+        "loss.adaptive_weight",
+    ),
+    "diffusion": (
+        "diffusion.prediction",
+        "diffusion.schedule",
+        "diffusion.beta_start",
+        "diffusion.beta_end",
+        "diffusion.t_sampling",
+        "diffusion.loss",
+        "diffusion.loss_weight",
+        "diffusion.latent_scale",
+        "diffusion.position",
+        "diffusion.scale_shift",
+        "condition.text_pooled",
+        "condition.class_vector",
+        "train.ema_scope",
+        "sample.sampler",
+        "sample.steps",
+        "sample.eta",
+        "sample.spacing",
+    ),
 }
 PINNED_TRAINING = ("optimizer", "lr", "betas", "weight_decay", "warmup", "cooldown", "clip", "ema")
 
@@ -160,12 +191,26 @@ def test_models_whose_head_width_was_ignored_in_training_have_one_head():
 
 
 def test_every_first_stage_of_the_papers_table_8_is_there():
-    got = {(v["f"], v["codebook_size"] if v["reg"] == "vq" else "kl", v["embed_dim"], v["mid_attention"])
-           for v in (section(preset, "autoencoder") for preset in FIRST_STAGES.values())}
+    got = {
+        (v["f"], v["codebook_size"] if v["reg"] == "vq" else "kl", v["embed_dim"], v["mid_attention"])
+        for v in (section(preset, "autoencoder") for preset in FIRST_STAGES.values())
+    }
     assert got == {
-        (32, 16384, 16, True), (16, 16384, 8, True), (8, 16384, 4, True), (8, 256, 4, True), (4, 8192, 3, True),
-        (4, 8192, 3, False), (4, 256, 3, True), (2, 2048, 2, True), (2, 64, 2, True), (32, "kl", 64, True),
-        (32, "kl", 16, True), (16, "kl", 16, True), (16, "kl", 8, True), (8, "kl", 4, True), (4, "kl", 3, True),
+        (32, 16384, 16, True),
+        (16, 16384, 8, True),
+        (8, 16384, 4, True),
+        (8, 256, 4, True),
+        (4, 8192, 3, True),
+        (4, 8192, 3, False),
+        (4, 256, 3, True),
+        (2, 2048, 2, True),
+        (2, 64, 2, True),
+        (32, "kl", 64, True),
+        (32, "kl", 16, True),
+        (16, "kl", 16, True),
+        (16, "kl", 8, True),
+        (8, "kl", 4, True),
+        (4, "kl", 3, True),
         (2, "kl", 2, True),
     }
 

@@ -18,8 +18,10 @@ TEXTS = {
     "windows, a BOM, blanks": ("\ufeffa cat\r\n\r\n   \r\n a dog \r\n", ["a cat", "a dog"]),
     "old Macintosh, no end": ("a cat\ra dog", ["a cat", "a dog"]),
     "comments": ("# a head\na cat\n  # between\na # stays\n#\n", ["a cat", "a # stays"]),
-    "quotes": ('"#1 dad"\n\'a cat\'\n“a dog”\n"say \\"hi\\""\n"a" and "b"\n"\n', [
-        "#1 dad", "a cat", "a dog", 'say "hi"', '"a" and "b"', '"']),
+    "quotes": (
+        '"#1 dad"\n\'a cat\'\n“a dog”\n"say \\"hi\\""\n"a" and "b"\n"\n',
+        ["#1 dad", "a cat", "a dog", 'say "hi"', '"a" and "b"', '"'],
+    ),
     "dashes": ("-5 degrees\n--steps\n- a list\n", ["-5 degrees", "--steps", "- a list"]),
     "no JSON": ("{red|blue} ball\n[a cat]\n", ["{red|blue} ball", "[a cat]"]),
     "JSON lines": ('{"prompt": "a cat", "n": 2}\n{"text": "a\\ndog"}\n', ["a cat", "a cat", "a\ndog"]),
@@ -114,8 +116,10 @@ def test_lines_with_classes_are_drawn_as_they_say(runs, tmp_path):
     file.write_text('{"class": "star"}\n')
     assert [one["class"] for one in drawn(runs / "class", tmp_path / "class", "--prompts", file)] == ["star"]
     file.write_text("a star\n")
-    assert "--prompt: this model was trained without text" in drawn(
-        runs / "class", tmp_path / "wrong", "--prompts", file, code=2).line
+    assert (
+        "--prompt: this model was trained without text"
+        in drawn(runs / "class", tmp_path / "wrong", "--prompts", file, code=2).line
+    )
 
 
 def test_prompts_that_are_cut_are_counted_and_the_first_is_shown(runs, tmp_path):
@@ -125,5 +129,9 @@ def test_prompts_that_are_cut_are_counted_and_the_first_is_shown(runs, tmp_path)
     lines = [line for line in ending.stderr.splitlines() if "and cut; the first" in line]
     assert len(lines) == 1 and lines[0].startswith("ldm: warning: 2 of 3 prompts are longer than the 6 tokens")
     assert long in lines[0] and "again" not in lines[0]
-    assert "and cut" not in tiny.ldm("sample", "--model", runs / "text", "--steps", 1, "--out", tmp_path / "short",
-                                 "--prompt", "a red star at").stderr  # six tokens with their ends
+    assert (
+        "and cut"
+        not in tiny.ldm(
+            "sample", "--model", runs / "text", "--steps", 1, "--out", tmp_path / "short", "--prompt", "a red star at"
+        ).stderr
+    )  # six tokens with their ends

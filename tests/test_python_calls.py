@@ -31,14 +31,25 @@ def ways(array: np.ndarray) -> dict:
     """The same numbers in every form."""
     whole = np.issubdtype(array.dtype, np.integer)
     dtypes = ("int16", "int32", "int64", "uint8") if whole else ("float16", "float32", "float64")
-    found = {"list": array.tolist(), "tuple": tuple(array.tolist()), "list of arrays": list(array),
-             "list of tensors": [torch.from_numpy(np.array(one)) for one in array],
-             "big-endian": array.astype(array.dtype.newbyteorder(">")), "tensor": torch.from_numpy(array.copy()),
-             "strided": np.stack([array, array], axis=-1)[..., 0]}
+    found = {
+        "list": array.tolist(),
+        "tuple": tuple(array.tolist()),
+        "list of arrays": list(array),
+        "list of tensors": [torch.from_numpy(np.array(one)) for one in array],
+        "big-endian": array.astype(array.dtype.newbyteorder(">")),
+        "tensor": torch.from_numpy(array.copy()),
+        "strided": np.stack([array, array], axis=-1)[..., 0],
+    }
     found |= {f"array {name}": array.astype(name) for name in dtypes}
     found |= {f"tensor {name}": torch.from_numpy(array.astype(name)) for name in dtypes}
-    return found | ({} if whole else {"bfloat16": torch.from_numpy(array).bfloat16(),
-                                      "with a gradient": torch.from_numpy(array).requires_grad_()})
+    return found | (
+        {}
+        if whole
+        else {
+            "bfloat16": torch.from_numpy(array).bfloat16(),
+            "with a gradient": torch.from_numpy(array).requires_grad_(),
+        }
+    )
 
 
 def halves(*shape: int, seed: int = 0) -> np.ndarray:
@@ -97,16 +108,22 @@ def test_numbers_come_in_any_form(call, models):
 
 BYTES = np.random.default_rng(1).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
 PICTURES = {
-    "uint8": BYTES, "int64": BYTES.astype(np.int64), "tensor": torch.from_numpy(BYTES), "nested lists": BYTES.tolist(),
-    "channels first": torch.from_numpy(BYTES).permute(0, 3, 1, 2), "list": list(BYTES),
+    "uint8": BYTES,
+    "int64": BYTES.astype(np.int64),
+    "tensor": torch.from_numpy(BYTES),
+    "nested lists": BYTES.tolist(),
+    "channels first": torch.from_numpy(BYTES).permute(0, 3, 1, 2),
+    "list": list(BYTES),
     "PIL": [*map(Image.fromarray, BYTES)],
     "tuple of both": (BYTES[0], Image.fromarray(BYTES[1])),
     "floats": torch.from_numpy(BYTES).permute(0, 3, 1, 2) / 127.5 - 1,
     "float arrays": list((BYTES / 127.5 - 1).transpose(0, 3, 1, 2)),
 }
 OF_PICTURES = {
-    "encode": lambda m, x: m["kl"].encode(x), "moments": lambda m, x: torch.cat(m["kl"].moments(x)),
-    "vq moments": lambda m, x: m["vq"].moments(x), "upscale": lambda m, x: drawn(m["none"].upscale(x, steps=1)),
+    "encode": lambda m, x: m["kl"].encode(x),
+    "moments": lambda m, x: torch.cat(m["kl"].moments(x)),
+    "vq moments": lambda m, x: m["vq"].moments(x),
+    "upscale": lambda m, x: drawn(m["none"].upscale(x, steps=1)),
 }
 
 
@@ -127,22 +144,39 @@ def test_the_rest_of_what_is_given_comes_in_any_form(models, tmp_path):
     assert torch.equal(text.embed(np.str_("a star")).context, words[:1])
     names = models["class"].class_names
     by_name = models["class"].embed(classes=names[2])
-    for form in (2, [2], np.int32(2), torch.tensor(2), torch.tensor([2]), [torch.tensor(2)], (names[2],),
-                 np.array([names[2]])):
+    for form in (
+        2,
+        [2],
+        np.int32(2),
+        torch.tensor(2),
+        torch.tensor([2]),
+        [torch.tensor(2)],
+        (names[2],),
+        np.array([names[2]]),
+    ):
         assert torch.equal(models["class"].embed(classes=form).context, by_name.context)
     told = both.embed(layout=LAYOUT).context
-    for form in ([LAYOUT], {"bbox": BOX, "category": ["star"]}, {"bbox": np.array(BOX), "category": np.array(["star"])},
-                 {"bbox": torch.tensor(BOX, dtype=torch.float64), "category": [3]},
-                 {"bbox": BOX, "category": torch.tensor([3])},
-                 {"objects": [{"bbox": np.array(BOX[0]), "category": np.int64(3)}]}):
+    for form in (
+        [LAYOUT],
+        {"bbox": BOX, "category": ["star"]},
+        {"bbox": np.array(BOX), "category": np.array(["star"])},
+        {"bbox": torch.tensor(BOX, dtype=torch.float64), "category": [3]},
+        {"bbox": BOX, "category": torch.tensor([3])},
+        {"objects": [{"bbox": np.array(BOX[0]), "category": np.int64(3)}]},
+    ):
         assert torch.equal(both.embed(layout=form).context, told)
     image = Image.fromarray(MAP)
     image.save(tmp_path / "map.png")
     for form in (image, tmp_path / "map.png", str(tmp_path / "map.png"), [MAP]):
         assert torch.equal(both.embed(map=form).concat, both.embed(map=MAP).concat)
     assert both.embed(layout=LAYOUT, map=[MAP, MAP]).concat.shape[0] == 2
-    for a in (BYTES[0], BYTES[0].tolist(), torch.from_numpy(BYTES[0]), Image.fromarray(BYTES[0]),
-              BYTES[0].astype(np.int32)):
+    for a in (
+        BYTES[0],
+        BYTES[0].tolist(),
+        torch.from_numpy(BYTES[0]),
+        Image.fromarray(BYTES[0]),
+        BYTES[0].astype(np.int32),
+    ):
         assert ldmcli.image_metrics(a, BYTES[1]) == ldmcli.image_metrics(BYTES[0], BYTES[1])
     mask = np.zeros((SIZE, SIZE), bool)
     mask[4:9, 5:9] = True

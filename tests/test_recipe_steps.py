@@ -15,14 +15,36 @@ from ldmcli.core import config
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))}
 # what stands for published sizes; everything else, crops, conditions, losses, schedules, is the recipe's own
-SHRUNKEN = {"train.batch_size": 4, "train.steps": 1, "train.sample_every": 0, "train.eval_every": 0, "train.warmup": 0,
-            "train.eval_images": 2, "train.mixed_precision": "no", "data.workers": 1}
+SHRUNKEN = {
+    "train.batch_size": 4,
+    "train.steps": 1,
+    "train.sample_every": 0,
+    "train.eval_every": 0,
+    "train.warmup": 0,
+    "train.eval_images": 2,
+    "train.mixed_precision": "no",
+    "data.workers": 1,
+}
 NETWORK = {
-    "autoencoder": {"autoencoder.channels": 8, "autoencoder.num_res_blocks": 1, "autoencoder.codebook_size": 16,
-                    "autoencoder.groups": 4, "loss.disc_channels": 4, "loss.disc_layers": 1},
-    "diffusion": {"diffusion.channels": 8, "diffusion.groups": 4, "diffusion.num_res_blocks": 1,
-                  "diffusion.transformer_depth": 1, "condition.text_layers": 1, "condition.context_dim": 16,
-                  "condition.text_heads": 1, "condition.text_head_channels": 8, "sample.n": 2},
+    "autoencoder": {
+        "autoencoder.channels": 8,
+        "autoencoder.num_res_blocks": 1,
+        "autoencoder.codebook_size": 16,
+        "autoencoder.groups": 4,
+        "loss.disc_channels": 4,
+        "loss.disc_layers": 1,
+    },
+    "diffusion": {
+        "diffusion.channels": 8,
+        "diffusion.groups": 4,
+        "diffusion.num_res_blocks": 1,
+        "diffusion.transformer_depth": 1,
+        "condition.text_layers": 1,
+        "condition.context_dim": 16,
+        "condition.text_heads": 1,
+        "condition.text_head_channels": 8,
+        "sample.n": 2,
+    },
 }
 FLAGS = ("--flip", "--no-cache")
 
@@ -83,10 +105,18 @@ def pictures(tmp_path_factory) -> Path:
         draw = np.random.default_rng(k)
         Image.fromarray(draw.integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(folder / f"{k}.png")
         Image.fromarray((np.add.outer(np.arange(64), np.arange(80)) // 48 % 2).astype(np.uint8)).save(
-            folder / f"map{k}.png")
+            folder / f"map{k}.png"
+        )
         boxes = [[4, 4, 40, 40], [20, 10, 50, 50], [30, 30, 40, 30]]
-        lines.append({"file_name": f"{k}.png", "text": f"picture {k}", "label": k % 2, "map_file_name": f"map{k}.png",
-                      "objects": {"bbox": boxes, "category": ["cat", "dog", "cat"]}})
+        lines.append(
+            {
+                "file_name": f"{k}.png",
+                "text": f"picture {k}",
+                "label": k % 2,
+                "map_file_name": f"map{k}.png",
+                "objects": {"bbox": boxes, "category": ["cat", "dog", "cat"]},
+            }
+        )
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -110,11 +140,18 @@ def stage(tmp_path_factory, pictures):
     @functools.cache
     def trained(family: str, reg: str, f: int, channels: int, mult: tuple) -> Path:
         out = folder / f"{family}-{reg}-{f}-{channels}"
-        own = {"autoencoder.family": family, "autoencoder.reg": reg, "autoencoder.f": f,
-               "autoencoder.z_channels": channels, "autoencoder.embed_dim": channels,
-               "autoencoder.channel_mult": list(mult), **NETWORK["autoencoder"]}
-        ending = tiny.ldm("train-ae", "--data", pictures, "--size", max(f, 8), "--out", out, *tiny.ADAM,
-                          *sets({**SHRUNKEN, **own}))
+        own = {
+            "autoencoder.family": family,
+            "autoencoder.reg": reg,
+            "autoencoder.f": f,
+            "autoencoder.z_channels": channels,
+            "autoencoder.embed_dim": channels,
+            "autoencoder.channel_mult": list(mult),
+            **NETWORK["autoencoder"],
+        }
+        ending = tiny.ldm(
+            "train-ae", "--data", pictures, "--size", max(f, 8), "--out", out, *tiny.ADAM, *sets({**SHRUNKEN, **own})
+        )
         assert ending.code == 0, ending.stderr
         return out
 

@@ -41,9 +41,22 @@ VQ_F4 = 55_322_782
 
 # counts of the first stages published with code: original checkpoints; Tab. 8 alone gives no count for the others
 FIRST_STAGES = {
-    "kl-f2": None, "kl-f4": 55_312_063, "kl-f8": 83_653_863, "kl-f16": 69_610_963, "kl-f16-c8": None,
-    "kl-f32": 103_880_131, "kl-f32-c16": None, "vq-f2": None, "vq-f2-n64": None, "vq-f4": VQ_F4, "vq-f4-n256": None,
-    "vq-f4-noattn": 53_219_486, "vq-f8": 67_717_295, "vq-f8-n256": 67_652_783, "vq-f16": 69_593_371, "vq-f32": None,
+    "kl-f2": None,
+    "kl-f4": 55_312_063,
+    "kl-f8": 83_653_863,
+    "kl-f16": 69_610_963,
+    "kl-f16-c8": None,
+    "kl-f32": 103_880_131,
+    "kl-f32-c16": None,
+    "vq-f2": None,
+    "vq-f2-n64": None,
+    "vq-f4": VQ_F4,
+    "vq-f4-n256": None,
+    "vq-f4-noattn": 53_219_486,
+    "vq-f8": 67_717_295,
+    "vq-f8-n256": 67_652_783,
+    "vq-f16": 69_593_371,
+    "vq-f32": None,
     "vq-f32-c32": None,
 }
 MODELS = {
@@ -100,6 +113,7 @@ def command(name: str) -> list[str]:
 
 def writer_of(run: str) -> str:
     """The recipe whose command writes the run folder that another one reads."""
+
     def out(words: list[str]) -> str:
         return words[words.index("--out") + 1] if "--out" in words else ""
 
@@ -132,8 +146,9 @@ def diffusion_model(name: str) -> DiffusionModel:
         "masked": {"channels": channels},
     }
     with torch.device("meta"):
-        return DiffusionModel(settings.diffusion, settings.condition, facts, None, (channels, height // f, width // f),
-                              settings.kinds)
+        return DiffusionModel(
+            settings.diffusion, settings.condition, facts, None, (channels, height // f, width // f), settings.kinds
+        )
 
 
 def count(module: torch.nn.Module) -> int:
@@ -190,10 +205,17 @@ def test_recipe_of_ours_builds(name):
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study[0].split("-")[1])
 def test_models_of_a_study_differ_in_nothing_but_shape_batch_and_rate(study):
-    free = {"diffusion.channels", "diffusion.channel_mult", "diffusion.attention_resolutions", "train.batch_size",
-            "train.lr"}
-    fixed = [{path: value for path, value in config.flat(resolved(name).config).items() if path not in free}
-             for name in study]
+    free = {
+        "diffusion.channels",
+        "diffusion.channel_mult",
+        "diffusion.attention_resolutions",
+        "train.batch_size",
+        "train.lr",
+    }
+    fixed = [
+        {path: value for path, value in config.flat(resolved(name).config).items() if path not in free}
+        for name in study
+    ]
     assert all(settings == fixed[0] for settings in fixed)
     assert [first_stage(name)[1] for name in study] == [1, 2, 4, 8, 16, 32]
     assert [first_stage(name)[0] for name in study] == [3, 2, 3, 4, 8, 32], "channels of Tab. 13 and 14"
@@ -209,22 +231,25 @@ def test_attention_of_a_study_is_at_the_pixels_of_the_tables(study):
         assert [256 // f // factor for factor in resolved(name).config.diffusion.attention_resolutions] == at[f]
 
 
-@pytest.mark.parametrize("name, path, value", [
-    ("cin256-v2", "sample.guidance", 1.5),
-    ("bsr_sr", "task.degradation", "bsr-light"),
-    ("sr4-imagenet", "task.degradation", "bicubic"),
-    ("inpainting_big-512", "data.size", (512, 512)),
-    ("semantic-kl-unscaled", "diffusion.latent_scale", "none"),
-    ("semantic-kl-rescaled", "diffusion.latent_scale", "global"),
-    ("layout2img-coco", "diffusion.dropout", 0.1),
-    ("cin256-v2", "train.ema", True),
-    ("txt2img-1p4B", "train.ema", True),
-    ("txt2img-1p4B", "condition.vocabulary", "bert-base-uncased"),
-    ("layout2img-coco", "condition.crop_tokens", True),
-    ("layout2img-coco-ft", "data.min_objects", 2),
-    ("bsr_sr", "data.crop_min", 0.5),
-    ("vq-f8", "data.crop_max", 0.6667),
-])
+@pytest.mark.parametrize(
+    "name, path, value",
+    [
+        ("cin256-v2", "sample.guidance", 1.5),
+        ("bsr_sr", "task.degradation", "bsr-light"),
+        ("sr4-imagenet", "task.degradation", "bicubic"),
+        ("inpainting_big-512", "data.size", (512, 512)),
+        ("semantic-kl-unscaled", "diffusion.latent_scale", "none"),
+        ("semantic-kl-rescaled", "diffusion.latent_scale", "global"),
+        ("layout2img-coco", "diffusion.dropout", 0.1),
+        ("cin256-v2", "train.ema", True),
+        ("txt2img-1p4B", "train.ema", True),
+        ("txt2img-1p4B", "condition.vocabulary", "bert-base-uncased"),
+        ("layout2img-coco", "condition.crop_tokens", True),
+        ("layout2img-coco-ft", "data.min_objects", 2),
+        ("bsr_sr", "data.crop_min", 0.5),
+        ("vq-f8", "data.crop_max", 0.6667),
+    ],
+)
 def test_what_sets_a_variant_apart(name, path, value):
     assert config.flat(resolved(name).config)[path] == value
 
@@ -256,12 +281,15 @@ def test_command_is_one_that_ldm_takes(name):
         assert run in (None, "none") or writer_of(run)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("[train]\nsteps = 3\n", ""),
-    ("[train]\nsteps = 3\n[loss]\nl1 = 1\n", "autoencoder"),
-    ("[sample]\nsteps = 3\n", "diffusion"),
-    ('preset = "vq-f4"\n[train]\nsteps = 3\n', "autoencoder"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("[train]\nsteps = 3\n", ""),
+        ("[train]\nsteps = 3\n[loss]\nl1 = 1\n", "autoencoder"),
+        ("[sample]\nsteps = 3\n", "diffusion"),
+        ('preset = "vq-f4"\n[train]\nsteps = 3\n', "autoencoder"),
+    ],
+)
 def test_a_recipe_knows_its_kind_where_its_settings_say_it(tmp_path, text, expected):
     (tmp_path / "mine.toml").write_text(text)
     assert config.read_recipe(tmp_path / "mine.toml").kind == expected
@@ -289,9 +317,16 @@ def test_the_list_has_every_recipe_once_under_its_group_in_80_columns(capsys):
     headings = re.findall(r"^([A-Z].*) \(ldm train-\w+\)$", out, re.MULTILINE)
     assert headings == [title for title in RECIPE_GROUPS.values() if title in headings]
     rows = {title: out.split(f"{title} (")[1].split("\n\n")[0] for title in headings}
-    for title, name in [("First stages", "vq-f4"), ("Classes", "ldm32-imagenet"), ("Text to image", "txt2img-1p4B"),
-                        ("Layout to image", "layout2img-coco"), ("Semantic maps", "semantic_synthesis256"),
-                        ("Super-resolution", "bsr_sr"), ("Inpainting", "inpainting_big"), ("Unconditional", "ffhq256")]:
+    for title, name in [
+        ("First stages", "vq-f4"),
+        ("Classes", "ldm32-imagenet"),
+        ("Text to image", "txt2img-1p4B"),
+        ("Layout to image", "layout2img-coco"),
+        ("Semantic maps", "semantic_synthesis256"),
+        ("Super-resolution", "bsr_sr"),
+        ("Inpainting", "inpainting_big"),
+        ("Unconditional", "ffhq256"),
+    ]:
         assert f"  {name} " in rows[title]
     assert out.index("ldm2-imagenet") < out.index("ldm16-imagenet")
 
@@ -334,12 +369,15 @@ def test_a_recipe_stands_above_the_preset_that_it_names(tmp_path):
     assert found.config.autoencoder.f == 8 and found.origins["autoencoder.f"] == "preset kl-f8"
 
 
-@pytest.mark.parametrize("kind, preset, text, expected", [
-    ("autoencoder", "", 'preset = "kl-f9"\n', "preset kl-f9: no such preset; did you mean"),
-    ("diffusion", "", 'preset = "kl-f8"\n', "a preset of `ldm train-ae`, not of `ldm train-ldm`"),
-    ("autoencoder", "", "preset = 3\n", "preset: 3 is not a preset's name"),
-    ("autoencoder", "kl-f4", 'preset = "kl-f8"\n', "give one of the two"),
-])
+@pytest.mark.parametrize(
+    "kind, preset, text, expected",
+    [
+        ("autoencoder", "", 'preset = "kl-f9"\n', "preset kl-f9: no such preset; did you mean"),
+        ("diffusion", "", 'preset = "kl-f8"\n', "a preset of `ldm train-ae`, not of `ldm train-ldm`"),
+        ("autoencoder", "", "preset = 3\n", "preset: 3 is not a preset's name"),
+        ("autoencoder", "kl-f4", 'preset = "kl-f8"\n', "give one of the two"),
+    ],
+)
 def test_a_wrong_preset_in_a_recipe_is_told_with_the_file(tmp_path, kind, preset, text, expected):
     path = tmp_path / "mine.toml"
     path.write_text(text)
@@ -360,8 +398,12 @@ def test_the_package_list_names_every_folder_with_code():
 
 def test_a_wheel_carries_the_recipes_and_finds_them(tmp_path):
     pytest.importorskip("setuptools", "70.1")
-    subprocess.run([sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('built')"],
-                   cwd=_copy_of_sources(tmp_path), check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('built')"],
+        cwd=_copy_of_sources(tmp_path),
+        check=True,
+        capture_output=True,
+    )
     [wheel] = (tmp_path / "sources" / "built").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -369,8 +411,9 @@ def test_a_wheel_carries_the_recipes_and_finds_them(tmp_path):
     assert {f"ldmcli/recipes/{name}.toml" for name in RECIPES} <= set(names)
     assert not [name for name in names if name.startswith("recipes/")], "a top-level package named recipes"
     run = [sys.executable, "-c", "from ldmcli.core import config; print(config.recipe_path('vq-f4'))"]
-    ended = subprocess.run(run, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, check=True,
-                           capture_output=True, text=True)
+    ended = subprocess.run(
+        run, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, check=True, capture_output=True, text=True
+    )
     assert Path(ended.stdout.strip()) == tmp_path / "site" / "ldmcli" / "recipes" / "vq-f4.toml"
 
 

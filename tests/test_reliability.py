@@ -90,8 +90,20 @@ def test_raw_and_averaged_weights_are_measured_and_named(text_model):
     """Reliability row 15: both kinds are float32, give other numbers, and the document says which was measured."""
     measured = {}
     for weights in ("ema", "raw"):
-        ending = tiny.ldm("eval-fid", "--model", text_model, "--features", "effnet-lite0", "-n", 4, "--steps", 2,
-                          "--weights", weights, "--json")  # fmt: skip
+        ending = tiny.ldm(
+            "eval-fid",
+            "--model",
+            text_model,
+            "--features",
+            "effnet-lite0",
+            "-n",
+            4,
+            "--steps",
+            2,
+            "--weights",
+            weights,
+            "--json",
+        )
         assert ending.code == 0, ending.stderr
         measured[weights] = ending.json
         assert ending.json["weights"] == weights
@@ -147,8 +159,12 @@ def test_pictures_of_hundreds_of_megapixels_are_refused_without_their_memory(com
         Image.new("L", (side, side)).save(folder / f"{side}.png")
     line = ["data", folder] if command == "data" else ["train-ae", "--data", folder, "--size", 20, "--steps", 1]
     # by the program itself: what the system says of a child counts the memory of the process that forked it, too
-    done = subprocess.run([sys.executable, "-c", MEASURED, *map(str, line), "--out", tmp_path / "out"],
-                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, line), "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == code, done.stderr
     said = " ".join((done.stdout + done.stderr).split())
     for side in (10_000, 15_000):
@@ -203,8 +219,20 @@ def test_kill_minus_9_while_latents_are_cached_loses_a_shard_at_most(moment, ae,
     data = ("--data", "shapes", "--limit", 40, "--size", "20x20")
 
     def command(name: str) -> tuple:
-        return ("train-ldm", "--autoencoder", ae, *data, *tiny.UNET, *tiny.QUIET_LOOP, "--steps", 1, "--out",
-                tmp_path / name / "run", "--set", f"data.cache_dir={tmp_path / name / 'cache'}")  # fmt: skip
+        return (
+            "train-ldm",
+            "--autoencoder",
+            ae,
+            *data,
+            *tiny.UNET,
+            *tiny.QUIET_LOOP,
+            "--steps",
+            1,
+            "--out",
+            tmp_path / name / "run",
+            "--set",
+            f"data.cache_dir={tmp_path / name / 'cache'}",
+        )
 
     def stored(name: str) -> dict[str, bytes]:
         root = tmp_path / name / "cache"
@@ -212,8 +240,11 @@ def test_kill_minus_9_while_latents_are_cached_loses_a_shard_at_most(moment, ae,
 
     whole = Command(tmp_path / "whole.log", *command("whole"), before=in_small_shards)
     assert whole.wait() == 0, whole.stderr
-    killed = Command(tmp_path / "killed.log", *command("killed"),
-                     before=in_small_shards if moment == "shard" else killed_before_a_list)
+    killed = Command(
+        tmp_path / "killed.log",
+        *command("killed"),
+        before=in_small_shards if moment == "shard" else killed_before_a_list,
+    )
     if moment == "shard":
         assert killed.until(lambda: any((tmp_path / "killed").rglob("*.json"))), killed.stderr
         assert killed.kill() == -signal.SIGKILL, killed.stderr

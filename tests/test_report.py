@@ -59,20 +59,39 @@ def make_run(path, kind="diffusion", captions=(), log=(), **state):
     run.acquire()
     values = {"condition.kinds": ("text",)} if kind == "diffusion" else {}
     files.write_text(path / "config.toml", config.to_toml(config.resolve(kind, [("test", values)]).config))
-    files.write_json(path / "stats.json", {"size": [8, 8], "latent_shape": [4, 2, 2],
-                                           "preview": {"n": 1, "prompt": list(captions)}})
+    files.write_json(
+        path / "stats.json", {"size": [8, 8], "latent_shape": [4, 2, 2], "preview": {"n": 1, "prompt": list(captions)}}
+    )
     for line in log:
         run.log(**line)
-    run.update(**{"kind": kind, "state": "running", "step": 7, "weights": "ema", "version": "0.1.0",
-                  "machine": {"system": "Linux", "cpu_count": 2}, "parents": [],
-                  "data": {"source": "shapes", "split": "train", "rows": 90, "validation_rows": 10}, **state})
+    run.update(
+        **{
+            "kind": kind,
+            "state": "running",
+            "step": 7,
+            "weights": "ema",
+            "version": "0.1.0",
+            "machine": {"system": "Linux", "cpu_count": 2},
+            "parents": [],
+            "data": {"source": "shapes", "split": "train", "rows": 90, "validation_rows": 10},
+            **state,
+        }
+    )
     run.release()
     return path
 
 
 def line(step, **values):
-    return {"step": step, "images": step * 8, "loss_model": 1.0 / step, "images_per_s": 10.0, "lr_factor": 1.0,
-            "trained_seconds": step * 2.0, "peak_memory_bytes": 1 << 20, **values}
+    return {
+        "step": step,
+        "images": step * 8,
+        "loss_model": 1.0 / step,
+        "images_per_s": 10.0,
+        "lr_factor": 1.0,
+        "trained_seconds": step * 2.0,
+        "peak_memory_bytes": 1 << 20,
+        **values,
+    }
 
 
 def preview(path, step, captions):
@@ -81,9 +100,15 @@ def preview(path, step, captions):
 
 
 def test_text_from_data_stays_text(tmp_path):
-    run = make_run(tmp_path / "run", captions=[NASTY, "fine"], command=f"ldm {NASTY}", state=NASTY, reason=NASTY,
-                   data={"source": NASTY, "split": NASTY, "rows": 1, "validation_rows": 1},
-                   log=[line(s, **{f"loss_{NASTY}": 1.0 + s, "loss_x": 1.0}) for s in (1, 2)])
+    run = make_run(
+        tmp_path / "run",
+        captions=[NASTY, "fine"],
+        command=f"ldm {NASTY}",
+        state=NASTY,
+        reason=NASTY,
+        data={"source": NASTY, "split": NASTY, "rows": 1, "validation_rows": 1},
+        log=[line(s, **{f"loss_{NASTY}": 1.0 + s, "loss_x": 1.0}) for s in (1, 2)],
+    )
     preview(run, 7, ["a", "b"])
     files.write_json(run / "eval-x.json", {NASTY: NASTY})
     html = write_report(run, {NASTY: [NASTY]}).read_text(encoding="utf-8")
@@ -192,8 +217,17 @@ def demo(tmp_path):
     files.write_json(folder / "diffusion" / "stats.json", stats)
     save_grid(folder / "samples.png", in_rows(pictures, 16))
     files.write_text(folder / "prompts.txt", "\n".join(captions) + "\n")
-    summary = {**shapes.score(pictures, captions), "n": 18, "reconstructions": right, "real": right, "ae_psnr": 36.84,
-               "fd": 38.25, "fd_protocol": "a protocol", "seconds": 471.3, "data": "shapes"}
+    summary = {
+        **shapes.score(pictures, captions),
+        "n": 18,
+        "reconstructions": right,
+        "real": right,
+        "ae_psnr": 36.84,
+        "fd": 38.25,
+        "fd_protocol": "a protocol",
+        "seconds": 471.3,
+        "data": "shapes",
+    }
     return folder, summary, captions
 
 
@@ -237,7 +271,7 @@ def test_front_matter_is_what_the_hub_reads(tmp_path, kind, task):
 
 
 def test_card_shows_use_picture_and_metrics_with_their_protocol(tmp_path):
-    captions = ["a red \"circle\"", "b"]
+    captions = ['a red "circle"', "b"]
     run = make_run(tmp_path / "run", captions=captions, log=[line(1), {"step": 1, "val/val_loss": 0.25}])
     preview(run, 7, captions)
     body = card(run)[1]
@@ -251,8 +285,13 @@ def test_card_shows_use_picture_and_metrics_with_their_protocol(tmp_path):
 
 def test_text_from_data_stays_text_in_the_card(tmp_path):
     nasty = "x](http://e) `a` | <script>\x1b[31m\n# head\n---\n```"
-    run = make_run(tmp_path / nasty.replace("/", "").replace("\n", " "), captions=[nasty], command=nasty, state=nasty,
-                   data={"source": nasty, "split": nasty, "rows": 1, "validation_rows": 1})
+    run = make_run(
+        tmp_path / nasty.replace("/", "").replace("\n", " "),
+        captions=[nasty],
+        command=nasty,
+        state=nasty,
+        data={"source": nasty, "split": nasty, "rows": 1, "validation_rows": 1},
+    )
     front, body = card(run)
     assert front["license"] == "other" and "\x1b" not in body
     prose = re.sub(r"```.*?```", "", body, flags=re.DOTALL)

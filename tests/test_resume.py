@@ -19,10 +19,35 @@ from ldmcli.core import runs
 ROOT = Path(__file__).resolve().parents[1]
 # ten rows in batches of three, two at a time: epochs end inside a batch, and accumulation is in use
 DATA = ("--data", "shapes", "--limit", 10, "--size", "16x16", "--flip")
-LOOP = ("--batch-size", 3, "--micro-batch", 2, "--log-every", 1, "--mixed-precision", "no", "--sample-every", 0,
-        "--eval-every", 0, "--set", "train.warmup=3", "--set", "train.cooldown=0.4", "-q")  # fmt: skip
-GAN = ("--set", "loss.disc_weight=0.5", "--set", "loss.disc_start=9", "--set", "loss.disc_channels=8",
-       "--set", "loss.disc_layers=1")  # fmt: skip
+LOOP = (
+    "--batch-size",
+    3,
+    "--micro-batch",
+    2,
+    "--log-every",
+    1,
+    "--mixed-precision",
+    "no",
+    "--sample-every",
+    0,
+    "--eval-every",
+    0,
+    "--set",
+    "train.warmup=3",
+    "--set",
+    "train.cooldown=0.4",
+    "-q",
+)
+GAN = (
+    "--set",
+    "loss.disc_weight=0.5",
+    "--set",
+    "loss.disc_start=9",
+    "--set",
+    "loss.disc_channels=8",
+    "--set",
+    "loss.disc_layers=1",
+)
 TRAINERS = ("train-ae", "train-ldm")
 MAIN = {"train-ae": "autoencoder", "train-ldm": "model"}
 
@@ -41,9 +66,22 @@ def arguments(workshop):
     discriminator from step 9 on, the diffusion model learns by AdamW, with dropped conditions."""
 
     def build(trainer: str, out: Path, *more, steps: int = 20) -> list[str]:
-        own = (*tiny.AE_NETWORK, *GAN) if trainer == "train-ae" else (
-            *tiny.UNET, *tiny.ADAM, "--autoencoder", workshop / "ae", "--condition", "class+text",
-            "--set", f"data.cache_dir={workshop / 'cache'}", "--set", "condition.drop=0.3")
+        own = (
+            (*tiny.AE_NETWORK, *GAN)
+            if trainer == "train-ae"
+            else (
+                *tiny.UNET,
+                *tiny.ADAM,
+                "--autoencoder",
+                workshop / "ae",
+                "--condition",
+                "class+text",
+                "--set",
+                f"data.cache_dir={workshop / 'cache'}",
+                "--set",
+                "condition.drop=0.3",
+            )
+        )
         return [str(part) for part in (trainer, *DATA, *own, *LOOP, "--steps", steps, "--out", out, *more)]
 
     return build
@@ -93,9 +131,7 @@ def newest_step(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_a_run_killed_ten_times_at_random_moments_ends_as_if_it_had_not_been(
-    trainer, tmp_path, arguments, reference
-):
+def test_a_run_killed_ten_times_at_random_moments_ends_as_if_it_had_not_been(trainer, tmp_path, arguments, reference):
     """Reliability row 1: each restart goes on at most one save back, and there is always a whole checkpoint."""
     out, chance = tmp_path / "run", random.Random(trainer)
     line = arguments(trainer, out, "--save-every", 1, "--keep", 20)
@@ -142,8 +178,11 @@ def seconds_of(pid: int) -> float:
 def test_a_kill_inside_the_write_of_a_checkpoint_leaves_the_one_before(trainer, point, tmp_path, arguments, reference):
     """Reliability row 1: the unfinished folder is named in one warning, removed, and the step before goes on."""
     out = cut_back(reference[trainer], tmp_path / "run", 17)
-    marker = {"after first": f"{MAIN[trainer]}.safetensors", "before manifest": "state.json",
-              "before rename": "manifest.json"}[point]
+    marker = {
+        "after first": f"{MAIN[trainer]}.safetensors",
+        "before manifest": "state.json",
+        "before rename": "manifest.json",
+    }[point]
     line = arguments(trainer, out, "--save-every", 1, "--keep", 20)
     pause = point.replace("first", MAIN[trainer])
     command = Command(tmp_path / "log", *line, env={"LDM_DEBUG_PAUSE": f"{pause}=600"})
@@ -164,8 +203,12 @@ def test_kill_minus_9_of_the_whole_process_group_of_a_command_loses_one_save_at_
     out = tmp_path / "run"
     line = arguments("train-ae", out, "--save-every", 1, "--keep", 20)
     with open(tmp_path / "log", "w") as log:
-        command = subprocess.Popen([sys.executable, "-m", "ldmcli", *line], stderr=log, start_new_session=True,
-                                   env=os.environ | {"PYTHONPATH": str(ROOT)})
+        command = subprocess.Popen(
+            [sys.executable, "-m", "ldmcli", *line],
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         while whole_lines(out) < 3 and command.poll() is None:
             time.sleep(0.01)
         os.killpg(command.pid, signal.SIGKILL)
@@ -240,8 +283,9 @@ def cut_the_tail(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_the_tail])
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer-model.safetensors",
-                                  "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "ema.safetensors", "optimizer-model.safetensors", "state.json", "manifest.json"]
+)
 def test_a_damaged_checkpoint_is_found_by_its_hashes_and_the_one_before_goes_on(
     name, damage, tmp_path, arguments, reference
 ):
@@ -274,9 +318,11 @@ def test_no_command_uses_damaged_weights(damage, tmp_path, arguments, reference)
     """Reliability row 3: sample, eval-fid and training on them end with code 4."""
     out = cut_back(reference["train-ldm"], tmp_path / "run", 1)
     damage(out / "model.safetensors")
-    for line in (("sample", "--model", out, "--prompt", "a circle", "--out", tmp_path / "a"),
-                 ("eval-fid", "--model", out, *DATA[:-1], "-n", 2),
-                 arguments("train-ldm", tmp_path / "b", "--init-from", out, steps=1)):
+    for line in (
+        ("sample", "--model", out, "--prompt", "a circle", "--out", tmp_path / "a"),
+        ("eval-fid", "--model", out, *DATA[:-1], "-n", 2),
+        arguments("train-ldm", tmp_path / "b", "--init-from", out, steps=1),
+    ):
         ending = tiny.ldm(*line)
         assert ending.code == 4 and "damaged" in ending.line, (line[0], ending.stderr)
 
@@ -327,8 +373,10 @@ def stream(workshop):
     folder = workshop / "parquet"
     paths = tiny.noisy_images(workshop / "noisy", 13, 16)
     for split, part in (("train", paths[:10]), ("validation", paths[10:])):
-        rows = {"image": [{"bytes": path.read_bytes(), "path": path.name} for path in part],
-                "text": [f"picture {path.stem}" for path in part]}
+        rows = {
+            "image": [{"bytes": path.read_bytes(), "path": path.name} for path in part],
+            "text": [f"picture {path.stem}" for path in part],
+        }
         features = Features({"image": Image(), "text": Value("string")})
         Dataset.from_dict(rows, features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return folder
@@ -359,8 +407,12 @@ def test_equal_captions_give_an_equal_vocabulary(tmp_path):
     """Reliability row 5: a start that is repeated from nothing learns the numbers of words anew."""
     from ldmcli.networks.conditions import train_vocabulary
 
-    captions = [f"a {size} {shape}, {place}" for size in ("large", "little", "tiny")
-                for shape in ("circle", "square", "triangle") for place in ("leftwards", "rightwards", "upwards")]
+    captions = [
+        f"a {size} {shape}, {place}"
+        for size in ("large", "little", "tiny")
+        for shape in ("circle", "square", "triangle")
+        for place in ("leftwards", "rightwards", "upwards")
+    ]
     found = set()
     for attempt in range(4):
         train_vocabulary(captions, 60, tmp_path / str(attempt))
@@ -371,8 +423,18 @@ def test_equal_captions_give_an_equal_vocabulary(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_codebook_and_its_revival_go_on_exactly(optimizer, tmp_path, arguments, signal_at):
     """Reliability row 5 for VQ: which codes were used since the last revival is part of a checkpoint."""
-    own = ("--reg", "vq", "--set", "autoencoder.codebook_size=32", "--set", "autoencoder.revive_codes=4",
-           "--set", f"train.optimizer={optimizer}", "--set", "loss.disc_weight=0")
+    own = (
+        "--reg",
+        "vq",
+        "--set",
+        "autoencoder.codebook_size=32",
+        "--set",
+        "autoencoder.revive_codes=4",
+        "--set",
+        f"train.optimizer={optimizer}",
+        "--set",
+        "loss.disc_weight=0",
+    )
     lines = [arguments("train-ae", tmp_path / name, *own, steps=10) for name in ("whole", "stopped")]
     assert tiny.ldm(*lines[0]).code == 0
     signal_at(6, signal.SIGINT)
@@ -386,8 +448,9 @@ def test_a_codebook_and_its_revival_go_on_exactly(optimizer, tmp_path, arguments
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_the_last_step_is_saved_before_it_is_said_to_be(number, code, tmp_path, arguments, reference,
-                                                                    signal_at):
+def test_a_signal_in_the_last_step_is_saved_before_it_is_said_to_be(
+    number, code, tmp_path, arguments, reference, signal_at
+):
     """Reliability row 4: the line that says "saved" is true in every step, the last included."""
     out = cut_back(reference["train-ae"], tmp_path / "run", 18)
     line = arguments("train-ae", out, "--keep", 20)

@@ -12,20 +12,49 @@ from processes import Command, ranks
 
 from ldmcli.core import files, runs
 
-LOOP = ("--batch-size", 3, "--log-every", 1, "--save-every", 1, "--sample-every", 0, "--eval-every", 0,
-        "--mixed-precision", "no")  # fmt: skip
+LOOP = (
+    "--batch-size",
+    3,
+    "--log-every",
+    1,
+    "--save-every",
+    1,
+    "--sample-every",
+    0,
+    "--eval-every",
+    0,
+    "--mixed-precision",
+    "no",
+)
 
 
 def arguments(out: Path, *more, rows: int = 10, steps: int = 3) -> list[str]:
-    line = ("train-ae", "--data", "shapes", "--limit", rows, "--size", "16x16", *tiny.AE_NETWORK, *LOOP,
-            "--steps", steps, "--out", out, *more)  # fmt: skip
+    line = (
+        "train-ae",
+        "--data",
+        "shapes",
+        "--limit",
+        rows,
+        "--size",
+        "16x16",
+        *tiny.AE_NETWORK,
+        *LOOP,
+        "--steps",
+        steps,
+        "--out",
+        out,
+        *more,
+    )
     return [str(part) for part in line]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder but the lock."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != ".lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 # --- row 9: one writer -----------------------------------------------------------------------------------------
@@ -50,8 +79,9 @@ def test_a_second_command_in_a_running_runs_folder_is_refused_until_the_first_is
 def test_of_two_starts_at_the_same_moment_one_trains(tmp_path):
     """Reliability row 9: a new folder is claimed once."""
     out = tmp_path / "run"
-    both = [Command(tmp_path / f"{k}.log", *arguments(out), env={"LDM_DEBUG_PAUSE": "before rename=600"})
-            for k in range(2)]
+    both = [
+        Command(tmp_path / f"{k}.log", *arguments(out), env={"LDM_DEBUG_PAUSE": "before rename=600"}) for k in range(2)
+    ]
     both[0].until(lambda: not all(command.running for command in both))
     lost, won = sorted(both, key=lambda command: command.running)
     assert lost.wait() == 2 and f"process {won.pid} on " in lost.stderr
@@ -144,8 +174,13 @@ def test_whatever_file_the_disk_has_no_room_for_the_command_ends_with_code_6(nam
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(builtins, "open", lambda path, mode="r", *args, **kwargs: (
-        full(path) if "a" in mode and str(path).endswith(name) else opened(path, mode, *args, **kwargs)))
+    monkeypatch.setattr(
+        builtins,
+        "open",
+        lambda path, mode="r", *args, **kwargs: (
+            full(path) if "a" in mode and str(path).endswith(name) else opened(path, mode, *args, **kwargs)
+        ),
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: full(b) if str(b).endswith(name) else moved(a, b))
     out = tmp_path / "run"
     ending = tiny.ldm(*arguments(out, "--sample-every", 2))

@@ -289,8 +289,7 @@ def test_eps_v_and_x0_networks_give_the_same_sample(name, eta):
 @pytest.mark.parametrize("name, eta", VARIANTS)
 def test_a_flow_network_gives_the_sample_of_an_eps_network_on_the_same_levels(name, eta):
     torch.testing.assert_close(
-        _through_a_network(name, eta, FLOW, "flow"), _through_a_network(name, eta, FLOW, "eps"),
-        rtol=1e-9, atol=1e-9,
+        _through_a_network(name, eta, FLOW, "flow"), _through_a_network(name, eta, FLOW, "eps"), rtol=1e-9, atol=1e-9
     )
 
 

@@ -13,8 +13,16 @@ import ldmcli
 from ldmcli.maths.samplers import SAMPLERS
 from ldmcli.networks.diffusion import DiffusionModel
 
-V_COSINE = ("--set", "diffusion.prediction=v", "--set", "diffusion.schedule=cosine", "--set", "diffusion.timesteps=20",
-            "--set", "diffusion.t_sampling=uniform")  # fmt: skip
+V_COSINE = (
+    "--set",
+    "diffusion.prediction=v",
+    "--set",
+    "diffusion.schedule=cosine",
+    "--set",
+    "diffusion.timesteps=20",
+    "--set",
+    "diffusion.t_sampling=uniform",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +76,9 @@ def test_objective_and_schedule_come_from_the_run(v_model):
     assert np.asarray(model.schedule.alphas_cumprod, np.float64) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("flag", [("--prediction", "eps"), ("--schedule", "linear"),
-                                  ("--set", "diffusion.prediction=eps")])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag", [("--prediction", "eps"), ("--schedule", "linear"), ("--set", "diffusion.prediction=eps")]
+)
 def test_a_contradicting_objective_or_schedule_is_code_2(v_model, tmp_path, flag):
     """Row 18: `sample` has no option that could contradict the checkpoint."""
     ending = sample(v_model, tmp_path / "out", *flag, code=2)
@@ -88,8 +97,9 @@ def test_odd_step_counts_visit_the_first_and_the_last_timestep(v_model, tmp_path
     """Row 18: the timesteps that the network is asked at run from T - 1 down to 0."""
     asked = []
     predict = DiffusionModel.predict
-    monkeypatch.setattr(DiffusionModel, "predict",
-                        lambda self, z, t, given: asked.append(float(t[0])) or predict(self, z, t, given))  # fmt: skip
+    monkeypatch.setattr(
+        DiffusionModel, "predict", lambda self, z, t, given: asked.append(float(t[0])) or predict(self, z, t, given)
+    )
     sample(v_model, tmp_path / "out", "-n", 1, "--steps", 7, "--sampler", "ddim")
     assert len(asked) == 7 and (asked[0], asked[-1]) == (19, 0) and asked == sorted(asked, reverse=True)
 
@@ -110,8 +120,9 @@ def asked(monkeypatch):
     """Batch sizes of the network's calls."""
     sizes = []
     predict = DiffusionModel.predict
-    monkeypatch.setattr(DiffusionModel, "predict",
-                        lambda self, z, t, given: sizes.append(len(z)) or predict(self, z, t, given))  # fmt: skip
+    monkeypatch.setattr(
+        DiffusionModel, "predict", lambda self, z, t, given: sizes.append(len(z)) or predict(self, z, t, given)
+    )
     return sizes
 
 
@@ -214,8 +225,11 @@ def assert_same_pictures(found: list[np.ndarray], expected: list[np.ndarray]) ->
     assert differences.max() <= 1 and (differences > 0).mean() < 0.01
 
 
-@pytest.mark.parametrize("drawn", [("--sampler", "dpm++"), ("--sampler", "ddim", "--eta", 1), ("--sampler", "ddpm")],
-                         ids=["dpm++", "ddim, eta 1", "ddpm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "drawn",
+    [("--sampler", "dpm++"), ("--sampler", "ddim", "--eta", 1), ("--sampler", "ddpm")],
+    ids=["dpm++", "ddim, eta 1", "ddpm"],
+)
 def test_sample_k_is_the_same_for_batch_1_3_and_16(text_model, tmp_path, drawn):
     """Row 21: latents 3x5x5, deterministic and ancestral, with guidance; and the first 16 of 20 are those of 16."""
     asked = ("--prompt", "a red circle", "--prompt", "a blue star", "--seed", 5, "--steps", 4, *drawn)
@@ -231,11 +245,26 @@ def test_sample_k_is_the_same_for_batch_1_3_and_16(text_model, tmp_path, drawn):
 
 def test_each_picture_says_its_seed_and_number(text_model, tmp_path):
     """Row 21: prompt, seed, number and settings of an image are in its metadata."""
-    ending = sample(text_model, tmp_path / "out", "--prompt", "a red circle", "--prompt", "été [red]", "-n", 1,
-                    "--seed", 5, "--steps", 3, "--json")  # fmt: skip
+    ending = sample(
+        text_model,
+        tmp_path / "out",
+        "--prompt",
+        "a red circle",
+        "--prompt",
+        "été [red]",
+        "-n",
+        1,
+        "--seed",
+        5,
+        "--steps",
+        3,
+        "--json",
+    )
     stored = [json.loads(Image.open(path).text["ldm"]) for path in sorted((tmp_path / "out").glob("0*.png"))]
     assert [(each["prompt"], each["seed"], each["sample"]) for each in stored] == [
-        ("a red circle", 5, 0), ("été [red]", 5, 1)]  # fmt: skip
+        ("a red circle", 5, 0),
+        ("été [red]", 5, 1),
+    ]
     model = ldmcli.load(text_model)
     for each in stored:
         assert each["model_sha256"] == model.fingerprint == ending.json["model_sha256"]
@@ -393,8 +422,20 @@ def test_any_size_from_one_latent_on_is_drawn_and_the_middle_of_whole_units_kept
 def test_an_image_to_begin_from_and_one_to_be_like_go_with_any_size(v_model, tmp_path):
     Image.fromarray(np.full((18, 22, 3), 200, np.uint8)).save(tmp_path / "start.png")
     Image.fromarray(np.full((9, 11, 3), 200, np.uint8)).save(tmp_path / "low.png")
-    sample(v_model, tmp_path / "out", "-n", 1, "--steps", 2, "--size", "18x22", "--init-image", tmp_path / "start.png",
-           "--guide", tmp_path / "low.png")
+    sample(
+        v_model,
+        tmp_path / "out",
+        "-n",
+        1,
+        "--steps",
+        2,
+        "--size",
+        "18x22",
+        "--init-image",
+        tmp_path / "start.png",
+        "--guide",
+        tmp_path / "low.png",
+    )
     assert pictures(tmp_path / "out")[0].shape == (18, 22, 3)
 
 
@@ -404,9 +445,28 @@ def test_a_size_below_one_latent_is_refused(v_model, tmp_path):
 
 def test_fine_tuning_begins_with_the_weights_of_another_run(text_model, ae, tmp_path):
     """--init-from RUN without --autoencoder: that run's own autoencoder, its weights at step 0."""
-    ending = ldm("train-ldm", "--init-from", text_model, *SHAPES, "--condition", "text", "--steps", 1, "--out",
-                 tmp_path / "run", "--set", f"data.cache_dir={tmp_path / 'cache'}", "--batch-size", 4,
-                 "--recipe", text_model / "config.toml", "--lr", "1e-9", "--set", "train.adam_lr=1e-9")  # fmt: skip
+    ending = ldm(
+        "train-ldm",
+        "--init-from",
+        text_model,
+        *SHAPES,
+        "--condition",
+        "text",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "--batch-size",
+        4,
+        "--recipe",
+        text_model / "config.toml",
+        "--lr",
+        "1e-9",
+        "--set",
+        "train.adam_lr=1e-9",
+    )
     assert ending.code == 0, ending.stderr
     from tiny import weights
 

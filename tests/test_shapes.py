@@ -36,8 +36,14 @@ def noisy(image: np.ndarray) -> np.ndarray:
 
 def test_a_row_depends_on_seed_index_level_and_split_alone():
     assert shapes.spec(5, seed=1) == shapes.spec(5, seed=1)
-    variants = {shapes.spec(5), shapes.spec(6), shapes.spec(5, seed=1), shapes.spec(5, level=2),
-                shapes.spec(5, level=3), shapes.spec(5, split="validation")}  # fmt: skip
+    variants = {
+        shapes.spec(5),
+        shapes.spec(6),
+        shapes.spec(5, seed=1),
+        shapes.spec(5, level=2),
+        shapes.spec(5, level=3),
+        shapes.spec(5, split="validation"),
+    }
     assert len(variants) == 6
 
 
@@ -103,9 +109,11 @@ def test_one_training_caption_in_ten_leaves_the_place_out():
 def test_values_are_drawn_evenly():
     rows = specs(8000, level=2)
     for counts, n in (
-        (Counter(one.things[0].colour for one in rows), 8), (Counter(one.things[1].shape for one in rows), 7),
-        (Counter(one.background for one in rows), 6), (Counter(one.relations for one in rows), 4),
-    ):  # fmt: skip
+        (Counter(one.things[0].colour for one in rows), 8),
+        (Counter(one.things[1].shape for one in rows), 7),
+        (Counter(one.background for one in rows), 6),
+        (Counter(one.relations for one in rows), 4),
+    ):
         assert len(counts) == n and max(counts.values()) < 1.15 * len(rows) / n
 
 
@@ -154,7 +162,7 @@ def test_boxes_and_class_map_agree_with_the_picture(size):
         assert set(np.unique(classes)) == {0} | {1 + thing.shape for thing in one.things}
         for thing, (x, y, w, h) in zip(one.things, shapes.boxes(one, size)):
             mine = np.zeros(size, bool)
-            mine[max(int(y), 0):int(y + h) + 1, max(int(x), 0):int(x + w) + 1] = True
+            mine[max(int(y), 0) : int(y + h) + 1, max(int(x), 0) : int(x + w) + 1] = True
             rows, columns = np.nonzero((classes == 1 + thing.shape) & mine)
             assert abs(columns.min() - x) <= 1.5 and abs(columns.max() + 1 - x - w) <= 1.5
             assert abs(rows.min() - y) <= 1.5 and abs(rows.max() + 1 - y - h) <= 1.5
@@ -194,7 +202,8 @@ def test_the_contracts_prompt_is_read():
 
 def test_spellings_and_missing_words_are_read_as_far_as_they_go():
     assert shapes.parse("An ORANGE  ring in the centre of a grey background") == shapes.Expectation(
-        ((4, 4),), (), list(shapes.PLACES).index("center"), list(shapes.BACKGROUNDS).index("gray"))  # fmt: skip
+        ((4, 4),), (), list(shapes.PLACES).index("center"), list(shapes.BACKGROUNDS).index("gray")
+    )
     assert shapes.parse("hearts") == shapes.Expectation(((None, 5),))
     assert shapes.parse("a photo of a cat") == shapes.Expectation(())
     assert shapes.parse("a red circle beside a blue star").relations == (None,)
@@ -203,10 +212,17 @@ def test_spellings_and_missing_words_are_read_as_far_as_they_go():
 # --- reading back -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, change, n", [
-    (SIZE, lambda x: x, 1500), (SIZE, blurred, 500), (SIZE, noisy, 500), ((32, 32), lambda x: x, 500),
-    ((40, 96), lambda x: x, 200), ((200, 200), lambda x: x, 30),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, change, n",
+    [
+        (SIZE, lambda x: x, 1500),
+        (SIZE, blurred, 500),
+        (SIZE, noisy, 500),
+        ((32, 32), lambda x: x, 500),
+        ((40, 96), lambda x: x, 200),
+        ((200, 200), lambda x: x, 30),
+    ],
+)
 def test_the_checker_agrees_with_every_real_picture(size, change, n):
     rows = specs(n, split="train", seed=7)
     found = shapes.score([change(shapes.render(one, size)) for one in rows], [shapes.caption(one) for one in rows])
@@ -237,9 +253,12 @@ def test_each_wrong_word_fails_its_own_verdict_and_no_other():
     other = "white" if background != "white" else "black"
     verdicts = ("colour", "shape", "position", "background", "count")
     for prompt, wrong in (
-        (right, None), (right.replace("red", "blue"), "colour"), (right.replace("circle", "ring"), "shape"),
-        (right.replace("left", "right"), "position"), (right.replace(background, other), "background"),
-    ):  # fmt: skip
+        (right, None),
+        (right.replace("red", "blue"), "colour"),
+        (right.replace("circle", "ring"), "shape"),
+        (right.replace("left", "right"), "position"),
+        (right.replace(background, other), "background"),
+    ):
         found = shapes.check(image, prompt)
         assert [key for key in verdicts if found[key] is False] == ([wrong] if wrong else [])
         assert found["all"] is (wrong is None)

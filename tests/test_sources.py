@@ -63,7 +63,7 @@ def test_a_plain_folder_gives_each_picture_once_under_its_relative_path(tmp_path
 
 def test_captions_na_and_null_stay_text_and_a_bom_is_no_part_of_a_name(tmp_path):
     pictures(tmp_path, "a.png", "b.png", "c.png", "d.png")
-    put(tmp_path / "metadata.csv", "\ufefffile_name,text\na.png,NA\nb.png,null\nc.png,\nd.png,\"x, \"\"y\"\"\"\n")
+    put(tmp_path / "metadata.csv", '\ufefffile_name,text\na.png,NA\nb.png,null\nc.png,\nd.png,"x, ""y"""\n')
     assert [caption for _, caption, _ in everything(tmp_path)] == ["NA", "null", "", 'x, "y"']
 
 
@@ -87,10 +87,15 @@ def test_jsonl_rows_keep_their_words_and_line_separators(tmp_path):
     assert [caption for _, caption, _ in everything(tmp_path)] == ["one\u2028two", ""]
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("file_name,text\na.png,one,two\n", "line 2 has more fields"), ("file_name,text\na.png\n", "line 2 has fewer"),
-    ("name,text\na.png,x\n", "no column file_name; there are name, text"), ('file_name\n"a.png\n', "line"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("file_name,text\na.png,one,two\n", "line 2 has more fields"),
+        ("file_name,text\na.png\n", "line 2 has fewer"),
+        ("name,text\na.png,x\n", "no column file_name; there are name, text"),
+        ('file_name\n"a.png\n', "line"),
+    ],
+)
 def test_damaged_csv_is_named(tmp_path, text, reason):
     pictures(tmp_path, "a.png")
     put(tmp_path / "metadata.csv", text)
@@ -111,8 +116,13 @@ def test_partners_that_are_missing_are_listed_or_left_out_and_counted(tmp_path):
     put(tmp_path / "metadata.csv", "file_name,text\na.png,x\ngone.png,y\nb.png,z\n")
     with pytest.raises(InputError) as failure:
         open_rows(settings(tmp_path))
-    for words in ("1 rows name pictures that are absent (gone.png)", "7 pictures have no row", "lonely0.png",
-                  "and 2 more", "--skip-bad"):  # fmt: skip
+    for words in (
+        "1 rows name pictures that are absent (gone.png)",
+        "7 pictures have no row",
+        "lonely0.png",
+        "and 2 more",
+        "--skip-bad",
+    ):
         assert words in str(failure.value)
     assert [row[:2] for row in everything(tmp_path, skip_bad=True)] == [("a.png", "x"), ("b.png", "z")]
     notes = open_rows(settings(tmp_path, skip_bad=True)).describe()
@@ -223,8 +233,14 @@ def test_maps_and_objects_of_a_folder_come_with_their_pictures(tmp_path):
     (tmp_path / "maps").mkdir()
     for name in "ab":
         Image.fromarray(classes).save(tmp_path / f"maps/{name}.png")
-    rows = [{"file_name": f"{name}.png", "map_file_name": f"maps/{name}.png",
-             "objects": {"bbox": [[0, 0, 4, 8]], "category": [kind]}} for name, kind in (("a", "dog"), ("b", "cat"))]
+    rows = [
+        {
+            "file_name": f"{name}.png",
+            "map_file_name": f"maps/{name}.png",
+            "objects": {"bbox": [[0, 0, 4, 8]], "category": [kind]},
+        }
+        for name, kind in (("a", "dog"), ("b", "cat"))
+    ]
     put(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
     found = open_rows(settings(tmp_path))
     assert (found.map(0) == classes).all() and found.category_names == ["cat", "dog"]
@@ -282,8 +298,11 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     parquet(tmp_path, "validation-00000-of-00001.parquet")
     with pytest.raises(InputError, match="--split train: .* no such split; there are validation"):
         open_rows(settings(tmp_path))
-    assert len(open_rows(settings(tmp_path, split="validation"))) + len(
-        open_rows(settings(tmp_path, split="validation"), split="validation")) == 6  # fmt: skip
+    assert (
+        len(open_rows(settings(tmp_path, split="validation")))
+        + len(open_rows(settings(tmp_path, split="validation"), split="validation"))
+        == 6
+    )
 
 
 def test_usual_columns_are_found_and_told(tmp_path):
@@ -320,8 +339,9 @@ def test_labels_take_their_names_from_the_data_or_their_names_from_the_numbers(t
     named.to_parquet(tmp_path / "named.parquet")
     dataset(label=["10", "9", "10", "2", "9", "2"]).to_parquet(tmp_path / "text.parquet")
     dataset(label=[3, 0, 1, 0, 1, 0]).to_parquet(tmp_path / "numbers.parquet")
-    names = {kind: open_rows(settings(tmp_path / f"{kind}.parquet")).class_names for kind in
-             ("named", "text", "numbers")}  # fmt: skip
+    names = {
+        kind: open_rows(settings(tmp_path / f"{kind}.parquet")).class_names for kind in ("named", "text", "numbers")
+    }
     assert names == {"named": ["no", "yes"], "text": ["2", "9", "10"], "numbers": ["0", "1", "3"]}
 
 
@@ -379,8 +399,15 @@ def tar(path: Path, *entries: tuple[str, bytes], kind: bytes = tarfile.REGTYPE) 
 
 
 def test_webdataset_archives_give_pictures_captions_and_labels(tmp_path):
-    tar(tmp_path / "shard-0.tar", ("a/1.png", png(1)), ("a/1.txt", b"one"), ("a/1.cls", b"3"),
-        ("b/1.PNG", png(2)), ("b/1.txt", b"two"), ("b/1.cls", b"0"))  # fmt: skip
+    tar(
+        tmp_path / "shard-0.tar",
+        ("a/1.png", png(1)),
+        ("a/1.txt", b"one"),
+        ("a/1.cls", b"3"),
+        ("b/1.PNG", png(2)),
+        ("b/1.txt", b"two"),
+        ("b/1.cls", b"0"),
+    )
     tar(tmp_path / "shard-1.tar", ("a/1.png", png(3)), ("a/1.txt", b"three"), ("a/1.cls", b"1"))
     assert [row[1:] for row in everything(tmp_path)] == [("one", 1), ("two", 2), ("three", 3)]
     rows = open_rows(settings(tmp_path))
@@ -439,8 +466,10 @@ def test_held_out_rows_and_training_rows_are_all_rows_once(tmp_path):
 
 def test_rows_that_are_added_move_no_other_row(tmp_path):
     few, more = many(tmp_path / "few", 100), many(tmp_path / "more", 200)
-    held = [{rows.content_hash(i) for i in range(len(rows))} for rows in
-            (open_rows(settings(root, val_fraction=0.2), split="validation") for root in (few, more))]  # fmt: skip
+    held = [
+        {rows.content_hash(i) for i in range(len(rows))}
+        for rows in (open_rows(settings(root, val_fraction=0.2), split="validation") for root in (few, more))
+    ]
     assert held[0] < held[1]
 
 
@@ -588,13 +617,21 @@ def test_maps_and_boxes_are_cut_as_the_picture_is(tmp_path):
     image[:, 20:] = 255
     Image.fromarray(image).save(tmp_path / "a.png")
     Image.fromarray((image[..., 0] // 255).astype(np.uint8)).save(tmp_path / "m.png")
-    put(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "map_file_name": "m.png",
-        "objects": {"bbox": [[20, 0, 10, 10], [0, 0, 2, 2]], "category": [1, 0]}}))  # fmt: skip
+    put(
+        tmp_path / "metadata.jsonl",
+        json.dumps(
+            {
+                "file_name": "a.png",
+                "map_file_name": "m.png",
+                "objects": {"bbox": [[20, 0, 10, 10], [0, 0, 2, 2]], "category": [1, 0]},
+            }
+        ),
+    )
     rows = open_rows(settings(tmp_path))
     for u in ((0.5, 0.75), (0.5, 1.0)):
         pixels, classes = rows.pixels(0, (10, 10), "random", u), rows.map_pixels(0, (10, 10), "random", u)
         assert ((pixels[..., 0] > 127) == (classes == 1)).all()
-        (x, y, w, h), = rows.boxes(0, (10, 10), "random", u)["bbox"]
+        ((x, y, w, h),) = rows.boxes(0, (10, 10), "random", u)["bbox"]
         assert (y, h) == (0, 1) and round(x * 10) == np.argmax(classes[0]) and round(w * 10) == classes[0].sum()
 
 
@@ -606,9 +643,10 @@ def test_a_coloured_picture_is_not_taken_for_a_class_map_and_refused_when_it_is_
         open_rows(settings(tmp_path, map_column="segmentation")).map(0)
 
 
-@pytest.mark.parametrize("objects, reason", [
-    ({"bbox": [[1, 2, 3]], "category": [0]}, "four numbers"), ({"bbox": [[1, 2, 3, 4]], "category": []}, "one a box"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objects, reason",
+    [({"bbox": [[1, 2, 3]], "category": [0]}, "four numbers"), ({"bbox": [[1, 2, 3, 4]], "category": []}, "one a box")],
+)
 def test_objects_that_do_not_fit_are_named(tmp_path, objects, reason):
     pictures(tmp_path, "a.png")
     put(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "objects": objects}))
@@ -635,8 +673,12 @@ def test_shapes_of_more_objects_have_no_class_of_their_own():
 
 
 def test_fingerprints_of_shapes_tell_levels_splits_and_limits_apart():
-    prints = {open_rows(settings(source, limit=limit), split=split).fingerprint
-              for source in ("shapes", "shapes:2") for limit in (0, 10) for split in ("train", "validation")}
+    prints = {
+        open_rows(settings(source, limit=limit), split=split).fingerprint
+        for source in ("shapes", "shapes:2")
+        for limit in (0, 10)
+        for split in ("train", "validation")
+    }
     assert len(prints) == 6  # the limit touches training rows only
 
 
@@ -645,17 +687,28 @@ def layouts(root: Path) -> Path:
     import datasets
 
     root.mkdir()
-    boxes = {"bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4)),
-             "category": datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"])),
-             "area": datasets.Sequence(datasets.Value("float32"))}  # fmt: skip
-    features = datasets.Features({
-        "image": datasets.Image(), "segmentation": datasets.Image(), "caption": datasets.Value("string"),
-        "objects": boxes, "image_id": datasets.Value("int64")})  # fmt: skip
+    boxes = {
+        "bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4)),
+        "category": datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"])),
+        "area": datasets.Sequence(datasets.Value("float32")),
+    }
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "segmentation": datasets.Image(),
+            "caption": datasets.Value("string"),
+            "objects": boxes,
+            "image_id": datasets.Value("int64"),
+        }
+    )
     file = io.BytesIO()
     Image.new("L", SIZE, 3).save(file, "PNG")
     for split, n in (("train", 5), ("validation", 2)):
-        row = {"segmentation": {"bytes": file.getvalue(), "path": None}, "caption": "a dog", "objects": {
-            "bbox": [[0, 0, 4, 8]], "category": [1], "area": [32]}}  # fmt: skip
+        row = {
+            "segmentation": {"bytes": file.getvalue(), "path": None},
+            "caption": "a dog",
+            "objects": {"bbox": [[0, 0, 4, 8]], "category": [1], "area": [32]},
+        }
         rows = [{"image": {"bytes": png(k + 1), "path": None}, "image_id": k, **row} for k in range(n)]
         datasets.Dataset.from_list(rows, features).to_parquet(root / f"{split}-00000-of-00001.parquet")
     return root
@@ -667,11 +720,14 @@ def class_folders(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("made, sizes, roles", [
-    (lambda root: shared("digits"), (40, 10), {"image", "caption", "label"}),
-    (layouts, (5, 2), {"image", "caption", "objects", "map"}),
-    (class_folders, (8, 2), {"image", "label"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "made, sizes, roles",
+    [
+        (lambda root: shared("digits"), (40, 10), {"image", "caption", "label"}),
+        (layouts, (5, 2), {"image", "caption", "objects", "map"}),
+        (class_folders, (8, 2), {"image", "label"}),
+    ],
+)
 def test_whole_sets_open_with_their_splits_and_columns(tmp_path, made, sizes, roles):
     root = made(tmp_path / "set")
     both = [open_rows(settings(root), split=split) for split in ("train", "validation")]
@@ -694,7 +750,7 @@ def test_a_stream_goes_on_where_it_was_left(tmp_path, kind):
     chosen = settings("shapes", limit=12) if kind == "shapes" else settings(tmp_path / kind)
     whole = taken(chosen, 70)
     for start in (0, 5, 28, 31, 63):
-        assert taken(chosen, 5, start) == whole[start:start + 5]
+        assert taken(chosen, 5, start) == whole[start : start + 5]
     assert taken(chosen, 20, seed=1) != whole[:20]
 
 
@@ -742,8 +798,16 @@ def marked_rows(folder, **values):
     classes[15:45, 20:60] = 1
     Image.fromarray(pixels).save(folder / "a.png")
     Image.fromarray(classes).save(folder / "m.png")
-    put(folder / "metadata.jsonl", json.dumps({"file_name": "a.png", "map_file_name": "m.png",
-        "objects": {"bbox": [[20, 15, 40, 30]], "category": ["square"]}}))  # fmt: skip
+    put(
+        folder / "metadata.jsonl",
+        json.dumps(
+            {
+                "file_name": "a.png",
+                "map_file_name": "m.png",
+                "objects": {"bbox": [[20, 15, 40, 30]], "category": ["square"]},
+            }
+        ),
+    )
     return open_rows(settings(folder, **values))
 
 

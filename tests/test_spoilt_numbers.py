@@ -50,9 +50,11 @@ def spoil(path: Path, value: float) -> str:
 
 
 WEIGHTS = {  # model → the file in it that is spoilt
-    "none": "model.safetensors", "ae": "model.safetensors", "none/autoencoder": "autoencoder/model.safetensors",
+    "none": "model.safetensors",
+    "ae": "model.safetensors",
+    "none/autoencoder": "autoencoder/model.safetensors",
     "diffusers": "model/diffusion_pytorch_model.safetensors",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -65,8 +67,10 @@ def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_tensor(model
     noisy_images(tmp_path / "in", 2)
     commands = [("convert", run, tmp_path / "out", "--to", "diffusers" if kind != "diffusers" else "run")]
     if kind == "ae":
-        commands += [("reconstruct", tmp_path / "in", "--autoencoder", run),
-                     ("train-ldm", "--autoencoder", run, "--data", "shapes", "--limit", 8, "--size", 20, "--steps", 1)]
+        commands += [
+            ("reconstruct", tmp_path / "in", "--autoencoder", run),
+            ("train-ldm", "--autoencoder", run, "--data", "shapes", "--limit", 8, "--size", 20, "--steps", 1),
+        ]
     else:
         commands += [("sample", "--model", run, *FAST, "-n", 1)]
     for command in commands:
@@ -125,8 +129,9 @@ def test_statistics_that_are_not_finite_are_refused_by_name(tmp_path, key):
     found[key].flat[7] = np.nan
     np.savez(tmp_path / "reference.npz", **found)
     noisy_images(tmp_path / "in", 3)
-    ending = ldm("eval-fid", "--images", tmp_path / "in", "--data", tmp_path / "reference.npz", "--features",
-                 "effnet-lite0")  # fmt: skip
+    ending = ldm(
+        "eval-fid", "--images", tmp_path / "in", "--data", tmp_path / "reference.npz", "--features", "effnet-lite0"
+    )
     assert ending.code == 3 and key in ending.line and "NaN" in ending.line
 
 
@@ -145,8 +150,15 @@ def test_networks_that_measure_are_refused_by_the_name_of_the_tensor(tmp_path):
 
 
 def test_a_large_sum_of_finite_numbers_is_no_infinity():
-    files.require_finite({"a": torch.full((1000,), 3e38), "b": torch.full((99,), 60000.0, dtype=torch.float16),
-                          "c": torch.arange(4), "d": torch.zeros(0)}, "here")
+    files.require_finite(
+        {
+            "a": torch.full((1000,), 3e38),
+            "b": torch.full((99,), 60000.0, dtype=torch.float16),
+            "c": torch.arange(4),
+            "d": torch.zeros(0),
+        },
+        "here",
+    )
     with pytest.raises(ModelError, match=r"here: NaN or Inf in a0, a1, a2 and 2 more \(5 of 6 tensors\)"):
         files.require_finite({f"a{k}": torch.tensor([float("nan")]) for k in range(5)} | {"b": torch.ones(1)}, "here")
 
@@ -200,8 +212,10 @@ def test_a_decoder_that_overflows_gives_no_black_pictures(models, tmp_path, monk
     decode = Autoencoder.decode
     monkeypatch.setattr(Autoencoder, "decode", lambda self, z: decode(self, z) * float("nan"))
     noisy_images(tmp_path / "in", 1)
-    for asked in (("sample", "--model", models["none"], *FAST, "-n", 1),
-                  ("reconstruct", tmp_path / "in", "--autoencoder", models["ae"])):
+    for asked in (
+        ("sample", "--model", models["none"], *FAST, "-n", 1),
+        ("reconstruct", tmp_path / "in", "--autoencoder", models["ae"]),
+    ):
         ending = ldm(*asked, "--out", tmp_path / "out")
         assert ending.code == 4 and "1 of 1 decoded pictures" in ending.line, ending.stderr
         assert not list((tmp_path / "out").glob("*.png"))
@@ -210,8 +224,9 @@ def test_a_decoder_that_overflows_gives_no_black_pictures(models, tmp_path, monk
 
 
 def test_a_preview_that_overflows_does_not_end_a_training(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "_watched", lambda denoise: (lambda *given: tuple(
-        float("nan") * one for one in denoise(*given)), []))
+    monkeypatch.setattr(
+        sampling, "_watched", lambda denoise: (lambda *given: tuple(float("nan") * one for one in denoise(*given)), [])
+    )
     ending = train_ldm(tmp_path / "run", models["ae"], "--sample-every", 1, steps=2)
     assert "no preview at step 1" in ending.stderr and state_of(tmp_path / "run")["step"] == 2
     assert checkpoint(tmp_path / "run")
@@ -223,9 +238,12 @@ WRAPPERS = {
     "DDP": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
     "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "both": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
-    "compiled inside": lambda state: {name.replace("model.diffusion_model.", "model.diffusion_model._orig_mod.")
-                                      .replace("decoder.", "decoder._orig_mod."): tensor
-                                      for name, tensor in state.items()},
+    "compiled inside": lambda state: {
+        name.replace("model.diffusion_model.", "model.diffusion_model._orig_mod.").replace(
+            "decoder.", "decoder._orig_mod."
+        ): tensor
+        for name, tensor in state.items()
+    },
     "in a model": lambda state: {f"model.{name}": tensor for name, tensor in state.items()},
     "in a system": lambda state: {f"system.net.{name}": tensor for name, tensor in state.items()},
 }
@@ -237,8 +255,11 @@ def test_weights_are_found_under_wrapped_names(tmp_path, wrapper, part):
     path = random_checkpoint(tmp_path / "plain", "unconditional", ".safetensors")
     state = load_file(path)
     if part == "first stage":
-        state = {name.removeprefix("first_stage_model."): tensor for name, tensor in state.items()
-                 if name.startswith("first_stage_model.")}
+        state = {
+            name.removeprefix("first_stage_model."): tensor
+            for name, tensor in state.items()
+            if name.startswith("first_stage_model.")
+        }
         path.with_suffix(".yaml").unlink()
         save_file(state, path)
     assert ldm("convert", path, tmp_path / "a").code == 0
@@ -286,8 +307,19 @@ def sharded(folder: Path, state: dict, kind: str, variant: str = "") -> str:
     return index
 
 
-@pytest.mark.parametrize("layout", ["fp16 and full", "fp16 alone", "bin beside", "bin alone", "index of fp16 beside",
-                                    "shards alone", "shards of bin", "ema beside non_ema"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "fp16 and full",
+        "fp16 alone",
+        "bin beside",
+        "bin alone",
+        "index of fp16 beside",
+        "shards alone",
+        "shards of bin",
+        "ema beside non_ema",
+    ],
+)
 def test_of_files_side_by_side_the_full_one_is_taken_and_said(vae, tmp_path, layout):
     folder, state = vae
     stem = folder / "diffusion_pytorch_model"
@@ -370,8 +402,22 @@ def test_all_is_every_split_of_a_set_and_a_split_of_that_name_where_there_is_one
     assert ldm(*asked).json["n_reference"] == 4 and "held_out" not in ldm(*asked).json
     assert ldm(*asked, "--split", "all").json["n_reference"] == 14
     assert ldm(*asked, "--split", "test").json["n_reference"] == 3
-    ending = ldm("eval-fid", "--model", models["none"], "-n", 3, "--steps", 1, "--data", tmp_path / "set", "--split",
-                 "all", "--size", 20, "--json")  # fmt: skip
+    ending = ldm(
+        "eval-fid",
+        "--model",
+        models["none"],
+        "-n",
+        3,
+        "--steps",
+        1,
+        "--data",
+        tmp_path / "set",
+        "--split",
+        "all",
+        "--size",
+        20,
+        "--json",
+    )
     assert ending.json["n_reference"] == 14, ending.stderr
 
 
@@ -383,6 +429,7 @@ def test_the_bound_on_reference_rows_is_said_and_all_has_none(tmp_path, monkeypa
         saved(tmp_path / "set" / name, 9)
     found = evaluate(images=tmp_path / "set" / "train", data=str(tmp_path / "set"), features="effnet-lite0")
     assert found["n_reference"] == 6 and any("6 of 9 rows" in text for text in found["warnings"])
-    found = evaluate(images=tmp_path / "set" / "train", data=str(tmp_path / "set"), split="all",
-                     features="effnet-lite0")  # fmt: skip
+    found = evaluate(
+        images=tmp_path / "set" / "train", data=str(tmp_path / "set"), split="all", features="effnet-lite0"
+    )
     assert found["n_reference"] == 18 and not any("rows, evenly" in text for text in found["warnings"])

@@ -117,10 +117,24 @@ def test_the_momentum_stays_what_it_was_with_the_guard_and_is_swamped_without(
 
     def norms(spike):
         run = tmp_path / f"spike-{spike}"
-        train_ldm(run, ae, *optimizer, "--set", f"train.spike={spike}", "--set", "train.clip=0",
-                  "--save-every", SPIKE, "--lr", 2e-3, steps=SPIKE + 1)
-        sides = [load_file(run / "checkpoints" / f"step-{step:08d}" / "optimizer-model.safetensors")
-                 for step in (SPIKE, SPIKE + 1)]
+        train_ldm(
+            run,
+            ae,
+            *optimizer,
+            "--set",
+            f"train.spike={spike}",
+            "--set",
+            "train.clip=0",
+            "--save-every",
+            SPIKE,
+            "--lr",
+            2e-3,
+            steps=SPIKE + 1,
+        )
+        sides = [
+            load_file(run / "checkpoints" / f"step-{step:08d}" / "optimizer-model.safetensors")
+            for step in (SPIKE, SPIKE + 1)
+        ]
         return [sum(float(v.norm()) for k, v in side.items() if momentum in k) for side in sides]
 
     before, after = norms(10)

@@ -12,8 +12,14 @@ from ldmcli.maths import statistics as st
 
 SETS = ("a", "b", "rank_deficient", "offset", "collapsed", "identical")
 GAUSSIANS = (
-    "diagonal", "commuting", "same_cov", "scaled_cov_by_4", "rank_one_orthogonal", "rank_one_45_degrees", "zero_cov",
-)  # fmt: skip
+    "diagonal",
+    "commuting",
+    "same_cov",
+    "scaled_cov_by_4",
+    "rank_one_orthogonal",
+    "rank_one_45_degrees",
+    "zero_cov",
+)
 PAIRS = tuple(f"{i:02d}" for i in range(12))
 
 
@@ -82,9 +88,12 @@ def test_kid_matches_the_recorded_float64_value(name, golden, features):
     entry = golden["features"][name]["kid"]
     p = entry["params"]
     mean, std = st.kid(
-        features[f"{name}.1"], features[f"{name}.2"],
-        subsets=p["kid_subsets"], subset_size=p["kid_subset_size"], seed=p["rng_seed"],
-    )  # fmt: skip
+        features[f"{name}.1"],
+        features[f"{name}.2"],
+        subsets=p["kid_subsets"],
+        subset_size=p["kid_subset_size"],
+        seed=p["rng_seed"],
+    )
     bound = {"rel": 1e-6} if name == "offset" else {"abs": 1e-10}
     assert mean == pytest.approx(entry["torch_fidelity_float64"]["mean"], **bound)
     assert std == pytest.approx(entry["torch_fidelity_float64"]["std"], **bound)

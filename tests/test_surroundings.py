@@ -50,8 +50,18 @@ def test_without_a_cache_the_work_is_done_and_a_warning_says_what_to_set(models,
     else:
         no_writing(monkeypatch, tmp_path)
     noisy_images(tmp_path / "in", 5)
-    train = ("train-ldm", "--autoencoder", models["ae"], *SHAPES, *UNET, *QUIET_LOOP, "--steps", 1, "--out",
-             tmp_path / "run")  # fmt: skip
+    train = (
+        "train-ldm",
+        "--autoencoder",
+        models["ae"],
+        *SHAPES,
+        *UNET,
+        *QUIET_LOOP,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
     measure = ("eval-fid", "--images", tmp_path / "in", "--data", tmp_path / "in")
     for asked in (train, measure):
         ending = ldm(*asked)
@@ -71,7 +81,7 @@ def test_a_damaged_entry_of_the_cache_is_computed_again(tmp_path, monkeypatch):
     noisy_images(tmp_path / "in", 6)
     asked = ("eval-fid", "--images", tmp_path / "in", "--data", "shapes", "--limit", 40, "--size", 20, "--json")
     first = ldm(*asked).json["metrics"]
-    entry, = (tmp_path / "cache" / "features").iterdir()
+    (entry,) = (tmp_path / "cache" / "features").iterdir()
     entry.write_bytes(entry.read_bytes()[:200])
     assert ldm(*asked).json["metrics"] == first
     entry.write_bytes(b"")
@@ -90,8 +100,15 @@ def test_a_home_of_nobody_is_a_path_as_it_stands(homeless, tmp_path):
 def shell(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     """A line of bash in which `ldm` is this package."""
     script = f'set -o pipefail; ldm() {{ "{sys.executable}" -m ldmcli "$@"; }}; {line}'
-    return subprocess.run(["bash", "-c", script], cwd=cwd, capture_output=True, text=True, errors="replace",
-                          env=os.environ | {"PYTHONPATH": str(ROOT)} | env, timeout=300)  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        timeout=300,
+    )
 
 
 @pytest.fixture
@@ -100,8 +117,9 @@ def named(tmp_path) -> Path:
     for k, name in enumerate(["naïve “quotes”", "日本語", "emoji 🙂"]):
         run = tmp_path / "runs" / f"r{k}"
         run.mkdir(parents=True)
-        (run / "run.json").write_text(json.dumps({"kind": "autoencoder", "state": "finished", "step": k,
-                                                  "data": {"source": name}}))
+        (run / "run.json").write_text(
+            json.dumps({"kind": "autoencoder", "state": "finished", "step": k, "data": {"source": name}})
+        )
     return tmp_path
 
 
@@ -113,11 +131,22 @@ def test_what_stdout_cannot_show_is_replaced_and_json_loses_nothing(named, encod
     assert [row["data"] for row in json.loads(text)["runs"]] == ["naïve “quotes”", "日本語", "emoji 🙂"]
 
 
-@pytest.mark.parametrize(("line", "code"), [
-    ("ldm runs >&-", 0), ("ldm runs --json >&-", 0), ("ldm runs 2>&-", 0), ("ldm runs >&- 2>&- <&-", 0),
-    ("ldm nonsense 2>&-", 2), ("ldm nonsense >&- 2>&-", 2), ("ldm nonsense 2>/dev/full", 2), ("ldm runs >/dev/full", 6),
-    ("ldm data nowhere 2>&1 | true", 3), ("ldm runs | true", 0), ("ldm --help | head -1", 0),
-])
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("ldm runs >&-", 0),
+        ("ldm runs --json >&-", 0),
+        ("ldm runs 2>&-", 0),
+        ("ldm runs >&- 2>&- <&-", 0),
+        ("ldm nonsense 2>&-", 2),
+        ("ldm nonsense >&- 2>&-", 2),
+        ("ldm nonsense 2>/dev/full", 2),
+        ("ldm runs >/dev/full", 6),
+        ("ldm data nowhere 2>&1 | true", 3),
+        ("ldm runs | true", 0),
+        ("ldm --help | head -1", 0),
+    ],
+)
 def test_closed_and_full_streams_change_no_exit_code(named, line, code):
     done = shell(line, named)
     assert done.returncode == code and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
@@ -233,8 +262,20 @@ def test_a_read_only_run_is_used_and_its_report_goes_elsewhere(models, tmp_path,
 # --- names --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["-x.png", "--out.png", "two\nlines.png", "tab\t.png", "ünï 日本.png", "[red]b.png",
-                                  "\udcff\udcfe.png", "%s{0}.png", "n" * 240 + ".png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "-x.png",
+        "--out.png",
+        "two\nlines.png",
+        "tab\t.png",
+        "ünï 日本.png",
+        "[red]b.png",
+        "\udcff\udcfe.png",
+        "%s{0}.png",
+        "n" * 240 + ".png",
+    ],
+)
 def test_pictures_of_any_name_are_read_and_told(models, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(Path(name), "PNG")
@@ -256,8 +297,17 @@ def test_prompts_of_any_text_are_drawn(models, tmp_path, prompt):
     assert told == prompt
 
 
-@pytest.mark.parametrize("asked", [("data",), ("sample", "--layout"), ("sample", "--init-image"), ("convert",),
-                                   ("reconstruct",), ("eval-fid", "--images")])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("data",),
+        ("sample", "--layout"),
+        ("sample", "--init-image"),
+        ("convert",),
+        ("reconstruct",),
+        ("eval-fid", "--images"),
+    ],
+)
 def test_a_name_that_is_too_long_is_one_line(tmp_path, monkeypatch, asked):
     monkeypatch.chdir(tmp_path)
     ending = ldm(*asked, "y" * 5000, *(("out",) if asked == ("convert",) else ()))

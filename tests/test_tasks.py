@@ -42,8 +42,9 @@ def trained(workshop):
     def run(way: str):
         out = workshop / way
         if not out.exists():
-            tiny.train_ldm(out, workshop / "ae", *tiny.ADAM, *WAYS[way], *SAVE, "--sample-every", 4, "--eval-every", 4,
-                           steps=4)
+            tiny.train_ldm(
+                out, workshop / "ae", *tiny.ADAM, *WAYS[way], *SAVE, "--sample-every", 4, "--eval-every", 4, steps=4
+            )
         return out
 
     return run
@@ -60,8 +61,20 @@ def test_a_run_gone_on_with_ends_as_one_that_was_not_stopped(way, trained, works
         shutil.rmtree(again / f"checkpoints/step-{step:08d}")
     state = tiny.state(again) | {"state": "running", "step": 2, "checkpoint": 2}
     (again / "run.json").write_text(json.dumps(state))
-    tiny.train_ldm(again, workshop / "ae", *tiny.ADAM, *WAYS[way], *SAVE, "--sample-every", 4, "--eval-every", 4,
-                   "--set", f"data.cache_dir={workshop / 'cache'}", steps=4)
+    tiny.train_ldm(
+        again,
+        workshop / "ae",
+        *tiny.ADAM,
+        *WAYS[way],
+        *SAVE,
+        "--sample-every",
+        4,
+        "--eval-every",
+        4,
+        "--set",
+        f"data.cache_dir={workshop / 'cache'}",
+        steps=4,
+    )
     assert tiny.same(tiny.checkpoint(again), tiny.checkpoint(whole))
     assert tiny.log(again)[-1]["val/val_loss"] == tiny.log(whole)[-1]["val/val_loss"]
 
@@ -91,10 +104,10 @@ def test_the_preview_shows_conditions_above_samples_and_the_truth_below(trained)
     sheet = np.asarray(Image.open(run / "samples/step-00000004.png"))
     side, rows = 120, open_rows(DataSettings(size=(20, 20)), split="validation")
     assert sheet.shape == (3 * side + 8, 3 * side + 8, 3)
-    first = sheet[2:2 + side, 2:2 + side]
+    first = sheet[2 : 2 + side, 2 : 2 + side]
     x0, y0, x1, y1 = box_pixels(rows.boxes(0, (20, 20))["bbox"][0], (side, side))
     assert (first[y0, x0] == colour(1 + rows.label(0))).all() and (first[y1, x1] == first[y0, x0]).all()
-    truth = sheet[2 * (side + 2) + 2:, 2:2 + side][:side:6, ::6]
+    truth = sheet[2 * (side + 2) + 2 :, 2 : 2 + side][:side:6, ::6]
     assert (truth == rows.pixels(0, (20, 20))).all()
 
 
@@ -108,11 +121,16 @@ def pictures(tmp_path):
     (tmp_path / "data").mkdir()
     for k, (x, y, w, h) in enumerate([(10, 4, 8, 6), (2, 2, 20, 16), (24, 6, 6, 12), (0, 0, 6, 5)]):
         index = np.zeros((20, 32), np.uint8)
-        index[y:y + h, x:x + w] = 1
+        index[y : y + h, x : x + w] = 1
         Image.fromarray(index).save(tmp_path / f"data/m{k}.png")
         Image.fromarray(np.repeat((index * 255)[..., None], 3, axis=2)).save(tmp_path / f"data/{k}.png")
-        rows.append({"file_name": f"{k}.png", "map_file_name": f"m{k}.png",
-                     "objects": {"bbox": [[x, y, w, h]], "category": ["thing"]}})
+        rows.append(
+            {
+                "file_name": f"{k}.png",
+                "map_file_name": f"m{k}.png",
+                "objects": {"bbox": [[x, y, w, h]], "category": ["thing"]},
+            }
+        )
     (tmp_path / "data/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path / "data"
 
@@ -140,18 +158,22 @@ def test_boxes_and_maps_are_cropped_and_mirrored_as_the_pixels_are(pictures):
         drawn = np.zeros((20, 20), bool)
         for box in layout["bbox"]:
             x0, y0, x1, y1 = box_pixels(box, (20, 20))
-            drawn[y0:y1 + 1, x0:x1 + 1] = True
+            drawn[y0 : y1 + 1, x0 : x1 + 1] = True
         assert (drawn == bright).all()
 
 
-@pytest.mark.parametrize(("kind", "task"), [
-    ("lowres", {"name": "sr", "degradation": "bsr"}), ("masked", {"name": "inpaint"}),
-])
+@pytest.mark.parametrize(
+    ("kind", "task"), [("lowres", {"name": "sr", "degradation": "bsr"}), ("masked", {"name": "inpaint"})]
+)
 def test_small_and_holed_images_are_made_of_the_pixels_seen_and_depend_on_seed_and_position(pictures, kind, task):
     source = source_of(pictures, **task)
     first, again, later = (source.values(kind, [1, 2], where) for where in ([4, 5], [4, 5], [40, 41]))
-    handed = source.values(kind, [1, 2], [4, 5], np.stack(
-        [source._pixels(i, u, flip) for i, (u, flip) in zip((1, 2), views_of(source, [4, 5]))]))
+    handed = source.values(
+        kind,
+        [1, 2],
+        [4, 5],
+        np.stack([source._pixels(i, u, flip) for i, (u, flip) in zip((1, 2), views_of(source, [4, 5]))]),
+    )
     one = source.values(kind, [2], [5])
     for a, b in ((first, again), (first, handed), (first[1:], one)):
         assert all((np.asarray(p) == np.asarray(q)).all() for x, y in zip(a, b) for p, q in zip(parts(x), parts(y)))
@@ -190,8 +212,9 @@ def test_objects_come_in_another_order_each_epoch(tmp_path):
 
 def _captions(folder, rows=4):
     tiny.noisy_images(folder, rows)
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(
-        {"file_name": f"{k:02d}.png", "caption": f"picture {k}"}) for k in range(rows)))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{k:02d}.png", "caption": f"picture {k}"}) for k in range(rows))
+    )
     return folder
 
 
@@ -199,15 +222,17 @@ def _wrong_map(folder):
     tiny.noisy_images(folder, 12)
     for k in range(12):
         Image.fromarray(np.zeros((20, 20 if k else 19), np.uint8)).save(folder / f"m{k}.png")
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(
-        {"file_name": f"{k:02d}.png", "map_file_name": f"m{k}.png"}) for k in range(12)))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{k:02d}.png", "map_file_name": f"m{k}.png"}) for k in range(12))
+    )
     return folder
 
 
 def _empty_layouts(folder):
     tiny.noisy_images(folder, 4)
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(
-        {"file_name": f"{k:02d}.png", "objects": {"bbox": [], "category": []}}) for k in range(4)))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{k:02d}.png", "objects": {"bbox": [], "category": []}}) for k in range(4))
+    )
     return folder
 
 
@@ -245,11 +270,26 @@ def test_a_map_of_another_size_is_left_out_on_request_and_named(workshop, tmp_pa
 def test_boxes_beyond_the_picture_are_counted_and_shares_recognised(workshop, tmp_path):
     folder = tmp_path / "data"
     tiny.noisy_images(folder, 6)
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(
-        {"file_name": f"{k:02d}.png", "objects": {"bbox": [[0.5, 0.5, 0.25, 0.25 if k else 0.9]], "category": ["a"]}})
-        for k in range(6)))
-    ending = tiny.train_ldm(tmp_path / "run", workshop / "ae", "--condition", "layout", "--val-fraction", 0.3,
-                            data=("--data", folder, *SIZE))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(
+            json.dumps(
+                {
+                    "file_name": f"{k:02d}.png",
+                    "objects": {"bbox": [[0.5, 0.5, 0.25, 0.25 if k else 0.9]], "category": ["a"]},
+                }
+            )
+            for k in range(6)
+        )
+    )
+    ending = tiny.train_ldm(
+        tmp_path / "run",
+        workshop / "ae",
+        "--condition",
+        "layout",
+        "--val-fraction",
+        0.3,
+        data=("--data", folder, *SIZE),
+    )
     assert "boxes are taken as shares" in ending.stderr and "1 boxes reach beyond" in ending.stderr
 
 
@@ -273,7 +313,12 @@ def test_a_layout_is_drawn_beside_its_sample_at_the_right_pixels(trained, tmp_pa
     sample(trained("layout"), tmp_path / "out", "--layout", file, "-n", 2)
     drawn, plain = (np.asarray(Image.open(tmp_path / f"out/000000{end}")) for end in ("-layout.png", ".png"))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
-        "000000-layout.png", "000000.png", "000001-layout.png", "000001.png", "grid.png"]
+        "000000-layout.png",
+        "000000.png",
+        "000001-layout.png",
+        "000001.png",
+        "grid.png",
+    ]
     changed = np.zeros((20, 20), bool)  # 40 px of the layout are 20 here: columns 5 … 14, rows 10 … 17
     changed[10:18, 5:15] = True
     changed[11:17, 6:14] = False
@@ -299,8 +344,16 @@ def test_a_map_gets_a_legend_and_conditions_go_together(trained, tmp_path):
     index = np.zeros((40, 40), np.uint8)
     index[10:30, 10:30] = 4
     Image.fromarray(index).save(tmp_path / "map.png")
-    sample(trained("text+map"), tmp_path / "out", "--map", tmp_path / "map.png", "--prompt", "a star", "--guidance",
-           "text=2,map=1.5")
+    sample(
+        trained("text+map"),
+        tmp_path / "out",
+        "--map",
+        tmp_path / "map.png",
+        "--prompt",
+        "a star",
+        "--guidance",
+        "text=2,map=1.5",
+    )
     legend = np.asarray(Image.open(tmp_path / "out/000000-map.png"))
     assert (legend[:20, :20] == coloured(index[::2, ::2])).all() and legend.shape[0] > 20
     facts = json.loads(Image.open(tmp_path / "out/000000.png").info["ldm"])
@@ -342,8 +395,10 @@ def test_images_of_any_sizes_go_the_way_of_the_commands(trained):
 def test_an_image_goes_with_the_other_conditions(trained):
     low = np.full((11, 10, 3), 90, np.uint8)
     model, texts = ldmcli.load(trained("text+sr")), ["a star", "a circle"]
-    a, b, c = (np.asarray(model.sample(texts[k], image=low, steps=2, guidance=3.0, negative_prompt=no)[0])
-               for k, no in ((0, ""), (1, ""), (0, "a circle")))
+    a, b, c = (
+        np.asarray(model.sample(texts[k], image=low, steps=2, guidance=3.0, negative_prompt=no)[0])
+        for k, no in ((0, ""), (1, ""), (0, "a circle"))
+    )
     assert a.shape == (22, 20, 3) and (a != b).any() and (a != c).any()
     model, hole = ldmcli.load(trained("class+layout+inpaint")), np.zeros((24, 20), bool)
     hole[:20, 2:] = True
@@ -433,15 +488,18 @@ def test_a_bad_map_ends_with_3_and_one_line(what, trained, tmp_path):
     assert message in ending.line and "bad.png" in ending.line and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("way", "line", "code", "message"), [
-    ("layout", (), 2, "--layout: this model draws what boxes say"),
-    ("map", (), 2, "--map: this model draws what a class map says"),
-    ("layout", ("--map", "x.png"), 2, "--map: this model was trained without map; it takes --layout"),
-    ("map", ("--layout", "x.json"), 2, "--layout: this model was trained without layout; it takes --map"),
-    ("layout", ("--layout", "gone.json"), 3, "gone.json: No such file"),
-    ("map", ("--map", "gone.png"), 3, "gone.png: No such file"),
-    ("map", ("--map", "gone.png", "--guidance", "map=x"), 2, "no scale from 0 on"),
-])
+@pytest.mark.parametrize(
+    ("way", "line", "code", "message"),
+    [
+        ("layout", (), 2, "--layout: this model draws what boxes say"),
+        ("map", (), 2, "--map: this model draws what a class map says"),
+        ("layout", ("--map", "x.png"), 2, "--map: this model was trained without map; it takes --layout"),
+        ("map", ("--layout", "x.json"), 2, "--layout: this model was trained without layout; it takes --map"),
+        ("layout", ("--layout", "gone.json"), 3, "gone.json: No such file"),
+        ("map", ("--map", "gone.png"), 3, "gone.png: No such file"),
+        ("map", ("--map", "gone.png", "--guidance", "map=x"), 2, "no scale from 0 on"),
+    ],
+)
 def test_what_is_missing_or_not_taken_is_named(way, line, code, message, trained, tmp_path):
     assert message in sample(trained(way), tmp_path / "out", *line, code=code).line
 
@@ -482,8 +540,9 @@ def test_the_plan_of_a_published_model_counts_its_network_and_its_conditioner(na
 
     monkeypatch.setattr(planning, "probe_flops_per_s", lambda device, dtype: 1e9)
     preset = PRESETS[name]
-    found = planning.plan("diffusion", config.resolve("diffusion", [(name, dict(preset.values))]),
-                          first_stage=preset.extra["first_stage"])
+    found = planning.plan(
+        "diffusion", config.resolve("diffusion", [(name, dict(preset.values))]), first_stage=preset.extra["first_stage"]
+    )
     conditioner = preset.extra["conditioner"] or {"parameters": 0}
     head = (conditioner["width"] + 1) * conditioner["vocabulary"] if conditioner.get("kind") == "layout" else 0
     assert found["parameters"] == {"model": preset.extra["parameters"] + conditioner["parameters"] - head}

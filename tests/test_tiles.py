@@ -22,7 +22,7 @@ from ldmcli.maths.tiles import (
     positions,
     ramp_weights,
     smooth_plan,
-)  # fmt: skip
+)
 from ldmcli.networks import piecewise
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.diffusion import LatentScale
@@ -31,9 +31,17 @@ from ldmcli.networks.piecewise import Pieces
 EXACT, QUANTISED = 5e-6, 2e-5
 
 
-@pytest.mark.parametrize(("length", "tile", "stride", "expected"), [
-    (16, 8, 4, [0, 4, 8]), (12, 8, 4, [0, 4]), (8, 8, 4, [0]), (5, 8, 4, [0]), (13, 8, 4, [0, 4, 5]), (9, 8, 8, [0, 1]),
-])
+@pytest.mark.parametrize(
+    ("length", "tile", "stride", "expected"),
+    [
+        (16, 8, 4, [0, 4, 8]),
+        (12, 8, 4, [0, 4]),
+        (8, 8, 4, [0]),
+        (5, 8, 4, [0]),
+        (13, 8, 4, [0, 4, 5]),
+        (9, 8, 8, [0, 1]),
+    ],
+)
 def test_tiles_begin_every_stride_and_the_last_ends_with_the_length(length, tile, stride, expected):
     assert positions(length, tile, stride) == expected
 
@@ -56,8 +64,11 @@ def test_neighbouring_ramps_sum_to_one_and_end_in_zero():
 @pytest.mark.parametrize("tile", [8, 12, 16, 24])
 @pytest.mark.parametrize("size", [(8, 8), (17, 9), (33, 61), (40, 16), (100, 25), (31, 200)])
 def test_every_position_is_covered_and_a_constant_stays_one(size, tile):
-    for plan in (smooth_plan(size, tile, tile // 3), original_plan(size, (tile, tile), (tile // 2, tile // 2)),
-                 original_plan(size, (tile, tile), (5, 3), tie=(0.01, 0.5))):
+    for plan in (
+        smooth_plan(size, tile, tile // 3),
+        original_plan(size, (tile, tile), (tile // 2, tile // 2)),
+        original_plan(size, (tile, tile), (5, 3), tie=(0.01, 0.5)),
+    ):
         assert (coverage(plan) > 0).all()
         result = blend(lambda k, plan=plan: torch.ones(1, 2, *plan.weights[k].shape), plan)
         assert result.shape == (1, 2, *size) and torch.allclose(result, torch.ones(()), atol=1e-5)
@@ -70,8 +81,10 @@ def test_cut_and_blended_is_what_it_was():
 
 
 def test_edge_weight_is_the_clipped_distance():
-    assert edge_weights(5, 3).tolist() == [pytest.approx(row) for row in (
-        [.01, .01, .01], [.01, .25, .01], [.01, .5, .01], [.01, .25, .01], [.01, .01, .01])]  # fmt: skip
+    assert edge_weights(5, 3).tolist() == [
+        pytest.approx(row)
+        for row in ([0.01, 0.01, 0.01], [0.01, 0.25, 0.01], [0.01, 0.5, 0.01], [0.01, 0.25, 0.01], [0.01, 0.01, 0.01])
+    ]
 
 
 @pytest.mark.parametrize(("shape", "unit"), [((1, 1, 3), 8), ((3, 17), 8), ((16, 8, 3), 8), ((5, 7, 3), 1)])
@@ -93,7 +106,9 @@ def test_patchwise_noise_is_the_recorded_one(tie):
     model, _, io, config = recorded_unet("unet_uncond")
     split, x = config["split"], io["split.x"]
     plan = original_plan(
-        tuple(x.shape[2:]), tuple(split["ks"]), tuple(split["stride"]),
+        tuple(x.shape[2:]),
+        tuple(split["ks"]),
+        tuple(split["stride"]),
         clip=(split["clip_min_weight"], split["clip_max_weight"]),
         tie=(split["clip_min_tie_weight"], split["clip_max_tie_weight"]) if tie else None,
     )
@@ -107,12 +122,22 @@ def test_patchwise_noise_is_the_recorded_one(tie):
 def recorded_network(case: str) -> tuple[Autoencoder, dict, dict]:
     config, state, io = golden(case)
     c, vq = config["ddconfig"], case.startswith("vq")
-    network = Autoencoder(AutoencoderSettings(
-        family="paper", f=4, reg="vq" if vq else "kl", embed_dim=config["embed_dim"], z_channels=c["z_channels"],
-        channels=c["ch"], channel_mult=tuple(c["ch_mult"]), num_res_blocks=c["num_res_blocks"], mid_attention=not vq,
-        resolution=c["resolution"], attn_resolutions=tuple(c["attn_resolutions"]),
-        **({"codebook_size": config["n_embed"]} if vq else {}),
-    )).eval()  # fmt: skip
+    network = Autoencoder(
+        AutoencoderSettings(
+            family="paper",
+            f=4,
+            reg="vq" if vq else "kl",
+            embed_dim=config["embed_dim"],
+            z_channels=c["z_channels"],
+            channels=c["ch"],
+            channel_mult=tuple(c["ch_mult"]),
+            num_res_blocks=c["num_res_blocks"],
+            mid_attention=not vq,
+            resolution=c["resolution"],
+            attn_resolutions=tuple(c["attn_resolutions"]),
+            **({"codebook_size": config["n_embed"]} if vq else {}),
+        )
+    ).eval()
     network.load_state_dict(state)
     return network, config, io
 
@@ -138,8 +163,9 @@ def test_tiled_decoding_and_encoding_are_the_recorded_ones():
 def autoencoder(family: str, **more) -> LoadedAutoencoder:
     torch.manual_seed(0)
     mult = (1, 1, 1) if family == "paper" else (1,)
-    settings = AutoencoderSettings(family=family, f=4, channels=32, channel_mult=mult, num_res_blocks=1, embed_dim=3,
-                                   z_channels=3, **more)  # fmt: skip
+    settings = AutoencoderSettings(
+        family=family, f=4, channels=32, channel_mult=mult, num_res_blocks=1, embed_dim=3, z_channels=3, **more
+    )
     network = randomised(Autoencoder(settings), std=0.02).eval().requires_grad_(False)
     return LoadedAutoencoder(network, LatentScale((0.1, 0.0, -0.2), (2.0, 1.0, 0.5)), "")
 
@@ -164,8 +190,10 @@ def test_networks_of_the_paper_in_pieces_are_the_recorded_and_the_untiled_ones(c
     network, _, io = recorded_network(case)
     pieces = Pieces(side, memory)
     assert relative(pieces.moments(network, io["x"]), io["moments" if "moments" in io else "h"]) < EXACT
-    assert relative(pieces.decode(network, io["mean" if "mean" in io else "h"]), io["rec_mode" if "mean" in io else
-                    "rec"]) < QUANTISED  # fmt: skip
+    assert (
+        relative(pieces.decode(network, io["mean" if "mean" in io else "h"]), io["rec_mode" if "mean" in io else "rec"])
+        < QUANTISED
+    )
     x = smooth_picture(68, 100)
     moments = network.moments(x)
     found = pieces.moments(network, x)
@@ -223,8 +251,11 @@ def test_the_smallest_tile_over_the_bound_is_refused():
     from types import SimpleNamespace
 
     unet, _, _, _ = recorded_unet("unet_uncond")
-    inner = SimpleNamespace(unet=unet, latent_shape=(3, 8, 8),
-                            conditions=SimpleNamespace(concat_channels=0, context_dim=None, vector_dim=None))
+    inner = SimpleNamespace(
+        unet=unet,
+        latent_shape=(3, 8, 8),
+        conditions=SimpleNamespace(concat_channels=0, context_dim=None, vector_dim=None),
+    )
     model = SimpleNamespace(model=inner, autoencoder=autoencoder("fast"))
     assert tiling.tile_within(model, (64, 64), 1.0) == 0
     tile = tiling.tile_within(model, (4096, 3000), 0.05)
@@ -232,4 +263,3 @@ def test_the_smallest_tile_over_the_bound_is_refused():
     assert tiling.passes_bytes(model, tile, tile, 2) <= 0.05 * 2**30
     with pytest.raises(ResourceError, match="--max-memory"):
         tiling.tile_within(model, (64, 64), 1e-6)
-

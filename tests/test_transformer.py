@@ -9,19 +9,23 @@ from ldmcli.networks.transformer import ClassEmbedder, SpatialRescaler, TextTran
 
 def text(**changes) -> TextTransformer:
     torch.manual_seed(0)
-    return TextTransformer(**{"vocab_size": 30, "width": 16, "layers": 2, "length": 9, "heads": 2,
-                              "head_channels": 4, **changes}).eval()
+    return TextTransformer(
+        **{"vocab_size": 30, "width": 16, "layers": 2, "length": 9, "heads": 2, "head_channels": 4, **changes}
+    ).eval()
 
 
 def test_keys_are_those_of_the_published_checkpoints():
     state = text(logits_head=True).state_dict()
     assert len(state) == 13 * 2 + 6
     expected = {
-        "transformer.token_emb.weight": (30, 16), "transformer.pos_emb.emb.weight": (9, 16),
-        "transformer.attn_layers.layers.2.0.weight": (16,), "transformer.attn_layers.layers.2.1.to_q.weight": (8, 16),
+        "transformer.token_emb.weight": (30, 16),
+        "transformer.pos_emb.emb.weight": (9, 16),
+        "transformer.attn_layers.layers.2.0.weight": (16,),
+        "transformer.attn_layers.layers.2.1.to_q.weight": (8, 16),
         "transformer.attn_layers.layers.2.1.to_out.bias": (16,),
         "transformer.attn_layers.layers.3.1.net.0.0.weight": (64, 16),
-        "transformer.attn_layers.layers.3.1.net.2.weight": (16, 64), "transformer.norm.bias": (16,),
+        "transformer.attn_layers.layers.3.1.net.2.weight": (16, 64),
+        "transformer.norm.bias": (16,),
         "transformer.to_logits.weight": (30, 16),
     }
     assert {key: tuple(state[key].shape) for key in expected} == expected

@@ -13,10 +13,36 @@ from golden_cases import clear_of_ties
 from processes import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOP = ("--data", "shapes", "--limit", 10, "--size", "16x16", "--flip", "--log-every", 1, "--sample-every", 0,
-        "--eval-every", 0, "--mixed-precision", "no", "--set", "train.cooldown=0", "-q")  # fmt: skip
-GAN = ("--set", "loss.disc_weight=0.5", "--set", "loss.disc_start=0", "--set", "loss.disc_channels=8",
-       "--set", "loss.disc_layers=1")  # fmt: skip
+LOOP = (
+    "--data",
+    "shapes",
+    "--limit",
+    10,
+    "--size",
+    "16x16",
+    "--flip",
+    "--log-every",
+    1,
+    "--sample-every",
+    0,
+    "--eval-every",
+    0,
+    "--mixed-precision",
+    "no",
+    "--set",
+    "train.cooldown=0",
+    "-q",
+)
+GAN = (
+    "--set",
+    "loss.disc_weight=0.5",
+    "--set",
+    "loss.disc_start=0",
+    "--set",
+    "loss.disc_channels=8",
+    "--set",
+    "loss.disc_layers=1",
+)
 TRAINERS = ("train-ae", "train-ldm")
 
 
@@ -31,19 +57,47 @@ def workshop(tmp_path_factory):
 @pytest.fixture(scope="module")
 def arguments(workshop):
     def build(trainer: str, out: Path, *more, steps: int = 12, batch: int = 3) -> list[str]:
-        own = tiny.AE_NETWORK if trainer == "train-ae" else (
-            *tiny.UNET, "--autoencoder", workshop / "ae", "--condition", "class+text", "--set", "condition.drop=0.3",
-            "--set", f"data.cache_dir={workshop / 'cache'}")
-        line = (trainer, *own, *LOOP, "--batch-size", batch, *tiny.ADAM, "--lr", 1e-3, "--steps", steps,
-                "--out", out, *more)
+        own = (
+            tiny.AE_NETWORK
+            if trainer == "train-ae"
+            else (
+                *tiny.UNET,
+                "--autoencoder",
+                workshop / "ae",
+                "--condition",
+                "class+text",
+                "--set",
+                "condition.drop=0.3",
+                "--set",
+                f"data.cache_dir={workshop / 'cache'}",
+            )
+        )
+        line = (
+            trainer,
+            *own,
+            *LOOP,
+            "--batch-size",
+            batch,
+            *tiny.ADAM,
+            "--lr",
+            1e-3,
+            "--steps",
+            steps,
+            "--out",
+            out,
+            *more,
+        )
         return [str(part) for part in line]
 
     return build
 
 
 def losses(folder: Path) -> dict[int, dict[str, float]]:
-    return {line["step"]: {k: v for k, v in line.items() if k.startswith("loss_")}
-            for line in tiny.log(folder) if "lr_factor" in line}
+    return {
+        line["step"]: {k: v for k, v in line.items() if k.startswith("loss_")}
+        for line in tiny.log(folder)
+        if "lr_factor" in line
+    }
 
 
 def assert_same_losses(folder: Path, whole: Path) -> None:
@@ -234,9 +288,13 @@ def test_gpus_2_trains_what_one_process_does(tmp_path, arguments):
     """Reliability row 8, through `python -m ldmcli … --gpus 2` and Accelerate's launcher, with gloo."""
     assert tiny.ldm(*arguments("train-ae", tmp_path / "one", steps=4)).code == 0
     line = arguments("train-ae", tmp_path / "two", "--gpus", 2, steps=4)
-    done = subprocess.run([sys.executable, "-m", "ldmcli", *line],
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-                          capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", "ldmcli", *line],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     assert_same_losses(tmp_path / "two", tmp_path / "one")
     assert tiny.state(tmp_path / "two")["state"] == "finished"

@@ -20,12 +20,17 @@ TINY = {"channels": 16, "channel_mult": (1, 2), "head_channels": 8, "attention_r
 def settings_of(unet: dict, num_heads: int | None = None) -> DiffusionSettings:
     """Our settings for a configuration of the original."""
     return DiffusionSettings(
-        channels=unet["model_channels"], channel_mult=tuple(unet["channel_mult"]),
-        num_res_blocks=unet["num_res_blocks"], attention_resolutions=tuple(unet["attention_resolutions"]),
-        num_heads=num_heads or unet.get("num_heads", 0), head_channels=unet.get("num_head_channels", 32),
+        channels=unet["model_channels"],
+        channel_mult=tuple(unet["channel_mult"]),
+        num_res_blocks=unet["num_res_blocks"],
+        attention_resolutions=tuple(unet["attention_resolutions"]),
+        num_heads=num_heads or unet.get("num_heads", 0),
+        head_channels=unet.get("num_head_channels", 32),
         spatial_transformer=unet.get("use_spatial_transformer", False),
-        transformer_depth=unet.get("transformer_depth", 1), scale_shift=unet.get("use_scale_shift_norm", False),
-        resblock_updown=unet.get("resblock_updown", False), position="none",
+        transformer_depth=unet.get("transformer_depth", 1),
+        scale_shift=unet.get("use_scale_shift_norm", False),
+        resblock_updown=unet.get("resblock_updown", False),
+        position="none",
     )
 
 
@@ -33,8 +38,9 @@ def loaded(case: str, num_heads: int | None = None) -> tuple[UNet, dict, dict, d
     """UNet with the recorded weights, the conditioner's state dict, the recorded tensors, the configuration."""
     config, state, io = golden(case)
     unet = config["unet"]
-    model = UNet(settings_of(unet, num_heads), unet["in_channels"], unet["out_channels"],
-                 context_dim=unet.get("context_dim"))
+    model = UNet(
+        settings_of(unet, num_heads), unet["in_channels"], unet["out_channels"], context_dim=unet.get("context_dim")
+    )
     model.load_state_dict(strip_prefix(state, "model.diffusion_model."), strict=True)
     return model.eval(), strip_prefix(state, "cond_stage_model."), io, config
 
@@ -85,8 +91,15 @@ def test_same_weights_with_another_head_count_repeat_the_other_recording():
 def test_text_unet_and_transformer_repeat_the_recorded_noise():
     model, state, io, config = loaded("unet_text_bert")
     cond = config["cond"]
-    text = TextTransformer(cond["vocab_size"], cond["n_embed"], cond["n_layer"], cond["max_seq_len"], cond["heads"],
-                           cond["dim_head"], logits_head=True)
+    text = TextTransformer(
+        cond["vocab_size"],
+        cond["n_embed"],
+        cond["n_layer"],
+        cond["max_seq_len"],
+        cond["heads"],
+        cond["dim_head"],
+        logits_head=True,
+    )
     text.load_state_dict(state, strict=True)
     context = text(io["tokens"])
     assert relative(context, io["context"]) < EXACT
@@ -128,8 +141,14 @@ def test_an_untrained_unet_predicts_zero():
 @pytest.mark.parametrize("spatial_transformer", [False, True])
 @pytest.mark.parametrize("variant", [{}, {"scale_shift": False, "resblock_updown": True, "patch": 2}])
 def test_every_parameter_gets_a_finite_gradient(position, spatial_transformer, variant):
-    model = tiny(position=position, spatial_transformer=spatial_transformer, context_dim=6, vector_dim=5,
-                 sample_size=(8, 8), **variant)
+    model = tiny(
+        position=position,
+        spatial_transformer=spatial_transformer,
+        context_dim=6,
+        vector_dim=5,
+        sample_size=(8, 8),
+        **variant,
+    )
     out = model(noise(2, 4, 8, 8), torch.tensor([3.0, 400.5]), noise(2, 3, 6), noise(2, 5))
     out.square().sum().backward()
     assert out.shape == (2, 4, 8, 8)

@@ -124,8 +124,11 @@ def test_the_broken_folder_is_refused_by_name_and_trains_with_skip_bad(tmp_path,
     assert ending.code == 0, ending.stderr
     left_out = " ".join(json.loads((tmp_path / "b" / "run.json").read_text())["data"]["left_out"])
     rows = [line.split("\t") for line in (folder / "EXPECTED.tsv").read_text().splitlines()[1:]]
-    listed = [(name, verdict) for name, verdict, *_ in rows if (folder / name).is_file() and name.endswith(
-        (".png", ".jpg", ".gif", ".webp", ".tiff"))]  # fmt: skip
+    listed = [
+        (name, verdict)
+        for name, verdict, *_ in rows
+        if (folder / name).is_file() and name.endswith((".png", ".jpg", ".gif", ".webp", ".tiff"))
+    ]
     assert [name for name, verdict in listed if verdict == "no" and f"{name}:" not in left_out] == []
     assert [name for name, verdict in listed if verdict == "yes" and f" {name}:" in f" {left_out}"] == []
 
@@ -211,8 +214,12 @@ def test_captions_na_null_and_empty_stay_text_behind_a_bom(tmp_path, ae):
     from ldmcli.data.sources import open_rows
 
     settings = DataSettings(source=str(folder))
-    found = [rows.caption(i) for split in ("train", "validation") for rows in [open_rows(settings, split=split)]
-             for i in range(len(rows))]  # fmt: skip
+    found = [
+        rows.caption(i)
+        for split in ("train", "validation")
+        for rows in [open_rows(settings, split=split)]
+        for i in range(len(rows))
+    ]
     assert sorted(found) == ["", "NA", "None", "null"]
     assert set(json.loads((tmp_path / "run" / "stats.json").read_text())["preview"]["prompt"]) <= set(found)
 
@@ -274,8 +281,9 @@ def test_a_label_outside_its_classes_is_refused_before_step_1(tmp_path, ae, labe
     position = stored.schema.get_field_index("label")
     spoiled = stored.set_column(position, stored.schema.field("label"), pa.array([0, 1, 2, 0, label, 2], pa.int64()))
     pq.write_table(spoiled.replace_schema_metadata(stored.schema.metadata), tmp_path / "data" / "train.parquet")
-    ending = train_ldm(tmp_path / "run", ae, "--condition", "class", data=("--data", tmp_path / "data", "--size", 20),
-                       code=3)  # fmt: skip
+    ending = train_ldm(
+        tmp_path / "run", ae, "--condition", "class", data=("--data", tmp_path / "data", "--size", 20), code=3
+    )
     assert str(label) in ending.line and no_step(tmp_path / "run")
 
 
@@ -366,8 +374,9 @@ def test_a_model_that_is_not_there_or_of_the_other_kind_is_refused(ae, plain_mod
 def test_an_init_image_that_is_no_picture_is_code_3(plain_model, tmp_path):
     """Named with its reason."""
     (tmp_path / "text.png").write_text("no picture")
-    line = refused(3, "sample", "--model", plain_model, "-n", 1, "--init-image", tmp_path / "text.png", "--out",
-                   tmp_path / "out")  # fmt: skip
+    line = refused(
+        3, "sample", "--model", plain_model, "-n", 1, "--init-image", tmp_path / "text.png", "--out", tmp_path / "out"
+    )
     assert "text.png" in line
 
 

@@ -11,15 +11,35 @@ from PIL import Image
 QUIET_LOOP = ("--batch-size", 4, "--mixed-precision", "no", "--sample-every", 0, "--eval-every", 0)
 SHAPES = ("--data", "shapes", "--limit", 20, "--size", "20x20")
 AE_NETWORK = (
-    "--set", "autoencoder.channels=8", "--set", "autoencoder.num_res_blocks=1", "--set", "autoencoder.embed_dim=3",
-    "--set", "autoencoder.z_channels=3",
-)  # fmt: skip
+    "--set",
+    "autoencoder.channels=8",
+    "--set",
+    "autoencoder.num_res_blocks=1",
+    "--set",
+    "autoencoder.embed_dim=3",
+    "--set",
+    "autoencoder.z_channels=3",
+)
 UNET = (
-    "--set", "diffusion.channels=16", "--set", "diffusion.channel_mult=1", "--set", "diffusion.groups=4",
-    "--set", "diffusion.attention_resolutions=1", "--set", "diffusion.head_channels=8",
-    "--set", "condition.context_dim=16", "--set", "condition.text_heads=2", "--set", "condition.text_head_channels=8",
-    "--set", "condition.text_length=16",
-)  # fmt: skip
+    "--set",
+    "diffusion.channels=16",
+    "--set",
+    "diffusion.channel_mult=1",
+    "--set",
+    "diffusion.groups=4",
+    "--set",
+    "diffusion.attention_resolutions=1",
+    "--set",
+    "diffusion.head_channels=8",
+    "--set",
+    "condition.context_dim=16",
+    "--set",
+    "condition.text_heads=2",
+    "--set",
+    "condition.text_head_channels=8",
+    "--set",
+    "condition.text_length=16",
+)
 ADAM = ("--set", "train.optimizer=adamw")
 
 
@@ -59,8 +79,20 @@ def train_ae(out: Path, *more, data=SHAPES, steps: int = 3, code: int = 0) -> En
 def train_ldm(out: Path, autoencoder, *more, data=SHAPES, steps: int = 3, code: int = 0) -> Ending:
     """`ldm train-ldm` with a tiny network and a latent cache beside the run."""
     cache = ("--set", f"data.cache_dir={out.parent / 'cache'}")
-    ending = ldm("train-ldm", "--autoencoder", autoencoder, *data, *UNET, *QUIET_LOOP, *cache,
-                 "--steps", steps, "--out", out, *more)
+    ending = ldm(
+        "train-ldm",
+        "--autoencoder",
+        autoencoder,
+        *data,
+        *UNET,
+        *QUIET_LOOP,
+        *cache,
+        "--steps",
+        steps,
+        "--out",
+        out,
+        *more,
+    )
     assert ending.code == code, ending.stderr
     return ending
 
@@ -70,8 +102,11 @@ def checkpoint(run: Path) -> dict:
     from safetensors.torch import load_file
 
     newest = max((run / "checkpoints").iterdir())
-    return {f"{file.stem}.{name}": tensor for file in sorted(newest.glob("*.safetensors"))
-            for name, tensor in load_file(file).items()}
+    return {
+        f"{file.stem}.{name}": tensor
+        for file in sorted(newest.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def weights(run: Path) -> dict:

@@ -88,8 +88,11 @@ def command_line() -> LazyGroup:
     app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, help="Train, use and measure latent diffusion models.")
 
     @app.callback()
-    def ldm(version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True,
-                                         help="Show the version and exit.")) -> None:
+    def ldm(
+        version: bool = typer.Option(
+            False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ) -> None:
         pass
 
     return typer.main.get_command(app)
@@ -99,8 +102,9 @@ def begin(values: dict) -> None:
     """What options of every command ask for before it runs."""
     if values.get("quiet") and values.get("verbose"):
         raise UsageError("--quiet and --verbose exclude each other")
-    console.set_verbosity(quiet=bool(values.get("quiet")), verbose=bool(values.get("verbose")),
-                          json=bool(values.get("json")))
+    console.set_verbosity(
+        quiet=bool(values.get("quiet")), verbose=bool(values.get("verbose")), json=bool(values.get("json"))
+    )
     if not values.get("verbose") and not sys.warnoptions:
         warnings.simplefilter("ignore")  # what libraries tell programmers; ours come through the console
     if values.get("offline"):
@@ -204,8 +208,12 @@ def _fault(error: BaseException) -> str:
 
 # --- wording of what the parser found --------------------------------------------------------------------------
 
-_EXPECTED = {"int_parsing": "is not a whole number", "int_from_float": "is not a whole number",
-             "float_parsing": "is not a number", "bool_parsing": "is neither true nor false"}
+_EXPECTED = {
+    "int_parsing": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "float_parsing": "is not a number",
+    "bool_parsing": "is neither true nor false",
+}
 
 
 def _usage_line(error: TyperException) -> str:
@@ -222,7 +230,7 @@ def _usage_line(error: TyperException) -> str:
     if param is not None:
         return _bad_value(error, param)
     if "unexpected extra argument" in error.message:
-        extra = error.message[error.message.rindex("(") + 1:].rstrip(")")
+        extra = error.message[error.message.rindex("(") + 1 :].rstrip(")")
         return f"unexpected argument {extra!r}; see {page}"
     return error.format_message()
 

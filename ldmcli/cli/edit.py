@@ -12,46 +12,181 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.requests import EditRequest
 
 Picture = Annotated[Path, opt.argument("A picture, or a folder of them.", "IMAGE")]
-Mask = Annotated[Path | None, opt.argument("White where to repaint: a picture of the same size, or a folder of them "
-    "with the same names. Without it and --box: what is transparent in IMAGE.", "MASK", default="--box",
-    required=False)]
-Box = Annotated[opt.Text, opt.option("--box", panel=opt.DATA, metavar="X,Y,W,H", default="the mask",
-    help="What to repaint, in pixels from the upper left corner.")]
-Scale = Annotated[int, opt.option("--scale", value=4, panel=opt.MODEL, metavar="2|4|8", default="4",
-    help="How many times as large; the model must be trained for it.")]
-Results = Annotated[int, opt.option("-n", "--count", value=1, panel=opt.SAMPLING, metavar="N", min=1, default="1",
-    help="Different results of each picture.")]
-OnePrompt = Annotated[opt.Text, opt.option("--prompt", panel=opt.SAMPLING, metavar="TEXT", default="none",
-    help="What the picture shows, where the model takes a prompt.")]
-OneClass = Annotated[opt.Text, opt.option("--class", panel=opt.SAMPLING, metavar="NAME|INDEX", default="none",
-    help="Class of the picture, where the model takes one; where classes are called by numbers, #1 is the second one.")]
-OneLayout = Annotated[Path | None, opt.option("--layout", panel=opt.SAMPLING, metavar="FILE.json", default="none",
-    help="Boxes in the whole picture, where the model takes them: a file, or a folder of them with the pictures' "
-         "names.")]
-OneMap = Annotated[Path | None, opt.option("--map", panel=opt.SAMPLING, metavar="FILE.png", default="none",
-    help="Class map of the whole picture, where the model takes one: a file, or a folder of them with the pictures' "
-         "names.")]
-Blend = Annotated[int, opt.option("--blend", value=8, panel=opt.SAMPLING, metavar="PX", min=0, default="8",
-    help="Pixels around a hole by which the brightness and colour in it are fitted; 0 = pasted as drawn.")]
-Resample = Annotated[int, opt.option("--resample", value=10, panel=opt.SAMPLING, metavar="N", min=1, default="10",
-    help="Times that each step is done, with new noise, by a model not trained to inpaint: fewer are faster and fit "
-    "their surroundings worse.")]
-Tone = Annotated[float | None, opt.option("--tone", panel=opt.SAMPLING, metavar="PX", min=0, default="the run's "
-    "setting", help="Pixels of IMAGE beyond which brightness and colour are its own; 0 = as drawn.")]
-Tile = Annotated[int, opt.option("--tile", value=0, panel=opt.MACHINE, metavar="PX", min=0, default="by --max-memory",
-    help="Side of the tiles that the networks see of large pictures, in pixels.")]
-MaxMemory = Annotated[float, opt.option("--max-memory", value=4.0, panel=opt.MACHINE, metavar="GIB", default="4",
-    help="Bound on what a pass of the networks takes beside their weights, in GiB.")]
+Mask = Annotated[
+    Path | None,
+    opt.argument(
+        "White where to repaint: a picture of the same size, or a folder of them "
+        "with the same names. Without it and --box: what is transparent in IMAGE.",
+        "MASK",
+        default="--box",
+        required=False,
+    ),
+]
+Box = Annotated[
+    opt.Text,
+    opt.option(
+        "--box",
+        panel=opt.DATA,
+        metavar="X,Y,W,H",
+        default="the mask",
+        help="What to repaint, in pixels from the upper left corner.",
+    ),
+]
+Scale = Annotated[
+    int,
+    opt.option(
+        "--scale",
+        value=4,
+        panel=opt.MODEL,
+        metavar="2|4|8",
+        default="4",
+        help="How many times as large; the model must be trained for it.",
+    ),
+]
+Results = Annotated[
+    int,
+    opt.option(
+        "-n",
+        "--count",
+        value=1,
+        panel=opt.SAMPLING,
+        metavar="N",
+        min=1,
+        default="1",
+        help="Different results of each picture.",
+    ),
+]
+OnePrompt = Annotated[
+    opt.Text,
+    opt.option(
+        "--prompt",
+        panel=opt.SAMPLING,
+        metavar="TEXT",
+        default="none",
+        help="What the picture shows, where the model takes a prompt.",
+    ),
+]
+OneClass = Annotated[
+    opt.Text,
+    opt.option(
+        "--class",
+        panel=opt.SAMPLING,
+        metavar="NAME|INDEX",
+        default="none",
+        help="Class of the picture, where the model takes one; where classes are called by numbers, #1 is the second "
+        "one.",
+    ),
+]
+OneLayout = Annotated[
+    Path | None,
+    opt.option(
+        "--layout",
+        panel=opt.SAMPLING,
+        metavar="FILE.json",
+        default="none",
+        help="Boxes in the whole picture, where the model takes them: a file, or a folder of them with the "
+        "pictures' names.",
+    ),
+]
+OneMap = Annotated[
+    Path | None,
+    opt.option(
+        "--map",
+        panel=opt.SAMPLING,
+        metavar="FILE.png",
+        default="none",
+        help="Class map of the whole picture, where the model takes one: a file, or a folder of them with the "
+        "pictures' names.",
+    ),
+]
+Blend = Annotated[
+    int,
+    opt.option(
+        "--blend",
+        value=8,
+        panel=opt.SAMPLING,
+        metavar="PX",
+        min=0,
+        default="8",
+        help="Pixels around a hole by which the brightness and colour in it are fitted; 0 = pasted as drawn.",
+    ),
+]
+Resample = Annotated[
+    int,
+    opt.option(
+        "--resample",
+        value=10,
+        panel=opt.SAMPLING,
+        metavar="N",
+        min=1,
+        default="10",
+        help="Times that each step is done, with new noise, by a model not trained to inpaint: fewer are faster and "
+        "fit their surroundings worse.",
+    ),
+]
+Tone = Annotated[
+    float | None,
+    opt.option(
+        "--tone",
+        panel=opt.SAMPLING,
+        metavar="PX",
+        min=0,
+        default="the run's setting",
+        help="Pixels of IMAGE beyond which brightness and colour are its own; 0 = as drawn.",
+    ),
+]
+Tile = Annotated[
+    int,
+    opt.option(
+        "--tile",
+        value=0,
+        panel=opt.MACHINE,
+        metavar="PX",
+        min=0,
+        default="by --max-memory",
+        help="Side of the tiles that the networks see of large pictures, in pixels.",
+    ),
+]
+MaxMemory = Annotated[
+    float,
+    opt.option(
+        "--max-memory",
+        value=4.0,
+        panel=opt.MACHINE,
+        metavar="GIB",
+        default="4",
+        help="Bound on what a pass of the networks takes beside their weights, in GiB.",
+    ),
+]
 _MODEL = {"model": opt.Model, "weights": opt.Weights}
-_DRAWING = {**opt.DRAWING, "guidance": opt.KindGuidance, "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
-            "spacing": opt.Spacing}  # fmt: skip
-_TOLD = {"prompt": OnePrompt, "class_name": OneClass, "layout": OneLayout, "map": OneMap,
-         "negative_prompt": opt.NegativePrompt, "count": Results}  # fmt: skip
+_DRAWING = {
+    **opt.DRAWING,
+    "guidance": opt.KindGuidance,
+    "guidance_interval": opt.GuidanceInterval,
+    "eta": opt.Eta,
+    "spacing": opt.Spacing,
+}
+_TOLD = {
+    "prompt": OnePrompt,
+    "class_name": OneClass,
+    "layout": OneLayout,
+    "map": OneMap,
+    "negative_prompt": opt.NegativePrompt,
+    "count": Results,
+}
 _MACHINE = {"tile": Tile, "max_memory": MaxMemory}
 
 
-@opt.takes({"image": Picture, "mask": Mask, "box": Box}, _MODEL, _TOLD,
-           {"blend": Blend, "resample": Resample}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE)
+@opt.takes(
+    {"image": Picture, "mask": Mask, "box": Box},
+    _MODEL,
+    _TOLD,
+    {"blend": Blend, "resample": Resample},
+    _DRAWING,
+    opt.IMAGES_OUT,
+    opt.TALK,
+    _MACHINE,
+)
 def inpaint(given: opt.Given) -> None:
     """Repaint a part of a picture: what is white in MASK, or inside --box.
 
@@ -68,8 +203,9 @@ def inpaint(given: opt.Given) -> None:
     _done(given, out, inpaint_to_folder(given.model, request, out, **_how(given)))
 
 
-@opt.takes({"image": Picture, "scale": Scale}, _MODEL, _TOLD, {"tone": Tone}, _DRAWING, opt.IMAGES_OUT,
-           opt.TALK, _MACHINE)
+@opt.takes(
+    {"image": Picture, "scale": Scale}, _MODEL, _TOLD, {"tone": Tone}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE
+)
 def upscale(given: opt.Given) -> None:
     """Make pictures larger, with a model trained with --task sr.
 
@@ -93,12 +229,25 @@ def _request(given: opt.Given, **more) -> EditRequest:
     if not 0 < given.max_memory < float("inf"):
         raise UsageError(f"--max-memory {given.max_memory:g}: a number of GiB above 0")
     return EditRequest(
-        images=(given.image,), prompts=_one(given.prompt), classes=_one(given.class_name), **files,
-        negative_prompt=given.negative_prompt, n=given.count, tile=given.tile, max_memory=given.max_memory,
+        images=(given.image,),
+        prompts=_one(given.prompt),
+        classes=_one(given.class_name),
+        **files,
+        negative_prompt=given.negative_prompt,
+        n=given.count,
+        tile=given.tile,
+        max_memory=given.max_memory,
         steps=given.steps,
-        guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval), seed=given.seed,
-        sampler=given.sampler, eta=given.eta, temperature=given.temperature, spacing=given.spacing,
-        batch_size=given.batch_size, weights=given.weights, **more,
+        guidance=guidance_of(given.guidance),
+        guidance_interval=interval_of(given.guidance_interval),
+        seed=given.seed,
+        sampler=given.sampler,
+        eta=given.eta,
+        temperature=given.temperature,
+        spacing=given.spacing,
+        batch_size=given.batch_size,
+        weights=given.weights,
+        **more,
     )
 
 

@@ -14,14 +14,30 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.requests import SampleRequest
 
 _REQUEST = {
-    "prompt": opt.Prompt, "prompts": opt.Prompts, "classes": opt.Classes, "layouts": opt.Layouts, "maps": opt.Maps,
-    "count": opt.Count, "negative_prompt": opt.NegativePrompt, **opt.DRAWING, "guidance": opt.KindGuidance,
-    "guidance_interval": opt.GuidanceInterval, "eta": opt.Eta,
-    "spacing": opt.Spacing, "size": opt.SampleSize, "init_image": opt.InitImage, "strength": opt.Strength,
-    "guide": opt.Guide, "guide_scale": opt.GuideScale,
+    "prompt": opt.Prompt,
+    "prompts": opt.Prompts,
+    "classes": opt.Classes,
+    "layouts": opt.Layouts,
+    "maps": opt.Maps,
+    "count": opt.Count,
+    "negative_prompt": opt.NegativePrompt,
+    **opt.DRAWING,
+    "guidance": opt.KindGuidance,
+    "guidance_interval": opt.GuidanceInterval,
+    "eta": opt.Eta,
+    "spacing": opt.Spacing,
+    "size": opt.SampleSize,
+    "init_image": opt.InitImage,
+    "strength": opt.Strength,
+    "guide": opt.Guide,
+    "guide_scale": opt.GuideScale,
 }
-ImageSize = Annotated[opt.Text, opt.option("--size", panel=opt.DATA, metavar="N|HxW", default="each image's own",
-    help="Height and width in pixels.")]
+ImageSize = Annotated[
+    opt.Text,
+    opt.option(
+        "--size", panel=opt.DATA, metavar="N|HxW", default="each image's own", help="Height and width in pixels."
+    ),
+]
 Images = Annotated[list[Path], opt.argument("Image files, or folders of them.", "IMAGES...")]
 
 
@@ -36,16 +52,25 @@ def sample(given: opt.Given) -> None:
     require_folder(out)
     from ldmcli.drivers.generate import sample_to_folder
 
-    result = sample_to_folder(given.model, request, out, overwrite=given.overwrite, fmt=given.format,
-                              metadata=given.metadata)
+    result = sample_to_folder(
+        given.model, request, out, overwrite=given.overwrite, fmt=given.format, metadata=given.metadata
+    )
     if given.json:
         console.emit_json(result)
     else:
         console.out(out)
 
 
-@opt.takes({"images": Images, "autoencoder": opt.ReconstructWith, "size": ImageSize, "out": opt.Out,
-           "overwrite": opt.Overwrite}, opt.TALK)
+@opt.takes(
+    {
+        "images": Images,
+        "autoencoder": opt.ReconstructWith,
+        "size": ImageSize,
+        "out": opt.Out,
+        "overwrite": opt.Overwrite,
+    },
+    opt.TALK,
+)
 def reconstruct(given: opt.Given) -> None:
     """Pass images through an autoencoder and show each beside its reconstruction, with PSNR."""
     missing = [path for path in given.images if not path.exists()]
@@ -55,8 +80,14 @@ def reconstruct(given: opt.Given) -> None:
     require_folder(out)
     from ldmcli.drivers.generate import reconstruct_to_folder
 
-    result = reconstruct_to_folder(given.images, given.autoencoder, out, size=config.size_of(given.size),
-                                   overwrite=given.overwrite, own_folder=given.out is None)
+    result = reconstruct_to_folder(
+        given.images,
+        given.autoencoder,
+        out,
+        size=config.size_of(given.size),
+        overwrite=given.overwrite,
+        own_folder=given.out is None,
+    )
     if given.json:
         console.emit_json(result)
     else:
@@ -77,20 +108,38 @@ def sample_request(given: opt.Given) -> SampleRequest:
         raise InputError(f"--init-image {given.init_image}: no such file")
     if given.guide is not None and not given.guide.is_file():
         raise InputError(f"--guide {given.guide}: no such file")
-    for option, value, needs, file in (("--strength", given.strength, "--init-image", given.init_image),
-                                       ("--guide-scale", given.guide_scale, "--guide", given.guide)):
+    for option, value, needs, file in (
+        ("--strength", given.strength, "--init-image", given.init_image),
+        ("--guide-scale", given.guide_scale, "--guide", given.guide),
+    ):
         if value is not None and file is None:
             raise UsageError(f"{option} {value:g}: says how much {needs} counts; give {needs} FILE, too")
-    more = {name: value for name, value in (("strength", given.strength), ("guide_scale", given.guide_scale))
-            if value is not None}  # fmt: skip
+    more = {
+        name: value
+        for name, value in (("strength", given.strength), ("guide_scale", given.guide_scale))
+        if value is not None
+    }
     return SampleRequest(
-        prompts=prompts, negative_prompt=given.negative_prompt, classes=classes,
-        layouts=tuple(given.layouts or ()), maps=_map_files(given.maps or ()), n=given.count,
-        steps=given.steps, guidance=guidance_of(given.guidance), guidance_interval=interval_of(given.guidance_interval),
-        seed=given.seed, sampler=given.sampler, eta=given.eta, temperature=given.temperature,
+        prompts=prompts,
+        negative_prompt=given.negative_prompt,
+        classes=classes,
+        layouts=tuple(given.layouts or ()),
+        maps=_map_files(given.maps or ()),
+        n=given.count,
+        steps=given.steps,
+        guidance=guidance_of(given.guidance),
+        guidance_interval=interval_of(given.guidance_interval),
+        seed=given.seed,
+        sampler=given.sampler,
+        eta=given.eta,
+        temperature=given.temperature,
         size=config.size_of(given.size),
-        batch_size=given.batch_size, init_image=given.init_image, weights=given.weights,
-        spacing=given.spacing, guide=given.guide, **more,
+        batch_size=given.batch_size,
+        init_image=given.init_image,
+        weights=given.weights,
+        spacing=given.spacing,
+        guide=given.guide,
+        **more,
     )
 
 

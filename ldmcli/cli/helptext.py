@@ -14,17 +14,58 @@ _INDENT = 27
 # One runnable line a command. Help shows it and a test runs it, in this order: later lines use what earlier ones wrote.
 EXAMPLES: dict[str, list[str]] = {
     "train-ae": ["train-ae", "--f", "4", "--reg", "kl", "--size", "32", "--steps", "20", "--out", "runs/shapes-ae"],
-    "train-ldm": ["train-ldm", "--autoencoder", "runs/shapes-ae", "--condition", "text", "--steps", "20",
-                  "--out", "runs/shapes-text"],
-    "sample": ["sample", "--model", "runs/shapes-text", "--prompt", "a red circle on a navy background", "-n", "4",
-               "--steps", "20", "--out", "outputs/circles"],
-    "inpaint": ["inpaint", "outputs/circles/000000.png", "--box", "8,8,12,10", "--model", "runs/shapes-text", "-n", "2",
-                "--steps", "20", "--out", "outputs/repainted"],
-    "upscale": ["upscale", "outputs/circles/000000.png", "--scale", "4", "--model", "runs/shapes-x4", "--steps", "20",
-                "--out", "outputs/larger"],
+    "train-ldm": [
+        "train-ldm",
+        "--autoencoder",
+        "runs/shapes-ae",
+        "--condition",
+        "text",
+        "--steps",
+        "20",
+        "--out",
+        "runs/shapes-text",
+    ],
+    "sample": [
+        "sample",
+        "--model",
+        "runs/shapes-text",
+        "--prompt",
+        "a red circle on a navy background",
+        "-n",
+        "4",
+        "--steps",
+        "20",
+        "--out",
+        "outputs/circles",
+    ],
+    "inpaint": [
+        "inpaint",
+        "outputs/circles/000000.png",
+        "--box",
+        "8,8,12,10",
+        "--model",
+        "runs/shapes-text",
+        "-n",
+        "2",
+        "--steps",
+        "20",
+        "--out",
+        "outputs/repainted",
+    ],
+    "upscale": [
+        "upscale",
+        "outputs/circles/000000.png",
+        "--scale",
+        "4",
+        "--model",
+        "runs/shapes-x4",
+        "--steps",
+        "20",
+        "--out",
+        "outputs/larger",
+    ],
     "reconstruct": ["reconstruct", "outputs/circles", "--autoencoder", "runs/shapes-ae", "--out", "outputs/pairs"],
-    "eval-fid": ["eval-fid", "--model", "runs/shapes-text", "--features", "effnet-lite0", "-n", "64",
-                 "--steps", "5"],
+    "eval-fid": ["eval-fid", "--model", "runs/shapes-text", "--features", "effnet-lite0", "-n", "64", "--steps", "5"],
     "convert": ["convert", "runs/shapes-text", "outputs/shapes-text-diffusers", "--to", "diffusers"],
     "data": ["data", "shapes", "--limit", "200", "--out", "outputs/shapes"],
     "report": ["report", "runs/shapes-text"],
@@ -38,8 +79,9 @@ EXAMPLES: dict[str, list[str]] = {
 
 def example_line(command: str) -> str:
     """The example of a command as people type it; double quotes, since a prompt often has an apostrophe."""
-    words = (f'"{word}"' if re.search(r"\s", word) and '"' not in word else shlex.quote(word)
-             for word in EXAMPLES[command])
+    words = (
+        f'"{word}"' if re.search(r"\s", word) and '"' not in word else shlex.quote(word) for word in EXAMPLES[command]
+    )
     return "ldm " + " ".join(words)
 
 
@@ -90,8 +132,11 @@ class Command(TyperCommand):
     """A command whose help has panels, and which sets verbosity and network use before it runs."""
 
     def format_help(self, ctx, formatter) -> None:
-        names = ((param.metavar or param.name.upper(), param.required) for param in self.params
-                 if param.param_type_name == "argument")
+        names = (
+            (param.metavar or param.name.upper(), param.required)
+            for param in self.params
+            if param.param_type_name == "argument"
+        )
         usage = " ".join(name if required else f"[{name}]" for name, required in names)
         lines = [f"Usage: {ctx.command_path} {usage + ' ' if usage else ''}[OPTIONS]", ""]
         for paragraph in (self.help or "").split("\n\n"):
@@ -140,7 +185,10 @@ class Group(TyperGroup):
             panels.setdefault(panel, []).append(_row(name, summary, 16))
         for panel, rows in panels.items():
             lines += [_heading(panel), *rows, ""]
-        rows = [_row(", ".join(reversed(param.opts)), param.help or "", _INDENT)
-                for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
+        rows = [
+            _row(", ".join(reversed(param.opts)), param.help or "", _INDENT)
+            for param in self.get_params(ctx)
+            if not getattr(param, "hidden", False)
+        ]
         lines += [_heading("Options"), *rows, "", "`ldm COMMAND --help` shows a command's options and an example."]
         formatter.write("\n".join(lines) + "\n")

@@ -16,20 +16,61 @@ from ldmcli.core import config, console
 from ldmcli.core.errors import ModelError
 from ldmcli.core.outputs import CONTACT, refuse_foreign
 
-Minutes = Annotated[float, opt.option("--minutes", value=10.0, panel=opt.TRAINING, metavar="MINUTES", default="10",
-    min=0.1, help="Time for the whole chain; settings are chosen for it.")]
-DemoSeed = Annotated[int, opt.option("--seed", value=0, panel=opt.TRAINING, metavar="N", default="0", min=0,
-    help="Decides every random draw.")]
-DemoPreset = Annotated[opt.Text, opt.option("--preset", panel=opt.MODEL, metavar="NAME", default="the quickest known",
-    help="Settings of the diffusion model; `paper` trains as the paper does, to compare.")]
-DemoOut = Annotated[Path | None, opt.option("--out", "-o", panel=opt.OUTPUT, metavar="DIR", default="runs/demo",
-    help="Folder for the runs, images and the report.")]
-ReportOut = Annotated[Path | None, opt.option("--out", "-o", panel=opt.OUTPUT, metavar="DIR",
-    default="the run's folder", help="Folder for the report, as where the run's cannot be written.")]
+Minutes = Annotated[
+    float,
+    opt.option(
+        "--minutes",
+        value=10.0,
+        panel=opt.TRAINING,
+        metavar="MINUTES",
+        default="10",
+        min=0.1,
+        help="Time for the whole chain; settings are chosen for it.",
+    ),
+]
+DemoSeed = Annotated[
+    int,
+    opt.option(
+        "--seed", value=0, panel=opt.TRAINING, metavar="N", default="0", min=0, help="Decides every random draw."
+    ),
+]
+DemoPreset = Annotated[
+    opt.Text,
+    opt.option(
+        "--preset",
+        panel=opt.MODEL,
+        metavar="NAME",
+        default="the quickest known",
+        help="Settings of the diffusion model; `paper` trains as the paper does, to compare.",
+    ),
+]
+DemoOut = Annotated[
+    Path | None,
+    opt.option(
+        "--out",
+        "-o",
+        panel=opt.OUTPUT,
+        metavar="DIR",
+        default="runs/demo",
+        help="Folder for the runs, images and the report.",
+    ),
+]
+ReportOut = Annotated[
+    Path | None,
+    opt.option(
+        "--out",
+        "-o",
+        panel=opt.OUTPUT,
+        metavar="DIR",
+        default="the run's folder",
+        help="Folder for the report, as where the run's cannot be written.",
+    ),
+]
 Source = Annotated[opt.Text, opt.argument("Data set, as for --data.", "D", default="shapes", required=False)]
 Run = Annotated[Path, opt.argument("Run folder.", "RUN")]
-RecipeName = Annotated[opt.Text, opt.argument("Recipe to show, as its file.", "NAME", default="the list",
-                                               required=False)]
+RecipeName = Annotated[
+    opt.Text, opt.argument("Recipe to show, as its file.", "NAME", default="the list", required=False)
+]
 Root = Annotated[Path | None, opt.argument("Folder that holds runs.", "FOLDER", default="runs", required=False)]
 _OTHER_ROWS = {name: alias for name, alias in opt.ROWS.items() if name != "data"}
 
@@ -59,8 +100,9 @@ def demo(given: opt.Given) -> None:
     require_folder(out)
     from ldmcli.products.demo import demo as run_demo
 
-    result = run_demo(settings, minutes=given.minutes, out=out, preset=given.preset or "", fresh=given.fresh,
-                      seed=given.seed)
+    result = run_demo(
+        settings, minutes=given.minutes, out=out, preset=given.preset or "", fresh=given.fresh, seed=given.seed
+    )
     if given.json:
         console.emit_json(result)
 
@@ -150,8 +192,16 @@ def _recipe_list(found: list[dict]) -> str:
     for title in [title for title in RECIPE_GROUPS.values() if any(row["group"] == title for row in found)]:
         rows = [row for row in found if row["group"] == title]
         width = max(len(row["name"]) for row in rows)
-        lines = [textwrap.fill(row["summary"], console.width(), initial_indent=f"  {row['name']:<{width}}  ",
-                               subsequent_indent=" " * (width + 4), break_long_words=False) for row in rows]
+        lines = [
+            textwrap.fill(
+                row["summary"],
+                console.width(),
+                initial_indent=f"  {row['name']:<{width}}  ",
+                subsequent_indent=" " * (width + 4),
+                break_long_words=False,
+            )
+            for row in rows
+        ]
         blocks.append("\n".join([f"{title} ({rows[0]['command']})", *lines]))
     example = "`ldm recipes NAME` shows one: command, needs, what to expect, settings."
     return console.clean("\n\n".join([*blocks, example]))
@@ -160,8 +210,10 @@ def _recipe_list(found: list[dict]) -> str:
 @opt.takes(opt.TALK)
 def presets(given: opt.Given) -> None:
     """List presets, such as the paper's networks; use one with --preset NAME."""
-    found = [{"name": name, "command": config.COMMAND_OF[preset.kind], "summary": preset.summary}
-             for name, preset in config.presets().items()]
+    found = [
+        {"name": name, "command": config.COMMAND_OF[preset.kind], "summary": preset.summary}
+        for name, preset in config.presets().items()
+    ]
     _show_list(given, "presets", found)
 
 
@@ -207,8 +259,9 @@ def _show_list(given: opt.Given, name: str, found: list[dict[str, str]]) -> None
     elif not found:
         console.say(f"no {name} here")
     else:
-        console.out(console.table([[row["name"], row["command"], row["summary"]] for row in found],
-                                  ["name", "for", "what"]))
+        console.out(
+            console.table([[row["name"], row["command"], row["summary"]] for row in found], ["name", "for", "what"])
+        )
 
 
 @opt.takes(opt.TALK)

@@ -10,39 +10,152 @@ from ldmcli.cli import options as opt
 from ldmcli.core import config, console
 from ldmcli.core.errors import ThresholdError, UsageError
 
-Reference = Annotated[opt.Text, opt.setting("data.source", "--data", panel=opt.DATA, metavar="D",
-    default="the model's own", help="Images to measure against, as for training.")]
-ReferenceSplit = Annotated[opt.Text, opt.setting("data.split", "--split", panel=opt.DATA, metavar="NAME",
-    default="the validation rows", help="Rows to measure against: a split, or all of the set.")]
-Images = Annotated[Path | None, opt.option("--images", panel=opt.DATA, metavar="DIR|FILE.npz", default="none",
-    help="Measure these images instead of a model's.")]
-Pairs = Annotated[tuple[Path, Path] | None, opt.option("--pairs", panel=opt.DATA, metavar="DIR_A DIR_B",
-    default="none", help="Paired metrics of two folders with the same file names.")]
-Metrics = Annotated[opt.Text, opt.option("--metrics", panel=opt.SAMPLING, metavar="NAME[,NAME]",
-    default="what fits",
-    help="fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?).")]
-Features = Annotated[opt.Text, opt.option("--features", panel=opt.SAMPLING, metavar="NAME|FILE",
-    default="the best at hand, stated", help="Network of the features: inception, effnet-lite0, or a file.")]
-Perceptual = Annotated[opt.Text, opt.option("--perceptual", panel=opt.SAMPLING, metavar="NAME|FILE", default="vgg",
-    help="Network of LPIPS: vgg, alex, squeeze, or a file with the weights of one of them.")]
-EvalCount = Annotated[int | None, opt.option("-n", "--count", panel=opt.SAMPLING, metavar="N", min=2,
-    default="all, of a model at most 1000", help="Images that are measured.")]
-GuideFactor = Annotated[int | None, opt.option("--guide-factor", panel=opt.SAMPLING, metavar="N", min=2, default="none",
-    help="Lead each sample to its row made N times smaller, and compare the two.")]
-MeasuredAutoencoder = Annotated[opt.Text, opt.option("--autoencoder", panel=opt.MODEL, metavar="RUN", default="none",
-    help="Measure this autoencoder's reconstructions instead.")]
-Compare = Annotated[Path | None, opt.option("--compare", panel=opt.OUTPUT, metavar="OLD.json", default="none",
-    help="Earlier --json document; ends with code 8 where a metric got worse.")]
-FailAbove = Annotated[list[str] | None, opt.option("--fail-above", panel=opt.OUTPUT, metavar="METRIC=VALUE",
-    help="End with code 8 above this; repeatable. A bare number means fid.")]
-FailBelow = Annotated[list[str] | None, opt.option("--fail-below", panel=opt.OUTPUT, metavar="METRIC=VALUE",
-    help="End with code 8 below this; repeatable.")]
+Reference = Annotated[
+    opt.Text,
+    opt.setting(
+        "data.source",
+        "--data",
+        panel=opt.DATA,
+        metavar="D",
+        default="the model's own",
+        help="Images to measure against, as for training.",
+    ),
+]
+ReferenceSplit = Annotated[
+    opt.Text,
+    opt.setting(
+        "data.split",
+        "--split",
+        panel=opt.DATA,
+        metavar="NAME",
+        default="the validation rows",
+        help="Rows to measure against: a split, or all of the set.",
+    ),
+]
+Images = Annotated[
+    Path | None,
+    opt.option(
+        "--images",
+        panel=opt.DATA,
+        metavar="DIR|FILE.npz",
+        default="none",
+        help="Measure these images instead of a model's.",
+    ),
+]
+Pairs = Annotated[
+    tuple[Path, Path] | None,
+    opt.option(
+        "--pairs",
+        panel=opt.DATA,
+        metavar="DIR_A DIR_B",
+        default="none",
+        help="Paired metrics of two folders with the same file names.",
+    ),
+]
+Metrics = Annotated[
+    opt.Text,
+    opt.option(
+        "--metrics",
+        panel=opt.SAMPLING,
+        metavar="NAME[,NAME]",
+        default="what fits",
+        help="fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?).",
+    ),
+]
+Features = Annotated[
+    opt.Text,
+    opt.option(
+        "--features",
+        panel=opt.SAMPLING,
+        metavar="NAME|FILE",
+        default="the best at hand, stated",
+        help="Network of the features: inception, effnet-lite0, or a file.",
+    ),
+]
+Perceptual = Annotated[
+    opt.Text,
+    opt.option(
+        "--perceptual",
+        panel=opt.SAMPLING,
+        metavar="NAME|FILE",
+        default="vgg",
+        help="Network of LPIPS: vgg, alex, squeeze, or a file with the weights of one of them.",
+    ),
+]
+EvalCount = Annotated[
+    int | None,
+    opt.option(
+        "-n",
+        "--count",
+        panel=opt.SAMPLING,
+        metavar="N",
+        min=2,
+        default="all, of a model at most 1000",
+        help="Images that are measured.",
+    ),
+]
+GuideFactor = Annotated[
+    int | None,
+    opt.option(
+        "--guide-factor",
+        panel=opt.SAMPLING,
+        metavar="N",
+        min=2,
+        default="none",
+        help="Lead each sample to its row made N times smaller, and compare the two.",
+    ),
+]
+MeasuredAutoencoder = Annotated[
+    opt.Text,
+    opt.option(
+        "--autoencoder",
+        panel=opt.MODEL,
+        metavar="RUN",
+        default="none",
+        help="Measure this autoencoder's reconstructions instead.",
+    ),
+]
+Compare = Annotated[
+    Path | None,
+    opt.option(
+        "--compare",
+        panel=opt.OUTPUT,
+        metavar="OLD.json",
+        default="none",
+        help="Earlier --json document; ends with code 8 where a metric got worse.",
+    ),
+]
+FailAbove = Annotated[
+    list[str] | None,
+    opt.option(
+        "--fail-above",
+        panel=opt.OUTPUT,
+        metavar="METRIC=VALUE",
+        help="End with code 8 above this; repeatable. A bare number means fid.",
+    ),
+]
+FailBelow = Annotated[
+    list[str] | None,
+    opt.option(
+        "--fail-below", panel=opt.OUTPUT, metavar="METRIC=VALUE", help="End with code 8 below this; repeatable."
+    ),
+]
 
 
-_MEASURED = {"images": Images, "pairs": Pairs, "model": opt.Model, "weights": opt.Weights,
-             "autoencoder": MeasuredAutoencoder}
-_HOW = {"metrics": Metrics, "features": Features, "perceptual": Perceptual, "count": EvalCount,
-        "guide_factor": GuideFactor}
+_MEASURED = {
+    "images": Images,
+    "pairs": Pairs,
+    "model": opt.Model,
+    "weights": opt.Weights,
+    "autoencoder": MeasuredAutoencoder,
+}
+_HOW = {
+    "metrics": Metrics,
+    "features": Features,
+    "perceptual": Perceptual,
+    "count": EvalCount,
+    "guide_factor": GuideFactor,
+}
 _LIMITS = {"compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
@@ -59,12 +172,24 @@ def eval_fid(given: opt.Given) -> None:
     if given.weights == "raw" and "model" not in measured:
         raise UsageError("--weights raw: belongs to --model; nothing else has two kinds of weights")
     request = {
-        **measured, "data": reference(given, measured), "metrics": metrics or None, "features": given.features,
-        "perceptual": given.perceptual, "guide_factor": given.guide_factor, "compare": given.compare,
-        "n": given.count, "seed": given.seed, "steps": given.steps, "guidance": given.guidance,
-        "sampler": given.sampler, "temperature": given.temperature, "batch_size": given.batch_size,
-        "size": config.size_of(given.size), "weights": "raw" if given.weights == "raw" else None,
-        "split": given.split or None, "progress": console.progress,
+        **measured,
+        "data": reference(given, measured),
+        "metrics": metrics or None,
+        "features": given.features,
+        "perceptual": given.perceptual,
+        "guide_factor": given.guide_factor,
+        "compare": given.compare,
+        "n": given.count,
+        "seed": given.seed,
+        "steps": given.steps,
+        "guidance": given.guidance,
+        "sampler": given.sampler,
+        "temperature": given.temperature,
+        "batch_size": given.batch_size,
+        "size": config.size_of(given.size),
+        "weights": "raw" if given.weights == "raw" else None,
+        "split": given.split or None,
+        "progress": console.progress,
     }
     from ldmcli.drivers.evaluate import METRICS, evaluate
 
@@ -82,8 +207,11 @@ def eval_fid(given: opt.Given) -> None:
 
 def what_is_measured(given: opt.Given) -> dict[str, Any]:
     """The one of model, images, autoencoder and pairs that was given; the newest diffusion run where none was."""
-    found = {name: getattr(given, name) for name in ("model", "images", "autoencoder", "pairs")
-             if getattr(given, name) is not None}
+    found = {
+        name: getattr(given, name)
+        for name in ("model", "images", "autoencoder", "pairs")
+        if getattr(given, name) is not None
+    }
     if len(found) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in found)} exclude each other: say which is measured")
     if found:

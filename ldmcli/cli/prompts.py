@@ -42,8 +42,10 @@ def read_prompts(path: Path) -> Asked:
     for k, what in enumerate(("prompt", "class")):
         lacking = [one for one in found if one[k] is None]
         if lacking and len(lacking) < len(found):
-            raise InputError(f"{name}: {len(lacking)} of {len(found)} entries have no {what}, though others have one "
-                             f"(the first: {lacking[0][1 - k]!r}); give one to all, or to none")
+            raise InputError(
+                f"{name}: {len(lacking)} of {len(found)} entries have no {what}, though others have one "
+                f"(the first: {lacking[0][1 - k]!r}); give one to all, or to none"
+            )
     if unread:
         console.warn(f"{name}: keys that are not read: {', '.join(sorted(unread))}; a line takes prompt, class and n")
     if comments:

@@ -11,10 +11,23 @@ from ldmcli.cli import options as opt
 from ldmcli.core import config, console, launch
 from ldmcli.core.errors import DivergedError, Interrupted, ModelError, UsageError
 
-_AE_MODEL = {**opt.CONFIGURATION, "f": opt.Factor, "reg": opt.Reg, "embed_dim": opt.EmbedDim,
-             "codebook_size": opt.CodebookSize, "attn": opt.Attention}
-_LDM_MODEL = {"autoencoder": opt.Autoencoder, "condition": opt.Condition, "task": opt.Task, "scale": opt.Scale,
-              "degradation": opt.Degradation, "init_from": opt.InitFrom, **opt.CONFIGURATION}
+_AE_MODEL = {
+    **opt.CONFIGURATION,
+    "f": opt.Factor,
+    "reg": opt.Reg,
+    "embed_dim": opt.EmbedDim,
+    "codebook_size": opt.CodebookSize,
+    "attn": opt.Attention,
+}
+_LDM_MODEL = {
+    "autoencoder": opt.Autoencoder,
+    "condition": opt.Condition,
+    "task": opt.Task,
+    "scale": opt.Scale,
+    "degradation": opt.Degradation,
+    "init_from": opt.InitFrom,
+    **opt.CONFIGURATION,
+}
 _IMAGES = {**opt.ROWS, "crop": opt.Crop, "flip": opt.Flip}
 
 
@@ -31,8 +44,16 @@ def train_ae(given: opt.Given) -> None:
     _run(given, resolved, named)
 
 
-@opt.takes(_IMAGES, {"cache": opt.Cache}, _LDM_MODEL, opt.LOOP, {"snr_gamma": opt.SnrGamma}, opt.RUN_OUTPUT, opt.TALK,
-           opt.TRAIN_MACHINE)
+@opt.takes(
+    _IMAGES,
+    {"cache": opt.Cache},
+    _LDM_MODEL,
+    opt.LOOP,
+    {"snr_gamma": opt.SnrGamma},
+    opt.RUN_OUTPUT,
+    opt.TALK,
+    opt.TRAIN_MACHINE,
+)
 def train_ldm(given: opt.Given) -> None:
     """Train a diffusion model in the latents of an autoencoder, the second stage.
 
@@ -44,7 +65,8 @@ def train_ldm(given: opt.Given) -> None:
     resolved = resolve("diffusion", given, layers)
     begun = given.init_from
     autoencoder = given.autoencoder or (
-        _autoencoder_of(Path(begun)) if begun else _newest_autoencoder(needed=not given.plan))
+        _autoencoder_of(Path(begun)) if begun else _newest_autoencoder(needed=not given.plan)
+    )
     where = f"in latents of {autoencoder}" if autoencoder not in ("", "none") else "on pixels"
     if given.init_from:
         where = f"from the weights of {given.init_from}"
@@ -53,8 +75,13 @@ def train_ldm(given: opt.Given) -> None:
     if only_sr and task != "sr":
         raise UsageError(f"--{only_sr[0]} belongs to --task sr; this is --task {task}")
     what = "diffusion" if task == "generate" else f"diffusion for {task}"
-    _run(given, resolved, f"{what} {where}, condition: {conditions}", autoencoder=autoencoder,
-         init_from=given.init_from or "")
+    _run(
+        given,
+        resolved,
+        f"{what} {where}, condition: {conditions}",
+        autoencoder=autoencoder,
+        init_from=given.init_from or "",
+    )
 
 
 def resolve(kind: str, given: opt.Given, named: list[config.Layer]) -> config.Resolved:
@@ -62,8 +89,14 @@ def resolve(kind: str, given: opt.Given, named: list[config.Layer]) -> config.Re
     if given.train_batch_size is not None:
         processes = max(launch.world()[1], given.gpus or 1)
         named = [*named, ("--train-batch-size", {"train.batch_size": given.train_batch_size * processes})]
-    layers = config.gather(kind, preset=given.preset or "", recipe=given.recipe or "", environ=os.environ,
-                           named=named, assignments=given.assignments or ())
+    layers = config.gather(
+        kind,
+        preset=given.preset or "",
+        recipe=given.recipe or "",
+        environ=os.environ,
+        named=named,
+        assignments=given.assignments or (),
+    )
     return config.resolve(kind, layers)
 
 
@@ -86,8 +119,10 @@ def _newest_autoencoder(*, needed: bool) -> str:
     except ModelError:
         if not needed:
             return ""
-        raise ModelError("no autoencoder run below runs/: train one with `ldm train-ae`, name one with --autoencoder, "
-                         "or say --autoencoder none for pixels") from None
+        raise ModelError(
+            "no autoencoder run below runs/: train one with `ldm train-ae`, name one with --autoencoder, "
+            "or say --autoencoder none for pixels"
+        ) from None
 
 
 def data_name(source: str) -> str:

@@ -187,7 +187,7 @@ def suggestions(path: str, known: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(names: list[str]) -> str:
-    """"; did you mean a or b?", or nothing."""
+    """ "; did you mean a or b?", or nothing."""
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
@@ -242,7 +242,7 @@ class Recipe:
 
     @property
     def kind(self) -> str:
-        """"autoencoder" or "diffusion": its preset's, or the one that has all its sections; "" where both have."""
+        """ "autoencoder" or "diffusion": its preset's, or the one that has all its sections; "" where both have."""
         if self.preset in (known := presets()):
             return known[self.preset].kind
         sections = {path.partition(".")[0] for path in self.values}
@@ -322,8 +322,15 @@ def set_layers(assignments: Iterable[str]) -> list[Layer]:
     return found
 
 
-def gather(kind: str, *, preset: str = "", recipe: str | Path = "", environ: Mapping[str, str] | None = None,
-           named: Iterable[Layer] = (), assignments: Iterable[str] = ()) -> list[Layer]:
+def gather(
+    kind: str,
+    *,
+    preset: str = "",
+    recipe: str | Path = "",
+    environ: Mapping[str, str] | None = None,
+    named: Iterable[Layer] = (),
+    assignments: Iterable[str] = (),
+) -> list[Layer]:
     """All layers in their order: preset < recipe < environment < named options < --set.
 
     A recipe may build on a preset of its own; with --preset beside it, UsageError, since one of the two would be lost.
@@ -358,13 +365,17 @@ def resolve(kind: str, layers: Iterable[Layer]) -> Resolved:
 def _build(kind: str, values: Mapping[str, object], origins: Mapping[str, str]) -> Config:
     config_class, known = KINDS[kind], paths(kind)
     try:
-        return config_class(**{
-            section.name: section.type(**{
-                setting.name: _coerce(known[path := f"{section.name}.{setting.name}"], values[path])
-                for setting in fields(section.type)
-            })
-            for section in fields(config_class)
-        })
+        return config_class(
+            **{
+                section.name: section.type(
+                    **{
+                        setting.name: _coerce(known[path := f"{section.name}.{setting.name}"], values[path])
+                        for setting in fields(section.type)
+                    }
+                )
+                for section in fields(config_class)
+            }
+        )
     except UsageError as error:
         named = [path for path in re.findall(r"[a-z]+\.[a-z_0-9]+", str(error)) if path in known]
         where = list(dict.fromkeys(origins[path] for path in named if origins[path] != "default"))
@@ -378,7 +389,8 @@ def flat(config: Config) -> dict[str, object]:
     """{"section.name": value} of a configuration."""
     return {
         f"{section.name}.{setting.name}": getattr(getattr(config, section.name), setting.name)
-        for section in fields(config) for setting in fields(section.type)
+        for section in fields(config)
+        for setting in fields(section.type)
     }
 
 

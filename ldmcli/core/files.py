@@ -13,8 +13,16 @@ from typing import Any
 from ldmcli.core.errors import LdmError, ModelError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
-             errno.ELOOP)  # fmt: skip
+_UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def home() -> Path | None:
@@ -187,8 +195,10 @@ def require_finite(tensors: dict, where: Path | str, error: type[LdmError] = Mod
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise error(f"{where}: NaN or Inf in {', '.join(bad[:3])}{more} ({len(bad)} of {len(tensors)} tensors); "
-                    "get an intact copy, or a checkpoint from before it was spoilt")
+        raise error(
+            f"{where}: NaN or Inf in {', '.join(bad[:3])}{more} ({len(bad)} of {len(tensors)} tensors); "
+            "get an intact copy, or a checkpoint from before it was spoilt"
+        )
 
 
 def _finite(tensor) -> bool:

@@ -75,15 +75,31 @@ def _check_devices(gpus: int) -> None:
 
     if torch.cuda.is_available() and torch.cuda.device_count() < gpus:
         count = torch.cuda.device_count()
-        raise UsageError(f"--gpus {gpus}: this machine shows {count} GPU{'s' if count > 1 else ''}; "
-                         f"say --gpus {count}, or look at CUDA_VISIBLE_DEVICES")
+        raise UsageError(
+            f"--gpus {gpus}: this machine shows {count} GPU{'s' if count > 1 else ''}; "
+            f"say --gpus {count}, or look at CUDA_VISIBLE_DEVICES"
+        )
 
 
 def launch_arguments(gpus: int, argv: list[str]) -> list[str]:
     """What Accelerate's launcher is given. `--multi_gpu` starts gloo processes where there is no GPU; without it the
     launcher starts one process and says nothing."""
-    return ["--multi_gpu", "--num_machines", "1", "--num_processes", str(gpus), "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", str(_free_port()), "-m", "ldmcli", *argv]
+    return [
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--num_processes",
+        str(gpus),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(_free_port()),
+        "-m",
+        "ldmcli",
+        *argv,
+    ]
 
 
 def _free_port() -> int:
@@ -104,7 +120,8 @@ def _run(gpus: int, argv: list[str], folder: str) -> int:
     # a session of its own: Ctrl-C in the terminal reaches this process only, which passes it on once
     launcher = subprocess.Popen(
         [sys.executable, "-m", "ldmcli.core.launch", *launch_arguments(gpus, argv)],
-        env=child_environment(gpus, folder), start_new_session=True,
+        env=child_environment(gpus, folder),
+        start_new_session=True,
     )
 
     def pass_on(number, frame):
@@ -168,8 +185,10 @@ def _outcome(status: int, folder: Path, gpus: int) -> int:
     lost = records.pop("lost", None)
     if lost:
         name = signal.Signals(lost["signal"]).name
-        raise ResourceError(f"process {lost['rank']} of {gpus} was lost ({name}); if memory ran out, "
-                            "lower --micro-batch or start fewer processes")
+        raise ResourceError(
+            f"process {lost['rank']} of {gpus} was lost ({name}); if memory ran out, "
+            "lower --micro-batch or start fewer processes"
+        )
     failures = sorted((record for record in records.values() if record["code"]), key=lambda record: record["time"])
     if failures:
         first = failures[0]

@@ -83,8 +83,10 @@ def refuse_inputs(out: Path, targets: Iterable[Path], inputs: Sequence[Path]) ->
     read = {path.resolve(): path for path in inputs}
     for target in targets:
         if target.resolve() in read:
-            raise UsageError(f"--out {out}: the result would replace {read[target.resolve()]}, which this command "
-                             "reads; choose another --out")
+            raise UsageError(
+                f"--out {out}: the result would replace {read[target.resolve()]}, which this command "
+                "reads; choose another --out"
+            )
 
 
 def refuse_foreign(paths: Iterable[Path], declared: Mapping[str, str] | None = None) -> None:
@@ -92,8 +94,10 @@ def refuse_foreign(paths: Iterable[Path], declared: Mapping[str, str] | None = N
     foreign = [path for path in paths if os.path.lexists(path) and not _is_ours(path, declared or {})]
     if foreign:
         more = f" (nor {len(foreign) - 1} more)" if len(foreign) > 1 else ""
-        raise UsageError(f"{foreign[0]}: not written by ldm, or changed since{more}, so it is not replaced; move it "
-                         "away or choose another --out")
+        raise UsageError(
+            f"{foreign[0]}: not written by ldm, or changed since{more}, so it is not replaced; move it "
+            "away or choose another --out"
+        )
 
 
 def write_page(path: Path, text: str) -> None:
@@ -140,8 +144,16 @@ class Results:
     the folder holds what would be lost: an input of the command, a file of the user's, samples of another request.
     """
 
-    def __init__(self, out: Path, names: list[Path], wanted: dict[str, Any], *, kinds: Sequence[str] = (),
-                 inputs: Sequence[Path] = (), overwrite: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        out: Path,
+        names: list[Path],
+        wanted: dict[str, Any],
+        *,
+        kinds: Sequence[str] = (),
+        inputs: Sequence[Path] = (),
+        overwrite: bool = False,
+    ):
         self.out, self.names, self.wanted = out, names, wanted
         record = read_record(out / RECORD)
         declared = _declared(out, record)
@@ -173,8 +185,9 @@ class Results:
         if held and not mine:
             raise UsageError(f"{self.out}: holds samples of another request; choose another --out or add --overwrite")
         if there and not mine:
-            raise UsageError(f"{self.out}: holds images already ({there[0].name} …); choose another --out or add "
-                             "--overwrite")
+            raise UsageError(
+                f"{self.out}: holds images already ({there[0].name} …); choose another --out or add --overwrite"
+            )
         refuse_foreign([self.out / SHEET, *(path for path in told if not mine or path.name not in declared)], declared)
         self.files = {name: known for name, known in declared.items() if mine and known}
 

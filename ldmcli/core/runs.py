@@ -23,12 +23,22 @@ _STEP_NAME = re.compile(r"^step-(\d{8,})$")
 
 
 _PART = r"(config\.toml|run\.json|model\.safetensors|stats\.json)"
-_WRITTEN = re.compile("|".join([
-    _PART, rf"autoencoder/{_PART}", r"metrics\.jsonl", r"bad-batch\.json", r"\.lock", r"samples/step-\d+\.png",
-    r"checkpoints/step-\d+/([\w.-]+\.safetensors|state\.json|manifest\.json)",
-    r"tokenizer/(vocab\.(txt|json)|merges\.txt|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json)",
-    r"tensorboard/(.+/)?(events\.out\.tfevents\..+|hparams\.yml)", r"wandb/.+",
-]))  # fmt: skip
+_WRITTEN = re.compile(
+    "|".join(
+        [
+            _PART,
+            rf"autoencoder/{_PART}",
+            r"metrics\.jsonl",
+            r"bad-batch\.json",
+            r"\.lock",
+            r"samples/step-\d+\.png",
+            r"checkpoints/step-\d+/([\w.-]+\.safetensors|state\.json|manifest\.json)",
+            r"tokenizer/(vocab\.(txt|json)|merges\.txt|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json)",
+            r"tensorboard/(.+/)?(events\.out\.tfevents\..+|hparams\.yml)",
+            r"wandb/.+",
+        ]
+    )
+)
 
 
 def own_files(path: Path) -> list[Path]:
@@ -114,8 +124,12 @@ class RunFolder:
         """
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in read_log(self.path) if line.get("step", 0) <= step
-                    and not (ended and line.get("step") == step and any(name.startswith("val/") for name in line))]
+            kept = [
+                line
+                for line in read_log(self.path)
+                if line.get("step", 0) <= step
+                and not (ended and line.get("step") == step and any(name.startswith("val/") for name in line))
+            ]
             files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 

@@ -78,8 +78,10 @@ class DataSettings:
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"data.val_fraction = {self.val_fraction}: must lie between 0 and 1")
         if not 0 < self.crop_min <= self.crop_max <= 1:
-            raise UsageError(f"data.crop_min = {self.crop_min:g}, data.crop_max = {self.crop_max:g}: need "
-                             "0 < crop_min <= crop_max <= 1")
+            raise UsageError(
+                f"data.crop_min = {self.crop_min:g}, data.crop_max = {self.crop_max:g}: need "
+                "0 < crop_min <= crop_max <= 1"
+            )
         if self.crop_min < 1 and self.crop != "random":
             raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
         _at_least("data", 0, self, "limit", "workers", "min_objects", "max_objects")
@@ -87,8 +89,10 @@ class DataSettings:
         if self.max_objects and self.max_objects < self.min_objects:
             raise UsageError(f"data.max_objects = {self.max_objects}: less than data.min_objects = {self.min_objects}")
         if self.streaming and (self.min_objects or self.max_objects or self.min_box_area):
-            raise UsageError("data.min_objects, max_objects and min_box_area need all rows beforehand; leave "
-                             "data.streaming (--streaming) away")
+            raise UsageError(
+                "data.min_objects, max_objects and min_box_area need all rows beforehand; leave "
+                "data.streaming (--streaming) away"
+            )
         _at_least("data", 1, self, "max_pixels")
 
 
@@ -125,13 +129,25 @@ class AutoencoderSettings:
                 f"autoencoder.channel_mult = {list(self.channel_mult)}: f = {self.f} needs "
                 f"{self.f.bit_length()} entries, one a resolution"
             )
-        _at_least("autoencoder", 1, self, "in_channels", "z_channels", "embed_dim", "channels", "codebook_size",
-                  "groups", "num_res_blocks")
+        _at_least(
+            "autoencoder",
+            1,
+            self,
+            "in_channels",
+            "z_channels",
+            "embed_dim",
+            "channels",
+            "codebook_size",
+            "groups",
+            "num_res_blocks",
+        )
         _at_least("autoencoder", 0, self, "beta", "revive_codes")
         _share("autoencoder", self, "dropout")
         if not self.channel_mult or min(self.channel_mult) * self.channels < 1:
-            raise UsageError(f"autoencoder.channel_mult = {list(self.channel_mult)}: one factor a level is needed, of "
-                             "at least one channel")
+            raise UsageError(
+                f"autoencoder.channel_mult = {list(self.channel_mult)}: one factor a level is needed, of "
+                "at least one channel"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +173,20 @@ class LossSettings:
     def __post_init__(self):
         _choice("loss", "style", self.style, ("mean", "paper"))
         _choice("loss", "gan", self.gan, ("hinge", "vanilla"))
-        _at_least("loss", 0, self, "l1", "l2", "edge", "perceptual_weight", "kl_weight", "codebook_weight",
-                  "disc_weight", "disc_start", "disc_lr")
+        _at_least(
+            "loss",
+            0,
+            self,
+            "l1",
+            "l2",
+            "edge",
+            "perceptual_weight",
+            "kl_weight",
+            "codebook_weight",
+            "disc_weight",
+            "disc_start",
+            "disc_lr",
+        )
         _at_least("loss", 1, self, "disc_channels", "disc_layers")
 
 
@@ -206,17 +234,22 @@ class DiffusionSettings:
         _choice("diffusion", "loss_weight", self.loss_weight, ("uniform", "min_snr"))
         _choice("diffusion", "latent_scale", self.latent_scale, ("per_channel", "global", "none"))
         _choice("diffusion", "position", self.position, ("none", "learned", "sinusoidal"))
-        _at_least("diffusion", 1, self, "channels", "timesteps", "patch", "head_channels", "groups",
-                  "transformer_depth")
+        _at_least(
+            "diffusion", 1, self, "channels", "timesteps", "patch", "head_channels", "groups", "transformer_depth"
+        )
         _at_least("diffusion", 0, self, "num_heads", "num_res_blocks", "level_heads", "t_std")
         _positive("diffusion", {"snr_gamma": self.snr_gamma})
         _share("diffusion", self, "dropout")
         if not self.channel_mult or min(self.channel_mult) * self.channels < 1:
-            raise UsageError(f"diffusion.channel_mult = {list(self.channel_mult)}: one factor a level is needed, of at "
-                             "least one channel")
+            raise UsageError(
+                f"diffusion.channel_mult = {list(self.channel_mult)}: one factor a level is needed, of at "
+                "least one channel"
+            )
         if self.level_heads and len(self.level_heads) != len(self.channel_mult):
-            raise UsageError(f"diffusion.level_heads = {list(self.level_heads)}: one number for each of the "
-                             f"{len(self.channel_mult)} entries of diffusion.channel_mult is needed")
+            raise UsageError(
+                f"diffusion.level_heads = {list(self.level_heads)}: one number for each of the "
+                f"{len(self.channel_mult)} entries of diffusion.channel_mult is needed"
+            )
         if self.loss_weight == "min_snr" and self.prediction == "flow":
             raise UsageError("diffusion.loss_weight = 'min_snr' is defined for eps, v and x0; flow takes 'uniform'")
 
@@ -322,11 +355,32 @@ class TrainSettings:
         _choice("train", "optimizer", self.optimizer, ("adamw", "muon"))
         _choice("train", "mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
         _choice("train", "ema_scope", self.ema_scope, ("all", "unet"))
-        _positive("train", {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "keep": self.keep,
-                            "log_every": self.log_every, "save_every": self.save_every,
-                            "gradient_timeout": self.gradient_timeout})
-        _at_least("train", 0, self, "micro_batch", "clip", "weight_decay", "warmup", "sample_every", "eval_every",
-                  "eval_images", "max_hours", "max_minutes")
+        _positive(
+            "train",
+            {
+                "steps": self.steps,
+                "batch_size": self.batch_size,
+                "lr": self.lr,
+                "keep": self.keep,
+                "log_every": self.log_every,
+                "save_every": self.save_every,
+                "gradient_timeout": self.gradient_timeout,
+            },
+        )
+        _at_least(
+            "train",
+            0,
+            self,
+            "micro_batch",
+            "clip",
+            "weight_decay",
+            "warmup",
+            "sample_every",
+            "eval_every",
+            "eval_images",
+            "max_hours",
+            "max_minutes",
+        )
         _at_least("train", 1, self, "muon_every")
         _positive("train", {"adam_lr": self.adam_lr})
         _share("train", self, "ema_decay")

@@ -26,8 +26,11 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number, handler in ((signal.SIGINT, self._on_stop), (signal.SIGTERM, self._on_stop),
-                                    (signal.SIGUSR1, self._on_save)):
+            for number, handler in (
+                (signal.SIGINT, self._on_stop),
+                (signal.SIGTERM, self._on_stop),
+                (signal.SIGUSR1, self._on_save),
+            ):
                 self._previous[number] = signal.signal(number, handler)
         return self
 

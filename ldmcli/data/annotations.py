@@ -51,16 +51,21 @@ def _document(path: Path) -> dict[str, Any] | None:
         return None
     fits = isinstance(value, dict) and all(
         isinstance(value.get(key), list) and all(isinstance(one, dict) for one in value[key])
-        for key in ("images", "annotations"))
+        for key in ("images", "annotations")
+    )
     return value if fits and all("file_name" in one and "id" in one for one in value["images"]) else None
 
 
-def _take(values: dict[Path, dict[str, list]], document: dict[str, Any], table: Path, by_name: dict[str, list[Path]],
-          split_of) -> None:
+def _take(
+    values: dict[Path, dict[str, list]], document: dict[str, Any], table: Path, by_name: dict[str, list[Path]], split_of
+) -> None:
     categories = [one for one in document.get("categories") or () if isinstance(one, dict)]
     names = {one.get("id"): str(one.get("name", one.get("id"))) for one in categories}
-    pictures = {one["id"]: picture for one in document["images"]
-                if (picture := _picture(str(one["file_name"]), table, by_name, split_of)) is not None}
+    pictures = {
+        one["id"]: picture
+        for one in document["images"]
+        if (picture := _picture(str(one["file_name"]), table, by_name, split_of)) is not None
+    }
     boxed = any("bbox" in one for one in document["annotations"])
     for picture in pictures.values():
         values.setdefault(picture, {}).setdefault("objects" if boxed else "caption", [])
@@ -77,7 +82,9 @@ def _picture(name: str, table: Path, by_name: dict[str, list[Path]], split_of) -
     """The picture that an entry names: by the end of its path, then by the folder or the split of the file."""
     fitting = [path for path in by_name.get(name.rpartition("/")[2], ()) if path.as_posix().endswith(f"/{name}")]
     splits = {split_of(word) for word in re.split(r"[_.]", table.stem)} - {None}
-    for near in (lambda path: table.parent in path.parents,
-                 lambda path: any(split_of(part) in splits for part in path.parts[:-1])):
+    for near in (
+        lambda path: table.parent in path.parents,
+        lambda path: any(split_of(part) in splits for part in path.parts[:-1]),
+    ):
         fitting = [path for path in fitting if near(path)] or fitting
     return fitting[0] if len(fitting) == 1 else None

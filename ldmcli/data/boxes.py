@@ -16,8 +16,10 @@ def with_boxes(rows: Rows, settings: DataSettings) -> Rows:
         return rows
     where = f"{shown(rows.source)}, {rows.split}"
     if not rows.has("objects"):
-        raise InputError(f"{where}: data.min_objects, max_objects and min_box_area are about boxes, and there is no "
-                         "objects column; name it with --objects-column, or leave them out")
+        raise InputError(
+            f"{where}: data.min_objects, max_objects and min_box_area are about boxes, and there is no "
+            "objects column; name it with --objects-column, or leave them out"
+        )
     rows.boxes_are_shares = are_shares([rows.all_objects(i)["bbox"] for i in range(len(rows))])
     counts = np.array([_count(rows, i) for i in range(len(rows))])
     kept = np.flatnonzero((counts < 0) | ((counts >= least) & ((counts <= most) | (not most))))
@@ -25,8 +27,9 @@ def with_boxes(rows: Rows, settings: DataSettings) -> Rows:
     if settings.min_box_area:
         wanted += f" of at least {settings.min_box_area:g} of the picture"
     if not len(kept):
-        raise InputError(f"{where}: none of {len(rows)} rows has {wanted}; change data.min_objects, max_objects or "
-                         "min_box_area")
+        raise InputError(
+            f"{where}: none of {len(rows)} rows has {wanted}; change data.min_objects, max_objects or min_box_area"
+        )
     chosen = rows.select(kept)
     if len(kept) < len(rows):
         chosen.notes.append(f"{len(rows) - len(kept)} of {len(rows)} {rows.split} rows, without {wanted}, left out")

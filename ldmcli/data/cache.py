@@ -37,8 +37,11 @@ def cache_root(setting: str) -> Path | None:
     """
     named, home = setting or os.environ.get("LDM_CACHE"), files.home()
     if not named and home is None:
-        console.warn_once("cache", "this user has no home folder, so nothing is cached; name a folder for caches in "
-                                   "LDM_CACHE or data.cache_dir")
+        console.warn_once(
+            "cache",
+            "this user has no home folder, so nothing is cached; name a folder for caches in "
+            "LDM_CACHE or data.cache_dir",
+        )
         return None
     root = Path(named) if named else home / ".cache" / "ldm"
     try:
@@ -47,10 +50,15 @@ def cache_root(setting: str) -> Path | None:
             return root
     except OSError as error:
         if setting:
-            raise UsageError(f"data.cache_dir {root}: cannot be written ({error.strerror}); name another folder, or "
-                             "turn caching off with --no-cache") from error
-        console.warn_once("cache", f"{root}: cannot be written ({error.strerror}), so nothing is cached; name another "
-                                   "folder for caches in LDM_CACHE or data.cache_dir")
+            raise UsageError(
+                f"data.cache_dir {root}: cannot be written ({error.strerror}); name another folder, or "
+                "turn caching off with --no-cache"
+            ) from error
+        console.warn_once(
+            "cache",
+            f"{root}: cannot be written ({error.strerror}), so nothing is cached; name another "
+            "folder for caches in LDM_CACHE or data.cache_dir",
+        )
         return None
 
 
@@ -220,8 +228,10 @@ class LatentCache:
         files.write_text(self.folder / f"{name}.json", json.dumps(names))
 
     def _refused(self, error: OSError) -> ResourceError:
-        return ResourceError(f"{self.folder}: no shard can be opened ({error.strerror}); raise the limit of open files "
-                             "(`ulimit -n`), or end what else holds so many")
+        return ResourceError(
+            f"{self.folder}: no shard can be opened ({error.strerror}); raise the limit of open files "
+            "(`ulimit -n`), or end what else holds so many"
+        )
 
     def seal(self) -> None:
         """Call when all processes have built: resolves each row to its place. Raises ResourceError if one is missing:
@@ -229,9 +239,11 @@ class LatentCache:
         self.refresh()
         gone = sum(key not in self._where for key in self.keys)
         if gone:
-            raise ResourceError(f"{self.folder}: {gone:,} of {len(self.keys):,} latents that were encoded can't be "
-                                "found; all processes must see one cache (data.cache_dir or LDM_CACHE) that nothing "
-                                "clears meanwhile; the same command encodes what is missing")
+            raise ResourceError(
+                f"{self.folder}: {gone:,} of {len(self.keys):,} latents that were encoded can't be "
+                "found; all processes must see one cache (data.cache_dir or LDM_CACHE) that nothing "
+                "clears meanwhile; the same command encodes what is missing"
+            )
         self._index = np.array([self._where[key] for key in self.keys], np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -253,7 +265,8 @@ class LatentCache:
                     raise self._refused(error) from error
                 found = b""
             if len(found) < size:
-                raise ResourceError(f"{shard.path}: gone or cut while it was in use; the same command encodes anew "
-                                    "what it held")
+                raise ResourceError(
+                    f"{shard.path}: gone or cut while it was in use; the same command encodes anew what it held"
+                )
             out[position] = np.frombuffer(found, self.dtype).reshape(self.shape)
         return out

@@ -16,10 +16,14 @@ from ldmcli.data.tables import Table, TarEntry, is_missing
 ROLES = {  # role: usual column names in order of preference, kinds of column that fit
     "image": (("image", "img", "picture", "photo", "pixel_values", "jpg", "png", "webp"), ("image", "bytes")),
     # odd cells are text or refused where captions are used: they never make another column the caption
-    "caption": (("caption", "text", "prompt", "captions", "description", "title", "sentence"),
-                ("text", "texts", "mixed", "int", "number", "empty", "objects", "other")),
-    "label": (("label", "labels", "class", "category", "target", "fine_label", "cls"),
-              ("class", "int", "number", "text", "texts", "mixed")),
+    "caption": (
+        ("caption", "text", "prompt", "captions", "description", "title", "sentence"),
+        ("text", "texts", "mixed", "int", "number", "empty", "objects", "other"),
+    ),
+    "label": (
+        ("label", "labels", "class", "category", "target", "fine_label", "cls"),
+        ("class", "int", "number", "text", "texts", "mixed"),
+    ),
     "objects": (("objects", "annotations", "boxes"), ("objects",)),
     "map": (("map", "segmentation", "label_map", "segmentation_map", "seg", "annotation"), ("image", "bytes")),
 }
@@ -42,8 +46,10 @@ def choose_columns(table: Table, settings: DataSettings) -> dict[str, str]:
         elif role == "label" and len(only := [c for c in fitting if table.kinds[c] == "class"]) == 1:
             chosen[role] = only[0]
     if "image" not in chosen:
-        raise InputError(f"{shown(settings.source)}: no column of pictures; there are {_column_list(table)}; "
-                         "name it with --image-column")
+        raise InputError(
+            f"{shown(settings.source)}: no column of pictures; there are {_column_list(table)}; "
+            "name it with --image-column"
+        )
     return chosen
 
 
@@ -53,8 +59,9 @@ def _named(role: str, column: str, table: Table) -> str:
         near = did_you_mean(suggestions(column, list(table.kinds)))
         raise InputError(f"{option}: no such column; there are {_column_list(table)}{near}")
     if table.kinds[column] not in ROLES[role][1]:
-        raise InputError(f"{option}: holds {table.kinds[column]}, which cannot be a {role}; "
-                         f"there are {_column_list(table)}")
+        raise InputError(
+            f"{option}: holds {table.kinds[column]}, which cannot be a {role}; there are {_column_list(table)}"
+        )
     return column
 
 
@@ -119,14 +126,17 @@ def _captions(table: Table, column: str, notes: list[str]) -> Callable[[int], st
         several_texts = sum(isinstance(value, (list, tuple)) and len(value) > 1 for value in values)
         told = table.length > 1  # rows of a stream come one by one
         notes += [f"{empty} of {table.length} captions in column {shown(column)} are empty"] * (told and empty > 0)
-        notes += [f"{several_texts} rows have several captions in column {shown(column)}; the first with words is "
-                  "taken"] * (told and several_texts > 0)
+        notes += [
+            f"{several_texts} rows have several captions in column {shown(column)}; the first with words is taken"
+        ] * (told and several_texts > 0)
 
     def caption(i: int) -> str:
         text = _caption(values[i])
         if text is None:
-            raise InputError(f"{shown(table.name(i))}: {shown(values[i], 60)} in column {shown(column)} is no caption; "
-                             "write text there, or name another column with --caption-column")
+            raise InputError(
+                f"{shown(table.name(i))}: {shown(values[i], 60)} in column {shown(column)} is no caption; "
+                "write text there, or name another column with --caption-column"
+            )
         return text
 
     return caption
@@ -229,8 +239,13 @@ def _category_names(table: Table, column: str) -> list[str]:
     """As the data state them, else the names and numbers found."""
     if column in table.classes:
         return table.classes[column]
-    return _natural({name for i, value in enumerate(table.columns[column])
-                     for name in _category_texts(table, column, i, _pairs(table, column, i, value)[1])})
+    return _natural(
+        {
+            name
+            for i, value in enumerate(table.columns[column])
+            for name in _category_texts(table, column, i, _pairs(table, column, i, value)[1])
+        }
+    )
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -282,8 +297,10 @@ def _label_trouble(table: Table, column: str, labels: np.ndarray, settings: Data
         return ""
     rows = several(f"{table.name(int(i))}: {table.columns[column][int(i)]!r}" for i in wrong[:6])
     more = f", {len(wrong)} in all" if len(wrong) > 6 else ""
-    return (f"{shown(settings.source)}: {len(wrong)} labels in column {shown(column)} name no class ({rows}{more}); "
-            "label those rows, or take them out")
+    return (
+        f"{shown(settings.source)}: {len(wrong)} labels in column {shown(column)} name no class ({rows}{more}); "
+        "label those rows, or take them out"
+    )
 
 
 def _near_names(names: list[str]) -> list[str]:

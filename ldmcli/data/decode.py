@@ -40,8 +40,21 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's readers raise on damaged files. MemoryError is not among them: that is about the machine.
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, struct.error,
-           AttributeError, NotImplementedError, ZeroDivisionError, Image.DecompressionBombError)
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    AttributeError,
+    NotImplementedError,
+    ZeroDivisionError,
+    Image.DecompressionBombError,
+)
 
 
 class BadImage(InputError):

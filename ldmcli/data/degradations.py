@@ -46,10 +46,24 @@ class Pipeline:
     quality: tuple[int, int]  # of JPEG
 
 
-BSR = Pipeline(steps=("blur", "blur", "shrink", "fit", "noise", "jpeg"), kernel_step=2, narrower=1.0,
-               isotropic_sizes=(2, 11), resized=0.75, noise=(2, 25), quality=(30, 95))
-BSR_LIGHT = Pipeline(steps=("blur", "shrink", "fit", "noise", "jpeg"), kernel_step=1, narrower=4.0,
-                     isotropic_sizes=(2, 4), resized=0.8, noise=(1, 2), quality=(80, 95))
+BSR = Pipeline(
+    steps=("blur", "blur", "shrink", "fit", "noise", "jpeg"),
+    kernel_step=2,
+    narrower=1.0,
+    isotropic_sizes=(2, 11),
+    resized=0.75,
+    noise=(2, 25),
+    quality=(30, 95),
+)
+BSR_LIGHT = Pipeline(
+    steps=("blur", "shrink", "fit", "noise", "jpeg"),
+    kernel_step=1,
+    narrower=4.0,
+    isotropic_sizes=(2, 4),
+    resized=0.8,
+    noise=(1, 2),
+    quality=(80, 95),
+)
 
 
 def degrade(image: np.ndarray, scale: int, kind: str, *key: int | str) -> np.ndarray:
@@ -96,7 +110,9 @@ def _blind(pipeline: Pipeline) -> Callable[[np.ndarray, int, tuple[int | str, ..
 
 
 DEGRADATIONS: dict[str, Callable[[np.ndarray, int, tuple[int | str, ...]], np.ndarray]] = {
-    "bicubic": _bicubic, "bsr": _blind(BSR), "bsr-light": _blind(BSR_LIGHT),
+    "bicubic": _bicubic,
+    "bsr": _blind(BSR),
+    "bsr-light": _blind(BSR_LIGHT),
 }
 
 
@@ -227,7 +243,7 @@ def convolve(planes: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     padded = planes[:, rows][:, :, columns]
     shape = [fft.next_fast_len(n, real=True) for n in padded.shape[1:]]
     product = fft.rfft2(padded, shape) * fft.rfft2(kernel.astype(np.float32), shape)
-    return fft.irfft2(product, shape)[:, k - 1:k - 1 + height, k - 1:k - 1 + width].astype(np.float32)
+    return fft.irfft2(product, shape)[:, k - 1 : k - 1 + height, k - 1 : k - 1 + width].astype(np.float32)
 
 
 def resize(planes: np.ndarray, height: int, width: int, method: str) -> np.ndarray:
@@ -251,8 +267,12 @@ def resize_matrix(n: int, m: int, method: str) -> np.ndarray:
         first = np.floor(np.arange(m) * n / m)
         share = np.arange(1, m + 1) - (first + 1) * m / n
         centre = first + np.where(share <= 0, 0, share - np.floor(share))
-    a, widen, support = {"linear": (0.0, 1.0, 1), "area enlarged": (0.0, 1.0, 1), "cubic": (-0.75, 1.0, 2),
-                         "antialiased": (-0.5, max(n / m, 1.0), 2)}[method]
+    a, widen, support = {
+        "linear": (0.0, 1.0, 1),
+        "area enlarged": (0.0, 1.0, 1),
+        "cubic": (-0.75, 1.0, 2),
+        "antialiased": (-0.5, max(n / m, 1.0), 2),
+    }[method]
     reach = int(np.ceil(support * widen))
     taps = np.floor(centre).astype(int)[:, None] + np.arange(1 - reach, reach + 1)
     distance = np.abs(centre[:, None] - taps) / widen

@@ -21,9 +21,16 @@ from ldmcli.data.metadata import file_column, holds_rows, read_rows, read_text
 from ldmcli.data.pictures import TEXTS, Found, no_pictures, several
 
 SPLITS = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "eval": "validation", "test": "test", "testing": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+    "testing": "test",
+}
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 CAPTIONS = ("caption", "text", "prompt", "description", "title")  # of JSON files beside pictures
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})[-_ ]?((19|20)\d\d|set|data|split|images|imgs)?", re.IGNORECASE)
@@ -54,8 +61,10 @@ def scan(found: Found, *, skip_bad: bool = False, image_column: str = "") -> dic
     found.metadata = [path for path in found.metadata if path not in general]
     found.tables += general
     if found.outside and not skip_bad:
-        raise InputError(f"{several(found.outside)}: links that lead out of {shown(root)}; "
-                         "copy the pictures or leave them out with --skip-bad")
+        raise InputError(
+            f"{several(found.outside)}: links that lead out of {shown(root)}; "
+            "copy the pictures or leave them out with --skip-bad"
+        )
     if not found.pictures and not found.metadata:
         raise no_pictures(root, [*found.notes(), *_unused_tables(found)])
     bases, notes = _split_folders(found)
@@ -124,8 +133,9 @@ def _split_folders(found: Found) -> tuple[dict[str, Path], list[str]]:
     if others or loose:
         beside = [path for path in found.pictures if not split_of(path.relative_to(root).parts[0])]
         named = " and ".join(f"{name}/" for names in splits.values() for name in names)
-        notes.append(f"{named} are taken as splits; {len(beside)} pictures beside them passed over "
-                     f"({found.names(beside)})")
+        notes.append(
+            f"{named} are taken as splits; {len(beside)} pictures beside them passed over ({found.names(beside)})"
+        )
     return {split: root / names[0] for split, names in splits.items()}, notes
 
 
@@ -175,8 +185,10 @@ def _plain(root: Path, pictures: list[Path], found: Found, skip_bad: bool) -> Li
         taken = {path for path in beside if path}
         folders = {path.parent for path in taken}
         lonely = [path for path in found.texts if path.parent in folders and path not in taken]
-        listing.notes += [f"{len(lonely)} text files belong to no picture, or to one that has another "
-                          f"({found.names(lonely)}), passed over"] * bool(lonely)
+        listing.notes += [
+            f"{len(lonely)} text files belong to no picture, or to one that has another "
+            f"({found.names(lonely)}), passed over"
+        ] * bool(lonely)
     else:
         _add_json_files(listing, _beside(pictures, found.tables, (".json",)))
     return listing
@@ -193,8 +205,9 @@ def _beside(pictures: list[Path], texts: list[Path], endings: Sequence[str] = TE
 def _add_text_files(listing: Listing, captions: list[Path | None], skip_bad: bool) -> None:
     lonely = [name for name, path in zip(listing.names, captions) if path is None]
     if lonely and not skip_bad:
-        raise InputError(f"{len(lonely)} pictures have no text file beside them ({several(lonely)}); "
-                         "leave them out with --skip-bad")
+        raise InputError(
+            f"{len(lonely)} pictures have no text file beside them ({several(lonely)}); leave them out with --skip-bad"
+        )
     kept = [(k, path) for k, path in enumerate(captions) if path is not None]
     listing.names = [listing.names[k] for k, _ in kept]
     listing.columns["image"] = [listing.columns["image"][k] for k, _ in kept]
@@ -260,8 +273,11 @@ class _Rows:
             picture = next((short for short in columns if short in (key, "image")), None)
             if picture is None or not isinstance(row[columns[picture]], str):
                 raise InputError(f"{shown(_id(table, self.root))}: no column file_name; there are {several(row)}")
-            paths = {short: self._resolve(row[name], table) for short, name in columns.items()
-                     if short == picture or row[name]}  # fmt: skip
+            paths = {
+                short: self._resolve(row[name], table)
+                for short, name in columns.items()
+                if short == picture or row[name]
+            }
             self.named.update(paths.values())
             absent = [row[columns[short]] for short, path in paths.items() if not _there(path)]
             self.missing += [shown(one) for one in absent]
@@ -275,21 +291,27 @@ class _Rows:
         root, path = self.root.resolve(), PurePosixPath(text.replace("\\", "/") if os.sep == "\\" else text)
         where = shown(_id(table, self.root))
         if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
-            raise InputError(f"{where}: {shown(text, 80)} is an address; fetch the pictures first (img2dataset does) "
-                             "and name their files")
+            raise InputError(
+                f"{where}: {shown(text, 80)} is an address; fetch the pictures first (img2dataset does) "
+                "and name their files"
+            )
         if path.is_absolute() and root in Path(path).parents and ".." not in path.parts:
             path = PurePosixPath(Path(path).relative_to(root))
         if not text or path.is_absolute() or ".." in path.parts or "\0" in text:
-            raise InputError(f"{where}: file_name {shown(text)!r} leads out of the folder; "
-                             "name files relative to the metadata file")
+            raise InputError(
+                f"{where}: file_name {shown(text)!r} leads out of the folder; name files relative to the metadata file"
+            )
         places = [table.parent / path, self.root / path]
         if not path.suffix:
             places += [one for one in self._by_stem.get(places[0], ())]
         found = next((place for place in places if _there(place)), places[0])
         if not _there(found):
             return found
-        if not found.parent.resolve().is_relative_to(root) or found.is_symlink() and not (
-                found.resolve().is_relative_to(root)):  # fmt: skip
+        if (
+            not found.parent.resolve().is_relative_to(root)
+            or found.is_symlink()
+            and not (found.resolve().is_relative_to(root))
+        ):
             raise InputError(f"{where}: {shown(text)} is a link that leads out of the folder")
         return found
 
@@ -303,12 +325,17 @@ class _Rows:
 
     def check(self, skip_bad: bool, covered: set[Path]) -> list[str]:
         """Notes on what is left out. Raises InputError for rows without a picture and pictures without a row."""
-        lonely = [_id(path, self.root) for path in self.pictures
-                  if path not in self.named and not covered.isdisjoint(path.parents)]
+        lonely = [
+            _id(path, self.root)
+            for path in self.pictures
+            if path not in self.named and not covered.isdisjoint(path.parents)
+        ]
         told = []
         if self.missing:
-            told.append(f"{len(self.missing)} rows name pictures that are absent ({several(self.missing)}"
-                        f"{_hint(self.missing, lonely)})")
+            told.append(
+                f"{len(self.missing)} rows name pictures that are absent ({several(self.missing)}"
+                f"{_hint(self.missing, lonely)})"
+            )
         if lonely:
             told.append(f"{len(lonely)} pictures have no row in the metadata ({several(lonely)})")
         if not self.rows:
@@ -325,8 +352,10 @@ class _Rows:
                 stated = [split_of(str(row.values.get(name, "")).strip()) for row in self.rows]
                 if all(stated):
                     notes.append(f"column {name} tells the splits")
-                    return {str(split): self._listing([row for row, own in zip(self.rows, stated) if own == split])
-                            for split in dict.fromkeys(stated)}
+                    return {
+                        str(split): self._listing([row for row, own in zip(self.rows, stated) if own == split])
+                        for split in dict.fromkeys(stated)
+                    }
         parts = {split: [row for row in self.rows if base in row.picture.parents] for split, base in bases.items()}
         return {split: self._listing(rows) for split, rows in parts.items() if rows}
 
@@ -364,20 +393,27 @@ def _one_each(rows: list[_Row], root: Path) -> tuple[list[_Row], list[str]]:
         kept.append(own[0])
         if len(own) > 1:
             repeated.setdefault(table, []).append((picture, len(own) - 1))
-    notes = [f"{count} rows of {_id(other, root)} left out: {_id(table, root)} tells of the same pictures"
-             for (other, table), count in passed.items()]
+    notes = [
+        f"{count} rows of {_id(other, root)} left out: {_id(table, root)} tells of the same pictures"
+        for (other, table), count in passed.items()
+    ]
     for table, several_rows in repeated.items():
         names = several(_id(picture, root) for picture, _ in several_rows)
-        notes.append(f"{len(several_rows)} pictures have several rows in {_id(table, root)} ({names}); the first of "
-                     f"each is taken, {sum(count for _, count in several_rows)} others are left out")
+        notes.append(
+            f"{len(several_rows)} pictures have several rows in {_id(table, root)} ({names}); the first of "
+            f"each is taken, {sum(count for _, count in several_rows)} others are left out"
+        )
     return kept, notes
 
 
 def _unused_tables(found: Found, used: Sequence[Path] = ()) -> list[str]:
     """Tables beside the pictures that nothing was read from, where they speak of pictures or look as if."""
     texts = {path for path in found.texts if path.suffix.lower() == ".txt"} - set(_beside(found.pictures, found.texts))
-    unused = [path for path in (*_foreign_tables(found), *sorted(texts)) if path not in used
-              and (path.suffix.lower() not in (".json", ".txt") or _speaks_of_pictures(path))]
+    unused = [
+        path
+        for path in (*_foreign_tables(found), *sorted(texts))
+        if path not in used and (path.suffix.lower() not in (".json", ".txt") or _speaks_of_pictures(path))
+    ]
     if not unused:
         return []
     name, ending = unused[0].relative_to(found.root).as_posix(), unused[0].suffix.lower()
@@ -390,8 +426,11 @@ def _unused_tables(found: Found, used: Sequence[Path] = ()) -> list[str]:
 def _foreign_tables(found: Found, ending: str = "") -> list[Path]:
     """Tables that belong to no single picture, and are no statistics of img2dataset."""
     beside = {path for path in _beside(found.pictures, found.tables, (".json",)) if path}
-    return [path for path in found.tables if path not in beside and not path.stem.endswith("_stats")
-            and path.suffix.lower().endswith(ending)]
+    return [
+        path
+        for path in found.tables
+        if path not in beside and not path.stem.endswith("_stats") and path.suffix.lower().endswith(ending)
+    ]
 
 
 def _speaks_of_pictures(path: Path) -> bool:
@@ -401,4 +440,3 @@ def _speaks_of_pictures(path: Path) -> bool:
     except OSError:
         return False
     return any(ending.encode() in head for ending in (*EXTENSIONS, "file_name"))
-

@@ -59,7 +59,7 @@ def random_mask(height: int, width: int, *key: int | str) -> np.ndarray:
         if SHARE[0] <= mask.mean() <= SHARE[1]:
             return mask
     mask = np.zeros((height, width), bool)  # next to impossible: half of both sides
-    mask[height // 4:height // 4 + max(height // 2, 1), width // 4:width // 4 + max(width // 2, 1)] = True
+    mask[height // 4 : height // 4 + max(height // 2, 1), width // 4 : width // 4 + max(width // 2, 1)] = True
     return mask
 
 
@@ -96,5 +96,13 @@ def masked_share(masks: Iterable[np.ndarray]) -> dict[str, float]:
     if not len(shares):
         raise ValueError("masked_share: no masks")
     low, median, high = (float(value) for value in np.quantile(shares, (0.1, 0.5, 0.9)))
-    return {"n": len(shares), "mean": float(shares.mean()), "std": float(shares.std()), "min": float(shares.min()),
-            "p10": low, "median": median, "p90": high, "max": float(shares.max())}
+    return {
+        "n": len(shares),
+        "mean": float(shares.mean()),
+        "std": float(shares.std()),
+        "min": float(shares.min()),
+        "p10": low,
+        "median": median,
+        "p90": high,
+        "max": float(shares.max()),
+    }

@@ -13,13 +13,32 @@ from ldmcli.core.errors import InputError
 from ldmcli.data.decode import EXTENSIONS, shown
 from ldmcli.data.pictures import several
 
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_file",
-                "image_filename", "image_name", "img", "img_path", "img_name", "picture", "photo", "fname")  # fmt: skip
+FILE_COLUMNS = (
+    "file_name",
+    "filename",
+    "file",
+    "image",
+    "image_path",
+    "path",
+    "filepath",
+    "image_file",
+    "image_filename",
+    "image_name",
+    "img",
+    "img_path",
+    "img_name",
+    "picture",
+    "photo",
+    "fname",
+)
 DELIMITERS = ",;\t|"
 _MARKS = (  # longest first: the mark of UTF-16 begins that of UTF-32
-    (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
-)  # fmt: skip
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 def read_text(path: Path) -> str:
@@ -31,11 +50,13 @@ def read_text(path: Path) -> str:
         raise InputError(f"{shown(path)}: cannot be read ({error.strerror})") from None
     mark, encoding = next(((m, e) for m, e in _MARKS if content.startswith(m)), (b"", "utf-8"))
     try:
-        return content[len(mark):].decode(encoding)
+        return content[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         where = error.start + len(mark)
-        raise InputError(f"{shown(path)}: not {encoding.upper()} text at byte {where} (0x{content[where]:02x}); "
-                         "save the file as UTF-8") from None
+        raise InputError(
+            f"{shown(path)}: not {encoding.upper()} text at byte {where} (0x{content[where]:02x}); "
+            "save the file as UTF-8"
+        ) from None
 
 
 def file_column(columns, wanted: str = "") -> str | None:
@@ -78,8 +99,12 @@ def holds_rows(path: Path) -> bool:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return True
-    return not isinstance(value, dict) or _json_rows(text) is not None or file_column(value) is not None or any(
-        key.endswith("_file_name") for key in value)
+    return (
+        not isinstance(value, dict)
+        or _json_rows(text) is not None
+        or file_column(value) is not None
+        or any(key.endswith("_file_name") for key in value)
+    )
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -110,8 +135,9 @@ def _json_rows(text: str) -> list | None:
     if named is not None and isinstance(value[named], (dict, list)):
         return _transposed(value, named)
     if all(Path(key).suffix.lower() in EXTENSIONS for key in value):
-        return [{"file_name": key, **(one if isinstance(one, dict) else {"caption": one})}
-                for key, one in value.items()]  # fmt: skip
+        return [
+            {"file_name": key, **(one if isinstance(one, dict) else {"caption": one})} for key, one in value.items()
+        ]
     return None
 
 
@@ -143,10 +169,12 @@ def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[dict]:
         for fields in reader:
             if not any(map(str.strip, fields)):
                 continue
-            if len(fields) < len(header) or any(map(str.strip, fields[len(header):])):
-                raise InputError(f"{shown(path)}: line {reader.line_num} has "
-                                 f"{'more' if len(fields) > len(header) else 'fewer'} fields than the header; "
-                                 "quote commas")
+            if len(fields) < len(header) or any(map(str.strip, fields[len(header) :])):
+                raise InputError(
+                    f"{shown(path)}: line {reader.line_num} has "
+                    f"{'more' if len(fields) > len(header) else 'fewer'} fields than the header; "
+                    "quote commas"
+                )
             yield {name: field for name, field in zip(header, fields) if name}  # an index column has no name
     except csv.Error as error:
         raise InputError(f"{shown(path)}: line {reader.line_num}: {error}") from None
@@ -170,5 +198,7 @@ def _check_header(header: list[str], path: Path) -> None:
     if twice:
         raise InputError(f"{shown(path)}: two columns called {several(twice)}; give each a name of its own")
     if any(Path(name).suffix.lower() in EXTENSIONS for name in header):
-        raise InputError(f"{shown(path)}: begins with a picture ({several(header)}); its first line must name the "
-                         "columns, as in file_name,caption")
+        raise InputError(
+            f"{shown(path)}: begins with a picture ({several(header)}); its first line must name the "
+            "columns, as in file_name,caption"
+        )

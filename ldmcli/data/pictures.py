@@ -87,22 +87,30 @@ class Found:
         """What is there and is not taken, a line a kind."""
         told = []
         if self.unread:
-            told.append(f"{len(self.unread)} files of formats that are not read passed over: {_endings(self.unread)} "
-                        f"({self.names(self.unread)}); convert them to PNG or JPEG")
+            told.append(
+                f"{len(self.unread)} files of formats that are not read passed over: {_endings(self.unread)} "
+                f"({self.names(self.unread)}); convert them to PNG or JPEG"
+            )
         stems = {(path.parent, path.stem) for path in self.pictures} if self.others else set()
         beside = [path for path in self.others if (path.parent, path.stem) in stems]
         if beside:
-            told.append(f"{len(beside)} files beside pictures are not read: {_endings(beside)} ({self.names(beside)}); "
-                        f"captions are read from {', '.join(TEXTS)} and .json")
+            told.append(
+                f"{len(beside)} files beside pictures are not read: {_endings(beside)} ({self.names(beside)}); "
+                f"captions are read from {', '.join(TEXTS)} and .json"
+            )
         if self.nameless:
-            told.append(f"{len(self.nameless)} pictures whose names have no ending of a picture passed over "
-                        f"({self.names(self.nameless)}); rename them")
+            told.append(
+                f"{len(self.nameless)} pictures whose names have no ending of a picture passed over "
+                f"({self.names(self.nameless)}); rename them"
+            )
         if self.written:
             told.append(f"what ldm itself wrote is passed over ({self.names(self.written)})")
         if self.masks:
             folders = sorted({path.parent for path in self.masks})
-            told.append(f"{len(self.masks)} masks or maps of pictures in {self._folders(folders)} passed over "
-                        f"({self.names(self.masks)})")
+            told.append(
+                f"{len(self.masks)} masks or maps of pictures in {self._folders(folders)} passed over "
+                f"({self.names(self.masks)})"
+            )
         return told
 
     def _folders(self, folders: Sequence[Path]) -> str:
@@ -146,8 +154,13 @@ def _list_of(found: Found, path: Path) -> list[Path]:
     ending = path.suffix.lower()
     if is_metadata(path):
         return found.metadata
-    for endings, wanted in ((EXTENSIONS, found.pictures), (TABLES, found.tables), (DATA_FILES, found.data),
-                            (TEXTS, found.texts), (UNREAD, found.unread)):  # fmt: skip
+    for endings, wanted in (
+        (EXTENSIONS, found.pictures),
+        (TABLES, found.tables),
+        (DATA_FILES, found.data),
+        (TEXTS, found.texts),
+        (UNREAD, found.unread),
+    ):
         if ending in endings:
             return wanted
     return found.nameless if _begins_like_a_picture(path) else found.others

@@ -145,7 +145,7 @@ class Rows:
             picture = self.image(i) if whole is None else Image.fromarray(whole)
             return to_size(picture, size, crop, self._settings.resize, u)
         top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, whole.shape, size)) if crop == "random" else (0, 0)
-        return whole[top:top + size[0], left:left + size[1]]
+        return whole[top : top + size[0], left : left + size[1]]
 
     def caption(self, i: int) -> str:
         """The caption as it stands in the data; "" where there is none."""
@@ -253,8 +253,13 @@ class Rows:
 
     def select(self, indices: Sequence[int]) -> "Rows":
         """These rows alone, in this order; what has been read already is shared."""
-        chosen = type(self)(self._columns, self._ids[np.asarray(indices, dtype=np.int64)], self._settings,
-                            source=self.source, split=self.split)
+        chosen = type(self)(
+            self._columns,
+            self._ids[np.asarray(indices, dtype=np.int64)],
+            self._settings,
+            source=self.source,
+            split=self.split,
+        )
         chosen.notes, chosen.validation_is_train = list(self.notes), self.validation_is_train
         chosen.boxes_are_shares = self.boxes_are_shares
         chosen._hashes, chosen._kept, chosen._kept_as = self._hashes, self._kept, self._kept_as
@@ -269,8 +274,9 @@ class Rows:
         notes = "".join(f"; {note}" for note in self.notes)
         return f"{shown(self.source)}, {self.split}: {len(self):,} rows; {roles}{classes}{notes}"
 
-    def preload(self, size: tuple[int, int], crop: str = "center", *, indices=None, progress=None,
-                workers: int = WORKERS) -> list[BadImage]:
+    def preload(
+        self, size: tuple[int, int], crop: str = "center", *, indices=None, progress=None, workers: int = WORKERS
+    ) -> list[BadImage]:
         """Decodes rows and keeps them in memory at `size` while there is room; returns the bad ones. With crop =
         "random" the resized whole is kept, so that every crop can still be cut. Rows that are not among them are kept
         when they are first asked for."""
@@ -336,7 +342,7 @@ def in_threads(work: Callable, items, workers: int) -> Iterator:
     items = list(items)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for start in range(0, len(items), 256):
-            yield from pool.map(work, items[start:start + 256])
+            yield from pool.map(work, items[start : start + 256])
 
 
 def _read(encoded: Callable[[int], bytes], row: int, name: str) -> bytes:
@@ -388,8 +394,10 @@ class ShapeRows(Rows):
 
     def all_objects(self, i: int) -> dict:
         spec = self.spec(i)
-        return {"bbox": np.array(shapes.boxes(spec, self._size), np.float32),
-                "category": np.array([thing.shape for thing in spec.things], np.int64)}
+        return {
+            "bbox": np.array(shapes.boxes(spec, self._size), np.float32),
+            "category": np.array([thing.shape for thing in spec.things], np.int64),
+        }
 
     def map(self, i: int) -> np.ndarray:
         return shapes.segment(self.spec(i), self._size)
@@ -422,8 +430,19 @@ class ShapeRows(Rows):
 class JoinedRows:
     """The rows of several splits, one after the other, where all of a data set are asked for."""
 
-    _OF_A_ROW = ("name", "image", "shape", "pixels", "caption", "label", "objects", "map", "map_pixels", "boxes",
-                 "content_hash")  # fmt: skip
+    _OF_A_ROW = (
+        "name",
+        "image",
+        "shape",
+        "pixels",
+        "caption",
+        "label",
+        "objects",
+        "map",
+        "map_pixels",
+        "boxes",
+        "content_hash",
+    )
 
     def __init__(self, parts: list[Rows]):
         self._parts, first = parts, parts[0]
@@ -473,8 +492,14 @@ def _level(source: str) -> int:
 def shape_rows(settings: DataSettings, split: str) -> Rows:
     has_label = _level(settings.source) == 1
     roles = ("image", "caption", *(("label",) if has_label else ()), "objects", "map")
-    drawn = Columns(None, "shape {}".format, *[lambda i: i] * 4, list(shapes.SHAPES), list(shapes.SHAPES),
-                    {role: "drawn" for role in roles})
+    drawn = Columns(
+        None,
+        "shape {}".format,
+        *[lambda i: i] * 4,
+        list(shapes.SHAPES),
+        list(shapes.SHAPES),
+        {role: "drawn" for role in roles},
+    )
     drawn.label = np.zeros(0) if has_label else None
     count = (settings.limit or shapes.TRAIN_ROWS) if split == "train" else shapes.VALIDATION_ROWS
     return ShapeRows(drawn, np.arange(count), settings, source=settings.source, split=split)

@@ -210,7 +210,7 @@ def _content(lots: _Lots, level: int) -> tuple[int, ...]:
 
 def _arrange(lots: _Lots, level: int, content: tuple[int, ...]) -> Spec:
     background, relations = content[0], content[1:level]
-    colours, shapes = content[level:2 * level], content[2 * level:]
+    colours, shapes = content[level : 2 * level], content[2 * level :]
     directions = [RELATIONS[_RELATION_NAMES[r]] for r in relations]
     reach = 0.5 - CORNER
     first = (0.5 + reach * sum(d[0] for d in directions), 0.5 + reach * sum(d[1] for d in directions))
@@ -269,8 +269,8 @@ def parse(prompt: str) -> Expectation:
     text = text.replace("middle", "center")
     found = list(_THING.finditer(text))
     things = tuple((_index(_COLOUR_NAMES, m[1]), SHAPES.index(m[2])) for m in found)
-    relations = tuple(_first(_RELATION, text[a.end():b.start()], _RELATION_NAMES) for a, b in zip(found, found[1:]))
-    tail = text[found[-1].end():] if found else text
+    relations = tuple(_first(_RELATION, text[a.end() : b.start()], _RELATION_NAMES) for a, b in zip(found, found[1:]))
+    tail = text[found[-1].end() :] if found else text
     place = _first(_PLACE, tail, _PLACE_NAMES) if len(found) == 1 else None
     return Expectation(things, relations, place, _first(_GROUND, text, _BACKGROUND_NAMES))
 
@@ -456,7 +456,7 @@ def check(image: np.ndarray, expectation: Expectation | Spec | str) -> dict[str,
     wanted = _expectation(expectation)
     background, found = read(image)
     n = len(wanted.things)
-    padded = [*found, *[None] * max(n - len(found), 0)][:max(n, 4)]
+    padded = [*found, *[None] * max(n - len(found), 0)][: max(n, 4)]
     found_for = max(permutations(padded, n), key=lambda chosen: sum(map(_weight, _judge(wanted, chosen))))
     colours, shapes, positions = _judge(wanted, found_for)
     result: dict[str, bool | float | None] = {

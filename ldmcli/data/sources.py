@@ -78,8 +78,10 @@ def existing_split(name: str, there: list[str], option: str, settings: DataSetti
     for candidate in (name, split_of(name)):
         if candidate in there:
             return candidate
-    raise InputError(f"{option} {shown(name)}: {shown(settings.source)} has no such split; there are {several(there)}"
-                     f" (take one with {option} {shown(there[0])})")
+    raise InputError(
+        f"{option} {shown(name)}: {shown(settings.source)} has no such split; there are {several(there)}"
+        f" (take one with {option} {shown(there[0])})"
+    )
 
 
 FEW = 16  # rows that are worth decoding to see whether a side has one that can be read
@@ -142,21 +144,25 @@ def verify(rows: Rows, settings: DataSettings, *, indices=None, progress=None, w
     return rows.preload(size, settings.crop, indices=indices, progress=progress, workers=workers or WORKERS)
 
 
-def usable(rows: Rows, settings: DataSettings, *, progress=None,
-           bad: list[BadImage] | None = None) -> tuple[Rows, list[BadImage]]:
+def usable(
+    rows: Rows, settings: DataSettings, *, progress=None, bad: list[BadImage] | None = None
+) -> tuple[Rows, list[BadImage]]:
     """(rows whose pictures can be read, the bad ones). bad: what `verify` found, where it was asked already. Raises
     InputError when there are bad ones and data.skip_bad is off, or when nothing is left."""
     if bad is None:
         bad = verify(rows, settings, progress=progress, workers=settings.workers)
     if bad and not settings.skip_bad:
-        raise InputError(f"{len(bad)} of {len(rows)} pictures cannot be read: {several(bad)}; "
-                         "skip them with --skip-bad")
+        raise InputError(
+            f"{len(bad)} of {len(rows)} pictures cannot be read: {several(bad)}; skip them with --skip-bad"
+        )
     if len(bad) == len(rows):
         raise InputError(f"{shown(rows.source)}: none of {len(rows)} pictures can be read ({several(bad)})")
     if bad:
         left_out = {error.index for error in bad}
         rows = rows.select([i for i in range(len(rows)) if i not in left_out])
         rows.notes.append(f"{len(bad)} pictures that cannot be read left out ({several(bad)})")
-    rows.notes += [f"{rows.transparent} pictures of {rows.split} have transparent pixels, laid over "
-                   f"{settings.background} (data.background)"] * bool(rows.transparent)
+    rows.notes += [
+        f"{rows.transparent} pictures of {rows.split} have transparent pixels, laid over "
+        f"{settings.background} (data.background)"
+    ] * bool(rows.transparent)
     return rows, bad

@@ -45,8 +45,9 @@ class StreamedRows:
                 row.image(0)
             except BadImage as error:
                 if not self._settings.skip_bad:
-                    raise InputError(f"{error}; a stream is not checked beforehand: leave bad pictures out with "
-                                     "--skip-bad") from error
+                    raise InputError(
+                        f"{error}; a stream is not checked beforehand: leave bad pictures out with --skip-bad"
+                    ) from error
                 continue
             self._kept[self._next] = row
             self._next += 1

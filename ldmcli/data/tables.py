@@ -71,8 +71,11 @@ def open_tables(settings: DataSettings) -> dict[str, Table]:
     found = find(path)
     files = data_files(found)
     if files:
-        return {split: table for name, part in by_split(files, path).items()
-                for split, table in _from_files(part, settings, name).items()}  # fmt: skip
+        return {
+            split: table
+            for name, part in by_split(files, path).items()
+            for split, table in _from_files(part, settings, name).items()
+        }
     listings = scan(found, skip_bad=settings.skip_bad, image_column=settings.image_column)
     return {split: _listed(part) for split, part in listings.items()}
 
@@ -86,8 +89,10 @@ def data_files(found: Found) -> list[Path]:
     # img2dataset writes what it knows of a shard beside it, 00000.parquet beside 00000.tar or 00000/
     columnar = [path for path in found.data if path not in archives and path.with_suffix("") not in shards]
     if found.pictures and columnar:
-        raise InputError(f"{shown(found.root)}: holds both pictures ({len(found.pictures)}) and data files "
-                         f"({several(columnar)}); name the folder of one kind")
+        raise InputError(
+            f"{shown(found.root)}: holds both pictures ({len(found.pictures)}) and data files "
+            f"({several(columnar)}); name the folder of one kind"
+        )
     if found.pictures or found.metadata:
         return []
     return columnar or archives or [path for path in found.tables if path.suffix.lower() != ".json"]
@@ -198,8 +203,10 @@ def _tar_entries(archive: Path):
                 if member.isdir() or any(is_hidden(part) for part in name.parts if part not in (".", "..")):
                     continue
                 if name.is_absolute() or ".." in name.parts or not member.isreg():
-                    raise InputError(f"{shown(archive)}: entry {shown(member.name)!r} is refused: "
-                                     "only plain files inside the archive are read")
+                    raise InputError(
+                        f"{shown(archive)}: entry {shown(member.name)!r} is refused: "
+                        "only plain files inside the archive are read"
+                    )
                 stem, _, extension = name.name.partition(".")
                 yield str(name.parent / stem), extension.lower(), TarEntry(archive, member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -222,8 +229,9 @@ def _text_of(entry: TarEntry) -> str:
     try:
         return entry.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{shown(entry.archive)}: text that is not UTF-8 at byte "
-                         f"{entry.offset + error.start} of the archive") from None
+        raise InputError(
+            f"{shown(entry.archive)}: text that is not UTF-8 at byte {entry.offset + error.start} of the archive"
+        ) from None
 
 
 def _json_of(entry: TarEntry) -> dict:
@@ -307,8 +315,10 @@ def load_hub(settings: DataSettings, **options):
     except Exception as error:  # the library raises dozens of kinds; its first line says what happened
         near = did_you_mean(suggestions(source, ["shapes"]))
         first = shown(str(error).partition("\n")[0] or type(error).__name__, 160)
-        raise InputError(f"--data {shown(source)}: no such folder here, and the hub does not give it ({first}){near}; "
-                         f"with a network, fetch it once: hf download --repo-type dataset {shown(source)}") from None
+        raise InputError(
+            f"--data {shown(source)}: no such folder here, and the hub does not give it ({first}){near}; "
+            f"with a network, fetch it once: hf download --repo-type dataset {shown(source)}"
+        ) from None
 
 
 def _looks_like_a_path(source: str) -> bool:
@@ -437,10 +447,16 @@ def with_paths(table: Table, base: Path, image_column: str = "") -> Table:
     firsts = {one: next((text for text in table.columns[one] if text), "") for one in texts}
     addresses = [one for one, text in firsts.items() if text.lower().startswith(("http://", "https://"))]
     if addresses and (column is None or column in addresses):
-        raise InputError(f"column {shown(column or addresses[0])} holds addresses of pictures, not pictures; fetch "
-                         "them first (img2dataset does), then name the folder that they lie in")
+        raise InputError(
+            f"column {shown(column or addresses[0])} holds addresses of pictures, not pictures; fetch "
+            "them first (img2dataset does), then name the folder that they lie in"
+        )
     if column is None:
         return table
     values = table.columns[column]
-    return replace(table, columns={**table.columns, column: PathColumn(values, base)},
-                   kinds={**table.kinds, column: "image"}, name=lambda i: str(values[i]))
+    return replace(
+        table,
+        columns={**table.columns, column: PathColumn(values, base)},
+        kinds={**table.kinds, column: "image"},
+        name=lambda i: str(values[i]),
+    )

@@ -62,8 +62,9 @@ def _float_pixels(x: Tensor, channels: int, name: str) -> Tensor:
         raise InputError(f"{name}: {_told(x)}; {_wanted(channels)}")
     x = finite(x, name)
     if float(x.abs().max()) > LARGEST:
-        raise InputError(f"{name}: floats up to {float(x.abs().max()):.4g}; floats are in [-1, 1], whole numbers in "
-                         "0 … 255")
+        raise InputError(
+            f"{name}: floats up to {float(x.abs().max()):.4g}; floats are in [-1, 1], whole numbers in 0 … 255"
+        )
     return x
 
 
@@ -97,8 +98,10 @@ def to_uint8(x: Tensor, *, finite: bool = True) -> np.ndarray:
     NaN or Inf, which would become black."""
     if finite and not bool(x.isfinite().all()):
         bad = int((~x.isfinite().flatten(1).all(1)).sum())
-        raise ModelError(f"{bad} of {len(x)} decoded pictures hold NaN or Inf; the autoencoder overflows on these "
-                         "latents, so nothing is written of them")
+        raise ModelError(
+            f"{bad} of {len(x)} decoded pictures hold NaN or Inf; the autoencoder overflows on these "
+            "latents, so nothing is written of them"
+        )
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -127,8 +130,10 @@ def tensor_of(value: Any, name: str) -> Tensor:
         array = np.asarray(value)
         return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
     except (TypeError, ValueError, RuntimeError):
-        raise UsageError(f"{name}: {type(value).__name__} that is no array of numbers; give a list, an array or a "
-                         "tensor whose rows are equally long") from None
+        raise UsageError(
+            f"{name}: {type(value).__name__} that is no array of numbers; give a list, an array or a "
+            "tensor whose rows are equally long"
+        ) from None
 
 
 def floats(value: Any, name: str, ndim: int) -> Tensor:

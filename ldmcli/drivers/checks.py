@@ -47,11 +47,15 @@ def check_autoencoder(config: AutoencoderConfig, world: int) -> None:
 def _check_discriminator(config: AutoencoderConfig, size: tuple[int, int], world: int) -> None:
     train, layers = config.train, config.loss.disc_layers
     if world > 1 and train.batch_size % (world * max(train.micro_batch, 1)):
-        raise UsageError(f"train.batch_size = {train.batch_size}: with a discriminator it must be a multiple of "
-                         f"processes x micro-batch ({world} x {max(train.micro_batch, 1)})")
+        raise UsageError(
+            f"train.batch_size = {train.batch_size}: with a discriminator it must be a multiple of "
+            f"processes x micro-batch ({world} x {max(train.micro_batch, 1)})"
+        )
     if layers < 1 or min(size) < 3 * 2**layers:
-        raise UsageError(f"loss.disc_layers = {layers}: images of {min(size)} px are smaller than its patch "
-                         f"({3 * 2**layers} px); use fewer layers, at least 1")
+        raise UsageError(
+            f"loss.disc_layers = {layers}: images of {min(size)} px are smaller than its patch "
+            f"({3 * 2**layers} px); use fewer layers, at least 1"
+        )
 
 
 def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: tuple[int, int], world: int) -> None:
@@ -65,30 +69,38 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
     f, unit = stage.f, config.diffusion.patch * 2 ** (len(config.diffusion.channel_mult) - 1)
     if any(side % (f * unit) for side in size):
         near = "x".join(str(max(1, round(side / (f * unit))) * f * unit) for side in size)
-        raise UsageError(f"--size {size[0]}x{size[1]}: latents are {f} times smaller and the UNet halves them to "
-                         f"1/{unit}, so both sides must be multiples of {f * unit}; nearest: {near}; or use fewer "
-                         "diffusion.channel_mult levels")
+        raise UsageError(
+            f"--size {size[0]}x{size[1]}: latents are {f} times smaller and the UNet halves them to "
+            f"1/{unit}, so both sides must be multiples of {f * unit}; nearest: {near}; or use fewer "
+            "diffusion.channel_mult levels"
+        )
     network = cost.autoencoder_model(stage)
     model = cost.diffusion_model(config, cost.assumed_facts(config, network, {}), network.latent_shape(*size))
     vector, embedding = model.conditions.vector_dim, 4 * config.diffusion.channels
     if not config.diffusion.vector_mlp and vector not in (None, embedding):
-        raise UsageError(f"diffusion.vector_mlp = false adds vectors to the time embedding as they are: both must be "
-                         f"as wide, condition.context_dim = {vector} and 4 x diffusion.channels = {embedding}")
+        raise UsageError(
+            f"diffusion.vector_mlp = false adds vectors to the time embedding as they are: both must be "
+            f"as wide, condition.context_dim = {vector} and 4 x diffusion.channels = {embedding}"
+        )
 
 
 def _check_conditions(config: DiffusionConfig, size: tuple[int, int]) -> None:
     kinds = config.condition.kinds
     for kind in kinds:
         if kind not in ASKED:
-            raise UsageError(f"--condition {kind}: choose among none, {', '.join(ASKED)} (joined with +)"
-                             + ("; --task sr or inpaint brings it along" if kind in CONDITIONS else ""))
+            raise UsageError(
+                f"--condition {kind}: choose among none, {', '.join(ASKED)} (joined with +)"
+                + ("; --task sr or inpaint brings it along" if kind in CONDITIONS else "")
+            )
     twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
     if twice:
         raise UsageError(f"--condition: {twice[0]} is named twice")
     streamed = [kind for kind in ("layout", "map") if kind in kinds and config.data.streaming]
     if streamed:
-        raise UsageError(f"--condition {streamed[0]} with --streaming: boxes and maps of all rows are read beforehand; "
-                         "leave --streaming away")
+        raise UsageError(
+            f"--condition {streamed[0]} with --streaming: boxes and maps of all rows are read beforehand; "
+            "leave --streaming away"
+        )
     scale = config.task.scale
     if config.task.name == "sr" and (size[0] % scale or size[1] % scale):
         raise UsageError(f"--size {size[0]}x{size[1]} with --scale {scale}: both sides must be multiples of {scale}")
@@ -117,4 +129,3 @@ def notes_of(config: DiffusionConfig) -> list[str]:
         return []
     why = "a stream is not read twice" if config.data.streaming else "random crops show other pixels in each epoch"
     return [f"latents are not cached: {why}, so every batch is encoded anew (--no-cache leaves out this line)"]
-

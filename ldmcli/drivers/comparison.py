@@ -65,8 +65,7 @@ def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"--compare: the earlier result has another extractor ({key} {before!r}, now {now!r})")
     shared = [key for key in result["metrics"] if key in old["metrics"] and not key.endswith(BESIDE)]
     if not shared:
-        raise InputError("--compare: the earlier result has none of these metrics "
-                         f"({', '.join(result['metrics'])})")
+        raise InputError(f"--compare: the earlier result has none of these metrics ({', '.join(result['metrics'])})")
     changes, worse = {}, []
     for key in shared:
         new, before = result["metrics"][key], old["metrics"][key]
@@ -74,8 +73,11 @@ def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         changes[key] = {"old": before, "new": new, "change": new - before if known else None}
         if known and (before - new if higher_is_better(key) else new - before) > NOISE * max(abs(before), 1):
             worse.append(key)
-    warnings = [f"{key}{_in_words(old.get(key), result.get(key))}"
-                for key in ("n_generated", "n_reference", "reference", "sampling") if old.get(key) != result.get(key)]
+    warnings = [
+        f"{key}{_in_words(old.get(key), result.get(key))}"
+        for key in ("n_generated", "n_reference", "reference", "sampling")
+        if old.get(key) != result.get(key)
+    ]
     return {"metrics": changes, "worse": worse, "warnings": warnings}
 
 

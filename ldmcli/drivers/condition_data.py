@@ -56,8 +56,11 @@ class ConditionSource:
             return [self.rows.caption(int(i)) for i in ids]
         if kind == "class":
             return [self.rows.label(int(i)) for i in ids]
-        crops, mirrored = views(self.config, np.asarray(where)) if self.training else (
-            np.full((len(ids), 2), 0.5), np.zeros(len(ids), bool))
+        crops, mirrored = (
+            views(self.config, np.asarray(where))
+            if self.training
+            else (np.full((len(ids), 2), 0.5), np.zeros(len(ids), bool))
+        )
         if kind == "layout":
             return [self._layout(int(i), u, flip, at) for i, u, flip, at in zip(ids, crops, mirrored, where)]
         if kind == "map":
@@ -106,8 +109,10 @@ class ConditionSource:
         self._boxes.clear()
         unknown = [name for name, k in zip(own, self._translate) if k < 0]
         if unknown:
-            console.warn(f"{self.rows.source}, {self.rows.split}: objects of {len(unknown)} categories that the model "
-                         f"does not know are left out ({several(unknown)})")
+            console.warn(
+                f"{self.rows.source}, {self.rows.split}: objects of {len(unknown)} categories that the model "
+                f"does not know are left out ({several(unknown)})"
+            )
 
     def _map(self, i: int, u) -> np.ndarray:
         if i in self._maps:
@@ -148,13 +153,17 @@ def look_at_boxes(rows) -> None:
     if empty == len(found):
         raise InputError(f"{rows.source}, {rows.split}: no row has a box in {rows.columns.get('objects', 'objects')}")
     if empty:
-        console.say(f"{rows.source}, {rows.split}: {empty} of {len(found)} rows have no objects; they stand for an "
-                    "empty scene")
-    outside = sum(_outside(one["bbox"], (1, 1) if rows.boxes_are_shares else rows.shape(i))
-                  for i, one in enumerate(found))
+        console.say(
+            f"{rows.source}, {rows.split}: {empty} of {len(found)} rows have no objects; they stand for an empty scene"
+        )
+    outside = sum(
+        _outside(one["bbox"], (1, 1) if rows.boxes_are_shares else rows.shape(i)) for i, one in enumerate(found)
+    )
     if outside:
-        console.warn(f"{rows.source}, {rows.split}: {outside} boxes reach beyond their picture or have no area; they "
-                     "are clipped, and left out where nothing remains")
+        console.warn(
+            f"{rows.source}, {rows.split}: {outside} boxes reach beyond their picture or have no area; they "
+            "are clipped, and left out where nothing remains"
+        )
 
 
 def _outside(bbox: np.ndarray, shape: tuple[int, int]) -> int:
@@ -180,8 +189,10 @@ def look_at_maps(rows, indices: Sequence[int], workers: int) -> tuple[list[BadIm
 def with_fitting_maps(rows, bad: list[BadImage], skip_bad: bool):
     """The rows without those whose map was found `bad`. Raises InputError where they are not to be skipped."""
     if bad and (not skip_bad or len(bad) == len(rows)):
-        raise InputError(f"{len(bad)} of {len(rows)} maps do not fit their picture: {several(bad)}; "
-                         "mend them, or leave such rows out with --skip-bad")
+        raise InputError(
+            f"{len(bad)} of {len(rows)} maps do not fit their picture: {several(bad)}; "
+            "mend them, or leave such rows out with --skip-bad"
+        )
     if bad:
         left_out = {error.index for error in bad}
         rows = rows.select([i for i in range(len(rows)) if i not in left_out])
@@ -195,8 +206,9 @@ def _map_facts(rows, i: int) -> np.ndarray | BadImage:
     except BadImage as error:
         return error
     if found.shape != tuple(shape):
-        return BadImage(rows.name(i), f"its map is {found.shape[1]}x{found.shape[0]} px, the picture "
-                                      f"{shape[1]}x{shape[0]}")
+        return BadImage(
+            rows.name(i), f"its map is {found.shape[1]}x{found.shape[0]} px, the picture {shape[1]}x{shape[0]}"
+        )
     return np.bincount(found.reshape(-1), minlength=256)
 
 

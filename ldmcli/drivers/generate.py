@@ -85,7 +85,7 @@ def contents(paths: Iterable[Path]) -> str:
 
 def _check(
     loaded: LoadedDiffusion, values: dict[str, list], request: SampleRequest, settings: dict[str, Any], whole: Size
-) -> None:  # fmt: skip
+) -> None:
     """Raises for whatever is wrong with a request before a folder is made for it."""
     check_sampling(with_overrides(loaded.config.sample, **settings), loaded.schedule)
     if values:
@@ -119,8 +119,13 @@ def sample_to_folder(
     if loaded.config.task.name != "generate":
         command = {"sr": "ldm upscale", "inpaint": "ldm inpaint"}[loaded.config.task.name]
         raise UsageError(f"{path}: a model for {loaded.config.task.name} starts from a picture: use `{command}`")
-    values = loaded.request_values(list(request.prompts), list(request.classes), layout=list(request.layouts),
-                                   map=list(request.maps), size=request.size)
+    values = loaded.request_values(
+        list(request.prompts),
+        list(request.classes),
+        layout=list(request.layouts),
+        map=list(request.maps),
+        size=request.size,
+    )
     groups = max([len(v) for v in values.values()], default=1)
     n = request.n or (1 if values else loaded.config.sample.n)
     total, settings = n * groups, sampling_of(request)
@@ -171,8 +176,10 @@ def end_if_asked(stop: StopRequest, names: list[Path]) -> None:
     """Raises Interrupted after a signal, saying how many of the pictures `names` are missing."""
     if stop.stop:
         left = sum(not name.exists() for name in names)
-        raise Interrupted(f"{names[0].parent}: stopped with {left} of {len(names)} images missing; the same command "
-                          "draws them", stop.stop)
+        raise Interrupted(
+            f"{names[0].parent}: stopped with {left} of {len(names)} images missing; the same command draws them",
+            stop.stop,
+        )
 
 
 def batches(todo: list[int], size: int) -> list[list[int]]:
@@ -180,9 +187,13 @@ def batches(todo: list[int], size: int) -> list[list[int]]:
 
 
 def _draw(
-    loaded: LoadedDiffusion, ids: list[int], values: dict[str, list], request: SampleRequest, settings: dict[str, Any],
+    loaded: LoadedDiffusion,
+    ids: list[int],
+    values: dict[str, list],
+    request: SampleRequest,
+    settings: dict[str, Any],
     whole: Size,
-) -> list:  # fmt: skip
+) -> list:
     start, strength = _start(loaded, request, len(ids), whole)
     steering = _steering(loaded, request, whole)
     z = loaded.latents_for(
@@ -227,8 +238,10 @@ def _steering(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> S
     low = to_pixels(np.array(decode(Path(request.guide), name=str(request.guide)))).to(loaded.device)
     (h, w), (height, width) = low.shape[-2:], request.size or trained_size(loaded)
     if h > height or w > width or abs(h * width - w * height) > max(height, width):
-        raise InputError(f"--guide {request.guide}: {w}x{h} px; it must have the shape of the pictures to draw "
-                         f"({width}x{height}) and be no larger")
+        raise InputError(
+            f"--guide {request.guide}: {w}x{h} px; it must have the shape of the pictures to draw "
+            f"({width}x{height}) and be no larger"
+        )
     decoder, cut = latent_decoder(loaded.autoencoder), middle(whole or (height, width), (height, width))
 
     def shown(z: torch.Tensor) -> torch.Tensor:
@@ -282,8 +295,9 @@ def _beside(kind: str, picture: np.ndarray, value: Any, loaded: LoadedDiffusion)
     return with_legend(shown_condition(kind, value, picture.shape[:2], names), there)
 
 
-def _sheet(names: list[Path], n: int, groups: int, values: dict[str, list], loaded: LoadedDiffusion
-           ) -> list[list[np.ndarray]]:  # fmt: skip
+def _sheet(
+    names: list[Path], n: int, groups: int, values: dict[str, list], loaded: LoadedDiffusion
+) -> list[list[np.ndarray]]:
     """Rows of a sheet of all samples, at most 256: a prompt a column where there are several, a class's name above, or
     a layout or map before its samples."""
     from PIL import Image
@@ -295,8 +309,15 @@ def _sheet(names: list[Path], n: int, groups: int, values: dict[str, list], load
     if kinds := _pictured(values):
         rows = []
         for group in range(min(groups, len(pictures))):
-            shown = [shown_condition(kind, values[kind][group % len(values[kind])], pictures[0].shape[:2],
-                                     loaded.model.conditions.entries[kind].names) for kind in kinds]
+            shown = [
+                shown_condition(
+                    kind,
+                    values[kind][group % len(values[kind])],
+                    pictures[0].shape[:2],
+                    loaded.model.conditions.entries[kind].names,
+                )
+                for kind in kinds
+            ]
             shown = [enlarged(one, pictures[0].shape[:2]) for one in shown]
             rows.append([*shown, *pictures[group::groups]])
         return rows
@@ -324,8 +345,10 @@ def reconstruct_to_folder(
     found = image_files(inputs)
     small = [] if size else [path for path in found if min(probe(path)) < loaded.network.f]
     if small:
-        raise InputError(f"{len(small)} of {len(found)} pictures are smaller than one latent ({loaded.network.f} px): "
-                         f"{several(small)}; take them out, or give --size")
+        raise InputError(
+            f"{len(small)} of {len(found)} pictures are smaller than one latent ({loaded.network.f} px): "
+            f"{several(small)}; take them out, or give --size"
+        )
     names = output_names(out, len(found), "png")
     refuse_inputs(out, names, found)
     taken = [name for name in names if name.exists()]

@@ -69,9 +69,11 @@ def image_guide(
 
 
 def classifier_guide(
-    denoise: Denoise, log_prob: Callable[[Tensor], Tensor], scale: float = 1.0,
+    denoise: Denoise,
+    log_prob: Callable[[Tensor], Tensor],
+    scale: float = 1.0,
     decode: Callable[[Tensor], Tensor] | None = None,
-) -> Denoise:  # fmt: skip
+) -> Denoise:
     """ε − scale · σ ∇ log p, for any classifier of clean pictures: log_prob gives (B,) for x0.
 
     x0 are latents (B, c, h, w) as the model sees them, or pixels where `decode` is given.

@@ -76,8 +76,13 @@ def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = 
     files = image_files(folder, besides)
     files = files[: take(len(files), n, str(folder))]
     lossy = any(path.suffix.lower() in LOSSY for path in files)
-    return Source(name=str(folder), count=len(files), stream=lambda: (read_image(path) for path in files),
-                  facts={"source": str(folder), "resize": "none"}, lossy=lossy)
+    return Source(
+        name=str(folder),
+        count=len(files),
+        stream=lambda: (read_image(path) for path in files),
+        facts={"source": str(folder), "resize": "none"},
+        lossy=lossy,
+    )
 
 
 def npz_source(path: Path, n: int | None = None) -> Source:
@@ -139,13 +144,16 @@ def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[Sou
         if a.count != b.count:
             raise InputError(f"{first} has {a.count} images, {second} {b.count}: need as many on both sides")
         return a, b
-    named = [by_pair_name(folder, image_files(folder, (other,))) for folder, other in (
-        (first, second), (second, first))]
+    named = [
+        by_pair_name(folder, image_files(folder, (other,))) for folder, other in ((first, second), (second, first))
+    ]
     for here, there, own, other in ((first, second, *named), (second, first, *named[::-1])):
         lonely = [path for name, path in own.items() if name not in other]
         if lonely:
-            raise InputError(f"{lonely[0]}: has no partner in {there} ({len(lonely)} of {len(own)} images of {here} "
-                             "unmatched); pairs share path and name")
+            raise InputError(
+                f"{lonely[0]}: has no partner in {there} ({len(lonely)} of {len(own)} images of {here} "
+                "unmatched); pairs share path and name"
+            )
     return folder_source(first, n, (second,)), folder_source(second, n, (first,))
 
 
@@ -160,16 +168,27 @@ def spread(count: int, n: int) -> list[int]:
 def rows_source(rows, settings: DataSettings, ids: list[int]) -> Source:
     """Rows of a data set, scaled to cover `settings.size` and cropped at the centre."""
     size = settings.size
-    facts = {"source": rows.source, "split": rows.split, "rows": len(rows), "fingerprint": rows.fingerprint,
-             "resize": f"{settings.resize} (antialiased) to cover {size[0]}x{size[1]}, centre crop",
-             "background": settings.background}
+    facts = {
+        "source": rows.source,
+        "split": rows.split,
+        "rows": len(rows),
+        "fingerprint": rows.fingerprint,
+        "resize": f"{settings.resize} (antialiased) to cover {size[0]}x{size[1]}, centre crop",
+        "background": settings.background,
+    }
     key = ":".join(map(str, (rows.fingerprint, len(ids), facts["resize"], settings.background)))
-    return Source(name=f"{rows.source} ({rows.split})", count=len(ids), facts=facts, key=key,
-                  stream=lambda: (rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids))
+    return Source(
+        name=f"{rows.source} ({rows.split})",
+        count=len(ids),
+        facts=facts,
+        key=key,
+        stream=lambda: (rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids),
+    )
 
 
-def model_source(model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int] | None,
-                 settings: dict[str, Any]) -> Source:
+def model_source(
+    model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int] | None, settings: dict[str, Any]
+) -> Source:
     """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
     kinds = tuple(model.model.conditions.kinds)
     check_columns(rows, kinds)
@@ -184,12 +203,26 @@ def model_source(model, rows, n: int, *, seed: int, batch_size: int, size: tuple
                 continue
             prompts = [rows.caption(i) for i in ids[:end]] if "text" in kinds else None
             classes = [class_of(rows, i) for i in ids[:end]] if "class" in kinds else None
-            made = model.sample(prompts, classes=classes, n=1 if kinds else end, first=start, seed=seed, size=size,
-                                batch_size=batch_size, **settings)
+            made = model.sample(
+                prompts,
+                classes=classes,
+                n=1 if kinds else end,
+                first=start,
+                seed=seed,
+                size=size,
+                batch_size=batch_size,
+                **settings,
+            )
             yield from (np.asarray(image) for image in made)
 
-    facts = {"source": "model", "fingerprint": model.fingerprint, "conditions": list(kinds), "seed": seed,
-             "float_to_uint8": "clamp, round half to even", "resize": "none"}
+    facts = {
+        "source": "model",
+        "fingerprint": model.fingerprint,
+        "conditions": list(kinds),
+        "seed": seed,
+        "float_to_uint8": "clamp, round half to even",
+        "resize": "none",
+    }
     return Source(name="model", count=n, stream=stream, facts=facts)
 
 

@@ -50,12 +50,16 @@ def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | 
     tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
     # a frozen text encoder brings weights along that the meta device would lose
     with torch.device("meta" if config.condition.text_encoder == "joint" else "cpu"):
-        model = DiffusionModel(config.diffusion, config.condition, bundle.facts, tokenizer, bundle.latent_shape,
-                               config.kinds)
+        model = DiffusionModel(
+            config.diffusion, config.condition, bundle.facts, tokenizer, bundle.latent_shape, config.kinds
+        )
     strict_load(model, bundle.tensors, where)
     model.eval().requires_grad_(False).to(device)
-    autoencoder = pixel_autoencoder(device) if bundle.autoencoder is None else build_autoencoder(
-        bundle.autoencoder, device, where)  # fmt: skip
+    autoencoder = (
+        pixel_autoencoder(device)
+        if bundle.autoencoder is None
+        else build_autoencoder(bundle.autoencoder, device, where)
+    )
     autoencoder.scale = bundle.scale
     return LoadedDiffusion(model, autoencoder, config, bundle.fingerprint or fingerprint_of(bundle.tensors))
 
@@ -83,9 +87,15 @@ def first_stage_of(bundle: Bundle, where: Path) -> AutoencoderBundle:
     return bundle.autoencoder
 
 
-def load(path: str | Path, device: str | torch.device | None = None, weights: str = "ema", *,
-         config: str | Path | None = None, heads: str | int = "", tokenizer: str | Path | None = None,
-         ) -> LoadedAutoencoder | LoadedDiffusion:  # fmt: skip
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    weights: str = "ema",
+    *,
+    config: str | Path | None = None,
+    heads: str | int = "",
+    tokenizer: str | Path | None = None,
+) -> LoadedAutoencoder | LoadedDiffusion:
     """A model, ready for use: a run folder, a checkpoint of CompVis/latent-diffusion, a diffusers folder, a hub id.
 
     weights: "ema" or "raw"; config: the YAML of a checkpoint, by default the one beside it; heads: attention heads
@@ -93,8 +103,12 @@ def load(path: str | Path, device: str | torch.device | None = None, weights: st
     model whose vocabulary is not beside it. Raises ModelError.
     """
     path, chosen = Path(path), torch.device(device) if device else default_device()
-    reading = Reading(weights=weights, config=Path(config) if config else None, heads=str(heads),
-                      tokenizer=Path(tokenizer) if tokenizer else None)
+    reading = Reading(
+        weights=weights,
+        config=Path(config) if config else None,
+        heads=str(heads),
+        tokenizer=Path(tokenizer) if tokenizer else None,
+    )
     bundle = read(path, reading)
     if isinstance(bundle, AutoencoderBundle):
         return build_autoencoder(bundle, chosen, path)

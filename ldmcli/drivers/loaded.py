@@ -20,10 +20,20 @@ from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_mom
 from ldmcli.networks.conditions import Conditioning
 from ldmcli.networks.diffusion import DiffusionModel, LatentScale
 
-OPTIONS = {"text": "--prompt", "class": "--class", "layout": "--layout", "map": "--map", "lowres": "image",
-           "masked": "image", "tokens": "context"}  # what people give a condition with
-TASK_WORDS = {"generate": "draws images from nothing; `inpaint(image, mask)` fills a hole with it",
-              "sr": "makes images larger; use `upscale(image)`", "inpaint": "fills holes; use `inpaint(image, mask)`"}
+OPTIONS = {
+    "text": "--prompt",
+    "class": "--class",
+    "layout": "--layout",
+    "map": "--map",
+    "lowres": "image",
+    "masked": "image",
+    "tokens": "context",
+}  # what people give a condition with
+TASK_WORDS = {
+    "generate": "draws images from nothing; `inpaint(image, mask)` fills a hole with it",
+    "sr": "makes images larger; use `upscale(image)`",
+    "inpaint": "fills holes; use `inpaint(image, mask)`",
+}
 
 
 def default_device() -> torch.device:
@@ -142,8 +152,9 @@ class LoadedDiffusion:
         conditioning = self._conditioning(context, concat)
         if classes is not None:
             told = self._embed({"class": labels_of(classes)})
-            conditioning = Conditioning(*(None if part is None else batch_of(part, len(z), "classes")
-                                          for part in astuple_of(told))).joined(conditioning)
+            conditioning = Conditioning(
+                *(None if part is None else batch_of(part, len(z), "classes") for part in astuple_of(told))
+            ).joined(conditioning)
         return self.model.predict(z, times, self._checked(conditioning, z))
 
     def _z(self, value: Any, name: str) -> Tensor:
@@ -154,8 +165,11 @@ class LoadedDiffusion:
 
     def _conditioning(self, context: Any, concat: Any) -> Conditioning:
         """Tokens or what `embed` gave, and planes beside them, as the network takes them."""
-        given = context if isinstance(context, Conditioning) else Conditioning(
-            context=None if context is None else floats(context, "context", 3))
+        given = (
+            context
+            if isinstance(context, Conditioning)
+            else Conditioning(context=None if context is None else floats(context, "context", 3))
+        )
         planes = concat.concat if isinstance(concat, Conditioning) else concat
         if planes is not None:
             planes, wanted = floats(planes, "concat", 4), self.model.conditions.concat_channels
@@ -170,11 +184,15 @@ class LoadedDiffusion:
         conditions, shapes = self.model.conditions, {}
         width, planes = conditions.context_dim, conditions.concat_channels
         if given.context is not None and given.context.shape[-1] != width:
-            raise UsageError(f"context: tokens of {given.context.shape[-1]} numbers; this model reads "
-                             + (f"{width}" if width else "no tokens"))
+            raise UsageError(
+                f"context: tokens of {given.context.shape[-1]} numbers; this model reads "
+                + (f"{width}" if width else "no tokens")
+            )
         if (0 if given.concat is None else given.concat.shape[1]) != planes:
-            raise UsageError(f"concat: {0 if given.concat is None else given.concat.shape[1]} planes; this model reads "
-                             f"{planes} beside z_t")
+            raise UsageError(
+                f"concat: {0 if given.concat is None else given.concat.shape[1]} planes; this model reads "
+                f"{planes} beside z_t"
+            )
         if given.concat is not None and given.concat.shape[-2:] != z.shape[-2:]:
             shapes = [f"{x.shape[-1]}x{x.shape[-2]}" for x in (given.concat, z)]
             raise UsageError(f"concat: planes of {shapes[0]} for latents of {shapes[1]}")
@@ -182,8 +200,9 @@ class LoadedDiffusion:
         return Conditioning(*(None if part is None else batch_of(part, len(z), name) for name, part in named))
 
     @torch.no_grad()
-    def embed(self, prompt: Any = None, classes: Any = None, *, tokens: Any = None, layout: Any = None,
-              map: Any = None) -> Any:
+    def embed(
+        self, prompt: Any = None, classes: Any = None, *, tokens: Any = None, layout: Any = None, map: Any = None
+    ) -> Any:
         """tau(y) of what is given: tokens (B, M, d), or a `Conditioning` where planes or a vector stand beside them.
 
         prompt: a text or several; classes: names or indices, one or several. tokens: ids (B, L) for the transformer of
@@ -191,8 +210,12 @@ class LoadedDiffusion:
         keep their size, and layouts are drawn at it. Of each kind one, or equally many. Raises UsageError, or
         InputError for a layout or map that is wrong.
         """
-        values: dict[str, list] = {"text": words_of(prompt), "class": labels_of(classes), "layout": as_list(layout),
-                                   "map": as_list(map)}  # fmt: skip
+        values: dict[str, list] = {
+            "text": words_of(prompt),
+            "class": labels_of(classes),
+            "layout": as_list(layout),
+            "map": as_list(map),
+        }
         values = {kind: given for kind, given in values.items() if given}
         if not values and tokens is None:
             raise UsageError(f"embed: nothing is given; this model takes {self._takes()}")
@@ -272,9 +295,21 @@ class LoadedDiffusion:
         if image is not None:
             if size is not None:
                 raise UsageError("size: a result from an image has the size that the image asks for")
-            return self._edited(self.config.task.name, image, mask, prompt, classes, layout, map, n=n, first=first,
-                                seed=seed, batch_size=batch_size, negative_prompt=negative_prompt,
-                                **settings)  # fmt: skip
+            return self._edited(
+                self.config.task.name,
+                image,
+                mask,
+                prompt,
+                classes,
+                layout,
+                map,
+                n=n,
+                first=first,
+                seed=seed,
+                batch_size=batch_size,
+                negative_prompt=negative_prompt,
+                **settings,
+            )
         if n < 1 or batch_size < 1:
             raise UsageError(f"n: {n} images, {batch_size} at a time; both must be at least 1")
         size = (size, size) if isinstance(size, int) else size
@@ -283,14 +318,32 @@ class LoadedDiffusion:
         whole = self.drawn_size(size)
         tile = edit.tile_side(self, whole, 0, tiling.MAX_MEMORY, settings) if whole else 0
         for start in range(0, len(ids), batch_size):
-            z = self.latents_for(ids[start : start + batch_size], values, seed=seed, negative_prompt=negative_prompt,
-                                 size=whole, inside=size, steering=Steering(tile=tile), **settings)  # fmt: skip
+            z = self.latents_for(
+                ids[start : start + batch_size],
+                values,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                size=whole,
+                inside=size,
+                steering=Steering(tile=tile),
+                **settings,
+            )
             drawn = tiling.decode(self.autoencoder, z, tile)
             images += to_pil(drawn[(..., *middle(whole, size))] if whole and size else drawn)
         return images
 
-    def inpaint(self, image: Any, mask: Any, prompt: Any = None, *, classes: Any = None, layout: Any = None,
-                map: Any = None, n: int = 1, **how) -> list:
+    def inpaint(
+        self,
+        image: Any,
+        mask: Any,
+        prompt: Any = None,
+        *,
+        classes: Any = None,
+        layout: Any = None,
+        map: Any = None,
+        n: int = 1,
+        **how,
+    ) -> list:
         """PIL images: holes filled, known pixels as they were; by a model of task inpaint, or any that generates.
 
         image: a PIL image, file or array, or several; mask: where to repaint (bool (H, W), or a picture whose luminance
@@ -300,13 +353,23 @@ class LoadedDiffusion:
         """
         return self._edited("inpaint", image, mask, prompt, classes, layout, map, n=n, **how)
 
-    def upscale(self, image: Any, prompt: Any = None, *, classes: Any = None, layout: Any = None, map: Any = None,
-                n: int = 1, **how) -> list:
+    def upscale(
+        self,
+        image: Any,
+        prompt: Any = None,
+        *,
+        classes: Any = None,
+        layout: Any = None,
+        map: Any = None,
+        n: int = 1,
+        **how,
+    ) -> list:
         """PIL images, `config.task.scale` times as large, by a model of task sr; arguments as `inpaint`."""
         return self._edited("sr", image, None, prompt, classes, layout, map, n=n, **how)
 
-    def _edited(self, task: str, image: Any, mask: Any, prompt: Any, classes: Any, layout: Any, map: Any,
-                **how) -> list:
+    def _edited(
+        self, task: str, image: Any, mask: Any, prompt: Any, classes: Any, layout: Any, map: Any, **how
+    ) -> list:
         from ldmcli.drivers import edit
 
         own = self.config.task.name
@@ -314,8 +377,11 @@ class LoadedDiffusion:
             raise UsageError(f"image: this model {TASK_WORDS[own]}")
         pictures = pictures_of(image)
         if (task == "inpaint") != (mask is not None):
-            raise UsageError("mask: says what to repaint; give one" if mask is None else
-                             "mask: this model makes images larger; it takes none")
+            raise UsageError(
+                "mask: says what to repaint; give one"
+                if mask is None
+                else "mask: this model makes images larger; it takes none"
+            )
         holes = None if mask is None else [hole for _, hole in _pairs(pictures, masks_of(mask))]
         told = {"text": words_of(prompt), "class": labels_of(classes), "layout": as_list(layout), "map": as_list(map)}
         for kind in [kind for kind, given in told.items() if given]:
@@ -369,8 +435,9 @@ class LoadedDiffusion:
             steering=steering,
         )
 
-    def request_values(self, prompt=None, classes=None, *, layout: Any = None, map: Any = None,
-                       size: tuple[int, int] | None = None) -> dict[str, list]:
+    def request_values(
+        self, prompt=None, classes=None, *, layout: Any = None, map: Any = None, size: tuple[int, int] | None = None
+    ) -> dict[str, list]:
         """What the model is told, checked against what it takes. Raises UsageError, or InputError for what is wrong
         with a layout or map. size: of the pictures to draw, in pixels; maps are brought to it."""
         kinds = self.model.conditions.kinds
@@ -416,8 +483,10 @@ class LoadedDiffusion:
             return None
         f, factor = self.autoencoder.network.f, self.autoencoder.network.f * self.model.unet.size_factor
         if min(size) < f:
-            raise UsageError(f"--size {size[0]}x{size[1]}: smaller than one latent of this model ({f} px); "
-                             f"take {max(size[0], factor)}x{max(size[1], factor)} or more")  # fmt: skip
+            raise UsageError(
+                f"--size {size[0]}x{size[1]}: smaller than one latent of this model ({f} px); "
+                f"take {max(size[0], factor)}x{max(size[1], factor)} or more"
+            )
         whole = (-(-size[0] // factor) * factor, -(-size[1] // factor) * factor)
         if whole != tuple(size):
             say(f"--size {size[0]}x{size[1]}: drawn at {whole[0]}x{whole[1]} (multiples of {factor}), the middle kept")
@@ -489,8 +558,9 @@ class LoadedDiffusion:
         z_T = self._z(z_T, "z_T")
         if uncond is None and context is not None and chosen.guidance != 1:
             warn_once("no-uncond", "guidance has no effect without uncond=…, which it leads away from")
-        given, null = (self._checked(self._conditioning(c, concat), z_T)
-                       for c in (context, context if uncond is None else uncond))
+        given, null = (
+            self._checked(self._conditioning(c, concat), z_T) for c in (context, context if uncond is None else uncond)
+        )
         denoise = denoiser(
             self.model,
             self.schedule,
@@ -528,8 +598,10 @@ def _pairs(images: list[np.ndarray], holes: list[np.ndarray]) -> list[tuple[np.n
     pairs = list(zip(images, holes * (len(images) // len(holes))))
     for image, hole in pairs:
         if image.shape[:2] != hole.shape:
-            raise InputError(f"a mask of {hole.shape[1]}x{hole.shape[0]} px for an image of "
-                             f"{image.shape[1]}x{image.shape[0]}; they must be of one size")
+            raise InputError(
+                f"a mask of {hole.shape[1]}x{hole.shape[0]} px for an image of "
+                f"{image.shape[1]}x{image.shape[0]}; they must be of one size"
+            )
     return pairs
 
 

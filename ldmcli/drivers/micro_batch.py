@@ -33,8 +33,10 @@ def choose(objective, context: Context, settings: TrainSettings, stored: int) ->
     fitting = min(context.gather(fitting))
     chosen = min(stored, fitting) if stored else fitting
     if chosen < share and context.is_main:
-        console.say(f"{chosen} of {share} images go through at a time: free memory holds no more "
-                    f"({files.human_bytes(max(room, 0))}; --micro-batch N sets it); the batch stays")
+        console.say(
+            f"{chosen} of {share} images go through at a time: free memory holds no more "
+            f"({files.human_bytes(max(room, 0))}; --micro-batch N sets it); the batch stays"
+        )
     return chosen
 
 

@@ -59,8 +59,11 @@ def layout_scores(seen: Sequence[Sequence[tuple[int, Box]]], asked: Sequence[dic
 
     seen: (category, box) of each thing in each picture; asked: {"bbox": (n, 4), "category": (n,)} a picture.
     """
-    best = [max([box_iou(box, other) for kind, other in things if kind == category], default=0.0)
-            for things, one in zip(seen, asked, strict=True) for category, box in zip(one["category"], one["bbox"])]
+    best = [
+        max([box_iou(box, other) for kind, other in things if kind == category], default=0.0)
+        for things, one in zip(seen, asked, strict=True)
+        for category, box in zip(one["category"], one["bbox"])
+    ]
     best = best or [0.0]
     return {"iou": float(np.mean(best)), "found": float(np.mean(np.array(best) >= FOUND))}
 
@@ -91,11 +94,17 @@ class Reader:
 
 def _shapes_reader() -> Reader:
     def things(images: Sequence[np.ndarray]) -> list[list[tuple[int, Box]]]:
-        return [[(shape, (x / image.shape[1], y / image.shape[0], w / image.shape[1], h / image.shape[0]))
-                 for shape, _, (x, y, w, h) in shapes.find(image)] for image in images]
+        return [
+            [
+                (shape, (x / image.shape[1], y / image.shape[0], w / image.shape[1], h / image.shape[0]))
+                for shape, _, (x, y, w, h) in shapes.find(image)
+            ]
+            for image in images
+        ]
 
-    return Reader(lambda images: [shapes.classes_of(image) for image in images], things,
-                  {"reader": "templates of the shapes"})
+    return Reader(
+        lambda images: [shapes.classes_of(image) for image in images], things, {"reader": "templates of the shapes"}
+    )
 
 
 def regions(classes: np.ndarray, category_of: dict[int, int]) -> list[tuple[int, Box]]:
@@ -110,8 +119,12 @@ def regions(classes: np.ndarray, category_of: dict[int, int]) -> list[tuple[int,
         areas = np.bincount(labels.ravel(), minlength=n + 1)
         for k, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
             if areas[k] >= SPECK * classes.size:
-                box = (columns.start / width, rows.start / height, (columns.stop - columns.start) / width,
-                       (rows.stop - rows.start) / height)
+                box = (
+                    columns.start / width,
+                    rows.start / height,
+                    (columns.stop - columns.start) / width,
+                    (rows.stop - rows.start) / height,
+                )
                 found.append((category_of[int(index)], box))
     return found
 
@@ -131,8 +144,10 @@ class SegmentationHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         size = features[0].shape[-2:]
-        h = sum(F.interpolate(conv(x), size=size, mode="bilinear", align_corners=False)
-                for conv, x in zip(self.lateral, features))
+        h = sum(
+            F.interpolate(conv(x), size=size, mode="bilinear", align_corners=False)
+            for conv, x in zip(self.lateral, features)
+        )
         return self.out(F.relu(self.mix(F.relu(self.norm(h)))))
 
 
@@ -165,15 +180,23 @@ class Judge:
         """Class maps, uint8 (H, W), of uint8 (H, W, 3) pictures of one size."""
         out: list[np.ndarray] = []
         for start in range(0, len(images), JUDGE_BATCH):
-            block = np.stack(images[start:start + JUDGE_BATCH])
+            block = np.stack(images[start : start + JUDGE_BATCH])
             logits = self.head([one.float() for one in self.features(block)])
             logits = F.interpolate(logits, size=block.shape[1:3], mode="bilinear", align_corners=False)
             out += list(logits.argmax(1).to(torch.uint8).numpy())
         return out
 
 
-def train_judge(images: Callable[[int], np.ndarray], truth: Callable[[int], np.ndarray], count: int, classes: int, *,
-                steps: int = JUDGE_STEPS, seed: int = 0, advance: Callable[[int], Any] = lambda n: None) -> Judge:
+def train_judge(
+    images: Callable[[int], np.ndarray],
+    truth: Callable[[int], np.ndarray],
+    count: int,
+    classes: int,
+    *,
+    steps: int = JUDGE_STEPS,
+    seed: int = 0,
+    advance: Callable[[int], Any] = lambda n: None,
+) -> Judge:
     """A judge of class maps from `count` rows: images(i) uint8 (H, W, 3) and truth(i) uint8 (H, W), 255 = no class,
     all of one size. Advances once a row and once a step."""
     judge, parts, maps = Judge(classes), [], []
@@ -189,7 +212,7 @@ def train_judge(images: Callable[[int], np.ndarray], truth: Callable[[int], np.n
         for group in optimizer.param_groups:
             group["lr"] = JUDGE_RATE * min(1.0, (steps - step) / (0.6 * steps))
         epoch, place = divmod(step * batch, count - count % batch)
-        ids = torch.from_numpy(rng.permutation(seed, epoch, count)[place:place + batch])
+        ids = torch.from_numpy(rng.permutation(seed, epoch, count)[place : place + batch])
         logits = judge.head([level[ids].float() for level in features])
         logits = F.interpolate(logits, size=targets.shape[1:], mode="bilinear", align_corners=False)
         optimizer.zero_grad()
@@ -205,8 +228,9 @@ def _painted(layout: dict, size: tuple[int, int]) -> np.ndarray:
     classes = np.full(size, NOTHING, np.uint8)
     for k in np.argsort([-w * h for _, _, w, h in layout["bbox"]], kind="stable"):
         x, y, w, h = layout["bbox"][k] * np.array([*size[::-1]] * 2)
-        classes[round(y):max(round(y + h), round(y) + 1), round(x):max(round(x + w), round(x) + 1)] = (
-            1 + layout["category"][k])
+        classes[round(y) : max(round(y + h), round(y) + 1), round(x) : max(round(x + w), round(x) + 1)] = (
+            1 + layout["category"][k]
+        )
     return classes
 
 
@@ -248,13 +272,22 @@ def open_reader(kind: str, rows, training, config, size: tuple[int, int], progre
     judge = None if path is None else _stored(path, classes)
     if judge is None:
         with progress(len(picked) + JUDGE_STEPS, f"training a judge of {what}") as bar:
-            judge = train_judge(lambda k: training.pixels(picked[k], size, "center", (0.5, 0.5)), truth, len(picked),
-                                classes, advance=bar.advance)
+            judge = train_judge(
+                lambda k: training.pixels(picked[k], size, "center", (0.5, 0.5)),
+                truth,
+                len(picked),
+                classes,
+                advance=bar.advance,
+            )
         told = {"classes": str(classes), "of": what, "rows": str(len(picked)), "source": str(training.source)}
         if path is not None:
             files.save_tensors(path, judge.head.state_dict(), told)
-    facts = {"reader": f"a judge of {what}: EfficientNet-lite0 and a head trained on {len(picked):,} training rows, "
-                       f"{JUDGE_STEPS} steps", "judge": key, "classes": classes}
+    facts = {
+        "reader": f"a judge of {what}: EfficientNet-lite0 and a head trained on {len(picked):,} training rows, "
+        f"{JUDGE_STEPS} steps",
+        "judge": key,
+        "classes": classes,
+    }
     return Reader(judge.maps, lambda images: [regions(one, category_of) for one in judge.maps(images)], facts)
 
 
@@ -289,15 +322,21 @@ def obedience(kind: str, images: Sequence[np.ndarray], asked: Sequence[Any], rea
     others = [*asked[1:], *asked[:1]]
     own, shuffled = scores(seen, asked), scores(seen, others)
     return {f"{kind}_{name}": value for name, value in own.items()} | {
-        f"{kind}_{name}_shuffled": value for name, value in shuffled.items()}
+        f"{kind}_{name}_shuffled": value for name, value in shuffled.items()
+    }
 
 
-LABELS = {"layout_iou": "layout: mean IoU of boxes", "layout_found": f"layout: share of boxes with IoU ≥ {FOUND}",
-          "map_accuracy": "map: pixel accuracy", "map_miou": "map: mean IoU of classes"}
+LABELS = {
+    "layout_iou": "layout: mean IoU of boxes",
+    "layout_found": f"layout: share of boxes with IoU ≥ {FOUND}",
+    "map_accuracy": "map: pixel accuracy",
+    "map_miou": "map: mean IoU of classes",
+}
 
 
-def measure(kind: str, images: Sequence[np.ndarray], rows, training, ids: Sequence[int], config,
-            size: tuple[int, int], progress) -> tuple[dict[str, tuple[str, float]], dict[str, Any]]:
+def measure(
+    kind: str, images: Sequence[np.ndarray], rows, training, ids: Sequence[int], config, size: tuple[int, int], progress
+) -> tuple[dict[str, tuple[str, float]], dict[str, Any]]:
     """({key: (label, value)}, facts) of pictures drawn for the conditions of rows `ids`: their scores, those against
     the next row's condition (_shuffled), and those of the rows' own pictures (_real)."""
     if kind == "layout":

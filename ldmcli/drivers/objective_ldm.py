@@ -84,8 +84,9 @@ class DiffusionObjective:
         tokenizer = load_tokenizer(run / "tokenizer") if "text" in config.condition.kinds else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
-            self.model = DiffusionModel(config.diffusion, config.condition, self.facts, tokenizer, self.latent_shape,
-                                        config.kinds)
+            self.model = DiffusionModel(
+                config.diffusion, config.condition, self.facts, tokenizer, self.latent_shape, config.kinds
+            )
         self.networks: dict[str, torch.nn.Module] = {"model": self.model}
         self._prepare_sources()
         if context.is_main:
@@ -161,8 +162,12 @@ class DiffusionObjective:
         if kind == "layout" and found and set(learned["categories"]) <= set(found["categories"]):
             return found
         same = ("stages", "out_channels")
-        if kind == "map" and found and found["names"][: learned["classes"]] == learned["names"] and all(
-                found[name] == learned[name] for name in same):  # fmt: skip
+        if (
+            kind == "map"
+            and found
+            and found["names"][: learned["classes"]] == learned["names"]
+            and all(found[name] == learned[name] for name in same)
+        ):
             return found | {"void": found.get("void", False) or learned["void"]}
         return learned
 
@@ -215,8 +220,10 @@ class DiffusionObjective:
         entry = self.model.conditions.entries["text"]
         cut = entry.cut([self.rows.caption(i) for i in full])
         if cut:
-            console.say(f"data: {len(cut)} of {len(self.rows)} captions have more than the {entry.length} tokens that "
-                        f"the model reads, and are cut (condition.text_length): {shown(cut[0], 60)}")
+            console.say(
+                f"data: {len(cut)} of {len(self.rows)} captions have more than the {entry.length} tokens that "
+                f"the model reads, and are cut (condition.text_length): {shown(cut[0], 60)}"
+            )
 
     def _held_rows(self) -> int:
         """Validation rows that the loss is measured on: as many as keep their planes in a quarter of a gigabyte."""
@@ -305,8 +312,10 @@ class DiffusionObjective:
     def describe(self) -> str:
         """The first line of a training."""
         d, task, names = self.config.diffusion, self.config.task, list(self.config.condition.kinds)
-        names += {"sr": [f"images {task.scale} times smaller ({task.degradation})"],
-                  "inpaint": ["images with holes"]}.get(task.name, [])
+        names += {
+            "sr": [f"images {task.scale} times smaller ({task.degradation})"],
+            "inpaint": ["images with holes"],
+        }.get(task.name, [])
         kinds = " + ".join(names) or "nothing"
         count = sum(p.numel() for p in self.model.parameters())
         return (
@@ -473,8 +482,9 @@ class DiffusionObjective:
         values = {kind: self.validation_source.values(kind, ids, ids) for kind in self.config.kinds}
         if "text" in values:
             values["text"] = request["prompt"]
-        z = torch.cat([loaded.latents_for(range(k, min(k + 16, len(ids))), values, seed=seed)
-                       for k in range(0, len(ids), 16)])
+        z = torch.cat(
+            [loaded.latents_for(range(k, min(k + 16, len(ids))), values, seed=seed) for k in range(0, len(ids), 16)]
+        )
         drawn = to_uint8(torch.cat([loaded.autoencoder.decode(part) for part in z.split(16)]))
         factor, rows = max(1, 128 // max(self.size)), []
         large = (self.size[0] * factor, self.size[1] * factor)

@@ -114,8 +114,10 @@ def out_of_resources(error: BaseException, context: Context, settings: TrainSett
     if context.world == 1 or not isinstance(error, RuntimeError):
         return ""
     if "timed out" in said:
-        return (f"another process did not come to the backward pass within {settings.gradient_timeout:g} s "
-                "(train.gradient_timeout); find what held it up, or raise that")  # fmt: skip
+        return (
+            f"another process did not come to the backward pass within {settings.gradient_timeout:g} s "
+            "(train.gradient_timeout); find what held it up, or raise that"
+        )
     if any(words in said for words in ("connection closed", "connection reset", "broken pipe")):
         return "another process of this training ended; what it said tells why, and the same command goes on"
     return ""

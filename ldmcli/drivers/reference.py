@@ -44,8 +44,10 @@ def open_reference(settings: DataSettings, split: str) -> tuple[Any, int]:
     stored = split_sizes(settings)
     if split == ALL and ALL not in stored:
         names = list(stored) or ["train", "validation"]
-        parts = [open_rows(_named(settings, name), split="validation") if stored else open_rows(settings, split=name)
-                 for name in names]  # fmt: skip
+        parts = [
+            open_rows(_named(settings, name), split="validation") if stored else open_rows(settings, split=name)
+            for name in names
+        ]
         return JoinedRows(parts), 0
     if settings.split == ALL and ALL not in stored:
         settings = replace(settings, split="train")
@@ -65,7 +67,7 @@ def gaussian(features: np.ndarray) -> Gaussian:
     """Mean and covariance of features (N, D), in float64."""
     found = Gaussian.empty(features.shape[1])
     for start in range(0, len(features), 1024):
-        found.update(features[start: start + 1024])
+        found.update(features[start : start + 1024])
     return found
 
 
@@ -93,13 +95,14 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics | None:
             raise InputError(f"{path}: {name} holds NaN or Inf; compute the statistics again")
     wrong = [key for key in SAME if key in stored and stored[key] != extractor.facts[key]]
     if mu.shape != (extractor.dim,) or sigma.shape != (extractor.dim, extractor.dim) or wrong:
-        raise InputError(f"{path}: statistics of another extractor ({', '.join(wrong) or f'shape {mu.shape}'}), "
-                         f"not of {extractor.name} with {extractor.dim} dimensions")
+        raise InputError(
+            f"{path}: statistics of another extractor ({', '.join(wrong) or f'shape {mu.shape}'}), "
+            f"not of {extractor.name} with {extractor.dim} dimensions"
+        )
     return Statistics(mu, sigma, n, str(path))
 
 
-def reference_features(extractor: Extractor, source: Source, advance: Callable[[int], None],
-                       limit: int) -> FeatureSet:
+def reference_features(extractor: Extractor, source: Source, advance: Callable[[int], None], limit: int) -> FeatureSet:
     """Features of a reference, from the cache where the same content met the same extractor before."""
     path = _cache_path(extractor, source) if source.count <= limit else None
     if path is not None and path.is_file() and (kept := _read(path)) is not None:

@@ -217,8 +217,17 @@ def draw_latents(
         return _finite(sample(denoise, z, way, eta=settings.eta, noise=fresh), seen, ids)
     before_step = known_region(known, way, noise("known"))
     if known.resample > 1:
-        z = resampled(sample, denoise, z, way, known.resample, noise=fresh, again=noise("again"),
-                      eta=settings.eta, before_step=before_step)  # fmt: skip
+        z = resampled(
+            sample,
+            denoise,
+            z,
+            way,
+            known.resample,
+            noise=fresh,
+            again=noise("again"),
+            eta=settings.eta,
+            before_step=before_step,
+        )
     else:
         z = sample(denoise, z, way, eta=settings.eta, noise=fresh, before_step=before_step)
     return _finite(known.keep * known.z0 + (1 - known.keep) * z, seen, ids)
@@ -248,8 +257,10 @@ def _finite(z: Tensor, seen: list[tuple[float, Tensor]], ids: Sequence[int]) -> 
             break
     bad = [i for i, fine in zip(ids, good.tolist()) if not fine]
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    raise ModelError(f"the model gives NaN or Inf in sample {bad[0]}{more}, {where}; nothing was written of it. Try a "
-                     "lower --guidance, another --sampler, more --steps, or an earlier checkpoint")
+    raise ModelError(
+        f"the model gives NaN or Inf in sample {bad[0]}{more}, {where}; nothing was written of it. Try a "
+        "lower --guidance, another --sampler, more --steps, or an earlier checkpoint"
+    )
 
 
 def _path(

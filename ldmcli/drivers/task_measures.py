@@ -26,12 +26,21 @@ TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task br
 
 
 def task_of(model) -> str:
-    """"sr", "inpaint" or "generate"."""
+    """ "sr", "inpaint" or "generate"."""
     return next((task for kind, task in TASKS.items() if kind in model.model.conditions.kinds), "generate")
 
 
-def task_sources(model, rows, ids: list[int], truth: Source, *, size: tuple[int, int], seed: int, batch_size: int,
-                 settings: dict[str, Any]) -> tuple[Source, dict[str, Source], dict[str, Any]]:
+def task_sources(
+    model,
+    rows,
+    ids: list[int],
+    truth: Source,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    batch_size: int,
+    settings: dict[str, Any],
+) -> tuple[Source, dict[str, Source], dict[str, Any]]:
     """(the model's answers for rows `ids`, plain methods by name, facts), in the order of `ids`.
 
     Answer k is drawn with the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their facts.
@@ -45,8 +54,10 @@ def task_sources(model, rows, ids: list[int], truth: Source, *, size: tuple[int,
     answers = _enlarged(*how) if task == "sr" else _filled(*how)
     made = Source(name="model", count=len(ids), stream=answers, facts={**facts, "source": "model"})
     plain = {"bicubic": _bicubic} if task == "sr" else _fillings(model.config.task.fill)
-    baselines = {name: replace(made, name=name, facts={**facts, "source": name}, stream=_each(told, ids, task, method))
-                 for name, method in plain.items()}
+    baselines = {
+        name: replace(made, name=name, facts={**facts, "source": name}, stream=_each(told, ids, task, method))
+        for name, method in plain.items()
+    }
     stated: dict[str, Any] = {"task": task, "baselines": list(baselines)}
     if task == "sr":
         stated |= {"scale": model.config.task.scale, "degradation": model.config.task.degradation}
@@ -57,8 +68,18 @@ def task_sources(model, rows, ids: list[int], truth: Source, *, size: tuple[int,
     return made, baselines, stated
 
 
-def guided_sources(model, rows, ids: list[int], truth: Source, factor: int, *, size: tuple[int, int], seed: int,
-                   batch_size: int, settings: dict[str, Any]) -> tuple[Source, dict[str, Source], dict[str, Any]]:
+def guided_sources(
+    model,
+    rows,
+    ids: list[int],
+    truth: Source,
+    factor: int,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    batch_size: int,
+    settings: dict[str, Any],
+) -> tuple[Source, dict[str, Source], dict[str, Any]]:
     """Samples of a model without a task, each led to its row made `factor` times smaller (antialiased bicubic).
 
     (guided, {"unguided": the same noise and words without a guide, "bicubic": the small picture enlarged}, facts), in
@@ -67,8 +88,10 @@ def guided_sources(model, rows, ids: list[int], truth: Source, factor: int, *, s
     if task_of(model) != "generate":
         raise UsageError(f"--guide-factor: leads models that generate; this one is for {task_of(model)}")
     if any(side % factor for side in size):
-        raise InputError(f"--guide-factor {factor}: pictures of {size[1]}x{size[0]} px can't be made {factor} times "
-                         "smaller; name a factor that divides both sides")
+        raise InputError(
+            f"--guide-factor {factor}: pictures of {size[1]}x{size[0]} px can't be made {factor} times "
+            "smaller; name a factor that divides both sides"
+        )
     check_columns(rows, tuple(model.model.conditions.kinds))
     told = condition_source(model, rows, size, seed)
     low = _made_small(rows, ids, size, factor)
@@ -84,8 +107,10 @@ def guided_sources(model, rows, ids: list[int], truth: Source, factor: int, *, s
     facts = {**truth.facts, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
     made = Source(name="guided", count=len(ids), stream=drawn(True), facts=facts)
     others = {"unguided": drawn(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
-    plain = {name: replace(made, name=name, facts={**facts, "source": name}, stream=stream)
-             for name, stream in others.items()}
+    plain = {
+        name: replace(made, name=name, facts={**facts, "source": name}, stream=stream)
+        for name, stream in others.items()
+    }
     return made, plain, {"task": "guided", "baselines": list(plain), "guide_factor": factor}
 
 
@@ -117,7 +142,7 @@ def has_biharmonic() -> bool:
 
 def _blocks(ids: list[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
     for start in range(0, len(ids), batch_size):
-        block = ids[start:start + batch_size]
+        block = ids[start : start + batch_size]
         yield range(start, start + len(block)), block
 
 
@@ -138,8 +163,9 @@ def _filled(model, told, ids, seed, batch_size, settings):
 
         for numbers, block in _blocks(ids, batch_size):
             images, holes = (np.stack(part) for part in zip(*told.values("masked", block, block)))
-            made = inpaint_images(model, images, holes, seed=seed, ids=numbers, told=_said(model, told, block),
-                                  **settings)  # fmt: skip
+            made = inpaint_images(
+                model, images, holes, seed=seed, ids=numbers, told=_said(model, told, block), **settings
+            )
             yield from np.where(holes[..., None], made, images)
 
     return stream

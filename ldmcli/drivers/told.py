@@ -54,7 +54,8 @@ def layout_value(given: Any, entry: LayoutCondition, name: str = "layout") -> di
         raise InputError(f"{name}: a layout is {FORM}")
     objects = given["objects"] if "objects" in given else _objects(given["bbox"], given["category"], name)
     if not isinstance(objects, (list, tuple)) or not all(
-            isinstance(one, dict) and {"bbox", "category"} <= one.keys() for one in objects):
+        isinstance(one, dict) and {"bbox", "category"} <= one.keys() for one in objects
+    ):
         raise InputError(f'{name}: "objects" is a list of {{"bbox": [x, y, w, h], "category": "name"}}')
     if not objects:
         raise InputError(f"{name}: no objects in it; name at least one")
@@ -105,8 +106,11 @@ def _box(bbox: Any, size: tuple[float, float] | None, name: str) -> np.ndarray:
     if w <= 0 or h <= 0:
         raise InputError(f"{name}: bbox {bbox} has no area; w and h must be above 0")
     if x < -SLACK or y < -SLACK or x + w > 1 + SLACK or y + h > 1 + SLACK:
-        where = f"the picture of {size[0]:g}x{size[1]:g}" if size else (
-            'the picture: without "size", boxes are shares 0 … 1')
+        where = (
+            f"the picture of {size[0]:g}x{size[1]:g}"
+            if size
+            else ('the picture: without "size", boxes are shares 0 … 1')
+        )
         raise InputError(f"{name}: bbox {bbox} reaches outside {where}")
     corners = np.clip([x, y, x + w, y + h], 0, 1)
     return np.array([*corners[:2], *(corners[2:] - corners[:2])])
@@ -148,8 +152,11 @@ def warn_of_cut(entry: TextCondition, texts: Sequence[str], what: str, remedy: s
     line; total: how many there are, where `texts` are those that may be too long."""
     if cut := entry.cut(texts):
         are = "are" if len(cut) > 1 else "is"
-        warn_once(f"cut {what}", f"{len(cut)} of {total or len(texts)} {what} {are} longer than the {entry.length} "
-                                 f"tokens that the model reads, and cut; the first: “{shown(cut[0], 80)}”{remedy}")
+        warn_once(
+            f"cut {what}",
+            f"{len(cut)} of {total or len(texts)} {what} {are} longer than the {entry.length} "
+            f"tokens that the model reads, and cut; the first: “{shown(cut[0], 80)}”{remedy}",
+        )
 
 
 def labels_of(given: Any) -> list[int | str]:
@@ -206,8 +213,9 @@ def _map(one: Any, name: str) -> tuple[np.ndarray, str]:
     except (TypeError, ValueError):
         index = np.asarray(None)
     if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer) or not index.size or index.min() < 0:
-        raise InputError(f"{name}: a map is an array (height, width) of class indices from 0 on, not "
-                         f"{index.dtype} {index.shape}")
+        raise InputError(
+            f"{name}: a map is an array (height, width) of class indices from 0 on, not {index.dtype} {index.shape}"
+        )
     return index, name
 
 
@@ -215,14 +223,18 @@ def _fitting(index: np.ndarray, name: str, entry: MapCondition, size: tuple[int,
     void = 255 if entry.void else -1
     wrong = np.unique(index[(index >= entry.classes) & (index != void)])
     if len(wrong):
-        raise InputError(f"{name}: class index {', '.join(map(str, wrong[:5]))}; this model knows 0 … "
-                         f"{entry.classes - 1} ({', '.join(entry.names[:6])}{' …' if entry.classes > 6 else ''})")
+        raise InputError(
+            f"{name}: class index {', '.join(map(str, wrong[:5]))}; this model knows 0 … "
+            f"{entry.classes - 1} ({', '.join(entry.names[:6])}{' …' if entry.classes > 6 else ''})"
+        )
     if size is None or index.shape == tuple(size):
         return index.astype(np.uint8)
     ratio = index.shape[1] / index.shape[0] * size[0] / size[1]
     if abs(ratio - 1) > ASPECT_SLACK:
-        raise InputError(f"{name}: {index.shape[1]}x{index.shape[0]} px (width x height) has another aspect than the "
-                         f"picture, {size[1]}x{size[0]}; cut the map, or give --size {index.shape[0]}x{index.shape[1]}")
+        raise InputError(
+            f"{name}: {index.shape[1]}x{index.shape[0]} px (width x height) has another aspect than the "
+            f"picture, {size[1]}x{size[0]}; cut the map, or give --size {index.shape[0]}x{index.shape[1]}"
+        )
     rows, columns = ((np.arange(b) + 0.5) * a / b for a, b in zip(index.shape, size))
     return index[rows.astype(int)][:, columns.astype(int)].astype(np.uint8)
 
@@ -237,8 +249,10 @@ def masks_of(given: Any) -> list[np.ndarray]:
         elif array is None or array.dtype == np.uint8:
             found.append(hole_in(one if array is None else array, f"mask {k + 1}"))
         else:
-            raise InputError(f"mask {k + 1}: {array.dtype} {array.shape}; a mask is bool (H, W), True in holes, "
-                             "or a uint8 picture that is white there")
+            raise InputError(
+                f"mask {k + 1}: {array.dtype} {array.shape}; a mask is bool (H, W), True in holes, "
+                "or a uint8 picture that is white there"
+            )
     return found
 
 
@@ -257,8 +271,10 @@ def hole_in(mask: Any, name: str) -> np.ndarray:
     if not found.any():
         least, most = int(luminance.min()), int(luminance.max())
         dim = f"; its values are {least} … {most} of 255, so brighten it" if 0 < most and least != most else ""
-        raise InputError(f"{name}: nothing in it is white (luminance {HOLE_LUMINANCE} or more), so there is nothing to "
-                         f"repaint; white marks the hole{dim}")
+        raise InputError(
+            f"{name}: nothing in it is white (luminance {HOLE_LUMINANCE} or more), so there is nothing to "
+            f"repaint; white marks the hole{dim}"
+        )
     return found
 
 
@@ -268,23 +284,32 @@ def _check_painted(luminance: np.ndarray, alpha: np.ndarray, name: str) -> None:
     if not painted.size:
         raise InputError(f"{name}: all of it is transparent; paint white what is to be repainted")
     if painted.max() < HOLE_LUMINANCE:
-        raise InputError(f"{name}: a mask in its alpha channel alone, and nothing in it is white: it may mean what is "
-                         "painted or what is transparent; save it without transparency, white where to repaint")
+        raise InputError(
+            f"{name}: a mask in its alpha channel alone, and nothing in it is white: it may mean what is "
+            "painted or what is transparent; save it without transparency, white where to repaint"
+        )
     between = (painted > 32) & (painted < 224)
     if between.mean() > 0.2 and painted.min() != painted.max():
-        raise InputError(f"{name}: a picture with a transparent part, not a mask; to repaint that part, give it as the "
-                         "image, without a mask")
+        raise InputError(
+            f"{name}: a picture with a transparent part, not a mask; to repaint that part, give it as the "
+            "image, without a mask"
+        )
     if painted.min() >= HOLE_LUMINANCE:
-        warn_once(f"painted {name}", f"{name}: white on transparent: what is painted is repainted, "
-                                     f"{(alpha >= HOLE_LUMINANCE).mean():.0%} of the picture")
+        warn_once(
+            f"painted {name}",
+            f"{name}: white on transparent: what is painted is repainted, "
+            f"{(alpha >= HOLE_LUMINANCE).mean():.0%} of the picture",
+        )
 
 
 def transparent_hole(alpha: np.ndarray | None, name: str) -> np.ndarray:
     """bool (H, W), True where a picture's alpha is not opaque. Raises UsageError where it has no such part, InputError
     where nothing is opaque."""
     if alpha is None or alpha.min() >= HOLE_LUMINANCE:
-        raise UsageError(f"MASK or --box: give one of them, to say what to repaint ({name} has no transparent part, "
-                         "which would say it, too)")
+        raise UsageError(
+            f"MASK or --box: give one of them, to say what to repaint ({name} has no transparent part, "
+            "which would say it, too)"
+        )
     hole = alpha < OPAQUE
     if hole.all():
         raise InputError(f"{name}: all of it is transparent, so nothing would be kept")

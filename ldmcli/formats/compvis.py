@@ -22,14 +22,33 @@ from ldmcli.networks.diffusion import DiffusionModel, LatentScale
 
 UNET, FIRST, COND, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 BUFFERS = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights",
-)  # fmt: skip
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "lvlb_weights",
+)
 # entries that are no weights of the model: schedule, losses of the first stage, counters
-STRAY = re.compile("|".join([*BUFFERS, "logvar", "scale_factor", r"model_ema\.(decay|num_updates)",
-                             r"(first_stage_model\.|cond_stage_model\.)?loss\..*",
-                             r"(first_stage_model\.)?model_ema\.(decay|num_updates)"]))  # fmt: skip
+STRAY = re.compile(
+    "|".join(
+        [
+            *BUFFERS,
+            "logvar",
+            "scale_factor",
+            r"model_ema\.(decay|num_updates)",
+            r"(first_stage_model\.|cond_stage_model\.)?loss\..*",
+            r"(first_stage_model\.)?model_ema\.(decay|num_updates)",
+        ]
+    )
+)
 ROOTS = (UNET, FIRST, COND, EMA, "encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "conditioner.")
 HINT = "does the configuration belong to another model?"
 SD_SCALES = {"cond_stage_model.": 0.18215, "conditioner.": 0.13025}
@@ -147,8 +166,11 @@ def _list(names: list[str]) -> str:
 def _fitting(path: Path, found: dict[str, Tensor], module: torch.nn.Module, below: str = "") -> dict[str, Tensor]:
     """Tensors as the module has them; ModelError for those of another shape."""
     own = {name.removeprefix(below): tensor for name, tensor in module.state_dict().items() if name.startswith(below)}
-    wrong = [f"{name} {list(found[name].shape)} instead of {list(own[name].shape)}" for name in found
-             if found[name].shape != own[name].shape]
+    wrong = [
+        f"{name} {list(found[name].shape)} instead of {list(own[name].shape)}"
+        for name in found
+        if found[name].shape != own[name].shape
+    ]
     if wrong:
         raise ModelError(f"{path}: {len(wrong)} weights of another shape than the configuration says: {_list(wrong)}")
     return found
@@ -163,8 +185,9 @@ def _dtype_notes(state: dict[str, Tensor]) -> list[str]:
 # ---------------------------------------------------------------- first stages
 
 
-def _first_stage(path: Path, state: dict[str, Tensor], stage: cc.FirstStage | None, which: str, own: Mapping[str, Any]
-                 ) -> AutoencoderBundle:  # fmt: skip
+def _first_stage(
+    path: Path, state: dict[str, Tensor], stage: cc.FirstStage | None, which: str, own: Mapping[str, Any]
+) -> AutoencoderBundle:
     """The first stage of a checkpoint of its own, or of a whole model's."""
     inside = any(name.startswith(FIRST) for name in state)
     prefix = FIRST if inside else ""
@@ -219,8 +242,13 @@ def _diffusion(path: Path, state: dict[str, Tensor], plan: cc.Plan, reading: Rea
     channels, height, width = plan.latent_shape
     stage = plan.first_stage
     f = stage.settings.f if stage.settings else 1
-    config = DiffusionConfig(data=DataSettings(size=(height * f, width * f)), diffusion=plan.diffusion,
-                             condition=condition, task=task, sample=cc.sample_of(plan))  # fmt: skip
+    config = DiffusionConfig(
+        data=DataSettings(size=(height * f, width * f)),
+        diffusion=plan.diffusion,
+        condition=condition,
+        task=task,
+        sample=cc.sample_of(plan),
+    )
     facts = _own_facts(facts, plan)
     with torch.device("meta"):
         model = DiffusionModel(plan.diffusion, condition, facts, None, plan.latent_shape, config.kinds)
@@ -229,9 +257,15 @@ def _diffusion(path: Path, state: dict[str, Tensor], plan: cc.Plan, reading: Rea
         raise ModelError(f"{path}: the network reads {plan.in_channels} channels; latents and conditions give {reads}")
     if plan.context_dim is not None and model.conditions.context_dim is None:
         raise ModelError(f"{path}: the network attends to tokens, and no conditioner that gives some is configured")
-    tensors = {f"unet.{name}": tensor for name, tensor in _fitting(path, weights.take(
-        UNET, model.unet.state_dict(), lambda name: f"{EMA}diffusion_model{name.replace('.', '')}"),
-        model, "unet.").items()}  # fmt: skip
+    tensors = {
+        f"unet.{name}": tensor
+        for name, tensor in _fitting(
+            path,
+            weights.take(UNET, model.unet.state_dict(), lambda name: f"{EMA}diffusion_model{name.replace('.', '')}"),
+            model,
+            "unet.",
+        ).items()
+    }
     tensors |= _conditioner(weights, plan, model)
     autoencoder = _inner_stage(path, weights, plan)
     unfolded = _unfold(weights, autoencoder)
@@ -308,8 +342,9 @@ def _factor(path: Path, state: dict[str, Tensor], plan: cc.Plan, notes: list[str
 def _own_scale(own: Mapping[str, Any], channels: int, near: LatentScale | None) -> LatentScale | None:
     """The scale that a YAML written here gives in full, where it is that of the checkpoint (`near`; None: any)."""
     mean, std = own.get("latent_mean"), own.get("latent_std")
-    if not all(isinstance(v, list) and len(v) == channels and all(isinstance(n, float) for n in v)
-               for v in (mean, std)):  # fmt: skip
+    if not all(
+        isinstance(v, list) and len(v) == channels and all(isinstance(n, float) for n in v) for v in (mean, std)
+    ):
         return None
     found = LatentScale(tuple(mean), tuple(std))
     if min(found.std) <= 0:

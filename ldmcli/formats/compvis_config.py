@@ -22,8 +22,14 @@ from ldmcli.networks.presets import MODELS
 LARGEST_CONFIG = 2**18  # bytes; the reader in Python, which no nesting can crash, takes seconds for as many
 DEEPEST = 64  # layers, blocks, stages of one kind
 ONE_HEAD = ("cin256", "text2img256", "layout2img-openimages256")
-CLIP = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "FrozenClipImageEmbedder", "GeneralConditioner",
-        "FrozenCLIPTextEmbedder", "FrozenClipMultiTextEmbedder")  # fmt: skip
+CLIP = (
+    "FrozenCLIPEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "FrozenClipImageEmbedder",
+    "GeneralConditioner",
+    "FrozenCLIPTextEmbedder",
+    "FrozenClipMultiTextEmbedder",
+)
 OWN = "ldm"  # section of a YAML that we wrote: what the original's has no place for
 
 
@@ -101,8 +107,11 @@ class Section:
     def wholes(self, key: str, default: Sequence[int] | None = None) -> tuple[int, ...]:
         """A list of positive whole numbers, perhaps empty."""
         value = self.values.get(key, default)
-        if not isinstance(value, (list, tuple)) or len(value) > 16 or not all(
-                isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**16 for n in value):  # fmt: skip
+        if (
+            not isinstance(value, (list, tuple))
+            or len(value) > 16
+            or not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**16 for n in value)
+        ):
             raise self.error(key, "a list of positive whole numbers is expected")
         return tuple(value)
 
@@ -156,25 +165,54 @@ def first_stage(section: Section) -> FirstStage:
     params, vq = section.sub("params"), name != "AutoencoderKL"
     params.only(remap=(None,))
     network = params.sub("ddconfig")
-    network.known("double_z", "z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks",
-                  "attn_resolutions", "dropout", "attn_type", "resamp_with_conv", "use_linear_attn", "tanh_out",
-                  "give_pre_end")  # fmt: skip
-    network.only(double_z=(not vq,), attn_type=("vanilla", "none", "vanilla-xformers"), resamp_with_conv=(True,),
-                 use_linear_attn=(False,), tanh_out=(False,), give_pre_end=(False,),
-                 out_ch=(network.whole("in_channels", 3),))  # fmt: skip
+    network.known(
+        "double_z",
+        "z_channels",
+        "resolution",
+        "in_channels",
+        "out_ch",
+        "ch",
+        "ch_mult",
+        "num_res_blocks",
+        "attn_resolutions",
+        "dropout",
+        "attn_type",
+        "resamp_with_conv",
+        "use_linear_attn",
+        "tanh_out",
+        "give_pre_end",
+    )
+    network.only(
+        double_z=(not vq,),
+        attn_type=("vanilla", "none", "vanilla-xformers"),
+        resamp_with_conv=(True,),
+        use_linear_attn=(False,),
+        tanh_out=(False,),
+        give_pre_end=(False,),
+        out_ch=(network.whole("in_channels", 3),),
+    )
     mult = network.wholes("ch_mult", (1, 2, 4, 8))
     f, attends = 2 ** (len(mult) - 1), network.values.get("attn_type", "vanilla") != "none"
     if f not in FACTORS:
         raise network.error("ch_mult", f"1 to {FACTORS[-1].bit_length()} levels are expected")
     resolution = network.whole("resolution", 256)
     settings = AutoencoderSettings(
-        family="paper", f=f, reg="vq" if vq else "kl", in_channels=network.whole("in_channels", 3),
-        z_channels=network.whole("z_channels"), embed_dim=params.whole("embed_dim"),
-        codebook_size=params.whole("n_embed") if vq else 1024, channels=network.whole("ch"), channel_mult=mult,
+        family="paper",
+        f=f,
+        reg="vq" if vq else "kl",
+        in_channels=network.whole("in_channels", 3),
+        z_channels=network.whole("z_channels"),
+        embed_dim=params.whole("embed_dim"),
+        codebook_size=params.whole("n_embed") if vq else 1024,
+        channels=network.whole("ch"),
+        channel_mult=mult,
         num_res_blocks=network.whole("num_res_blocks", most=DEEPEST),
-        attn_resolutions=network.wholes("attn_resolutions", ()) if attends else (), resolution=resolution,
-        mid_attention=attends, dropout=network.number("dropout", 0.0), legacy_beta=True,
-    )  # fmt: skip
+        attn_resolutions=network.wholes("attn_resolutions", ()) if attends else (),
+        resolution=resolution,
+        mid_attention=attends,
+        dropout=network.number("dropout", 0.0),
+        legacy_beta=True,
+    )
     return FirstStage(settings, resolution)
 
 
@@ -197,21 +235,37 @@ def class_conditioner(classes: int, width: int) -> Conditioner:
     """A table of `classes` rows. The last is the null, except in a table of 1,000, all classes of ImageNet."""
     null = classes != 1000 and classes > 1
     names = [str(k) for k in range(classes - null)]
-    return Conditioner("class", {"class_names": names, "null": null},
-                       {"context_dim": width, "class_vector": False, "drop": 0.1 if null else 0.0})
+    return Conditioner(
+        "class",
+        {"class_names": names, "null": null},
+        {"context_dim": width, "class_vector": False, "drop": 0.1 if null else 0.0},
+    )
 
 
 def _bert(params: Section) -> Conditioner:
     layout = params.values.get("use_tokenizer", True) is False
-    return bert_conditioner(layout, params.whole("n_embed"), params.whole("n_layer", most=DEEPEST),
-                            params.whole("vocab_size", 30522), params.whole("max_seq_len", 77))
+    return bert_conditioner(
+        layout,
+        params.whole("n_embed"),
+        params.whole("n_layer", most=DEEPEST),
+        params.whole("vocab_size", 30522),
+        params.whole("max_seq_len", 77),
+    )
 
 
 def bert_conditioner(layout: bool, width: int, layers: int, vocabulary: int, length: int) -> Conditioner:
     """The text transformer, on captions or on layouts, whose categories a checkpoint knows by number only."""
-    settings = {"context_dim": width, "text_layers": layers, "text_length": length, "vocabulary_size": vocabulary,
-                "text_pooled": False, "embedding_std": 0.02, "smooth_places": False,
-                "layout_planes": 0, "drop": 0.0 if layout else 0.1}
+    settings = {
+        "context_dim": width,
+        "text_layers": layers,
+        "text_length": length,
+        "vocabulary_size": vocabulary,
+        "text_pooled": False,
+        "embedding_std": 0.02,
+        "smooth_places": False,
+        "layout_planes": 0,
+        "drop": 0.0 if layout else 0.1,
+    }
     facts: dict[str, Any] = {"length": length, "vocabulary": vocabulary, "logits": True}
     if layout:
         facts["categories"] = [str(k) for k in range(vocabulary - 1)]
@@ -226,8 +280,13 @@ def _rescaler(params: Section) -> Conditioner:
 
 def map_conditioner(classes: int, planes: int, stages: int) -> Conditioner:
     """Maps of classes, halved `stages` times and mixed."""
-    facts = {"classes": classes, "names": [str(k) for k in range(classes)], "out_channels": planes, "stages": stages,
-             "void": False}  # fmt: skip
+    facts = {
+        "classes": classes,
+        "names": [str(k) for k in range(classes)],
+        "out_channels": planes,
+        "stages": stages,
+        "void": False,
+    }
     return Conditioner("map", facts, {"drop": 0.0})
 
 
@@ -252,12 +311,16 @@ def conditioner(params: Section) -> Conditioner:
     if name == "Identity":
         return Conditioner("lowres")
     if name in CLIP:
-        raise section.error("target", "a model that reads CLIP's text is none of latent-diffusion; its first stage can "
-                                      "be had with --part first-stage")
+        raise section.error(
+            "target",
+            "a model that reads CLIP's text is none of latent-diffusion; its first stage can "
+            "be had with --part first-stage",
+        )
     if name not in _CONDITIONERS:
         raise section.error("target", f"a conditioner that is not known here ({', '.join(_CONDITIONERS)})")
-    found = _CONDITIONERS[name](section.sub("params") if section.values.get("params") else
-                                Section(section.path, f"{section.place}.params", {}))
+    found = _CONDITIONERS[name](
+        section.sub("params") if section.values.get("params") else Section(section.path, f"{section.place}.params", {})
+    )
     wanted = "concat" if found.kind == "map" else "crossattn"
     if key not in (wanted, None):
         raise params.error("conditioning_key", f"{name} goes with {wanted}")
@@ -272,14 +335,41 @@ def unet_settings(section: Section) -> tuple[DiffusionSettings, int, int, int | 
     if section.target() not in ("UNetModel", ""):
         raise section.error("target", "a network that is not known here")
     params = section.sub("params")
-    params.known("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "dropout",
-                 "attention_resolutions", "channel_mult", "conv_resample", "dims", "num_classes", "use_checkpoint",
-                 "use_fp16", "num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm",
-                 "resblock_updown", "use_new_attention_order", "use_spatial_transformer", "transformer_depth",
-                 "context_dim", "n_embed", "legacy")  # fmt: skip
+    params.known(
+        "image_size",
+        "in_channels",
+        "model_channels",
+        "out_channels",
+        "num_res_blocks",
+        "dropout",
+        "attention_resolutions",
+        "channel_mult",
+        "conv_resample",
+        "dims",
+        "num_classes",
+        "use_checkpoint",
+        "use_fp16",
+        "num_heads",
+        "num_head_channels",
+        "num_heads_upsample",
+        "use_scale_shift_norm",
+        "resblock_updown",
+        "use_new_attention_order",
+        "use_spatial_transformer",
+        "transformer_depth",
+        "context_dim",
+        "n_embed",
+        "legacy",
+    )
     heads = params.values.get("num_heads", -1)
-    params.only(conv_resample=(True,), dims=(2,), num_classes=(None,), use_new_attention_order=(False,),
-                n_embed=(None,), num_heads_upsample=(-1, heads))  # fmt: skip
+    params.only(
+        conv_resample=(True,),
+        dims=(2,),
+        num_classes=(None,),
+        use_new_attention_order=(False,),
+        n_embed=(None,),
+        num_heads_upsample=(-1, heads),
+    )
     wide = params.values.get("num_head_channels", -1)
     transformer = bool(params.values.get("use_spatial_transformer", False))
     if heads == wide == -1:
@@ -291,15 +381,19 @@ def unet_settings(section: Section) -> tuple[DiffusionSettings, int, int, int | 
     if mult[:1] != (1,):
         raise params.error("channel_mult", "the first entry is 1 in every network that the original code can build")
     settings = DiffusionSettings(
-        channels=params.whole("model_channels"), channel_mult=mult, num_res_blocks=depth,
+        channels=params.whole("model_channels"),
+        channel_mult=mult,
+        num_res_blocks=depth,
         attention_resolutions=params.wholes("attention_resolutions"),
         num_heads=params.whole("num_heads") if wide == -1 else 0,
         head_channels=32 if wide == -1 else params.whole("num_head_channels"),
-        spatial_transformer=transformer, transformer_depth=params.whole("transformer_depth", 1, most=DEEPEST),
+        spatial_transformer=transformer,
+        transformer_depth=params.whole("transformer_depth", 1, most=DEEPEST),
         scale_shift=bool(params.values.get("use_scale_shift_norm", False)),
-        resblock_updown=bool(params.values.get("resblock_updown", False)), dropout=params.number("dropout", 0.0),
+        resblock_updown=bool(params.values.get("resblock_updown", False)),
+        dropout=params.number("dropout", 0.0),
         position="none",
-    )  # fmt: skip
+    )
     for k in range(len(mult)):
         width = settings.channels * mult[k]
         used = 2**k in settings.attention_resolutions or k == len(mult) - 1
@@ -312,21 +406,33 @@ def unet_settings(section: Section) -> tuple[DiffusionSettings, int, int, int | 
 
 def published(settings: DiffusionSettings, in_channels: int, context_dim: int | None) -> list[str]:
     """Names of the published models whose UNet has these shapes."""
-    names = ("channels", "channel_mult", "num_res_blocks", "spatial_transformer", "scale_shift", "resblock_updown",
-             "transformer_depth")  # fmt: skip
+    names = (
+        "channels",
+        "channel_mult",
+        "num_res_blocks",
+        "spatial_transformer",
+        "scale_shift",
+        "resblock_updown",
+        "transformer_depth",
+    )
     found = []
     for name, preset in MODELS.items():
-        own = DiffusionSettings(**{key.partition(".")[2]: value for key, value in preset.values.items()
-                                   if key.startswith("diffusion.")})
+        own = DiffusionSettings(
+            **{key.partition(".")[2]: value for key, value in preset.values.items() if key.startswith("diffusion.")}
+        )
         attends = [{2**k for k in range(len(own.channel_mult))} & set(s.attention_resolutions) for s in (own, settings)]
-        if all(getattr(own, key) == getattr(settings, key) for key in names) and attends[0] == attends[1] and (
-                preset.extra["in_channels"], preset.extra["context_dim"]) == (in_channels, context_dim):  # fmt: skip
+        if (
+            all(getattr(own, key) == getattr(settings, key) for key in names)
+            and attends[0] == attends[1]
+            and (preset.extra["in_channels"], preset.extra["context_dim"]) == (in_channels, context_dim)
+        ):
             found.append(name)
     return found
 
 
-def with_heads(settings: DiffusionSettings, asked: str, models: Sequence[str], is_open: bool
-               ) -> tuple[DiffusionSettings, list[str]]:  # fmt: skip
+def with_heads(
+    settings: DiffusionSettings, asked: str, models: Sequence[str], is_open: bool
+) -> tuple[DiffusionSettings, list[str]]:
     """The settings with the heads asked for ("", "legacy", "config", a number), and what to say about it.
 
     is_open: the configuration gives the width of heads to a spatial transformer, which the code of the first release
@@ -363,9 +469,15 @@ def plan(root: Section, heads: str = "") -> Plan | FirstStage:
 
 
 def _diffusion_plan(params: Section, name: str, heads: str, own: Any) -> Plan:
-    params.only(given_betas=(None,), cosine_s=(8e-3,), num_timesteps_cond=(None, 1), cond_stage_forward=(None,),
-                parameterization=("eps", "x0"), beta_schedule=("linear", "cosine", "sqrt_linear", "sqrt"),
-                loss_type=("l1", "l2"))  # fmt: skip
+    params.only(
+        given_betas=(None,),
+        cosine_s=(8e-3,),
+        num_timesteps_cond=(None, 1),
+        cond_stage_forward=(None,),
+        parameterization=("eps", "x0"),
+        beta_schedule=("linear", "cosine", "sqrt_linear", "sqrt"),
+        loss_type=("l1", "l2"),
+    )
     unet = params.sub("unet_config")
     settings, in_channels, out_channels, context_dim = unet_settings(unet)
     given = unet.sub("params").values
@@ -379,17 +491,32 @@ def _diffusion_plan(params: Section, name: str, heads: str, own: Any) -> Plan:
     measured = bool(params.values.get("scale_by_std", False))
     factor = params.number("scale_factor", 1.0)
     settings = replace(
-        settings, prediction=params.values.get("parameterization", "eps"),
-        schedule=params.values.get("beta_schedule", "linear"), beta_start=params.number("linear_start", 1e-4),
-        beta_end=params.number("linear_end", 2e-2), timesteps=params.whole("timesteps", 1000), t_sampling="uniform",
-        loss=params.values.get("loss_type", "l2"), latent_scale="global" if measured or factor != 1 else "none",
-    )  # fmt: skip
+        settings,
+        prediction=params.values.get("parameterization", "eps"),
+        schedule=params.values.get("beta_schedule", "linear"),
+        beta_start=params.number("linear_start", 1e-4),
+        beta_end=params.number("linear_end", 2e-2),
+        timesteps=params.whole("timesteps", 1000),
+        t_sampling="uniform",
+        loss=params.values.get("loss_type", "l2"),
+        latent_scale="global" if measured or factor != 1 else "none",
+    )
     side = params.values.get("image_size", given.get("image_size", 256))
     sides = side if isinstance(side, list) and len(side) == 2 else [side, side]
     if not all(isinstance(n, int) and 0 < n < 2**16 for n in sides):
         raise params.error("image_size", "a number, or a pair of them, is expected")
-    return Plan(settings, in_channels, stage, told, (out_channels, *sides), factor, measured, context_dim,
-                own if isinstance(own, dict) else {}, tuple(notes))  # fmt: skip
+    return Plan(
+        settings,
+        in_channels,
+        stage,
+        told,
+        (out_channels, *sides),
+        factor,
+        measured,
+        context_dim,
+        own if isinstance(own, dict) else {},
+        tuple(notes),
+    )
 
 
 def task_of(plan: Plan) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
@@ -413,23 +540,42 @@ def condition_of(plan: Plan) -> ConditionSettings:
     kinds = (kind,) if kind in ("class", "text", "layout", "map") else ()
     if plan.context_dim is not None and settings.get("context_dim", plan.context_dim) != plan.context_dim:
         raise ModelError(f"tokens of width {settings['context_dim']} for a network that reads {plan.context_dim}")
-    return ConditionSettings(**{"drop": 0.0, "text_pooled": False, "class_vector": False, "embedding_std": 0.02,
-                                "smooth_places": False, **settings, "kinds": kinds})
+    return ConditionSettings(
+        **{
+            "drop": 0.0,
+            "text_pooled": False,
+            "class_vector": False,
+            "embedding_std": 0.02,
+            "smooth_places": False,
+            **settings,
+            "kinds": kinds,
+        }
+    )
 
 
 def sample_of(plan: Plan) -> SampleSettings:
     """How the original samples: DDIM, its timesteps and last level, steps and guidance as published; or as a YAML that
     was written here says."""
     match = published(plan.diffusion, plan.in_channels, plan.context_dim)
-    known = {key.partition(".")[2]: value for key, value in MODELS[match[0]].values.items()
-             if key.startswith("sample.")} if match else {}  # fmt: skip
+    known = (
+        {key.partition(".")[2]: value for key, value in MODELS[match[0]].values.items() if key.startswith("sample.")}
+        if match
+        else {}
+    )
     guided = {"text": 5.0, "class": 3.0}.get(plan.conditioner.kind, 1.0)
     guided = guided if plan.conditioner.settings.get("drop") else 1.0
-    found = {"sampler": "ddim", "spacing": "original", "eta": known.get("eta", 0.0),
-             "steps": min(known.get("steps", 50), plan.diffusion.timesteps),
-             "guidance": known.get("guidance", guided) if guided != 1 else 1.0}  # fmt: skip
+    found = {
+        "sampler": "ddim",
+        "spacing": "original",
+        "eta": known.get("eta", 0.0),
+        "steps": min(known.get("steps", 50), plan.diffusion.timesteps),
+        "guidance": known.get("guidance", guided) if guided != 1 else 1.0,
+    }
     own = plan.own.get("sample")
     if isinstance(own, dict):
-        found |= {key: type(value)(own[key]) for key, value in found.items()
-                  if isinstance(own.get(key), (int, float)) == isinstance(value, (int, float)) and key in own}
+        found |= {
+            key: type(value)(own[key])
+            for key, value in found.items()
+            if isinstance(own.get(key), (int, float)) == isinstance(value, (int, float)) and key in own
+        }
     return SampleSettings(**found)

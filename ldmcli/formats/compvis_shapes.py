@@ -26,8 +26,10 @@ def first_stage(path: Path, state: dict[str, Tensor], prefix: str) -> cc.FirstSt
     try:
         settings = _settings(own)
     except (KeyError, IndexError, ZeroDivisionError, ValueError, LdmError) as error:
-        raise ModelError(f"{path}: not a first stage that can be recognised by its weights ({error}); "
-                         "name its configuration with --config") from None
+        raise ModelError(
+            f"{path}: not a first stage that can be recognised by its weights ({error}); "
+            "name its configuration with --config"
+        ) from None
     return cc.FirstStage(settings, settings.resolution)
 
 
@@ -45,12 +47,21 @@ def _settings(own: dict[str, Tensor]) -> AutoencoderSettings:
     z_channels, embed_dim = own["post_quant_conv.weight"].shape[:2]
     vq = "quantize.embedding.weight" in own
     return AutoencoderSettings(
-        family="paper", f=2 ** (levels - 1), reg="vq" if vq else "kl", in_channels=in_channels, z_channels=z_channels,
-        embed_dim=embed_dim, codebook_size=own["quantize.embedding.weight"].shape[0] if vq else 1024,
-        channels=channels, channel_mult=tuple(width // channels for width in widths),
-        num_res_blocks=_count(own, r"encoder\.down\.0\.block\.(\d+)\."), attn_resolutions=attention, resolution=256,
-        mid_attention="encoder.mid.attn_1.q.weight" in own, legacy_beta=True,
-    )  # fmt: skip
+        family="paper",
+        f=2 ** (levels - 1),
+        reg="vq" if vq else "kl",
+        in_channels=in_channels,
+        z_channels=z_channels,
+        embed_dim=embed_dim,
+        codebook_size=own["quantize.embedding.weight"].shape[0] if vq else 1024,
+        channels=channels,
+        channel_mult=tuple(width // channels for width in widths),
+        num_res_blocks=_count(own, r"encoder\.down\.0\.block\.(\d+)\."),
+        attn_resolutions=attention,
+        resolution=256,
+        mid_attention="encoder.mid.attn_1.q.weight" in own,
+        legacy_beta=True,
+    )
 
 
 def plan(path: Path, state: dict[str, Tensor], heads: str) -> cc.Plan:
@@ -66,8 +77,10 @@ def plan(path: Path, state: dict[str, Tensor], heads: str) -> cc.Plan:
         settings = replace(settings, beta_start=round(float(betas[0]), 6), beta_end=round(float(betas[-1]), 6))
     settings, notes = cc.with_heads(settings, heads, found, False)
     if not notes and found[0] in cc.ONE_HEAD:
-        notes = [f"attention: 1 head, as {found[0]} was trained; its configuration reads as heads of 32 channels to "
-                 "later code (--heads to choose)"]
+        notes = [
+            f"attention: 1 head, as {found[0]} was trained; its configuration reads as heads of 32 channels to "
+            "later code (--heads to choose)"
+        ]
     names = " or ".join(found)
     stage = FIRST_STAGES[preset.extra["first_stage"]]
     values = {key.partition(".")[2]: value for key, value in stage.values.items() if key.startswith("autoencoder.")}
@@ -76,15 +89,23 @@ def plan(path: Path, state: dict[str, Tensor], heads: str) -> cc.Plan:
     if any(name.startswith("first_stage_model.") for name in state):
         inner = first_stage(path, state, "first_stage_model.")
     return cc.Plan(
-        settings, preset.extra["in_channels"], inner, replace(_conditioner(preset), shared=shared),
-        preset.extra["latent"], preset.extra["scale_factor"], found[0] == "lsun_churches256",
-        preset.extra["context_dim"], {}, (f"recognised by its shapes: {names}", *notes),
-    )  # fmt: skip
+        settings,
+        preset.extra["in_channels"],
+        inner,
+        replace(_conditioner(preset), shared=shared),
+        preset.extra["latent"],
+        preset.extra["scale_factor"],
+        found[0] == "lsun_churches256",
+        preset.extra["context_dim"],
+        {},
+        (f"recognised by its shapes: {names}", *notes),
+    )
 
 
 def _diffusion(preset: Preset) -> DiffusionSettings:
-    return DiffusionSettings(**{key.partition(".")[2]: value for key, value in preset.values.items()
-                                if key.startswith("diffusion.")})
+    return DiffusionSettings(
+        **{key.partition(".")[2]: value for key, value in preset.values.items() if key.startswith("diffusion.")}
+    )
 
 
 def _is(preset: Preset, shapes: dict[str, tuple[int, ...]]) -> bool:
@@ -94,16 +115,25 @@ def _is(preset: Preset, shapes: dict[str, tuple[int, ...]]) -> bool:
     if len(shapes) != extra["tensors"] or shapes.get("input_blocks.0.0.weight") != first:
         return False
     with torch.device("meta"):
-        network = UNet(settings, extra["in_channels"], extra["out_channels"], context_dim=extra["context_dim"],
-                       sample_size=extra["latent"][1:])  # fmt: skip
+        network = UNet(
+            settings,
+            extra["in_channels"],
+            extra["out_channels"],
+            context_dim=extra["context_dim"],
+            sample_size=extra["latent"][1:],
+        )
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == shapes
 
 
 def _conditioned(preset: Preset, state: dict[str, Tensor]) -> bool:
     """Whether the checkpoint's conditioner is the preset's."""
     wanted: dict[str, Any] = preset.extra["conditioner"] or {}
-    key = {"class": "embedding.weight", "text": "transformer.token_emb.weight",
-           "layout": "transformer.token_emb.weight", "map": "channel_mapper.weight"}.get(wanted.get("kind", ""))
+    key = {
+        "class": "embedding.weight",
+        "text": "transformer.token_emb.weight",
+        "layout": "transformer.token_emb.weight",
+        "map": "channel_mapper.weight",
+    }.get(wanted.get("kind", ""))
     if key is None:
         return True
     table = state.get(COND + key)
@@ -120,8 +150,9 @@ def _conditioner(preset: Preset) -> cc.Conditioner:
         case "class":
             return cc.class_conditioner(wanted["classes"], wanted["width"])
         case "text" | "layout":
-            return cc.bert_conditioner(wanted["kind"] == "layout", wanted["width"], wanted["layers"],
-                                       wanted["vocabulary"], wanted["length"])
+            return cc.bert_conditioner(
+                wanted["kind"] == "layout", wanted["width"], wanted["layers"], wanted["vocabulary"], wanted["length"]
+            )
         case "map":
             return cc.map_conditioner(wanted["in_channels"], wanted["out_channels"], wanted["stages"])
     task = preset.values.get("task.name", "generate")

@@ -114,10 +114,17 @@ def _stage_document(s: AutoencoderSettings, interface: bool) -> dict[str, Any]:
     """`{target, params}` of a first stage. interface: as a diffusion model holds it."""
     vq = s.reg == "vq"
     network = {
-        "double_z": not vq, "z_channels": s.z_channels, "resolution": s.resolution, "in_channels": s.in_channels,
-        "out_ch": s.in_channels, "ch": s.channels, "ch_mult": list(map(int, s.channel_mult)),
-        "num_res_blocks": s.num_res_blocks, "attn_resolutions": list(s.attn_resolutions), "dropout": s.dropout,
-    }  # fmt: skip
+        "double_z": not vq,
+        "z_channels": s.z_channels,
+        "resolution": s.resolution,
+        "in_channels": s.in_channels,
+        "out_ch": s.in_channels,
+        "ch": s.channels,
+        "ch_mult": list(map(int, s.channel_mult)),
+        "num_res_blocks": s.num_res_blocks,
+        "attn_resolutions": list(s.attn_resolutions),
+        "dropout": s.dropout,
+    }
     if not s.mid_attention:
         network = {"attn_type": "none", **network}
     name = ("VQModelInterface" if interface else "VQModel") if vq else "AutoencoderKL"
@@ -150,10 +157,11 @@ def folded(s: AutoencoderSettings, tensors: dict[str, Tensor], scale: LatentScal
         bias[c:] -= 2 * std.log()
     back = part["post_quant_conv.weight"]
     out = {
-        "quant_conv.weight": weight, "quant_conv.bias": bias,
+        "quant_conv.weight": weight,
+        "quant_conv.bias": bias,
         "post_quant_conv.weight": back * std[None, :, None, None],
         "post_quant_conv.bias": part["post_quant_conv.bias"] + back[:, :, 0, 0] @ mean,
-    }  # fmt: skip
+    }
     if s.reg == "vq":
         out["quantize.embedding.weight"] = (part["quantize.embedding.weight"] - mean) / std
     return {name: tensor.float() for name, tensor in out.items()}
@@ -165,27 +173,54 @@ def folded(s: AutoencoderSettings, tensors: dict[str, Tensor], scale: LatentScal
 def _diffusion(bundle: DiffusionBundle) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     s, kind = bundle.config.diffusion, next(iter(bundle.config.kinds), "")
     channels, height, width = bundle.latent_shape
-    state = {name.replace("unet.", "model.diffusion_model.", 1): tensor for name, tensor in bundle.tensors.items()
-             if name.startswith("unet.")}
+    state = {
+        name.replace("unet.", "model.diffusion_model.", 1): tensor
+        for name, tensor in bundle.tensors.items()
+        if name.startswith("unet.")
+    }
     ours = f"conditions.entries.{kind}." + ("" if kind == "class" else "encoder.")
-    state |= {"cond_stage_model." + name.removeprefix(ours): tensor for name, tensor in bundle.tensors.items()
-              if name.startswith("conditions.")}
-    own: dict[str, Any] = {"sample": {name: value for name, value in asdict(bundle.config.sample).items()
-                                      if name in SAMPLE and isinstance(value, (str, int, float))}}
+    state |= {
+        "cond_stage_model." + name.removeprefix(ours): tensor
+        for name, tensor in bundle.tensors.items()
+        if name.startswith("conditions.")
+    }
+    own: dict[str, Any] = {
+        "sample": {
+            name: value
+            for name, value in asdict(bundle.config.sample).items()
+            if name in SAMPLE and isinstance(value, (str, int, float))
+        }
+    }
     notes: list[str] = []
     stage, factor = _inner_stage(bundle, state, own, notes)
-    document = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {
-        "linear_start": s.beta_start, "linear_end": s.beta_end, "timesteps": s.timesteps, "beta_schedule": s.schedule,
-        "parameterization": s.prediction, "loss_type": s.loss, "first_stage_key": "image",
-        **_conditioning(bundle, kind, own, notes),
-        "image_size": height if height == width else [height, width], "channels": channels, "scale_factor": factor,
-        "use_ema": False, "unet_config": _unet_document(bundle, s), "first_stage_config": stage,
-    }}, "ldm": own}  # fmt: skip
+    document = {
+        "model": {
+            "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+            "params": {
+                "linear_start": s.beta_start,
+                "linear_end": s.beta_end,
+                "timesteps": s.timesteps,
+                "beta_schedule": s.schedule,
+                "parameterization": s.prediction,
+                "loss_type": s.loss,
+                "first_stage_key": "image",
+                **_conditioning(bundle, kind, own, notes),
+                "image_size": height if height == width else [height, width],
+                "channels": channels,
+                "scale_factor": factor,
+                "use_ema": False,
+                "unet_config": _unet_document(bundle, s),
+                "first_stage_config": stage,
+            },
+        },
+        "ldm": own,
+    }
     return state, document, notes
 
 
-def _inner_stage(bundle: DiffusionBundle, state: dict[str, Tensor], own: dict[str, Any], notes: list[str]
-                 ) -> tuple[dict[str, Any], float]:  # fmt: skip
+def _inner_stage(
+    bundle: DiffusionBundle, state: dict[str, Tensor], own: dict[str, Any], notes: list[str]
+) -> tuple[dict[str, Any], float]:
     """The first stage's section and the scale factor; its tensors join `state`, with the latent scale folded in where
     it is more than one number."""
     inner, scale = bundle.autoencoder, bundle.scale
@@ -199,8 +234,10 @@ def _inner_stage(bundle: DiffusionBundle, state: dict[str, Tensor], own: dict[st
         changed = folded(inner.config.autoencoder, tensors, scale)
         state |= {f"{KEPT}{name}": tensors[name] for name in changed}
         tensors |= changed
-        notes.append("the scale of the latents is folded into the convolutions around them; the originals are kept "
-                     "under a name of their own")
+        notes.append(
+            "the scale of the latents is folded into the convolutions around them; the originals are kept "
+            "under a name of their own"
+        )
     state |= {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()}
     if bundle.config.task.name == "inpaint":  # the original holds it twice
         state |= {f"cond_stage_model.{name}": tensor.clone() for name, tensor in tensors.items()}
@@ -211,15 +248,25 @@ def _unet_document(bundle: DiffusionBundle, s: DiffusionSettings) -> dict[str, A
     channels, height, _ = bundle.latent_shape
     first = bundle.tensors["unet.input_blocks.0.0.weight"]
     params: dict[str, Any] = {
-        "image_size": height, "in_channels": first.shape[1], "out_channels": channels, "model_channels": s.channels,
-        "attention_resolutions": list(s.attention_resolutions), "num_res_blocks": s.num_res_blocks,
-        "channel_mult": list(map(int, s.channel_mult)), "dropout": s.dropout,
+        "image_size": height,
+        "in_channels": first.shape[1],
+        "out_channels": channels,
+        "model_channels": s.channels,
+        "attention_resolutions": list(s.attention_resolutions),
+        "num_res_blocks": s.num_res_blocks,
+        "channel_mult": list(map(int, s.channel_mult)),
+        "dropout": s.dropout,
         **({"num_heads": s.num_heads} if s.num_heads else {"num_head_channels": s.head_channels}),
-        "use_scale_shift_norm": s.scale_shift, "resblock_updown": s.resblock_updown,
-    }  # fmt: skip
+        "use_scale_shift_norm": s.scale_shift,
+        "resblock_updown": s.resblock_updown,
+    }
     if s.spatial_transformer:
-        params |= {"use_spatial_transformer": True, "transformer_depth": s.transformer_depth,
-                   "context_dim": bundle.config.condition.context_dim, "legacy": False}
+        params |= {
+            "use_spatial_transformer": True,
+            "transformer_depth": s.transformer_depth,
+            "context_dim": bundle.config.condition.context_dim,
+            "legacy": False,
+        }
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
 
 
@@ -233,31 +280,58 @@ def _conditioning(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes
         case "class":
             rows = len(bundle.tensors["conditions.entries.class.embedding.weight"])
             own["names"] = list(facts["class_names"])
-            return {"cond_stage_key": "class_label", "conditioning_key": "crossattn", "cond_stage_trainable": True,
-                    "cond_stage_config": {"target": modules + "ClassEmbedder", "params": {
-                        "embed_dim": condition.context_dim, "n_classes": rows, "key": "class_label"}}}  # fmt: skip
+            return {
+                "cond_stage_key": "class_label",
+                "conditioning_key": "crossattn",
+                "cond_stage_trainable": True,
+                "cond_stage_config": {
+                    "target": modules + "ClassEmbedder",
+                    "params": {"embed_dim": condition.context_dim, "n_classes": rows, "key": "class_label"},
+                },
+            }
         case "text" | "layout":
             own["logits"] = bool(facts.get("logits", False))
-            params = {"n_embed": condition.context_dim, "n_layer": condition.text_layers,
-                      "vocab_size": facts["vocabulary"], "max_seq_len": facts["length"]}  # fmt: skip
+            params = {
+                "n_embed": condition.context_dim,
+                "n_layer": condition.text_layers,
+                "vocab_size": facts["vocabulary"],
+                "max_seq_len": facts["length"],
+            }
             if kind == "layout":
                 params["use_tokenizer"] = False
                 if facts["categories"] != [str(k) for k in range(facts["vocabulary"] - 1)]:
                     own["names"] = list(facts["categories"])
             elif facts["vocabulary"] != 30522:
-                notes.append("the original reads captions with the vocabulary of bert-base-uncased; this model has its "
-                             "own, written beside it")
-            return {"cond_stage_key": "caption" if kind == "text" else "coordinates_bbox",
-                    "conditioning_key": "crossattn", "cond_stage_trainable": True,
-                    "cond_stage_config": {"target": modules + "BERTEmbedder", "params": params}}  # fmt: skip
+                notes.append(
+                    "the original reads captions with the vocabulary of bert-base-uncased; this model has its "
+                    "own, written beside it"
+                )
+            return {
+                "cond_stage_key": "caption" if kind == "text" else "coordinates_bbox",
+                "conditioning_key": "crossattn",
+                "cond_stage_trainable": True,
+                "cond_stage_config": {"target": modules + "BERTEmbedder", "params": params},
+            }
         case "map":
             own["names"], own["void"] = list(facts["names"]), bool(facts.get("void", False))
-            return {"cond_stage_key": "segmentation", "conditioning_key": "concat", "cond_stage_trainable": True,
-                    "cond_stage_config": {"target": modules + "SpatialRescaler", "params": {
-                        "n_stages": facts["stages"], "in_channels": facts["classes"],
-                        "out_channels": facts["out_channels"]}}}  # fmt: skip
+            return {
+                "cond_stage_key": "segmentation",
+                "conditioning_key": "concat",
+                "cond_stage_trainable": True,
+                "cond_stage_config": {
+                    "target": modules + "SpatialRescaler",
+                    "params": {
+                        "n_stages": facts["stages"],
+                        "in_channels": facts["classes"],
+                        "out_channels": facts["out_channels"],
+                    },
+                },
+            }
         case "lowres":
-            return {"cond_stage_key": "LR_image", "conditioning_key": "concat",
-                    "cond_stage_config": {"target": "torch.nn.Identity"}}  # fmt: skip
+            return {
+                "cond_stage_key": "LR_image",
+                "conditioning_key": "concat",
+                "cond_stage_config": {"target": "torch.nn.Identity"},
+            }
     own["fill"] = facts.get("fill", "black")
     return {"cond_stage_key": "masked_image", "conditioning_key": "concat", "cond_stage_config": "__is_first_stage__"}

@@ -20,11 +20,13 @@ TARGETS = ("run", "compvis", "diffusers")
 _OF_MODELS = re.compile(
     r"(model_index|config|scheduler_config|generation_config|preprocessor_config|tokenizer|tokenizer_config|vocab|"
     r"special_tokens_map|added_tokens|latents)\.json|vocab\.txt|merges\.txt|\.gitattributes|(pipeline|model_\w+)\.py|"
-    r"(diffusion_pytorch_model|pytorch_model|model|unfolded|io)[\w.-]*\.(safetensors|bin|json)")
+    r"(diffusion_pytorch_model|pytorch_model|model|unfolded|io)[\w.-]*\.(safetensors|bin|json)"
+)
 
 
-def convert(source: Path, target: Path, to: str = "", reading: Reading | None = None, *, overwrite: bool = False
-            ) -> dict[str, Any]:  # fmt: skip
+def convert(
+    source: Path, target: Path, to: str = "", reading: Reading | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Reads the model at `source` and writes it to `target` in the format `to` ("" = a run); returns what was read.
 
     Nothing appears under the name of `target` before it is whole. Raises ModelError for what cannot be read or
@@ -38,8 +40,13 @@ def convert(source: Path, target: Path, to: str = "", reading: Reading | None = 
     bundle = read(source, reading or Reading())
     with _staged(target) as place:
         notes = _write(bundle, place, to, source, kind)
-    return _facts(bundle) | {"source": str(source), "format": kind, "target": str(target), "to": to,
-                             "notes": [*bundle.notes, *notes]}
+    return _facts(bundle) | {
+        "source": str(source),
+        "format": kind,
+        "target": str(target),
+        "to": to,
+        "notes": [*bundle.notes, *notes],
+    }
 
 
 def _write(bundle: Bundle, place: Path, to: str, source: Path, kind: str) -> list[str]:
@@ -87,8 +94,10 @@ def _check_target(source: Path, target: Path, to: str, overwrite: bool) -> None:
         if foreign:
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             what = "" if foreign == [target] else f" ({foreign[0]}{more})"
-            raise UsageError(f"{target}: holds something other than a model{what}, which --overwrite does not replace; "
-                             "move it away or choose another name")
+            raise UsageError(
+                f"{target}: holds something other than a model{what}, which --overwrite does not replace; "
+                "move it away or choose another name"
+            )
 
 
 def _check_file(target: Path, overwrite: bool) -> None:
@@ -101,8 +110,10 @@ def _check_file(target: Path, overwrite: bool) -> None:
     wrong += [yaml] if yaml.exists() and not _is_configuration(yaml) else []
     wrong += [path for path in files.files_below(tokenizer) if not _OF_MODELS.fullmatch(path.name)]
     if wrong:
-        raise UsageError(f"{wrong[0]}: no part of a checkpoint, so --overwrite does not replace it; move it away or "
-                         "choose another name")
+        raise UsageError(
+            f"{wrong[0]}: no part of a checkpoint, so --overwrite does not replace it; move it away or "
+            "choose another name"
+        )
 
 
 def _tokenizer_beside(target: Path) -> Path:

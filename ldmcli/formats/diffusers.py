@@ -99,8 +99,9 @@ def _read_vae(folder: Path) -> AutoencoderBundle:
     return vaes.read_vae(folder, values, kind)
 
 
-def _bundle(path: Path, folder: Path, values: dict[str, Any], autoencoder: AutoencoderBundle | None,
-            pipeline: str = "") -> DiffusionBundle:
+def _bundle(
+    path: Path, folder: Path, values: dict[str, Any], autoencoder: AutoencoderBundle | None, pipeline: str = ""
+) -> DiffusionBundle:
     """A UNet with what stands around it."""
     kind = values.get("_class_name")
     if kind not in unets.DEFAULTS:
@@ -143,8 +144,13 @@ def _bundle(path: Path, folder: Path, values: dict[str, Any], autoencoder: Autoe
             notes.append("scaling_factor of the first stage is left out, as LDMSuperResolutionPipeline does")
         autoencoder.scale = LatentScale.identity(channels)
     scale = autoencoder.scale if autoencoder and autoencoder.scale else LatentScale.identity(channels)
-    whole = DiffusionConfig(data=DataSettings(size=(height * f, width * f)), diffusion=settings,
-                            condition=ConditionSettings(**condition), task=task, sample=sample)
+    whole = DiffusionConfig(
+        data=DataSettings(size=(height * f, width * f)),
+        diffusion=settings,
+        condition=ConditionSettings(**condition),
+        task=task,
+        sample=sample,
+    )
     if autoencoder and autoencoder.config.autoencoder.embed_dim != channels:
         raise config.refuse("out_channels", f"latents have {autoencoder.config.autoencoder.embed_dim} channels")
     return DiffusionBundle(whole, tensors, autoencoder, scale, (channels, height, width), facts, tokenizer, notes)
@@ -153,12 +159,16 @@ def _bundle(path: Path, folder: Path, values: dict[str, Any], autoencoder: Autoe
 def _class_tensors(table: Tensor) -> dict[str, Tensor]:
     """A class table that is added to the time embedding as it is."""
     width, prefix = table.shape[1], "conditions.entries.class"
-    return {f"{prefix}.embedding.weight": table,
-            f"{prefix}.vector.weight": torch.eye(width), f"{prefix}.vector.bias": torch.zeros(width)}
+    return {
+        f"{prefix}.embedding.weight": table,
+        f"{prefix}.vector.weight": torch.eye(width),
+        f"{prefix}.vector.bias": torch.zeros(width),
+    }
 
 
-def _planes(config: Config, planes: int, channels: int, f: int, notes: list[str]
-            ) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
+def _planes(
+    config: Config, planes: int, channels: int, f: int, notes: list[str]
+) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
     """What the input's planes beside the latent are: three are a small picture, as in LDMSuperResolutionPipeline."""
     if planes == 3 and f in (2, 4, 8):
         return TaskSettings(name="sr", scale=f, enlarged=False, tone=0.0), {"lowres": {"scale": f, "f": f}}
@@ -168,8 +178,9 @@ def _planes(config: Config, planes: int, channels: int, f: int, notes: list[str]
     raise config.refuse("in_channels", f"{planes} planes beside {channels} latent channels: it is not known which")
 
 
-def _scheduled(path: Path, settings: DiffusionSettings, sample: SampleSettings, notes: list[str]
-               ) -> tuple[DiffusionSettings, SampleSettings]:
+def _scheduled(
+    path: Path, settings: DiffusionSettings, sample: SampleSettings, notes: list[str]
+) -> tuple[DiffusionSettings, SampleSettings]:
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         notes.append("no scheduler beside the network: noise schedule and sampling of the paper's models are assumed")
@@ -214,8 +225,9 @@ def _read_custom(path: Path, index: dict[str, Any]) -> DiffusionBundle:
 def _model_of(bundle: DiffusionBundle):
     from ldmcli.networks.diffusion import DiffusionModel
 
-    return DiffusionModel(bundle.config.diffusion, bundle.config.condition, bundle.facts, None, bundle.latent_shape,
-                          bundle.config.kinds)
+    return DiffusionModel(
+        bundle.config.diffusion, bundle.config.condition, bundle.facts, None, bundle.latent_shape, bundle.config.kinds
+    )
 
 
 # ---------------------------------------------------------------- writing
@@ -250,8 +262,10 @@ def _write_stage_alone(bundle: AutoencoderBundle, path: Path, run: Path | None) 
     scale = bundle.scale or LatentScale.identity(settings.embed_dim)
     reason = vaes.why_not(settings) or vaes.why_not_scale(settings, scale)
     if reason:
-        raise ModelError(f"--to diffusers: {reason} has no class there; export a diffusion model that carries it, "
-                         "whose pipeline brings its own code")  # fmt: skip
+        raise ModelError(
+            f"--to diffusers: {reason} has no class there; export a diffusion model that carries it, "
+            "whose pipeline brings its own code"
+        )
     _write_stage(bundle, scale, path, factor_read=True)
     lines = [f"a first stage of class {'VQModel' if settings.reg == 'vq' else 'AutoencoderKL'}"]
     write_card(path, bundle, lines, run)
@@ -260,8 +274,9 @@ def _write_stage_alone(bundle: AutoencoderBundle, path: Path, run: Path | None) 
 
 def _write_stage(bundle: AutoencoderBundle, scale: LatentScale, folder: Path, *, factor_read: bool) -> None:
     side = max(bundle.config.data.size) or bundle.config.autoencoder.resolution
-    config, tensors, kept = vaes.write_vae(bundle.config.autoencoder, bundle.tensors, scale, side=side,
-                                           factor_read=factor_read)
+    config, tensors, kept = vaes.write_vae(
+        bundle.config.autoencoder, bundle.tensors, scale, side=side, factor_read=factor_read
+    )
     write_model(folder, config, tensors)
     if kept:
         files.save_tensors(folder / vaes.UNFOLDED, kept)
@@ -292,7 +307,7 @@ def _in_channels(bundle: DiffusionBundle) -> int:
 
 
 def _why_not_stock(bundle: DiffusionBundle) -> str:
-    """"" where a pipeline of diffusers computes the same, else the first reason for which none does."""
+    """ "" where a pipeline of diffusers computes the same, else the first reason for which none does."""
     config, kinds, facts = bundle.config, bundle.config.kinds, bundle.facts
     channels, height, width = bundle.latent_shape
     stage = bundle.autoencoder.config.autoencoder if bundle.autoencoder else None
@@ -320,8 +335,15 @@ def _unet_parts(bundle: DiffusionBundle) -> tuple[dict[str, Any], dict[str, Tens
     if _single(bundle) and bundle.config.kinds == ("class",):
         table = bundle.tensors["conditions.entries.class.embedding.weight"]
     channels, height, width = bundle.latent_shape
-    return unets.write_unet(bundle.config.diffusion, own, in_channels=_in_channels(bundle), out_channels=channels,
-                            context_dim=_context_dim(bundle), sample_size=(height, width), table=table)
+    return unets.write_unet(
+        bundle.config.diffusion,
+        own,
+        in_channels=_in_channels(bundle),
+        out_channels=channels,
+        context_dim=_context_dim(bundle),
+        sample_size=(height, width),
+        table=table,
+    )
 
 
 def _write_stock(bundle: DiffusionBundle, path: Path) -> list[str]:
@@ -353,8 +375,10 @@ def _write_stock(bundle: DiffusionBundle, path: Path) -> list[str]:
 
 def _copy_tokenizer(bundle: DiffusionBundle, path: Path, kind: str) -> list[str]:
     if bundle.tokenizer is None:
-        raise ModelError("--to diffusers: this model takes text and its tokenizer is not at hand; convert the original "
-                         "with --tokenizer FOLDER first")
+        raise ModelError(
+            "--to diffusers: this model takes text and its tokenizer is not at hand; convert the original "
+            "with --tokenizer FOLDER first"
+        )
     for file in sorted(bundle.tokenizer.iterdir()):
         if file.is_file():
             files.write_bytes(path / "tokenizer" / file.name, file.read_bytes())
@@ -367,8 +391,10 @@ def _copy_tokenizer(bundle: DiffusionBundle, path: Path, kind: str) -> list[str]
 
 def _write_custom(bundle: DiffusionBundle, path: Path, reason: str) -> list[str]:
     if "text" in bundle.config.kinds and bundle.config.condition.text_encoder != "joint":
-        raise ModelError(f"--to diffusers: {reason}; and the text encoder {bundle.config.condition.text_encoder} is no "
-                         "part of the run, so an exported folder could not hold it")  # fmt: skip
+        raise ModelError(
+            f"--to diffusers: {reason}; and the text encoder {bundle.config.condition.text_encoder} is no "
+            "part of the run, so an exported folder could not hold it"
+        )
     if "tokens" in bundle.config.kinds:
         raise ModelError(f"--to diffusers: {reason}; and what makes the tokens is not part of this model")
     stage = bundle.autoencoder

@@ -21,8 +21,16 @@ def write_card(folder: Path, bundle: AutoencoderBundle | DiffusionBundle, lines:
     if isinstance(bundle, AutoencoderBundle) or {"map", "lowres", "masked"} & set(kinds):
         task = "image-to-image"
     licence = data.get("license") if isinstance(data.get("license"), str) else None
-    front = ["---", f"license: {licence or 'other'}", "library_name: diffusers", f"pipeline_tag: {task}", "tags:",
-             "- latent-diffusion", *(f"- {kind}-conditional" for kind in kinds), "---"]  # fmt: skip
+    front = [
+        "---",
+        f"license: {licence or 'other'}",
+        "library_name: diffusers",
+        f"pipeline_tag: {task}",
+        "tags:",
+        "- latent-diffusion",
+        *(f"- {kind}-conditional" for kind in kinds),
+        "---",
+    ]
     parts = ["\n".join(front), f"# {folder.name}", f"Exported for diffusers: {'; '.join(lines)}."]
     grid = _grid(run)
     if grid is not None:
@@ -48,18 +56,28 @@ def _grid(run: Path | None) -> Path | None:
 
 
 def _use(folder: Path, kinds: Sequence[str]) -> str:
-    named = {"text": 'prompt=["…"]', "class": "class_labels=[0]", "layout": "layout=LAYOUT", "map": "segmentation=MAP",
-             "lowres": "image=IMAGE", "masked": "image=IMAGE, mask_image=MASK"}
+    named = {
+        "text": 'prompt=["…"]',
+        "class": "class_labels=[0]",
+        "layout": "layout=LAYOUT",
+        "map": "segmentation=MAP",
+        "lowres": "image=IMAGE",
+        "masked": "image=IMAGE, mask_image=MASK",
+    }
     told = "".join(f"{named[kind]}, " for kind in kinds if kind in named)
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         kind = files.read_json(folder / "config.json")["_class_name"]
         code = f"from diffusers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER)"
     elif (folder / "pipeline.py").is_file():
-        code = ("from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER, "
-                f"custom_pipeline=FOLDER, trust_remote_code=True)\nimages = pipe({told}seed=0).images")
+        code = (
+            "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER, "
+            f"custom_pipeline=FOLDER, trust_remote_code=True)\nimages = pipe({told}seed=0).images"
+        )
     else:
-        code = ("from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER)\n"
-                f"images = pipe({told}num_inference_steps=50).images")
+        code = (
+            "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER)\n"
+            f"images = pipe({told}num_inference_steps=50).images"
+        )
     return f"## Use\n\nFOLDER is this folder, or its name on the hub.\n\n```python\n{code}\n```"
 
 

@@ -32,8 +32,13 @@ from ldmcli.formats.diffusers_files import read_config, read_weights, write_mode
 from ldmcli.networks.diffusion import LatentScale
 
 PIPELINE, COMPONENT = "LatentDiffusionPipeline", "LatentDiffusion"
-SECTIONS: dict[str, type] = {"data": DataSettings, "diffusion": DiffusionSettings, "condition": ConditionSettings,
-                             "task": TaskSettings, "sample": SampleSettings}  # fmt: skip
+SECTIONS: dict[str, type] = {
+    "data": DataSettings,
+    "diffusion": DiffusionSettings,
+    "condition": ConditionSettings,
+    "task": TaskSettings,
+    "sample": SampleSettings,
+}
 _LOADER = '''"""{title}. Made by ldm {version}; the sources are those of that package, under Apache-2.0."""
 
 import linecache
@@ -112,8 +117,13 @@ def component_code() -> tuple[str, str]:
             raise ModelError(f"{name}: cannot be exported, its source has three quotes in a row")
         barred = "\n".join(f"|{line}" for line in text.rstrip("\n").splitlines())
         blocks.append(f"SOURCES[{name.removeprefix('ldmcli.')!r}] = r'''\n{barred}\n'''")
-    code = _LOADER.format(title="The own part of a latent diffusion model", version=ldmcli.__version__,
-                          package=package, sources="\n".join(blocks), component=COMPONENT)
+    code = _LOADER.format(
+        title="The own part of a latent diffusion model",
+        version=ldmcli.__version__,
+        package=package,
+        sources="\n".join(blocks),
+        component=COMPONENT,
+    )
     return f"model_{digest}", code
 
 
@@ -126,10 +136,16 @@ def write_component(bundle: DiffusionBundle, folder: Path, *, own_unet: bool, ow
     config = bundle.config
     settings = {name: asdict(getattr(config, name)) for name in SECTIONS} | {"autoencoder": asdict(stage)}
     described = {
-        "_class_name": COMPONENT, "_diffusers_version": "0.42.1", "settings": settings, "kinds": list(config.kinds),
-        "facts": bundle.facts, "latent_shape": list(bundle.latent_shape), "own_unet": own_unet,
-        "own_autoencoder": own_autoencoder, "_notes": bundle.notes,
-    }  # fmt: skip
+        "_class_name": COMPONENT,
+        "_diffusers_version": "0.42.1",
+        "settings": settings,
+        "kinds": list(config.kinds),
+        "facts": bundle.facts,
+        "latent_shape": list(bundle.latent_shape),
+        "own_unet": own_unet,
+        "own_autoencoder": own_autoencoder,
+        "_notes": bundle.notes,
+    }
     tensors = {name: tensor for name, tensor in bundle.tensors.items() if own_unet or not name.startswith("unet.")}
     if own_autoencoder and bundle.autoencoder is not None:
         tensors |= {f"autoencoder.{name}": tensor for name, tensor in bundle.autoencoder.tensors.items()}

@@ -104,8 +104,10 @@ def read_weights(folder: Path, stem: str = MODEL, notes: list[str] | None = None
 def _weight_files(folder: Path, stem: str) -> list[tuple[str, Path]]:
     """(variant, file) of everything that holds, or lists, all weights of a folder, what to take first."""
     stems = "|".join(map(re.escape, {stem, "pytorch_model"}))
-    pattern = re.compile(rf"({stems})(\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)"
-                         r"(?P<index>\.index(\.(?P<late>\w+))?\.json)?")
+    pattern = re.compile(
+        rf"({stems})(\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)"
+        r"(?P<index>\.index(\.(?P<late>\w+))?\.json)?"
+    )
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and (match := pattern.fullmatch(path.name)):
@@ -161,8 +163,9 @@ def write_model(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
         name = f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors"
         files.save_tensors(folder / name, shard)
         table |= dict.fromkeys(shard, name)
-    files.write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total},
-                                                                 "weight_map": table})
+    files.write_json(
+        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table}
+    )
 
 
 @dataclass
@@ -224,16 +227,18 @@ def translate(names: Names, theirs: dict[str, Tensor], ours: dict[str, Tensor], 
 
 def _complain(where: Path, missing: list[str], unknown: list[str], misshapen: list[str]) -> None:
     groups = (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
-    parts = [f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)})"
-             for what, names in groups if names]
+    parts = [
+        f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)})"
+        for what, names in groups
+        if names
+    ]
     if parts:
         raise ModelError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
 
 
 def _modern(name: str) -> str:
     """Attention of old files had other names."""
-    return re.sub(r"\.(query|key|value|proj_attn)\.(weight|bias)$",
-                  lambda m: f".{OLD_ATTENTION[m[1]]}.{m[2]}", name)
+    return re.sub(r"\.(query|key|value|proj_attn)\.(weight|bias)$", lambda m: f".{OLD_ATTENTION[m[1]]}.{m[2]}", name)
 
 
 def _join_heads(parts: list[Tensor], heads: int) -> Tensor:

@@ -12,16 +12,28 @@ from ldmcli.networks.transformer import TextTransformer
 
 BERT = "LDMBertModel"
 DEFAULTS: dict[str, Any] = {
-    "vocab_size": 30522, "max_position_embeddings": 77, "encoder_layers": 32, "encoder_ffn_dim": 5120,
-    "encoder_attention_heads": 8, "head_dim": 64, "activation_function": "gelu", "d_model": 1280,
+    "vocab_size": 30522,
+    "max_position_embeddings": 77,
+    "encoder_layers": 32,
+    "encoder_ffn_dim": 5120,
+    "encoder_attention_heads": 8,
+    "head_dim": 64,
+    "activation_function": "gelu",
+    "d_model": 1280,
     "scale_embedding": False,
-}  # fmt: skip
+}
 
 
 def text_names(layers: int) -> Names:
     """Where the parts of our text transformer stand in theirs."""
-    names = Names({"transformer.token_emb": "model.embed_tokens", "transformer.pos_emb.emb": "model.embed_positions",
-                   "transformer.norm": "model.layer_norm", "transformer.to_logits": "to_logits"})
+    names = Names(
+        {
+            "transformer.token_emb": "model.embed_tokens",
+            "transformer.pos_emb.emb": "model.embed_positions",
+            "transformer.norm": "model.layer_norm",
+            "transformer.to_logits": "to_logits",
+        }
+    )
     for layer in range(layers):
         ours, theirs = "transformer.attn_layers.layers", f"model.layers.{layer}"
         names.roots |= {
@@ -51,8 +63,16 @@ def read_text(folder: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dic
     with torch.device("meta"):
         ours = TextTransformer(vocabulary, width, layers, length, heads, head, logits).state_dict()
     tensors = translate(text_names(layers), weights, ours, folder)
-    settings = {"context_dim": width, "text_layers": layers, "text_heads": heads, "text_head_channels": head,
-                "text_length": length, "text_encoder": "joint", "text_pooled": False, "embedding_std": 0.02}
+    settings = {
+        "context_dim": width,
+        "text_layers": layers,
+        "text_heads": heads,
+        "text_head_channels": head,
+        "text_length": length,
+        "text_encoder": "joint",
+        "text_pooled": False,
+        "embedding_std": 0.02,
+    }
     return settings, {"length": length, "vocabulary": vocabulary} | ({"logits": True} if logits else {}), tensors
 
 
@@ -62,12 +82,28 @@ def write_text(
     """(config.json, tensors) of an LDMBertModel; its output layer, which nothing reads, may be zeros."""
     width, layers, vocabulary = condition.context_dim, condition.text_layers, facts["vocabulary"]
     config = {
-        "_name_or_path": "", "architectures": [BERT], "model_type": "ldmbert", "activation_function": "gelu",
-        "activation_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "encoder_layerdrop": 0.0,
-        "classifier_dropout": 0.0, "d_model": width, "encoder_ffn_dim": 4 * width, "encoder_layers": layers,
-        "encoder_attention_heads": condition.text_heads, "head_dim": condition.text_head_channels, "init_std": 0.02,
-        "max_position_embeddings": facts["length"], "num_hidden_layers": layers, "pad_token_id": 0,
-        "scale_embedding": False, "use_cache": True, "vocab_size": vocabulary, "dtype": "float32",
-    }  # fmt: skip
+        "_name_or_path": "",
+        "architectures": [BERT],
+        "model_type": "ldmbert",
+        "activation_function": "gelu",
+        "activation_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "dropout": 0.0,
+        "encoder_layerdrop": 0.0,
+        "classifier_dropout": 0.0,
+        "d_model": width,
+        "encoder_ffn_dim": 4 * width,
+        "encoder_layers": layers,
+        "encoder_attention_heads": condition.text_heads,
+        "head_dim": condition.text_head_channels,
+        "init_std": 0.02,
+        "max_position_embeddings": facts["length"],
+        "num_hidden_layers": layers,
+        "pad_token_id": 0,
+        "scale_embedding": False,
+        "use_cache": True,
+        "vocab_size": vocabulary,
+        "dtype": "float32",
+    }
     unused = {"to_logits.weight": torch.zeros(vocabulary, width), "to_logits.bias": torch.zeros(vocabulary)}
     return config, unused | translate_back(text_names(layers), tensors)

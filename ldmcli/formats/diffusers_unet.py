@@ -13,46 +13,100 @@ from ldmcli.networks.unet import UNet, head_count, level_widths
 
 PLAIN, CROSS = "UNet2DModel", "UNet2DConditionModel"
 _SHARED: dict[str, Any] = {
-    "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "time_embedding_type": "positional",
-    "time_embedding_dim": None, "layers_per_block": 2, "downsample_padding": 1, "mid_block_scale_factor": 1,
-    "dropout": 0.0, "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "resnet_time_scale_shift": "default",
-    "class_embed_type": None, "num_class_embeds": None, "sample_size": None, "attention_head_dim": 8,
-}  # fmt: skip
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "sample_size": None,
+    "attention_head_dim": 8,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    PLAIN: _SHARED | {
-        "in_channels": 3, "out_channels": 3, "mid_block_type": "UNetMidBlock2D",
+    PLAIN: _SHARED
+    | {
+        "in_channels": 3,
+        "out_channels": 3,
+        "mid_block_type": "UNetMidBlock2D",
         "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
-        "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"], "block_out_channels": [224, 448, 672, 896],
-        "downsample_type": "conv", "upsample_type": "conv", "attn_norm_num_groups": None, "add_attention": True,
+        "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
+        "block_out_channels": [224, 448, 672, 896],
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "attn_norm_num_groups": None,
+        "add_attention": True,
         "num_heads": None,
     },
-    CROSS: _SHARED | {
-        "in_channels": 4, "out_channels": 4, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    CROSS: _SHARED
+    | {
+        "in_channels": 4,
+        "out_channels": 4,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "block_out_channels": [320, 640, 1280, 1280],
-        "only_cross_attention": False, "cross_attention_dim": 1280, "transformer_layers_per_block": 1,
-        "reverse_transformer_layers_per_block": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
-        "num_attention_heads": None, "dual_cross_attention": False, "use_linear_projection": False,
-        "addition_embed_type": None, "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
-        "time_embedding_act_fn": None, "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3,
-        "conv_out_kernel": 3, "class_embeddings_concat": False, "attention_type": "default",
-        "mid_block_only_cross_attention": None, "cross_attention_norm": None,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "only_cross_attention": False,
+        "cross_attention_dim": 1280,
+        "transformer_layers_per_block": 1,
+        "reverse_transformer_layers_per_block": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "num_attention_heads": None,
+        "dual_cross_attention": False,
+        "use_linear_projection": False,
+        "addition_embed_type": None,
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "time_cond_proj_dim": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "class_embeddings_concat": False,
+        "attention_type": "default",
+        "mid_block_only_cross_attention": None,
+        "cross_attention_norm": None,
     },
-}  # fmt: skip
+}
 # block type -> (attention, resampling by residual blocks; None: as downsample_type or upsample_type say)
-_DOWN = {PLAIN: {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None),
-                 "ResnetDownsampleBlock2D": (False, True)},
-         CROSS: {"DownBlock2D": (False, False), "CrossAttnDownBlock2D": (True, False)}}  # fmt: skip
-_UP = {PLAIN: {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)},
-       CROSS: {"UpBlock2D": (False, False), "CrossAttnUpBlock2D": (True, False)}}  # fmt: skip
-_RESIDUAL = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-             "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}  # fmt: skip
+_DOWN = {
+    PLAIN: {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)},
+    CROSS: {"DownBlock2D": (False, False), "CrossAttnDownBlock2D": (True, False)},
+}
+_UP = {
+    PLAIN: {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)},
+    CROSS: {"UpBlock2D": (False, False), "CrossAttnUpBlock2D": (True, False)},
+}
+_RESIDUAL = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 
 
 def unet_names(settings: DiffusionSettings, linear: bool = False) -> Names:
     """Where the parts of our UNet stand in theirs. linear: projections around transformer blocks are matrices."""
-    names = Names({"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-                   "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"})  # fmt: skip
+    names = Names(
+        {
+            "time_embed.0": "time_embedding.linear_1",
+            "time_embed.2": "time_embedding.linear_2",
+            "input_blocks.0.0": "conv_in",
+            "out.0": "conv_norm_out",
+            "out.2": "conv_out",
+        }
+    )
     widths, depth = level_widths(settings), settings.num_res_blocks
 
     def residual(ours: str, theirs: str) -> None:
@@ -112,15 +166,20 @@ def _levels(config: Config, kind: str) -> tuple[list[bool], bool]:
         unknown = [name for name in types if name not in table[kind]]
         if unknown:
             raise config.refuse(key, f"{unknown[0]} is not among {', '.join(table[kind])}")
-        seen[key] = [(attends, config[way] == "resnet" if by is None else by)
-                     for attends, by in (table[kind][name] for name in types)]
+        seen[key] = [
+            (attends, config[way] == "resnet" if by is None else by)
+            for attends, by in (table[kind][name] for name in types)
+        ]
     down, up = seen["down_block_types"], seen["up_block_types"][::-1]
     if [attends for attends, _ in down] != [attends for attends, _ in up]:
         raise config.refuse("up_block_types", "attention on the levels of down_block_types, mirrored, is expected")
     ways = {by for _, by in down[:-1]} | {by for _, by in up[1:]}
     if len(ways) > 1:
-        raise config.refuse("down_block_types", "some levels resample by residual blocks and some by convolutions "
-                                                "(down_block_types, up_block_types, downsample_type, upsample_type)")
+        raise config.refuse(
+            "down_block_types",
+            "some levels resample by residual blocks and some by convolutions "
+            "(down_block_types, up_block_types, downsample_type, upsample_type)",
+        )
     return [attends for attends, _ in down], ways == {True}
 
 
@@ -160,10 +219,19 @@ def _head_counts(config: Config, key: str, widths: list[int], used: list[int], a
 
 def read_settings(config: Config, kind: str) -> DiffusionSettings:
     """The settings of the network that a configuration describes. Raises ModelError, naming a key that is beyond it."""
-    config.only(center_input_sample=(False,), flip_sin_to_cos=(True,), freq_shift=(0,), downsample_padding=(1,),
-                time_embedding_type=("positional",), mid_block_scale_factor=(1,), act_fn=("silu", "swish"),
-                norm_eps=(1e-5,), resnet_time_scale_shift=("default", "scale_shift"), class_embed_type=(None,),
-                mid_block_type=(DEFAULTS[kind]["mid_block_type"],))  # fmt: skip
+    config.only(
+        center_input_sample=(False,),
+        flip_sin_to_cos=(True,),
+        freq_shift=(0,),
+        downsample_padding=(1,),
+        time_embedding_type=("positional",),
+        mid_block_scale_factor=(1,),
+        act_fn=("silu", "swish"),
+        norm_eps=(1e-5,),
+        resnet_time_scale_shift=("default", "scale_shift"),
+        class_embed_type=(None,),
+        mid_block_type=(DEFAULTS[kind]["mid_block_type"],),
+    )
     widths = config.integers("block_out_channels")
     if config["time_embedding_dim"] not in (None, 4 * widths[0]):
         raise config.refuse("time_embedding_dim", "four times the first width is expected")
@@ -182,17 +250,32 @@ def read_settings(config: Config, kind: str) -> DiffusionSettings:
         config.only(downsample_type=("conv", "resnet"), upsample_type=("conv", "resnet"))
         own = config["attn_norm_num_groups"]
         if config["add_attention"] and own != groups and (scale_shift or own is not None):
-            raise config.refuse("attn_norm_num_groups", "the middle attention is normalised like the rest, by "
-                                                        f"norm_num_groups = {groups}; null with scale_shift is not")
+            raise config.refuse(
+                "attn_norm_num_groups",
+                "the middle attention is normalised like the rest, by "
+                f"norm_num_groups = {groups}; null with scale_shift is not",
+            )
         more["middle_attention"] = bool(config["add_attention"])
     else:
-        config.only(only_cross_attention=(False,), reverse_transformer_layers_per_block=(None,),
-                    encoder_hid_dim=(None,), encoder_hid_dim_type=(None,), dual_cross_attention=(False,),
-                    addition_embed_type=(None,), resnet_skip_time_act=(False,), resnet_out_scale_factor=(1.0,),
-                    time_embedding_act_fn=(None,), timestep_post_act=(None,), time_cond_proj_dim=(None,),
-                    conv_in_kernel=(3,), conv_out_kernel=(3,), class_embeddings_concat=(False,),
-                    attention_type=("default",), cross_attention_norm=(None,),
-                    mid_block_only_cross_attention=(None, False))  # fmt: skip
+        config.only(
+            only_cross_attention=(False,),
+            reverse_transformer_layers_per_block=(None,),
+            encoder_hid_dim=(None,),
+            encoder_hid_dim_type=(None,),
+            dual_cross_attention=(False,),
+            addition_embed_type=(None,),
+            resnet_skip_time_act=(False,),
+            resnet_out_scale_factor=(1.0,),
+            time_embedding_act_fn=(None,),
+            timestep_post_act=(None,),
+            time_cond_proj_dim=(None,),
+            conv_in_kernel=(3,),
+            conv_out_kernel=(3,),
+            class_embeddings_concat=(False,),
+            attention_type=("default",),
+            cross_attention_norm=(None,),
+            mid_block_only_cross_attention=(None, False),
+        )
         layers = config["transformer_layers_per_block"]
         if isinstance(layers, list) and len(set(config.integers("transformer_layers_per_block"))) == 1:
             config.values["transformer_layers_per_block"] = layers[0]
@@ -220,8 +303,9 @@ def read_settings(config: Config, kind: str) -> DiffusionSettings:
     return settings
 
 
-def read_unet(config: Config, kind: str, weights: dict[str, Tensor]) -> tuple[DiffusionSettings, dict[str, Tensor],
-                                                                              Tensor | None]:
+def read_unet(
+    config: Config, kind: str, weights: dict[str, Tensor]
+) -> tuple[DiffusionSettings, dict[str, Tensor], Tensor | None]:
     """(settings, tensors under our names, class table (n, 4·channels) or None). Raises ModelError."""
     settings = read_settings(config, kind)
     table = None
@@ -232,8 +316,16 @@ def read_unet(config: Config, kind: str, weights: dict[str, Tensor]) -> tuple[Di
             raise config.refuse("num_class_embeds", "class_embedding.weight is missing or of another shape")
     context = config.integer("cross_attention_dim") if kind == CROSS else None
     names = unet_names(settings, linear=bool(config["use_linear_projection"]))
-    return settings, translate(names, weights, _shapes(settings, config.integer("in_channels"),
-                                                       config.integer("out_channels"), context), config.path), table
+    return (
+        settings,
+        translate(
+            names,
+            weights,
+            _shapes(settings, config.integer("in_channels"), config.integer("out_channels"), context),
+            config.path,
+        ),
+        table,
+    )
 
 
 def _shapes(settings: DiffusionSettings, in_channels: int, out_channels: int, context_dim: int | None) -> dict:
@@ -241,9 +333,10 @@ def _shapes(settings: DiffusionSettings, in_channels: int, out_channels: int, co
         return UNet(settings, in_channels, out_channels, context_dim=context_dim).state_dict()
 
 
-def why_not(settings: DiffusionSettings, in_channels: int, out_channels: int, context_dim: int | None,
-            vector_dim: int | None) -> str:
-    """"" where a stock class computes the same, else the reason for which none does."""
+def why_not(
+    settings: DiffusionSettings, in_channels: int, out_channels: int, context_dim: int | None, vector_dim: int | None
+) -> str:
+    """ "" where a stock class computes the same, else the reason for which none does."""
     if settings.position != "none":
         return "position codes inside attention"
     if settings.patch != 1:
@@ -281,9 +374,16 @@ def _head_width(settings: DiffusionSettings) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def write_unet(settings: DiffusionSettings, tensors: dict[str, Tensor], *, in_channels: int, out_channels: int,
-               context_dim: int | None, sample_size: tuple[int, int], table: Tensor | None = None
-               ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_unet(
+    settings: DiffusionSettings,
+    tensors: dict[str, Tensor],
+    *,
+    in_channels: int,
+    out_channels: int,
+    context_dim: int | None,
+    sample_size: tuple[int, int],
+    table: Tensor | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config.json, tensors) of the stock class; `why_not` must have found nothing."""
     kind = CROSS if settings.spatial_transformer else PLAIN
     widths = level_widths(settings)
@@ -295,33 +395,60 @@ def write_unet(settings: DiffusionSettings, tensors: dict[str, Tensor], *, in_ch
         return f"{cross}Attn{way}Block2D" if attends else f"Resnet{sampling}Block2D" if by else f"{way}Block2D"
 
     with torch.device("meta"):
-        groups = next(m.num_groups for m in UNet(settings, in_channels, out_channels, context_dim=context_dim).modules()
-                      if isinstance(m, nn.GroupNorm))
+        groups = next(
+            m.num_groups
+            for m in UNet(settings, in_channels, out_channels, context_dim=context_dim).modules()
+            if isinstance(m, nn.GroupNorm)
+        )
     height, width = sample_size
     config: dict[str, Any] = {
-        "_class_name": kind, "_diffusers_version": "0.42.1", "act_fn": "silu",
+        "_class_name": kind,
+        "_diffusers_version": "0.42.1",
+        "act_fn": "silu",
         "sample_size": height if height == width else [height, width],
-        "in_channels": in_channels, "out_channels": out_channels, "block_out_channels": widths,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "block_out_channels": widths,
         "down_block_types": [block(a, "Down", "Downsample") for a in on],
         "up_block_types": [block(a, "Up", "Upsample") for a in reversed(on)],
-        "layers_per_block": settings.num_res_blocks, "mid_block_type": DEFAULTS[kind]["mid_block_type"],
-        "norm_num_groups": groups, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
-        "downsample_padding": 1, "mid_block_scale_factor": 1, "dropout": settings.dropout,
-        "resnet_time_scale_shift": "scale_shift" if settings.scale_shift else "default", "class_embed_type": None,
-        "num_class_embeds": None if table is None else len(table), "time_embedding_type": "positional",
+        "layers_per_block": settings.num_res_blocks,
+        "mid_block_type": DEFAULTS[kind]["mid_block_type"],
+        "norm_num_groups": groups,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "dropout": settings.dropout,
+        "resnet_time_scale_shift": "scale_shift" if settings.scale_shift else "default",
+        "class_embed_type": None,
+        "num_class_embeds": None if table is None else len(table),
+        "time_embedding_type": "positional",
         "center_input_sample": False,
-    }  # fmt: skip
+    }
     if kind == PLAIN:
         way = "resnet" if by else "conv"
-        config |= {"attention_head_dim": _head_width(settings), "attn_norm_num_groups": groups,
-                   "add_attention": settings.middle_attention, "downsample_type": way, "upsample_type": way}
+        config |= {
+            "attention_head_dim": _head_width(settings),
+            "attn_norm_num_groups": groups,
+            "add_attention": settings.middle_attention,
+            "downsample_type": way,
+            "upsample_type": way,
+        }
     else:
-        counts = [head_count(w, settings, level) if a or level == len(widths) - 1 else 1
-                  for level, (w, a) in enumerate(zip(widths, on))]
-        config |= {"attention_head_dim": counts[0] if len(set(counts)) == 1 else counts,
-                   "cross_attention_dim": context_dim, "transformer_layers_per_block": settings.transformer_depth,
-                   "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
-                   "upcast_attention": False}  # fmt: skip
+        counts = [
+            head_count(w, settings, level) if a or level == len(widths) - 1 else 1
+            for level, (w, a) in enumerate(zip(widths, on))
+        ]
+        config |= {
+            "attention_head_dim": counts[0] if len(set(counts)) == 1 else counts,
+            "cross_attention_dim": context_dim,
+            "transformer_layers_per_block": settings.transformer_depth,
+            "use_linear_projection": False,
+            "only_cross_attention": False,
+            "dual_cross_attention": False,
+            "upcast_attention": False,
+        }
     theirs = translate_back(unet_names(settings), tensors)
     if table is not None:
         theirs["class_embedding.weight"] = table

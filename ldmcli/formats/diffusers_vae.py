@@ -17,16 +17,37 @@ from ldmcli.networks.diffusion import LatentScale
 KL, VQ = "AutoencoderKL", "VQModel"
 UNFOLDED = "unfolded.safetensors"
 _SHARED: dict[str, Any] = {
-    "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"],
-    "up_block_types": ["UpDecoderBlock2D"], "block_out_channels": [64], "layers_per_block": 1, "act_fn": "silu",
-    "sample_size": 32, "norm_num_groups": 32, "scaling_factor": 0.18215, "mid_block_add_attention": True,
-}  # fmt: skip
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "sample_size": 32,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "mid_block_add_attention": True,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    KL: _SHARED | {"latent_channels": 4, "shift_factor": None, "latents_mean": None, "latents_std": None,
-                   "use_quant_conv": True, "use_post_quant_conv": True},
-    VQ: _SHARED | {"latent_channels": 3, "num_vq_embeddings": 256, "vq_embed_dim": None, "norm_type": "group",
-                   "lookup_from_codebook": False},
-}  # fmt: skip
+    KL: _SHARED
+    | {
+        "latent_channels": 4,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    },
+    VQ: _SHARED
+    | {
+        "latent_channels": 3,
+        "num_vq_embeddings": 256,
+        "vq_embed_dim": None,
+        "norm_type": "group",
+        "lookup_from_codebook": False,
+    },
+}
 
 
 def vae_names(settings: AutoencoderSettings) -> Names:
@@ -43,8 +64,10 @@ def vae_names(settings: AutoencoderSettings) -> Names:
         names.roots.update({f"{ours}.{a}": f"{theirs}.{b}" for a, b in parts.items()})
         names.matrices |= {f"{ours}.{a}" for a in parts if a != "norm"}
 
-    for part, ours, theirs, depth in (("encoder", "down", "down_blocks", settings.num_res_blocks),
-                                      ("decoder", "up", "up_blocks", settings.num_res_blocks + 1)):
+    for part, ours, theirs, depth in (
+        ("encoder", "down", "down_blocks", settings.num_res_blocks),
+        ("decoder", "up", "up_blocks", settings.num_res_blocks + 1),
+    ):
         for level in range(levels):
             place = f"{part}.{theirs}.{level if part == 'encoder' else levels - 1 - level}"
             for j in range(depth):
@@ -59,8 +82,10 @@ def vae_names(settings: AutoencoderSettings) -> Names:
 
 
 def _attention_levels(config: Config, widths: list[int]) -> list[bool]:
-    known = {"down_block_types": {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True},
-             "up_block_types": {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}}  # fmt: skip
+    known = {
+        "down_block_types": {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True},
+        "up_block_types": {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True},
+    }
     found = {}
     for key, table in known.items():
         types = config[key]
@@ -94,13 +119,21 @@ def read_settings(config: Config, kind: str) -> AutoencoderSettings:
         resolution = 256
     try:
         return AutoencoderSettings(
-            family="paper", f=2 ** (levels - 1), reg="vq" if kind == VQ else "kl",
-            in_channels=config.integer("in_channels"), z_channels=latent, embed_dim=embed,
-            channels=widths[0], channel_mult=tuple(width / widths[0] for width in widths),
+            family="paper",
+            f=2 ** (levels - 1),
+            reg="vq" if kind == VQ else "kl",
+            in_channels=config.integer("in_channels"),
+            z_channels=latent,
+            embed_dim=embed,
+            channels=widths[0],
+            channel_mult=tuple(width / widths[0] for width in widths),
             num_res_blocks=config.integer("layers_per_block", MOST_LAYERS),
-            attn_resolutions=tuple(resolution // 2**i for i, on in enumerate(attends) if on), resolution=resolution,
-            mid_attention=bool(config["mid_block_add_attention"]), groups=groups, **codes,
-        )  # fmt: skip
+            attn_resolutions=tuple(resolution // 2**i for i, on in enumerate(attends) if on),
+            resolution=resolution,
+            mid_attention=bool(config["mid_block_add_attention"]),
+            groups=groups,
+            **codes,
+        )
     except UsageError as error:
         raise ModelError(f"{config.path}: {error}") from error
 
@@ -130,8 +163,10 @@ def read_vae(folder: Path, values: dict[str, Any], kind: str) -> AutoencoderBund
         ours = Autoencoder(settings).state_dict()
     notes: list[str] = []
     weights = read_weights(folder, notes=notes)
-    for key, layer, size in (("use_quant_conv", "quant_conv", 2 * settings.embed_dim),
-                             ("use_post_quant_conv", "post_quant_conv", settings.embed_dim)):
+    for key, layer, size in (
+        ("use_quant_conv", "quant_conv", 2 * settings.embed_dim),
+        ("use_post_quant_conv", "post_quant_conv", settings.embed_dim),
+    ):
         if kind == KL and config[key] is False:
             weights[f"{layer}.weight"], weights[f"{layer}.bias"] = torch.eye(size)[:, :, None, None], torch.zeros(size)
             notes.append(f"{key} = false: {layer} became the identity, which changes nothing")
@@ -149,7 +184,7 @@ def read_vae(folder: Path, values: dict[str, Any], kind: str) -> AutoencoderBund
 
 
 def why_not(settings: AutoencoderSettings) -> str:
-    """"" where a stock class computes the same, else the reason for which none does."""
+    """ "" where a stock class computes the same, else the reason for which none does."""
     if settings.family != "paper":
         return f"a first stage of family {settings.family!r}"
     if settings.reg == "kl" and settings.embed_dim != settings.z_channels:
@@ -167,15 +202,16 @@ def _widths(settings: AutoencoderSettings) -> list[int]:
 
 
 def why_not_scale(settings: AutoencoderSettings, scale: LatentScale) -> str:
-    """"" where the scale can be written or folded in exactly, else the reason. The nearest entry of a codebook stays
+    """ "" where the scale can be written or folded in exactly, else the reason. The nearest entry of a codebook stays
     the nearest under a shift and one factor, but not under a factor a channel."""
     if settings.reg == "vq" and len(set(scale.std)) > 1:
         return "latents of a codebook scaled channel by channel"
     return ""
 
 
-def write_vae(settings: AutoencoderSettings, tensors: dict[str, Tensor], scale: LatentScale, *, side: int,
-              factor_read: bool) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+def write_vae(
+    settings: AutoencoderSettings, tensors: dict[str, Tensor], scale: LatentScale, *, side: int, factor_read: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """(config.json, tensors, what was folded away). factor_read: whether the pipeline divides by scaling_factor.
 
     One number goes into scaling_factor. Means, deviations a channel, and numbers that the pipeline ignores are folded
@@ -185,29 +221,51 @@ def write_vae(settings: AutoencoderSettings, tensors: dict[str, Tensor], scale: 
     single = not any(scale.mean) and len(set(scale.std)) == 1
     keep = single and (factor_read or scale.std[0] == 1.0)
     written = tensors if keep else {**tensors, **_folded(settings, tensors, scale)}
-    kept = {} if keep else {
-        **{name: tensors[name] for name in _folded(settings, tensors, scale)},
-        "latent_mean": torch.tensor(scale.mean, dtype=torch.float64),
-        "latent_std": torch.tensor(scale.std, dtype=torch.float64),
-    }  # fmt: skip
+    kept = (
+        {}
+        if keep
+        else {
+            **{name: tensors[name] for name in _folded(settings, tensors, scale)},
+            "latent_mean": torch.tensor(scale.mean, dtype=torch.float64),
+            "latent_std": torch.tensor(scale.std, dtype=torch.float64),
+        }
+    )
     widths = _widths(settings)
     on = [settings.resolution // 2**i in settings.attn_resolutions for i in range(len(widths))]
     kind = VQ if settings.reg == "vq" else KL
     config: dict[str, Any] = {
-        "_class_name": kind, "_diffusers_version": "0.42.1", "act_fn": "silu", "sample_size": side,
-        "in_channels": settings.in_channels, "out_channels": settings.in_channels, "block_out_channels": widths,
+        "_class_name": kind,
+        "_diffusers_version": "0.42.1",
+        "act_fn": "silu",
+        "sample_size": side,
+        "in_channels": settings.in_channels,
+        "out_channels": settings.in_channels,
+        "block_out_channels": widths,
         "down_block_types": [f"{'Attn' if a else ''}DownEncoderBlock2D" for a in on],
         "up_block_types": [f"{'Attn' if a else ''}UpDecoderBlock2D" for a in reversed(on)],
-        "layers_per_block": settings.num_res_blocks, "latent_channels": settings.z_channels,
-        "norm_num_groups": min(settings.groups, min(widths)), "mid_block_add_attention": settings.mid_attention,
+        "layers_per_block": settings.num_res_blocks,
+        "latent_channels": settings.z_channels,
+        "norm_num_groups": min(settings.groups, min(widths)),
+        "mid_block_add_attention": settings.mid_attention,
         "scaling_factor": 1.0 / scale.std[0] if keep else 1.0,
-    }  # fmt: skip
+    }
     if kind == VQ:
-        config |= {"num_vq_embeddings": settings.codebook_size, "vq_embed_dim": settings.embed_dim,
-                   "norm_type": "group", "lookup_from_codebook": False, "force_upcast": False}
+        config |= {
+            "num_vq_embeddings": settings.codebook_size,
+            "vq_embed_dim": settings.embed_dim,
+            "norm_type": "group",
+            "lookup_from_codebook": False,
+            "force_upcast": False,
+        }
     else:
-        config |= {"shift_factor": None, "latents_mean": None, "latents_std": None, "force_upcast": True,
-                   "use_quant_conv": True, "use_post_quant_conv": True}
+        config |= {
+            "shift_factor": None,
+            "latents_mean": None,
+            "latents_std": None,
+            "force_upcast": True,
+            "use_quant_conv": True,
+            "use_post_quant_conv": True,
+        }
     theirs = translate_back(vae_names(settings), written)
     if kind == KL:
         for key, layer in (("use_quant_conv", "quant_conv"), ("use_post_quant_conv", "post_quant_conv")):
@@ -232,17 +290,21 @@ def _folded(settings: AutoencoderSettings, tensors: dict[str, Tensor], scale: La
     if settings.reg == "kl":
         bias[channels:] -= 2 * std.log()
     post, post_bias = (tensors[f"post_quant_conv.{leaf}"].double() for leaf in ("weight", "bias"))
-    out = {"quant_conv.weight": weight, "quant_conv.bias": bias,
-           "post_quant_conv.weight": post * std[:, None, None],
-           "post_quant_conv.bias": post_bias + post[:, :, 0, 0] @ mean}
+    out = {
+        "quant_conv.weight": weight,
+        "quant_conv.bias": bias,
+        "post_quant_conv.weight": post * std[:, None, None],
+        "post_quant_conv.bias": post_bias + post[:, :, 0, 0] @ mean,
+    }
     if settings.reg == "vq":
         name = "quantize.embedding.weight"
         out[name] = (tensors[name].double() - mean) / std
     return {name: value.to(tensors[name].dtype) for name, value in out.items()}
 
 
-def _unfold(path: Path, tensors: dict[str, Tensor], scale: LatentScale, settings: AutoencoderSettings
-            ) -> tuple[dict[str, Tensor], LatentScale]:
+def _unfold(
+    path: Path, tensors: dict[str, Tensor], scale: LatentScale, settings: AutoencoderSettings
+) -> tuple[dict[str, Tensor], LatentScale]:
     """The tensors before folding, provided that folding them gives what stands in the folder now."""
     kept, _ = files.load_tensors(path)
     before = LatentScale(*(tuple(kept.pop(name).tolist()) for name in ("latent_mean", "latent_std")))

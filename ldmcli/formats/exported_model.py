@@ -33,8 +33,15 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
     condition; latent_shape: (c, h, w); own_unet, own_autoencoder: whether they are in here."""
 
     @register_to_config
-    def __init__(self, settings: dict, kinds: list, facts: dict, latent_shape: list, own_unet: bool = True,
-                 own_autoencoder: bool = True):
+    def __init__(
+        self,
+        settings: dict,
+        kinds: list,
+        facts: dict,
+        latent_shape: list,
+        own_unet: bool = True,
+        own_autoencoder: bool = True,
+    ):
         super().__init__()
         diffusion = _made(DiffusionSettings, settings["diffusion"])
         condition = _made(ConditionSettings, settings["condition"])
@@ -44,9 +51,14 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
         if own_unet:
-            self.unet = UNet(diffusion, channels + self.conditions.concat_channels, channels,
-                             context_dim=self.conditions.context_dim, vector_dim=self.conditions.vector_dim,
-                             sample_size=(height, width))
+            self.unet = UNet(
+                diffusion,
+                channels + self.conditions.concat_channels,
+                channels,
+                context_dim=self.conditions.context_dim,
+                vector_dim=self.conditions.vector_dim,
+                sample_size=(height, width),
+            )
         if own_autoencoder:
             self.autoencoder = Autoencoder(_made(AutoencoderSettings, settings["autoencoder"]))
 
@@ -65,14 +77,26 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         return unet(x, times, told.context).sample if told.context is not None else unet(x, times).sample
 
     @torch.no_grad()
-    def sample_latents(self, unet, vqvae, inputs: dict[str, Tensor] | None, n: int, *, seed: int = 0,
-                       latents: Tensor | None = None, shape: tuple[int, ...] | None = None, progress=None,
-                       **asked) -> Tensor:
+    def sample_latents(
+        self,
+        unet,
+        vqvae,
+        inputs: dict[str, Tensor] | None,
+        n: int,
+        *,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
+        progress=None,
+        **asked,
+    ) -> Tensor:
         """Final latents (n, c, h, w), the same numbers that `ldm sample` draws for a seed. asked: sampler, steps,
         guidance, eta, spacing; None takes the model's own."""
         settings = self.sampling
-        chosen = {name: getattr(settings, name) if asked.get(name) is None else asked[name]
-                  for name in ("sampler", "steps", "guidance", "eta", "spacing")}
+        chosen = {
+            name: getattr(settings, name) if asked.get(name) is None else asked[name]
+            for name in ("sampler", "steps", "guidance", "eta", "spacing")
+        }
         way = levels(self.schedule, chosen["steps"], chosen["spacing"])
         self.conditions.first_stage = lambda x: self.encode(vqvae, x)
         shape = tuple(shape or self.config.latent_shape)
@@ -99,7 +123,10 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         ids, heat = range(n), settings.temperature
         z = heat * rng.normal(seed, ids, shape, "z_T") if latents is None else latents
         return SAMPLERS[chosen["sampler"]].function(
-            denoise, z.to(self.device), way, eta=chosen["eta"],
+            denoise,
+            z.to(self.device),
+            way,
+            eta=chosen["eta"],
             noise=lambda step: heat * rng.normal(seed, ids, shape, "step", step, device=self.device),
             callback=None if progress is None else lambda *_: progress(),
         )

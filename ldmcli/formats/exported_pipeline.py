@@ -1,9 +1,9 @@
 """Pipeline of a latent diffusion model whose parts have no pipeline in diffusers.
 
-    from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
-    images = pipe(prompt=["…"], seed=0).images
+pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+images = pipe(prompt=["…"], seed=0).images
 """
 
 import numpy as np
@@ -60,17 +60,32 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         steps = num_inference_steps or self.model.sampling.steps
         with self.progress_bar(total=steps) as bar:
             z = self.model.sample_latents(
-                self.unet, self.vqvae, inputs, n, seed=seed, latents=latents, progress=bar.update, sampler=sampler,
-                steps=steps, guidance=guidance_scale, eta=eta, spacing=spacing,
-            )  # fmt: skip
+                self.unet,
+                self.vqvae,
+                inputs,
+                n,
+                seed=seed,
+                latents=latents,
+                progress=bar.update,
+                sampler=sampler,
+                steps=steps,
+                guidance=guidance_scale,
+                eta=eta,
+                spacing=spacing,
+            )
         images = z if output_type == "latent" else self._pictures(self.model.decode(self.vqvae, z), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _values(self, prompt, classes, layout, segmentation, image, mask):
         """{kind: list} of what the model is told. Raises ValueError for what is missing."""
-        told = {"text": [prompt] if isinstance(prompt, str) else prompt, "class": classes,
-                "layout": [layout] if isinstance(layout, dict) else layout, "map": segmentation,
-                "lowres": image, "masked": image}  # fmt: skip
+        told = {
+            "text": [prompt] if isinstance(prompt, str) else prompt,
+            "class": classes,
+            "layout": [layout] if isinstance(layout, dict) else layout,
+            "map": segmentation,
+            "lowres": image,
+            "masked": image,
+        }
         values = {}
         for kind in self.model.conditions.kinds:
             given = told.get(kind)
@@ -78,8 +93,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"this model is told: {', '.join(self.model.conditions.kinds)}; {kind} is missing")
             given = list(given) if isinstance(given, (list, tuple)) else [given]
             if kind in ("map", "lowres", "masked"):
-                given = [np.asarray(one.convert("RGB") if kind != "map" and hasattr(one, "convert") else one)
-                         for one in given]  # fmt: skip
+                given = [
+                    np.asarray(one.convert("RGB") if kind != "map" and hasattr(one, "convert") else one)
+                    for one in given
+                ]
             if kind == "masked":
                 masks = mask if isinstance(mask, (list, tuple)) else [mask]
                 masks = [np.asarray(one.convert("L") if hasattr(one, "convert") else one) for one in masks]

@@ -15,8 +15,11 @@ def uploads(folder: Path) -> list[Path]:
     Raises UsageError for a folder that is none, or empty.
     """
     root = folder.resolve()
-    found = [path.relative_to(folder) for path in sorted(folder.rglob("*"))
-             if path.is_file() and path.resolve().is_relative_to(root)]
+    found = [
+        path.relative_to(folder)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.resolve().is_relative_to(root)
+    ]
     found = [path for path in found if not any(part in _NEVER or part.startswith(".") for part in path.parts)]
     if not found:
         raise UsageError(f"{folder}: nothing in it that could be pushed")
@@ -39,8 +42,13 @@ def push(folder: str | Path, hub_id: str, endpoint: str | None = None) -> str:
     api = HfApi(endpoint=endpoint, library_name="ldm")
     try:
         found = api.create_repo(hub_id, repo_type="model", exist_ok=True)
-        api.upload_folder(repo_id=found.repo_id, folder_path=folder, repo_type="model", allow_patterns=chosen,
-                          commit_message="Model exported by ldm")
+        api.upload_folder(
+            repo_id=found.repo_id,
+            folder_path=folder,
+            repo_type="model",
+            allow_patterns=chosen,
+            commit_message="Model exported by ldm",
+        )
     except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
         raise UsageError(f"--push-to {hub_id}: {_line(error)}; log in with `hf auth login`") from error
     except HfHubHTTPError as error:

@@ -26,17 +26,60 @@ MAX_OPCODES, MAX_STACK, MAX_MARKS, MAX_TUPLES = 500_000, 200_000, 1_000, 50
 MAX_PICKLE = 256 * 2**20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
-    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
     "Bool": torch.bool,
-}  # fmt: skip
+}
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
 # packages whose classes are found in checkpoints beside the weights; nothing of them is ever called
-_INERT = {"torch", "numpy", "collections", "pytorch_lightning", "lightning", "lightning_fabric", "omegaconf",
-          "argparse", "ldm", "taming", "main", "torchmetrics", "typing", "pathlib", "datetime", "enum", "_codecs",
-          "copyreg", "copy_reg"}  # fmt: skip
-_INERT_BUILTINS = {"int", "float", "complex", "bool", "str", "bytes", "bytearray", "list", "dict", "tuple", "set",
-                   "frozenset", "slice", "range", "object", "type", "unicode", "long"}
+_INERT = {
+    "torch",
+    "numpy",
+    "collections",
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "omegaconf",
+    "argparse",
+    "ldm",
+    "taming",
+    "main",
+    "torchmetrics",
+    "typing",
+    "pathlib",
+    "datetime",
+    "enum",
+    "_codecs",
+    "copyreg",
+    "copy_reg",
+}
+_INERT_BUILTINS = {
+    "int",
+    "float",
+    "complex",
+    "bool",
+    "str",
+    "bytes",
+    "bytearray",
+    "list",
+    "dict",
+    "tuple",
+    "set",
+    "frozenset",
+    "slice",
+    "range",
+    "object",
+    "type",
+    "unicode",
+    "long",
+}
 
 
 class Refused(Exception):
@@ -92,8 +135,20 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise ModelError(f"{path}: missing") from None
-    except (zipfile.BadZipFile, ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError, OverflowError,
-            struct.error, UnicodeError, RecursionError, NotImplementedError) as error:  # fmt: skip
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        OverflowError,
+        struct.error,
+        UnicodeError,
+        RecursionError,
+        NotImplementedError,
+    ) as error:
         raise ModelError(f"{path}: damaged or not a checkpoint of torch ({_line(error)})") from None
 
 
@@ -136,8 +191,11 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, Region]]:
         region = _region(entries[programs[0]], data)
         if region[1] > MAX_PICKLE:
             raise Refused(f"has a pickle of {region[1]:,} bytes; at most {MAX_PICKLE:,} are read")
-        storages = {name.removeprefix(f"{root}data/"): _region(info, data) for name, info in entries.items()
-                    if name.startswith(f"{root}data/")}  # fmt: skip
+        storages = {
+            name.removeprefix(f"{root}data/"): _region(info, data)
+            for name, info in entries.items()
+            if name.startswith(f"{root}data/")
+        }
     return _Machine(io.BytesIO(_bytes_of(data, region))).run(), storages
 
 
@@ -301,9 +359,29 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "builtins.dict": lambda *_: {},
     "builtins.list": lambda *_: [],
 }
-_PLAIN = {"NONE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
-          "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "SHORT_BINUNICODE",
-          "BINUNICODE", "BINUNICODE8", "BYTEARRAY8"}  # fmt: skip
+_PLAIN = {
+    "NONE",
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "FLOAT",
+    "BINFLOAT",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "UNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "BYTEARRAY8",
+}
 
 
 def _pairs(items: list[Any]) -> dict:
@@ -400,8 +478,9 @@ def _tensors(found: dict[str, Lazy], storages: dict[str, Region], data: mmap.mma
         if checksum is not None and size and zlib.crc32(memoryview(data)[start : start + size]) != checksum:
             raise Refused(f"is damaged (checksum of storage {key})")
         whole[key] = _view(data, start, storage)
-    return {name: whole[lazy.storage.key].as_strided(lazy.size, lazy.stride, lazy.offset)
-            for name, lazy in found.items()}
+    return {
+        name: whole[lazy.storage.key].as_strided(lazy.size, lazy.stride, lazy.offset) for name, lazy in found.items()
+    }
 
 
 def _view(data: mmap.mmap, start: int, storage: Storage) -> Tensor:

@@ -39,8 +39,14 @@ def read(path: Path, weights: str = "ema") -> Bundle:
     channels, height, width = stats["latent_shape"]
     tokenizer = path / "tokenizer"
     return DiffusionBundle(
-        config, tensors, autoencoder, read_scale(stats, channels), (channels, height, width), stats["conditions"],
-        tokenizer if "text" in config.condition.kinds and tokenizer.is_dir() else None, _notes(path),
+        config,
+        tensors,
+        autoencoder,
+        read_scale(stats, channels),
+        (channels, height, width),
+        stats["conditions"],
+        tokenizer if "text" in config.condition.kinds and tokenizer.is_dir() else None,
+        _notes(path),
         metadata.get("content_sha256", ""),
     )
 
@@ -122,15 +128,29 @@ def write(bundle: Bundle, path: Path, source: Mapping[str, Any] | None = None) -
     else:
         kind, fingerprint = "diffusion", _write_diffusion(bundle, path)
     runs.RunFolder(path).update(
-        kind=kind, state="finished", step=0, version=__version__, seed=bundle.config.train.seed, parents=[], data={},
-        machine=runs.machine(), exit_code=0, source=dict(source or {}), notes=bundle.notes,
+        kind=kind,
+        state="finished",
+        step=0,
+        version=__version__,
+        seed=bundle.config.train.seed,
+        parents=[],
+        data={},
+        machine=runs.machine(),
+        exit_code=0,
+        source=dict(source or {}),
+        notes=bundle.notes,
     )
     return fingerprint
 
 
 def _metadata(config: DiffusionConfig | AutoencoderConfig) -> dict[str, str]:
-    return {"config_sha256": config_hash(config), "settings": json.dumps(settings_of_weights(config)), "step": "0",
-            "weights": "converted", "ldm_version": __version__}
+    return {
+        "config_sha256": config_hash(config),
+        "settings": json.dumps(settings_of_weights(config)),
+        "step": "0",
+        "weights": "converted",
+        "ldm_version": __version__,
+    }
 
 
 def _scale_facts(scale: LatentScale, kind: str) -> dict[str, Any]:
@@ -151,11 +171,16 @@ def _write_diffusion(bundle: DiffusionBundle, path: Path) -> str:
     own = "pixels" if bundle.autoencoder is None else write(bundle.autoencoder, path / "autoencoder")
     if bundle.tokenizer is not None:
         shutil.copytree(bundle.tokenizer, path / "tokenizer")
-    files.write_json(path / "stats.json", {
-        "latent_scale": _scale_facts(bundle.scale, bundle.config.diffusion.latent_scale),
-        "latent_shape": list(bundle.latent_shape), "size": list(bundle.config.data.size), "conditions": bundle.facts,
-        "autoencoder": own,
-    })
+    files.write_json(
+        path / "stats.json",
+        {
+            "latent_scale": _scale_facts(bundle.scale, bundle.config.diffusion.latent_scale),
+            "latent_shape": list(bundle.latent_shape),
+            "size": list(bundle.config.data.size),
+            "conditions": bundle.facts,
+            "autoencoder": own,
+        },
+    )
     return files.save_tensors(path / WEIGHTS, bundle.tensors, _metadata(bundle.config))
 
 

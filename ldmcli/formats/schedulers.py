@@ -15,29 +15,51 @@ from ldmcli.formats.diffusers_files import Config
 BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SHARED: dict[str, Any] = {
-    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
-    "trained_betas": None, "prediction_type": "epsilon", "rescale_betas_zero_snr": False,
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
 _CLIPPING = {"clip_sample": True, "thresholding": False}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": _SHARED | _CLIPPING | {"set_alpha_to_one": True, "steps_offset": 0,
-                                            "timestep_spacing": "leading"},
-    "DDPMScheduler": _SHARED | _CLIPPING | {"steps_offset": 0, "timestep_spacing": "leading",
-                                            "variance_type": "fixed_small"},
-    "PNDMScheduler": _SHARED | {"skip_prk_steps": False, "set_alpha_to_one": False, "steps_offset": 0,
-                                "timestep_spacing": "leading"},
-    "EulerDiscreteScheduler": _SHARED | {"steps_offset": 0, "timestep_spacing": "linspace",
-                                         "final_sigmas_type": "zero", "interpolation_type": "linear",
-                                         "timestep_type": "discrete", "use_karras_sigmas": False,
-                                         "use_exponential_sigmas": False, "use_beta_sigmas": False},
-    "DPMSolverMultistepScheduler": _SHARED | {"steps_offset": 0, "timestep_spacing": "linspace",
-                                              "final_sigmas_type": "zero", "algorithm_type": "dpmsolver++",
-                                              "solver_order": 2, "solver_type": "midpoint", "thresholding": False,
-                                              "lower_order_final": True, "euler_at_final": False,
-                                              "use_karras_sigmas": False, "use_exponential_sigmas": False,
-                                              "use_beta_sigmas": False, "use_lu_lambdas": False,
-                                              "use_flow_sigmas": False},
-}  # fmt: skip
+    "DDIMScheduler": _SHARED | _CLIPPING | {"set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading"},
+    "DDPMScheduler": _SHARED
+    | _CLIPPING
+    | {"steps_offset": 0, "timestep_spacing": "leading", "variance_type": "fixed_small"},
+    "PNDMScheduler": _SHARED
+    | {"skip_prk_steps": False, "set_alpha_to_one": False, "steps_offset": 0, "timestep_spacing": "leading"},
+    "EulerDiscreteScheduler": _SHARED
+    | {
+        "steps_offset": 0,
+        "timestep_spacing": "linspace",
+        "final_sigmas_type": "zero",
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+    },
+    "DPMSolverMultistepScheduler": _SHARED
+    | {
+        "steps_offset": 0,
+        "timestep_spacing": "linspace",
+        "final_sigmas_type": "zero",
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "thresholding": False,
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+    },
+}
 # What a sampler needs in order to be ours: key -> the value that means "off", or the only one there is here.
 _PLAIN_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _NEEDED: dict[str, dict[str, Any]] = {
@@ -45,17 +67,30 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "DDPMScheduler": {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"},
     "PNDMScheduler": {"skip_prk_steps": True},
     "EulerDiscreteScheduler": _PLAIN_SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete"},
-    "DPMSolverMultistepScheduler": _PLAIN_SIGMAS | {
-        "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "thresholding": False,
-        "lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False, "use_flow_sigmas": False,
+    "DPMSolverMultistepScheduler": _PLAIN_SIGMAS
+    | {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "thresholding": False,
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
     },
-}  # fmt: skip
-SAMPLERS = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "PNDMScheduler": "plms",
-            "EulerDiscreteScheduler": "euler", "DPMSolverMultistepScheduler": "dpm++"}  # fmt: skip
+}
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "plms",
+    "EulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpm++",
+}
 
 
-def read_scheduler(path: Path, values: dict[str, Any], process: DiffusionSettings, sample: SampleSettings
-                   ) -> tuple[DiffusionSettings, SampleSettings, list[str]]:
+def read_scheduler(
+    path: Path, values: dict[str, Any], process: DiffusionSettings, sample: SampleSettings
+) -> tuple[DiffusionSettings, SampleSettings, list[str]]:
     """The process and the way of sampling that a scheduler's configuration describes, and notes on what differs.
 
     Raises ModelError, naming the key, for betas or a parametrisation that are not ours, and for flow matching, whose
@@ -64,11 +99,16 @@ def read_scheduler(path: Path, values: dict[str, Any], process: DiffusionSetting
     kind = values.get("_class_name", "")
     config = Config(path, values, DEFAULTS.get(kind, _SHARED))
     if "FlowMatch" in kind or config["prediction_type"] == "flow_prediction":
-        raise ModelError(f"{path}: {kind}: flow matching of diffusers tells its networks 1000 σ, ours are told "
-                         "1000 σ - ½; only flow models that were exported from here are read")  # fmt: skip
+        raise ModelError(
+            f"{path}: {kind}: flow matching of diffusers tells its networks 1000 σ, ours are told "
+            "1000 σ - ½; only flow models that were exported from here are read"
+        )
     process = _process(config, process)
-    notes = [f"scheduler {kind or 'unnamed'}: {key} = {config[key]!r} is not known here, DDIM takes its place"
-             for key, value in _NEEDED.get(kind, {}).items() if config[key] != value]
+    notes = [
+        f"scheduler {kind or 'unnamed'}: {key} = {config[key]!r} is not known here, DDIM takes its place"
+        for key, value in _NEEDED.get(kind, {}).items()
+        if config[key] != value
+    ]
     if kind not in SAMPLERS:
         notes = [f"scheduler {kind or 'unnamed'} is not known here, DDIM takes its place"]
     if notes:
@@ -78,8 +118,12 @@ def read_scheduler(path: Path, values: dict[str, Any], process: DiffusionSetting
 
 
 def _process(config: Config, settings: DiffusionSettings) -> DiffusionSettings:
-    config.only(trained_betas=(None,), rescale_betas_zero_snr=(False, None), beta_schedule=tuple(BETAS),
-                prediction_type=tuple(PREDICTIONS))  # fmt: skip
+    config.only(
+        trained_betas=(None,),
+        rescale_betas_zero_snr=(False, None),
+        beta_schedule=tuple(BETAS),
+        prediction_type=tuple(PREDICTIONS),
+    )
     for key in ("beta_start", "beta_end"):
         if isinstance(config[key], bool) or not isinstance(config[key], (int, float)) or not 0 < config[key] < 1:
             raise config.refuse(key, "a number between 0 and 1 is expected")
@@ -108,15 +152,18 @@ def _spacing(config: Config, kind: str) -> tuple[str, list[str]]:
         if name == "linspace":
             notes.append("timestep_spacing = 'linspace': steps end where the next begins, not T // N earlier")
     if kind == "EulerDiscreteScheduler" and config["timestep_spacing"] != "leading":
-        notes.append("initial noise has variance 1 here; EulerDiscreteScheduler scales it by σ/√(1 + σ²), which is "
-                     "all but 1")  # fmt: skip
+        notes.append(
+            "initial noise has variance 1 here; EulerDiscreteScheduler scales it by σ/√(1 + σ²), which is all but 1"
+        )
     if "final_sigmas_type" in DEFAULTS[kind]:
         config.only(final_sigmas_type=("zero", "sigma_min"))
         low = "sigma_min" if kind == "EulerDiscreteScheduler" else "first"
         ending = "clean" if config["final_sigmas_type"] == "zero" else low
         if kind == "DPMSolverMultistepScheduler" and ending == "first":
-            notes.append("final_sigmas_type = 'sigma_min': with 15 steps or more the last, long one is extrapolated "
-                         "less far than in diffusers")  # fmt: skip
+            notes.append(
+                "final_sigmas_type = 'sigma_min': with 15 steps or more the last, long one is extrapolated "
+                "less far than in diffusers"
+            )
     elif kind == "DDPMScheduler":
         ending = "clean"
     else:
@@ -134,28 +181,52 @@ def write_scheduler(process: DiffusionSettings, sample: SampleSettings) -> dict[
     names = {ours: theirs for theirs, ours in BETAS.items()}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     shared = {
-        "_diffusers_version": "0.42.1", "num_train_timesteps": process.timesteps, "beta_start": process.beta_start,
-        "beta_end": process.beta_end, "beta_schedule": names[process.schedule], "trained_betas": None,
+        "_diffusers_version": "0.42.1",
+        "num_train_timesteps": process.timesteps,
+        "beta_start": process.beta_start,
+        "beta_end": process.beta_end,
+        "beta_schedule": names[process.schedule],
+        "trained_betas": None,
         "prediction_type": predictions[process.prediction],
         "steps_offset": 0 if name in ("leading", "leading_open", "trailing", "uniform") else 1,
-    }  # fmt: skip
+    }
     leading = {"timestep_spacing": "trailing" if name in ("trailing", "uniform") else "leading"}
     if sample.sampler == "dpm++":
         spacing = "leading" if name.startswith("leading_open") else "trailing" if name == "trailing" else "linspace"
         offset = 1 if name.endswith("+1") and spacing == "leading" else 0
-        return {"_class_name": "DPMSolverMultistepScheduler", **shared, "steps_offset": offset,
-                "timestep_spacing": spacing, "algorithm_type": "dpmsolver++", "solver_order": 2,
-                "solver_type": "midpoint", "lower_order_final": True, "thresholding": False,
-                "final_sigmas_type": "zero" if ending == "clean" else "sigma_min"}  # fmt: skip
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            **shared,
+            "steps_offset": offset,
+            "timestep_spacing": spacing,
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "solver_type": "midpoint",
+            "lower_order_final": True,
+            "thresholding": False,
+            "final_sigmas_type": "zero" if ending == "clean" else "sigma_min",
+        }
     if sample.sampler == "plms":
-        return {"_class_name": "PNDMScheduler", **shared, **leading, "skip_prk_steps": True,
-                "set_alpha_to_one": ending == "clean"}  # fmt: skip
-    return {"_class_name": "DDIMScheduler", **shared, **leading, "clip_sample": False, "thresholding": False,
-            "set_alpha_to_one": ending == "clean", "rescale_betas_zero_snr": False}  # fmt: skip
+        return {
+            "_class_name": "PNDMScheduler",
+            **shared,
+            **leading,
+            "skip_prk_steps": True,
+            "set_alpha_to_one": ending == "clean",
+        }
+    return {
+        "_class_name": "DDIMScheduler",
+        **shared,
+        **leading,
+        "clip_sample": False,
+        "thresholding": False,
+        "set_alpha_to_one": ending == "clean",
+        "rescale_betas_zero_snr": False,
+    }
 
 
 def why_not(process: DiffusionSettings) -> str:
-    """"" where a scheduler of diffusers knows the process, else the reason for which none does."""
+    """ "" where a scheduler of diffusers knows the process, else the reason for which none does."""
     if process.prediction == "flow":
         return "a flow whose timesteps are half a step off those of diffusers"
     if process.schedule not in BETAS.values():

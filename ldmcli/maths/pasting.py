@@ -68,9 +68,7 @@ def toned(drawn: np.ndarray, low: np.ndarray, sigma: float) -> np.ndarray:
     return out
 
 
-def windows(
-    hole: np.ndarray, side: tuple[int, int], margin: tuple[int, int], unit: int
-) -> list[tuple[slice, slice]]:
+def windows(hole: np.ndarray, side: tuple[int, int], margin: tuple[int, int], unit: int) -> list[tuple[slice, slice]]:
     """Rectangles (rows, columns) of the picture that hold all of its holes with surroundings: what is drawn anew.
 
     A hole gets `margin` on each side, at least `side` in all, moved into the picture and cut off at its edges; holes
@@ -80,8 +78,10 @@ def windows(
     rows, columns = (length // unit for length in coarse.shape)
     blocks = coarse.reshape(rows, unit, columns, unit).any(axis=(1, 3))
     labels, _ = ndimage.label(blocks, np.ones((3, 3)))
-    boxes = [[(part.start * unit, min(part.stop * unit, length)) for part, length in zip(found, hole.shape)]
-             for found in ndimage.find_objects(labels)]  # fmt: skip
+    boxes = [
+        [(part.start * unit, min(part.stop * unit, length)) for part, length in zip(found, hole.shape)]
+        for found in ndimage.find_objects(labels)
+    ]
 
     def around(box: list[tuple[int, int]]) -> list[tuple[int, int]]:
         out = []

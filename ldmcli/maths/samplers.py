@@ -202,8 +202,18 @@ class _OneStep:
     sigmas: Sequence[float]
 
 
-def resampled(sample: Callable[..., Any], denoise: Denoise, z, levels: Way, times: int, *, noise, again,
-              eta: float = 0.0, before_step=None):
+def resampled(
+    sample: Callable[..., Any],
+    denoise: Denoise,
+    z,
+    levels: Way,
+    times: int,
+    *,
+    noise,
+    again,
+    eta: float = 0.0,
+    before_step=None,
+):
     """Every step `times` times, with new noise back up to where it began in between (RePaint, Lugmayr et al. 2022).
 
     A known region put in by `before_step(i, round, z)` and what the network makes of the rest come to agree this way.
@@ -211,7 +221,7 @@ def resampled(sample: Callable[..., Any], denoise: Denoise, z, levels: Way, time
     samplers go first order; jumps are one step long.
     """
     for i in range(len(levels.t)):
-        step = _OneStep(levels.t[i:i + 1], levels.alphas[i:i + 2], levels.sigmas[i:i + 2])
+        step = _OneStep(levels.t[i : i + 1], levels.alphas[i : i + 2], levels.sigmas[i : i + 2])
         (alpha, sigma), (alpha_next, sigma_next) = _at(step, 0), _at(step, 1)
         back = alpha / alpha_next  # the forward process between the two levels: its scale and variance
         variance = max(0.0, sigma**2 - (back * sigma_next) ** 2)
@@ -219,9 +229,13 @@ def resampled(sample: Callable[..., Any], denoise: Denoise, z, levels: Way, time
             if k:
                 z = back * z + sqrt(variance) * again(i, k)
             z = sample(
-                denoise, z, step, eta=eta, noise=lambda _, i=i, k=k: noise(i, k),
+                denoise,
+                z,
+                step,
+                eta=eta,
+                noise=lambda _, i=i, k=k: noise(i, k),
                 before_step=None if before_step is None else lambda _, z, i=i, k=k: before_step(i, k, z),
-            )  # fmt: skip
+            )
     return z
 
 

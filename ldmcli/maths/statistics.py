@@ -210,9 +210,7 @@ def _share_covered(points: Array, centres: Array, squared_radii: Array) -> float
     return covered / len(points)
 
 
-def precision_recall(
-    generated: ArrayLike, reference: ArrayLike, k: int = 3
-) -> tuple[float, float] | tuple[None, None]:
+def precision_recall(generated: ArrayLike, reference: ArrayLike, k: int = 3) -> tuple[float, float] | tuple[None, None]:
     """Precision and recall (Kynkäänniemi et al. 2019), or None twice where a set has no k-th neighbour (n ≤ k).
 
     Precision: share of generated rows within the k-neighbour ball of a reference row; recall the other way round.

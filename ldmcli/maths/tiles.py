@@ -115,9 +115,7 @@ def original_plan(
     return Plan(size, tile, corners, [weight * share for share in of_tile.flatten()], up, down)
 
 
-def smooth_plan(
-    size: tuple[int, int], tile: int, overlap: int, *, unit: int = 1, up: int = 1, down: int = 1
-) -> Plan:
+def smooth_plan(size: tuple[int, int], tile: int, overlap: int, *, unit: int = 1, up: int = 1, down: int = 1) -> Plan:
     """Square tiles of at most `tile` with weights that leave no seam; corners at multiples of `unit`."""
     tile_size = (min(tile, size[0]), min(tile, size[1]))
     axes = []

@@ -40,8 +40,9 @@ def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
     # as special they have their numbers beforehand, and equal captions an equal vocabulary
     inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner]
-    tokenizer.train_from_iterator(captions, vocab_size=size, min_frequency=1, show_progress=False,
-                                  special_tokens=special)
+    tokenizer.train_from_iterator(
+        captions, vocab_size=size, min_frequency=1, show_progress=False, special_tokens=special
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_model(str(folder))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}\n')
@@ -143,8 +144,10 @@ class TextCondition(nn.Module):
     def prepare(self, captions: list[str]) -> dict[str, Tensor]:
         """Captions -> {"ids": (n, length) int64, "mask": (n, length) bool}."""
         if self.tokenizer is None:
-            raise InputError("this model came without a tokenizer, so it reads no prompts; convert it again with "
-                             "`ldm convert --tokenizer FOLDER`, or give tokens from Python")
+            raise InputError(
+                "this model came without a tokenizer, so it reads no prompts; convert it again with "
+                "`ldm convert --tokenizer FOLDER`, or give tokens from Python"
+            )
         with self._one_at_a_time:
             out = self.tokenizer(
                 self._spelled(captions),
@@ -168,8 +171,9 @@ class TextCondition(nn.Module):
             return []
         with self._one_at_a_time:
             ids = self.tokenizer(self._spelled(distinct), verbose=False)["input_ids"]
-        longer = {caption for caption, own in zip(distinct, ids)
-                  if len(own) > self.length or len(caption) > READ_CHARACTERS}
+        longer = {
+            caption for caption, own in zip(distinct, ids) if len(own) > self.length or len(caption) > READ_CHARACTERS
+        }
         return [caption for caption in captions if caption in longer]
 
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -289,8 +293,9 @@ class Conditions(nn.Module):
     a function from pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, c, h, w).
     """
 
-    def __init__(self, kinds: Sequence[str], settings: ConditionSettings, facts: dict[str, dict[str, Any]],
-                 tokenizer=None):
+    def __init__(
+        self, kinds: Sequence[str], settings: ConditionSettings, facts: dict[str, dict[str, Any]], tokenizer=None
+    ):
         super().__init__()
         self.settings = settings
         self.entries = nn.ModuleDict({kind: CONDITIONS[kind](settings, facts[kind], tokenizer) for kind in kinds})

@@ -86,8 +86,10 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[-2:]) < self.smallest_size:
-            raise UsageError(f"loss.disc_layers = {self.layers}: needs at least {self.smallest_size} px a side, "
-                             f"got {x.shape[-2]}x{x.shape[-1]}; take fewer layers or larger images")
+            raise UsageError(
+                f"loss.disc_layers = {self.layers}: needs at least {self.smallest_size} px a side, "
+                f"got {x.shape[-2]}x{x.shape[-1]}; take fewer layers or larger images"
+            )
         return self.main(x)
 
 

@@ -22,8 +22,15 @@ TIMEOUT = 3.0  # seconds that a server may stay silent
 OFFLINE = ("LDM_OFFLINE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 # repeat, in, out, kernel, stride of the first, expansion
-LITE0 = ((1, 32, 16, 3, 1, 1), (2, 16, 24, 3, 2, 6), (2, 24, 40, 5, 2, 6), (3, 40, 80, 3, 2, 6),
-         (3, 80, 112, 5, 1, 6), (4, 112, 192, 5, 2, 6), (1, 192, 320, 3, 1, 6))
+LITE0 = (
+    (1, 32, 16, 3, 1, 1),
+    (2, 16, 24, 3, 2, 6),
+    (2, 24, 40, 5, 2, 6),
+    (3, 40, 80, 3, 2, 6),
+    (3, 80, 112, 5, 1, 6),
+    (4, 112, 192, 5, 2, 6),
+    (1, 192, 320, 3, 1, 6),
+)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
@@ -170,8 +177,11 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
-        blocks = [Lite0Block(cin if i == 0 else cout, cout, kernel, stride if i == 0 else 1, expansion)
-                  for repeat, cin, cout, kernel, stride, expansion in LITE0 for i in range(repeat)]
+        blocks = [
+            Lite0Block(cin if i == 0 else cout, cout, kernel, stride if i == 0 else 1, expansion)
+            for repeat, cin, cout, kernel, stride, expansion in LITE0
+            for i in range(repeat)
+        ]
         self._blocks = nn.ModuleList(blocks)
         self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
         self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
@@ -225,13 +235,24 @@ def _inception_stages() -> "OrderedDict[str, nn.Module]":
 
     conv = tf.BasicConv2d
     return OrderedDict(
-        Conv2d_1a_3x3=conv(3, 32, kernel_size=3, stride=2), Conv2d_2a_3x3=conv(32, 32, kernel_size=3),
-        Conv2d_2b_3x3=conv(32, 64, kernel_size=3, padding=1), MaxPool_1=nn.MaxPool2d(3, 2),
-        Conv2d_3b_1x1=conv(64, 80, kernel_size=1), Conv2d_4a_3x3=conv(80, 192, kernel_size=3),
-        MaxPool_2=nn.MaxPool2d(3, 2), Mixed_5b=tf.InceptionA(192, 32), Mixed_5c=tf.InceptionA(256, 64),
-        Mixed_5d=tf.InceptionA(288, 64), Mixed_6a=tf.InceptionB(288), Mixed_6b=tf.InceptionC(768, 128),
-        Mixed_6c=tf.InceptionC(768, 160), Mixed_6d=tf.InceptionC(768, 160), Mixed_6e=tf.InceptionC(768, 192),
-        Mixed_7a=tf.InceptionD(768), Mixed_7b=tf.InceptionE_1(1280), Mixed_7c=tf.InceptionE_2(2048),
+        Conv2d_1a_3x3=conv(3, 32, kernel_size=3, stride=2),
+        Conv2d_2a_3x3=conv(32, 32, kernel_size=3),
+        Conv2d_2b_3x3=conv(32, 64, kernel_size=3, padding=1),
+        MaxPool_1=nn.MaxPool2d(3, 2),
+        Conv2d_3b_1x1=conv(64, 80, kernel_size=1),
+        Conv2d_4a_3x3=conv(80, 192, kernel_size=3),
+        MaxPool_2=nn.MaxPool2d(3, 2),
+        Mixed_5b=tf.InceptionA(192, 32),
+        Mixed_5c=tf.InceptionA(256, 64),
+        Mixed_5d=tf.InceptionA(288, 64),
+        Mixed_6a=tf.InceptionB(288),
+        Mixed_6b=tf.InceptionC(768, 128),
+        Mixed_6c=tf.InceptionC(768, 160),
+        Mixed_6d=tf.InceptionC(768, 160),
+        Mixed_6e=tf.InceptionC(768, 192),
+        Mixed_7a=tf.InceptionD(768),
+        Mixed_7b=tf.InceptionE_1(1280),
+        Mixed_7c=tf.InceptionE_2(2048),
     )
 
 
@@ -242,8 +263,9 @@ def load_frozen(build: type[nn.Module], path: Path) -> nn.Module:
     try:
         net.load_state_dict(read_weights(path), strict=True)
     except RuntimeError as error:
-        raise InputError(f"{path}: not the weights of {build.__name__} ({str(error).splitlines()[1].strip()[:120]})"
-                         ) from error
+        raise InputError(
+            f"{path}: not the weights of {build.__name__} ({str(error).splitlines()[1].strip()[:120]})"
+        ) from error
     net = fold_batch_norm(net.eval().requires_grad_(False))
     return net.to(memory_format=torch.channels_last)
 

@@ -74,8 +74,12 @@ class LayoutCondition(nn.Module):
         if len(names) >= VOCABULARY:
             raise InputError(f"{len(names):,} categories of objects; a layout's vocabulary has {VOCABULARY - 1:,}")
         most = max([len(value["category"]) for value in values], default=0)
-        return {"categories": names, "length": 3 * min(max(most, 1), MAX_OBJECTS) + 2, "vocabulary": VOCABULARY,
-                "planes": settings.layout_planes}
+        return {
+            "categories": names,
+            "length": 3 * min(max(most, 1), MAX_OBJECTS) + 2,
+            "vocabulary": VOCABULARY,
+            "planes": settings.layout_planes,
+        }
 
     def index(self, value: str | int) -> int:
         """A category: a number is its index; a text its name, "#" and its index, or, where no category is called by a
@@ -85,8 +89,9 @@ class LayoutCondition(nn.Module):
         else:
             found = int(value) if 0 <= int(value) < len(self.names) else None
         if found is None:
-            raise InputError(f"category {str(value)!r}: no such category among {len(self.names)}; "
-                             f"{hint(value, self.names)}")
+            raise InputError(
+                f"category {str(value)!r}: no such category among {len(self.names)}; {hint(value, self.names)}"
+            )
         return found
 
     def prepare(self, layouts: list[dict]) -> dict[str, Tensor]:

@@ -53,8 +53,9 @@ class Layout:
         tokens = np.asarray(tokens, np.int64)
         return np.stack([tokens % self.grid, tokens // self.grid], axis=-1) / (self.grid - 1)
 
-    def tokens(self, bbox: np.ndarray, category: Sequence[int] | np.ndarray, *, crop=WHOLE,
-               flip: bool = False) -> np.ndarray:
+    def tokens(
+        self, bbox: np.ndarray, category: Sequence[int] | np.ndarray, *, crop=WHOLE, flip: bool = False
+    ) -> np.ndarray:
         """Boxes (n, 4) x, y, w, h as shares of the whole picture, categories (n,) -> (length,) int64, in that order.
 
         The first `slots` objects count. Those that do not meet the crop are left out. With crop tokens, boxes are told
@@ -94,8 +95,15 @@ class Layout:
         return told[:, 0], np.concatenate([where[:, 0], where[:, 1] - where[:, 0]], axis=1), crop
 
 
-def flagged(category: int, categories: int, *, group: bool = False, occluded: bool = False, depiction: bool = False,
-            inside: bool = False) -> int:
+def flagged(
+    category: int,
+    categories: int,
+    *,
+    group: bool = False,
+    occluded: bool = False,
+    depiction: bool = False,
+    inside: bool = False,
+) -> int:
     """The token of a category with the marks of OpenImages: group 1, occluded 2, depiction 4, inside 8."""
     return category + categories * (group + 2 * occluded + 4 * depiction + 8 * inside)
 

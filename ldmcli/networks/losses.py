@@ -33,8 +33,9 @@ def disc_factor(step: int, settings: LossSettings) -> float:
     return 1.0 if settings.disc_weight > 0 and step >= settings.disc_start else 0.0
 
 
-def reconstruction_terms(x: Tensor, rec: Tensor, settings: LossSettings,
-                         perceptual: Perceptual | None = None) -> dict[str, Tensor]:
+def reconstruction_terms(
+    x: Tensor, rec: Tensor, settings: LossSettings, perceptual: Perceptual | None = None
+) -> dict[str, Tensor]:
     """Unweighted means of the terms whose weight is not 0. x, rec: (B, C, H, W) in [-1, 1]."""
     terms: dict[str, Tensor] = {}
     x, rec = x.float(), rec.float()
@@ -59,15 +60,24 @@ def edge_distance(x: Tensor, rec: Tensor) -> Tensor:
 
 def weighted_sum(terms: dict[str, Tensor], settings: LossSettings) -> Tensor | None:
     """Reconstruction error per pixel value; None where every weight is 0."""
-    weights = {"l1": settings.l1, "l2": settings.l2, "edge": settings.edge,
-               "perceptual": settings.perceptual_weight}
+    weights = {"l1": settings.l1, "l2": settings.l2, "edge": settings.edge, "perceptual": settings.perceptual_weight}
     parts = [weights[name] * value for name, value in terms.items()]
     return sum(parts[1:], parts[0]) if parts else None
 
 
-def generator_loss(reg: str, x: Tensor, rec: Tensor, regulariser: Tensor, settings: LossSettings, *,
-                   last_layer: Tensor, perceptual: Perceptual | None = None, adversary: Adversary | None = None,
-                   logvar: Tensor | None = None, norms: bool = False) -> tuple[Tensor, Stats]:
+def generator_loss(
+    reg: str,
+    x: Tensor,
+    rec: Tensor,
+    regulariser: Tensor,
+    settings: LossSettings,
+    *,
+    last_layer: Tensor,
+    perceptual: Perceptual | None = None,
+    adversary: Adversary | None = None,
+    logvar: Tensor | None = None,
+    norms: bool = False,
+) -> tuple[Tensor, Stats]:
     """Loss of the autoencoder, and its parts as detached tensors under the original's names.
 
     reg "kl": regulariser (B,), nats summed over the latent; "vq": the quantiser's loss.
@@ -88,13 +98,17 @@ def generator_loss(reg: str, x: Tensor, rec: Tensor, regulariser: Tensor, settin
     term, parts = _regularisation(reg, regulariser, settings, scale / values)
     total, stats = total + term, stats | parts
     if norms:
-        stats |= {f"grad_{name}": gradient_norm(value, last_layer) for name, value in named.items()
-                  if value is not None and value.requires_grad}
+        stats |= {
+            f"grad_{name}": gradient_norm(value, last_layer)
+            for name, value in named.items()
+            if value is not None and value.requires_grad
+        }
     return total, stats | {"total_loss": total.detach()}
 
 
-def _likelihood(terms: dict[str, Tensor], settings: LossSettings, scale: int,
-                logvar: Tensor | None) -> tuple[Tensor | None, Stats]:
+def _likelihood(
+    terms: dict[str, Tensor], settings: LossSettings, scale: int, logvar: Tensor | None
+) -> tuple[Tensor | None, Stats]:
     """Negative log-likelihood over `scale` values, None where no term has a weight."""
     stats = {f"{name}_loss": value.detach() for name, value in terms.items()}
     error = weighted_sum(terms, settings)
@@ -111,8 +125,9 @@ def _regularisation(reg: str, value: Tensor, settings: LossSettings, kl_scale: f
     return settings.codebook_weight * mean, {"quant_loss": mean.detach()}
 
 
-def _adversarial_term(nll: Tensor | None, adversary: Adversary, settings: LossSettings,
-                      last_layer: Tensor) -> tuple[Tensor, Tensor, Stats]:
+def _adversarial_term(
+    nll: Tensor | None, adversary: Adversary, settings: LossSettings, last_layer: Tensor
+) -> tuple[Tensor, Tensor, Stats]:
     """The term, the weight in effect, and statistics (where `d_weight` is the weight without the factor)."""
     g_loss = -adversary.logits_fake.float().mean()
     weight = adversarial_weight(nll, g_loss, settings, last_layer)

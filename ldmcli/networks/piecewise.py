@@ -110,8 +110,11 @@ class Pieces:
         height, width = x.shape[-2:]
         step = math.ceil(math.sqrt(height * width / ATTENDED))
         if step > 1:
-            warn_once("attended", f"attention of the autoencoder looks at one of {step} rows and columns of "
-                                  f"{width}x{height} positions; all of them would take hours")  # fmt: skip
+            warn_once(
+                "attended",
+                f"attention of the autoencoder looks at one of {step} rows and columns of "
+                f"{width}x{height} positions; all of them would take hours",
+            )
         seen = x[..., ::step, ::step]
         k, v = (block.q.weight.new_empty(len(x), *seen.shape[-2:], x.shape[1]) for _ in range(2))
         for place in self._places(*seen.shape[-2:], x.shape[:2]):
@@ -144,9 +147,15 @@ class Pieces:
         return lambda piece: then(torch.addcmul(shift, piece, scale))
 
     def _conv(
-        self, conv: nn.Conv2d, x: Tensor, before: Pointwise = SAME, *, up: int = 1,
-        out: Tensor | None = None, added: Callable[[Place], Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        conv: nn.Conv2d,
+        x: Tensor,
+        before: Pointwise = SAME,
+        *,
+        up: int = 1,
+        out: Tensor | None = None,
+        added: Callable[[Place], Tensor] | None = None,
+    ) -> Tensor:
         """conv(before(x)) + added, into `out` where it is given. up: x is made that much larger first (nearest)."""
         stride, device = conv.stride[0], conv.weight.device
         size = [length * up // stride for length in x.shape[-2:]]
@@ -154,8 +163,9 @@ class Pieces:
             out = self._map((x.shape[0], conv.out_channels, *size), conv.weight)
         around = (0, 0) if conv.kernel_size == (1, 1) else (0, 1) if stride == 2 else (1, 1)
         for place in self._places(*size, (x.shape[0], max(conv.in_channels, conv.out_channels)), even=up):
-            window = _window(x, [(p.start * stride // up, p.stop * stride // up) for p in place], around, before,
-                             device)  # fmt: skip
+            window = _window(
+                x, [(p.start * stride // up, p.stop * stride // up) for p in place], around, before, device
+            )
             if up > 1:
                 window = F.interpolate(window, scale_factor=float(up), mode="nearest")[..., 1:-1, 1:-1]
             piece = F.conv2d(window, conv.weight, conv.bias, stride)
@@ -180,13 +190,16 @@ class Pieces:
                 RESERVE(file.fileno(), 0, count * like.element_size())
             except OSError as error:
                 need = count * like.element_size() / 2**30
-                raise ResourceError(f"{tempfile.gettempdir()}: no place for {need:.1f} GiB of a picture this large "
-                                    f"({error.strerror}); set TMPDIR to a larger disk, or raise --max-memory") from None
+                raise ResourceError(
+                    f"{tempfile.gettempdir()}: no place for {need:.1f} GiB of a picture this large "
+                    f"({error.strerror}); set TMPDIR to a larger disk, or raise --max-memory"
+                ) from None
             return torch.from_file(file.name, shared=True, size=count, dtype=like.dtype).view(shape)
 
 
-def _window(x: Tensor, ranges: list[tuple[int, int]], around: tuple[int, int], before: Pointwise,
-            device: torch.device) -> Tensor:  # fmt: skip
+def _window(
+    x: Tensor, ranges: list[tuple[int, int]], around: tuple[int, int], before: Pointwise, device: torch.device
+) -> Tensor:
     """before(x) in rows and columns `ranges` and `around` = (before, after) them, zero outside of x."""
     places, pads = [], []
     for (start, stop), length in zip(ranges, x.shape[-2:]):

@@ -45,8 +45,13 @@ class MapCondition(nn.Module):
         void = NO_CLASS in found and len(names) <= NO_CLASS
         classes = max([len(names), *(index + 1 for index in found if not (void and index == NO_CLASS))])
         names = [*names, *map(str, range(len(names), classes))]
-        return {"classes": classes, "names": names, "out_channels": MAP_PLANES, "stages": f.bit_length() - 1,
-                "void": void}
+        return {
+            "classes": classes,
+            "names": names,
+            "out_channels": MAP_PLANES,
+            "stages": f.bit_length() - 1,
+            "void": void,
+        }
 
     def prepare(self, maps: list[np.ndarray]) -> dict[str, Tensor]:
         """Maps of one size -> {"index": (n, H, W) int16}, -1 for no class. Raises InputError for an index that the

@@ -160,6 +160,7 @@ def _counts(parameters: int, tensors: int, rfid: float, psnr: float) -> dict[str
 F4, F8, F16, F32 = (1, 2, 4), (1, 2, 2, 4), (1, 1, 2, 2, 4), (1, 1, 2, 2, 4, 4)
 LATE = (250_001, 0.75, 3)
 
+# fmt: off
 FIRST_STAGES: dict[str, Preset] = {
     "kl-f4": _first_stage("kl-f4", 3, F4, batch=10, steps=176_991,
                           published=_counts(55_312_063, 204, 0.27, 27.53)),
@@ -187,6 +188,7 @@ FIRST_STAGES: dict[str, Preset] = {
     "vq-f4-n256": _first_stage("vq-f4-n256", 3, F4, batch=8, steps=533_066, gan=LATE, codes=256),
     "vq-f32": _first_stage("vq-f32", 16, F32, (16, 8), batch=14, steps=1_101_166, gan=LATE, codes=16384),
 }
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -249,20 +251,33 @@ def _classes(classes: int, width: int) -> dict[str, VALUE]:
 
 def _text(vocabulary: int, layers: int, width: int, length: int, parameters: int) -> dict[str, VALUE]:
     """The text transformer, its head included: 13 tensors a layer and 6."""
-    return {"kind": "text", "vocabulary": vocabulary, "layers": layers, "width": width, "length": length,
-            "parameters": parameters, "tensors": 13 * layers + 6}
+    return {
+        "kind": "text",
+        "vocabulary": vocabulary,
+        "layers": layers,
+        "width": width,
+        "length": length,
+        "parameters": parameters,
+        "tensors": 13 * layers + 6,
+    }
 
 
 Z4, Z8 = (3, 64, 64), (4, 32, 32)
 UNCONDITIONAL = _Shape(274_056_163, 368, "vq-f4", Z4)
 UNCONDITIONAL_UNET = (224, (1, 2, 3, 4), (8, 4, 2))
-TEXT_SETTINGS = {"condition__kinds": ("text",), "condition__text_layers": 32, "condition__text_length": 77,
-                 "condition__vocabulary": "bert-base-uncased", "condition__vocabulary_size": 30522,
-                 "condition__drop": 0.1}
+TEXT_SETTINGS = {
+    "condition__kinds": ("text",),
+    "condition__text_layers": 32,
+    "condition__text_length": 77,
+    "condition__vocabulary": "bert-base-uncased",
+    "condition__vocabulary_size": 30522,
+    "condition__drop": 0.1,
+}
 # The published code drops no condition; the models meant for guidance get the 0.1 that is usual elsewhere.
 
 # One head in cin256, text2img256 and layout2img: their weights come from code that ignored the configured head width.
 # Eight heads in semantic_synthesis256 as in the code; the paper's table says one.
+# fmt: off
 MODELS: dict[str, Preset] = {
     "celeba256": _model("faces of CelebA-HQ, unconditional", UNCONDITIONAL, UNCONDITIONAL_UNET,
                         (9.6e-5, 48, 410_000), sample__steps=200),
@@ -323,14 +338,22 @@ MODELS: dict[str, Preset] = {
         task__degradation="bsr-light", diffusion__beta_end=0.0155,
         data__crop="random", data__crop_min=0.5, data__resize="box", sample__steps=100, sample__eta=1.0),
 }
+# fmt: on
 
 OWN: dict[str, Preset] = {
     "paper-ae": Preset(
         kind="autoencoder",
         summary="the paper's network and losses at any size: perceptual and adversarial terms, Adam",
-        values=PAPER_AE | {"autoencoder.channel_mult": F4, "loss.disc_weight": 0.5, "loss.disc_start": 50_001,
-                           "autoencoder.z_channels": 3, "autoencoder.embed_dim": 3, "train.batch_size": 12,
-                           "train.lr": AE_BASE_LR * 12},
+        values=PAPER_AE
+        | {
+            "autoencoder.channel_mult": F4,
+            "loss.disc_weight": 0.5,
+            "loss.disc_start": 50_001,
+            "autoencoder.z_channels": 3,
+            "autoencoder.embed_dim": 3,
+            "train.batch_size": 12,
+            "train.lr": AE_BASE_LR * 12,
+        },
     ),
     "paper": Preset(
         kind="diffusion",
@@ -340,14 +363,26 @@ OWN: dict[str, Preset] = {
     "small-ae": Preset(
         kind="autoencoder",
         summary="0.9 million parameters for 64 px on a CPU: L1, L2 and edges, Muon, no GAN",
-        values={"loss.l2": 1.0, "loss.edge": 0.5, "train.optimizer": "muon", "train.lr": 0.02,
-                "train.cooldown": 0.4, "train.batch_size": 32},
+        values={
+            "loss.l2": 1.0,
+            "loss.edge": 0.5,
+            "train.optimizer": "muon",
+            "train.lr": 0.02,
+            "train.cooldown": 0.4,
+            "train.batch_size": 32,
+        },
     ),
     "small": Preset(
         kind="diffusion",
         summary="a UNet of 7 million parameters for latents of 16x16 on a CPU: rectified flow, Muon",
-        values={"train.optimizer": "muon", "train.lr": 0.01, "train.muon_every": 2, "train.cooldown": 0.4,
-                "train.batch_size": 32, "sample.steps": 15},
+        values={
+            "train.optimizer": "muon",
+            "train.lr": 0.01,
+            "train.muon_every": 2,
+            "train.cooldown": 0.4,
+            "train.batch_size": 32,
+            "sample.steps": 15,
+        },
     ),
 }
 

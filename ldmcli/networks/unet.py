@@ -14,14 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
-from ldmcli.networks.blocks import (
-    TransformerBlock,
-    attention,
-    check_divisible,
-    group_norm,
-    timestep_embedding,
-    zeroed,
-)
+from ldmcli.networks.blocks import TransformerBlock, attention, check_divisible, group_norm, timestep_embedding, zeroed
 
 NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
@@ -168,9 +161,7 @@ class AttentionBlock(Conditioned):
 class SpatialTransformer(Conditioned):
     """Transformer blocks over the positions of a map with cross-attention to the context, residual (App. E.2.1)."""
 
-    def __init__(
-        self, width: int, heads: int, settings: DiffusionSettings, context_dim: int | None, position_key: str
-    ):
+    def __init__(self, width: int, heads: int, settings: DiffusionSettings, context_dim: int | None, position_key: str):
         super().__init__()
         self.position_key = position_key
         self.norm = group_norm(width, TRANSFORMER_NORM_EPS, settings.groups)
@@ -285,9 +276,7 @@ class UNet(nn.Module):
         """Both sides of the latent must be multiples of this."""
         return self.settings.patch * 2 ** (len(self.settings.channel_mult) - 1)
 
-    def forward(
-        self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
         check_divisible(x.shape[-2], x.shape[-1], self.size_factor, "a latent")
         inputs = StepInputs(self._embed(t, vector), context, self._position_codes())
         h = F.pixel_unshuffle(x, self.settings.patch) if self.settings.patch > 1 else x

@@ -18,8 +18,17 @@ def write_card(run_dir: Path) -> Path:
     """Writes run_dir/README.md from what lies in the folder, and returns its path. Raises UsageError for a card that
     somebody wrote or changed by hand."""
     run = look(run_dir)
-    parts = [_front_matter(run), f"# {_text(run.name)}", _summary(run), _picture(run), _use(run), _data(run),
-             _metrics(run), _settings(run), _limits(run)]  # fmt: skip
+    parts = [
+        _front_matter(run),
+        f"# {_text(run.name)}",
+        _summary(run),
+        _picture(run),
+        _use(run),
+        _data(run),
+        _metrics(run),
+        _settings(run),
+        _limits(run),
+    ]
     write_page(run_dir / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     return run_dir / "README.md"
 
@@ -83,9 +92,10 @@ def _use(run: RunView) -> str:
         told, option = _told(run)
         task = run.config.task.name if run.config else "generate"
         call = f"model = ldmcli.load({folder})\nimages = model.sample({told}seed=0)"
-        command = {"sr": f"ldm upscale photo.png --model {folder}",
-                   "inpaint": f"ldm inpaint photo.png mask.png --model {folder}"}.get(
-                       task, f"ldm sample --model {folder}{option}")  # fmt: skip
+        command = {
+            "sr": f"ldm upscale photo.png --model {folder}",
+            "inpaint": f"ldm inpaint photo.png mask.png --model {folder}",
+        }.get(task, f"ldm sample --model {folder}{option}")
     return f"## Use\n\n```python\nimport ldmcli\n\n{_code(call)}\n```\n\n```sh\n{_code(command)}\n```"
 
 
@@ -111,8 +121,11 @@ def _data(run: RunView) -> str:
     data = run.state.get("data") or {}
     if not data:
         return ""
-    counts = [f"{data[key]:,} {what}" for key, what in (("rows", "to train"), ("validation_rows", "to validate"))
-              if isinstance(data.get(key), int)]  # fmt: skip
+    counts = [
+        f"{data[key]:,} {what}"
+        for key, what in (("rows", "to train"), ("validation_rows", "to validate"))
+        if isinstance(data.get(key), int)
+    ]
     left_out = f", {len(data['left_out'])} left out as unusable" if data.get("left_out") else ""
     source = f"{_text(last_name(data.get('source')))}, split {_text(data.get('split'))}"
     lines = [f"{source}: {', '.join(counts)}{left_out}."]
@@ -123,8 +136,12 @@ def _data(run: RunView) -> str:
 
 def _metrics(run: RunView) -> str:
     """The newest validation with its protocol, then the evaluations that lie in the folder."""
-    rows = [f"| {_text(name)} | {_text(value)} | {better} |" for name, value, better in
-            (run_page.tile(key, value, "") for key, value in run_page.latest_metrics(run).items())]  # fmt: skip
+    rows = [
+        f"| {_text(name)} | {_text(value)} | {better} |"
+        for name, value, better in (
+            run_page.tile(key, value, "") for key, value in run_page.latest_metrics(run).items()
+        )
+    ]
     parts = []
     if rows:
         parts.append("\n".join(["| metric | value | |", "|---|---|---|", *rows]))

@@ -36,8 +36,15 @@ def plan_for(rows, data: DataSettings, minutes: float) -> dict[str, Any]:
     return {"size": size, "kinds": kinds, "ae_minutes": minutes * _AE_SHARE, "ldm_minutes": minutes * _LDM_SHARE}
 
 
-def demo(data: DataSettings, *, minutes: float = 10, out: Path = Path("runs/demo"), preset: str = "",
-         fresh: bool = True, seed: int = 0) -> dict[str, Any]:
+def demo(
+    data: DataSettings,
+    *,
+    minutes: float = 10,
+    out: Path = Path("runs/demo"),
+    preset: str = "",
+    fresh: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Autoencoder, cached latents, diffusion model, samples, numbers, report; returns summary.json's content.
 
     `minutes` bounds the whole. preset "paper" trains the second stage as the paper does, for comparison.
@@ -52,15 +59,22 @@ def demo(data: DataSettings, *, minutes: float = 10, out: Path = Path("runs/demo
     rows = open_rows(data, split="train")
     chosen = plan_for(rows, data, minutes)
     base = {**_data_values(data), "data.size": chosen["size"], "train.seed": seed}
-    console.say(f"demo: {rows.source}, {chosen['size'][0]}x{chosen['size'][1]} px, told "
-                f"{' + '.join(chosen['kinds']) or 'nothing'}; {minutes:g} minutes in all")
+    console.say(
+        f"demo: {rows.source}, {chosen['size'][0]}x{chosen['size'][1]} px, told "
+        f"{' + '.join(chosen['kinds']) or 'nothing'}; {minutes:g} minutes in all"
+    )
     ae, ldm = out / "autoencoder", out / "diffusion"
     _train("autoencoder", {**base, "train.lr": 0.02}, chosen["ae_minutes"], ae, fresh)
     # so short a training is misled by more guidance: stars and counts suffer at 2 and 3
     conditions = {"condition.kinds": chosen["kinds"], "sample.guidance": 1.5}
     _train("diffusion", {**base, **conditions}, chosen["ldm_minutes"], ldm, fresh, preset, str(ae))
-    summary = {"data": rows.source, "minutes": minutes, "preset": preset or "default", "seed": seed,
-               **_measure(data, chosen, ae, ldm, out, seed)}
+    summary = {
+        "data": rows.source,
+        "minutes": minutes,
+        "preset": preset or "default",
+        "seed": seed,
+        **_measure(data, chosen, ae, ldm, out, seed),
+    }
     summary["warnings"] = shortcomings(runs.read_run(ae), runs.read_run(ldm), minutes)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.write_json(out / "summary.json", summary)
@@ -72,28 +86,46 @@ def demo(data: DataSettings, *, minutes: float = 10, out: Path = Path("runs/demo
 
 def shortcomings(ae: dict[str, Any], ldm: dict[str, Any], minutes: float) -> list[str]:
     """What of the two runs (run.json's contents) is not good enough for what follows, and what would help."""
-    found = [f"{name}: {text}" for name, run in (("autoencoder", ae), ("diffusion model", ldm))
-             for text in run.get("warnings") or []]
+    found = [
+        f"{name}: {text}"
+        for name, run in (("autoencoder", ae), ("diffusion model", ldm))
+        for text in run.get("warnings") or []
+    ]
     psnr, steps = ae["metrics"]["psnr"], ae["step"]
     if psnr >= POOR_PSNR:
         return found
     if steps < FEW_STEPS:
-        remedy = (f"{steps} steps are too few: give more than --minutes {minutes:g}, a smaller --size, or a machine "
-                  "that does nothing else")
+        remedy = (
+            f"{steps} steps are too few: give more than --minutes {minutes:g}, a smaller --size, or a machine "
+            "that does nothing else"
+        )
     else:
-        remedy = (f"after {steps:,} steps these images want more: a longer first stage (`ldm train-ae`, then `ldm "
-                  "train-ldm --autoencoder RUN`), or a larger --minutes")
-    return [*found, f"the autoencoder reconstructs held-out images at {psnr:.1f} dB only ({POOR_PSNR:g} is a minimum), "
-                    f"and no sample can be better than its reconstructions; {remedy}"]
+        remedy = (
+            f"after {steps:,} steps these images want more: a longer first stage (`ldm train-ae`, then `ldm "
+            "train-ldm --autoencoder RUN`), or a larger --minutes"
+        )
+    return [
+        *found,
+        f"the autoencoder reconstructs held-out images at {psnr:.1f} dB only ({POOR_PSNR:g} is a minimum), "
+        f"and no sample can be better than its reconstructions; {remedy}",
+    ]
 
 
-def _train(kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: bool, preset: str = "",
-           autoencoder: str = "") -> None:
+def _train(
+    kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: bool, preset: str = "", autoencoder: str = ""
+) -> None:
     from ldmcli.drivers.train import Options, train
 
     never = 1_000_000
-    schedule = {"train.max_minutes": minutes, "train.steps": never, "train.save_every": never,
-                "train.sample_every": 250, "train.eval_every": 0, "train.eval_frechet": False, "train.log_every": 25}
+    schedule = {
+        "train.max_minutes": minutes,
+        "train.steps": never,
+        "train.save_every": never,
+        "train.sample_every": 250,
+        "train.eval_every": 0,
+        "train.eval_frechet": False,
+        "train.log_every": 25,
+    }
     resolved = _resolved(kind, {**schedule, **values}, preset)
     train(kind, resolved, out, Options(fresh=fresh, command_line=["ldm", "demo"], autoencoder=autoencoder))
 
@@ -118,19 +150,25 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
     picked = _distinct(held, chosen["kinds"])
     count = len(picked)
     real = np.stack([held.pixels(i, chosen["size"], "center", (0.5, 0.5)) for i in picked])
-    request = {"text": {"prompt": [held.caption(i) for i in picked]},
-               "class": {"classes": [held.label(i) for i in picked]}}
+    request = {
+        "text": {"prompt": [held.caption(i) for i in picked]},
+        "class": {"classes": [held.label(i) for i in picked]},
+    }
     told = request[chosen["kinds"][0]] if chosen["kinds"] else {"n": count}
     begun = time.monotonic()
     samples = np.stack([np.asarray(image) for image in model.sample(seed=seed, batch_size=32, **told)])
     seconds = time.monotonic() - begun
-    rebuilt = np.concatenate([to_uint8(model.autoencoder.decode(model.autoencoder.encode(real[i:i + 32])))
-                              for i in range(0, count, 32)])
+    rebuilt = np.concatenate(
+        [to_uint8(model.autoencoder.decode(model.autoencoder.encode(real[i : i + 32]))) for i in range(0, count, 32)]
+    )
     save_grid(out / "samples.png", in_rows(list(samples), 16))
     if "prompt" in told:
         files.write_text(out / "prompts.txt", "\n".join(told["prompt"]) + "\n")
-    result: dict[str, Any] = {"n": count, "sampling_images_per_s": count / seconds,
-                              "ae_psnr": runs.read_run(ae)["metrics"]["psnr"]}
+    result: dict[str, Any] = {
+        "n": count,
+        "sampling_images_per_s": count / seconds,
+        "ae_psnr": runs.read_run(ae)["metrics"]["psnr"],
+    }
     if held.source.startswith("shapes"):
         result |= _shape_scores(told["prompt"], samples, rebuilt, real)
     return result | _frechet(samples, rebuilt, real, held)
@@ -158,10 +196,14 @@ def _frechet(samples, rebuilt, real, held) -> dict[str, Any]:
     from ldmcli.maths.statistics import frechet_from_features
 
     extractor = open_extractor()
-    features = {name: np.asarray(extractor.features(images), np.float64)
-                for name, images in (("samples", samples), ("rebuilt", rebuilt), ("real", real))}
-    return {"fd": frechet_from_features(features["samples"], features["real"]),
-            "fd_reconstructions": frechet_from_features(features["rebuilt"], features["real"]),
-            "fd_protocol": f"{extractor.display}: {len(samples)} samples against the {len(real)} held-out images of "
-                           f"the same requests ({held.split}); fewer images than the {extractor.dim} feature "
-                           "dimensions, so only comparable with itself"}
+    features = {
+        name: np.asarray(extractor.features(images), np.float64)
+        for name, images in (("samples", samples), ("rebuilt", rebuilt), ("real", real))
+    }
+    return {
+        "fd": frechet_from_features(features["samples"], features["real"]),
+        "fd_reconstructions": frechet_from_features(features["rebuilt"], features["real"]),
+        "fd_protocol": f"{extractor.display}: {len(samples)} samples against the {len(real)} held-out images of "
+        f"the same requests ({held.split}); fewer images than the {extractor.dim} feature "
+        "dimensions, so only comparable with itself",
+    }

@@ -83,11 +83,13 @@ def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
 
         first = islice(stream(settings), min(settings.limit or STREAMED, STREAMED))
         return {"train": [(row, 0) for row in first]}, [
-            "a stream: only its first rows were looked at, and how many there are is not known"]
+            "a stream: only its first rows were looked at, and how many there are is not known"
+        ]
     sizes = split_sizes(settings)
     if settings.split == "train" and sizes and "train" not in sizes:
-        opened = {split: open_rows(replace(settings, split=split, val_split=split), split="validation")
-                  for split in sizes}
+        opened = {
+            split: open_rows(replace(settings, split=split, val_split=split), split="validation") for split in sizes
+        }
         notes = [f"there is no split train; training takes another with --split {next(iter(sizes))}"]
     else:
         opened = {split: open_rows(settings, split=split) for split in SPLITS}
@@ -96,8 +98,11 @@ def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
             del opened["validation"]
             notes.append("nothing is held out for validation")
         used = {settings.split, *(rows.split for rows in opened.values())}
-        notes += [f"split {shown(split)} ({count:,} rows) is not used; --val-split {shown(split)} takes it"
-                  for split, count in sizes.items() if split not in used]
+        notes += [
+            f"split {shown(split)} ({count:,} rows) is not used; --val-split {shown(split)} takes it"
+            for split, count in sizes.items()
+            if split not in used
+        ]
     return {split: [(rows, i) for i in range(len(rows))] for split, rows in opened.items()}, notes
 
 
@@ -179,8 +184,10 @@ def _captions(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:
     spread = [filled[round(k * (len(filled) - 1) / max(EXAMPLES - 1, 1))] for k in range(min(EXAMPLES, len(filled)))]
     long = sum(count > MAX_TEXT_LENGTH - 2 for count in words)  # a word is one token or more; two mark the ends
     if long:
-        notes.append(f"{long} captions have more than {MAX_TEXT_LENGTH - 2} words: a model reads {MAX_TEXT_LENGTH} "
-                     "tokens unless condition.text_length says more, so their ends are cut")
+        notes.append(
+            f"{long} captions have more than {MAX_TEXT_LENGTH - 2} words: a model reads {MAX_TEXT_LENGTH} "
+            "tokens unless condition.text_length says more, so their ends are cut"
+        )
     return {
         "with_text": len(filled),
         "empty": len(texts) - len(filled),
@@ -250,8 +257,13 @@ def inspect_text(facts: dict[str, Any], width: int = 80) -> str:
         lines.append(_line("classes", f"{len(facts['classes'])}: {named}{more}"))
     if facts["objects"] is not None:
         found = facts["objects"]
-        lines.append(_line("objects", f"{found['per_image_median']:g} an image (median), at most "
-                                      f"{found['per_image_most']}, {found['categories']} categories"))
+        lines.append(
+            _line(
+                "objects",
+                f"{found['per_image_median']:g} an image (median), at most "
+                f"{found['per_image_most']}, {found['categories']} categories",
+            )
+        )
     lines += _trouble_lines(facts)
     lines += [_line("note", note) for note in facts["notes"]]
     if facts["contact_sheet"]:
@@ -271,8 +283,10 @@ def _size_lines(sizes: dict[str, Any] | None) -> list[str]:
         text = f"all {sizes['median']} (height x width)"
     else:
         common = ", ".join(f"{size} ({count:,})" for size, count in sizes["common"].items())
-        text = (f"{sizes['smallest']} to {sizes['largest']}, median {sizes['median']} (height x width); "
-                f"{sizes['different']} different, most often {common}")  # fmt: skip
+        text = (
+            f"{sizes['smallest']} to {sizes['largest']}, median {sizes['median']} (height x width); "
+            f"{sizes['different']} different, most often {common}"
+        )
     enlarged = sizes.get("enlarged_at_size")
     return [_line("sizes", text + (f"; {enlarged:,} would be enlarged" if enlarged else ""))]
 

@@ -27,8 +27,16 @@ from ldmcli.networks.presets import PRESETS
 PROBE_SECONDS = 0.5
 
 
-def plan(kind: str, resolved: Resolved, *, autoencoder: str = "", init_from: str = "", first_stage: str = "",
-         rows: int | None = None, processes: int = 1) -> dict[str, Any]:
+def plan(
+    kind: str,
+    resolved: Resolved,
+    *,
+    autoencoder: str = "",
+    init_from: str = "",
+    first_stage: str = "",
+    rows: int | None = None,
+    processes: int = 1,
+) -> dict[str, Any]:
     """What a training would take; nothing is trained, downloaded or written, and no data is opened.
 
     autoencoder: run folder, "none" for pixels, "" for the default one; init_from: a run whose vocabulary and classes
@@ -52,8 +60,11 @@ def plan(kind: str, resolved: Resolved, *, autoencoder: str = "", init_from: str
         "command": configuration.COMMAND_OF[kind],
         "image": list(image),
         "latent": list(latent),
-        "parameters": {name: sum(p.numel() for p in work.module.parameters()) for name, work in works.items()
-                       if name != "perceptual"},
+        "parameters": {
+            name: sum(p.numel() for p in work.module.parameters())
+            for name, work in works.items()
+            if name != "perceptual"
+        },
         "flops": {"forward_per_image": works[next(iter(works))].forward, "per_step": step},
         "batch": {"global": train.batch_size, "per_pass": memory["per_pass"], "processes": world},
         "epochs": train.steps * train.batch_size / rows if rows else None,
@@ -76,8 +87,9 @@ def _autoencoder_works(config: AutoencoderConfig, world: int, notes: list[str]):
     return image, works["autoencoder"].module.latent_shape(*image), works
 
 
-def _diffusion_works(config: DiffusionConfig, autoencoder: str, init_from: str, first_stage: str, world: int,
-                     notes: list[str]):
+def _diffusion_works(
+    config: DiffusionConfig, autoencoder: str, init_from: str, first_stage: str, world: int, notes: list[str]
+):
     settings, trained_at = _first_stage(autoencoder, init_from, first_stage, notes)
     image = checks.image_size(config.data, trained_at)
     checks.check_diffusion(config, settings, image, world)
@@ -97,8 +109,9 @@ def _diffusion_works(config: DiffusionConfig, autoencoder: str, init_from: str, 
     return image, latent, {"model": cost.diffusion_work(config, facts, latent, image)}
 
 
-def _first_stage(autoencoder: str, init_from: str, preset: str,
-                 notes: list[str]) -> tuple[AutoencoderSettings, tuple[int, int]]:
+def _first_stage(
+    autoencoder: str, init_from: str, preset: str, notes: list[str]
+) -> tuple[AutoencoderSettings, tuple[int, int]]:
     """Settings of the autoencoder that latents come from, and the size in pixels that it was trained at."""
     if autoencoder == "none":
         return AutoencoderSettings(f=1), (0, 0)
@@ -141,8 +154,15 @@ def _memory(works: dict[str, cost.Work], config, share: int, device: torch.devic
     micro = min(train.micro_batch, share) if train.micro_batch else cost.micro_batch(share, per_image, room)
     parts["activations"] = micro * per_image
     total = sum(parts.values())
-    return {**parts, "total": total, "available": available, "device": device.type, "fits": total <= available,
-            "per_image": per_image, "per_pass": micro}  # fmt: skip
+    return {
+        **parts,
+        "total": total,
+        "available": available,
+        "device": device.type,
+        "fits": total <= available,
+        "per_image": per_image,
+        "per_pass": micro,
+    }
 
 
 def _memory_notes(memory: dict[str, Any], share: int) -> list[str]:
@@ -164,8 +184,12 @@ def _time(flops: float, steps: int, max_minutes: float, device: torch.device, dt
         return "unknown"
     seconds = flops / rate
     total = min(seconds * steps, max_minutes * 60) if max_minutes else seconds * steps
-    return {"seconds_per_step": seconds, "seconds": total, "flops_per_s": rate,
-            "how": "at best: at the rate of 3x3 convolutions here; narrow networks take two or three times as long"}
+    return {
+        "seconds_per_step": seconds,
+        "seconds": total,
+        "flops_per_s": rate,
+        "how": "at best: at the rate of 3x3 convolutions here; narrow networks take two or three times as long",
+    }
 
 
 def probe_flops_per_s(device: torch.device, dtype: torch.dtype | None) -> float:
@@ -208,8 +232,10 @@ def plan_text(facts: dict[str, Any], width: int = 80) -> str:
     parts = [_settings_text(facts["settings"], width), *_sizes(facts), *_memory_lines(facts)]
     took = facts["time"]
     if isinstance(took, dict):
-        parts.append(f"time        from {_clock(took['seconds'])} on ({took['seconds_per_step']:.3g} s a step), "
-                     f"at {took['flops_per_s'] / 1e9:,.0f} GFLOP/s")
+        parts.append(
+            f"time        from {_clock(took['seconds'])} on ({took['seconds_per_step']:.3g} s a step), "
+            f"at {took['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+        )
         parts += _wrapped("", took["how"], width)
     else:
         parts.append(f"time        {took}")
@@ -276,5 +302,10 @@ def _si(value: float) -> str:
 def _clock(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h" if seconds < 172800 else (
-        f"{seconds / 86400:.1f} days")
+    return (
+        f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+        if seconds < 172800
+        else (f"{seconds / 86400:.1f} days")
+    )

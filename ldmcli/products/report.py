@@ -26,9 +26,14 @@ def write_report(run_dir: Path, summary: dict[str, Any] | None = None, out: Path
     """
     run = look(run_dir)
     body = (
-        run_page.header(run) + run_page.key_figures(run) + run_page.previews(run) + run_page.curves(run)
-        + run_page.evaluations(run, summary) + run_page.protocol(run) + run_page.settings(run)
-    )  # fmt: skip
+        run_page.header(run)
+        + run_page.key_figures(run)
+        + run_page.previews(run)
+        + run_page.curves(run)
+        + run_page.evaluations(run, summary)
+        + run_page.protocol(run)
+        + run_page.settings(run)
+    )
     return _write(out or run_dir, run.name, body)
 
 
@@ -59,9 +64,13 @@ def write_demo_report(out: Path, runs: list[Path], summary: dict[str, Any]) -> P
     """
     views = [look(path) for path in runs]
     body = (
-        _demo_header(views, summary) + page.tiles(_demo_figures(summary), "big") + _samples(out, views, summary)
-        + _comparison(summary) + "".join(_part(view) for view in views) + _rest(summary)
-    )  # fmt: skip
+        _demo_header(views, summary)
+        + page.tiles(_demo_figures(summary), "big")
+        + _samples(out, views, summary)
+        + _comparison(summary)
+        + "".join(_part(view) for view in views)
+        + _rest(summary)
+    )
     return _write(out, "Demo", body)
 
 
@@ -124,8 +133,11 @@ def _samples(out: Path, views: Sequence[RunView], summary: dict[str, Any]) -> st
     count = min(len(cells), len(told))
     asked = page.cards(cells[:CARDS], told[:CARDS], marks[:CARDS])
     wrong = " Those that show anything else than asked are framed." if "wrong" in marks else ""
-    every = page.section("All samples", page.mosaic(cells[:count], told, marks),
-                         f"All {count}, none picked; the prompt shows on hover.{wrong}")  # fmt: skip
+    every = page.section(
+        "All samples",
+        page.mosaic(cells[:count], told, marks),
+        f"All {count}, none picked; the prompt shows on hover.{wrong}",
+    )
     checked = " The mark is that of a program that reads colours, shapes and places from the pixels." if marks else ""
     return page.section("Asked and drawn", asked, f"The first {min(CARDS, count)} of {count} prompts.{checked}") + every
 
@@ -142,8 +154,9 @@ def _comparison(summary: dict[str, Any]) -> str:
     parts = [summary, summary.get("reconstructions") or {}, summary.get("real") or {}]
     rows = [
         [_NAMES.get(key, key), *(_share(part[key]) if _given(part, key) else "–" for part in parts)]
-        for key in _SCORES if _given(summary, key)
-    ]  # fmt: skip
+        for key in _SCORES
+        if _given(summary, key)
+    ]
     if _given(summary, "iou"):
         rows.append([_NAMES["iou"], *(f"{part['iou']:.2f}" if _given(part, "iou") else "–" for part in parts)])
     if _given(summary, "fd"):

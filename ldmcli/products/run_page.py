@@ -43,8 +43,16 @@ GROUPS = (  # title, unit, {key in metrics.jsonl: name in the legend}
     ("Throughput", "images/s", {"images_per_s": "images/s"}),
     ("Waiting for data", "share of the time", {"data_wait": "share"}),
 )
-_NOT_DRAWN = {"step", "images", "trained_seconds", "peak_memory_bytes", "seconds_per_step", "total_loss", "rec_loss",
-              "nll_loss"}  # fmt: skip
+_NOT_DRAWN = {
+    "step",
+    "images",
+    "trained_seconds",
+    "peak_memory_bytes",
+    "seconds_per_step",
+    "total_loss",
+    "rec_loss",
+    "nll_loss",
+}
 
 
 @dataclass(frozen=True)
@@ -254,8 +262,10 @@ def curves(run: RunView) -> str:
         lines = [Series(name, values[key]) for key, name in found.items()]
         return line_chart(title, lines, unit=unit, from_zero=bool(FROM_ZERO & found.keys()), note=note)
 
-    charts = [chart("Loss", "", {"loss_model": "training", "val/val_loss": "validation"}),
-              chart("Loss", "", {"loss_autoencoder": "autoencoder"})]  # fmt: skip
+    charts = [
+        chart("Loss", "", {"loss_model": "training", "val/val_loss": "validation"}),
+        chart("Loss", "", {"loss_autoencoder": "autoencoder"}),
+    ]
     for key in [key for key in values if key.startswith("val/") and key not in used]:
         name, unit, better = metric_facts(key[4:])
         charts.append(chart(f"{name} on validation", unit, {key: name}, better))
@@ -309,7 +319,7 @@ def _told(sheet, texts: Sequence[str], run: RunView) -> str:
 
 
 def verdicts(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list[str]:
-    """"right" or "wrong" for pictures of the embedded shapes, whose captions can be checked; [] for other data."""
+    """ "right" or "wrong" for pictures of the embedded shapes, whose captions can be checked; [] for other data."""
     from ldmcli.data import shapes
     from ldmcli.data.sources import is_shapes
 
@@ -405,12 +415,16 @@ def protocol_text(run: RunView) -> str:
     weights = "moving average of the weights" if run.state.get("weights") == "ema" else "weights as trained"
     pixels = f" at {size[0]}×{size[1]} px" if size else ""
     if run.kind == "autoencoder":
-        what = (f"{count:,} held-out images{pixels}, cropped in the middle, against their reconstructions in 8 bit. "
-                "The latent is the mode of the posterior. PSNR, SSIM and perceptual distance are means over images; a "
-                "Fréchet distance of so few images compares with itself only.")  # fmt: skip
+        what = (
+            f"{count:,} held-out images{pixels}, cropped in the middle, against their reconstructions in 8 bit. "
+            "The latent is the mode of the posterior. PSNR, SSIM and perceptual distance are means over images; a "
+            "Fréchet distance of so few images compares with itself only."
+        )
     else:
-        what = (f"Mean error of the network's output on {count:,} held-out latents, at fixed noise and timesteps that "
-                "spread evenly over those of training. It compares runs of one autoencoder only.")  # fmt: skip
+        what = (
+            f"Mean error of the network's output on {count:,} held-out latents, at fixed noise and timesteps that "
+            "spread evenly over those of training. It compares runs of one autoencoder only."
+        )
     return f"{what} Computed with the {weights}."
 
 

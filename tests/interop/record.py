@@ -54,8 +54,12 @@ def fill(model: torch.nn.Module, seed: int, path: Path, small: tuple[str, ...] =
 
 
 def network(cls: type, folder: Path, seed: int, small: tuple[str, ...] = ()) -> torch.nn.Module:
-    return fill(cls.from_config(json.loads((folder / "config.json").read_text())), seed,
-                folder / "diffusion_pytorch_model.safetensors", small)
+    return fill(
+        cls.from_config(json.loads((folder / "config.json").read_text())),
+        seed,
+        folder / "diffusion_pytorch_model.safetensors",
+        small,
+    )
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
@@ -99,16 +103,33 @@ def single_networks() -> None:
     vae = network(diffusers.AutoencoderKL, folder, 1, ("encoder.conv_in", "decoder.conv_in"))
     x, z = image(1, 2, 3, 32, 32), noise(2, 2, 4, 8, 8)
     found = vae.encode(x).latent_dist
-    write(folder, x=x, moments=found.parameters, mean=found.mean, logvar=found.logvar, kl=found.kl(), z=z,
-          decoded=vae.decode(z).sample, reconstruction_of_mode=vae.decode(found.mean).sample)
+    write(
+        folder,
+        x=x,
+        moments=found.parameters,
+        mean=found.mean,
+        logvar=found.logvar,
+        kl=found.kl(),
+        z=z,
+        decoded=vae.decode(z).sample,
+        reconstruction_of_mode=vae.decode(found.mean).sample,
+    )
 
     folder = FOLDER / "vqmodel"
     vq = network(diffusers.VQModel, folder, 2, ("encoder.conv_in", "decoder.conv_in"))
     x = image(3, 2, 3, 32, 32)
     h = apart(lambda seed: noise(seed, 2, 3, 8, 8), vq)
     quantised, _, (_, _, indices) = vq.quantize(h)
-    write(folder, x=x, encoded=vq.encode(x).latents, h=h, indices=indices.reshape(2, 8, 8), quantized=quantised,
-          decoded=vq.decode(h).sample, decoded_without_quantisation=vq.decode(h, force_not_quantize=True).sample)
+    write(
+        folder,
+        x=x,
+        encoded=vq.encode(x).latents,
+        h=h,
+        indices=indices.reshape(2, 8, 8),
+        quantized=quantised,
+        decoded=vq.decode(h).sample,
+        decoded_without_quantisation=vq.decode(h, force_not_quantize=True).sample,
+    )
 
     t = torch.tensor([3, 500])
     folder = FOLDER / "unet2d"
@@ -118,7 +139,8 @@ def single_networks() -> None:
         settings = json.loads((FOLDER / "schedulers" / name / "scheduler_config.json").read_text())
         scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
         ways[f"trajectory_{name}_10"], ways[f"timesteps_{name}_10"] = trajectory(
-            scheduler, latents, lambda z, t: unet(z, t).sample)
+            scheduler, latents, lambda z, t: unet(z, t).sample
+        )
     x = noise(4, 2, 3, 16, 16)
     write(folder, x=x, t=t, eps=unet(x, t).sample, latents=latents, **ways)
 
@@ -128,13 +150,24 @@ def single_networks() -> None:
 
     folder = FOLDER / "unet2d_condition"
     unet = network(diffusers.UNet2DConditionModel, folder, 5, ("conv_in",))
-    x, context, null, latents = (noise(7 + k, *shape) for k, shape in enumerate(
-        ((2, 4, 16, 16), (2, 7, 24), (2, 7, 24), (2, 4, 16, 16))))  # fmt: skip
+    x, context, null, latents = (
+        noise(7 + k, *shape) for k, shape in enumerate(((2, 4, 16, 16), (2, 7, 24), (2, 7, 24), (2, 4, 16, 16)))
+    )
     scheduler = diffusers.DDIMScheduler.from_pretrained(FOLDER / "schedulers" / "ddim")
     told, times = trajectory(scheduler, latents, lambda z, t: unet(z, t, context).sample)
-    write(folder, x=x, t=t, context=context, eps=unet(x, t, context).sample, latents=latents, timesteps=times,
-          uncond_context=null, guidance=torch.tensor([3.0]), trajectory_ddim_10=told,
-          trajectory_ddim_10_guided=trajectory(scheduler, latents, guided(unet, context, null, 3.0))[0])
+    write(
+        folder,
+        x=x,
+        t=t,
+        context=context,
+        eps=unet(x, t, context).sample,
+        latents=latents,
+        timesteps=times,
+        uncond_context=null,
+        guidance=torch.tensor([3.0]),
+        trajectory_ddim_10=told,
+        trajectory_ddim_10_guided=trajectory(scheduler, latents, guided(unet, context, null, 3.0))[0],
+    )
 
 
 def apart(made, vq, of=lambda tensor: tensor):
@@ -177,11 +210,22 @@ def pipelines() -> None:
 
         def call(pipe=pipe, number=number, wide=wide, low=low, **options):
             generator = torch.Generator().manual_seed(number)
-            return pipe(low, generator=generator, **options) if wide else pipe(
-                batch_size=2, generator=generator, **options)
+            return (
+                pipe(low, generator=generator, **options)
+                if wide
+                else pipe(batch_size=2, generator=generator, **options)
+            )
 
-        finish(folder, pipe, states, times, call, latents=latents, trajectory_ddim_10=states,
-               **({"low": low} if wide else {}))
+        finish(
+            folder,
+            pipe,
+            states,
+            times,
+            call,
+            latents=latents,
+            trajectory_ddim_10=states,
+            **({"low": low} if wide else {}),
+        )
 
     folder = FOLDER / "ldm_text2img"
     unet = network(diffusers.UNet2DConditionModel, folder / "unet", 30)
@@ -192,16 +236,30 @@ def pipelines() -> None:
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
     pipe = diffusers.LDMTextToImagePipeline(vqvae=vae, bert=bert, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
     prompts = json.loads((folder / "prompts.json").read_text())
-    ids, none = (tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-                 for texts in (prompts, ["", ""]))
+    ids, none = (
+        tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        for texts in (prompts, ["", ""])
+    )
     context, null, latents = bert(ids)[0], bert(none)[0], noise(33, 2, 4, 8, 8)
     states, times = trajectory(scheduler, latents, guided(unet, context, null, 5.0))
 
     def call(**options):
         return pipe(prompts, guidance_scale=5.0, height=64, width=64, latents=latents, **options)
 
-    finish(folder, pipe, states, times, call, input_ids=ids, uncond_input_ids=none, context=context,
-           uncond_context=null, guidance=torch.tensor([5.0]), latents=latents, trajectory_ddim_10_guided=states)
+    finish(
+        folder,
+        pipe,
+        states,
+        times,
+        call,
+        input_ids=ids,
+        uncond_input_ids=none,
+        context=context,
+        uncond_context=null,
+        guidance=torch.tensor([5.0]),
+        latents=latents,
+        trajectory_ddim_10_guided=states,
+    )
 
 
 if __name__ == "__main__":

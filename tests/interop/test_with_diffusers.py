@@ -54,19 +54,27 @@ def bundles(tmp_path):
         "uncond-vq": lambda: small_model(stage=small_stage(reg="vq"), scale=SINGLE),
         "uncond-vq-shifted": lambda: small_model(stage=small_stage(reg="vq"), scale=SHIFTED),
         "uncond-kl-channelwise": lambda: small_model(scale=UNEVEN),
-        "uncond-film": lambda: small_model(diffusion={"scale_shift": True, "resblock_updown": True,
-                                                      "attention_resolutions": (1,)}),
+        "uncond-film": lambda: small_model(
+            diffusion={"scale_shift": True, "resblock_updown": True, "attention_resolutions": (1,)}
+        ),
         "uncond-no-middle": lambda: small_model(diffusion={"middle_attention": False}),
         "uncond-v-cosine": lambda: small_model(diffusion={"prediction": "v", "schedule": "cosine"}),
-        "text-f8": lambda: text_model(tmp_path, stage=small_stage(**KL8), scale=one, diffusion=CROSS,
-                                      sample={"guidance": 5.0}),
+        "text-f8": lambda: text_model(
+            tmp_path, stage=small_stage(**KL8), scale=one, diffusion=CROSS, sample={"guidance": 5.0}
+        ),
         "text-f2": lambda: text_model(tmp_path, diffusion=CROSS, scale=UNEVEN, sample={"guidance": 5.0}),
-        "text-levels": lambda: text_model(tmp_path, diffusion={"level_heads": (4, 2), "attention_resolutions": (1, 2),
-                                                               "transformer_depth": 2}),
+        "text-levels": lambda: text_model(
+            tmp_path, diffusion={"level_heads": (4, 2), "attention_resolutions": (1, 2), "transformer_depth": 2}
+        ),
         "pixels": lambda: replace(small_model(), autoencoder=None),
-        "superres": lambda: small_model(task={"name": "sr", "scale": 2}, stage=small_stage(reg="vq"), scale=SINGLE,
-                                        facts={"lowres": {"scale": 2, "f": 2}}, side=32),
-    }  # fmt: skip
+        "superres": lambda: small_model(
+            task={"name": "sr", "scale": 2},
+            stage=small_stage(reg="vq"),
+            scale=SINGLE,
+            facts={"lowres": {"scale": 2, "f": 2}},
+            side=32,
+        ),
+    }
 
 
 @contextmanager
@@ -75,7 +83,8 @@ def decoded_latents(pipe):
     seen, handle = [], None
     if hasattr(getattr(pipe, "vqvae", None), "quantize"):
         handle = pipe.vqvae.quantize.register_forward_hook(
-            lambda module, args, out: seen.append((args[0], out[2][2].reshape(args[0][:, 0].shape))))
+            lambda module, args, out: seen.append((args[0], out[2][2].reshape(args[0][:, 0].shape)))
+        )
     yield seen
     if handle:
         handle.remove()
@@ -95,8 +104,19 @@ def same_codes(bundle, z: torch.Tensor, theirs: tuple[torch.Tensor, torch.Tensor
     return stage.decode(stage.codes(codes), quantize=False)
 
 
-STOCK = ["uncond-vq", "uncond-vq-shifted", "uncond-kl-channelwise", "uncond-film", "uncond-no-middle",
-         "uncond-v-cosine", "text-f8", "text-f2", "text-levels", "superres", "pixels"]  # fmt: skip
+STOCK = [
+    "uncond-vq",
+    "uncond-vq-shifted",
+    "uncond-kl-channelwise",
+    "uncond-film",
+    "uncond-no-middle",
+    "uncond-v-cosine",
+    "text-f8",
+    "text-f2",
+    "text-levels",
+    "superres",
+    "pixels",
+]
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -213,10 +233,14 @@ def test_the_demos_kind_of_model_is_drawn_by_diffusers(tmp_path):
     """As `make demo` trains it: fast KL autoencoder of f = 4, text with a pooled vector, flow, dpm++, guidance."""
     words = ["a red circle", "a blue square on white"]
     bundle = text_model(
-        tmp_path, 16, stage=small_stage(family="fast", f=4, channel_mult=(1, 2)), scale=UNEVEN,
-        diffusion={"prediction": "flow", "position": "learned", "scale_shift": True}, condition={"text_pooled": True},
+        tmp_path,
+        16,
+        stage=small_stage(family="fast", f=4, channel_mult=(1, 2)),
+        scale=UNEVEN,
+        diffusion={"prediction": "flow", "position": "learned", "scale_shift": True},
+        condition={"text_pooled": True},
         sample={"sampler": "dpm++", "spacing": "", "guidance": 2.0},
-    )  # fmt: skip
+    )
     check_custom(bundle, {"text": words}, {"prompt": words}, tmp_path / "out", steps=8)
     assert isinstance(bundle.config.sample.guidance, float)
 
@@ -236,7 +260,7 @@ SCHEDULES = [
     ("DPMSolverMultistepScheduler", dict(**LEADING)),
     ("DPMSolverMultistepScheduler", dict(timestep_spacing="trailing", prediction_type="sample")),
     ("DPMSolverMultistepScheduler", dict(final_sigmas_type="sigma_min", **LEADING)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10, 20, 50])
@@ -246,8 +270,7 @@ def test_samplers_end_where_the_schedulers_do(kind, settings, steps, tmp_path):
     theirs = getattr(real, kind)(**SCALED, **settings)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "scheduler_config.json"
-    process, sample, notes = schedulers.read_scheduler(path, read_config(path), DiffusionSettings(),
-                                                       SampleSettings())
+    process, sample, notes = schedulers.read_scheduler(path, read_config(path), DiffusionSettings(), SampleSettings())
     schedule = make_schedule(process)
     way = levels(schedule, steps, sample.spacing)
     z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
