@@ -3,11 +3,11 @@
 __version__ = "0.1.0"
 
 _LAZY = {
-    "load": "ldmcli.drivers.load",
-    "evaluate": "ldmcli.drivers.evaluate",
-    "metrics_from_features": "ldmcli.maths.statistics",
-    "frechet": "ldmcli.maths.statistics",
-    "image_metrics": "ldmcli.maths.statistics",
+    "load": "ldmcli.sampling.load",
+    "evaluate": "ldmcli.evaluation.evaluate",
+    "metrics_from_features": "ldmcli.maths.metrics",
+    "frechet": "ldmcli.maths.metrics",
+    "image_metrics": "ldmcli.maths.metrics",
 }
 __all__ = ["__version__", *_LAZY]
 

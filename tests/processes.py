@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "accelerate", "ldmcli.cli.train", "ldmcli.drivers.train"])
+_SERVER.set_forkserver_preload(["torch", "accelerate", "ldmcli.cli.train", "ldmcli.training.loop"])
 
 
 _started: list = []

@@ -9,9 +9,9 @@ import tiny
 from PIL import Image
 
 import ldmcli
+from ldmcli.conditions.parse import hole_in, transparent_hole
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.data.decode import decode_alpha
-from ldmcli.drivers.told import hole_in, transparent_hole
 
 FAST = ("--steps", 2, "--json")
 SIZE = (24, 28)  # height, width

@@ -50,7 +50,7 @@ def trained(monkeypatch, tmp_path):
         )
         return {"kind": kind, "state": "finished"}
 
-    stand_in(monkeypatch, "ldmcli.drivers.train", train=train, Options=types.SimpleNamespace)
+    stand_in(monkeypatch, "ldmcli.training.loop", train=train, Options=types.SimpleNamespace)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -198,8 +198,8 @@ def test_no_name_is_declared_twice_in_a_command(name):
 
 
 def test_words_an_option_takes_are_those_the_library_knows():
-    from ldmcli.maths.samplers import SAMPLERS
-    from ldmcli.maths.schedule import SPACINGS
+    from ldmcli.diffusion.samplers import SAMPLERS
+    from ldmcli.diffusion.schedule import SPACINGS
 
     assert opt.info_of(opt.Sampler).choices == tuple(SAMPLERS)
     assert opt.info_of(opt.Spacing).choices == tuple(SPACINGS)
@@ -370,7 +370,7 @@ def sampled(monkeypatch, tmp_path):
         calls.append((model, request, out, more))
         return {"out": str(out)}
 
-    stand_in(monkeypatch, "ldmcli.drivers.generate", sample_to_folder=sample_to_folder)
+    stand_in(monkeypatch, "ldmcli.sampling.commands", sample_to_folder=sample_to_folder)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -472,7 +472,7 @@ RESULT = {
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("ldmcli.drivers.evaluate.evaluate", lambda **given: calls.append(given) or dict(RESULT))
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.evaluate", lambda **given: calls.append(given) or dict(RESULT))
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -561,7 +561,7 @@ def test_a_reference_of_statistics_is_handed_on_as_it_is(ldm, measured):
 
 
 def test_eval_fid_names_only_parameters_that_the_library_has(ldm, measured):
-    import ldmcli.drivers.evaluate as module
+    import ldmcli.evaluation.evaluate as module
 
     ldm(
         "eval-fid",
@@ -607,7 +607,7 @@ def test_reconstruct_needs_images_that_exist(ldm):
 
 def test_reconstruct_prints_a_table_of_psnr(ldm, monkeypatch, tmp_path):
     rows = [{"image": "a.png", "psnr": 31.234}]
-    stand_in(monkeypatch, "ldmcli.drivers.generate", reconstruct_to_folder=lambda *args, **more: {"images": rows})
+    stand_in(monkeypatch, "ldmcli.sampling.commands", reconstruct_to_folder=lambda *args, **more: {"images": rows})
     (tmp_path / "a.png").touch()
     assert re.search(r"^a\.png +31\.23$", ldm("reconstruct", tmp_path / "a.png").stdout, re.MULTILINE)
 
@@ -616,7 +616,7 @@ def test_data_takes_its_set_as_an_argument(ldm, monkeypatch, tmp_path):
     calls = []
     stand_in(
         monkeypatch,
-        "ldmcli.products.inspect",
+        "ldmcli.reports.dataset_report",
         inspect=lambda settings, out: calls.append((settings, out)) or {"rows": 3},
         inspect_text=lambda facts, width: f"{facts['rows']} rows",
     )
@@ -630,9 +630,7 @@ def test_data_takes_its_set_as_an_argument(ldm, monkeypatch, tmp_path):
 
 def test_demo_hands_data_and_minutes_on(ldm, monkeypatch, tmp_path):
     calls = []
-    stand_in(
-        monkeypatch, "ldmcli.products.demo", demo=lambda data, **more: calls.append((data, more)) or {"minutes": 2}
-    )
+    stand_in(monkeypatch, "ldmcli.reports.demo", demo=lambda data, **more: calls.append((data, more)) or {"minutes": 2})
     monkeypatch.chdir(tmp_path)
     assert json.loads(ldm("demo", "--data", "photos", "--minutes", 2, "--json").stdout) == {"minutes": 2}
     assert calls[0][0].source == "photos"

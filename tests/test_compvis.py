@@ -13,13 +13,13 @@ from tiny import ldm, same, state, weights
 
 import ldmcli
 from ldmcli.core.errors import ModelError
+from ldmcli.core.presets import MODELS
 from ldmcli.core.settings import FILLS, DiffusionSettings
 from ldmcli.formats import compvis, compvis_config, compvis_shapes
 from ldmcli.formats.compvis_write import KEPT, folded
-from ldmcli.formats.detect import Reading
+from ldmcli.formats.open_model import Reading
 from ldmcli.networks.autoencoder import Autoencoder, split_moments
-from ldmcli.networks.diffusion import DiffusionModel, LatentScale
-from ldmcli.networks.presets import MODELS
+from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 
 # config.yaml of the published models, in short: unet, first stage, conditioner, betas, and the heads of the last level
 VQ4 = ("vq", 3, 3, 8192, [1, 2, 4], [], "vanilla")
@@ -502,14 +502,14 @@ def test_folding_a_scale_changes_nothing_but_the_place(reg):
 
 
 def test_a_scale_a_channel_goes_there_and_back(tmp_path):
-    from ldmcli.formats import run
+    from ldmcli.formats import run_folder
 
     assert ldm("convert", shared("golden", "kl_f4_attn", "model.safetensors"), tmp_path / "ae").code == 0
     assert ldm("convert", shared("golden", "unet_uncond", "model.safetensors"), tmp_path / "ldm").code == 0
-    bundle, stage = run.read(tmp_path / "ldm"), run.read(tmp_path / "ae")
+    bundle, stage = run_folder.read(tmp_path / "ldm"), run_folder.read(tmp_path / "ae")
     scale = LatentScale((0.1, -0.2, 0.3), (0.7, 1.1, 2.3))
     settings: DiffusionSettings = replace(bundle.config.diffusion, latent_scale="per_channel")
-    run.write(
+    run_folder.write(
         replace(bundle, autoencoder=stage, scale=scale, config=replace(bundle.config, diffusion=settings)),
         tmp_path / "a",
     )
@@ -518,7 +518,7 @@ def test_a_scale_a_channel_goes_there_and_back(tmp_path):
     assert len([name for name in held if name.startswith(KEPT)]) == 4
     assert ldm("convert", tmp_path / "x.safetensors", tmp_path / "b").code == 0
     assert same(weights(tmp_path / "a" / "autoencoder"), weights(tmp_path / "b" / "autoencoder"))
-    assert run.read(tmp_path / "b").scale == scale
+    assert run_folder.read(tmp_path / "b").scale == scale
     # without our own entries it is what the original would see: latents that need no scale
     theirs = {name: tensor for name, tensor in held.items() if not name.startswith(KEPT)}
     save_file(theirs, tmp_path / "y.safetensors")
@@ -532,15 +532,17 @@ def test_a_scale_a_channel_goes_there_and_back(tmp_path):
 
 @pytest.mark.parametrize("fill", FILLS)
 def test_what_is_seen_in_holes_goes_there_and_back(tmp_path, fill):
-    from ldmcli.formats import run
+    from ldmcli.formats import run_folder
 
     assert ldm("convert", shared("golden", "unet_concat_inpaint", "model.safetensors"), tmp_path / "ldm").code == 0
-    bundle = run.read(tmp_path / "ldm")
+    bundle = run_folder.read(tmp_path / "ldm")
     config = replace(bundle.config, task=replace(bundle.config.task, fill=fill))
-    run.write(replace(bundle, config=config, facts={"masked": bundle.facts["masked"] | {"fill": fill}}), tmp_path / "a")
+    run_folder.write(
+        replace(bundle, config=config, facts={"masked": bundle.facts["masked"] | {"fill": fill}}), tmp_path / "a"
+    )
     assert ldm("convert", tmp_path / "a", tmp_path / "x.safetensors", "--to", "compvis").code == 0
     assert ldm("convert", tmp_path / "x.safetensors", tmp_path / "b").code == 0
-    back = run.read(tmp_path / "b")
+    back = run_folder.read(tmp_path / "b")
     assert back.config.task.fill == back.facts["masked"]["fill"] == fill
 
 
@@ -554,11 +556,11 @@ def test_runs_that_the_original_cannot_hold_are_refused(tmp_path):
 
 def test_planes_that_the_original_does_not_know_are_refused_by_name(tmp_path):
     from ldmcli.core.settings import ConditionSettings, TaskSettings
-    from ldmcli.formats import run
+    from ldmcli.formats import run_folder
     from ldmcli.formats.compvis_write import why_not
 
     assert ldm("convert", shared("golden", "unet_uncond", "model.safetensors"), tmp_path / "ldm").code == 0
-    bundle = run.read(tmp_path / "ldm")
+    bundle = run_folder.read(tmp_path / "ldm")
     paper = ConditionSettings(kinds=("layout",), text_pooled=False)
     told = {
         "lowres": (replace(bundle.config, task=TaskSettings(name="sr")), {"scale": 4, "f": 4, "latent": 3}),

@@ -10,12 +10,12 @@ from golden_cases import golden, relative
 
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
-from ldmcli.maths.filling import continued, spread_over
-from ldmcli.maths.patches import patched
-from ldmcli.networks.conditions import ASKED, CONDITIONS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
-from ldmcli.networks.diffusion import DiffusionModel
+from ldmcli.maths.patchmatch import patched
+from ldmcli.maths.smooth_inpainting import continued, spread_over
+from ldmcli.networks.conditioners import ASKED, CONDITIONS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
+from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.layout import LayoutCondition
-from ldmcli.networks.planes import LowresCondition, MapCondition, MaskedCondition, masked_planes
+from ldmcli.networks.spatial_conditioners import LowresCondition, MapCondition, MaskedCondition, masked_planes
 
 SMALL = ConditionSettings(context_dim=16, text_heads=2, text_head_channels=8)
 FACTS = {
@@ -426,7 +426,7 @@ def bert_words(path):
 
 @pytest.mark.parametrize("form", ["file", "folder", "folder with its class"])
 def test_a_vocabulary_of_words_alone_is_read_as_berts(form, tmp_path):
-    from ldmcli.networks.conditions import load_tokenizer
+    from ldmcli.networks.conditioners import load_tokenizer
 
     file = bert_words(tmp_path / "vocab.txt")
     if form == "folder with its class":

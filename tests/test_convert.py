@@ -13,9 +13,9 @@ from test_compvis import MODULES, target
 from tiny import ldm, same, state, weights
 
 import ldmcli
-from ldmcli.formats import compvis_config, run
+from ldmcli.formats import compvis_config, run_folder
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.diffusion import DiffusionModel
+from ldmcli.networks.latent_diffusion import DiffusionModel
 
 STAGE = target(
     "ldm.models.autoencoder.AutoencoderKL",
@@ -208,7 +208,7 @@ def test_training_in_the_latents_of_a_checkpoint(tmp_path):
 
     path = random_checkpoint(tmp_path / "theirs", "unconditional")
     train_ldm(tmp_path / "run", path, "--size", "16x16", steps=1)
-    inner = run.read(tmp_path / "run").autoencoder
+    inner = run_folder.read(tmp_path / "run").autoencoder
     assert same(inner.tensors, ldmcli.load(path).autoencoder.network.state_dict())
 
 

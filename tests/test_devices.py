@@ -19,6 +19,7 @@ from test_perceptual import recorded_trunk
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldmcli.core import config as configuration
+from ldmcli.core.presets import PRESETS
 from ldmcli.core.settings import (
     AutoencoderConfig,
     AutoencoderSettings,
@@ -29,23 +30,26 @@ from ldmcli.core.settings import (
     SampleSettings,
     TaskSettings,
 )
-from ldmcli.drivers import cost, edit, features, guiders, load, loaded, tiling
-from ldmcli.drivers.arrays import to_uint8
-from ldmcli.drivers.context import Context
-from ldmcli.drivers.loaded import LoadedAutoencoder, LoadedDiffusion, pixel_autoencoder
-from ldmcli.drivers.objective_ae import AutoencoderObjective
-from ldmcli.drivers.objective_ldm import DiffusionObjective
-from ldmcli.drivers.sampling import Known, Steering, draw_latents
+from ldmcli.data.arrays import to_uint8
+from ldmcli.diffusion import gradient_guidance
+from ldmcli.diffusion.sample import Known, Steering, draw_latents
+from ldmcli.diffusion.samplers import SAMPLERS
+from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.evaluation import features
 from ldmcli.maths import rng
-from ldmcli.maths.samplers import SAMPLERS
-from ldmcli.maths.schedule import make_schedule
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.conditions import ASKED, CONDITIONS, load_tokenizer, train_vocabulary
-from ldmcli.networks.diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.conditioners import ASKED, CONDITIONS, load_tokenizer, train_vocabulary
 from ldmcli.networks.discriminator import PatchDiscriminator
+from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 from ldmcli.networks.perceptual import PerceptualNet, read_heads
-from ldmcli.networks.presets import PRESETS
-from ldmcli.products import plan as planning
+from ldmcli.reports import cost_estimate as planning
+from ldmcli.sampling import editing, load, memory
+from ldmcli.sampling import model as model_module
+from ldmcli.sampling.model import LoadedAutoencoder, LoadedDiffusion, pixel_autoencoder
+from ldmcli.training import cost
+from ldmcli.training.autoencoder import AutoencoderObjective
+from ldmcli.training.diffusion import DiffusionObjective
+from ldmcli.training.distributed import Context
 
 CPU = torch.device("cpu")
 SIDE, F = 16, 4
@@ -88,7 +92,7 @@ TASKS = {
 def pretended():
     """The pretended device, where whatever asks for one finds it."""
     with pytest.MonkeyPatch.context() as patch, pretend.device("mps") as device:
-        for module in (loaded, load, planning):
+        for module in (model_module, load, planning):
             patch.setattr(module, "default_device", lambda: device)
         begin = Context.__init__
 
@@ -309,9 +313,9 @@ def use_of(model: LoadedDiffusion, kinds) -> np.ndarray:
     told = {kind: VALUES[kind] for kind in kinds}
     match model.config.task.name:
         case "sr":
-            return edit.upscale_images(model, PIXELS[:, ::2, ::2], told=told, steps=1)
+            return editing.upscale_images(model, PIXELS[:, ::2, ::2], told=told, steps=1)
         case "inpaint":
-            return edit.inpaint_images(model, PIXELS, HOLES, told=told, steps=1)
+            return editing.inpaint_images(model, PIXELS, HOLES, told=told, steps=1)
     drawn = model.latents_for([0, 1], told, steps=1)
     return to_uint8(model.autoencoder.decode(drawn))
 
@@ -361,15 +365,17 @@ def steered(name: str, model: LoadedDiffusion, device: torch.device) -> Steering
     keep = torch.zeros(1, 1, 4, 4, device=device)
     keep[..., :2] = 1
     known = Known(torch.ones(2, 3, 4, 4, device=device), keep)
-    decode = guiders.latent_decoder(model.autoencoder)
+    decode = gradient_guidance.latent_decoder(model.autoencoder)
     return {
         "plain": None,
         "known": Steering(known),
         "known twice": Steering(replace(known, resample=2)),
         "tiles": Steering(tile=2),
-        "picture": Steering(wrap=lambda d: guiders.image_guide(d, decode, low)),
-        "picture, plain": Steering(wrap=lambda d: guiders.image_guide(d, decode, low, 0.1, plain=True)),
-        "classifier": Steering(wrap=lambda d: guiders.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))),
+        "picture": Steering(wrap=lambda d: gradient_guidance.image_guide(d, decode, low)),
+        "picture, plain": Steering(wrap=lambda d: gradient_guidance.image_guide(d, decode, low, 0.1, plain=True)),
+        "classifier": Steering(
+            wrap=lambda d: gradient_guidance.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))
+        ),
     }[name]
 
 
@@ -410,13 +416,13 @@ def test_first_stages_encode_and_decode_whole_and_in_tiles(stage):
     for place in (contextlib.nullcontext, pretended):
         with place() as device:
             ae.network.to(device or CPU)
-            z = tiling.encode(ae, PIXELS, 2, max_memory=1e-9)
+            z = memory.encode(ae, PIXELS, 2, max_memory=1e-9)
             parts = [
                 ae.encode(PIXELS),
                 ae.encode(PIXELS, sample=torch.Generator().manual_seed(0)),
                 z,
                 ae.decode(z),
-                tiling.decode(ae, z, 2, max_memory=1e-9),
+                memory.decode(ae, z, 2, max_memory=1e-9),
             ]
             results.append([part.cpu() for part in parts])
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -452,7 +458,7 @@ def test_first_step_of_every_first_stage(name):
     """Both phases of a small network of each preset; bounds on memory are found for it, too."""
     settings = resolved(name, **SMALL).config.autoencoder
     side = 4 * settings.f
-    assert tiling.peak_bytes(Autoencoder(settings), (1, settings.in_channels, side, side)) > 0
+    assert memory.peak_bytes(Autoencoder(settings), (1, settings.in_channels, side, side)) > 0
     with pretended() as device:
         losses_of_ae(settings, device, side)
 

@@ -14,9 +14,9 @@ from tiny import ADAM, ldm, noisy_images, pictures, train_ae, train_ldm
 
 import ldmcli
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.drivers.edit import inpaint_images, trained_size, unit_of, upscale_images
-from ldmcli.maths.pasting import filled, fitted, pasted, toned, windows
-from ldmcli.maths.patches import patched
+from ldmcli.maths.compositing import filled, fitted, pasted, toned, windows
+from ldmcli.maths.patchmatch import patched
+from ldmcli.sampling.editing import inpaint_images, trained_size, unit_of, upscale_images
 
 FAST = ("--steps", 3, "--sampler", "ddim")
 
@@ -223,7 +223,7 @@ def test_what_the_first_stage_loses_of_patches_is_put_back(patches, monkeypatch)
     told = patched(part, torch.from_numpy(hole[rows, columns])).round().clamp(0, 255).byte()
     wanted[rows, columns] = told.permute(1, 2, 0).numpy()
     monkeypatch.setattr(
-        "ldmcli.drivers.edit.draw_latents",
+        "ldmcli.sampling.editing.draw_latents",
         lambda *a, inputs, **k: model.autoencoder.encode(inputs["masked.image"].permute(0, 2, 3, 1).numpy()),
     )
     assert np.array_equal(inpaint_images(model, image[None], hole[None], blend=0)[0], wanted)
@@ -534,12 +534,12 @@ def test_guided_samples_are_measured_beside_unguided_ones(request, which, sr):
 
 def test_samples_too_large_for_memory_are_drawn_in_tiles(plain, tmp_path, monkeypatch):
     """The bound is lowered instead of the picture made large."""
-    from ldmcli.drivers import generate, tiling
+    from ldmcli.sampling import commands, memory
 
     asked = []
-    monkeypatch.setattr(generate, "MAX_MEMORY", 0.002)
-    decode = tiling.decode
-    monkeypatch.setattr(tiling, "decode", lambda ae, z, tile=0: asked.append((z.shape, tile)) or decode(ae, z, tile))
+    monkeypatch.setattr(commands, "MAX_MEMORY", 0.002)
+    decode = memory.decode
+    monkeypatch.setattr(memory, "decode", lambda ae, z, tile=0: asked.append((z.shape, tile)) or decode(ae, z, tile))
     ending = ldm("sample", "--model", plain, "-n", 2, *FAST, "--size", "120x200", "--out", tmp_path / "out")
     assert ending.code == 0, ending.stderr
     assert [one.shape for one in pictures(tmp_path / "out")] == [(120, 200, 3)] * 2

@@ -11,12 +11,12 @@ from PIL import Image
 
 import ldmcli
 from ldmcli.core.errors import UsageError
-from ldmcli.core.requests import EditRequest
-from ldmcli.drivers import edit
-from ldmcli.drivers.edit import inpaint_images, trained_size, unit_of, upscale_images
-from ldmcli.drivers.edit_files import paired
-from ldmcli.maths.pasting import windows
+from ldmcli.maths.compositing import windows
 from ldmcli.maths.tiles import reframed
+from ldmcli.sampling import editing
+from ldmcli.sampling.edit_commands import paired
+from ldmcli.sampling.editing import inpaint_images, trained_size, unit_of, upscale_images
+from ldmcli.sampling.request import EditRequest
 
 KINDS = "class+text+layout+map"
 FAST = ("--steps", 1)
@@ -38,13 +38,13 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def seen(monkeypatch):
     """The prepared inputs of each draw, and the size of its latents."""
-    found, draw = [], edit.draw_latents
+    found, draw = [], editing.draw_latents
 
     def recorded(*arguments, inputs, shape, **how):
         found.append({**inputs, "shape": shape})
         return draw(*arguments, inputs=inputs, shape=shape, **how)
 
-    monkeypatch.setattr(edit, "draw_latents", recorded)
+    monkeypatch.setattr(editing, "draw_latents", recorded)
     return found
 
 
@@ -133,11 +133,11 @@ def test_large_pictures_in_tiles_are_told_everything(runs):
 
 
 def test_samples_of_any_size_are_told_their_layout_in_the_middle(runs, tmp_path, monkeypatch):
-    from ldmcli.drivers import loaded
+    from ldmcli.sampling import model as model_module
 
-    found, draw = [], loaded.draw_latents
+    found, draw = [], model_module.draw_latents
     monkeypatch.setattr(
-        loaded, "draw_latents", lambda *a, inputs, **k: found.append(inputs) or draw(*a, inputs=inputs, **k)
+        model_module, "draw_latents", lambda *a, inputs, **k: found.append(inputs) or draw(*a, inputs=inputs, **k)
     )
     tiny.train_ldm(tmp_path / "layout", runs / "ae", "--condition", "layout", steps=1)
     model = ldmcli.load(tmp_path / "layout")

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
 from ldmcli.core.settings import DataSettings, SampleSettings
-from ldmcli.drivers import evaluate as module
-from ldmcli.drivers import features
-from ldmcli.drivers.comparison import compare, lookup
-from ldmcli.drivers.evaluate import evaluate, reconstruction_metrics
-from ldmcli.drivers.image_sources import spread
-from ldmcli.drivers.reference import write_statistics
-from ldmcli.maths.statistics import frechet_from_features
+from ldmcli.evaluation import evaluate as module
+from ldmcli.evaluation import features
+from ldmcli.evaluation.compare import compare, lookup
+from ldmcli.evaluation.evaluate import evaluate, reconstruction_metrics
+from ldmcli.evaluation.image_streams import spread
+from ldmcli.evaluation.reference_statistics import write_statistics
+from ldmcli.maths.metrics import frechet_from_features
 
 
 class TinyNet(torch.nn.Module):
@@ -103,7 +103,7 @@ class Rows:
 def rows(monkeypatch):
     found = Rows(pictures(12, seed=9))
     monkeypatch.setattr(
-        "ldmcli.drivers.evaluate.open_reference", lambda settings, split: (replace(found, split=split), 0)
+        "ldmcli.evaluation.evaluate.open_reference", lambda settings, split: (replace(found, split=split), 0)
     )
     return found
 

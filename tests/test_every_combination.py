@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import ldmcli
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.sources import open_rows
-from ldmcli.drivers import evaluate, features
+from ldmcli.evaluation import evaluate, features
 
 SIZE, ROWS = 16, 6
 CONDITIONS = ("none", "class", "text", "layout", "map", "text+map", "class+layout")

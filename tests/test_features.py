@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.drivers import features
-from ldmcli.drivers.features import FEATURES, NETWORKS, Extractor, default_features, extract, open_extractor
+from ldmcli.evaluation import features
+from ldmcli.evaluation.features import FEATURES, NETWORKS, Extractor, default_features, extract, open_extractor
 from ldmcli.networks import feature_nets as nets
 
 

@@ -13,8 +13,8 @@ from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.pictures import find, image_files
 from ldmcli.data.sources import open_rows, usable
-from ldmcli.drivers.image_sources import image_files as measured_files
-from ldmcli.products.inspect import inspect, inspect_text
+from ldmcli.evaluation.image_streams import image_files as measured_files
+from ldmcli.reports.dataset_report import inspect, inspect_text
 
 SIZE = (8, 8)
 
@@ -534,7 +534,7 @@ def test_img2dataset_folders_have_captions_and_no_classes(tmp_path):
 def test_a_parquet_file_of_paths_names_pictures_relative_to_it(tmp_path, streaming):
     import datasets
 
-    from ldmcli.data.streams import stream
+    from ldmcli.data.streaming import stream
 
     make(tmp_path, "img/a.png", "img/b.png", "img/c.png")
     table = {"image_path": [f"img/{x}.png" for x in "abc"], "caption": ["A", "B", "C"]}

@@ -11,8 +11,8 @@ from tiny import ldm, state
 
 import ldmcli
 from ldmcli.core.settings import DiffusionSettings
-from ldmcli.drivers.sampling import Known, known_region
-from ldmcli.maths.schedule import levels
+from ldmcli.diffusion.sample import Known, known_region
+from ldmcli.diffusion.schedule import levels
 
 FORWARD, QUANTISED, TRAJECTORY = 5e-6, 2e-5, 1e-4
 CASES = (
@@ -113,8 +113,8 @@ def test_known_region(models):
 
 @pytest.mark.parametrize("t", (0, 1, 500, 999))
 def test_one_ancestral_step(models, t):
-    from ldmcli.maths.samplers import ddpm
-    from ldmcli.maths.schedule import Levels, levels_at, to_x0_eps
+    from ldmcli.diffusion.samplers import ddpm
+    from ldmcli.diffusion.schedule import Levels, levels_at, to_x0_eps
 
     model, io = models("unet_uncond", "direct"), recorded("unet_uncond")
     alphas, sigmas = levels_at(model.schedule, torch.tensor([float(t), float(max(t - 1, 0))], dtype=torch.float64))
@@ -176,7 +176,7 @@ def test_inpainting(models, way):
     assert relative(model.predict(io["x"], io["t"], concat=io["c_concat"]), io["eps"]) < FORWARD
     got = model.sample_latents(io["ddim.x_T"], concat=io["c_concat"], steps=10)
     assert relative(got, io["ddim.samples"]) < TRAJECTORY
-    from ldmcli.networks.planes import masked_planes
+    from ldmcli.networks.spatial_conditioners import masked_planes
 
     planes = masked_planes(io["masked_latent"], io["mask_pixels"][:, 0] > 0)
     assert torch.equal(planes, io["c_concat"])

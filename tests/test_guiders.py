@@ -5,13 +5,13 @@ import torch
 from golden_cases import clear_of_ties
 
 from ldmcli.core.settings import AutoencoderSettings, ConditionSettings, DiffusionSettings, SampleSettings
-from ldmcli.drivers.guiders import classifier_guide, downsampled, image_guide, latent_decoder, squared
-from ldmcli.drivers.loaded import LoadedAutoencoder
-from ldmcli.drivers.sampling import Guidance, Steering, denoiser, draw_latents
-from ldmcli.maths.samplers import SAMPLERS
-from ldmcli.maths.schedule import levels, make_schedule
+from ldmcli.diffusion.gradient_guidance import classifier_guide, downsampled, image_guide, latent_decoder, squared
+from ldmcli.diffusion.sample import Guidance, Steering, denoiser, draw_latents
+from ldmcli.diffusion.samplers import SAMPLERS
+from ldmcli.diffusion.schedule import levels, make_schedule
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.sampling.model import LoadedAutoencoder
 
 SCHEDULE = make_schedule(DiffusionSettings(prediction="eps"))
 ALPHA, SIGMA = 0.6, 0.8

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ldmcli.cli import COMMANDS
 from ldmcli.cli.helptext import EXAMPLES, example_line
-from ldmcli.drivers import features
+from ldmcli.evaluation import features
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALL = {
@@ -53,8 +53,8 @@ def here(tmp_path_factory):
         patch.chdir(folder)
         for name, value in (environment(SMALL) | {"LDM_CACHE": str(folder / "cache")}).items():
             patch.setenv(name, value)
-        patch.setattr("ldmcli.products.demo._resolved", small_resolved)
-        patch.setattr("ldmcli.products.demo.HELD_OUT", 6)
+        patch.setattr("ldmcli.reports.demo._resolved", small_resolved)
+        patch.setattr("ldmcli.reports.demo.HELD_OUT", 6)
         patch.setitem(features.NETWORKS, "effnet-lite0", replace(features.NETWORKS["effnet-lite0"], size=32))
         features._cached.cache_clear()  # an extractor of 224 px that another test has opened
         yield folder

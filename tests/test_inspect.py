@@ -9,7 +9,7 @@ from PIL import Image
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import EXTENSIONS
-from ldmcli.products.inspect import inspect, inspect_text
+from ldmcli.reports.dataset_report import inspect, inspect_text
 
 
 def picture(path, value=0, size=(8, 8)):

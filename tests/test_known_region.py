@@ -7,10 +7,10 @@ from test_unet import loaded as recorded_unet
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings, SampleSettings
-from ldmcli.drivers.sampling import Guidance, Known, Steering, denoiser, draw_latents, guided_kinds, known_region
-from ldmcli.maths.samplers import SAMPLERS, ddim, resampled
-from ldmcli.maths.schedule import levels, make_schedule, to_x0_eps
-from ldmcli.networks.diffusion import DiffusionModel
+from ldmcli.diffusion.sample import Guidance, Known, Steering, denoiser, draw_latents, guided_kinds, known_region
+from ldmcli.diffusion.samplers import SAMPLERS, ddim, resampled
+from ldmcli.diffusion.schedule import levels, make_schedule, to_x0_eps
+from ldmcli.networks.latent_diffusion import DiffusionModel
 
 EXACT = 5e-6
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tiny import ADAM, checkpoint, ldm, noisy_images, same, train_ae, train_ldm
 
-from ldmcli.drivers.objective_ldm import DiffusionObjective
+from ldmcli.training.diffusion import DiffusionObjective
 
 
 @pytest.fixture(scope="module")

@@ -43,9 +43,9 @@ def train(kind, resolved, out, options):
     if request.stop:
         raise Interrupted("stopped, saved at step 3", request.stop)
 
-module = types.ModuleType("ldmcli.drivers.train")
+module = types.ModuleType("ldmcli.training.loop")
 module.train, module.Options = train, types.SimpleNamespace
-sys.modules["ldmcli.drivers.train"] = module
+sys.modules["ldmcli.training.loop"] = module
 """
 
 

@@ -7,13 +7,13 @@ import pytest
 import tiny
 from PIL import Image
 
+from ldmcli.conditions.dataset import ConditionSource
 from ldmcli.core import config
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.sources import open_rows
-from ldmcli.drivers.condition_data import ConditionSource
-from ldmcli.drivers.objective_ae import views
 from ldmcli.networks.layout import LayoutCondition
+from ldmcli.training.autoencoder import views
 
 BOXES = [[[8, 6, 40, 30], [40, 30, 40, 30]], [[0, 0, 80, 60]], [[10, 10, 2, 2], [20, 20, 20, 20], [0, 0, 8, 6]]]
 

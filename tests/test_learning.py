@@ -12,10 +12,10 @@ from processes import ranks
 from tiny import ADAM, QUIET_LOOP, SHAPES, checkpoint, ldm, log, pictures, same, state, train_ae, train_ldm, weights
 
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.drivers import optim
-from ldmcli.drivers.context import autocast_dtype
-from ldmcli.drivers.objective_ldm import DiffusionObjective
-from ldmcli.networks.conditions import ASKED
+from ldmcli.networks.conditioners import ASKED
+from ldmcli.training import optimizer
+from ldmcli.training.diffusion import DiffusionObjective
+from ldmcli.training.distributed import autocast_dtype
 
 NO_RECONSTRUCTION = ("--set", "loss.l1=0", "--set", "loss.l2=0", "--set", "loss.edge=0", "--set", "loss.kl_weight=0")
 DISCRIMINATOR = (
@@ -132,11 +132,11 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(ae, tmp_path
 
 def test_a_discriminator_update_that_is_refused_does_not_hold_back_the_average(tmp_path, monkeypatch):
     """Row 11, 15: the average follows each applied update of the autoencoder, whatever becomes of the discriminator."""
-    from ldmcli.drivers import objective_ae
+    from ldmcli.training import autoencoder
 
     more = (*DISCRIMINATOR, "--set", "loss.disc_start=1")
     spoiled = lambda real, made, kind: (real.mean() + made.mean()) * float("nan")  # noqa: E731
-    monkeypatch.setattr(objective_ae, "discriminator_loss", spoiled)
+    monkeypatch.setattr(autoencoder, "discriminator_loss", spoiled)
     train_ae(tmp_path / "spoiled", *more, steps=3)
     count = json.loads(next((tmp_path / "spoiled" / "checkpoints").glob("*/state.json")).read_text())["ema_count"]
     assert count == 3
@@ -373,10 +373,10 @@ def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path):
 def test_bfloat16_is_taken_where_a_product_takes_less_time(monkeypatch, half, pays):
     """Row 15: `auto` on a CPU goes by what a product takes, and by the instruction that it needs."""
     seconds = {torch.bfloat16: half, torch.float32: 2.0}
-    monkeypatch.setattr(optim, "_product_seconds", seconds.get)
-    optim.bf16_is_fast.cache_clear()
+    monkeypatch.setattr(optimizer, "_product_seconds", seconds.get)
+    optimizer.bf16_is_fast.cache_clear()
     found = autocast_dtype("auto", torch.device("cpu"))
-    optim.bf16_is_fast.cache_clear()
+    optimizer.bf16_is_fast.cache_clear()
     assert found is (torch.bfloat16 if pays and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None)
 
 
@@ -468,7 +468,7 @@ def test_latents_as_trained_on_have_unit_spread_whatever_the_first_stage_gives(a
     tensors = weights(loud)
     from ldmcli.core import files
     from ldmcli.core.config import config_hash
-    from ldmcli.formats.run import read_config
+    from ldmcli.formats.run_folder import read_config
 
     for name in tensors:
         if name.startswith("quant_conv"):
@@ -553,7 +553,7 @@ def holds(grid: np.ndarray, picture: np.ndarray) -> bool:
 @pytest.mark.parametrize("kinds", ["none", *ASKED, "+".join(ASKED)])
 def test_every_parameter_of_the_trained_model_gets_a_finite_gradient(ae, tmp_path, monkeypatch, kinds):
     """Each condition of the registry, alone and all together: nothing is left out of training."""
-    from ldmcli.drivers.optim import Updater
+    from ldmcli.training.optimizer import Updater
 
     seen: dict[str, float] = {}
     step = Updater.step
@@ -573,7 +573,7 @@ def test_every_parameter_of_the_trained_model_gets_a_finite_gradient(ae, tmp_pat
 @pytest.mark.parametrize("reg", ["kl", "vq"])
 def test_every_parameter_of_an_autoencoder_gets_a_finite_gradient(tmp_path, monkeypatch, reg):
     """Also with a discriminator beside it."""
-    from ldmcli.drivers.optim import Updater
+    from ldmcli.training.optimizer import Updater
 
     seen: dict[str, float] = {}
     step = Updater.step

@@ -16,7 +16,7 @@ from processes import ranks
 
 from ldmcli.core.errors import ResourceError
 from ldmcli.data.cache import LatentCache
-from ldmcli.networks.conditions import train_vocabulary
+from ldmcli.networks.conditioners import train_vocabulary
 from ldmcli.networks.layout import LayoutCondition
 
 # --- a control group beside that of gradients ------------------------------------------------------------------
@@ -52,8 +52,8 @@ class Slow:
         self.where, self.seconds = where, seconds
 
     def __call__(self) -> None:
-        from ldmcli.drivers.objective_ae import AutoencoderObjective
-        from ldmcli.drivers.train import Training
+        from ldmcli.training.autoencoder import AutoencoderObjective
+        from ldmcli.training.loop import Training
 
         owner, name = {
             "phase": (Training, "_write_weights"),
@@ -294,7 +294,7 @@ class Little:
 
     def __call__(self) -> None:
         from ldmcli.data import rows
-        from ldmcli.drivers.train import Training
+        from ldmcli.training.loop import Training
 
         decoded, hashed = [], []
         decode, sha256, announce, finish = rows.decode, rows.hashlib.sha256, Training._announce, Training._finish
@@ -390,7 +390,7 @@ def test_bad_files_that_other_processes_found_are_left_out_by_all(tmp_path):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_no_pictures_are_kept_where_latents_stand_for_them(cached, tmp_path, monkeypatch):
-    from ldmcli.drivers.train import Training
+    from ldmcli.training.loop import Training
 
     kept, announce = [], Training._announce
 

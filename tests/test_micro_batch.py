@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from ldmcli.drivers import cost
-from ldmcli.drivers.objective_ae import AutoencoderObjective
-from ldmcli.drivers.objective_ldm import DiffusionObjective
+from ldmcli.training import cost
+from ldmcli.training.autoencoder import AutoencoderObjective
+from ldmcli.training.diffusion import DiffusionObjective
 
 STEADY = ("--batch-size", 6, *tiny.ADAM, "--log-every", 1)
 

@@ -15,9 +15,9 @@ from ldmcli.data import shapes
 from ldmcli.data.degradations import degrade
 from ldmcli.data.rows import Room
 from ldmcli.data.sources import open_rows
-from ldmcli.drivers import evaluate as evaluation
-from ldmcli.drivers import obedience as module
-from ldmcli.drivers.obedience import box_iou, layout_scores, map_scores, measure, regions, train_judge
+from ldmcli.evaluation import condition_fidelity as module
+from ldmcli.evaluation import evaluate as evaluation
+from ldmcli.evaluation.condition_fidelity import box_iou, layout_scores, map_scores, measure, regions, train_judge
 
 SIZE = (64, 64)
 
@@ -202,13 +202,13 @@ def answers(monkeypatch):
         calls.append((images, list(ids), settings))
         return np.stack([np.where(hole[..., None], rows.pixels(i, SIZE), 0) for i, hole in zip(ids, masks)])
 
-    monkeypatch.setattr("ldmcli.drivers.edit.upscale_images", upscale)
-    monkeypatch.setattr("ldmcli.drivers.edit.inpaint_images", inpaint)
+    monkeypatch.setattr("ldmcli.sampling.editing.upscale_images", upscale)
+    monkeypatch.setattr("ldmcli.sampling.editing.inpaint_images", inpaint)
     return calls
 
 
 def test_super_resolution_beside_bicubic(answers, monkeypatch):
-    monkeypatch.setattr("ldmcli.drivers.evaluate.spread", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.spread", lambda count, n: list(range(n)))
     result = evaluation.evaluate(model=TaskModel("sr"), metrics=["psnr", "ssim"], n=6, batch_size=4, steps=3)
     values = result["metrics"]
     assert values["psnr"] == float("inf") and values["ssim"] == pytest.approx(1)
@@ -221,8 +221,8 @@ def test_super_resolution_beside_bicubic(answers, monkeypatch):
 
 
 def test_inpainting_pastes_known_pixels_and_states_the_share(answers, monkeypatch):
-    monkeypatch.setattr("ldmcli.drivers.evaluate.spread", lambda count, n: list(range(n)))
-    monkeypatch.setattr("ldmcli.drivers.task_measures.has_biharmonic", lambda: False)
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.spread", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.baselines.has_biharmonic", lambda: False)
     result = evaluation.evaluate(model=TaskModel("inpaint"), metrics=["psnr"], n=5)
     assert result["metrics"]["psnr"] == float("inf")  # black outside of holes, and yet equal: known pixels are pasted
     assert result["baselines"] == ["smooth"] and 10 < result["metrics"]["psnr_smooth"] < 60
@@ -232,7 +232,7 @@ def test_inpainting_pastes_known_pixels_and_states_the_share(answers, monkeypatc
 
 def test_biharmonic_filling_where_it_is_installed(answers, monkeypatch):
     pytest.importorskip("skimage")
-    monkeypatch.setattr("ldmcli.drivers.evaluate.spread", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.spread", lambda count, n: list(range(n)))
     result = evaluation.evaluate(model=TaskModel("inpaint"), metrics=["psnr"], n=3)
     assert 10 < result["metrics"]["psnr_biharmonic"] < 60
 

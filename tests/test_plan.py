@@ -6,12 +6,12 @@ from torch import nn
 
 from ldmcli.core import config, files
 from ldmcli.core.errors import ModelError, UsageError
-from ldmcli.drivers import cost
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.diffusion import DiffusionModel
 from ldmcli.networks.discriminator import PatchDiscriminator
-from ldmcli.products import plan as planning
-from ldmcli.products.plan import plan, plan_text
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.reports import cost_estimate as planning
+from ldmcli.reports.cost_estimate import plan, plan_text
+from ldmcli.training import cost
 
 NOWHERE = {"data.source": "/no/such/folder"}  # would fail if anything opened it
 SMALL = {"diffusion.channels": 16, "diffusion.channel_mult": (1, 2), "diffusion.attention_resolutions": (2,)}
@@ -130,7 +130,7 @@ def test_memory_is_the_sum_of_its_parts_and_follows_the_micro_batch():
 
 
 def test_optimiser_state_is_counted_as_the_optimiser_keeps_it():
-    from ldmcli.drivers.optim import Updater
+    from ldmcli.training.optimizer import Updater
 
     for values in (
         {"train__optimizer": "adamw"},

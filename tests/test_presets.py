@@ -10,10 +10,10 @@ import pytest
 import torch
 from golden_cases import shared
 
+from ldmcli.core.presets import FIRST_STAGES, MODELS, PRESETS, Preset
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig, DiffusionSettings
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.presets import FIRST_STAGES, MODELS, PRESETS, Preset
-from ldmcli.networks.transformer import ClassEmbedder, SpatialRescaler, TextTransformer
+from ldmcli.networks.text_encoder import ClassEmbedder, SpatialRescaler, TextTransformer
 from ldmcli.networks.unet import UNet
 
 CONFIGS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
@@ -216,5 +216,5 @@ def test_every_first_stage_of_the_papers_table_8_is_there():
 
 
 def test_reading_presets_loads_neither_torch_nor_numpy():
-    code = "import sys, ldmcli.networks.presets; sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
+    code = "import sys, ldmcli.core.presets; sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

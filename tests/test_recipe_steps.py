@@ -237,7 +237,7 @@ def test_the_printed_command_takes_a_step(name, line, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if printed(name)[0] == "train-ldm"][::5])
 def test_the_printed_command_can_be_planned(name, line, monkeypatch):
-    from ldmcli.products import plan as planning
+    from ldmcli.reports import cost_estimate as planning
 
     monkeypatch.setattr(planning, "probe_flops_per_s", lambda device, dtype: 1e9)
     ending = tiny.ldm(*line(name)[1:], "--plan", "--json")

@@ -18,9 +18,9 @@ from ldmcli import cli
 from ldmcli.cli.manage import RECIPE_GROUPS, recipe_facts
 from ldmcli.core import config
 from ldmcli.core.errors import UsageError
+from ldmcli.core.presets import PRESETS
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.diffusion import DiffusionModel
-from ldmcli.networks.presets import PRESETS
+from ldmcli.networks.latent_diffusion import DiffusionModel
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))}

@@ -111,7 +111,7 @@ TOLD = ("none", "class", "text", "layout", "map", "text+class+layout+map")
 )
 def test_every_condition_and_task_can_be_planned(kinds, task, fill, monkeypatch):
     """Holes are filled by looking at pixels, which a plan has none of."""
-    from ldmcli.products import plan as planning
+    from ldmcli.reports import cost_estimate as planning
 
     monkeypatch.setattr(planning, "probe_flops_per_s", lambda device, dtype: 1e9)
     ending = tiny.ldm(

@@ -68,10 +68,10 @@ def test_samples_that_were_stopped_are_whole_and_the_same_command_completes_them
 
 
 def slowly_drawn() -> None:
-    from ldmcli.drivers import generate
+    from ldmcli.sampling import commands
 
-    draw = generate._draw
-    generate._draw = lambda *args: (time.sleep(0.05), draw(*args))[1]
+    draw = commands._draw
+    commands._draw = lambda *args: (time.sleep(0.05), draw(*args))[1]
 
 
 def test_two_processes_of_a_launcher_leave_the_samples_of_one(text_model, tmp_path):
@@ -206,7 +206,7 @@ def test_several_frames_are_warned_about_once(kind, tmp_path):
 def in_small_shards() -> None:
     """Shards of eight rows, slowly, so that a kill finds some written and some not."""
     from ldmcli.data import cache
-    from ldmcli.drivers.objective_ldm import DiffusionObjective
+    from ldmcli.training.diffusion import DiffusionObjective
 
     cache.SHARD_ROWS = 8
     encode = DiffusionObjective._encode_rows

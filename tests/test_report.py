@@ -10,11 +10,11 @@ import yaml
 
 from ldmcli.core import config, files, runs
 from ldmcli.data import shapes
-from ldmcli.drivers.grids import in_rows, save_grid
-from ldmcli.products import charts
-from ldmcli.products.card import write_card
-from ldmcli.products.page import cut
-from ldmcli.products.report import write_demo_report, write_report
+from ldmcli.reports import charts
+from ldmcli.reports.card import write_card
+from ldmcli.reports.html import cut
+from ldmcli.reports.report import write_demo_report, write_report
+from ldmcli.sampling.contact_sheets import in_rows, save_grid
 
 NASTY = '"><img src=x onerror=alert(1)><script>alert(2)</script>\x1b]0;title\x07\u202e</style>'
 

@@ -405,7 +405,7 @@ def test_a_streamed_run_stopped_at_7_and_13_equals_one_that_was_not(
 
 def test_equal_captions_give_an_equal_vocabulary(tmp_path):
     """Reliability row 5: a start that is repeated from nothing learns the numbers of words anew."""
-    from ldmcli.networks.conditions import train_vocabulary
+    from ldmcli.networks.conditioners import train_vocabulary
 
     captions = [
         f"a {size} {shape}, {place}"
@@ -473,7 +473,7 @@ def test_usr1_saves_and_goes_on(tmp_path, arguments, signal_at):
 
 def test_a_signal_during_the_last_evaluation_loses_nothing(tmp_path, arguments, reference, monkeypatch):
     """Reliability row 4: the last step is saved before it is evaluated, and going on repeats the evaluation only."""
-    from ldmcli.drivers.objective_ldm import DiffusionObjective
+    from ldmcli.training.diffusion import DiffusionObjective
 
     out, evaluate = cut_back(reference["train-ldm"], tmp_path / "run", 19), DiffusionObjective.evaluate
 
@@ -492,7 +492,7 @@ def test_a_signal_during_the_last_evaluation_loses_nothing(tmp_path, arguments, 
 
 def test_a_signal_while_latents_are_cached_keeps_what_is_encoded(tmp_path, arguments, reference, monkeypatch):
     """Reliability row 4: encoding ends between two batches with code 143, and the next start encodes the rest."""
-    from ldmcli.drivers.objective_ldm import DiffusionObjective
+    from ldmcli.training.diffusion import DiffusionObjective
 
     encode, asked = DiffusionObjective._encode_rows, []
 
@@ -518,7 +518,7 @@ def test_a_signal_while_latents_are_cached_keeps_what_is_encoded(tmp_path, argum
 def test_a_second_ctrl_c_ends_at_once_and_spoils_nothing(tmp_path, arguments, reference, monkeypatch):
     """Reliability row 4: SIGINT twice inside a step."""
     from ldmcli.core import signals
-    from ldmcli.drivers.objective_ae import AutoencoderObjective
+    from ldmcli.training.autoencoder import AutoencoderObjective
 
     out, loss = cut_back(reference["train-ae"], tmp_path / "run", 17), AutoencoderObjective.loss
     monkeypatch.setattr(signals, "_SAME_PRESS_SECONDS", -1)

@@ -15,9 +15,9 @@ import torch
 from golden_cases import shared
 
 from ldmcli.core.settings import DiffusionSettings
-from ldmcli.maths import samplers, schedule
-from ldmcli.maths.samplers import SAMPLERS
-from ldmcli.maths.schedule import Levels, make_schedule
+from ldmcli.diffusion import samplers, schedule
+from ldmcli.diffusion.samplers import SAMPLERS
+from ldmcli.diffusion.schedule import Levels, make_schedule
 
 MEAN, STD = 0.7, 0.6
 VP = make_schedule(DiffusionSettings(prediction="v"))

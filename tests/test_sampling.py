@@ -10,8 +10,8 @@ from PIL import Image
 from tiny import ADAM, SHAPES, ldm, pictures, train_ae, train_ldm
 
 import ldmcli
-from ldmcli.maths.samplers import SAMPLERS
-from ldmcli.networks.diffusion import DiffusionModel
+from ldmcli.diffusion.samplers import SAMPLERS
+from ldmcli.networks.latent_diffusion import DiffusionModel
 
 V_COSINE = (
     "--set",
@@ -168,7 +168,7 @@ def test_guidance_0_is_the_unconditional_model(text_model, asked):
 def test_guidance_pushes_every_latent_channel_away_from_the_null(text_model, asked):
     """Row 19: ε_u + s (ε_c − ε_u) on all channels, both halves in one call of twice the batch."""
     model = ldmcli.load(text_model)
-    from ldmcli.drivers.sampling import Guidance, denoiser
+    from ldmcli.diffusion.sample import Guidance, denoiser
 
     given, null = model.embed(["a red circle"] * 2), model.embed([""] * 2)
     z, t = torch.randn(2, *model.model.latent_shape, generator=torch.Generator().manual_seed(0)), 500.0
@@ -339,11 +339,11 @@ def test_an_interrupt_leaves_whole_pictures_and_the_same_command_draws_the_rest(
     import os
     import signal
 
-    from ldmcli.drivers import generate
+    from ldmcli.sampling import commands
 
     asked = ("--prompt", "a star", "-n", 6, "--batch-size", 2, "--steps", 2)
     sample(text_model, tmp_path / "whole", *asked)
-    out, drawn, draw_batch = tmp_path / "out", [], generate._draw
+    out, drawn, draw_batch = tmp_path / "out", [], commands._draw
 
     def interrupted(*args):
         drawn.append(1)
@@ -351,7 +351,7 @@ def test_an_interrupt_leaves_whole_pictures_and_the_same_command_draws_the_rest(
             os.kill(os.getpid(), signal.SIGINT)
         return draw_batch(*args)
 
-    monkeypatch.setattr(generate, "_draw", interrupted)
+    monkeypatch.setattr(commands, "_draw", interrupted)
     ending = sample(text_model, out, *asked, code=130)
     assert "2 of 6 images missing" in ending.line and len(drawn) == 2
     assert sorted(path.name for path in out.iterdir()) == [*(f"00000{k}.png" for k in range(4)), "request.json"]

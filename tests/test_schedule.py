@@ -11,9 +11,9 @@ from scipy import stats
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
-from ldmcli.maths import schedule
-from ldmcli.maths.samplers import ddim_sigma
-from ldmcli.maths.schedule import levels, levels_at, make_schedule, timesteps
+from ldmcli.diffusion import schedule
+from ldmcli.diffusion.samplers import ddim_sigma
+from ldmcli.diffusion.schedule import levels, levels_at, make_schedule, timesteps
 
 NAMED = ("uncond_0195", "cond_0205", "churches_sr_0155", "text_1p4B", "rdm")
 PREDICTIONS = ("eps", "v", "x0", "flow")

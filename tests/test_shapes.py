@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from ldmcli.core.errors import UsageError
 from ldmcli.data import shapes
-from ldmcli.data.outlines import EXTENTS, coverage
+from ldmcli.data.shape_sdf import EXTENTS, coverage
 
 SIZE = (64, 64)
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
-from ldmcli.data import folder, streams
-from ldmcli.data.columns import choose_columns
+from ldmcli.data import folder, streaming
+from ldmcli.data.column_roles import choose_columns
+from ldmcli.data.readers import open_tables
 from ldmcli.data.sources import open_rows, usable, verify
-from ldmcli.data.streams import mixed, stream
-from ldmcli.data.tables import open_tables
+from ldmcli.data.streaming import mixed, stream
 
 SIZE = (8, 8)
 
@@ -783,7 +783,7 @@ def test_a_buffer_mixes_without_losing_or_repeating():
     values = list(mixed(range(100), [0, 1], buffer=10))
     assert sorted(values) == list(range(100)) and values != list(range(100))
     assert all(value < k + 11 for k, value in enumerate(values))
-    assert list(mixed(range(3), [0], buffer=10)) != [] and streams.SHUFFLE_BUFFER == 1000
+    assert list(mixed(range(3), [0], buffer=10)) != [] and streaming.SHUFFLE_BUFFER == 1000
 
 
 def test_several_names_are_shortened_with_their_number():

@@ -15,10 +15,10 @@ from tiny import state as state_of
 
 from ldmcli.core import files, runs
 from ldmcli.core.errors import InputError, ModelError
-from ldmcli.drivers import sampling
-from ldmcli.drivers.arrays import to_uint8
-from ldmcli.drivers.evaluate import evaluate
-from ldmcli.networks.diffusion import DiffusionModel
+from ldmcli.data.arrays import to_uint8
+from ldmcli.diffusion import sample
+from ldmcli.evaluation.evaluate import evaluate
+from ldmcli.networks.latent_diffusion import DiffusionModel
 
 FAST = ("--steps", 3, "--sampler", "ddim")
 
@@ -225,7 +225,7 @@ def test_a_decoder_that_overflows_gives_no_black_pictures(models, tmp_path, monk
 
 def test_a_preview_that_overflows_does_not_end_a_training(models, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sampling, "_watched", lambda denoise: (lambda *given: tuple(float("nan") * one for one in denoise(*given)), [])
+        sample, "_watched", lambda denoise: (lambda *given: tuple(float("nan") * one for one in denoise(*given)), [])
     )
     ending = train_ldm(tmp_path / "run", models["ae"], "--sample-every", 1, steps=2)
     assert "no preview at step 1" in ending.stderr and state_of(tmp_path / "run")["step"] == 2
@@ -422,7 +422,7 @@ def test_all_is_every_split_of_a_set_and_a_split_of_that_name_where_there_is_one
 
 
 def test_the_bound_on_reference_rows_is_said_and_all_has_none(tmp_path, monkeypatch):
-    from ldmcli.drivers import evaluate as module
+    from ldmcli.evaluation import evaluate as module
 
     monkeypatch.setattr(module, "REFERENCE_LIMIT", 6)
     for name in ("train", "validation"):

@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 from tiny import ADAM, log, state, train_ae, train_ldm
 
 from ldmcli.core.settings import DataSettings, TrainSettings
-from ldmcli.drivers.objective_ae import AutoencoderObjective
-from ldmcli.drivers.objective_ldm import DiffusionObjective
-from ldmcli.drivers.progress import Course, Progress
-from ldmcli.drivers.train import Training
-from ldmcli.products import demo
-from ldmcli.products.demo import shortcomings
+from ldmcli.reports import demo
+from ldmcli.reports.demo import shortcomings
+from ldmcli.training.autoencoder import AutoencoderObjective
+from ldmcli.training.diffusion import DiffusionObjective
+from ldmcli.training.loop import Training
+from ldmcli.training.progress import Course, Progress
 
 MUON = ("--set", "train.optimizer=muon")
 SPIKE = 12  # the step whose batch is spoiled
@@ -199,7 +199,7 @@ def test_a_validation_looks_at_an_eighth_of_what_is_trained_on_at_the_most(steps
 def test_a_short_run_says_what_it_leaves_out_and_a_long_one_has_nothing_to_say(ae, tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_TRAIN_EVAL_FRECHET", "true")
     asked = []
-    monkeypatch.setattr("ldmcli.drivers.features.open_extractor", lambda: asked.append(1))
+    monkeypatch.setattr("ldmcli.evaluation.features.open_extractor", lambda: asked.append(1))
     data = ("--data", "shapes", "--limit", 80, "--size", "20x20")
     ending = train_ae(tmp_path / "ae", data=data)
     assert "validation on 16 of 256 images, without the Fréchet distance" in ending.stderr and not asked

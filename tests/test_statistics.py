@@ -8,7 +8,7 @@ import pytest
 from golden_cases import shared
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.maths import statistics as st
+from ldmcli.maths import metrics as st
 
 SETS = ("a", "b", "rank_deficient", "offset", "collapsed", "identical")
 GAUSSIANS = (

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import ldmcli
+from ldmcli.conditions.dataset import ConditionSource
+from ldmcli.conditions.pictures import box_pixels, boxed, colour, coloured, with_legend
 from ldmcli.core.settings import DataSettings, DiffusionConfig, TaskSettings
 from ldmcli.data.sources import open_rows
-from ldmcli.drivers.condition_data import ConditionSource
-from ldmcli.drivers.drawing import box_pixels, boxed, colour, coloured, with_legend
-from ldmcli.drivers.edit import inpaint_images, upscale_images
+from ldmcli.sampling.editing import inpaint_images, upscale_images
 
 WAYS = {
     "layout": ("--condition", "layout"),
@@ -144,7 +144,7 @@ def source_of(folder, size=(20, 20), **task) -> ConditionSource:
 
 def test_boxes_and_maps_are_cropped_and_mirrored_as_the_pixels_are(pictures):
     """Sixty positions: wherever crop and flip put the bright box, the map and the layout say it is there."""
-    from ldmcli.drivers.objective_ae import pixel_batch
+    from ldmcli.training.autoencoder import pixel_batch
 
     source = source_of(pictures)
     where = np.arange(60)
@@ -181,7 +181,7 @@ def test_small_and_holed_images_are_made_of_the_pixels_seen_and_depend_on_seed_a
 
 
 def views_of(source, where):
-    from ldmcli.drivers.objective_ae import views
+    from ldmcli.training.autoencoder import views
 
     return list(zip(*views(source.config, np.asarray(where))))
 
@@ -535,8 +535,8 @@ def test_a_legend_leaves_the_picture_and_shows_every_colour():
 def test_the_plan_of_a_published_model_counts_its_network_and_its_conditioner(name, monkeypatch):
     """The text transformer's head, which published files carry and nothing uses, is not built."""
     from ldmcli.core import config
-    from ldmcli.networks.presets import PRESETS
-    from ldmcli.products import plan as planning
+    from ldmcli.core.presets import PRESETS
+    from ldmcli.reports import cost_estimate as planning
 
     monkeypatch.setattr(planning, "probe_flops_per_s", lambda device, dtype: 1e9)
     preset = PRESETS[name]

@@ -10,8 +10,6 @@ from test_unet import loaded as recorded_unet
 
 from ldmcli.core.errors import ResourceError
 from ldmcli.core.settings import AutoencoderSettings
-from ldmcli.drivers import tiling
-from ldmcli.drivers.loaded import LoadedAutoencoder
 from ldmcli.maths.tiles import (
     blend,
     coverage,
@@ -23,10 +21,12 @@ from ldmcli.maths.tiles import (
     ramp_weights,
     smooth_plan,
 )
-from ldmcli.networks import piecewise
+from ldmcli.networks import chunked_autoencoder
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.diffusion import LatentScale
-from ldmcli.networks.piecewise import Pieces
+from ldmcli.networks.chunked_autoencoder import Pieces
+from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.sampling import memory as memory_module
+from ldmcli.sampling.model import LoadedAutoencoder
 
 EXACT, QUANTISED = 5e-6, 2e-5
 
@@ -178,8 +178,8 @@ def smooth_picture(height: int, width: int) -> torch.Tensor:
 def test_a_convolutional_autoencoder_in_tiles_is_the_untiled_one():
     ae, x = autoencoder("fast"), smooth_picture(160, 200)
     z = ae.encode(x)
-    assert (tiling.encode(ae, x, 24) - z).abs().max() < 1e-4
-    assert (tiling.decode(ae, z, 24) - ae.decode(z)).abs().mean() < 1e-4
+    assert (memory_module.encode(ae, x, 24) - z).abs().max() < 1e-4
+    assert (memory_module.decode(ae, z, 24) - ae.decode(z)).abs().mean() < 1e-4
 
 
 # pieces of several sizes, odd ones among them; the last bounds are met by files and by the smallest pieces alone
@@ -215,7 +215,7 @@ def test_maps_in_files_leave_none_behind_and_a_full_disk_is_one_line(tmp_path, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(piecewise, "RESERVE", full)
+    monkeypatch.setattr(chunked_autoencoder, "RESERVE", full)
     with pytest.raises(ResourceError, match="No space left on device.*TMPDIR"):
         pieces.decode(network, z)
 
@@ -223,7 +223,7 @@ def test_maps_in_files_leave_none_behind_and_a_full_disk_is_one_line(tmp_path, m
 @torch.no_grad()
 def test_attention_over_too_much_looks_at_some_of_it_and_says_so(monkeypatch, capsys):
     network, z = autoencoder("paper").network, torch.randn(1, 3, 10, 16)
-    monkeypatch.setattr(piecewise, "ATTENDED", 100)
+    monkeypatch.setattr(chunked_autoencoder, "ATTENDED", 100)
     out = Pieces(16, 2**30).decode(network, z)
     assert "one of 2 rows" in capsys.readouterr().err
     assert out.shape == (1, 3, 40, 64) and torch.isfinite(out).all()
@@ -232,16 +232,16 @@ def test_attention_over_too_much_looks_at_some_of_it_and_says_so(monkeypatch, ca
 @pytest.mark.parametrize("size", [(36, 100), (44, 68), (16, 204)])
 def test_tiles_of_any_multiple_of_f_give_numbers_of_the_right_shape(size):
     ae, x = autoencoder("paper", mid_attention=False), smooth_picture(*size)
-    z = tiling.encode(ae, x, 8)
+    z = memory_module.encode(ae, x, 8)
     assert z.shape == (1, 3, size[0] // 4, size[1] // 4) and torch.isfinite(z).all()
-    out = tiling.decode(ae, z, 8)
+    out = memory_module.decode(ae, z, 8)
     assert out.shape == x.shape and torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize(("halves", "more"), [(1, {}), (2, {"mid_attention": False})])
 def test_activations_grow_with_the_size_and_the_number(halves, more):
     network = autoencoder("paper", **more).network
-    small, large = (tiling.peak_bytes(network, (halves, 3, side, side)) for side in (32, 64))
+    small, large = (memory_module.peak_bytes(network, (halves, 3, side, side)) for side in (32, 64))
     assert 3.5 * small < large < 20 * small
     assert small >= halves * 32 * 32 * 32 * 4  # one map of the first level at least
     assert {p.device.type for p in network.parameters()} == {"cpu"}
@@ -257,9 +257,9 @@ def test_the_smallest_tile_over_the_bound_is_refused():
         conditions=SimpleNamespace(concat_channels=0, context_dim=None, vector_dim=None),
     )
     model = SimpleNamespace(model=inner, autoencoder=autoencoder("fast"))
-    assert tiling.tile_within(model, (64, 64), 1.0) == 0
-    tile = tiling.tile_within(model, (4096, 3000), 0.05)
+    assert memory_module.tile_within(model, (64, 64), 1.0) == 0
+    tile = memory_module.tile_within(model, (4096, 3000), 0.05)
     assert 8 <= tile < 1024 and tile % unet.size_factor == 0
-    assert tiling.passes_bytes(model, tile, tile, 2) <= 0.05 * 2**30
+    assert memory_module.passes_bytes(model, tile, tile, 2) <= 0.05 * 2**30
     with pytest.raises(ResourceError, match="--max-memory"):
-        tiling.tile_within(model, (64, 64), 1e-6)
+        memory_module.tile_within(model, (64, 64), 1e-6)

@@ -3,8 +3,8 @@
 import pytest
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.drivers import trackers
-from ldmcli.drivers.trackers import Trackers, open_trackers
+from ldmcli.training import trackers
+from ldmcli.training.trackers import Trackers, open_trackers
 
 
 class Recorder:

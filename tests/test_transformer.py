@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldmcli.core.errors import UsageError
-from ldmcli.networks.transformer import ClassEmbedder, SpatialRescaler, TextTransformer, pooled
+from ldmcli.networks.text_encoder import ClassEmbedder, SpatialRescaler, TextTransformer, pooled
 
 
 def text(**changes) -> TextTransformer:

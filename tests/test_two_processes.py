@@ -138,7 +138,7 @@ def test_two_processes_take_the_rows_of_one_and_none_twice(tmp_path, arguments):
 
 
 def note_rows() -> None:
-    from ldmcli.drivers.objective_ae import AutoencoderObjective
+    from ldmcli.training.autoencoder import AutoencoderObjective
 
     make = AutoencoderObjective.batch
 
@@ -174,7 +174,7 @@ def test_processes_with_unequal_numbers_of_micro_batches_agree(tmp_path, argumen
 
 def note_gradients() -> None:
     """Writes the gradients of the first update of each network beside the run."""
-    from ldmcli.drivers.optim import Updater
+    from ldmcli.training.optimizer import Updater
 
     step = Updater.step
 
@@ -192,7 +192,7 @@ def note_gradients() -> None:
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_gradients_of_two_processes_are_those_of_one(trainer, tmp_path, arguments, monkeypatch):
     """Reliability row 13: of autoencoder, discriminator and UNet, on both processes, at the first update."""
-    from ldmcli.drivers.optim import Updater
+    from ldmcli.training.optimizer import Updater
 
     more, batch = (GAN, 4) if trainer == "train-ae" else ((), 3)
     found = {}
@@ -233,13 +233,13 @@ class NoteIn:
 
 
 def check_every_step() -> None:
-    from ldmcli.drivers import train
+    from ldmcli.training import loop
 
-    train._CHECK_EVERY = 1
+    loop._CHECK_EVERY = 1
 
 
 def drift_apart() -> None:
-    from ldmcli.drivers.train import Training
+    from ldmcli.training.loop import Training
 
     check_every_step()
     after = Training._after_step

@@ -110,14 +110,14 @@ def convert(given: opt.Given) -> None:
     if given.push_to and given.to == "compvis":
         raise UsageError("--push-to: takes a folder; use --to diffusers or --to run")
     from ldmcli.formats.convert import convert as convert_model
-    from ldmcli.formats.detect import Reading
+    from ldmcli.formats.open_model import Reading
 
     reading = Reading(
         weights=given.weights, config=given.config, heads=given.heads, part=given.part or "", tokenizer=given.tokenizer
     )
     result = convert_model(Path(given.source), given.target, given.to or "", reading, overwrite=given.overwrite)
     if result["to"] == "run":
-        from ldmcli.products.card import write_card
+        from ldmcli.reports.card import write_card
 
         write_card(given.target)
     if given.push_to:

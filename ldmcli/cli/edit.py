@@ -9,7 +9,7 @@ from ldmcli.cli.generate import guidance_of, interval_of, slug
 from ldmcli.cli.train import require_folder
 from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.requests import EditRequest
+from ldmcli.sampling.request import EditRequest
 
 Picture = Annotated[Path, opt.argument("A picture, or a folder of them.", "IMAGE")]
 Mask = Annotated[
@@ -198,7 +198,7 @@ def inpaint(given: opt.Given) -> None:
         raise UsageError("MASK or --box: give one of them, to say what to repaint")
     request = _request(given, masks=_one(given.mask), box=_box(given.box), blend=given.blend, resample=given.resample)
     out = _out(given, request, "inpainted")
-    from ldmcli.drivers.edit_files import inpaint_to_folder
+    from ldmcli.sampling.edit_commands import inpaint_to_folder
 
     _done(given, out, inpaint_to_folder(given.model, request, out, **_how(given)))
 
@@ -216,7 +216,7 @@ def upscale(given: opt.Given) -> None:
         raise UsageError(f"--scale {given.scale}: choose one of 2, 4, 8")
     request = _request(given, scale=given.scale, tone=given.tone)
     out = _out(given, request, f"x{given.scale}")
-    from ldmcli.drivers.edit_files import upscale_to_folder
+    from ldmcli.sampling.edit_commands import upscale_to_folder
 
     _done(given, out, upscale_to_folder(given.model, request, out, **_how(given)))
 

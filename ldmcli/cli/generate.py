@@ -11,7 +11,7 @@ from ldmcli.cli.prompts import read_prompts
 from ldmcli.cli.train import require_folder
 from ldmcli.core import config, console
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.requests import SampleRequest
+from ldmcli.sampling.request import SampleRequest
 
 _REQUEST = {
     "prompt": opt.Prompt,
@@ -50,7 +50,7 @@ def sample(given: opt.Given) -> None:
     request = sample_request(given)
     out = given.out or Path("outputs") / _stated_name(given, request)
     require_folder(out)
-    from ldmcli.drivers.generate import sample_to_folder
+    from ldmcli.sampling.commands import sample_to_folder
 
     result = sample_to_folder(
         given.model, request, out, overwrite=given.overwrite, fmt=given.format, metadata=given.metadata
@@ -78,7 +78,7 @@ def reconstruct(given: opt.Given) -> None:
         raise InputError(f"{missing[0]}: no such file or folder")
     out = given.out or Path("outputs") / f"{slug(given.images[0].stem)}-reconstructed"
     require_folder(out)
-    from ldmcli.drivers.generate import reconstruct_to_folder
+    from ldmcli.sampling.commands import reconstruct_to_folder
 
     result = reconstruct_to_folder(
         given.images,

@@ -98,7 +98,7 @@ def demo(given: opt.Given) -> None:
     settings = config.resolve("diffusion", given.layers("data.")).config.data
     out = given.out or Path("runs") / "demo"
     require_folder(out)
-    from ldmcli.products.demo import demo as run_demo
+    from ldmcli.reports.demo import demo as run_demo
 
     result = run_demo(
         settings, minutes=given.minutes, out=out, preset=given.preset or "", fresh=given.fresh, seed=given.seed
@@ -116,7 +116,7 @@ def data(given: opt.Given) -> None:
     require_folder(out)
     # in the folder that this command names itself the sheet is its own, also as older versions wrote it, without a mark
     refuse_foreign([out / CONTACT], {CONTACT: ""} if given.out is None else {})
-    from ldmcli.products.inspect import inspect, inspect_text
+    from ldmcli.reports.dataset_report import inspect, inspect_text
 
     result = inspect(settings, out)
     if given.json:
@@ -132,7 +132,7 @@ def report(given: opt.Given) -> None:
 
     if not is_run(given.run):
         raise ModelError(f"{given.run}: no run folder (it holds no run.json); `ldm runs` lists runs")
-    from ldmcli.products.report import write_report
+    from ldmcli.reports.report import write_report
 
     if given.out is not None:
         require_folder(given.out)

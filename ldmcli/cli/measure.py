@@ -191,7 +191,7 @@ def eval_fid(given: opt.Given) -> None:
         "split": given.split or None,
         "progress": console.progress,
     }
-    from ldmcli.drivers.evaluate import METRICS, evaluate
+    from ldmcli.evaluation.evaluate import METRICS, evaluate
 
     for name, _, above in limits:
         check_name(f"--fail-{'above' if above else 'below'}", name, METRICS)
@@ -262,7 +262,7 @@ def check_name(option: str, name: str, metrics: tuple[str, ...]) -> None:
 
 def check_limits(result: dict[str, Any], limits: list[tuple[str, float, bool]]) -> None:
     """ThresholdError where a metric misses a limit (one without a value misses all) or got worse than in --compare."""
-    from ldmcli.drivers.evaluate import lookup
+    from ldmcli.evaluation.evaluate import lookup
 
     missed = []
     for name, limit, above in limits:

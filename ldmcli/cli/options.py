@@ -17,7 +17,7 @@ import typer
 
 from ldmcli.core import config
 from ldmcli.core.errors import UsageError
-from ldmcli.maths.samplers import SAMPLERS
+from ldmcli.diffusion.samplers import SAMPLERS
 
 DATA, MODEL, TRAINING = "Data", "Model", "Training"
 SAMPLING, OUTPUT, MACHINE = "Sampling", "Output", "Machine"

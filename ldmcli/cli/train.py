@@ -152,7 +152,7 @@ def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) 
     console.say(f"{given.command} → {out}: {what}")
     # a scheduler may ask for a checkpoint before the loop listens; unhandled, that signal would end the process
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    from ldmcli.drivers.train import Options, train
+    from ldmcli.training.loop import Options, train
 
     command_line = [console.redact(word) for word in ("ldm", *given.argv)]
     options = Options(fresh=given.fresh, allow=tuple(given.allow or ()), command_line=command_line, **models)
@@ -172,14 +172,14 @@ def _write_pages(out: Path) -> None:
 
     if launch.world()[0] != 0 or not is_run(out):
         return
-    from ldmcli.products.report import write_pages
+    from ldmcli.reports.report import write_pages
 
     write_pages(out)
 
 
 def _show_plan(given: opt.Given, resolved: config.Resolved, models: dict[str, str]) -> None:
-    from ldmcli.networks.presets import PRESETS
-    from ldmcli.products.plan import plan, plan_text
+    from ldmcli.core.presets import PRESETS
+    from ldmcli.reports.cost_estimate import plan, plan_text
 
     preset = config.read_recipe(config.recipe_path(given.recipe)).preset if given.recipe else given.preset
     stage = str(PRESETS[preset].extra.get("first_stage", "")) if preset in PRESETS else ""

@@ -196,7 +196,7 @@ def did_you_mean(names: list[str]) -> str:
 
 def presets() -> dict:
     """Presets by name: objects with `.kind`, `.values` ({"section.name": value}) and `.summary`."""
-    from ldmcli.networks.presets import PRESETS
+    from ldmcli.core.presets import PRESETS
 
     return PRESETS
 

@@ -16,7 +16,7 @@ from ldmcli.core.launch import local_processes
 from ldmcli.core.settings import DataSettings
 from ldmcli.data import shapes
 from ldmcli.data.decode import BadImage, decode, probe, scaled_size, shown, to_size
-from ldmcli.data.tables import memory_bytes
+from ldmcli.data.readers import memory_bytes
 
 SHAPES_SIZE = (64, 64)
 WORKERS = 4

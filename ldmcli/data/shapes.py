@@ -15,7 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from ldmcli.core.errors import UsageError
-from ldmcli.data.outlines import EXTENTS, SHAPES, coverage, template
+from ldmcli.data.shape_sdf import EXTENTS, SHAPES, coverage, template
 
 COLOURS = {
     "red": (225, 30, 35),

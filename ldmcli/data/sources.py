@@ -10,12 +10,12 @@ import numpy as np
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.boxes import with_boxes
-from ldmcli.data.columns import label_names_of, make_columns
+from ldmcli.data.column_roles import label_names_of, make_columns
 from ldmcli.data.decode import BadImage, shown
 from ldmcli.data.folder import split_of
 from ldmcli.data.pictures import several
+from ldmcli.data.readers import Table, open_tables
 from ldmcli.data.rows import SHAPES_SIZE, WORKERS, Rows, in_threads, is_shapes, shape_rows
-from ldmcli.data.tables import Table, open_tables
 
 __all__ = ["Rows", "is_shapes", "open_rows", "usable", "verify"]
 

@@ -9,7 +9,7 @@ from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import BadImage
 from ldmcli.data.rows import Room, Rows
-from ldmcli.data.streams import stream
+from ldmcli.data.streaming import stream
 
 HEAD_ROWS = 2048  # what vocabulary, class names, latent scale and fingerprint are learned from
 KEPT_ROWS = 8192  # how far back a position can still be asked for

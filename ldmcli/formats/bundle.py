@@ -1,6 +1,6 @@
 """A model as data: what a run folder, a published checkpoint and a diffusers folder have in common.
 
-Readers (`compvis.py`, `diffusers.py`) give bundles, writers take them, and `drivers/load.py` builds networks from them.
+Readers (`compvis.py`, `diffusers.py`) give bundles, writers take them, and `sampling/load.py` builds networks from them.
 Tensors carry the names of our own modules; nothing here knows where they came from.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
-from ldmcli.networks.diffusion import LatentScale
+from ldmcli.networks.latent_diffusion import LatentScale
 
 
 @dataclass

@@ -16,9 +16,9 @@ from ldmcli.formats import compvis_config as cc
 from ldmcli.formats import compvis_shapes, pickles
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle
 from ldmcli.formats.compvis_write import KEPT
-from ldmcli.formats.detect import Reading, checkpoint_in
+from ldmcli.formats.open_model import Reading, checkpoint_in
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 
 UNET, FIRST, COND, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 BUFFERS = (
@@ -371,7 +371,7 @@ def _check_schedule(path: Path, state: dict[str, Tensor], plan: cc.Plan) -> None
     """Raises ModelError where the checkpoint's own betas are not those of the configuration."""
     if "betas" not in state:
         return
-    from ldmcli.maths.schedule import make_schedule
+    from ldmcli.diffusion.schedule import make_schedule
 
     ours = torch.as_tensor(make_schedule(plan.diffusion).alphas_cumprod)
     theirs = (1 - state["betas"].double()).cumprod(0)
@@ -384,7 +384,7 @@ def _tokenizer(path: Path, reading: Reading, facts: dict, notes: list[str]) -> P
     """The folder of a text model's tokeniser: as asked, beside the checkpoint, or the published one from the hub."""
     if "text" not in facts:
         return None
-    from ldmcli.networks.conditions import load_tokenizer
+    from ldmcli.networks.conditioners import load_tokenizer
 
     vocabulary = facts["text"]["vocabulary"]
     near = [path.parent / f"{path.stem}-tokenizer", path.parent / "tokenizer", path.parent]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.core.errors import LdmError, ModelError
+from ldmcli.core.presets import MODELS
 from ldmcli.core.settings import (
     FACTORS,
     FILLS,
@@ -17,7 +18,6 @@ from ldmcli.core.settings import (
     SampleSettings,
     TaskSettings,
 )
-from ldmcli.networks.presets import MODELS
 
 LARGEST_CONFIG = 2**18  # bytes; the reader in Python, which no nesting can crash, takes seconds for as many
 DEEPEST = 64  # layers, blocks, stages of one kind

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldmcli.core.errors import LdmError, ModelError
+from ldmcli.core.presets import FIRST_STAGES, MODELS, Preset
 from ldmcli.core.settings import AutoencoderSettings, DiffusionSettings
 from ldmcli.formats import compvis_config as cc
-from ldmcli.networks.presets import FIRST_STAGES, MODELS, Preset
 from ldmcli.networks.unet import UNet
 
 UNET, COND = "model.diffusion_model.", "cond_stage_model."

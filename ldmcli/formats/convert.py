@@ -11,9 +11,9 @@ from typing import Any
 from ldmcli.core import files, runs
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.outputs import card_is_models, marked
-from ldmcli.formats import run
+from ldmcli.formats import run_folder
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle
-from ldmcli.formats.detect import Reading, format_of, read
+from ldmcli.formats.open_model import Reading, format_of, read
 
 TARGETS = ("run", "compvis", "diffusers")
 # files of models of diffusers and transformers, and of the tokenizers beside them
@@ -51,7 +51,7 @@ def convert(
 
 def _write(bundle: Bundle, place: Path, to: str, source: Path, kind: str) -> list[str]:
     if to == "run":
-        run.write(bundle, place, {"name": source.name, "format": kind})
+        run_folder.write(bundle, place, {"name": source.name, "format": kind})
         return []
     if to == "compvis":
         from ldmcli.formats import compvis_write

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.formats.diffusers_files import MOST_LAYERS, Config, Names, read_weights, translate, translate_back
-from ldmcli.networks.transformer import TextTransformer
+from ldmcli.networks.text_encoder import TextTransformer
 
 BERT = "LDMBertModel"
 DEFAULTS: dict[str, Any] = {

@@ -14,11 +14,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ldmcli.core.settings import AutoencoderSettings, ConditionSettings, DiffusionSettings, SampleSettings
+from ldmcli.diffusion.samplers import SAMPLERS
+from ldmcli.diffusion.schedule import levels, make_schedule, to_x0_eps
 from ldmcli.maths import rng
-from ldmcli.maths.samplers import SAMPLERS
-from ldmcli.maths.schedule import levels, make_schedule, to_x0_eps
 from ldmcli.networks.autoencoder import Autoencoder, split_moments
-from ldmcli.networks.conditions import Conditioning, Conditions
+from ldmcli.networks.conditioners import Conditioning, Conditions
 from ldmcli.networks.unet import UNet
 
 

@@ -13,7 +13,7 @@ from ldmcli.core.settings import ConditionSettings
 from ldmcli.networks.conditioning import Conditioning
 from ldmcli.networks.layout_tokens import WHOLE, Layout
 from ldmcli.networks.names import hint, place_of
-from ldmcli.networks.transformer import TextTransformer, pooled, vector_of_tokens
+from ldmcli.networks.text_encoder import TextTransformer, pooled, vector_of_tokens
 from ldmcli.networks.unet import sinusoidal_map
 
 MAX_OBJECTS = 30

@@ -1,0 +1,109 @@
+"""Guiding by gradients at sampling time (Sec. 4.4, App. C): functions that wrap a denoiser.
+
+With log p(y | z_t) of what is wanted, the noise that a model sees becomes ε − s σ_t ∇ log p(y | z_t), gradient with
+respect to z_t, through the network and, for images, the decoder. (The sign is that of Dhariwal & Nichol 2021.)
+A wrapper gives (x0, ε) like the denoiser it was given, so that guiders compose with each other, with classifier-free
+guidance, and with every sampler.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmcli.diffusion.sample import Denoise
+
+LARGEST_MOVE = 1.0  # root mean square over a sample's latent of the change of x0, latents having variance 1
+
+
+def downsampled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """T of Sec. 4.4: antialiased bicubic, (B, c, H, W) to (B, c, *size)."""
+    return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """½ ‖a − b‖² of each picture, (B,)."""
+    return 0.5 * (a - b).square().sum(dim=(1, 2, 3))
+
+
+def image_guide(
+    denoise: Denoise,
+    decode: Callable[[Tensor], Tensor],
+    low: Tensor,
+    scale: float = 1.0,
+    distance: Callable[[Tensor, Tensor], Tensor] = squared,
+    *,
+    plain: bool = False,
+) -> Denoise:
+    """Leads samples to pictures that, made small, are `low` (B or 1, 3, h, w) in [-1, 1].
+
+    log p = −distance(T(D(x0)), low). decode: latents as the model sees them to pixels, able to pass gradients.
+    distance: (B,) of two batches of pictures, by default ½‖·‖², or a perceptual one.
+
+    plain: the change of ε is scale · σ ∇ distance, whose right scale depends on the picture's size, the autoencoder and
+    the noise. Otherwise x0 moves along −∇ by the step after which the distance would, to first order, be gone, times
+    `scale`: 1 asks for all of it at each step, whatever the units, and a sample that fits is left alone. No
+    move is larger than `LARGEST_MOVE`.
+    """
+    if scale == 0:
+        return denoise
+
+    def guided(z: Tensor, t: float, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        with _differentiable(z) as here:
+            x0, eps = denoise(here, t, alpha, sigma)
+            error = distance(downsampled(decode(x0), (low.shape[-2], low.shape[-1])), low.expand(len(z), -1, -1, -1))
+            at_z, at_x0 = torch.autograd.grad(error.sum(), (here, x0), retain_graph=z.requires_grad)
+        x0, eps = (x0, eps) if z.requires_grad else (x0.detach(), eps.detach())
+        if plain:
+            return _moved(x0, eps, scale * sigma * at_z, alpha, sigma)
+        gain = (at_x0 * at_z).sum(dim=(1, 2, 3))
+        # a gradient that points the wrong way, or nowhere, moves nothing
+        step = torch.where(gain > 0, error.detach() / gain.clamp(min=1e-12), 0.0)[:, None, None, None] * at_z
+        rms = step.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        move = scale * step * (LARGEST_MOVE / rms.clamp(min=LARGEST_MOVE))
+        return x0 - move, eps + alpha / sigma * move
+
+    return guided
+
+
+def classifier_guide(
+    denoise: Denoise,
+    log_prob: Callable[[Tensor], Tensor],
+    scale: float = 1.0,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> Denoise:
+    """ε − scale · σ ∇ log p, for any classifier of clean pictures: log_prob gives (B,) for x0.
+
+    x0 are latents (B, c, h, w) as the model sees them, or pixels where `decode` is given.
+    """
+    if scale == 0:
+        return denoise
+
+    def guided(z: Tensor, t: float, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        with _differentiable(z) as here:
+            x0, eps = denoise(here, t, alpha, sigma)
+            found = log_prob(x0 if decode is None else decode(x0)).sum()
+            gradient = torch.autograd.grad(found, here, retain_graph=z.requires_grad)[0]
+        x0, eps = (x0, eps) if z.requires_grad else (x0.detach(), eps.detach())
+        return _moved(x0, eps, -scale * sigma * gradient, alpha, sigma)
+
+    return guided
+
+
+@contextmanager
+def _differentiable(z: Tensor) -> Iterator[Tensor]:
+    """z as a variable, with gradients on: a new one, or the one of a guider around this one."""
+    with torch.enable_grad():
+        yield z if z.requires_grad else z.detach().requires_grad_()
+
+
+def _moved(x0: Tensor, eps: Tensor, change: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+    """(x0, ε) after ε + change, such that α x0 + σ ε stays z."""
+    return x0 - sigma / alpha * change, eps + change
+
+
+def latent_decoder(autoencoder) -> Callable[[Tensor], Tensor]:
+    """`LoadedAutoencoder.decode` that passes gradients."""
+    return lambda z: autoencoder.network.decode(autoencoder.scale.restore(z))

@@ -1,0 +1,220 @@
+"""Measures of a model with a task: its answer for each held-out picture beside the true one, and a plain method's.
+
+Super-resolution is given rows made small by the degradation that the model was trained on, inpainting rows with a
+random mask, both by (seed, row). What is compared is the enlarged picture, and the filled one with all known pixels in
+their place. The plain methods: bicubic interpolation of the same small picture (a = -0.5); the biharmonic filling of
+scikit-image where that is installed, and the filling that the model itself is told (`task.fill`): what the network adds
+is what it is better than that. A model without a task can be guided to rows made small (Sec. 4.4, Tab. 4);
+beside it stand the same samples without the guide.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.evaluation.image_streams import Source, check_columns, condition_source, drawn_for, values_for
+from ldmcli.maths.patchmatch import patched
+from ldmcli.maths.smooth_inpainting import continued
+
+FILLINGS = {"smooth": lambda x, hole: continued(x[None], hole[None])[0], "patches": patched}
+TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task brings along
+
+
+def task_of(model) -> str:
+    """ "sr", "inpaint" or "generate"."""
+    return next((task for kind, task in TASKS.items() if kind in model.model.conditions.kinds), "generate")
+
+
+def task_sources(
+    model,
+    rows,
+    ids: list[int],
+    truth: Source,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    batch_size: int,
+    settings: dict[str, Any],
+) -> tuple[Source, dict[str, Source], dict[str, Any]]:
+    """(the model's answers for rows `ids`, plain methods by name, facts), in the order of `ids`.
+
+    Answer k is drawn with the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their facts.
+    Raises InputError where the data lack what the model is told.
+    """
+    task = task_of(model)
+    check_columns(rows, tuple(model.model.conditions.kinds))
+    told = condition_source(model, rows, size, seed)
+    how = (model, told, ids, seed, batch_size, settings)
+    facts = {**truth.facts, "fingerprint": model.fingerprint, "task": task}
+    answers = _enlarged(*how) if task == "sr" else _filled(*how)
+    made = Source(name="model", count=len(ids), stream=answers, facts={**facts, "source": "model"})
+    plain = {"bicubic": _bicubic} if task == "sr" else _fillings(model.config.task.fill)
+    baselines = {
+        name: replace(made, name=name, facts={**facts, "source": name}, stream=_each(told, ids, task, method))
+        for name, method in plain.items()
+    }
+    stated: dict[str, Any] = {"task": task, "baselines": list(baselines)}
+    if task == "sr":
+        stated |= {"scale": model.config.task.scale, "degradation": model.config.task.degradation}
+    else:
+        from ldmcli.data.masks import masked_share
+
+        stated["masked_share"] = masked_share(hole for _, hole in _pairs(told, ids))
+    return made, baselines, stated
+
+
+def guided_sources(
+    model,
+    rows,
+    ids: list[int],
+    truth: Source,
+    factor: int,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    batch_size: int,
+    settings: dict[str, Any],
+) -> tuple[Source, dict[str, Source], dict[str, Any]]:
+    """Samples of a model without a task, each led to its row made `factor` times smaller (antialiased bicubic).
+
+    (guided, {"unguided": the same noise and words without a guide, "bicubic": the small picture enlarged}, facts), in
+    the order of `ids`. Raises UsageError for a model with a task, InputError where `size` is no multiple of the factor.
+    """
+    if task_of(model) != "generate":
+        raise UsageError(f"--guide-factor: leads models that generate; this one is for {task_of(model)}")
+    if any(side % factor for side in size):
+        raise InputError(
+            f"--guide-factor {factor}: pictures of {size[1]}x{size[0]} px can't be made {factor} times "
+            "smaller; name a factor that divides both sides"
+        )
+    check_columns(rows, tuple(model.model.conditions.kinds))
+    told = condition_source(model, rows, size, seed)
+    low = _made_small(rows, ids, size, factor)
+
+    def drawn(guided: bool):
+        def stream() -> Iterator[np.ndarray]:
+            for numbers, block in _blocks(ids, batch_size):
+                steering = _to_low(model, [low(i) for i in block]) if guided else None
+                yield from drawn_for(model, told, block, numbers[0], seed, size, {**settings, "steering": steering})
+
+        return stream
+
+    facts = {**truth.facts, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
+    made = Source(name="guided", count=len(ids), stream=drawn(True), facts=facts)
+    others = {"unguided": drawn(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
+    plain = {
+        name: replace(made, name=name, facts={**facts, "source": name}, stream=stream)
+        for name, stream in others.items()
+    }
+    return made, plain, {"task": "guided", "baselines": list(plain), "guide_factor": factor}
+
+
+def _made_small(rows, ids: list[int], size: tuple[int, int], factor: int):
+    def low(i: int) -> np.ndarray:
+        from ldmcli.data.degradations import degrade
+
+        return degrade(rows.pixels(i, size, "center", (0.5, 0.5)), factor, "bicubic", 0)
+
+    return low
+
+
+def _to_low(model, low: list[np.ndarray]):
+    """Steering of a batch, each sample to its own small picture."""
+    from ldmcli.data.arrays import to_pixels
+    from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
+    from ldmcli.diffusion.sample import Steering
+
+    pixels, decoder = to_pixels(np.stack(low)).to(model.device), latent_decoder(model.autoencoder)
+    return Steering(wrap=lambda denoise: image_guide(denoise, decoder, pixels))
+
+
+def has_biharmonic() -> bool:
+    """Whether scikit-image is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("skimage") is not None
+
+
+def _blocks(ids: list[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
+    for start in range(0, len(ids), batch_size):
+        block = ids[start : start + batch_size]
+        yield range(start, start + len(block)), block
+
+
+def _enlarged(model, told, ids, seed, batch_size, settings):
+    def stream() -> Iterator[np.ndarray]:
+        from ldmcli.sampling.editing import upscale_images
+
+        for numbers, block in _blocks(ids, batch_size):
+            low = np.stack(told.values("lowres", block, block))
+            yield from upscale_images(model, low, seed=seed, ids=numbers, told=_said(model, told, block), **settings)
+
+    return stream
+
+
+def _filled(model, told, ids, seed, batch_size, settings):
+    def stream() -> Iterator[np.ndarray]:
+        from ldmcli.sampling.editing import inpaint_images
+
+        for numbers, block in _blocks(ids, batch_size):
+            images, holes = (np.stack(part) for part in zip(*told.values("masked", block, block)))
+            made = inpaint_images(
+                model, images, holes, seed=seed, ids=numbers, told=_said(model, told, block), **settings
+            )
+            yield from np.where(holes[..., None], made, images)
+
+    return stream
+
+
+def _said(model, told, ids: list[int]) -> dict[str, list]:
+    """What rows tell a model beside the picture of its task."""
+    return {kind: values_for(told, kind, ids) for kind in model.model.conditions.kinds if kind not in TASKS}
+
+
+def _each(told, ids, task: str, method):
+    kind = {task: kind for kind, task in TASKS.items()}[task]
+
+    def stream() -> Iterator[np.ndarray]:
+        for i in ids:
+            given = told.values(kind, [i], [i])[0]
+            yield method(given, told.size)
+
+    return stream
+
+
+def _pairs(told, ids) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for i in ids:
+        yield told.values("masked", [i], [i])[0]
+
+
+def _bicubic(low: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    from ldmcli.data.degradations import resize, to_uint8
+
+    planes = np.ascontiguousarray(low.transpose(2, 0, 1)).astype(np.float32) / 255
+    return to_uint8(resize(planes, *size, "antialiased"))  # enlarging widens nothing
+
+
+def _fillings(told: str) -> dict[str, Callable]:
+    """Plain fillings by name."""
+    found = {"biharmonic": _biharmonic} if has_biharmonic() else {}
+    return found | {name: partial(_told, fill) for name, fill in FILLINGS.items() if name == told}
+
+
+def _told(fill: Callable, pair: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    image, hole = pair
+    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
+    made = fill(pixels, torch.from_numpy(hole)).permute(1, 2, 0).round().clamp(0, 255)
+    return np.where(hole[..., None], made.to(torch.uint8).numpy(), image)
+
+
+def _biharmonic(pair: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    from skimage.restoration import inpaint_biharmonic
+
+    image, hole = pair
+    made = inpaint_biharmonic(np.where(hole[..., None], 0, image) / 255.0, hole, channel_axis=-1)
+    return np.where(hole[..., None], (np.clip(made, 0, 1) * 255).round().astype(np.uint8), image)

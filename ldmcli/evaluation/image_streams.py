@@ -1,0 +1,311 @@
+"""Where the images of an evaluation come from: streams of uint8 (H, W, 3) arrays, and what is to be said of them."""
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.files import sha256_file
+from ldmcli.core.settings import DataSettings
+from ldmcli.sampling.request import SAMPLING
+
+LOSSY = (".jpg", ".jpeg")
+WORDS = ("text", "class")  # what `sample` is told as it stands; the rest is made from the rows' pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """`stream()` starts the images from the beginning. `key` names their content, "" where it is not known ahead."""
+
+    name: str
+    count: int
+    stream: Callable[[], Iterator[np.ndarray]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    lossy: bool = False
+    key: str = ""
+
+
+def take(count: int, n: int | None, what: str) -> int:
+    """How many of `count` images are used: n, or all. Raises InputError where there are fewer than n."""
+    if n is not None and n > count:
+        raise InputError(f"{what}: {count} images, but -n asks for {n}")
+    return count if n is None else n
+
+
+# --- folders and files -----------------------------------------------------------------------------------------
+
+
+def image_files(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
+    """Pictures below `folder` in order of relative path without extension; `besides`: as for `data.pictures.find`."""
+    from ldmcli.data import pictures
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of images")
+    found = pictures.image_files([folder], besides=besides)
+    return sorted(found, key=lambda path: (_pair_name(folder, path), path.suffix))
+
+
+def _pair_name(folder: Path, path: Path) -> str:
+    """Relative path without extension: what a pair of images has in common."""
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def by_pair_name(folder: Path, found: list[Path]) -> dict[str, Path]:
+    """Pictures of a folder by relative path without extension. Raises InputError where two share one."""
+    named: dict[str, Path] = {}
+    for path in found:
+        first = named.setdefault(_pair_name(folder, path), path)
+        if first != path:
+            raise InputError(f"{first} and {path.name}: two images of one name; pairs share path and name, so keep one")
+    return named
+
+
+def read_image(path: Path) -> np.ndarray:
+    """uint8 (H, W, 3), upright, transparency on white. Raises InputError, naming the file."""
+    from ldmcli.data.decode import decode
+
+    return np.array(decode(path))
+
+
+def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = ()) -> Source:
+    """Images of a folder at their own sizes."""
+    files = image_files(folder, besides)
+    files = files[: take(len(files), n, str(folder))]
+    lossy = any(path.suffix.lower() in LOSSY for path in files)
+    return Source(
+        name=str(folder),
+        count=len(files),
+        stream=lambda: (read_image(path) for path in files),
+        facts={"source": str(folder), "resize": "none"},
+        lossy=lossy,
+    )
+
+
+def npz_source(path: Path, n: int | None = None) -> Source:
+    """`arr_0` of a sample set of guided-diffusion's kind, uint8 (N, H, W, 3), read image by image."""
+    shape = _arr_0(path)[1]
+    count = take(shape[0], n, str(path))
+
+    def stream() -> Iterator[np.ndarray]:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            _header(member, path)
+            size = int(np.prod(shape[1:]))
+            for _ in range(count):
+                data = member.read(size)
+                if len(data) < size:
+                    raise InputError(f"{path}: arr_0 is cut short")
+                yield np.frombuffer(bytearray(data), np.uint8).reshape(shape[1:])
+
+    key = f"{sha256_file(path)}:{count}"
+    return Source(name=str(path), count=count, stream=stream, facts={"source": str(path), "resize": "none"}, key=key)
+
+
+def _arr_0(path: Path) -> tuple[np.dtype, tuple[int, ...]]:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            return _header(member, path)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: no arr_0 of images in this file ({error})") from error
+
+
+def _header(member, path: Path) -> tuple[np.dtype, tuple[int, ...]]:
+    """dtype and shape from the array's header; nothing pickled is ever read."""
+    try:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(member)
+    except ValueError as error:
+        raise InputError(f"{path}: arr_0 is not an array ({error})") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+        raise InputError(f"{path}: arr_0 is {dtype} {shape}; need uint8 (N, H, W, 3) in C order")
+    return dtype, shape
+
+
+def open_images(where: str | Path, n: int | None = None) -> Source:
+    """A folder of images or an .npz of samples."""
+    path = Path(where)
+    return npz_source(path, n) if path.suffix == ".npz" and path.is_file() else folder_source(path, n)
+
+
+def first_size(source: Source) -> tuple[int, int]:
+    """(height, width) of the first image."""
+    image = next(source.stream())
+    return image.shape[0], image.shape[1]
+
+
+def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[Source, Source]:
+    """Two folders whose images pair by relative path without extension, or two .npz files that pair by position."""
+    if first.suffix == ".npz" and second.suffix == ".npz":
+        a, b = npz_source(first, n), npz_source(second, n)
+        if a.count != b.count:
+            raise InputError(f"{first} has {a.count} images, {second} {b.count}: need as many on both sides")
+        return a, b
+    named = [
+        by_pair_name(folder, image_files(folder, (other,))) for folder, other in ((first, second), (second, first))
+    ]
+    for here, there, own, other in ((first, second, *named), (second, first, *named[::-1])):
+        lonely = [path for name, path in own.items() if name not in other]
+        if lonely:
+            raise InputError(
+                f"{lonely[0]}: has no partner in {there} ({len(lonely)} of {len(own)} images of {here} "
+                "unmatched); pairs share path and name"
+            )
+    return folder_source(first, n, (second,)), folder_source(second, n, (first,))
+
+
+# --- rows of a data set and models -----------------------------------------------------------------------------
+
+
+def spread(count: int, n: int) -> list[int]:
+    """n row numbers, evenly over `count` rows: classes keep their shares in sorted data. Above `count` they repeat."""
+    return [k % count for k in range(n)] if n > count else [k * count // n for k in range(n)]
+
+
+def rows_source(rows, settings: DataSettings, ids: list[int]) -> Source:
+    """Rows of a data set, scaled to cover `settings.size` and cropped at the centre."""
+    size = settings.size
+    facts = {
+        "source": rows.source,
+        "split": rows.split,
+        "rows": len(rows),
+        "fingerprint": rows.fingerprint,
+        "resize": f"{settings.resize} (antialiased) to cover {size[0]}x{size[1]}, centre crop",
+        "background": settings.background,
+    }
+    key = ":".join(map(str, (rows.fingerprint, len(ids), facts["resize"], settings.background)))
+    return Source(
+        name=f"{rows.source} ({rows.split})",
+        count=len(ids),
+        facts=facts,
+        key=key,
+        stream=lambda: (rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids),
+    )
+
+
+def model_source(
+    model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int] | None, settings: dict[str, Any]
+) -> Source:
+    """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
+    kinds = tuple(model.model.conditions.kinds)
+    check_columns(rows, kinds)
+    ids = spread(len(rows), n) if kinds else []
+    told = condition_source(model, rows, size, seed) if set(kinds) - set(WORDS) else None
+
+    def stream() -> Iterator[np.ndarray]:
+        for start in range(0, n, batch_size):
+            end = min(start + batch_size, n)
+            if told is not None:
+                yield from drawn_for(model, told, ids[start:end], start, seed, size, settings)
+                continue
+            prompts = [rows.caption(i) for i in ids[:end]] if "text" in kinds else None
+            classes = [class_of(rows, i) for i in ids[:end]] if "class" in kinds else None
+            made = model.sample(
+                prompts,
+                classes=classes,
+                n=1 if kinds else end,
+                first=start,
+                seed=seed,
+                size=size,
+                batch_size=batch_size,
+                **settings,
+            )
+            yield from (np.asarray(image) for image in made)
+
+    facts = {
+        "source": "model",
+        "fingerprint": model.fingerprint,
+        "conditions": list(kinds),
+        "seed": seed,
+        "float_to_uint8": "clamp, round half to even",
+        "resize": "none",
+    }
+    return Source(name="model", count=n, stream=stream, facts=facts)
+
+
+def check_columns(rows, kinds: tuple[str, ...]) -> None:
+    from ldmcli.networks.conditioners import CONDITIONS
+
+    for kind in kinds:
+        column = CONDITIONS[kind].columns[0]
+        if rows is None or not rows.has(column):
+            raise InputError(f"this model is conditioned on {kind}: name a data set with a {column} column (--data)")
+
+
+def condition_source(model, rows, size: tuple[int, int], seed: int):
+    """What rows tell a model when they are measured (`ConditionSource`): cut in the middle, degraded and masked by
+    (seed, row)."""
+    from ldmcli.conditions.dataset import ConditionSource, look_at_boxes
+
+    config = replace(model.config, train=replace(model.config.train, seed=seed))
+    source = ConditionSource(rows, config, tuple(size), training=False)
+    entries = model.model.conditions.entries
+    if "layout" in entries:
+        look_at_boxes(rows)
+        source.tell_categories(entries["layout"].names)
+    return source
+
+
+def drawn_for(model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any]) -> np.ndarray:
+    """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
+    from ldmcli.data.arrays import to_uint8
+
+    numbers, values = range(first, first + len(ids)), {}
+    for kind in model.model.conditions.kinds:
+        own = values_for(told, kind, ids)
+        values[kind] = [own[(k - first) % len(ids)] for k in range(len(ids))]  # sample k takes entry k mod their number
+    return to_uint8(model.autoencoder.decode(model.latents_for(numbers, values, seed=seed, size=size, **settings)))
+
+
+def values_for(told, kind: str, ids: list[int]) -> list:
+    """Values of a condition for rows `ids`; classes by name."""
+    return told.values(kind, ids, ids) if kind != "class" else [class_of(told.rows, i) for i in ids]
+
+
+def class_of(rows, i: int) -> int | str:
+    """A row's class by name where classes have names: the data's order need not be the model's."""
+    return rows.class_names[rows.label(i)] if rows.class_names else rows.label(i)
+
+
+def rebuilt(autoencoder, source: Source, batch_size: int) -> Callable[[], Iterator[np.ndarray]]:
+    """The stream of a source's images after `encode` (the mode) and `decode`."""
+    import torch
+
+    from ldmcli.data.arrays import to_uint8
+    from ldmcli.evaluation.features import in_blocks
+
+    def stream() -> Iterator[np.ndarray]:
+        for block in in_blocks(source.stream(), batch_size):
+            yield from to_uint8(autoencoder.decode(autoencoder.encode(torch.from_numpy(np.stack(block)))))
+
+    return stream
+
+
+def loaded(run: Any, kind: str, weights: str = "ema"):
+    """A run of this kind, from its folder (weights "ema" or "raw") or as it is. Raises UsageError for another kind."""
+    if isinstance(run, (str, Path)):
+        from ldmcli.sampling.load import load
+
+        run = load(run, weights=weights)
+    if run.kind != kind:
+        raise UsageError(f"this is a run of kind {run.kind}; evaluation asked for {kind}")
+    return run
+
+
+def trained_size(run) -> tuple[int, int]:
+    """(height, width) in pixels that a run was trained at."""
+    if run.kind == "diffusion":
+        _, height, width = run.model.latent_shape
+        f = run.autoencoder.network.f
+        return height * f, width * f
+    size = tuple(run.config.data.size) if run.config is not None else (0, 0)
+    return size if any(size) else (64, 64)
+
+
+def sampling_facts(model, draw: dict[str, Any]) -> dict[str, Any]:
+    """Sampler and its settings in effect."""
+    chosen = {**asdict(model.config.sample), **draw["settings"]}
+    return {key: chosen[key] for key in SAMPLING} | {"seed": draw["seed"]}

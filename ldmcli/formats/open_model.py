@@ -1,0 +1,86 @@
+"""What lies at a path, and its reader: run folders, CompVis checkpoints, diffusers folders, hub ids."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.formats import run_folder
+from ldmcli.formats.bundle import Bundle
+
+CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OURS = ("runs", "outputs", ".", "..")  # first parts of a path that no hub id begins with
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model of others is to be read, where that is open.
+
+    weights: "ema" where there are averages, or "raw"; config: the YAML of a CompVis checkpoint; heads: attention heads
+    of its UNet, "" = as the table of published models and the YAML say, "legacy" = one, "config" = as the YAML says to
+    the newest code, or a number; part: "" or "first-stage"; tokenizer: a folder for a text model that has none.
+    """
+
+    weights: str = "ema"
+    config: Path | None = None
+    heads: str = ""
+    part: str = ""
+    tokenizer: Path | None = None
+
+
+def format_of(path: Path) -> str:
+    """ "run", "compvis", "diffusers" or "hub". Raises ModelError where nothing that can be read is there."""
+    if path.is_dir():
+        if (path / "run.json").is_file():
+            return "run"
+        if (path / "model_index.json").is_file() or (path / "config.json").is_file():
+            return "diffusers"
+        if checkpoint_in(path) is not None:
+            return "compvis"
+        raise ModelError(f"{path}: not a run folder (no run.json in it), nor one of diffusers or with one checkpoint")
+    if path.is_file():
+        if path.suffix.lower() in CHECKPOINTS:
+            return "compvis"
+        raise ModelError(f"{path}: not a model; a run folder, a diffusers folder, a .ckpt or .safetensors is expected")
+    if _HUB_ID.fullmatch(path.as_posix()) and path.parts[0] not in _OURS and not path.parent.is_dir():
+        return "hub"
+    if path.suffix.lower() in CHECKPOINTS:
+        raise ModelError(f"{path}: no such file")
+    raise ModelError(f"{path}: no such run folder; `ldm runs` lists those there are")
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """The one checkpoint of a folder; None where there is none or several."""
+    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in CHECKPOINTS and path.is_file()]
+    return found[0] if len(found) == 1 else None
+
+
+def read(path: Path, reading: Reading = Reading()) -> Bundle:
+    """The model at `path`, whatever its format. Raises ModelError, or UsageError for a reading that it cannot take."""
+    kind = format_of(path)
+    if kind != "compvis":
+        for name in ("config", "heads"):
+            if getattr(reading, name):
+                raise UsageError(f"--{name}: only checkpoints (.ckpt, .safetensors) take one; {path} is none")
+    if kind == "run":
+        return run_folder.read(path, reading.weights)
+    if kind == "compvis":
+        from ldmcli.formats import compvis
+
+        return compvis.read(path, reading)
+    from ldmcli.formats import diffusers
+
+    return diffusers.read(path if kind == "diffusers" else hub_folder(path.as_posix()))
+
+
+def hub_folder(name: str) -> Path:
+    """A diffusers folder of the hub, downloaded or from the cache. Raises ModelError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.bin"]))
+    except Exception as error:  # what the hub's client raises comes from several libraries
+        why = str(error).strip().splitlines()
+        reason = why[0] if why else repr(error)
+        raise ModelError(f"{name}: no such folder here, and the hub gives none ({reason})") from None

@@ -1,0 +1,189 @@
+"""Run folders as bundles, both ways: what use needs of a run, without its training state."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldmcli import __version__
+from ldmcli.core import console, files, runs
+from ldmcli.core.config import config_hash, flat, from_toml, to_toml
+from ldmcli.core.errors import LdmError, ModelError
+from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
+from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle
+from ldmcli.networks.latent_diffusion import LatentScale
+
+WEIGHTS = "model.safetensors"
+
+
+def read(path: Path, weights: str = "ema") -> Bundle:
+    """The model of a run folder, its weights verified. weights: "ema" (model.safetensors) or "raw" (those of the newest
+    checkpoint, of a diffusion run). Raises ModelError."""
+    if runs.read_run(path).get("kind") == "autoencoder":
+        return read_autoencoder(path)
+    config = read_config("diffusion", path)
+    stats = files.read_json(path / "stats.json")
+    tensors, metadata = files.load_tensors(path / WEIGHTS if weights == "ema" else _raw_weights(path))
+    _check_settings(config, metadata, path)
+    wanted = stats["autoencoder"]
+    autoencoder = None if wanted == "pixels" else read_autoencoder(path / "autoencoder")
+    if autoencoder is not None and autoencoder.fingerprint != wanted:
+        raise ModelError(
+            f"{path}/autoencoder: not the autoencoder that this model was trained with "
+            f"(hash {autoencoder.fingerprint[:12]}, wanted {wanted[:12]})"
+        )
+    channels, height, width = stats["latent_shape"]
+    tokenizer = path / "tokenizer"
+    return DiffusionBundle(
+        config,
+        tensors,
+        autoencoder,
+        read_scale(stats, channels),
+        (channels, height, width),
+        stats["conditions"],
+        tokenizer if "text" in config.condition.kinds and tokenizer.is_dir() else None,
+        _notes(path),
+        metadata.get("content_sha256", ""),
+    )
+
+
+def read_autoencoder(path: Path) -> AutoencoderBundle:
+    """The autoencoder of a run folder (or of a diffusion run's autoencoder/). Raises ModelError."""
+    state = runs.read_run(path)
+    if state.get("kind") != "autoencoder":
+        raise ModelError(f"{path}: a {state.get('kind')} run, not an autoencoder; pass a run of `ldm train-ae`")
+    config = read_config("autoencoder", path)
+    tensors, metadata = files.load_tensors(path / WEIGHTS)
+    if "latent_scale" in metadata:  # of these very weights, whatever stats.json was measured on
+        stats = {"latent_scale": json.loads(metadata["latent_scale"])}
+    else:
+        stats = files.read_json(path / "stats.json") if (path / "stats.json").exists() else {}
+    scale = read_scale(stats, 0) if stats.get("latent_scale") else None
+    return AutoencoderBundle(config, tensors, scale, _notes(path), metadata["content_sha256"])
+
+
+def read_config(kind: str, path: Path):
+    """The resolved configuration of a run. Raises ModelError when it is missing or damaged."""
+    try:
+        return from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: config.toml is missing") from error
+    except LdmError as error:
+        raise ModelError(str(error)) from error
+
+
+def read_scale(stats: Mapping[str, Any], channels: int) -> LatentScale:
+    """The latent scale of a run's stats.json; none for autoencoders that have not measured it yet."""
+    found = stats.get("latent_scale")
+    if not found:
+        return LatentScale.identity(channels)
+    if not all(map(math.isfinite, found["mean"])) or not all(0 < std < math.inf for std in found["std"]):
+        raise ModelError(f"stats.json: latent_scale holds what is no scale (mean {found['mean']}, std {found['std']})")
+    return LatentScale(tuple(found["mean"]), tuple(found["std"]))
+
+
+def settings_of_weights(config: DiffusionConfig | AutoencoderConfig) -> dict[str, Any]:
+    """Settings without which weights mean nothing, as JSON values: of network, process and conditions."""
+    of_weights = ("diffusion.", "condition.", "task.", "autoencoder.")
+    kept = {k: v for k, v in flat(config).items() if k.startswith(of_weights)}
+    return json.loads(json.dumps(kept))
+
+
+def _check_settings(config: DiffusionConfig, metadata: Mapping[str, str], path: Path) -> None:
+    """Raises ModelError when config.toml says something else of the model than the file that holds its weights."""
+    written, now = json.loads(metadata.get("settings", "{}")), settings_of_weights(config)
+    changed = {name: (value, now[name]) for name, value in written.items() if now.get(name, value) != value}
+    if changed:
+        table = "; ".join(f"{name}: {a} in the weights, {b} in config.toml" for name, (a, b) in changed.items())
+        raise ModelError(f"{path}: config.toml does not belong to model.safetensors ({table}); restore it")
+
+
+def _raw_weights(path: Path) -> Path:
+    newest = runs.newest_checkpoint(path, console.warn)
+    if newest is None:
+        raise ModelError(f"{path}: no complete checkpoint, so no raw weights; use the averaged ones (--weights ema)")
+    return newest / WEIGHTS
+
+
+def _notes(path: Path) -> list[str]:
+    return list(runs.read_run(path).get("notes") or [])
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(bundle: Bundle, path: Path, source: Mapping[str, Any] | None = None) -> str:
+    """Writes a bundle as a complete run folder into `path`, which is made; returns the hash of its weights.
+
+    source: where the model comes from, as run.json keeps it ({"file": name, "format": …}); no absolute paths.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    files.write_text(path / "config.toml", to_toml(bundle.config))
+    if isinstance(bundle, AutoencoderBundle):
+        kind, fingerprint = "autoencoder", _write_autoencoder(bundle, path)
+    else:
+        kind, fingerprint = "diffusion", _write_diffusion(bundle, path)
+    runs.RunFolder(path).update(
+        kind=kind,
+        state="finished",
+        step=0,
+        version=__version__,
+        seed=bundle.config.train.seed,
+        parents=[],
+        data={},
+        machine=runs.machine(),
+        exit_code=0,
+        source=dict(source or {}),
+        notes=bundle.notes,
+    )
+    return fingerprint
+
+
+def _metadata(config: DiffusionConfig | AutoencoderConfig) -> dict[str, str]:
+    return {
+        "config_sha256": config_hash(config),
+        "settings": json.dumps(settings_of_weights(config)),
+        "step": "0",
+        "weights": "converted",
+        "ldm_version": __version__,
+    }
+
+
+def _scale_facts(scale: LatentScale, kind: str) -> dict[str, Any]:
+    return {"kind": kind, "mean": list(scale.mean), "std": list(scale.std), "images": 0}
+
+
+def _write_autoencoder(bundle: AutoencoderBundle, path: Path) -> str:
+    stats: dict[str, Any] = {"size": list(bundle.config.data.size)}
+    metadata = _metadata(bundle.config)
+    if bundle.scale is not None:
+        stats["latent_scale"] = _scale_facts(bundle.scale, "converted")
+        metadata["latent_scale"] = json.dumps(stats["latent_scale"])
+    files.write_json(path / "stats.json", stats)
+    return files.save_tensors(path / WEIGHTS, bundle.tensors, metadata)
+
+
+def _write_diffusion(bundle: DiffusionBundle, path: Path) -> str:
+    own = "pixels" if bundle.autoencoder is None else write(bundle.autoencoder, path / "autoencoder")
+    if bundle.tokenizer is not None:
+        shutil.copytree(bundle.tokenizer, path / "tokenizer")
+    files.write_json(
+        path / "stats.json",
+        {
+            "latent_scale": _scale_facts(bundle.scale, bundle.config.diffusion.latent_scale),
+            "latent_shape": list(bundle.latent_shape),
+            "size": list(bundle.config.data.size),
+            "conditions": bundle.facts,
+            "autoencoder": own,
+        },
+    )
+    return files.save_tensors(path / WEIGHTS, bundle.tensors, _metadata(bundle.config))
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """The hash that `write` would give these weights."""
+    return files.tensors_hash({name: tensor.detach().cpu() for name, tensor in tensors.items()})

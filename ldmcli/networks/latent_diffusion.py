@@ -1,0 +1,103 @@
+"""The trained part of a latent diffusion model as one module, and the scale of the latents it works in.
+
+A whole training step by hand, for research code:
+
+    schedule = make_schedule(settings)
+    alpha, sigma = levels_at(schedule, t)                         # (B,) each
+    z_t = alpha[:, None, None, None] * z + sigma[:, None, None, None] * noise
+    error = model(z_t, t, inputs) - target(schedule.prediction, z, noise, alpha, sigma)
+    error.square().mean().backward()
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmcli.core.settings import ConditionSettings, DiffusionSettings
+from ldmcli.networks.conditioners import Conditioning, Conditions
+from ldmcli.networks.unet import UNet
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """Affine map between the autoencoder's latents and those the diffusion model sees: (z - mean) / std a channel.
+
+    The paper's single `scale_factor` s is mean 0 and std 1/s on every channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @staticmethod
+    def identity(channels: int) -> "LatentScale":
+        """No change."""
+        return LatentScale((0.0,) * channels, (1.0,) * channels)
+
+    @staticmethod
+    def measured(mean: Tensor, variance: Tensor, kind: str) -> "LatentScale":
+        """From per-channel mean and variance (c,) of latents. kind: per_channel | global | none (Sec. G)."""
+        if kind == "none":
+            return LatentScale.identity(len(mean))
+        if kind == "global":  # one number, the mean left in, as the original's scale_by_std does
+            second = variance + mean**2
+            spread = float((second.mean() - mean.mean() ** 2).clamp(min=1e-12).sqrt())
+            return LatentScale((0.0,) * len(mean), (spread,) * len(mean))
+        return LatentScale(tuple(mean.tolist()), tuple(variance.clamp(min=1e-12).sqrt().tolist()))
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """(B, c, h, w) from the autoencoder -> as the diffusion model sees it."""
+        return (z - self._column(self.mean, z)) / self._column(self.std, z)
+
+    def restore(self, z: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        return z * self._column(self.std, z) + self._column(self.mean, z)
+
+    @staticmethod
+    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+class DiffusionModel(nn.Module):
+    """UNet and conditions under one forward, so that wrapped data-parallel training sees all parameters.
+
+    `latent_shape` is (c, h, w) at the training size; `kinds` are all conditions (`DiffusionConfig.kinds`), by default
+    those of `condition`. The UNet reads the latent's channels and the planes of the conditions.
+    """
+
+    def __init__(
+        self,
+        settings: DiffusionSettings,
+        condition: ConditionSettings,
+        facts: dict[str, dict[str, Any]],
+        tokenizer,
+        latent_shape: tuple[int, int, int],
+        kinds: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        self.settings, self.latent_shape = settings, tuple(latent_shape)
+        self.conditions = Conditions(condition.kinds if kinds is None else kinds, condition, facts, tokenizer)
+        channels, height, width = latent_shape
+        self.unet = UNet(
+            settings,
+            channels + self.conditions.concat_channels,
+            channels,
+            context_dim=self.conditions.context_dim,
+            vector_dim=self.conditions.vector_dim,
+            sample_size=(height, width),
+        )
+
+    def embed(self, inputs: dict[str, Tensor] | None, size: tuple[int, int] | None = None) -> Conditioning:
+        """tau(y): what the conditions make of prepared inputs (`Conditions.prepare`) for latents of `size` (h, w), by
+        default those of the training."""
+        return self.conditions(inputs or {}, self.latent_shape[1:] if size is None else size)
+
+    def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's raw output (B, c, h, w) for z_t at timesteps t (B,)."""
+        x = z_t if conditioning.concat is None else torch.cat([z_t, conditioning.concat], dim=1)
+        return self.unet(x, t, context=conditioning.context, vector=conditioning.vector)
+
+    def forward(self, z_t: Tensor, t: Tensor, inputs: dict[str, Tensor] | None = None) -> Tensor:
+        return self.predict(z_t, t, self.embed(inputs, tuple(z_t.shape[-2:])))

@@ -1,0 +1,161 @@
+"""Conditions that are planes beside z_t: class maps, low-resolution images, images with holes (Sec. 4.3.2-4.5, D.6)."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldmcli.core.errors import InputError, ModelError
+from ldmcli.core.settings import ConditionSettings
+from ldmcli.maths.patchmatch import patched
+from ldmcli.maths.smooth_inpainting import continued
+from ldmcli.networks.conditioning import Conditioning
+from ldmcli.networks.text_encoder import SpatialRescaler
+
+NO_CLASS = 255  # in maps whose data use it: pixels that nobody labelled
+MAP_PLANES = 3
+FILLERS = 4  # pictures that are filled at a time
+
+
+class MapCondition(nn.Module):
+    """Class maps, uint8 (H, W) at the picture's size -> planes: one plane a class, halved to the latent's size, mixed.
+
+    The null is a map on which no pixel has a class. facts: "classes", "names", "out_channels", "stages" (halvings),
+    "void" (whether 255 stands for no class).
+    """
+
+    columns = ("map",)
+    request = "map"
+
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+        super().__init__()
+        self.classes, self.channels, self.void = facts["classes"], facts["out_channels"], facts.get("void", False)
+        self.names: list[str] = list(facts.get("names") or map(str, range(self.classes)))
+        self.stages = facts["stages"]
+        self.encoder = SpatialRescaler(self.classes, self.channels, self.stages)
+
+    @staticmethod
+    def learn(found: list[int], names: list[str], f: int) -> dict[str, Any]:
+        """Facts from the class indices that occur in the data: as many classes as the largest index says, or as have
+        names."""
+        void = NO_CLASS in found and len(names) <= NO_CLASS
+        classes = max([len(names), *(index + 1 for index in found if not (void and index == NO_CLASS))])
+        names = [*names, *map(str, range(len(names), classes))]
+        return {
+            "classes": classes,
+            "names": names,
+            "out_channels": MAP_PLANES,
+            "stages": f.bit_length() - 1,
+            "void": void,
+        }
+
+    def prepare(self, maps: list[np.ndarray]) -> dict[str, Tensor]:
+        """Maps of one size -> {"index": (n, H, W) int16}, -1 for no class. Raises InputError for an index that the
+        model does not know."""
+        index = torch.from_numpy(np.stack(maps).astype(np.int16))
+        if self.void:
+            index[index == NO_CLASS] = -1
+        if int(index.max()) >= self.classes:
+            raise InputError(f"a class map holds index {int(index.max())}; this model knows 0 … {self.classes - 1}")
+        return {"index": index}
+
+    def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """No class anywhere, n times, at the size of `given` (one pixel where there is none)."""
+        size = given["index"].shape[1:] if given else (1, 1)
+        return {"index": torch.full((n, *size), -1, dtype=torch.int16)}
+
+    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+        index = inputs["index"][:, None]
+        planes = index == torch.arange(self.classes, device=index.device)[:, None, None]
+        return Conditioning(concat=self.encoder(planes.to(self.encoder.channel_mapper.weight.dtype)))
+
+
+class LowresCondition(nn.Module):
+    """Low-resolution images, uint8 (S / scale, S / scale, 3) -> planes at the latent's size S / f, in [-1, 1].
+
+    Where scale = f, as in the paper, they stand beside z_t as they are; larger ones are folded into channels, smaller
+    ones enlarged (bilinear). With a fact "latent" the latent of their bicubic enlargement stands there, too: it tells
+    in the language of z_t what is already known. facts: "scale", "f", "latent" (channels of a latent; 0 or absent: the
+    small image alone, as in the paper).
+    """
+
+    columns = ("image",)
+    request = "image"
+
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+        super().__init__()
+        self.scale, self.f = facts["scale"], facts["f"]
+        self.fold, self.enlarge = max(1, self.f // self.scale), max(1, self.scale // self.f)
+        self.latent = facts.get("latent", 0)
+        self.channels = 3 * self.fold**2 + self.latent
+        self.first_stage: Callable[[Tensor], Tensor] | None = None
+
+    def prepare(self, images: list[np.ndarray]) -> dict[str, Tensor]:
+        """Images of one size -> {"image": (n, 3, h, w) uint8}."""
+        return {"image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()}
+
+    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+        x = small = inputs["image"].float() / 127.5 - 1
+        if self.enlarge > 1:
+            x = F.interpolate(x, scale_factor=float(self.enlarge), mode="bilinear", align_corners=False)
+        planes = F.pixel_unshuffle(x, self.fold)
+        if self.latent:
+            large = F.interpolate(small, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
+            planes = torch.cat([planes, _encoded(self.first_stage, large.clamp(-1, 1))], dim=1)
+        return Conditioning(concat=planes)
+
+
+class MaskedCondition(nn.Module):
+    """Images with holes -> [latent of the image without them, mask]: the c + 1 planes of the published model.
+
+    A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in
+    holes and -1 elsewhere. The published model sees black holes. With facts "fill" = "smooth" what lies around goes on
+    into them first (`continued`), so that latents beside a hole are those of the picture and latents in it already
+    have about the right brightness and colour; with "patches" they also have the texture of the likest surroundings
+    (`patched`), which is done on the CPU while batches are made. facts: "channels" (of a latent), "fill".
+    """
+
+    columns = ("image",)
+    request = "image"
+
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+        super().__init__()
+        self.channels, self.fill = facts["channels"] + 1, facts.get("fill", "black")
+        self.first_stage: Callable[[Tensor], Tensor] | None = None
+
+    def prepare(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
+        """Pairs of one size -> {"image": (n, 3, H, W) uint8, "hole": (n, H, W) bool}. Holes are black, or filled where
+        the model sees patches in them; what was there before is never looked at."""
+        images, holes = (np.stack(part) for part in zip(*pairs))
+        images = np.where(holes[..., None], np.uint8(0), images)
+        pixels, hole = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(holes)
+        if self.fill == "patches":
+            with ThreadPoolExecutor(FILLERS) as pool:
+                pixels = torch.stack(list(pool.map(_patched, pixels, hole)))
+        return {"image": pixels, "hole": hole}
+
+    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+        x = inputs["image"].float() / 127.5 - 1
+        latent = _encoded(self.first_stage, continued(x, inputs["hole"]) if self.fill == "smooth" else x)
+        return Conditioning(concat=masked_planes(latent, inputs["hole"]))
+
+
+def _patched(pixels: Tensor, hole: Tensor) -> Tensor:
+    return patched(pixels.float(), hole).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def _encoded(first_stage: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    if first_stage is None:
+        raise ModelError("planes of latents: no first stage was lent to the conditions (conditions.first_stage)")
+    return first_stage(x).float()
+
+
+def masked_planes(latent: Tensor, hole: Tensor) -> Tensor:
+    """[latent (B, c, h, w), mask]: hole (B, H, W) bool becomes a plane of 1 and -1 at the latent's size."""
+    mask = F.interpolate(hole[:, None].float() * 2 - 1, size=latent.shape[-2:], mode="nearest")
+    return torch.cat([latent, mask], dim=1)

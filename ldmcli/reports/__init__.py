@@ -1,0 +1,1 @@
+"""What people look at: cost estimates, reports, model cards, data reports, the demo."""

@@ -1,0 +1,180 @@
+"""README.md of a run: a model card that the hub understands and people can use."""
+
+import json
+import re
+from html import escape
+from pathlib import Path
+
+from ldmcli.core.console import clean, redact
+from ldmcli.core.outputs import write_page
+from ldmcli.reports import run_report
+from ldmcli.reports.charts import figure
+from ldmcli.reports.run_report import RunView, last_name, look
+
+_MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
+
+
+def write_card(run_dir: Path) -> Path:
+    """Writes run_dir/README.md from what lies in the folder, and returns its path. Raises UsageError for a card that
+    somebody wrote or changed by hand."""
+    run = look(run_dir)
+    parts = [
+        _front_matter(run),
+        f"# {_text(run.name)}",
+        _summary(run),
+        _picture(run),
+        _use(run),
+        _data(run),
+        _metrics(run),
+        _settings(run),
+        _limits(run),
+    ]
+    write_page(run_dir / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    return run_dir / "README.md"
+
+
+def _text(value: object) -> str:
+    """Text from anywhere as Markdown text on one line: no markup of its own, no secrets."""
+    line = " ".join(redact(clean(value)).split())
+    return _MARKDOWN.sub(r"\\\1", escape(line, quote=False))
+
+
+def _code(value: object) -> str:
+    """Text inside a code block of its own: nothing in it can end the block."""
+    return redact(clean(value)).replace("```", "'''")
+
+
+def _front_matter(run: RunView) -> str:
+    tags = ["latent-diffusion", *([run.kind] if run.kind in run_report.KINDS else []), *_kinds(run)]
+    lines = ["license: other", "library_name: ldm", f"pipeline_tag: {_task(run)}", "tags:", *(f"- {t}" for t in tags)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _kinds(run: RunView) -> tuple[str, ...]:
+    """What a diffusion model is told, as the tags say it."""
+    kinds = run.config.condition.kinds if run.kind == "diffusion" and run.config else ()
+    return tuple(f"{kind}-conditional" for kind in kinds if kind.isidentifier())
+
+
+def _task(run: RunView) -> str:
+    if run.kind == "autoencoder":
+        return "image-to-image"
+    kinds = run.config.kinds if run.config and run.kind == "diffusion" else ()
+    if {"map", "lowres", "masked"} & set(kinds):
+        return "image-to-image"
+    return "text-to-image" if "text" in kinds else "unconditional-image-generation"
+
+
+def _summary(run: RunView) -> str:
+    state = run.state.get("state")
+    unfinished = f" The training is not finished ({_text(state)})." if state != "finished" else ""
+    size = run.stats.get("size")
+    pixels = f" It works at {size[0]}×{size[1]} pixels." if size else ""
+    return f"{_text(run_report.headline(run))}.{pixels}{unfinished}"
+
+
+def _picture(run: RunView) -> str:
+    found = run_report.sample_files(run.path)
+    if not found:
+        return ""
+    what = "Held-out images above their reconstructions" if run.kind == "autoencoder" else "Samples of fixed seeds"
+    step, path = found[0]
+    return f"![{what}, step {step:,}](samples/{path.name})\n\n{what}, step {step:,}."
+
+
+def _use(run: RunView) -> str:
+    """Two lines of Python, and the command that does the same."""
+    folder = json.dumps(clean(run.name), ensure_ascii=False)
+    if run.kind == "autoencoder":
+        call = f"model = ldmcli.load({folder})\nz = model.encode(images); pixels = model.decode(z)  # images: PIL"
+        command = f"ldm reconstruct IMAGES --autoencoder {folder}"
+    else:
+        told, option = _told(run)
+        task = run.config.task.name if run.config else "generate"
+        call = f"model = ldmcli.load({folder})\nimages = model.sample({told}seed=0)"
+        command = {
+            "sr": f"ldm upscale photo.png --model {folder}",
+            "inpaint": f"ldm inpaint photo.png mask.png --model {folder}",
+        }.get(task, f"ldm sample --model {folder}{option}")
+    return f"## Use\n\n```python\nimport ldmcli\n\n{_code(call)}\n```\n\n```sh\n{_code(command)}\n```"
+
+
+def _told(run: RunView) -> tuple[str, str]:
+    """What a first picture could be told: the argument in Python, the option of the command."""
+    request, kinds = run.stats.get("preview") or {}, run.config.kinds if run.config else ()
+    names = {"layout": ("layout", "layout.json"), "map": ("map", "map.png")}
+    files = {"lowres": 'image="photo.png", ', "masked": 'image="photo.png", mask="mask.png", '}
+    call = "".join(f'{names[kind][0]}="{names[kind][1]}", ' for kind in kinds if kind in names)
+    call += "".join(files[kind] for kind in kinds if kind in files)
+    option = "".join(f" --{names[kind][0]} {names[kind][1]}" for kind in kinds if kind in names)
+    if request.get("prompt"):
+        text = json.dumps(" ".join(clean(request["prompt"][0]).split()), ensure_ascii=False)
+        quoted = "'" + text[1:-1].replace("'", "'\\''") + "'"
+        return f"prompt={text}, {call}", f" --prompt {quoted}{option}"
+    if request.get("classes"):
+        first = int(request["classes"][0])
+        return f"classes=[{first}], {call}", f" --class {first}{option}"
+    return call, option
+
+
+def _data(run: RunView) -> str:
+    data = run.state.get("data") or {}
+    if not data:
+        return ""
+    counts = [
+        f"{data[key]:,} {what}"
+        for key, what in (("rows", "to train"), ("validation_rows", "to validate"))
+        if isinstance(data.get(key), int)
+    ]
+    left_out = f", {len(data['left_out'])} left out as unusable" if data.get("left_out") else ""
+    source = f"{_text(last_name(data.get('source')))}, split {_text(data.get('split'))}"
+    lines = [f"{source}: {', '.join(counts)}{left_out}."]
+    if data.get("fingerprint"):
+        lines.append(f"Fingerprint of the training rows: `{_text(data['fingerprint'])}`.")
+    return "## Data\n\n" + " ".join(lines)
+
+
+def _metrics(run: RunView) -> str:
+    """The newest validation with its protocol, then the evaluations that lie in the folder."""
+    rows = [
+        f"| {_text(name)} | {_text(value)} | {better} |"
+        for name, value, better in (
+            run_report.tile(key, value, "") for key, value in run_report.latest_metrics(run).items()
+        )
+    ]
+    parts = []
+    if rows:
+        parts.append("\n".join(["| metric | value | |", "|---|---|---|", *rows]))
+        parts.append(run_report.protocol_text(run))
+    for name, found in run_report.evaluation_files(run).items():
+        lines = [f"| {_text(key)} | {_text(value)} |" for key, value in run_report.flat(found)]
+        parts.append("\n".join([f"### {_text(name)}", "", "| | |", "|---|---|", *lines]))
+    return "\n\n".join(["## Metrics", *(part for part in parts if part)]) if parts else ""
+
+
+def _settings(run: RunView) -> str:
+    if run.config is None:
+        return ""
+    lines = [f"{path} = {value}" for path, value in run_report.changed_settings(run).items()]
+    seconds = run.state.get("trained_seconds")
+    took = f" Training took {run_report.clock(seconds)}." if isinstance(seconds, int | float) else ""
+    command = run.state.get("command")
+    shown = f"\n\n```sh\n{_code(command)}\n```" if command else ""
+    toml = _code("\n".join(lines))
+    lead = f"`config.toml` holds the whole configuration; these settings differ from the defaults.{took}"
+    return f"## Training\n\n{lead}\n\n```toml\n{toml}\n```{shown}"
+
+
+def _limits(run: RunView) -> str:
+    size = run.stats.get("size")
+    lines = [
+        "It knows what its training images show and nothing else; whatever is rare or one-sided in them is so here.",
+        "Nobody has checked whether it repeats training images, or looked for bias.",
+        "The licence of the training data decides what may be done with it; `license: other` stands for that.",
+    ]
+    if size:
+        lines.insert(0, f"Sizes other than {size[0]}×{size[1]} px are outside of what it was trained on.")
+    psnr = run_report.latest_metrics(run).get("psnr")
+    if psnr is not None:
+        lines.insert(0, f"Reconstructions are not exact ({figure(psnr)} dB on validation): fine texture is lost first.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,311 @@
+"""`ldm data`: what ldm sees in a data set, before anything trains on it."""
+
+import re
+import statistics
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ldmcli.core import console
+from ldmcli.core.errors import InputError
+from ldmcli.core.outputs import CONTACT
+from ldmcli.core.settings import DataSettings
+from ldmcli.data.decode import BadImage, shown
+from ldmcli.data.rows import WORKERS, Rows, in_threads, is_shapes
+from ldmcli.data.sources import open_rows, split_sizes
+
+SPLITS = ("train", "validation")
+SHEET, SHEET_COLUMNS, CELL = 64, 8, 96
+STREAMED = 256  # rows that are looked at where a data set is only streamed
+EXAMPLES = 5
+
+Row = tuple[Rows, int]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one row turned out to be. `shape` is (height, width) in pixels; `reason` says why it cannot be used."""
+
+    row: Row
+    name: str
+    split: str
+    shape: tuple[int, int] | None
+    content: str
+    reason: str = ""
+
+
+def inspect(settings: DataSettings, out: Path | None = None) -> dict[str, Any]:
+    """Columns, counts, sizes, captions, classes, bad files and duplicates of a data set, and out/contact.png.
+
+    Every picture is decoded once (data.limit bounds that; of a stream the first 256 rows are looked at). Nothing is
+    left out: what --skip-bad would leave out is listed, and what training would refuse stands in the notes. Raises
+    InputError where there is no data set to be seen.
+    """
+    source = settings.source
+    splits, notes = _opened(replace(settings, skip_bad=True))
+    total = sum(map(len, splits.values()))
+    with console.progress(total, "looking") as bar:
+        found = [look for split, rows in splits.items() for look in _looks(rows, split, bar.advance)]
+    good = [look for look in found if not look.reason]
+    some = next(rows for rows in splits.values() if rows)[0][0]
+    notes += _notes(splits, settings)
+    result = {
+        "source": shown(source),
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        "columns": {role: shown(column) for role, column in some.columns.items()},
+        "sizes": _sizes(good, settings),
+        "captions": _captions(good, notes) if some.has("caption") else None,
+        "classes": _classes(good, notes) if some.has("label") else None,
+        "objects": _objects(good, notes) if some.has("objects") else None,
+        "bad": [{"file": look.name, "split": look.split, "reason": look.reason} for look in found if look.reason],
+        "duplicates": _duplicates(good),
+        "notes": list(dict.fromkeys(map(shown, notes))),
+        "contact_sheet": None,
+    }
+    if good:
+        result["contact_sheet"] = str(_contact_sheet(good, settings, out or _default_out(source)))
+    return result
+
+
+def _default_out(source: str) -> Path:
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", source.rstrip("/").rpartition("/")[2]).strip("-.").lower()[:40]
+    return Path("outputs") / f"data-{name or 'data'}"
+
+
+def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
+    """Rows by split, and notes on splits: without a train split, all that there are."""
+    if settings.streaming and not is_shapes(settings.source):
+        from ldmcli.data.streaming import stream
+
+        first = islice(stream(settings), min(settings.limit or STREAMED, STREAMED))
+        return {"train": [(row, 0) for row in first]}, [
+            "a stream: only its first rows were looked at, and how many there are is not known"
+        ]
+    sizes = split_sizes(settings)
+    if settings.split == "train" and sizes and "train" not in sizes:
+        opened = {
+            split: open_rows(replace(settings, split=split, val_split=split), split="validation") for split in sizes
+        }
+        notes = [f"there is no split train; training takes another with --split {next(iter(sizes))}"]
+    else:
+        opened = {split: open_rows(settings, split=split) for split in SPLITS}
+        notes = []
+        if opened["validation"].validation_is_train:
+            del opened["validation"]
+            notes.append("nothing is held out for validation")
+        used = {settings.split, *(rows.split for rows in opened.values())}
+        notes += [
+            f"split {shown(split)} ({count:,} rows) is not used; --val-split {shown(split)} takes it"
+            for split, count in sizes.items()
+            if split not in used
+        ]
+    return {split: [(rows, i) for i in range(len(rows))] for split, rows in opened.items()}, notes
+
+
+def _notes(splits: dict[str, list[Row]], settings: DataSettings) -> list[str]:
+    """What rows themselves say, once their pictures were looked at."""
+    opened = {id(rows): rows for part in splits.values() for rows, _ in part}.values()
+    transparent = sum(rows.transparent for rows in opened)
+    told = f"{transparent} pictures have transparent pixels, laid over {settings.background} (data.background)"
+    return [note for rows in opened for note in rows.notes] + [told] * bool(transparent)
+
+
+def _looks(rows: Sequence[Row], split: str, advance: Callable[[], None]) -> Iterable[Look]:
+    for look in in_threads(lambda row: _look(row, split), rows, WORKERS):
+        advance()
+        yield look
+
+
+def _look(row: Row, split: str) -> Look:
+    rows, i = row
+    try:
+        if is_shapes(rows.source):
+            shape = rows.shape(i)  # drawn, so never damaged
+        else:
+            image = rows.image(i)
+            shape = (image.height, image.width)
+            if rows.has("map"):
+                rows.map(i)
+        return Look(row, shown(rows.name(i)), split, shape, rows.content_hash(i))
+    except BadImage as error:
+        return Look(row, error.name, split, None, "", error.reason)
+
+
+# ---------------------------------------------------------------- facts
+
+
+def _sizes(good: Sequence[Look], settings: DataSettings) -> dict[str, Any] | None:
+    if not good:
+        return None
+    shapes = [look.shape for look in good]
+    by_area = sorted(shapes, key=lambda shape: shape[0] * shape[1])
+    counted = Counter(shapes).most_common(EXAMPLES)
+    facts = {
+        "smallest": _by(by_area[0]),
+        "median": _by(by_area[len(by_area) // 2]),
+        "largest": _by(by_area[-1]),
+        "different": len(set(shapes)),
+        "common": {_by(shape): count for shape, count in counted},
+    }
+    if any(settings.size):
+        small = sum(h < settings.size[0] or w < settings.size[1] for h, w in shapes)
+        facts["enlarged_at_size"] = small
+    return facts
+
+
+def _by(shape: tuple[int, int]) -> str:
+    """Height and width as options write them."""
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _usable(good: Sequence[Look], get: Callable[[Rows, int], Any], what: str, notes: list[str]) -> list[Any]:
+    """What `get` gives of each row; rows that it refuses are left out, and `notes` takes how many and why."""
+    found, refused = [], []
+    for rows, i in (look.row for look in good):
+        try:
+            found.append(get(rows, i))
+        except InputError as error:
+            refused.append(str(error))
+    if refused:
+        notes.append(f"{what} of {len(refused)} rows cannot be used, so training with them ends: {refused[0]}")
+    return found
+
+
+def _captions(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:
+    from ldmcli.networks.conditioners import MAX_TEXT_LENGTH
+
+    texts = _usable(good, lambda rows, i: rows.caption(i), "captions", notes)
+    filled = [text for text in texts if text.strip()]
+    words = [len(text.split()) for text in filled]
+    spread = [filled[round(k * (len(filled) - 1) / max(EXAMPLES - 1, 1))] for k in range(min(EXAMPLES, len(filled)))]
+    long = sum(count > MAX_TEXT_LENGTH - 2 for count in words)  # a word is one token or more; two mark the ends
+    if long:
+        notes.append(
+            f"{long} captions have more than {MAX_TEXT_LENGTH - 2} words: a model reads {MAX_TEXT_LENGTH} "
+            "tokens unless condition.text_length says more, so their ends are cut"
+        )
+    return {
+        "with_text": len(filled),
+        "empty": len(texts) - len(filled),
+        "different": len(set(filled)),
+        "words_median": statistics.median(words) if words else 0,
+        "words_most": max(words, default=0),
+        "characters_most": max(map(len, filled), default=0),
+        "examples": [shown(text) for text in dict.fromkeys(spread)],
+    }
+
+
+def _classes(good: Sequence[Look], notes: list[str]) -> dict[str, int]:
+    """Rows of each class, in the order of the classes; those without a row too."""
+    names = good[0].row[0].class_names if good else []
+    counts = Counter(_usable(good, lambda rows, i: rows.label(i), "labels", notes))
+    return {shown(name): counts[k] for k, name in enumerate(names)}
+
+
+def _objects(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:
+    found = _usable(good, lambda rows, i: rows.objects(i)["category"], "boxes", notes)
+    counts = [len(categories) for categories in found]
+    return {
+        "per_image_median": statistics.median(counts) if counts else 0,
+        "per_image_most": max(counts, default=0),
+        "categories": len({int(one) for categories in found for one in categories}),
+    }
+
+
+def _duplicates(good: Sequence[Look]) -> dict[str, Any]:
+    """Files of equal content, and how many of them lie on both sides of the split."""
+    groups: dict[str, list[Look]] = {}
+    for look in good:
+        groups.setdefault(look.content, []).append(look)
+    copies = [group for group in groups.values() if len(group) > 1]
+    return {
+        "groups": len(copies),
+        "rows": sum(map(len, copies)),
+        "in_both_splits": sum(len({look.split for look in group}) > 1 for group in copies),
+        "examples": [[look.name for look in group[:EXAMPLES]] for group in copies[:EXAMPLES]],
+    }
+
+
+def _contact_sheet(good: Sequence[Look], settings: DataSettings, out: Path) -> Path:
+    """Rows spread evenly over the data as training sees them, in out/contact.png."""
+    from ldmcli.sampling.contact_sheets import in_rows, save_grid
+
+    count = min(SHEET, len(good))
+    picked = [good[round(k * (len(good) - 1) / max(count - 1, 1))] for k in range(count)]
+    size = settings.size if any(settings.size) else (CELL, CELL)
+    pictures = [rows.pixels(i, size) for rows, i in (look.row for look in picked)]
+    save_grid(out / CONTACT, in_rows(pictures, SHEET_COLUMNS))
+    return out / CONTACT
+
+
+# ---------------------------------------------------------------- for people
+
+
+def inspect_text(facts: dict[str, Any], width: int = 80) -> str:
+    """The facts for a terminal."""
+    lines = [_line("data", facts["source"])]
+    lines.append(_line("rows", ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())))
+    lines.append(_line("columns", ", ".join(f"{role} = {name}" for role, name in facts["columns"].items())))
+    lines += _size_lines(facts["sizes"]) + _caption_lines(facts["captions"])
+    if facts["classes"] is not None:
+        named = ", ".join(f"{name} {count:,}" for name, count in list(facts["classes"].items())[:20])
+        more = f", and {len(facts['classes']) - 20} more" if len(facts["classes"]) > 20 else ""
+        lines.append(_line("classes", f"{len(facts['classes'])}: {named}{more}"))
+    if facts["objects"] is not None:
+        found = facts["objects"]
+        lines.append(
+            _line(
+                "objects",
+                f"{found['per_image_median']:g} an image (median), at most "
+                f"{found['per_image_most']}, {found['categories']} categories",
+            )
+        )
+    lines += _trouble_lines(facts)
+    lines += [_line("note", note) for note in facts["notes"]]
+    if facts["contact_sheet"]:
+        lines.append(_line("pictures", facts["contact_sheet"]))
+    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * 12, break_on_hyphens=False, drop_whitespace=True)
+    return "\n".join("\n".join(wrap.wrap(line)) for line in lines)
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:12}{text}"
+
+
+def _size_lines(sizes: dict[str, Any] | None) -> list[str]:
+    if sizes is None:
+        return []
+    if sizes["different"] == 1:
+        text = f"all {sizes['median']} (height x width)"
+    else:
+        common = ", ".join(f"{size} ({count:,})" for size, count in sizes["common"].items())
+        text = (
+            f"{sizes['smallest']} to {sizes['largest']}, median {sizes['median']} (height x width); "
+            f"{sizes['different']} different, most often {common}"
+        )
+    enlarged = sizes.get("enlarged_at_size")
+    return [_line("sizes", text + (f"; {enlarged:,} would be enlarged" if enlarged else ""))]
+
+
+def _caption_lines(captions: dict[str, Any] | None) -> list[str]:
+    if captions is None:
+        return []
+    empty = f", {captions['empty']:,} empty" if captions["empty"] else ""
+    words = f"{captions['words_median']:g} words (median), at most {captions['words_most']}"
+    lines = [_line("captions", f"{captions['with_text']:,}{empty}; {captions['different']:,} different; {words}")]
+    return lines + [_line("", f"“{text}”") for text in captions["examples"]]
+
+
+def _trouble_lines(facts: dict[str, Any]) -> list[str]:
+    bad, copies = facts["bad"], facts["duplicates"]
+    lines = [_line("bad", f"{len(bad)} files; --skip-bad leaves them out" if bad else "no file")]
+    lines += [_line("", f"{one['file']}: {one['reason']}") for one in bad]
+    if copies["groups"]:
+        both = f", {copies['in_both_splits']} of them in both splits" if copies["in_both_splits"] else ""
+        lines.append(_line("duplicates", f"{copies['groups']} pictures stored more than once{both}"))
+        lines += [_line("", " = ".join(group)) for group in copies["examples"]]
+    return lines

@@ -1,0 +1,461 @@
+"""The sections of a run's page: what it is, its figures, curves and pictures, how they were measured, all settings."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core import config as configuration
+from ldmcli.core import files, runs
+from ldmcli.core.errors import LdmError
+from ldmcli.reports import html
+from ldmcli.reports.charts import Series, figure, finite, line_chart
+from ldmcli.reports.html import safe
+
+PREVIEWS = 6
+KINDS = {"autoencoder": "Autoencoder", "diffusion": "Diffusion model"}
+STATES = ("running", "finished", "interrupted", "failed", "diverged")
+METRICS = {  # key: name, unit, which way is better
+    "psnr": ("PSNR", "dB", "higher is better"),
+    "ssim": ("SSIM", "", "higher is better, at most 1"),
+    "lpips": ("LPIPS", "", "lower is better"),
+    "perceptual": ("Perceptual distance", "", "lower is better"),
+    "fd": ("Fréchet distance", "", "lower is better"),
+    "fid": ("FID", "", "lower is better"),
+    "kid": ("KID", "", "lower is better"),
+    "val_loss": ("Validation loss", "", "lower is better"),
+}
+TERMS = {"l1_loss": "L1", "l2_loss": "L2", "edge_loss": "edges", "perceptual_loss": "perceptual"}
+FROM_ZERO = {"lr_factor", "data_wait", "images_per_s"}
+GROUPS = (  # title, unit, {key in metrics.jsonl: name in the legend}
+    ("Terms of the reconstruction loss", "", TERMS),
+    ("KL of the posterior", "nats per image", {"kl_loss": "KL"}),
+    ("Quantisation loss", "", {"quant_loss": "quantisation"}),
+    ("Adversarial losses", "", {"g_loss": "generator", "disc_loss": "discriminator"}),
+    ("Discriminator's logits", "", {"logits_real": "real", "logits_fake": "reconstructed"}),
+    ("Codes in use", "codes", {"codes_used": "used", "perplexity": "perplexity"}),
+    ("Gradient norms", "", {f"grad_norm_{name}": name for name in ("autoencoder", "discriminator", "model")}),
+    ("Learning-rate factor", "share of the set rate", {"lr_factor": "factor"}),
+    ("Throughput", "images/s", {"images_per_s": "images/s"}),
+    ("Waiting for data", "share of the time", {"data_wait": "share"}),
+)
+_NOT_DRAWN = {
+    "step",
+    "images",
+    "trained_seconds",
+    "peak_memory_bytes",
+    "seconds_per_step",
+    "total_loss",
+    "rec_loss",
+    "nll_loss",
+}
+
+
+@dataclass(frozen=True)
+class RunView:
+    """All that a run folder says, with nothing missing: what cannot be read is empty."""
+
+    path: Path
+    state: dict[str, Any]
+    log: list[dict[str, Any]]
+    stats: dict[str, Any]
+    config: configuration.Config | None
+
+    @property
+    def kind(self) -> str:
+        return str(self.state.get("kind") or "")
+
+    @property
+    def name(self) -> str:
+        """The folder's name, not its place on somebody's disk."""
+        return self.path.resolve().name
+
+
+def look(path: Path) -> RunView:
+    """Reads a run folder, unfinished or damaged as it may be."""
+    state = _read_dict(path / "run.json")
+    log = [line for line in runs.read_log(path) if isinstance(line, dict)]
+    return RunView(path, state, log, _read_dict(path / "stats.json"), _read_config(path, str(state.get("kind"))))
+
+
+def _read_dict(path: Path) -> dict[str, Any]:
+    try:
+        found = files.read_json(path)
+    except LdmError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_config(path: Path, kind: str) -> configuration.Config | None:
+    try:
+        return configuration.from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"))
+    except (LdmError, OSError, KeyError, ValueError):
+        return None
+
+
+# ---------------------------------------------------------------- who and how
+
+
+def header(run: RunView) -> str:
+    """Name, state, and the facts that identify the run."""
+    state = str(run.state.get("state") or "unknown")
+    badge = f'<span class="state {state if state in STATES else "unknown"}">{safe(state)}</span>'
+    reason = run.state.get("reason")
+    reason = f'<p class="reason">{safe(reason)}</p>' if reason and state != "finished" else ""
+    reason += "".join(f'<p class="reason">{safe(text)}</p>' for text in run.state.get("warnings") or [])
+    title = f"<h1>{safe(run.name)}{badge}</h1>"
+    return f'<header>{title}<p class="lead">{safe(headline(run))}</p>{reason}{html.facts(identity(run))}</header>\n'
+
+
+def headline(run: RunView) -> str:
+    """Kind, data and how far it is, in one line."""
+    what = KINDS.get(run.kind, "A run that has not begun")
+    timed = run.config is not None and run.config.train.max_minutes > 0  # then the steps are only a bound
+    steps = run.config.train.steps if run.config and not timed else None
+    steps_logged = [step for line in run.log if isinstance(step := line.get("step"), int)]
+    step = max([*steps_logged, run.state.get("step") or 0]) if steps_logged else run.state.get("step")
+    how_far = f", step {_count(step)}" + (f" of {_count(steps)}" if steps else "") if step is not None else ""
+    source = (run.state.get("data") or {}).get("source")
+    return what + (f" trained on {last_name(source)}" if source else "") + how_far
+
+
+def identity(run: RunView) -> list[tuple[str, object]]:
+    """What tells this run from others."""
+    state, data, machine = run.state, run.state.get("data") or {}, run.state.get("machine") or {}
+    rows = f"{_count(data.get('rows'))} to train, {_count(data.get('validation_rows'))} to validate" if data else ""
+    left_out = f", {len(data['left_out'])} left out" if data.get("left_out") else ""
+    weights = {"ema": "moving average (EMA)", "raw": "as trained"}.get(state.get("weights"), state.get("weights"))
+    cores = f"{machine['cpu_count']} cores" if machine.get("cpu_count") else ""
+    python = f"Python {machine['python']}" if machine.get("python") else ""
+    parts = [machine.get("device"), machine.get("system"), cores, python]
+    return [
+        ("Data", ", ".join(str(part) for part in (last_name(data.get("source")), data.get("split")) if part)),
+        ("Rows", rows + left_out),
+        ("Size", _size(run)),
+        ("Command", state.get("command")),
+        ("Seed", state.get("seed")),
+        ("Weights", weights),
+        *[("Built on", f"{last_name(p.get('path'))}, {str(p.get('sha256', ''))[:16]}") for p in _parents(run)],
+        ("Data fingerprint", data.get("fingerprint")),
+        ("Machine", ", ".join(str(part) for part in parts if part)),
+        ("Version", state.get("version") and f"ldm {state['version']}"),
+        ("Last change", str(state.get("updated") or "").replace("T", " ")),
+    ]
+
+
+def _parents(run: RunView) -> list[dict[str, Any]]:
+    return [parent for parent in run.state.get("parents") or [] if isinstance(parent, dict)]
+
+
+def last_name(path: object) -> str:
+    """A path without the folders above it; hub ids and short relative paths stay whole."""
+    text = str(path or "")
+    return PurePath(text).name if PurePath(text).is_absolute() else text
+
+
+def _size(run: RunView) -> str:
+    size, latent = run.stats.get("size"), run.stats.get("latent_shape")
+    found = f"{size[0]}×{size[1]} px" if size else ""
+    return found + (f", latents {'×'.join(map(str, latent))}" if latent else "")
+
+
+def _count(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else "?"
+
+
+def clock(seconds: float) -> str:
+    """468 -> '7:48 min', 3725 -> '1:02 h', 41.3 -> '41 s'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{rest:02d} min"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def key_figures(run: RunView) -> str:
+    """Tiles: the newest validation metrics, then what the training took."""
+    entries = [tile(name, value, _validation_remark(run)) for name, value in latest_metrics(run).items()]
+    speed = [value for _, value in finite([(0, line.get("images_per_s")) for line in run.log])]
+    if speed:
+        entries.append(("Throughput", f"{figure(statistics.median(speed))} images/s", "median of the log"))
+    # the log misses the steps after its last line; run.json is written at the end
+    times = [*run.log, run.state]
+    seconds = [value for _, value in finite([(0, line.get("trained_seconds")) for line in times])]
+    if seconds:
+        entries.append(("Training time", clock(max(seconds)), f"{_count(_images(run))} images seen"))
+    peak = [value for _, value in finite([(0, line.get("peak_memory_bytes")) for line in run.log])]
+    if peak:
+        entries.append(("Peak memory", files.human_bytes(max(peak)), "main process"))
+    bad = sum(str(line.get("event", "")).startswith("not applied") for line in run.log)
+    if bad:
+        entries.append(("Updates not applied", f"{bad:,}", "NaN or Inf"))
+    spikes = max((value for _, value in finite([(0, line.get("spikes")) for line in [*run.log, run.state]])), default=0)
+    if spikes:
+        entries.append(("Gradients scaled down", f"{spikes:,.0f}", "out of all proportion to those before"))
+    return html.tiles(entries)
+
+
+def _images(run: RunView) -> object:
+    return next((line["images"] for line in reversed(run.log) if "images" in line), None)
+
+
+def latest_metrics(run: RunView) -> dict[str, float]:
+    """The newest validation of the log, else what run.json keeps: {metric: value}."""
+    for line in reversed(run.log):
+        found = {k.removeprefix("val/"): v for k, v in line.items() if k.startswith("val/")}
+        if found:
+            break
+    else:
+        found = run.state.get("metrics") or {}
+    return {k: v for k, v in found.items() if finite([(0, v)])}
+
+
+def metric_facts(key: str) -> tuple[str, str, str]:
+    """(name, unit, which way is better) of a metric; its key may carry an extractor, as fd_effnet_lite0."""
+    known, _, extractor = key.partition("_")
+    if key in METRICS or known not in METRICS:
+        return METRICS.get(key, (key.replace("_", " "), "", ""))
+    name, unit, better = METRICS[known]
+    return f"{name}, {extractor.replace('_', ' ')}", unit, better
+
+
+def tile(key: str, value: float, remark: str) -> tuple[str, str, str]:
+    """A metric as a key figure."""
+    name, unit, better = metric_facts(key)
+    return name, f"{figure(value)} {unit}".strip(), "; ".join(part for part in (remark, better) if part)
+
+
+def validation_count(run: RunView) -> int | None:
+    """Rows that a validation looks at."""
+    rows = (run.state.get("data") or {}).get("validation_rows")
+    if run.config is None or not isinstance(rows, int):
+        return None
+    if run.kind == "autoencoder":
+        return run.config.train.measured_images(min(rows, run.config.train.eval_images))
+    from ldmcli.training.diffusion import VALIDATION_ROWS
+
+    return run.config.train.measured_images(min(rows, VALIDATION_ROWS))
+
+
+def _validation_remark(run: RunView) -> str:
+    count = validation_count(run)
+    return f"n = {count:,}" if count else ""
+
+
+# ---------------------------------------------------------------- curves
+
+
+def curves(run: RunView) -> str:
+    """Charts of metrics.jsonl; those without a place of their own are folded away."""
+    values = columns(run.log)
+    used: set[str] = set()
+
+    def chart(title: str, unit: str, names: dict[str, str], note: str = "") -> str:
+        found = {key: name for key, name in names.items() if key in values}
+        used.update(found)
+        lines = [Series(name, values[key]) for key, name in found.items()]
+        return line_chart(title, lines, unit=unit, from_zero=bool(FROM_ZERO & found.keys()), note=note)
+
+    charts = [
+        chart("Loss", "", {"loss_model": "training", "val/val_loss": "validation"}),
+        chart("Loss", "", {"loss_autoencoder": "autoencoder"}),
+    ]
+    for key in [key for key in values if key.startswith("val/") and key not in used]:
+        name, unit, better = metric_facts(key[4:])
+        charts.append(chart(f"{name} on validation", unit, {key: name}, better))
+    charts += [chart(*group) for group in GROUPS]
+    rest = [chart(key, "", {key: key}) for key in values if key not in used | _NOT_DRAWN]
+    main = f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+    more = html.folded("More curves", f'<div class="charts">{"".join(rest)}</div>' if any(rest) else "")
+    return html.section("How it went", main + more)
+
+
+def columns(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """{key: [(step, value)]} of the numbers in a log."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in log:
+        step = line.get("step")
+        if isinstance(step, int):
+            for key, value in line.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                    found.setdefault(key, []).append((step, value))
+    return found
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def previews(run: RunView) -> str:
+    """The newest preview with what it was told, and earlier ones."""
+    found = [(step, image) for step, path in spread(sample_files(run.path)) if (image := html.read_picture(path))]
+    if not found:
+        return ""
+    step, newest = found[0]
+    earlier = "".join(
+        html.picture(image, f"preview of step {at:,}", f"step {at:,}", width=image.width) for at, image in found[1:]
+    )
+    earlier = f'<h3>Earlier, newest first</h3><div class="strip">{earlier}</div>' if earlier else ""
+    if run.kind == "autoencoder":
+        lead = "Validation images and their reconstructions, in turn by rows."
+        shown = html.picture(newest, "images above their reconstructions", f"step {step:,}")
+    else:
+        texts = preview_texts(run)
+        told = ": what was asked for, and what the model made of it." if texts else "."
+        lead = f"Fixed seeds, step {step:,}{told}"
+        shown = _told(newest, texts, run) or html.picture(newest, f"samples of step {step:,}", f"step {step:,}")
+    return html.section("What it makes", shown + earlier, safe(lead))
+
+
+def _told(sheet, texts: Sequence[str], run: RunView) -> str:
+    size = run.stats.get("size")
+    cells = html.cut(sheet, size)[: len(texts)] if size and texts else []
+    return html.cards(cells, texts, verdicts(run, cells, texts)) if cells else ""
+
+
+def verdicts(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list[str]:
+    """ "right" or "wrong" for pictures of the embedded shapes, whose captions can be checked; [] for other data."""
+    from ldmcli.data import shapes
+    from ldmcli.data.sources import is_shapes
+
+    if not is_shapes(str((run.state.get("data") or {}).get("source"))):
+        return []
+    found = []
+    for image, text in zip(pictures, texts):
+        try:
+            found.append("right" if shapes.check(np.asarray(image), text)["all"] else "wrong")
+        except LdmError:  # a prompt that is no caption of theirs
+            found.append("")
+    return found
+
+
+def preview_texts(run: RunView) -> list[str]:
+    """What each picture of a diffusion run's preview was told; [] where the sheet itself shows it, as of boxes."""
+    if run.config is not None and set(run.config.kinds) - {"text", "class"}:
+        return []
+    request = run.stats.get("preview") or {}
+    names = ((run.stats.get("conditions") or {}).get("class") or {}).get("class_names") or []
+    classes = [names[k] if isinstance(k, int) and k < len(names) else str(k) for k in request.get("classes") or []]
+    prompts = [str(text) for text in request.get("prompt") or []]
+    if prompts and classes:
+        return [f"{text} ({name})" for text, name in zip(prompts, classes)]
+    return prompts or [str(name) for name in classes]
+
+
+def sample_files(path: Path) -> list[tuple[int, Path]]:
+    """(step, file) of a run's previews, newest first."""
+    named = [(file.stem.removeprefix("step-"), file) for file in (path / "samples").glob("step-*.png")]
+    return sorted(((int(step), file) for step, file in named if step.isdecimal()), reverse=True)
+
+
+def spread(entries: Sequence, most: int = PREVIEWS) -> list:
+    """At most `most` entries: the first, the last and evenly between."""
+    if len(entries) <= most:
+        return list(entries)
+    return [entries[round(k * (len(entries) - 1) / (most - 1))] for k in range(most)]
+
+
+# ---------------------------------------------------------------- evaluations, protocol, settings
+
+
+def evaluations(run: RunView, summary: dict[str, Any] | None = None) -> str:
+    """Every evaluation that lies in the folder (eval*.json), and `summary`."""
+    found = evaluation_files(run) | ({"summary": summary} if summary else {})
+    parts = [f"<h3>{safe(name)}</h3>{html.table(flat(one), ('', ''))}" for name, one in found.items()]
+    return html.section("Evaluations", "".join(parts))
+
+
+def evaluation_files(run: RunView) -> dict[str, dict[str, Any]]:
+    """Results of evaluations that lie in the run's folder, by file name."""
+    found = {path.stem: _read_dict(path) for path in sorted(run.path.glob("eval*.json"))}
+    return {name: one for name, one in found.items() if one}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(name, value for reading) of a nested result; long lists are only counted."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            rows += flat(value, f"{name} · ")
+        elif isinstance(value, list | tuple):
+            plain = len(value) <= 8 and not any(isinstance(item, dict | list) for item in value)
+            rows.append((name, ", ".join(map(readable, value)) if plain else f"{len(value):,} entries"))
+        else:
+            rows.append((name, readable(value)))
+    return rows
+
+
+def readable(value: object) -> str:
+    """A value of a result as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return figure(value) if math.isfinite(value) else str(value)
+    return "–" if value is None else str(value)
+
+
+def protocol(run: RunView) -> str:
+    """How the numbers of this page came about."""
+    text = protocol_text(run)
+    lead = f"{text} Throughput and memory are those of the log, at the size of training."
+    return html.section("How it was measured", f'<p class="lead">{safe(lead)}</p>') if text else ""
+
+
+def protocol_text(run: RunView) -> str:
+    """What the validation metrics of a run are; '' while there is nothing to say."""
+    count, size = validation_count(run), run.stats.get("size")
+    if not count or not latest_metrics(run):
+        return ""
+    weights = "moving average of the weights" if run.state.get("weights") == "ema" else "weights as trained"
+    pixels = f" at {size[0]}×{size[1]} px" if size else ""
+    if run.kind == "autoencoder":
+        what = (
+            f"{count:,} held-out images{pixels}, cropped in the middle, against their reconstructions in 8 bit. "
+            "The latent is the mode of the posterior. PSNR, SSIM and perceptual distance are means over images; a "
+            "Fréchet distance of so few images compares with itself only."
+        )
+    else:
+        what = (
+            f"Mean error of the network's output on {count:,} held-out latents, at fixed noise and timesteps that "
+            "spread evenly over those of training. It compares runs of one autoencoder only."
+        )
+    return f"{what} Computed with the {weights}."
+
+
+def settings(run: RunView) -> str:
+    """The whole configuration, folded; values that differ from the defaults stand out."""
+    return html.section("Configuration", setting_tables(run))
+
+
+def setting_tables(run: RunView) -> str:
+    """A folded table of all settings, a part for each section."""
+    if run.config is None:
+        return ""
+    values, changed, parts = configuration.flat(run.config), changed_settings(run), []
+    for name in dict.fromkeys(path.partition(".")[0] for path in values):
+        here = {path: value for path, value in values.items() if path.startswith(f"{name}.")}
+        lines = "".join(_setting(path, value, path in changed) for path, value in here.items())
+        parts.append(f'<h3>{safe(name)}</h3><div class="scroll"><table>{lines}</table></div>')
+    return html.folded(f"All {len(values)} settings; {len(changed)} differ from the defaults", "".join(parts))
+
+
+def changed_settings(run: RunView) -> dict[str, str]:
+    """Settings that differ from the command's defaults, with their values as TOML."""
+    if run.config is None:
+        return {}
+    defaults = configuration.defaults(run.kind)
+    rows = configuration.describe(configuration.Resolved(run.kind, run.config, dict.fromkeys(defaults, "")))
+    values = configuration.flat(run.config)
+    return {path: text for path, text, _ in rows if values[path] != defaults[path]}
+
+
+def _setting(path: str, value: object, changed: bool) -> str:
+    shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    kind = "changed" if changed else ""
+    return f'<tr class="{kind}"><td><code>{safe(path)}</code></td><td><code>{safe(shown)}</code></td></tr>'

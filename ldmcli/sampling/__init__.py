@@ -1,0 +1,1 @@
+"""A trained model in use: loading, sampling, super-resolution, inpainting, and folders of images."""

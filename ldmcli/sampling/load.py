@@ -1,0 +1,115 @@
+"""A model from disk, ready for use: a run, or what others wrote."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldmcli.core.errors import ModelError
+from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle
+from ldmcli.formats.open_model import Reading, format_of, read
+from ldmcli.formats.run_folder import fingerprint_of, read_autoencoder
+from ldmcli.networks.autoencoder import Autoencoder
+from ldmcli.networks.conditioners import load_tokenizer
+from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.sampling.model import LoadedAutoencoder, LoadedDiffusion, default_device, pixel_autoencoder
+
+
+def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Loads weights, refusing missing, extra or misshapen ones (ModelError names the first three).
+
+    The module takes the tensors themselves where it was built on the meta device.
+    """
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
+    if missing or extra or shapes:
+        parts = [
+            f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)})"
+            for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+            if names
+        ]
+        raise ModelError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def build_autoencoder(bundle: AutoencoderBundle, device: torch.device, where: str | Path = "") -> LoadedAutoencoder:
+    """The autoencoder of a bundle in use. `where` names it in errors."""
+    with torch.device("meta"):
+        network = Autoencoder(bundle.config.autoencoder)
+    strict_load(network, bundle.tensors, where)
+    network.eval().requires_grad_(False).to(device)
+    scale = bundle.scale or LatentScale.identity(network.latent_channels)
+    fingerprint = bundle.fingerprint or fingerprint_of(bundle.tensors)
+    return LoadedAutoencoder(network, scale, fingerprint, bundle.config, device)
+
+
+def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | Path = "") -> LoadedDiffusion:
+    """The diffusion model of a bundle in use, its autoencoder at the scale that the model was trained at."""
+    config = bundle.config
+    tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
+    # a frozen text encoder brings weights along that the meta device would lose
+    with torch.device("meta" if config.condition.text_encoder == "joint" else "cpu"):
+        model = DiffusionModel(
+            config.diffusion, config.condition, bundle.facts, tokenizer, bundle.latent_shape, config.kinds
+        )
+    strict_load(model, bundle.tensors, where)
+    model.eval().requires_grad_(False).to(device)
+    autoencoder = (
+        pixel_autoencoder(device)
+        if bundle.autoencoder is None
+        else build_autoencoder(bundle.autoencoder, device, where)
+    )
+    autoencoder.scale = bundle.scale
+    return LoadedDiffusion(model, autoencoder, config, bundle.fingerprint or fingerprint_of(bundle.tensors))
+
+
+def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAutoencoder:
+    """A first stage: a run of `ldm train-ae`, a checkpoint or diffusers folder with one, or "none" for pixels.
+
+    Of a checkpoint or pipeline of others that holds a whole diffusion model, its first stage is taken, at that model's
+    scale. Raises ModelError.
+    """
+    device = device or default_device()
+    if str(path) == "none":
+        return pixel_autoencoder(device)
+    if format_of(path) == "run":
+        return build_autoencoder(read_autoencoder(path), device, path)
+    return build_autoencoder(first_stage_of(read(path, Reading(part="first-stage")), path), device, path)
+
+
+def first_stage_of(bundle: Bundle, where: Path) -> AutoencoderBundle:
+    """The autoencoder in a bundle. Raises ModelError for a model of pixels, which has none."""
+    if isinstance(bundle, AutoencoderBundle):
+        return bundle
+    if bundle.autoencoder is None:
+        raise ModelError(f"{where}: a diffusion model of pixels, without an autoencoder")
+    return bundle.autoencoder
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    weights: str = "ema",
+    *,
+    config: str | Path | None = None,
+    heads: str | int = "",
+    tokenizer: str | Path | None = None,
+) -> LoadedAutoencoder | LoadedDiffusion:
+    """A model, ready for use: a run folder, a checkpoint of CompVis/latent-diffusion, a diffusers folder, a hub id.
+
+    weights: "ema" or "raw"; config: the YAML of a checkpoint, by default the one beside it; heads: attention heads
+    where a checkpoint loads under several readings ("legacy", "config" or a number); tokenizer: a folder, for a text
+    model whose vocabulary is not beside it. Raises ModelError.
+    """
+    path, chosen = Path(path), torch.device(device) if device else default_device()
+    reading = Reading(
+        weights=weights,
+        config=Path(config) if config else None,
+        heads=str(heads),
+        tokenizer=Path(tokenizer) if tokenizer else None,
+    )
+    bundle = read(path, reading)
+    if isinstance(bundle, AutoencoderBundle):
+        return build_autoencoder(bundle, chosen, path)
+    return build_diffusion(bundle, chosen, path)

@@ -1,0 +1,1 @@
+"""The training loop and what it trains: autoencoders and diffusion models."""

@@ -1,0 +1,357 @@
+"""What the training of an autoencoder asks of the loop (Sec. 3.1): two phases a step once the discriminator starts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmcli.core import console, files
+from ldmcli.core.settings import AutoencoderConfig
+from ldmcli.data.arrays import to_uint8
+from ldmcli.data.batches import positions, share
+from ldmcli.data.rows import Room
+from ldmcli.data.sources import divided, held_out, is_shapes, usable, verify, whole_rows
+from ldmcli.data.streamed import StreamedRows, StreamedValidation
+from ldmcli.maths import rng
+from ldmcli.networks.autoencoder import Autoencoder, revive, split_moments
+from ldmcli.networks.discriminator import PatchDiscriminator
+from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discriminator_loss, generator_loss
+from ldmcli.sampling.model import LoadedAutoencoder
+from ldmcli.training import checks, cost
+from ldmcli.training.distributed import Context
+
+SCALE_IMAGES = 2048
+FRECHET_IMAGES = 64  # with fewer the distance says nothing, and its network takes longer to load than a short run
+
+
+def open_data(config, context: Context, size: tuple[int, int]):
+    """(training rows, validation rows, bad files), the same on all processes. Each picture is hashed and decoded by
+    one of them; what is kept of pictures fits in each one's part of the memory (`Room`)."""
+    settings = replace(config.data, size=size)
+    if settings.streaming:
+        seed = config.train.seed
+        rows, validation = context.together(lambda: (StreamedRows(settings, seed), StreamedValidation(settings)))
+        _say_notes(rows, validation)
+        return rows, validation, []
+    whole, undivided = context.together(lambda: whole_rows(settings, "train"))
+    other, held = whole, None
+    if undivided:
+        _exchange_hashes(whole, context)
+        held, readable = context.on_main(lambda: (held_out(whole, settings), whole.readable))
+        whole.readable |= readable
+    else:
+        other, _ = context.together(lambda: whole_rows(settings, "validation"))
+    whole.room = other.room = Room()
+    rows = divided(whole, settings, "train", held)
+    validation = divided(other, settings, "validation", held)
+    rows, bad = _checked(rows, settings, context)
+    validation, worse = _checked(validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), context)
+    _say_notes(rows, validation)
+    return rows, validation, [*bad, *worse]
+
+
+def _say_notes(rows, validation) -> None:
+    for note in dict.fromkeys([*rows.notes, *validation.notes]):
+        console.say(f"data: {note}")
+
+
+def _exchange_hashes(rows, context: Context) -> None:
+    """Every process hashes its share of the pictures and hears of the others'."""
+    if is_shapes(rows.source):
+        return  # nothing is stored that would have to be read
+    shares = [range(rank, len(rows), context.world) for rank in range(context.world)]
+    for indices, hashes in zip(shares, context.gather(rows.hashes_of(shares[context.rank]))):
+        rows.learn_hashes(indices, hashes)
+
+
+def _checked(rows, settings, context: Context):
+    """`usable` rows and the bad ones, each of which one process decoded."""
+    mine = rows.unread(range(context.rank, len(rows), context.world))
+    found = context.gather(verify(rows, settings, indices=mine, workers=settings.workers))
+    bad = sorted(sum(found, []), key=lambda error: error.index)
+    rows.transparent_rows.update(*context.gather(rows.transparent_rows))
+    _exchange_hashes(rows, context)
+    return context.together(lambda: usable(rows, settings, bad=bad))
+
+
+def data_facts(rows, validation, bad) -> dict[str, Any]:
+    """What run.json says of the data."""
+    return {
+        "source": rows.source,
+        "split": rows.split,
+        "rows": len(rows),
+        "validation_rows": len(validation),
+        "fingerprint": rows.fingerprint,
+        "columns": rows.columns,
+        "left_out": [str(item) for item in bad][:100],
+    }
+
+
+def step_rows(rows, config, step: int, mine: slice) -> tuple[np.ndarray, np.ndarray]:
+    """(row ids, global positions) of one process's share of a step. A stream's rows are its positions."""
+    ids, where = positions(step, config.train.batch_size, len(rows), config.train.seed)
+    return (where if config.data.streaming else ids)[mine], where[mine]
+
+
+def views(config, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How the rows at positions `where` are seen: (n, 2) or (n, 3) for the crop (shares down and across, and zoom
+    where crops are of several sizes), and mirrored (n,)."""
+    seed, data, at = config.train.seed, config.data, where.tolist()
+    u, mirrored = np.full((len(at), 2), 0.5), np.zeros(len(at), bool)
+    if data.crop == "random":
+        u = np.stack([rng.uniform(seed, at, axis).numpy() for axis in ("crop-y", "crop-x")], axis=1)
+        if data.crop_min < 1:
+            share = data.crop_min + (data.crop_max - data.crop_min) * rng.uniform(seed, at, "crop-size").numpy()
+            u = np.column_stack([u, 1 / share])
+    if data.flip:
+        mirrored = (rng.uniform(seed, at, "flip") < 0.5).numpy()
+    return u, mirrored
+
+
+def pixel_batch(rows, config, ids: np.ndarray, where: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """uint8 (n, H, W, 3) of rows `ids`; crop and flip depend on the global positions `where`."""
+    u, mirrored = views(config, where)
+    out = np.stack([rows.pixels(int(i), size, config.data.crop, tuple(place)) for i, place in zip(ids, u)])
+    out[mirrored] = out[mirrored][:, :, ::-1]
+    return torch.from_numpy(out)
+
+
+def scaled(pixels: Tensor, device: torch.device) -> Tensor:
+    """uint8 NHWC -> float NCHW in [-1, 1] on the device."""
+    return pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class AutoencoderObjective:
+    """First-stage training: reconstruction, regulariser, perceptual and adversarial terms."""
+
+    kind = "autoencoder"
+    main = "autoencoder"  # the network whose weights are the run's result
+    watched = "rec_loss"  # the statistic that tells whether training goes well; the adversarial terms may rise
+
+    def __init__(self, config: AutoencoderConfig, run: Path, context: Context):
+        from ldmcli.networks.perceptual import perceptual_net
+
+        self.config, self.run, self.context = config, run, context
+        self.size = checks.image_size(config.data)
+        context.together(lambda: checks.check_autoencoder(config, context.world))
+        self.perceptual = None
+        if config.loss.perceptual_weight > 0 or config.loss.perceptual:  # a file with weight 0: measured only
+            self.perceptual = context.together(lambda: perceptual_net(config.loss.perceptual)).to(context.device)
+            context.together(lambda: self.perceptual.check_size(self.size))
+        self.rows, self.validation, self.bad = open_data(config, context, self.size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.key(config.train.seed, "init"))
+            self.autoencoder = Autoencoder(config.autoencoder)
+            self.networks: dict[str, torch.nn.Module] = {"autoencoder": self.autoencoder}
+            if config.loss.disc_weight > 0:
+                loss = config.loss
+                self.networks["discriminator"] = PatchDiscriminator(3, loss.disc_channels, loss.disc_layers)
+        self.latent_shape = self.autoencoder.latent_shape(*self.size)
+        used = torch.zeros(config.autoencoder.codebook_size if self.autoencoder.is_vq else 0, dtype=torch.bool)
+        self.used_codes = used
+        self._last_vectors: Tensor | None = None
+
+    def describe(self) -> str:
+        """The first line of a training."""
+        s = self.config.autoencoder
+        count = sum(p.numel() for p in self.autoencoder.parameters())
+        reg = f"VQ, {s.codebook_size} codes" if s.reg == "vq" else "KL"
+        return (
+            f"{s.family} autoencoder, f = {s.f}, {reg}, {count / 1e6:.2f} M parameters, "
+            f"{self.size[0]}x{self.size[1]} px, latents {'x'.join(map(str, self.latent_shape))}"
+        )
+
+    def measures(self) -> str:
+        """What a validation of this run leaves out because the run is short; "" = nothing."""
+        train = self.config.train
+        usual = min(train.eval_images, len(self.validation))
+        count = train.measured_images(usual)
+        if count == usual:
+            return ""
+        without = ", without the Fréchet distance" if train.eval_frechet and count < FRECHET_IMAGES <= usual else ""
+        return f"a short run: validation on {count} of {usual} images{without}"
+
+    def kept_bytes(self) -> float:
+        """Bytes that one image takes in a step: what is kept for the backward passes, in float32."""
+        return sum(work.kept for work in cost.autoencoder_works(self.config, self.size).values())
+
+    def learning_rate(self, phase: str) -> float | None:
+        """A rate of its own for a phase, None for train.lr."""
+        return (self.config.loss.disc_lr or None) if phase == "discriminator" else None
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        """Networks that step `step` updates, in order."""
+        if "discriminator" in self.networks and disc_factor(step, self.config.loss) > 0:
+            return ("autoencoder", "discriminator")
+        return ("autoencoder",)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """This process's share of the rows of a step, on the CPU."""
+        train, context = self.config.train, self.context
+        mine = share(train.batch_size, context.rank, context.world)
+        ids, where = step_rows(self.rows, self.config, step, mine)
+        out = {
+            "pixels": pixel_batch(self.rows, self.config, ids, where, self.size),
+            "row": torch.from_numpy(ids.copy()),
+        }
+        for phase in self.phases(step) if not self.autoencoder.is_vq else ():
+            out[f"noise.{phase}"] = rng.normal(train.seed, where.tolist(), self.latent_shape, "posterior", phase)
+        return out
+
+    def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
+        """(mean loss of a micro-batch, statistics). `networks` are the wrapped ones."""
+        x = scaled(batch["pixels"], self.context.device)
+        noise = batch.get(f"noise.{phase}")
+        if noise is not None:
+            noise = noise.to(x.device)
+        if phase == "discriminator":
+            with torch.no_grad():
+                fake = networks["autoencoder"](x, noise).reconstruction
+            real, made = networks["discriminator"](x), networks["discriminator"](fake.detach())
+            loss = discriminator_loss(real, made, self.config.loss.gan)
+            return loss, {
+                "disc_loss": loss.detach(),
+                "logits_real": real.mean().detach(),
+                "logits_fake": made.mean().detach(),
+            }
+        found = networks["autoencoder"](x, noise)
+        regulariser = found.codebook_loss if self.autoencoder.is_vq else self.autoencoder.kl(found.moments)
+        adversary = None
+        if len(self.phases(step)) > 1:
+            adversary = Adversary(logits_fake=self.networks["discriminator"](found.reconstruction))
+        total, stats = generator_loss(
+            self.config.autoencoder.reg,
+            x,
+            found.reconstruction,
+            regulariser,
+            self.config.loss,
+            last_layer=self.autoencoder.last_layer,
+            perceptual=self.perceptual,
+            adversary=adversary,
+            norms=norms,
+        )
+        if self.autoencoder.is_vq:
+            stats |= self._watch_codes(found, norms)
+        return total, stats
+
+    def _watch_codes(self, found, measured: bool) -> dict[str, Tensor]:
+        self.used_codes[found.indices.flatten().cpu().unique()] = True
+        self._last_vectors = found.moments.detach()
+        return codebook_stats(found.indices, self.config.autoencoder.codebook_size) if measured else {}
+
+    def after_update(self, step: int) -> dict[str, float]:
+        """Codes unused for `revive_codes` steps are drawn anew from the encoder's vectors of this batch."""
+        every = self.config.autoencoder.revive_codes
+        if not (self.autoencoder.is_vq and every and (step + 1) % every == 0):
+            return {}
+        used = torch.tensor(self.context.maximum(self.used_codes.float().tolist())) > 0
+        dead = torch.nonzero(~used).flatten()
+        vectors = self._last_vectors.permute(0, 2, 3, 1).reshape(-1, self.config.autoencoder.embed_dim).float()
+        vectors = vectors.contiguous()
+        if self.context.world > 1:
+            torch.distributed.broadcast(vectors, src=0)
+        weight = self.autoencoder.quantize.embedding.weight
+        with torch.no_grad():
+            weight.copy_(revive(weight, dead, vectors, rng.generator(self.config.train.seed, "revive", step)))
+        self.used_codes.zero_()
+        return {"revived": float(len(dead))}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """State beside weights and optimisers."""
+        return {"used_codes": self.used_codes.to(torch.uint8)} if len(self.used_codes) else {}
+
+    def load_extra(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `extra_state`."""
+        if len(self.used_codes):
+            self.used_codes = tensors["used_codes"].bool()
+
+    def loaded(self) -> LoadedAutoencoder:
+        """The network as users load it, unscaled."""
+        return LoadedAutoencoder(self.autoencoder, LatentScale.identity(self.latent_shape[0]), "", self.config)
+
+    def _validation_pixels(self, count: int) -> list[np.ndarray]:
+        return [
+            self.validation.pixels(i, self.size, "center", (0.5, 0.5)) for i in range(min(count, len(self.validation)))
+        ]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """PSNR (dB), SSIM, perceptual and Frechet distance on `train.measured_images` validation rows."""
+        from ldmcli.evaluation.evaluate import reconstruction_metrics
+        from ldmcli.evaluation.features import open_extractor
+
+        train = self.config.train
+        pixels = self._validation_pixels(train.measured_images(train.eval_images))
+        rebuilt: list[np.ndarray] = []
+        mine = share(len(pixels), self.context.rank, self.context.world)
+        for start in range(mine.start, mine.stop, 16):
+            x = scaled(torch.from_numpy(np.stack(pixels[start : min(start + 16, mine.stop)])), self.context.device)
+            with self.context.autocast():
+                rebuilt.append(to_uint8(self.autoencoder(x).reconstruction, finite=False))
+        parts = self.context.gather(np.concatenate(rebuilt) if rebuilt else np.zeros((0, *pixels[0].shape), np.uint8))
+        made = np.concatenate(parts)
+
+        def measure() -> dict[str, float]:
+            extractor = open_extractor() if train.eval_frechet and len(pixels) >= FRECHET_IMAGES else None
+            return reconstruction_metrics(np.stack(pixels), made, self.perceptual, extractor)
+
+        return self.context.on_main(measure)
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        """Images above their reconstructions, from fixed validation rows."""
+        from ldmcli.sampling.contact_sheets import save_grid
+
+        pixels = np.stack(self._validation_pixels(16))
+        x = scaled(torch.from_numpy(pixels), self.context.device)
+        rebuilt = to_uint8(self.autoencoder(x).reconstruction, finite=False)
+        half = -(-len(pixels) // 2)
+        rows = []
+        for part in (slice(0, half), slice(half, len(pixels))):
+            rows += [list(pixels[part]), list(rebuilt[part])]
+        save_grid(path, rows)
+
+    @torch.no_grad()
+    def finish_stats(self) -> dict[str, Any]:
+        """stats.json: mean and spread of the latents over up to 2,048 training images, for whoever uses the run."""
+        planned = self.config.train.steps * self.config.train.batch_size
+        count = min(SCALE_IMAGES, len(self.rows), max(256, planned))
+        picked = [int(i) for i in np.linspace(0, len(self.rows) - 1, count).round()]
+        total, square, n = 0.0, 0.0, 0
+        for start in range(0, count, 32):
+            pixels = np.stack(
+                [self.rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in picked[start : start + 32]]
+            )
+            with self.context.autocast():
+                moments = self.autoencoder.moments(scaled(torch.from_numpy(pixels), self.context.device))
+            # float64 on the host: not every device has it
+            mean, extra = moment_sums(moments.cpu().double(), self.autoencoder.is_vq)
+            total, square, n = total + mean, square + extra, n + moments[0, 0].numel() * len(moments)
+        scale = LatentScale.measured(total / n, square / n - (total / n) ** 2, "per_channel")
+        return {
+            "latent_scale": {"kind": "per_channel", "mean": list(scale.mean), "std": list(scale.std), "images": count},
+            "latent_shape": list(self.latent_shape),
+            "size": list(self.size),
+        }
+
+    def save_use(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
+        """Writes what use needs: weights and statistics.
+
+        The weights carry the scale of their latents: a kill between the two files must not pair it with others.
+        """
+        files.write_json(self.run / "stats.json", stats)
+        metadata = metadata | {"latent_scale": json.dumps(stats["latent_scale"])}
+        files.save_tensors(self.run / "model.safetensors", weights, metadata)
+
+
+def moment_sums(moments: Tensor, is_vq: bool) -> tuple[Tensor, Tensor]:
+    """Per-channel sums of E[z] and E[z²] over the posterior. moments: (B, 2c, h, w), VQ and pixels (B, c, h, w)."""
+    if is_vq:
+        return moments.sum(dim=(0, 2, 3)), moments.square().sum(dim=(0, 2, 3))
+    mean, logvar = split_moments(moments)
+    return mean.sum(dim=(0, 2, 3)), (mean.square() + logvar.exp()).sum(dim=(0, 2, 3))

@@ -1,0 +1,131 @@
+"""What settings must agree on before any data is read. Training and `--plan` ask the same functions, so that a plan
+refuses what a training would, in the same words."""
+
+from pathlib import Path
+
+from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSettings, DiffusionConfig, TrainSettings
+from ldmcli.data.decode import colour
+from ldmcli.data.rows import check_source
+from ldmcli.diffusion.sample import check_sampling
+from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.networks.conditioners import ASKED, CONDITIONS, load_tokenizer, load_vocabulary
+from ldmcli.networks.perceptual import check_perceptual
+from ldmcli.training import cost
+from ldmcli.training.trackers import check_trackers
+
+DEFAULT_SIZE = (64, 64)
+
+
+def image_size(data: DataSettings, trained_at: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    """(height, width) in pixels: as set, else what the first stage was trained at, else 64 x 64."""
+    return next(tuple(size) for size in (data.size, trained_at, DEFAULT_SIZE) if any(size))
+
+
+def check_autoencoder(config: AutoencoderConfig, world: int) -> None:
+    """Raises UsageError where a first-stage training on `world` processes cannot begin, InputError where its loss
+    network isn't there."""
+    settings, loss, size = config.autoencoder, config.loss, image_size(config.data)
+    f = settings.f
+    if f == 1:
+        raise UsageError("--f 1 is the identity and has nothing to train; use `ldm train-ldm --autoencoder none`")
+    if settings.in_channels != 3:
+        raise UsageError(f"autoencoder.in_channels = {settings.in_channels}: training pictures have 3 (RGB)")
+    if size[0] % f or size[1] % f:
+        near = "x".join(str(max(f, round(side / f) * f)) for side in size)
+        raise UsageError(f"--size {size[0]}x{size[1]}: f = {f} needs multiples of {f}; nearest: {near}")
+    if not any((loss.l1, loss.l2, loss.edge, loss.perceptual_weight, loss.disc_weight)):
+        raise UsageError("every weight in [loss] is 0: nothing would be learned")
+    _check_loop(config.train, config.data, world)
+    if loss.disc_weight > 0:
+        _check_discriminator(config, size, world)
+    if loss.perceptual_weight > 0 or loss.perceptual:
+        check_perceptual(loss.perceptual, size)
+    cost.autoencoder_model(settings)
+
+
+def _check_discriminator(config: AutoencoderConfig, size: tuple[int, int], world: int) -> None:
+    train, layers = config.train, config.loss.disc_layers
+    if world > 1 and train.batch_size % (world * max(train.micro_batch, 1)):
+        raise UsageError(
+            f"train.batch_size = {train.batch_size}: with a discriminator it must be a multiple of "
+            f"processes x micro-batch ({world} x {max(train.micro_batch, 1)})"
+        )
+    if layers < 1 or min(size) < 3 * 2**layers:
+        raise UsageError(
+            f"loss.disc_layers = {layers}: images of {min(size)} px are smaller than its patch "
+            f"({3 * 2**layers} px); use fewer layers, at least 1"
+        )
+
+
+def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: tuple[int, int], world: int) -> None:
+    """Raises UsageError where the training of a diffusion model in latents of `stage` cannot begin."""
+    _check_conditions(config, size)
+    _check_loop(config.train, config.data, world)
+    if stage.in_channels != 3:
+        raise UsageError(f"an autoencoder of pictures of {stage.in_channels} channels: training pictures have 3 (RGB)")
+    _check_words(config)
+    check_sampling(config.sample, make_schedule(config.diffusion))
+    f, unit = stage.f, config.diffusion.patch * 2 ** (len(config.diffusion.channel_mult) - 1)
+    if any(side % (f * unit) for side in size):
+        near = "x".join(str(max(1, round(side / (f * unit))) * f * unit) for side in size)
+        raise UsageError(
+            f"--size {size[0]}x{size[1]}: latents are {f} times smaller and the UNet halves them to "
+            f"1/{unit}, so both sides must be multiples of {f * unit}; nearest: {near}; or use fewer "
+            "diffusion.channel_mult levels"
+        )
+    network = cost.autoencoder_model(stage)
+    model = cost.diffusion_model(config, cost.assumed_facts(config, network, {}), network.latent_shape(*size))
+    vector, embedding = model.conditions.vector_dim, 4 * config.diffusion.channels
+    if not config.diffusion.vector_mlp and vector not in (None, embedding):
+        raise UsageError(
+            f"diffusion.vector_mlp = false adds vectors to the time embedding as they are: both must be "
+            f"as wide, condition.context_dim = {vector} and 4 x diffusion.channels = {embedding}"
+        )
+
+
+def _check_conditions(config: DiffusionConfig, size: tuple[int, int]) -> None:
+    kinds = config.condition.kinds
+    for kind in kinds:
+        if kind not in ASKED:
+            raise UsageError(
+                f"--condition {kind}: choose among none, {', '.join(ASKED)} (joined with +)"
+                + ("; --task sr or inpaint brings it along" if kind in CONDITIONS else "")
+            )
+    twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+    if twice:
+        raise UsageError(f"--condition: {twice[0]} is named twice")
+    streamed = [kind for kind in ("layout", "map") if kind in kinds and config.data.streaming]
+    if streamed:
+        raise UsageError(
+            f"--condition {streamed[0]} with --streaming: boxes and maps of all rows are read beforehand; "
+            "leave --streaming away"
+        )
+    scale = config.task.scale
+    if config.task.name == "sr" and (size[0] % scale or size[1] % scale):
+        raise UsageError(f"--size {size[0]}x{size[1]} with --scale {scale}: both sides must be multiples of {scale}")
+
+
+def _check_words(config: DiffusionConfig) -> None:
+    """A tokeniser on this machine can be opened; one of a hub is not asked for here."""
+    told = config.condition
+    joint = told.text_encoder == "joint"
+    source = told.vocabulary if joint else told.text_encoder
+    if "text" in told.kinds and source and (Path(source).exists() or source.startswith(("/", "."))):
+        (load_vocabulary if joint else load_tokenizer)(source)
+
+
+def _check_loop(train: TrainSettings, data: DataSettings, world: int) -> None:
+    if world > train.batch_size:
+        raise UsageError(f"train.batch_size = {train.batch_size}: fewer samples than processes ({world})")
+    check_trackers(train.track)
+    check_source(data.source)
+    colour(data.background)
+
+
+def notes_of(config: DiffusionConfig) -> list[str]:
+    """What happens otherwise than the settings say, for the plan and for the start of a training."""
+    if not config.data.cache or config.caches_latents:
+        return []
+    why = "a stream is not read twice" if config.data.streaming else "random crops show other pixels in each epoch"
+    return [f"latents are not cached: {why}, so every batch is encoded anew (--no-cache leaves out this line)"]

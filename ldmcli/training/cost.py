@@ -1,0 +1,254 @@
+"""What a training step costs, counted on torch's meta device, where tensors have shapes and no content: parameters,
+FLOPs, and the bytes that the backward pass keeps. `--plan` shows it, and `--micro-batch auto` divides memory by it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, ConditionSettings, DiffusionConfig
+from ldmcli.networks.autoencoder import Autoencoder
+from ldmcli.networks.conditioners import MAX_TEXT_LENGTH
+from ldmcli.networks.discriminator import PatchDiscriminator
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.layout import MAX_OBJECTS, VOCABULARY
+from ldmcli.networks.perceptual import perceptual_shapes
+from ldmcli.networks.spatial_conditioners import MapCondition
+from ldmcli.training.optimizer import is_hidden_matrix
+
+ASSUMED_CLASSES, ASSUMED_CATEGORIES, ASSUMED_MAP_CLASSES = 1000, 300, 182  # ImageNet, OpenImages, COCO stuff
+RUNTIME_BYTES = 600 << 20  # interpreter, torch and the libraries of data, measured at the start of a training
+MEMORY_SHARE = 0.85  # of what is free: the rest is for workspaces and for what lies between two allocations
+# bytes a pixel that no network here keeps: a training whose images would fit at this much is not measured
+FAR_ABOVE = 400_000
+
+
+@dataclass
+class Work:
+    """A trained network with what one sample costs: FLOPs forward and forward with backward, bytes kept between."""
+
+    module: nn.Module
+    forward: float
+    both: float
+    kept: float
+
+
+# ---------------------------------------------------------------- networks
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights undrawn. On the meta device a random number loads torch's compiler: a second, and 150 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if getattr(function, "__module__", "") == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Context in which tensors and networks are made on the meta device."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+def autoencoder_model(settings: AutoencoderSettings) -> Autoencoder:
+    """The network on the meta device."""
+    with shapes_only():
+        return Autoencoder(settings)
+
+
+def autoencoder_works(config: AutoencoderConfig, size: tuple[int, int]) -> dict[str, Work]:
+    """The networks of a first-stage training, and the loss network ("perceptual"), which is not trained."""
+    network = autoencoder_model(config.autoencoder)
+    with shapes_only():
+        pixels = torch.zeros(1, config.autoencoder.in_channels, *size)
+        noise = torch.zeros(1, *network.latent_shape(*size))
+    works = {"autoencoder": count(network, lambda: network(pixels, noise).reconstruction)}
+    if config.loss.disc_weight > 0:
+        with shapes_only():
+            critic = PatchDiscriminator(3, config.loss.disc_channels, config.loss.disc_layers).eval()
+        works["discriminator"] = count(critic, lambda: critic(pixels))
+    if config.loss.perceptual_weight > 0:
+        judge = perceptual_shapes(config.loss.perceptual)
+        made = pixels.clone().requires_grad_()
+        works["perceptual"] = count(judge, lambda: judge(pixels, made))
+    return works
+
+
+def diffusion_model(
+    config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int]
+) -> DiffusionModel:
+    """The model on the meta device. A frozen text encoder would have to be opened; the paper's stands in for it."""
+    condition = countable(config.condition)
+    with shapes_only():
+        model = DiffusionModel(config.diffusion, condition, facts, None, latent, config.kinds)
+        model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device="meta")
+    if "masked" in model.conditions.entries:
+        model.conditions.entries["masked"].fill = "black"  # filling looks at pixels, and keeps nothing for gradients
+    return model
+
+
+def diffusion_work(
+    config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int], size: tuple[int, int]
+) -> Work:
+    """The diffusion model with one row of conditions."""
+    model = diffusion_model(config, facts, latent)
+    with shapes_only():
+        inputs = _inputs(model, size)
+        z, t = torch.zeros(1, *latent), torch.zeros(1)
+    return count(model, lambda: model(z, t, inputs))
+
+
+def countable(condition: ConditionSettings) -> ConditionSettings:
+    """Without a frozen text encoder."""
+    return condition if condition.text_encoder == "joint" else replace(condition, text_encoder="joint")
+
+
+def assumed_facts(
+    config: DiffusionConfig, stage: Autoencoder, known: dict[str, dict[str, Any]], notes: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """What conditions learn from data, as `DiffusionModel` takes it: as `known` says, else assumed, which is noted."""
+    facts, notes = dict(known), [] if notes is None else notes
+    if "text" in config.kinds and "text" not in facts:
+        text = config.condition
+        facts["text"] = {"length": text.text_length or MAX_TEXT_LENGTH, "vocabulary": text.vocabulary_size}
+        notes.append(
+            f"text: captions of {facts['text']['length']} tokens from {text.vocabulary_size:,} words assumed; "
+            "the data may need fewer"
+        )
+    if "class" in config.kinds and "class" not in facts:
+        facts["class"] = {"class_names": [str(k) for k in range(ASSUMED_CLASSES)]}
+        notes.append(f"class: {ASSUMED_CLASSES:,} classes assumed; the data say how many there are")
+    if "layout" in config.kinds and "layout" not in facts:
+        facts["layout"] = {
+            "categories": [str(k) for k in range(ASSUMED_CATEGORIES)],
+            "length": 3 * MAX_OBJECTS + 2,
+            "vocabulary": VOCABULARY,
+            "planes": config.condition.layout_planes,
+        }
+        notes.append(f"layout: up to {MAX_OBJECTS} objects assumed; the data may need fewer")
+    if "map" in config.kinds and "map" not in facts:
+        facts["map"] = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], stage.f)
+        notes.append(f"map: {ASSUMED_MAP_CLASSES} classes assumed; the data say how many there are")
+    return {kind: facts[kind] if kind in facts else task_facts(kind, config, stage) for kind in config.kinds}
+
+
+def task_facts(kind: str, config: DiffusionConfig, stage: Autoencoder) -> dict[str, Any]:
+    """Facts of the planes that a task brings along ("lowres", "masked"): all in the settings and the first stage."""
+    if kind == "lowres":
+        latent = stage.latent_channels if config.task.enlarged else 0
+        return {"scale": config.task.scale, "f": stage.f, "latent": latent}
+    return {"channels": stage.latent_channels, "fill": config.task.fill}
+
+
+def _inputs(model: DiffusionModel, size: tuple[int, int]) -> dict[str, Tensor]:
+    """One row of conditions."""
+    entries = model.conditions.entries
+    inputs = {}
+    if "text" in entries:
+        inputs["text.ids"] = torch.zeros(1, entries["text"].length, dtype=torch.int64)
+        inputs["text.mask"] = torch.ones(1, entries["text"].length, dtype=torch.bool)
+    if "class" in entries:
+        inputs["class.label"] = torch.zeros(1, dtype=torch.int64)
+    if "layout" in entries:
+        inputs["layout.ids"] = torch.zeros(1, entries["layout"].layout.length, dtype=torch.int64)
+    if "map" in entries:
+        inputs["map.index"] = torch.zeros(1, *size, dtype=torch.int16)
+    if "lowres" in entries:
+        small = [side // entries["lowres"].scale for side in size]
+        inputs["lowres.image"] = torch.zeros(1, 3, *small, dtype=torch.uint8)
+    if "masked" in entries:
+        inputs["masked.image"] = torch.zeros(1, 3, *size, dtype=torch.uint8)
+        inputs["masked.hole"] = torch.zeros(1, *size, dtype=torch.bool)
+    return inputs
+
+
+# ---------------------------------------------------------------- counting
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as fused kernels do it, which keep no matrix of scores; the meta device would take the plain way."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return function(*args, **(kwargs or {}))
+
+
+def kept_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
+    """Bytes that a pass on the meta device keeps for its backward pass, in float32, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    kept: dict[int, Any] = {}  # the storages themselves: a freed one's address would be another one's soon
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _Fused():
+        run()
+    return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+def count(module: nn.Module, run: Callable[[], Tensor]) -> Work:
+    """Counts one pass over one sample on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        result = run()
+        forward = counter.get_total_flops()
+        result.sum().backward()
+    return Work(module, float(forward), float(counter.get_total_flops()), kept_bytes(module, run))
+
+
+def step_flops(works: dict[str, Work]) -> float:
+    """FLOPs of a training step a sample. With a discriminator: both passes of the autoencoder, one without gradients;
+    of the discriminator, forward and input gradient for the one, real and fake with all gradients for the other."""
+    main = next(iter(works.values()))
+    critic = works.get("discriminator")
+    if critic is None:
+        return main.both
+    return main.both + main.forward + 2 * critic.forward + 2 * critic.both
+
+
+# ---------------------------------------------------------------- memory
+
+
+def optimizer_bytes(named: Iterable[tuple[str, nn.Parameter]], train) -> int:
+    """AdamW keeps two numbers a weight; Muon one, or two where it orthogonalises now and then."""
+    muon = 4 * (2 if train.muon_every > 1 else 1)
+    on_muon = train.optimizer == "muon"
+    return sum(p.numel() * (muon if on_muon and is_hidden_matrix(n, p) else 8) for n, p in named)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a training may take: free memory of the GPU, else of the machine within its container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    from ldmcli.data.readers import memory_bytes
+
+    return min(psutil.virtual_memory().available, memory_bytes())
+
+
+def micro_batch(share: int, per_image: float, room: float) -> int:
+    """Samples of a process's `share` of the batch that go through the networks at once: all where `room` bytes hold
+    what they keep, else as many as fit, made even over the passes; at least 1."""
+    fitting = max(1, int(room // per_image)) if per_image else share
+    return share if fitting >= share else -(-share // -(-share // fitting))
+
+
+def surely_fits(share: int, size: tuple[int, int], room: float) -> bool:
+    """Whether so few and small images fit whatever the network is, so that nothing has to be measured."""
+    return share * math.prod(size) * FAR_ABOVE <= room

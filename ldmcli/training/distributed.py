@@ -1,0 +1,164 @@
+"""Where a training process stands among the others: device, rank, and the few collective calls that the loop needs."""
+
+import os
+import pickle
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from ldmcli.core.errors import LdmError, ResourceError, UsageError
+from ldmcli.core.settings import TrainSettings
+from ldmcli.maths import rng
+from ldmcli.training.optimizer import bf16_is_fast
+
+CONTROL_TIMEOUT = timedelta(hours=24)  # while one process writes, evaluates, encodes or reads, the others wait
+
+
+class Context:
+    """One process of a training. Accelerate gives device, wrapping, backward and gathering; precision is ours.
+
+    Gradients, and what else a backward pass needs of others, go through Accelerate's group, whose timeout is
+    train.gradient_timeout. Objects and decisions go through a group of their own on the CPU with a timeout of a day:
+    no phase of one process, however long, ends the others; one that dies closes its connections, which does.
+    """
+
+    def __init__(self, settings: TrainSettings):
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        # without an accelerator a bare Accelerator() ignores the launcher's variables and believes itself alone
+        cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        # buffers are equal on all processes already; broadcasting them between two forwards breaks the backward
+        handlers = [
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=settings.gradient_timeout)),
+        ]
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+        if self.accelerator.num_processes != asked:
+            raise UsageError(
+                f"{asked} processes were started but this one sees {self.accelerator.num_processes}; start with "
+                "`ldm … --gpus N`, or `accelerate launch --multi_gpu --num_processes N -m ldmcli …`"
+            )
+        self.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.control = None
+        if self.world > 1:
+            self.control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        self.dtype = self.on_main(lambda: autocast_dtype(settings.mixed_precision, self.device))
+
+    @property
+    def precision(self) -> str:
+        """float32, bfloat16 or float16."""
+        return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
+    def set_precision(self, name: str) -> None:
+        """Takes over the precision that a run was started with."""
+        self.dtype = None if name == "float32" else getattr(torch, name)
+
+    @property
+    def gpu_name(self) -> str:
+        """The name of this process's GPU; "" where it has none."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return "Apple GPU (MPS)" if self.device.type == "mps" else ""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder and speaks."""
+        return self.rank == 0
+
+    def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A micro-batch on this process's device. float64 stays on the host: Apple GPUs have none, and what is drawn
+        from it (timesteps) is made there."""
+        return {k: v if v.dtype == torch.float64 else v.to(self.device) for k, v in batch.items()}
+
+    def autocast(self):
+        """Context in which matrix products run in the low precision, if one is in use."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+    @contextmanager
+    def dropout(self, seed: int, *path: int | str):
+        """Context in which dropout draws follow from seed, path and rank.
+
+        Dropout is the one layer that reads torch's global generator; left alone, no run with it could be repeated.
+        """
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(rng.key(seed, "dropout", *path, self.rank))
+            yield
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on the main process; all get its result, or raise its error."""
+        result: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                result[0] = function()
+            except LdmError as error:
+                result[1] = error
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(result, src=0, group=self.control)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def together(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on every process; if it failed on any, all raise that error, so that nobody waits alone.
+
+        All have returned from `function` when this returns. It must not call the others itself.
+        """
+        result, error = None, None
+        try:
+            result = function()
+        except LdmError as caught:
+            error = caught
+        if self.maximum([float(error is not None)])[0]:
+            raise error or next(e for e in self.gather(error) if e is not None)
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """One Python object of each process, in order of rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(out, pickle.loads(pickle.dumps(value)), group=self.control)
+        return out
+
+    def maximum(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over processes of a few numbers."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def mean(self, values: dict[str, float], weight: float) -> dict[str, float]:
+        """Weighted mean over processes of equal-named numbers."""
+        if self.world == 1:
+            return values
+        names = sorted(values)
+        tensor = torch.tensor([weight] + [values[n] * weight for n in names], dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, group=self.control)
+        total = tensor.tolist()
+        return {name: value / total[0] for name, value in zip(names, total[1:])}
+
+    def check_equal(self, modules: dict[str, torch.nn.Module]) -> None:
+        """Raises ResourceError when the weights differ between processes."""
+        from ldmcli.core.files import tensors_hash
+
+        own = tensors_hash({f"{n}.{k}": t.cpu() for n, m in modules.items() for k, t in m.state_dict().items()})
+        hashes = self.gather(own)
+        if len(set(hashes)) > 1:
+            odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+            raise ResourceError(f"the weights of process {odd} differ from those of process 0; stop and resume the run")
+
+
+def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:
+    """auto: bfloat16 where it is fast (CUDA from Ampere on, CPUs with bf16 dot products), else full precision."""
+    if setting == "auto":
+        return torch.bfloat16 if bf16_is_fast(device) else None
+    if setting == "fp16" and device.type == "cpu":
+        raise UsageError("train.mixed_precision = 'fp16': needs a GPU; use bf16 or no")
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[setting]
