@@ -16,8 +16,8 @@ from ldmcli.core.errors import ModelError
 from ldmcli.core.presets import MODELS
 from ldmcli.core.settings import FILLS, DiffusionSettings
 from ldmcli.formats import compvis, compvis_config, compvis_shapes
+from ldmcli.formats.bundle import Reading
 from ldmcli.formats.compvis_write import KEPT, folded
-from ldmcli.formats.open_model import Reading
 from ldmcli.networks.autoencoder import Autoencoder, split_moments
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 

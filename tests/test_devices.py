@@ -30,13 +30,13 @@ from ldmcli.core.settings import (
     SampleSettings,
     TaskSettings,
 )
-from ldmcli.data.arrays import to_uint8
 from ldmcli.diffusion import gradient_guidance
 from ldmcli.diffusion.sample import Known, Steering, draw_latents
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.evaluation import features
 from ldmcli.maths import rng
+from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import ASKED, CONDITIONS, load_tokenizer, train_vocabulary
 from ldmcli.networks.discriminator import PatchDiscriminator
@@ -45,7 +45,8 @@ from ldmcli.networks.perceptual import PerceptualNet, read_heads
 from ldmcli.reports import cost_estimate as planning
 from ldmcli.sampling import editing, load, memory
 from ldmcli.sampling import model as model_module
-from ldmcli.sampling.model import LoadedAutoencoder, LoadedDiffusion, pixel_autoencoder
+from ldmcli.sampling.first_stage import LoadedAutoencoder, pixel_autoencoder
+from ldmcli.sampling.model import LoadedDiffusion
 from ldmcli.training import cost
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
@@ -317,7 +318,7 @@ def use_of(model: LoadedDiffusion, kinds) -> np.ndarray:
         case "inpaint":
             return editing.inpaint_images(model, PIXELS, HOLES, told=told, steps=1)
     drawn = model.latents_for([0, 1], told, steps=1)
-    return to_uint8(model.autoencoder.decode(drawn))
+    return tensor_to_pixels(model.autoencoder.decode(drawn))
 
 
 @pytest.mark.parametrize("stage", ("kl", "vq", "none"))

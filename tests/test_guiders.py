@@ -11,7 +11,7 @@ from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import levels, make_schedule
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
-from ldmcli.sampling.model import LoadedAutoencoder
+from ldmcli.sampling.first_stage import LoadedAutoencoder
 
 SCHEDULE = make_schedule(DiffusionSettings(prediction="eps"))
 ALPHA, SIGMA = 0.6, 0.8

@@ -11,9 +11,9 @@ from ldmcli.conditions.dataset import ConditionSource
 from ldmcli.core import config
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.augment import crop_and_flip
 from ldmcli.data.sources import open_rows
 from ldmcli.networks.layout import LayoutCondition
-from ldmcli.training.autoencoder import views
 
 BOXES = [[[8, 6, 40, 30], [40, 30, 40, 30]], [[0, 0, 80, 60]], [[10, 10, 2, 2], [20, 20, 20, 20], [0, 0, 8, 6]]]
 
@@ -61,7 +61,7 @@ def test_tokens_tell_boxes_in_the_whole_picture_and_where_the_crop_lies(flip, sh
     made.rows.boxes_are_shares = shares
     where = list(range(24))
     ids = [0] * len(where)
-    crops, mirrored = views(made.config, np.asarray(where))
+    crops, mirrored = crop_and_flip(made.config, np.asarray(where))
     layout, seen = condition(), set()
     told = layout.prepare(made.values("layout", ids, where))["ids"]
     assert any(mirrored) == flip

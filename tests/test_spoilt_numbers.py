@@ -15,9 +15,9 @@ from tiny import state as state_of
 
 from ldmcli.core import files, runs
 from ldmcli.core.errors import InputError, ModelError
-from ldmcli.data.arrays import to_uint8
 from ldmcli.diffusion import sample
 from ldmcli.evaluation.evaluate import evaluate
+from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.networks.latent_diffusion import DiffusionModel
 
 FAST = ("--steps", 3, "--sampler", "ddim")
@@ -220,7 +220,7 @@ def test_a_decoder_that_overflows_gives_no_black_pictures(models, tmp_path, monk
         assert ending.code == 4 and "1 of 1 decoded pictures" in ending.line, ending.stderr
         assert not list((tmp_path / "out").glob("*.png"))
     with pytest.raises(ModelError):
-        to_uint8(torch.tensor([[[[float("inf")]]]]))
+        tensor_to_pixels(torch.tensor([[[[float("inf")]]]]))
 
 
 def test_a_preview_that_overflows_does_not_end_a_training(models, tmp_path, monkeypatch):

@@ -144,12 +144,12 @@ def source_of(folder, size=(20, 20), **task) -> ConditionSource:
 
 def test_boxes_and_maps_are_cropped_and_mirrored_as_the_pixels_are(pictures):
     """Sixty positions: wherever crop and flip put the bright box, the map and the layout say it is there."""
-    from ldmcli.training.autoencoder import pixel_batch
+    from ldmcli.data.augment import load_pixels
 
     source = source_of(pictures)
     where = np.arange(60)
     ids = where % len(source.rows)
-    pixels = pixel_batch(source.rows, source.config, ids, where, (20, 20)).numpy()
+    pixels = load_pixels(source.rows, source.config, ids, where, (20, 20)).numpy()
     maps, layouts = (source.values(kind, ids.tolist(), where.tolist()) for kind in ("map", "layout"))
     assert len({found.tobytes() for found in maps}) > 20
     for picture, found, layout in zip(pixels, maps, layouts):
@@ -181,9 +181,9 @@ def test_small_and_holed_images_are_made_of_the_pixels_seen_and_depend_on_seed_a
 
 
 def views_of(source, where):
-    from ldmcli.training.autoencoder import views
+    from ldmcli.data.augment import crop_and_flip
 
-    return list(zip(*views(source.config, np.asarray(where))))
+    return list(zip(*crop_and_flip(source.config, np.asarray(where))))
 
 
 def parts(value) -> tuple:

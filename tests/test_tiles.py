@@ -26,7 +26,7 @@ from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.chunked_autoencoder import Pieces
 from ldmcli.networks.latent_diffusion import LatentScale
 from ldmcli.sampling import memory as memory_module
-from ldmcli.sampling.model import LoadedAutoencoder
+from ldmcli.sampling.first_stage import LoadedAutoencoder
 
 EXACT, QUANTISED = 5e-6, 2e-5
 

@@ -109,8 +109,8 @@ def convert(given: opt.Given) -> None:
             raise UsageError(f"{name} {path}: no such file or folder")
     if given.push_to and given.to == "compvis":
         raise UsageError("--push-to: takes a folder; use --to diffusers or --to run")
+    from ldmcli.formats.bundle import Reading
     from ldmcli.formats.convert import convert as convert_model
-    from ldmcli.formats.open_model import Reading
 
     reading = Reading(
         weights=given.weights, config=given.config, heads=given.heads, part=given.part or "", tokenizer=given.tokenizer

@@ -10,13 +10,15 @@ import numpy as np
 from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig
+from ldmcli.data.augment import crop_and_flip
 from ldmcli.data.boxes import are_shares
 from ldmcli.data.decode import BadImage
+from ldmcli.data.degradations import degrade
+from ldmcli.data.masks import random_mask
 from ldmcli.data.pictures import several
 from ldmcli.data.rows import Room, in_threads
 from ldmcli.maths import rng
 from ldmcli.networks.conditioners import CONDITIONS
-from ldmcli.training.autoencoder import views
 
 TABLED = ("text", "class")  # neither crops nor flips change them: prepared once for all rows
 
@@ -57,7 +59,7 @@ class ConditionSource:
         if kind == "class":
             return [self.rows.label(int(i)) for i in ids]
         crops, mirrored = (
-            views(self.config, np.asarray(where))
+            crop_and_flip(self.config, np.asarray(where))
             if self.training
             else (np.full((len(ids), 2), 0.5), np.zeros(len(ids), bool))
         )
@@ -125,12 +127,8 @@ class ConditionSource:
     def _planes(self, kind: str, picture: np.ndarray, at: int) -> Any:
         key = (self.config.train.seed, at, "training" if self.training else "validation")
         if kind == "lowres":
-            from ldmcli.data.degradations import degrade
-
             task = self.config.task
             return degrade(picture, task.scale, task.degradation, *key, "degrade")
-        from ldmcli.data.masks import random_mask
-
         return picture, random_mask(*self.size, *key, "mask")
 
 

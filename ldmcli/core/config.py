@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ldmcli.core import settings
 from ldmcli.core.errors import UsageError
+from ldmcli.core.presets import PRESETS
 
 KINDS = {"autoencoder": settings.AutoencoderConfig, "diffusion": settings.DiffusionConfig}
 COMMAND_OF = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-ldm"}
@@ -196,8 +197,6 @@ def did_you_mean(names: list[str]) -> str:
 
 def presets() -> dict:
     """Presets by name: objects with `.kind`, `.values` ({"section.name": value}) and `.summary`."""
-    from ldmcli.core.presets import PRESETS
-
     return PRESETS
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldmcli.core.console import warn_once
-from ldmcli.core.errors import InputError, ModelError, UsageError
+from ldmcli.core.errors import InputError, UsageError
 from ldmcli.data.decode import decode, decode_alpha
+from ldmcli.maths.pixels import tensor_to_pixels
 
 LARGEST = 16.0  # of pixels in [-1, 1]; reconstructions reach a little beyond 1, shares of 255 far
 
@@ -78,7 +79,7 @@ def pictures_of(given: Any, name: str = "image") -> list[np.ndarray]:
         return [one for k, part in enumerate(given) for one in pictures_of(part, f"{name} {k + 1}")]
     if not isinstance(given, (list, tuple, np.ndarray, Tensor)):
         return [_opened(given, name)]
-    return list(to_uint8(to_pixels(given, name=name)))
+    return list(tensor_to_pixels(to_pixels(given, name=name)))
 
 
 def _opened(given: Any, name: str) -> np.ndarray:
@@ -93,21 +94,9 @@ def _opened(given: Any, name: str) -> np.ndarray:
     return np.asarray(decode(source, name=name))
 
 
-def to_uint8(x: Tensor, *, finite: bool = True) -> np.ndarray:
-    """Float NCHW in [-1, 1] -> uint8 NHWC: clamped, rounded half to even. Raises ModelError (finite) for pictures with
-    NaN or Inf, which would become black."""
-    if finite and not bool(x.isfinite().all()):
-        bad = int((~x.isfinite().flatten(1).all(1)).sum())
-        raise ModelError(
-            f"{bad} of {len(x)} decoded pictures hold NaN or Inf; the autoencoder overflows on these "
-            "latents, so nothing is written of them"
-        )
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
 def to_pil(x: Tensor) -> list:
     """Float NCHW in [-1, 1] -> list of PIL images."""
-    return [Image.fromarray(array) for array in to_uint8(x)]
+    return [Image.fromarray(array) for array in tensor_to_pixels(x)]
 
 
 def numeric_rows(given: Any) -> bool:

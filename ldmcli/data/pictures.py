@@ -298,3 +298,18 @@ def image_files(paths: Sequence[Path], *, besides: Sequence[Path] = ()) -> list[
 def no_pictures(root: Path, notes: Sequence[str]) -> InputError:
     """What is said of a folder that holds nothing to take."""
     return InputError(f"{shown(root)}: no pictures in this folder" + "".join(f"; {note}" for note in notes))
+
+
+def pair_name(folder: Path, path: Path) -> str:
+    """Relative path without extension: what a pair of images has in common."""
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def by_pair_name(folder: Path, found: list[Path]) -> dict[str, Path]:
+    """Pictures of a folder by relative path without extension. Raises InputError where two share one."""
+    named: dict[str, Path] = {}
+    for path in found:
+        first = named.setdefault(pair_name(folder, path), path)
+        if first != path:
+            raise InputError(f"{first} and {path.name}: two images of one name; pairs share path and name, so keep one")
+    return named

@@ -58,8 +58,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Steering:
-    """What shapes a draw beside conditions. wrap: a denoiser to a denoiser (`diffusion.gradient_guidance`); tile: latent positions
-    a side above which the network sees overlapping tiles; 0 = all at once."""
+    """What shapes a draw beside conditions. wrap: a denoiser to a denoiser (`gradient_guidance`); tile: latent
+    positions a side above which the network sees overlapping tiles; 0 = all at once."""
 
     known: Known | None = None
     wrap: Callable[[Denoise], Denoise] | None = None

@@ -17,9 +17,15 @@ import numpy as np
 import torch
 
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.data.arrays import to_pixels
+from ldmcli.data.degradations import degrade, resize, to_uint8
+from ldmcli.data.masks import masked_share
+from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
+from ldmcli.diffusion.sample import Steering
 from ldmcli.evaluation.image_streams import Source, check_columns, condition_source, drawn_for, values_for
 from ldmcli.maths.patchmatch import patched
 from ldmcli.maths.smooth_inpainting import continued
+from ldmcli.sampling.editing import inpaint_images, upscale_images
 
 FILLINGS = {"smooth": lambda x, hole: continued(x[None], hole[None])[0], "patches": patched}
 TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task brings along
@@ -62,8 +68,6 @@ def task_sources(
     if task == "sr":
         stated |= {"scale": model.config.task.scale, "degradation": model.config.task.degradation}
     else:
-        from ldmcli.data.masks import masked_share
-
         stated["masked_share"] = masked_share(hole for _, hole in _pairs(told, ids))
     return made, baselines, stated
 
@@ -116,8 +120,6 @@ def guided_sources(
 
 def _made_small(rows, ids: list[int], size: tuple[int, int], factor: int):
     def low(i: int) -> np.ndarray:
-        from ldmcli.data.degradations import degrade
-
         return degrade(rows.pixels(i, size, "center", (0.5, 0.5)), factor, "bicubic", 0)
 
     return low
@@ -125,10 +127,6 @@ def _made_small(rows, ids: list[int], size: tuple[int, int], factor: int):
 
 def _to_low(model, low: list[np.ndarray]):
     """Steering of a batch, each sample to its own small picture."""
-    from ldmcli.data.arrays import to_pixels
-    from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
-    from ldmcli.diffusion.sample import Steering
-
     pixels, decoder = to_pixels(np.stack(low)).to(model.device), latent_decoder(model.autoencoder)
     return Steering(wrap=lambda denoise: image_guide(denoise, decoder, pixels))
 
@@ -148,8 +146,6 @@ def _blocks(ids: list[int], batch_size: int) -> Iterator[tuple[range, list[int]]
 
 def _enlarged(model, told, ids, seed, batch_size, settings):
     def stream() -> Iterator[np.ndarray]:
-        from ldmcli.sampling.editing import upscale_images
-
         for numbers, block in _blocks(ids, batch_size):
             low = np.stack(told.values("lowres", block, block))
             yield from upscale_images(model, low, seed=seed, ids=numbers, told=_said(model, told, block), **settings)
@@ -159,8 +155,6 @@ def _enlarged(model, told, ids, seed, batch_size, settings):
 
 def _filled(model, told, ids, seed, batch_size, settings):
     def stream() -> Iterator[np.ndarray]:
-        from ldmcli.sampling.editing import inpaint_images
-
         for numbers, block in _blocks(ids, batch_size):
             images, holes = (np.stack(part) for part in zip(*told.values("masked", block, block)))
             made = inpaint_images(
@@ -193,8 +187,6 @@ def _pairs(told, ids) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _bicubic(low: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    from ldmcli.data.degradations import resize, to_uint8
-
     planes = np.ascontiguousarray(low.transpose(2, 0, 1)).astype(np.float32) / 255
     return to_uint8(resize(planes, *size, "antialiased"))  # enlarging widens nothing
 

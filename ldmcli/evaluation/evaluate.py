@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ldmcli import __version__
 from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation.baselines import guided_sources, task_of, task_sources
 from ldmcli.evaluation.compare import compare, lookup, read_result, with_comparison
 from ldmcli.evaluation.condition_fidelity import KINDS as OBEDIENCE_METRICS
@@ -52,6 +54,8 @@ from ldmcli.evaluation.reference_statistics import (
     read_statistics,
     reference_features,
 )
+from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, kid, precision_recall, psnr, ssim
+from ldmcli.networks.perceptual import perceptual_net
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup", "pair_values", "reconstruction_metrics"]
 
@@ -209,8 +213,6 @@ def _begin(metrics: tuple[str, ...], features: str | None, perceptual: str, prog
     extractor = open_extractor(features) if set(metrics) & set(SET_METRICS) else None
     net = None
     if "lpips" in metrics:
-        from ldmcli.networks.perceptual import perceptual_net
-
         net = perceptual_net(perceptual)
     run = _Run(metrics, extractor, net, progress or (lambda total, label: nullcontext(_Quiet())))
     if extractor is not None and features is None and default_features() != "inception":
@@ -367,8 +369,6 @@ def _rows(run: _Run, data, split: str, size: tuple[int, int], model: Any = None)
 
     Of a small folder the held-out part may be a single image, of which no distribution can be made.
     """
-    from ldmcli.core.settings import DataSettings
-
     settings = data if isinstance(data, DataSettings) else DataSettings(source=str(data))
     settings = replace(settings, size=tuple(size))
     rows, whole = open_reference(settings, split)
@@ -423,8 +423,6 @@ def pair_values(
     made: Sequence[np.ndarray], real: Sequence[np.ndarray], metrics: Sequence[str], perceptual=None
 ) -> dict[str, list[float]]:
     """PSNR (dB), SSIM and LPIPS of each pair of uint8 (H, W, 3) images."""
-    from ldmcli.maths.metrics import psnr, ssim
-
     functions = {"psnr": psnr, "ssim": ssim}
     out = {name: [functions[name](a, b) for a, b in zip(made, real)] for name in metrics if name in functions}
     if "lpips" in metrics:
@@ -510,8 +508,6 @@ def _warn_of_lossy(run: _Run, generated: Source, reference_lossy: bool) -> None:
 
 
 def _put_fid(run: _Run, generated: FeatureSet, reference: FeatureSet | Statistics) -> None:
-    from ldmcli.maths.metrics import frechet, frechet_from_features
-
     if isinstance(reference, Statistics):
         own = gaussian(generated.features)
         value = frechet(own.mean, own.covariance, reference.mu, reference.sigma)
@@ -522,8 +518,6 @@ def _put_fid(run: _Run, generated: FeatureSet, reference: FeatureSet | Statistic
 
 
 def _put_kid(run: _Run, generated: FeatureSet, reference: Any) -> None:
-    from ldmcli.maths.metrics import kid
-
     size = min(KID["subset_size"], len(generated), len(reference))
     mean, std = kid(generated.features, reference.features, subsets=KID["subsets"], subset_size=size, seed=KID["seed"])
     suffix, named = run.extractor.suffix, _named(run.extractor)
@@ -533,8 +527,6 @@ def _put_kid(run: _Run, generated: FeatureSet, reference: Any) -> None:
 
 
 def _put_is(run: _Run, generated: FeatureSet, reference: Any) -> None:
-    from ldmcli.maths.metrics import inception_score
-
     suffix, named = run.extractor.suffix, _named(run.extractor)
     mean = std = None
     if len(generated) >= IS_SPLITS:
@@ -547,8 +539,6 @@ def _put_is(run: _Run, generated: FeatureSet, reference: Any) -> None:
 
 
 def _put_pr(run: _Run, generated: FeatureSet, reference: Any) -> None:
-    from ldmcli.maths.metrics import precision_recall
-
     precision, recall = precision_recall(generated.features, reference.features, NEIGHBOURS)
     if precision is None:
         run.warnings.append(f"no precision and recall: a set has no more than {NEIGHBOURS} images")
@@ -598,8 +588,6 @@ def _document(run: _Run, generated: FeatureSet, reference: Any, seconds: float) 
 def _versions() -> dict[str, str]:
     import torch
 
-    from ldmcli import __version__
-
     return {"ldm": __version__, "torch": torch.__version__, "numpy": np.__version__}
 
 
@@ -616,8 +604,6 @@ def reconstruction_metrics(
     out = {"psnr": float(np.mean(finite)) if finite else 100.0}
     out |= {{"lpips": "perceptual"}.get(name, name): float(np.mean(values[name])) for name in names[1:]}
     if extractor is not None:
-        from ldmcli.maths.metrics import frechet_from_features
-
         features = [extractor.features(side) for side in (made, real)]
         out[extractor.metric_key] = frechet_from_features(*features)
     return out

@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from ldmcli.conditions.dataset import ConditionSource, look_at_boxes
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
 from ldmcli.core.settings import DataSettings
+from ldmcli.data import pictures
+from ldmcli.data.decode import decode
+from ldmcli.data.pictures import by_pair_name, pair_name
+from ldmcli.evaluation.features import in_blocks
+from ldmcli.maths.pixels import tensor_to_pixels
+from ldmcli.networks.conditioners import CONDITIONS
+from ldmcli.sampling.load import load
 from ldmcli.sampling.request import SAMPLING
 
 LOSSY = (".jpg", ".jpeg")
@@ -41,33 +49,14 @@ def take(count: int, n: int | None, what: str) -> int:
 
 def image_files(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
     """Pictures below `folder` in order of relative path without extension; `besides`: as for `data.pictures.find`."""
-    from ldmcli.data import pictures
-
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of images")
     found = pictures.image_files([folder], besides=besides)
-    return sorted(found, key=lambda path: (_pair_name(folder, path), path.suffix))
-
-
-def _pair_name(folder: Path, path: Path) -> str:
-    """Relative path without extension: what a pair of images has in common."""
-    return path.relative_to(folder).with_suffix("").as_posix()
-
-
-def by_pair_name(folder: Path, found: list[Path]) -> dict[str, Path]:
-    """Pictures of a folder by relative path without extension. Raises InputError where two share one."""
-    named: dict[str, Path] = {}
-    for path in found:
-        first = named.setdefault(_pair_name(folder, path), path)
-        if first != path:
-            raise InputError(f"{first} and {path.name}: two images of one name; pairs share path and name, so keep one")
-    return named
+    return sorted(found, key=lambda path: (pair_name(folder, path), path.suffix))
 
 
 def read_image(path: Path) -> np.ndarray:
     """uint8 (H, W, 3), upright, transparency on white. Raises InputError, naming the file."""
-    from ldmcli.data.decode import decode
-
     return np.array(decode(path))
 
 
@@ -227,8 +216,6 @@ def model_source(
 
 
 def check_columns(rows, kinds: tuple[str, ...]) -> None:
-    from ldmcli.networks.conditioners import CONDITIONS
-
     for kind in kinds:
         column = CONDITIONS[kind].columns[0]
         if rows is None or not rows.has(column):
@@ -238,8 +225,6 @@ def check_columns(rows, kinds: tuple[str, ...]) -> None:
 def condition_source(model, rows, size: tuple[int, int], seed: int):
     """What rows tell a model when they are measured (`ConditionSource`): cut in the middle, degraded and masked by
     (seed, row)."""
-    from ldmcli.conditions.dataset import ConditionSource, look_at_boxes
-
     config = replace(model.config, train=replace(model.config.train, seed=seed))
     source = ConditionSource(rows, config, tuple(size), training=False)
     entries = model.model.conditions.entries
@@ -251,13 +236,13 @@ def condition_source(model, rows, size: tuple[int, int], seed: int):
 
 def drawn_for(model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any]) -> np.ndarray:
     """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
-    from ldmcli.data.arrays import to_uint8
-
     numbers, values = range(first, first + len(ids)), {}
     for kind in model.model.conditions.kinds:
         own = values_for(told, kind, ids)
         values[kind] = [own[(k - first) % len(ids)] for k in range(len(ids))]  # sample k takes entry k mod their number
-    return to_uint8(model.autoencoder.decode(model.latents_for(numbers, values, seed=seed, size=size, **settings)))
+    return tensor_to_pixels(
+        model.autoencoder.decode(model.latents_for(numbers, values, seed=seed, size=size, **settings))
+    )
 
 
 def values_for(told, kind: str, ids: list[int]) -> list:
@@ -274,12 +259,9 @@ def rebuilt(autoencoder, source: Source, batch_size: int) -> Callable[[], Iterat
     """The stream of a source's images after `encode` (the mode) and `decode`."""
     import torch
 
-    from ldmcli.data.arrays import to_uint8
-    from ldmcli.evaluation.features import in_blocks
-
     def stream() -> Iterator[np.ndarray]:
         for block in in_blocks(source.stream(), batch_size):
-            yield from to_uint8(autoencoder.decode(autoencoder.encode(torch.from_numpy(np.stack(block)))))
+            yield from tensor_to_pixels(autoencoder.decode(autoencoder.encode(torch.from_numpy(np.stack(block)))))
 
     return stream
 
@@ -287,8 +269,6 @@ def rebuilt(autoencoder, source: Source, batch_size: int) -> Callable[[], Iterat
 def loaded(run: Any, kind: str, weights: str = "ema"):
     """A run of this kind, from its folder (weights "ema" or "raw") or as it is. Raises UsageError for another kind."""
     if isinstance(run, (str, Path)):
-        from ldmcli.sampling.load import load
-
         run = load(run, weights=weights)
     if run.kind != kind:
         raise UsageError(f"this is a run of kind {run.kind}; evaluation asked for {kind}")

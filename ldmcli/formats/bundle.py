@@ -1,6 +1,6 @@
 """A model as data: what a run folder, a published checkpoint and a diffusers folder have in common.
 
-Readers (`compvis.py`, `diffusers.py`) give bundles, writers take them, and `sampling/load.py` builds networks from them.
+Readers (`compvis.py`, `diffusers.py`) give bundles, writers take them, and `sampling.load` builds networks from them.
 Tensors carry the names of our own modules; nothing here knows where they came from.
 """
 
@@ -48,3 +48,28 @@ class DiffusionBundle:
 
 
 Bundle = AutoencoderBundle | DiffusionBundle
+
+
+CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model of others is to be read, where that is open.
+
+    weights: "ema" where there are averages, or "raw"; config: the YAML of a CompVis checkpoint; heads: attention heads
+    of its UNet, "" = as the table of published models and the YAML say, "legacy" = one, "config" = as the YAML says to
+    the newest code, or a number; part: "" or "first-stage"; tokenizer: a folder for a text model that has none.
+    """
+
+    weights: str = "ema"
+    config: Path | None = None
+    heads: str = ""
+    part: str = ""
+    tokenizer: Path | None = None
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """The one checkpoint of a folder; None where there is none or several."""
+    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in CHECKPOINTS and path.is_file()]
+    return found[0] if len(found) == 1 else None

@@ -12,12 +12,13 @@ from torch import Tensor
 from ldmcli.core import files
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DataSettings, DiffusionConfig
+from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.formats import compvis_config as cc
 from ldmcli.formats import compvis_shapes, pickles
-from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle
+from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading, checkpoint_in
 from ldmcli.formats.compvis_write import KEPT
-from ldmcli.formats.open_model import Reading, checkpoint_in
 from ldmcli.networks.autoencoder import Autoencoder
+from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 
 UNET, FIRST, COND, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
@@ -371,8 +372,6 @@ def _check_schedule(path: Path, state: dict[str, Tensor], plan: cc.Plan) -> None
     """Raises ModelError where the checkpoint's own betas are not those of the configuration."""
     if "betas" not in state:
         return
-    from ldmcli.diffusion.schedule import make_schedule
-
     ours = torch.as_tensor(make_schedule(plan.diffusion).alphas_cumprod)
     theirs = (1 - state["betas"].double()).cumprod(0)
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3):
@@ -384,8 +383,6 @@ def _tokenizer(path: Path, reading: Reading, facts: dict, notes: list[str]) -> P
     """The folder of a text model's tokeniser: as asked, beside the checkpoint, or the published one from the hub."""
     if "text" not in facts:
         return None
-    from ldmcli.networks.conditioners import load_tokenizer
-
     vocabulary = facts["text"]["vocabulary"]
     near = [path.parent / f"{path.stem}-tokenizer", path.parent / "tokenizer", path.parent]
     near = [folder for folder in near if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json"))]

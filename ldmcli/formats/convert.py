@@ -11,9 +11,9 @@ from typing import Any
 from ldmcli.core import files, runs
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.outputs import card_is_models, marked
-from ldmcli.formats import run_folder
-from ldmcli.formats.bundle import AutoencoderBundle, Bundle
-from ldmcli.formats.open_model import Reading, format_of, read
+from ldmcli.formats import compvis_write, diffusers, run_folder
+from ldmcli.formats.bundle import AutoencoderBundle, Bundle, Reading
+from ldmcli.formats.open_model import format_of, read
 
 TARGETS = ("run", "compvis", "diffusers")
 # files of models of diffusers and transformers, and of the tokenizers beside them
@@ -54,15 +54,11 @@ def _write(bundle: Bundle, place: Path, to: str, source: Path, kind: str) -> lis
         run_folder.write(bundle, place, {"name": source.name, "format": kind})
         return []
     if to == "compvis":
-        from ldmcli.formats import compvis_write
-
         notes = compvis_write.write(bundle, place)
         tokenizer = getattr(bundle, "tokenizer", None)
         if tokenizer is not None:
             shutil.copytree(tokenizer, _tokenizer_beside(place))
         return notes
-    from ldmcli.formats import diffusers
-
     return diffusers.write(bundle, place, source if kind == "run" else None)
 
 

@@ -28,7 +28,7 @@ from ldmcli.formats import schedulers
 from ldmcli.formats.bundle import AutoencoderBundle, DiffusionBundle
 from ldmcli.formats.diffusers_card import write_card
 from ldmcli.formats.diffusers_files import Config, read_config, read_weights, translate, write_model
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 
 LATENT, TEXT, UPSCALE = "LDMPipeline", "LDMTextToImagePipeline", "LDMSuperResolutionPipeline"
 PIXELS = ("DDPMPipeline", "DDIMPipeline")
@@ -223,8 +223,6 @@ def _read_custom(path: Path, index: dict[str, Any]) -> DiffusionBundle:
 
 
 def _model_of(bundle: DiffusionBundle):
-    from ldmcli.networks.latent_diffusion import DiffusionModel
-
     return DiffusionModel(
         bundle.config.diffusion, bundle.config.condition, bundle.facts, None, bundle.latent_shape, bundle.config.kinds
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldmcli.core import files
 from ldmcli.core.errors import ModelError
+from ldmcli.formats.pickles import read_state_dict
 
 MODEL = "diffusion_pytorch_model"
 MOST_LAYERS = 256  # a level or a stack; more is damage, which must not cost memory
@@ -122,8 +123,6 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return _shards(path)
     if path.suffix == ".safetensors":
         return files.load_tensors(path, verify=False)[0]
-    from ldmcli.formats.pickles import read_state_dict
-
     return read_state_dict(path)
 
 

@@ -1,32 +1,14 @@
 """What lies at a path, and its reader: run folders, CompVis checkpoints, diffusers folders, hub ids."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from ldmcli.core.errors import ModelError, UsageError
-from ldmcli.formats import run_folder
-from ldmcli.formats.bundle import Bundle
+from ldmcli.formats import compvis, diffusers, run_folder
+from ldmcli.formats.bundle import CHECKPOINTS, Bundle, Reading, checkpoint_in
 
-CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OURS = ("runs", "outputs", ".", "..")  # first parts of a path that no hub id begins with
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a model of others is to be read, where that is open.
-
-    weights: "ema" where there are averages, or "raw"; config: the YAML of a CompVis checkpoint; heads: attention heads
-    of its UNet, "" = as the table of published models and the YAML say, "legacy" = one, "config" = as the YAML says to
-    the newest code, or a number; part: "" or "first-stage"; tokenizer: a folder for a text model that has none.
-    """
-
-    weights: str = "ema"
-    config: Path | None = None
-    heads: str = ""
-    part: str = ""
-    tokenizer: Path | None = None
 
 
 def format_of(path: Path) -> str:
@@ -50,13 +32,10 @@ def format_of(path: Path) -> str:
     raise ModelError(f"{path}: no such run folder; `ldm runs` lists those there are")
 
 
-def checkpoint_in(folder: Path) -> Path | None:
-    """The one checkpoint of a folder; None where there is none or several."""
-    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in CHECKPOINTS and path.is_file()]
-    return found[0] if len(found) == 1 else None
+AS_USUAL = Reading()
 
 
-def read(path: Path, reading: Reading = Reading()) -> Bundle:
+def read(path: Path, reading: Reading = AS_USUAL) -> Bundle:
     """The model at `path`, whatever its format. Raises ModelError, or UsageError for a reading that it cannot take."""
     kind = format_of(path)
     if kind != "compvis":
@@ -66,11 +45,7 @@ def read(path: Path, reading: Reading = Reading()) -> Bundle:
     if kind == "run":
         return run_folder.read(path, reading.weights)
     if kind == "compvis":
-        from ldmcli.formats import compvis
-
         return compvis.read(path, reading)
-    from ldmcli.formats import diffusers
-
     return diffusers.read(path if kind == "diffusers" else hub_folder(path.as_posix()))
 
 

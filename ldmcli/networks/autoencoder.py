@@ -446,3 +446,11 @@ class Autoencoder(nn.Module):
             return AutoencoderOutput(reconstruction, moments, found.z, found.loss, found.indices)
         z = moments if self.is_identity else posterior_sample(moments, noise)
         return AutoencoderOutput(self.decode(z), moments, z, moments.new_zeros(()))
+
+
+def posterior_second_moments(moments: Tensor, is_vq: bool) -> tuple[Tensor, Tensor]:
+    """Per-channel sums of E[z] and E[z²] over the posterior. moments: (B, 2c, h, w), VQ and pixels (B, c, h, w)."""
+    if is_vq:
+        return moments.sum(dim=(0, 2, 3)), moments.square().sum(dim=(0, 2, 3))
+    mean, logvar = split_moments(moments)
+    return mean.sum(dim=(0, 2, 3)), (mean.square() + logvar.exp()).sum(dim=(0, 2, 3))

@@ -19,8 +19,8 @@ from ldmcli.core.presets import PRESETS
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
 from ldmcli.formats.open_model import format_of
 from ldmcli.formats.run_folder import read_config
+from ldmcli.sampling.first_stage import default_device
 from ldmcli.sampling.load import load_autoencoder
-from ldmcli.sampling.model import default_device
 from ldmcli.training import checks, cost
 from ldmcli.training.distributed import autocast_dtype
 

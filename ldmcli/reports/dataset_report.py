@@ -17,6 +17,9 @@ from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import BadImage, shown
 from ldmcli.data.rows import WORKERS, Rows, in_threads, is_shapes
 from ldmcli.data.sources import open_rows, split_sizes
+from ldmcli.data.streaming import stream
+from ldmcli.networks.conditioners import MAX_TEXT_LENGTH
+from ldmcli.sampling.contact_sheets import in_rows, save_grid
 
 SPLITS = ("train", "validation")
 SHEET, SHEET_COLUMNS, CELL = 64, 8, 96
@@ -79,8 +82,6 @@ def _default_out(source: str) -> Path:
 def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
     """Rows by split, and notes on splits: without a train split, all that there are."""
     if settings.streaming and not is_shapes(settings.source):
-        from ldmcli.data.streaming import stream
-
         first = islice(stream(settings), min(settings.limit or STREAMED, STREAMED))
         return {"train": [(row, 0) for row in first]}, [
             "a stream: only its first rows were looked at, and how many there are is not known"
@@ -176,8 +177,6 @@ def _usable(good: Sequence[Look], get: Callable[[Rows, int], Any], what: str, no
 
 
 def _captions(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:
-    from ldmcli.networks.conditioners import MAX_TEXT_LENGTH
-
     texts = _usable(good, lambda rows, i: rows.caption(i), "captions", notes)
     filled = [text for text in texts if text.strip()]
     words = [len(text.split()) for text in filled]
@@ -232,8 +231,6 @@ def _duplicates(good: Sequence[Look]) -> dict[str, Any]:
 
 def _contact_sheet(good: Sequence[Look], settings: DataSettings, out: Path) -> Path:
     """Rows spread evenly over the data as training sees them, in out/contact.png."""
-    from ldmcli.sampling.contact_sheets import in_rows, save_grid
-
     count = min(SHEET, len(good))
     picked = [good[round(k * (len(good) - 1) / max(count - 1, 1))] for k in range(count)]
     size = settings.size if any(settings.size) else (CELL, CELL)

@@ -11,6 +11,15 @@ from ldmcli.core import config, console, files, runs
 from ldmcli.core.errors import UsageError
 from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.shapes import score
+from ldmcli.data.sources import open_rows
+from ldmcli.evaluation.features import open_extractor
+from ldmcli.maths.metrics import frechet_from_features
+from ldmcli.maths.pixels import tensor_to_pixels
+from ldmcli.reports.report import write_demo_report, write_pages
+from ldmcli.sampling.contact_sheets import in_rows, save_grid
+from ldmcli.sampling.load import load
+from ldmcli.training.loop import Options, train
 
 # shares of the minutes; the rest is starting, encoding, sampling, measuring (about a minute on two cores)
 _AE_SHARE, _LDM_SHARE = 0.12, 0.72
@@ -49,8 +58,6 @@ def demo(
 
     `minutes` bounds the whole. preset "paper" trains the second stage as the paper does, for comparison.
     """
-    from ldmcli.data.sources import open_rows
-
     if minutes < 0.2:
         raise UsageError(f"--minutes {minutes}: at least 0.2")
     if not runs.is_run(out / "autoencoder"):  # what an earlier demo wrote there is replaced
@@ -114,8 +121,6 @@ def shortcomings(ae: dict[str, Any], ldm: dict[str, Any], minutes: float) -> lis
 def _train(
     kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: bool, preset: str = "", autoencoder: str = ""
 ) -> None:
-    from ldmcli.training.loop import Options, train
-
     never = 1_000_000
     schedule = {
         "train.max_minutes": minutes,
@@ -131,8 +136,6 @@ def _train(
 
 
 def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
-    from ldmcli.reports.report import write_demo_report, write_pages
-
     for part in parts:
         write_pages(part)
     console.say(f"report: {write_demo_report(out, parts, summary)}")
@@ -140,11 +143,6 @@ def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
 
 def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, out: Path, seed: int) -> dict[str, Any]:
     """Samples of held-out requests beside reconstructions and real images, all scored the same way."""
-    from ldmcli.data.arrays import to_uint8
-    from ldmcli.data.sources import open_rows
-    from ldmcli.sampling.contact_sheets import in_rows, save_grid
-    from ldmcli.sampling.load import load
-
     model = load(ldm)
     held = open_rows(replace(data, size=chosen["size"]), split="validation")
     picked = _distinct(held, chosen["kinds"])
@@ -159,7 +157,10 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
     samples = np.stack([np.asarray(image) for image in model.sample(seed=seed, batch_size=32, **told)])
     seconds = time.monotonic() - begun
     rebuilt = np.concatenate(
-        [to_uint8(model.autoencoder.decode(model.autoencoder.encode(real[i : i + 32]))) for i in range(0, count, 32)]
+        [
+            tensor_to_pixels(model.autoencoder.decode(model.autoencoder.encode(real[i : i + 32])))
+            for i in range(0, count, 32)
+        ]
     )
     save_grid(out / "samples.png", in_rows(list(samples), 16))
     if "prompt" in told:
@@ -186,15 +187,10 @@ def _distinct(held, kinds: tuple[str, ...]) -> list[int]:
 
 def _shape_scores(prompts: list[str], samples, rebuilt, real) -> dict[str, Any]:
     """The checker's shares on samples (top level), reconstructions and real images."""
-    from ldmcli.data.shapes import score
-
     return {**score(samples, prompts), "reconstructions": score(rebuilt, prompts), "real": score(real, prompts)}
 
 
 def _frechet(samples, rebuilt, real, held) -> dict[str, Any]:
-    from ldmcli.evaluation.features import open_extractor
-    from ldmcli.maths.metrics import frechet_from_features
-
     extractor = open_extractor()
     features = {
         name: np.asarray(extractor.features(images), np.float64)

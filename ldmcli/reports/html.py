@@ -142,8 +142,8 @@ def mosaic(pictures: Sequence, titles: Sequence[str] = (), marks: Sequence[str] 
 
 
 def cut(sheet, size: Sequence[int], gap: int = 2) -> list:
-    """The cells of a contact sheet (sampling.contact_sheets) of pictures of `size` = (height, width), in reading order; [] where
-    it is no such sheet."""
+    """The cells of a contact sheet (`contact_sheets`) of pictures of `size` = (height, width), in reading order; []
+    where it is no such sheet."""
     height, width = size
     columns, over_x = divmod(sheet.width - gap, width + gap)
     rows, over_y = divmod(sheet.height - gap, height + gap)

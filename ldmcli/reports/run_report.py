@@ -12,9 +12,12 @@ import numpy as np
 from ldmcli.core import config as configuration
 from ldmcli.core import files, runs
 from ldmcli.core.errors import LdmError
+from ldmcli.data import shapes
+from ldmcli.data.sources import is_shapes
 from ldmcli.reports import html
 from ldmcli.reports.charts import Series, figure, finite, line_chart
 from ldmcli.reports.html import safe
+from ldmcli.training.diffusion import VALIDATION_ROWS
 
 PREVIEWS = 6
 KINDS = {"autoencoder": "Autoencoder", "diffusion": "Diffusion model"}
@@ -238,8 +241,6 @@ def validation_count(run: RunView) -> int | None:
         return None
     if run.kind == "autoencoder":
         return run.config.train.measured_images(min(rows, run.config.train.eval_images))
-    from ldmcli.training.diffusion import VALIDATION_ROWS
-
     return run.config.train.measured_images(min(rows, VALIDATION_ROWS))
 
 
@@ -320,9 +321,6 @@ def _told(sheet, texts: Sequence[str], run: RunView) -> str:
 
 def verdicts(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list[str]:
     """ "right" or "wrong" for pictures of the embedded shapes, whose captions can be checked; [] for other data."""
-    from ldmcli.data import shapes
-    from ldmcli.data.sources import is_shapes
-
     if not is_shapes(str((run.state.get("data") or {}).get("source"))):
         return []
     found = []

@@ -18,18 +18,20 @@ from ldmcli.core import console, files, runs
 from ldmcli.core.errors import InputError, Interrupted, UsageError
 from ldmcli.core.outputs import BESIDE, SHEET, Results, beside, refuse_foreign, refuse_inputs
 from ldmcli.core.signals import StopRequest
-from ldmcli.data.arrays import to_pil, to_pixels, to_uint8
+from ldmcli.data.arrays import to_pil, to_pixels
 from ldmcli.data.decode import decode, decode_alpha, probe, to_size
 from ldmcli.data.pictures import image_files, several
 from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
 from ldmcli.diffusion.sample import Steering, check_sampling, with_overrides
 from ldmcli.maths.metrics import psnr, ssim
+from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.maths.tiles import framed, middle
 from ldmcli.sampling import memory
 from ldmcli.sampling.contact_sheets import grid, in_rows, png_bytes
 from ldmcli.sampling.editing import MAX_MEMORY, tile_side, trained_size
+from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.load import load
-from ldmcli.sampling.model import LoadedAutoencoder, LoadedDiffusion
+from ldmcli.sampling.model import LoadedDiffusion
 from ldmcli.sampling.request import SampleRequest, named_files, sampling_of, sampling_used
 
 Size = tuple[int, int] | None  # (height, width) in pixels; None: as trained
@@ -361,7 +363,7 @@ def reconstruct_to_folder(
             if decode_alpha(source, name=str(source))[1] is not None:
                 console.warn_once("alpha", f"{source}: its transparency is lost, laid over white")
             pixels = _whole(decode(source, name=str(source)), loaded.network.f, size)
-            rebuilt = to_uint8(loaded.decode(loaded.encode(pixels[None])))[0]
+            rebuilt = tensor_to_pixels(loaded.decode(loaded.encode(pixels[None])))[0]
             files.write_bytes(name, png_bytes(grid([[pixels, rebuilt]])))
             rows.append(
                 {

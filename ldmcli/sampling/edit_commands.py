@@ -20,8 +20,7 @@ from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
 from ldmcli.core.outputs import SHEET, Results
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, decode_alpha, probe
-from ldmcli.data.pictures import image_files
-from ldmcli.evaluation.image_streams import by_pair_name
+from ldmcli.data.pictures import by_pair_name, image_files
 from ldmcli.maths.compositing import filled
 from ldmcli.sampling import memory
 from ldmcli.sampling.commands import batches, contents, end_if_asked, image_bytes, output_names

@@ -18,9 +18,9 @@ from torch import Tensor
 from ldmcli.conditions.parse import maps_of, warn_of_cut
 from ldmcli.core.console import warn_once
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.data.arrays import to_uint8
 from ldmcli.diffusion.sample import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
 from ldmcli.maths import compositing, rng
+from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.maths.tiles import padded, reframed
 from ldmcli.networks.conditioners import ASKED
 from ldmcli.sampling import memory
@@ -50,8 +50,8 @@ def upscale_images(
 
     Picture i is drawn with the noise of sample ids[i] (default 0 … n-1). told: values of further conditions by kind,
     one a picture, maps as large as the result. tone: pixels of the small picture beyond which brightness and colour are
-    its own (`compositing.toned`); 0 = as drawn, None = as the model's task.tone says. tile: pixels a side above which the
-    networks see overlapping tiles; 0 = as many as fit into `max_memory` GiB. settings: steps, guidance,
+    its own (`compositing.toned`); 0 = as drawn, None = as the model's task.tone says. tile: pixels a side above which
+    the networks see overlapping tiles; 0 = as many as fit into `max_memory` GiB. settings: steps, guidance,
     guidance_interval, sampler, eta, temperature, spacing, negative_prompt. Raises UsageError for a model of another
     task, InputError for pictures below one latent.
     """
@@ -68,7 +68,7 @@ def upscale_images(
     given["lowres"] = images
     with _first_stage(model, side, max_memory):
         z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
-    made = to_uint8(memory.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
+    made = tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
     return compositing.toned(made, low, model.config.task.tone if tone is None else tone)
 
 
@@ -205,11 +205,11 @@ def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
         known = Known(memory.encode(model.autoencoder, whole, side, max_memory), keep.to(model.device), resample)
     with _first_stage(model, side, max_memory):
         z = _drawn(model, told, ids, seed, size, Steering(known=known, tile=side), settings, prepared)
-    made = to_uint8(memory.decode(model.autoencoder, z, side, max_memory)).astype(np.float32)
+    made = tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory)).astype(np.float32)
     if prepared and model.config.task.fill == "patches" and model.config.task.detail:
         seen = prepared["masked.image"].permute(0, 2, 3, 1).numpy()
         z = memory.encode(model.autoencoder, seen, side, max_memory)
-        made += seen.astype(np.float32) - to_uint8(memory.decode(model.autoencoder, z, side, max_memory))
+        made += seen.astype(np.float32) - tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory))
     return made
 
 

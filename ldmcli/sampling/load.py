@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ldmcli.core.errors import ModelError
-from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle
-from ldmcli.formats.open_model import Reading, format_of, read
+from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading
+from ldmcli.formats.open_model import format_of, read
 from ldmcli.formats.run_folder import fingerprint_of, read_autoencoder
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
-from ldmcli.sampling.model import LoadedAutoencoder, LoadedDiffusion, default_device, pixel_autoencoder
+from ldmcli.sampling.first_stage import LoadedAutoencoder, default_device, pixel_autoencoder
+from ldmcli.sampling.model import LoadedDiffusion
 
 
 def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:

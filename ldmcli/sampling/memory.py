@@ -6,7 +6,10 @@ family "paper" average over the whole map and attend to all of it, which tiles w
 were): theirs run operation by operation (`networks.chunked_autoencoder`) and give the untiled picture but for rounding.
 """
 
+from __future__ import annotations
+
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,10 @@ from ldmcli.core.errors import ResourceError
 from ldmcli.data.arrays import to_pixels
 from ldmcli.maths.tiles import blend, smooth_plan
 from ldmcli.networks.chunked_autoencoder import Pieces
-from ldmcli.sampling.model import LoadedAutoencoder, LoadedDiffusion
+
+if TYPE_CHECKING:
+    from ldmcli.sampling.first_stage import LoadedAutoencoder
+    from ldmcli.sampling.model import LoadedDiffusion
 
 MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine
 MEMORY_MARGIN = 1.25  # what a pass really takes, over what its tensors do: workspaces, fragmentation

@@ -11,14 +11,16 @@ from torch import Tensor
 from ldmcli.conditions.parse import as_list, labels_of, layouts_of, maps_of, masks_of, warn_of_cut, words_of
 from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
-from ldmcli.data.arrays import batch_of, floats, latents, pictures_of, to_pil, to_pixels, whole_numbers
-from ldmcli.diffusion.sample import Steering, check_sampling, draw_latents, with_overrides
-from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.core.settings import DiffusionConfig
+from ldmcli.data.arrays import batch_of, floats, latents, pictures_of, to_pil, whole_numbers
+from ldmcli.diffusion.sample import Guidance, Steering, check_sampling, denoiser, draw_latents, with_overrides
+from ldmcli.diffusion.samplers import SAMPLERS
+from ldmcli.diffusion.schedule import levels, make_schedule
+from ldmcli.maths import rng
 from ldmcli.maths.tiles import framed, middle, middle_corner, reframed
-from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
 from ldmcli.networks.conditioners import Conditioning
-from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.sampling.first_stage import LoadedAutoencoder
 
 OPTIONS = {
     "text": "--prompt",
@@ -34,89 +36,6 @@ TASK_WORDS = {
     "sr": "makes images larger; use `upscale(image)`",
     "inpaint": "fills holes; use `inpaint(image, mask)`",
 }
-
-
-def default_device() -> torch.device:
-    """CUDA, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-class LoadedAutoencoder:
-    """A first stage in use. Latents are normalised by `scale` on the way out and restored on the way in. place: where
-    pixels go when the network has no weights that would tell (LDM-1)."""
-
-    kind = "autoencoder"
-
-    def __init__(
-        self,
-        network: Autoencoder,
-        scale: LatentScale,
-        fingerprint: str,
-        config: AutoencoderConfig | None = None,
-        place: torch.device | None = None,
-    ):
-        self.network, self.scale, self.fingerprint, self.config = network, scale, fingerprint, config
-        self.place = place or torch.device("cpu")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next((p.device for p in self.network.parameters()), self.place)
-
-    @torch.no_grad()
-    def moments(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """KL: (mean, log-variance), each (B, c, h, w), unscaled; VQ and pixels: the latent before quantisation."""
-        moments = self.network.moments(self._pixels(x))
-        return split_moments(moments) if self._is_kl else moments
-
-    def _pixels(self, x: Any) -> Tensor:
-        return to_pixels(x, self.network.settings.in_channels).to(self.device)
-
-    def _latents(self, z: Any) -> Tensor:
-        return latents(z, "z", self.network.latent_channels).to(self.device)
-
-    @property
-    def _is_kl(self) -> bool:
-        return not self.network.is_vq and not self.network.is_identity
-
-    @torch.no_grad()
-    def encode(self, x: Any, sample: bool | torch.Generator = False) -> Tensor:
-        """Images (as `arrays.to_pixels` takes them) -> normalised latents (B, c, h, w): the mode, or with `sample`
-        (True or a generator) a draw. Raises InputError for what is no picture, UsageError for sides that f does not
-        divide."""
-        moments = self.network.moments(self._pixels(x))
-        return self.scale.normalise(self._draw(moments, sample))
-
-    def _draw(self, moments: Tensor, sample: bool | torch.Generator) -> Tensor:
-        if not self._is_kl:
-            return moments
-        noise = None
-        if sample is not False:
-            mean = split_moments(moments)[0]
-            generator = sample if isinstance(sample, torch.Generator) else None
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
-        return posterior_sample(moments, noise)
-
-    @torch.no_grad()
-    def decode(self, z: Any) -> Tensor:
-        """Normalised latents (B, c, h, w) -> pixels (B, 3, H, W), about [-1, 1], not clamped. Raises UsageError for
-        another shape, InputError for NaN."""
-        return self.network.decode(self.scale.restore(self._latents(z)))
-
-    @torch.no_grad()
-    def decode_unscaled(self, z: Any) -> Tensor:
-        """The decoder on latents without scaling (VQ: quantised first). Raises as `decode`."""
-        return self.network.decode(self._latents(z))
-
-    @torch.no_grad()
-    def quantize(self, z: Any) -> tuple[Tensor, Tensor]:
-        """VQ: (quantised latent, code indices (B, h, w)) of unscaled latents. Raises UsageError for other models."""
-        if not self.network.is_vq:
-            raise UsageError("quantize: this autoencoder has no codebook")
-        found = self.network.quantize(self._latents(z))
-        return found.z, found.indices
 
 
 class LoadedDiffusion:
@@ -287,11 +206,9 @@ class LoadedDiffusion:
         file, or a list. map: class indices (H, W), a PIL picture or file, or a list. image: what a model of task sr
         enlarges, or of task inpaint fills where mask (bool, or a picture with holes of luminance ≥ 128) says so; known
         pixels stay. size: (height, width) in pixels, or one number, as `drawn_size` draws it. settings: steps, guidance
-        (a number, or one a condition), guidance_interval, sampler, eta, spacing; with an image those of `sampling.editing`
-        as well.
+        (a number, or one a condition), guidance_interval, sampler, eta, spacing; with an image those of
+        `sampling.editing` as well.
         """
-        from ldmcli.sampling import editing, memory  # they draw with what is defined here
-
         if image is not None:
             if size is not None:
                 raise UsageError("size: a result from an image has the size that the image asks for")
@@ -316,6 +233,8 @@ class LoadedDiffusion:
         values = self.request_values(prompt, classes, layout=layout, map=map, size=size)
         ids, images = range(first, n * _groups(values)), []
         whole = self.drawn_size(size)
+        from ldmcli.sampling import editing, memory
+
         tile = editing.tile_side(self, whole, 0, memory.MAX_MEMORY, settings) if whole else 0
         for start in range(0, len(ids), batch_size):
             z = self.latents_for(
@@ -370,8 +289,6 @@ class LoadedDiffusion:
     def _edited(
         self, task: str, image: Any, mask: Any, prompt: Any, classes: Any, layout: Any, map: Any, **how
     ) -> list:
-        from ldmcli.sampling import editing
-
         own = self.config.task.name
         if task == "generate" or (task == "sr") != (own == "sr"):
             raise UsageError(f"image: this model {TASK_WORDS[own]}")
@@ -390,6 +307,8 @@ class LoadedDiffusion:
             warn_of_cut(self.entry("text"), told["text"], "prompts")
         if layout is not None:
             told["layout"] = layouts_of(layout, self.entry("layout"))
+        from ldmcli.sampling import editing
+
         return editing.edited(self, pictures, holes, told, **how)
 
     @torch.no_grad()
@@ -546,11 +465,6 @@ class LoadedDiffusion:
         noise(i): what step i adds where it adds some, instead of numbers from `seed`; before_step(i, z): what step i
         starts from (`diffusion.sample.known_region` makes one that keeps a region).
         """
-        from ldmcli.diffusion.sample import Guidance, denoiser
-        from ldmcli.diffusion.samplers import SAMPLERS
-        from ldmcli.diffusion.schedule import levels
-        from ldmcli.maths import rng
-
         chosen = with_overrides(self.config.sample, **settings)
         if context is None and uncond is None and "guidance" not in settings:
             chosen = replace(chosen, guidance=1.0)
@@ -603,10 +517,3 @@ def _pairs(images: list[np.ndarray], holes: list[np.ndarray]) -> list[tuple[np.n
                 f"{image.shape[1]}x{image.shape[0]}; they must be of one size"
             )
     return pairs
-
-
-def pixel_autoencoder(device: torch.device | None = None) -> LoadedAutoencoder:
-    """LDM-1: latents are the pixels, on `device` (the CPU where none is named)."""
-    settings = AutoencoderSettings(f=1)
-    scale = LatentScale.identity(settings.in_channels)
-    return LoadedAutoencoder(Autoencoder(settings), scale, "pixels", place=device)

@@ -1,7 +1,6 @@
 """What the training of an autoencoder asks of the loop (Sec. 3.1): two phases a step once the discriminator starts."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,121 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.core import console, files
+from ldmcli.core import files
 from ldmcli.core.settings import AutoencoderConfig
-from ldmcli.data.arrays import to_uint8
-from ldmcli.data.batches import positions, share
-from ldmcli.data.rows import Room
-from ldmcli.data.sources import divided, held_out, is_shapes, usable, verify, whole_rows
-from ldmcli.data.streamed import StreamedRows, StreamedValidation
+from ldmcli.data.augment import batch_indices, load_pixels
+from ldmcli.data.batches import share
+from ldmcli.evaluation.evaluate import reconstruction_metrics
+from ldmcli.evaluation.features import open_extractor
 from ldmcli.maths import rng
-from ldmcli.networks.autoencoder import Autoencoder, revive, split_moments
+from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
+from ldmcli.networks.autoencoder import Autoencoder, posterior_second_moments, revive
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import LatentScale
 from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discriminator_loss, generator_loss
-from ldmcli.sampling.model import LoadedAutoencoder
+from ldmcli.networks.perceptual import perceptual_net
+from ldmcli.sampling.contact_sheets import save_grid
+from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.training import checks, cost
+from ldmcli.training.data import open_data
 from ldmcli.training.distributed import Context
 
 SCALE_IMAGES = 2048
 FRECHET_IMAGES = 64  # with fewer the distance says nothing, and its network takes longer to load than a short run
-
-
-def open_data(config, context: Context, size: tuple[int, int]):
-    """(training rows, validation rows, bad files), the same on all processes. Each picture is hashed and decoded by
-    one of them; what is kept of pictures fits in each one's part of the memory (`Room`)."""
-    settings = replace(config.data, size=size)
-    if settings.streaming:
-        seed = config.train.seed
-        rows, validation = context.together(lambda: (StreamedRows(settings, seed), StreamedValidation(settings)))
-        _say_notes(rows, validation)
-        return rows, validation, []
-    whole, undivided = context.together(lambda: whole_rows(settings, "train"))
-    other, held = whole, None
-    if undivided:
-        _exchange_hashes(whole, context)
-        held, readable = context.on_main(lambda: (held_out(whole, settings), whole.readable))
-        whole.readable |= readable
-    else:
-        other, _ = context.together(lambda: whole_rows(settings, "validation"))
-    whole.room = other.room = Room()
-    rows = divided(whole, settings, "train", held)
-    validation = divided(other, settings, "validation", held)
-    rows, bad = _checked(rows, settings, context)
-    validation, worse = _checked(validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), context)
-    _say_notes(rows, validation)
-    return rows, validation, [*bad, *worse]
-
-
-def _say_notes(rows, validation) -> None:
-    for note in dict.fromkeys([*rows.notes, *validation.notes]):
-        console.say(f"data: {note}")
-
-
-def _exchange_hashes(rows, context: Context) -> None:
-    """Every process hashes its share of the pictures and hears of the others'."""
-    if is_shapes(rows.source):
-        return  # nothing is stored that would have to be read
-    shares = [range(rank, len(rows), context.world) for rank in range(context.world)]
-    for indices, hashes in zip(shares, context.gather(rows.hashes_of(shares[context.rank]))):
-        rows.learn_hashes(indices, hashes)
-
-
-def _checked(rows, settings, context: Context):
-    """`usable` rows and the bad ones, each of which one process decoded."""
-    mine = rows.unread(range(context.rank, len(rows), context.world))
-    found = context.gather(verify(rows, settings, indices=mine, workers=settings.workers))
-    bad = sorted(sum(found, []), key=lambda error: error.index)
-    rows.transparent_rows.update(*context.gather(rows.transparent_rows))
-    _exchange_hashes(rows, context)
-    return context.together(lambda: usable(rows, settings, bad=bad))
-
-
-def data_facts(rows, validation, bad) -> dict[str, Any]:
-    """What run.json says of the data."""
-    return {
-        "source": rows.source,
-        "split": rows.split,
-        "rows": len(rows),
-        "validation_rows": len(validation),
-        "fingerprint": rows.fingerprint,
-        "columns": rows.columns,
-        "left_out": [str(item) for item in bad][:100],
-    }
-
-
-def step_rows(rows, config, step: int, mine: slice) -> tuple[np.ndarray, np.ndarray]:
-    """(row ids, global positions) of one process's share of a step. A stream's rows are its positions."""
-    ids, where = positions(step, config.train.batch_size, len(rows), config.train.seed)
-    return (where if config.data.streaming else ids)[mine], where[mine]
-
-
-def views(config, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How the rows at positions `where` are seen: (n, 2) or (n, 3) for the crop (shares down and across, and zoom
-    where crops are of several sizes), and mirrored (n,)."""
-    seed, data, at = config.train.seed, config.data, where.tolist()
-    u, mirrored = np.full((len(at), 2), 0.5), np.zeros(len(at), bool)
-    if data.crop == "random":
-        u = np.stack([rng.uniform(seed, at, axis).numpy() for axis in ("crop-y", "crop-x")], axis=1)
-        if data.crop_min < 1:
-            share = data.crop_min + (data.crop_max - data.crop_min) * rng.uniform(seed, at, "crop-size").numpy()
-            u = np.column_stack([u, 1 / share])
-    if data.flip:
-        mirrored = (rng.uniform(seed, at, "flip") < 0.5).numpy()
-    return u, mirrored
-
-
-def pixel_batch(rows, config, ids: np.ndarray, where: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """uint8 (n, H, W, 3) of rows `ids`; crop and flip depend on the global positions `where`."""
-    u, mirrored = views(config, where)
-    out = np.stack([rows.pixels(int(i), size, config.data.crop, tuple(place)) for i, place in zip(ids, u)])
-    out[mirrored] = out[mirrored][:, :, ::-1]
-    return torch.from_numpy(out)
-
-
-def scaled(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 NHWC -> float NCHW in [-1, 1] on the device."""
-    return pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class AutoencoderObjective:
@@ -134,8 +39,6 @@ class AutoencoderObjective:
     watched = "rec_loss"  # the statistic that tells whether training goes well; the adversarial terms may rise
 
     def __init__(self, config: AutoencoderConfig, run: Path, context: Context):
-        from ldmcli.networks.perceptual import perceptual_net
-
         self.config, self.run, self.context = config, run, context
         self.size = checks.image_size(config.data)
         context.together(lambda: checks.check_autoencoder(config, context.world))
@@ -194,9 +97,9 @@ class AutoencoderObjective:
         """This process's share of the rows of a step, on the CPU."""
         train, context = self.config.train, self.context
         mine = share(train.batch_size, context.rank, context.world)
-        ids, where = step_rows(self.rows, self.config, step, mine)
+        ids, where = batch_indices(self.rows, self.config, step, mine)
         out = {
-            "pixels": pixel_batch(self.rows, self.config, ids, where, self.size),
+            "pixels": load_pixels(self.rows, self.config, ids, where, self.size),
             "row": torch.from_numpy(ids.copy()),
         }
         for phase in self.phases(step) if not self.autoencoder.is_vq else ():
@@ -205,7 +108,7 @@ class AutoencoderObjective:
 
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
         """(mean loss of a micro-batch, statistics). `networks` are the wrapped ones."""
-        x = scaled(batch["pixels"], self.context.device)
+        x = pixels_to_tensor(batch["pixels"], self.context.device)
         noise = batch.get(f"noise.{phase}")
         if noise is not None:
             noise = noise.to(x.device)
@@ -282,17 +185,16 @@ class AutoencoderObjective:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """PSNR (dB), SSIM, perceptual and Frechet distance on `train.measured_images` validation rows."""
-        from ldmcli.evaluation.evaluate import reconstruction_metrics
-        from ldmcli.evaluation.features import open_extractor
-
         train = self.config.train
         pixels = self._validation_pixels(train.measured_images(train.eval_images))
         rebuilt: list[np.ndarray] = []
         mine = share(len(pixels), self.context.rank, self.context.world)
         for start in range(mine.start, mine.stop, 16):
-            x = scaled(torch.from_numpy(np.stack(pixels[start : min(start + 16, mine.stop)])), self.context.device)
+            x = pixels_to_tensor(
+                torch.from_numpy(np.stack(pixels[start : min(start + 16, mine.stop)])), self.context.device
+            )
             with self.context.autocast():
-                rebuilt.append(to_uint8(self.autoencoder(x).reconstruction, finite=False))
+                rebuilt.append(tensor_to_pixels(self.autoencoder(x).reconstruction, finite=False))
         parts = self.context.gather(np.concatenate(rebuilt) if rebuilt else np.zeros((0, *pixels[0].shape), np.uint8))
         made = np.concatenate(parts)
 
@@ -305,11 +207,9 @@ class AutoencoderObjective:
     @torch.no_grad()
     def preview(self, path: Path) -> None:
         """Images above their reconstructions, from fixed validation rows."""
-        from ldmcli.sampling.contact_sheets import save_grid
-
         pixels = np.stack(self._validation_pixels(16))
-        x = scaled(torch.from_numpy(pixels), self.context.device)
-        rebuilt = to_uint8(self.autoencoder(x).reconstruction, finite=False)
+        x = pixels_to_tensor(torch.from_numpy(pixels), self.context.device)
+        rebuilt = tensor_to_pixels(self.autoencoder(x).reconstruction, finite=False)
         half = -(-len(pixels) // 2)
         rows = []
         for part in (slice(0, half), slice(half, len(pixels))):
@@ -328,9 +228,9 @@ class AutoencoderObjective:
                 [self.rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in picked[start : start + 32]]
             )
             with self.context.autocast():
-                moments = self.autoencoder.moments(scaled(torch.from_numpy(pixels), self.context.device))
+                moments = self.autoencoder.moments(pixels_to_tensor(torch.from_numpy(pixels), self.context.device))
             # float64 on the host: not every device has it
-            mean, extra = moment_sums(moments.cpu().double(), self.autoencoder.is_vq)
+            mean, extra = posterior_second_moments(moments.cpu().double(), self.autoencoder.is_vq)
             total, square, n = total + mean, square + extra, n + moments[0, 0].numel() * len(moments)
         scale = LatentScale.measured(total / n, square / n - (total / n) ** 2, "per_channel")
         return {
@@ -347,11 +247,3 @@ class AutoencoderObjective:
         files.write_json(self.run / "stats.json", stats)
         metadata = metadata | {"latent_scale": json.dumps(stats["latent_scale"])}
         files.save_tensors(self.run / "model.safetensors", weights, metadata)
-
-
-def moment_sums(moments: Tensor, is_vq: bool) -> tuple[Tensor, Tensor]:
-    """Per-channel sums of E[z] and E[z²] over the posterior. moments: (B, 2c, h, w), VQ and pixels (B, c, h, w)."""
-    if is_vq:
-        return moments.sum(dim=(0, 2, 3)), moments.square().sum(dim=(0, 2, 3))
-    mean, logvar = split_moments(moments)
-    return mean.sum(dim=(0, 2, 3)), (mean.square() + logvar.exp()).sum(dim=(0, 2, 3))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, ConditionSettings, DiffusionConfig
+from ldmcli.data.readers import memory_bytes
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import MAX_TEXT_LENGTH
 from ldmcli.networks.discriminator import PatchDiscriminator
@@ -236,8 +237,6 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
-
-    from ldmcli.data.readers import memory_bytes
 
     return min(psutil.virtual_memory().available, memory_bytes())
 

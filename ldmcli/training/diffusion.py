@@ -22,7 +22,7 @@ from ldmcli.conditions.pictures import enlarged, shown_condition
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
-from ldmcli.data.arrays import to_uint8
+from ldmcli.data.augment import batch_indices, load_pixels
 from ldmcli.data.batches import share
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.data.decode import shown
@@ -31,15 +31,17 @@ from ldmcli.formats.bundle import AutoencoderBundle
 from ldmcli.formats.run_folder import read_scale
 from ldmcli.formats.run_folder import write as write_run
 from ldmcli.maths import rng
-from ldmcli.networks.autoencoder import posterior_sample
+from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
+from ldmcli.networks.autoencoder import posterior_sample, posterior_second_moments
 from ldmcli.networks.conditioners import CONDITIONS, load_tokenizer, load_vocabulary
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
+from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.load import load_autoencoder
 from ldmcli.sampling.memory import peak_bytes
-from ldmcli.sampling.model import LoadedAutoencoder, LoadedDiffusion
+from ldmcli.sampling.model import LoadedDiffusion
 from ldmcli.training import checks, cost
-from ldmcli.training.autoencoder import moment_sums, open_data, pixel_batch, scaled, step_rows
+from ldmcli.training.data import open_data
 from ldmcli.training.distributed import Context
 
 VALIDATION_ROWS = 512
@@ -269,7 +271,9 @@ class DiffusionObjective:
         views = (pixels, np.ascontiguousarray(pixels[:, :, ::-1])) if self.config.data.flip else (pixels,)
         for view in views:
             with self.context.autocast():
-                moments = self.autoencoder.network.moments(scaled(torch.from_numpy(view), self.context.device))
+                moments = self.autoencoder.network.moments(
+                    pixels_to_tensor(torch.from_numpy(view), self.context.device)
+                )
             both.append(moments.float().cpu().numpy())
         return np.stack(both, axis=1)
 
@@ -289,7 +293,7 @@ class DiffusionObjective:
         for start in range(0, count, 64):
             ids = picked[start : start + 64].tolist()
             found = self.cache.moments(ids) if self.cache else self._encode_rows(self.rows, ids)[:, 0]
-            mean, extra = moment_sums(torch.from_numpy(found).double(), self.is_vq)
+            mean, extra = posterior_second_moments(torch.from_numpy(found).double(), self.is_vq)
             total, square = total + mean, square + extra
         n = count * self.latent_shape[1] * self.latent_shape[2]
         return LatentScale.measured(total / n, square / n - (total / n) ** 2, self.config.diffusion.latent_scale)
@@ -350,7 +354,7 @@ class DiffusionObjective:
         """This process's share of a step, on the CPU; every number in it depends on (seed, position) alone."""
         train, context = self.config.train, self.context
         mine = share(train.batch_size, context.rank, context.world)
-        ids, where = step_rows(self.rows, self.config, step, mine)
+        ids, where = batch_indices(self.rows, self.config, step, mine)
         at, seed = where.tolist(), train.seed
         out = {
             "row": torch.from_numpy(ids.copy()),
@@ -363,7 +367,7 @@ class DiffusionObjective:
             flips = (rng.uniform(seed, at, "flip") < 0.5).tolist() if self.config.data.flip else None
             out["moments"] = torch.from_numpy(self.cache.moments(ids.tolist(), flips))
         else:
-            out["pixels"] = pixel_batch(self.rows, self.config, ids, where, self.size)
+            out["pixels"] = load_pixels(self.rows, self.config, ids, where, self.size)
         if self.config.kinds:
             inputs = self._inputs(ids, where, out.get("pixels"))
             dropped = {
@@ -390,7 +394,7 @@ class DiffusionObjective:
             moments = batch["moments"].to(device)
         else:
             with torch.no_grad():
-                moments = self.autoencoder.network.moments(scaled(batch["pixels"], device)).float()
+                moments = self.autoencoder.network.moments(pixels_to_tensor(batch["pixels"], device)).float()
         noise = batch.get("posterior")
         z = self._latents(moments, noise.to(device) if noise is not None else None)
         inputs = {k.removeprefix("condition."): v.to(device) for k, v in batch.items() if k.startswith("condition.")}
@@ -485,7 +489,7 @@ class DiffusionObjective:
         z = torch.cat(
             [loaded.latents_for(range(k, min(k + 16, len(ids))), values, seed=seed) for k in range(0, len(ids), 16)]
         )
-        drawn = to_uint8(torch.cat([loaded.autoencoder.decode(part) for part in z.split(16)]))
+        drawn = tensor_to_pixels(torch.cat([loaded.autoencoder.decode(part) for part in z.split(16)]))
         factor, rows = max(1, 128 // max(self.size)), []
         large = (self.size[0] * factor, self.size[1] * factor)
         for start in range(0, len(ids), 8):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ldmcli.core.errors import LdmError, ResourceError, UsageError
+from ldmcli.core.files import tensors_hash
 from ldmcli.core.settings import TrainSettings
 from ldmcli.maths import rng
 from ldmcli.training.optimizer import bf16_is_fast
@@ -146,8 +147,6 @@ class Context:
 
     def check_equal(self, modules: dict[str, torch.nn.Module]) -> None:
         """Raises ResourceError when the weights differ between processes."""
-        from ldmcli.core.files import tensors_hash
-
         own = tensors_hash({f"{n}.{k}": t.cpu() for n, m in modules.items() for k, t in m.state_dict().items()})
         hashes = self.gather(own)
         if len(set(hashes)) > 1:

@@ -23,7 +23,8 @@ from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError,
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.batches import Prefetcher, micro_batches, share
 from ldmcli.formats.run_folder import settings_of_weights
-from ldmcli.training.autoencoder import AutoencoderObjective, data_facts
+from ldmcli.training.autoencoder import AutoencoderObjective
+from ldmcli.training.data import data_facts
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.distributed import Context
 from ldmcli.training.lr_schedule import cooldown_factor, warmup_factor
@@ -32,6 +33,7 @@ from ldmcli.training.optimizer import Ema, Updater
 from ldmcli.training.progress import Progress
 from ldmcli.training.run_setup import Options, open_run, out_of_resources, record_failure
 from ldmcli.training.throughput import Window, clock, peak_memory_bytes
+from ldmcli.training.trackers import open_trackers
 
 _CHECK_EVERY = 500  # steps between comparisons of the weights of all processes
 _FP16_SCALE, _FP16_GROWTH = 2.0**15, 2000
@@ -547,8 +549,6 @@ class Training:
     def _trackers(self):
         if not self.settings.track or not self.context.is_main:
             return None
-        from ldmcli.training.trackers import open_trackers
-
         return open_trackers(self.settings.track, self.run.path, flat(self.config))
 
     def _evaluate(self) -> dict[str, float]:

@@ -1,0 +1,37 @@
+"""Which rows a step takes, and how each is cropped and flipped: functions of (seed, position) alone."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmcli.data.batches import positions
+from ldmcli.maths import rng
+
+
+def batch_indices(rows, config, step: int, mine: slice) -> tuple[np.ndarray, np.ndarray]:
+    """(row ids, global positions) of one process's share of a step. A stream's rows are its positions."""
+    ids, where = positions(step, config.train.batch_size, len(rows), config.train.seed)
+    return (where if config.data.streaming else ids)[mine], where[mine]
+
+
+def crop_and_flip(config, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How the rows at positions `where` are seen: (n, 2) or (n, 3) for the crop (shares down and across, and zoom
+    where crops are of several sizes), and mirrored (n,)."""
+    seed, data, at = config.train.seed, config.data, where.tolist()
+    u, mirrored = np.full((len(at), 2), 0.5), np.zeros(len(at), bool)
+    if data.crop == "random":
+        u = np.stack([rng.uniform(seed, at, axis).numpy() for axis in ("crop-y", "crop-x")], axis=1)
+        if data.crop_min < 1:
+            share = data.crop_min + (data.crop_max - data.crop_min) * rng.uniform(seed, at, "crop-size").numpy()
+            u = np.column_stack([u, 1 / share])
+    if data.flip:
+        mirrored = (rng.uniform(seed, at, "flip") < 0.5).numpy()
+    return u, mirrored
+
+
+def load_pixels(rows, config, ids: np.ndarray, where: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """uint8 (n, H, W, 3) of rows `ids`; crop and flip depend on the global positions `where`."""
+    u, mirrored = crop_and_flip(config, where)
+    out = np.stack([rows.pixels(int(i), size, config.data.crop, tuple(place)) for i, place in zip(ids, u)])
+    out[mirrored] = out[mirrored][:, :, ::-1]
+    return torch.from_numpy(out)

@@ -1,0 +1,102 @@
+"""A first stage in use: encoding and decoding of images (Sec. 3.1), with the scale of its latents."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings
+from ldmcli.data.arrays import latents, to_pixels
+from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
+from ldmcli.networks.latent_diffusion import LatentScale
+
+
+def default_device() -> torch.device:
+    """CUDA, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class LoadedAutoencoder:
+    """A first stage in use. Latents are normalised by `scale` on the way out and restored on the way in. place: where
+    pixels go when the network has no weights that would tell (LDM-1)."""
+
+    kind = "autoencoder"
+
+    def __init__(
+        self,
+        network: Autoencoder,
+        scale: LatentScale,
+        fingerprint: str,
+        config: AutoencoderConfig | None = None,
+        place: torch.device | None = None,
+    ):
+        self.network, self.scale, self.fingerprint, self.config = network, scale, fingerprint, config
+        self.place = place or torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for p in self.network.parameters()), self.place)
+
+    @torch.no_grad()
+    def moments(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """KL: (mean, log-variance), each (B, c, h, w), unscaled; VQ and pixels: the latent before quantisation."""
+        moments = self.network.moments(self._pixels(x))
+        return split_moments(moments) if self._is_kl else moments
+
+    def _pixels(self, x: Any) -> Tensor:
+        return to_pixels(x, self.network.settings.in_channels).to(self.device)
+
+    def _latents(self, z: Any) -> Tensor:
+        return latents(z, "z", self.network.latent_channels).to(self.device)
+
+    @property
+    def _is_kl(self) -> bool:
+        return not self.network.is_vq and not self.network.is_identity
+
+    @torch.no_grad()
+    def encode(self, x: Any, sample: bool | torch.Generator = False) -> Tensor:
+        """Images (as `arrays.to_pixels` takes them) -> normalised latents (B, c, h, w): the mode, or with `sample`
+        (True or a generator) a draw. Raises InputError for what is no picture, UsageError for sides that f does not
+        divide."""
+        moments = self.network.moments(self._pixels(x))
+        return self.scale.normalise(self._draw(moments, sample))
+
+    def _draw(self, moments: Tensor, sample: bool | torch.Generator) -> Tensor:
+        if not self._is_kl:
+            return moments
+        noise = None
+        if sample is not False:
+            mean = split_moments(moments)[0]
+            generator = sample if isinstance(sample, torch.Generator) else None
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return posterior_sample(moments, noise)
+
+    @torch.no_grad()
+    def decode(self, z: Any) -> Tensor:
+        """Normalised latents (B, c, h, w) -> pixels (B, 3, H, W), about [-1, 1], not clamped. Raises UsageError for
+        another shape, InputError for NaN."""
+        return self.network.decode(self.scale.restore(self._latents(z)))
+
+    @torch.no_grad()
+    def decode_unscaled(self, z: Any) -> Tensor:
+        """The decoder on latents without scaling (VQ: quantised first). Raises as `decode`."""
+        return self.network.decode(self._latents(z))
+
+    @torch.no_grad()
+    def quantize(self, z: Any) -> tuple[Tensor, Tensor]:
+        """VQ: (quantised latent, code indices (B, h, w)) of unscaled latents. Raises UsageError for other models."""
+        if not self.network.is_vq:
+            raise UsageError("quantize: this autoencoder has no codebook")
+        found = self.network.quantize(self._latents(z))
+        return found.z, found.indices
+
+
+def pixel_autoencoder(device: torch.device | None = None) -> LoadedAutoencoder:
+    """LDM-1: latents are the pixels, on `device` (the CPU where none is named)."""
+    settings = AutoencoderSettings(f=1)
+    scale = LatentScale.identity(settings.in_channels)
+    return LoadedAutoencoder(Autoencoder(settings), scale, "pixels", place=device)

@@ -1,0 +1,73 @@
+"""The rows of a training: opened, checked, and the same on all processes."""
+
+from dataclasses import replace
+from typing import Any
+
+from ldmcli.core import console
+from ldmcli.data.rows import Room
+from ldmcli.data.sources import divided, held_out, is_shapes, usable, verify, whole_rows
+from ldmcli.data.streamed import StreamedRows, StreamedValidation
+from ldmcli.training.distributed import Context
+
+
+def open_data(config, context: Context, size: tuple[int, int]):
+    """(training rows, validation rows, bad files), the same on all processes. Each picture is hashed and decoded by
+    one of them; what is kept of pictures fits in each one's part of the memory (`Room`)."""
+    settings = replace(config.data, size=size)
+    if settings.streaming:
+        seed = config.train.seed
+        rows, validation = context.together(lambda: (StreamedRows(settings, seed), StreamedValidation(settings)))
+        _say_notes(rows, validation)
+        return rows, validation, []
+    whole, undivided = context.together(lambda: whole_rows(settings, "train"))
+    other, held = whole, None
+    if undivided:
+        _exchange_hashes(whole, context)
+        held, readable = context.on_main(lambda: (held_out(whole, settings), whole.readable))
+        whole.readable |= readable
+    else:
+        other, _ = context.together(lambda: whole_rows(settings, "validation"))
+    whole.room = other.room = Room()
+    rows = divided(whole, settings, "train", held)
+    validation = divided(other, settings, "validation", held)
+    rows, bad = _checked(rows, settings, context)
+    validation, worse = _checked(validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), context)
+    _say_notes(rows, validation)
+    return rows, validation, [*bad, *worse]
+
+
+def _say_notes(rows, validation) -> None:
+    for note in dict.fromkeys([*rows.notes, *validation.notes]):
+        console.say(f"data: {note}")
+
+
+def _exchange_hashes(rows, context: Context) -> None:
+    """Every process hashes its share of the pictures and hears of the others'."""
+    if is_shapes(rows.source):
+        return  # nothing is stored that would have to be read
+    shares = [range(rank, len(rows), context.world) for rank in range(context.world)]
+    for indices, hashes in zip(shares, context.gather(rows.hashes_of(shares[context.rank]))):
+        rows.learn_hashes(indices, hashes)
+
+
+def _checked(rows, settings, context: Context):
+    """`usable` rows and the bad ones, each of which one process decoded."""
+    mine = rows.unread(range(context.rank, len(rows), context.world))
+    found = context.gather(verify(rows, settings, indices=mine, workers=settings.workers))
+    bad = sorted(sum(found, []), key=lambda error: error.index)
+    rows.transparent_rows.update(*context.gather(rows.transparent_rows))
+    _exchange_hashes(rows, context)
+    return context.together(lambda: usable(rows, settings, bad=bad))
+
+
+def data_facts(rows, validation, bad) -> dict[str, Any]:
+    """What run.json says of the data."""
+    return {
+        "source": rows.source,
+        "split": rows.split,
+        "rows": len(rows),
+        "validation_rows": len(validation),
+        "fingerprint": rows.fingerprint,
+        "columns": rows.columns,
+        "left_out": [str(item) for item in bad][:100],
+    }
