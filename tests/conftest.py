@@ -68,4 +68,4 @@ def ldm_process(tmp_path):
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The recorded cases and pictures that the tests bring along."""
-    return ROOT / "tests" / "data"
+    return ROOT / "tests" / "fixtures"

@@ -1,4 +1,4 @@
-"""What other programs gave, recorded in tests/data (its README says what each file is), and how it is packed there.
+"""What other programs gave, recorded in tests/fixtures (its README says what each file is), and how it is packed there.
 
 A file `NAME.packed` holds the tensors of NAME; `shared` gives paths of the files as they were recorded.
 """
@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parent / "fixtures"
 
 
 def shared(*parts: str) -> Path:
-    """A path in tests/data, or in a temporary copy of the folder where files in it are packed."""
+    """A path in tests/fixtures, or in a temporary copy of the folder where files in it are packed."""
     path = DATA.joinpath(*parts)
     if path.is_file() or (path.is_dir() and not any(path.rglob("*.packed"))):
         return path
     depth = 2 if len(parts) > 1 and DATA.joinpath(*parts[:2]).is_dir() else 1
     path = _unpacked(*parts[:depth]).joinpath(*parts[depth:])
-    assert path.exists(), f"tests/data has no {'/'.join(parts)}"
+    assert path.exists(), f"tests/fixtures has no {'/'.join(parts)}"
     return path
 
 

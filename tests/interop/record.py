@@ -1,4 +1,4 @@
-"""Records what diffusers computes, into tests/data/diffusers: tiny networks whose weights are drawn by number.
+"""Records what diffusers computes, into tests/fixtures/diffusers: tiny networks whose weights are drawn by number.
 
     .venv-interop/bin/python tests/interop/record.py
 
@@ -16,8 +16,8 @@ import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from golden_cases import DATA, decided, drawn, pack, unpack, words_of
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("", "formats", "networks")]
+from golden_cases import DATA, decided, drawn, pack, unpack, words_of  # noqa: E402
 
 FOLDER = DATA / "diffusers"
 STEPS = 10

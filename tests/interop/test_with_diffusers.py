@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("", "formats", "networks")]
 
 real = pytest.importorskip("diffusers", reason="diffusers is not installed here; `make test-interop` brings it")
 
@@ -296,7 +296,7 @@ def test_samplers_end_where_the_schedulers_do(kind, settings, steps, tmp_path):
 
 
 def test_what_was_recorded_is_what_diffusers_computes(tmp_path, monkeypatch):
-    """The cases of tests/data, recorded anew: weights bit by bit, the rest to rounding."""
+    """The cases of tests/fixtures, recorded anew: weights bit by bit, the rest to rounding."""
     import record
 
     shutil.copytree(record.FOLDER, tmp_path / "new", ignore=shutil.ignore_patterns("*.packed"))

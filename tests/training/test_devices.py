@@ -44,7 +44,6 @@ from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 from ldmcli.networks.perceptual import PerceptualNet, read_heads
 from ldmcli.reports import cost_estimate as planning
 from ldmcli.sampling import editing, load, memory
-from ldmcli.sampling import model as model_module
 from ldmcli.sampling.first_stage import LoadedAutoencoder, pixel_autoencoder
 from ldmcli.sampling.model import LoadedDiffusion
 from ldmcli.training import cost
@@ -93,7 +92,7 @@ TASKS = {
 def pretended():
     """The pretended device, where whatever asks for one finds it."""
     with pytest.MonkeyPatch.context() as patch, pretend.device("mps") as device:
-        for module in (model_module, load, planning):
+        for module in (load, planning):
             patch.setattr(module, "default_device", lambda: device)
         begin = Context.__init__
 
@@ -163,7 +162,7 @@ def assert_alike(a, b) -> None:
 )
 def test_a_first_stage_is_trained_and_measured_on_a_gpu_with_the_numbers_of_a_cpu(more, tmp_path, monkeypatch):
     net = PerceptualNet("squeeze", recorded_trunk("squeeze", 0), read_heads("squeeze"))
-    monkeypatch.setattr("ldmcli.networks.perceptual.perceptual_net", lambda name="": net)
+    monkeypatch.setattr("ldmcli.training.autoencoder.perceptual_net", lambda name="": net)
     for name, place in (("cpu", contextlib.nullcontext), ("gpu", pretended)):
         with place():
             trained(tmp_path / name, "train-ae", *tiny.AE_NETWORK, "--steps", 2, *more)

@@ -16,7 +16,7 @@ from processes import Command
 
 from ldmcli.core import runs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # ten rows in batches of three, two at a time: epochs end inside a batch, and accumulation is in use
 DATA = ("--data", "shapes", "--limit", 10, "--size", "16x16", "--flip")
 LOOP = (

@@ -21,7 +21,7 @@ from ldmcli.cli import COMMANDS
 from ldmcli.cli.helptext import EXAMPLES, example_line
 from ldmcli.evaluation import features
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 SMALL = {
     "data.limit": 24,
     "train.batch_size": 4,

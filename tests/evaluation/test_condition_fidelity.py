@@ -202,8 +202,8 @@ def answers(monkeypatch):
         calls.append((images, list(ids), settings))
         return np.stack([np.where(hole[..., None], rows.pixels(i, SIZE), 0) for i, hole in zip(ids, masks)])
 
-    monkeypatch.setattr("ldmcli.sampling.editing.upscale_images", upscale)
-    monkeypatch.setattr("ldmcli.sampling.editing.inpaint_images", inpaint)
+    monkeypatch.setattr("ldmcli.evaluation.baselines.upscale_images", upscale)
+    monkeypatch.setattr("ldmcli.evaluation.baselines.inpaint_images", inpaint)
     return calls
 
 

@@ -14,7 +14,7 @@ from ldmcli.core import launch
 from ldmcli.core.errors import LdmError, ResourceError, UsageError
 from ldmcli.core.signals import StopRequest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # takes the trainer's place in each process: notes what it was given, then does what BEHAVE says
 STAND_IN = """

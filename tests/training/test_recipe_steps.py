@@ -13,7 +13,7 @@ from PIL import Image
 from ldmcli.cli.manage import recipe_facts
 from ldmcli.core import config
 
-RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))}
+RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))}
 # what stands for published sizes; everything else, crops, conditions, losses, schedules, is the recipe's own
 SHRUNKEN = {
     "train.batch_size": 4,

@@ -12,7 +12,7 @@ import torch
 from golden_cases import clear_of_ties
 from processes import ranks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOOP = (
     "--data",
     "shapes",

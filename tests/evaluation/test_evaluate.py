@@ -404,7 +404,7 @@ class MeanDifference(torch.nn.BatchNorm2d):
 
 
 def test_lpips_of_pairs_is_a_mean_over_images_of_any_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldmcli.networks.perceptual.perceptual_net", lambda name: MeanDifference())
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.perceptual_net", lambda name: MeanDifference())
     a = [np.full((16, 16, 3), 100, np.uint8), np.full((20, 16, 3), 100, np.uint8)]
     b = [a[0] + np.uint8(51), a[1] + np.uint8(102)]
     found = evaluate(pairs=(folder(tmp_path / "a", a), folder(tmp_path / "b", b)), metrics=["lpips"])

@@ -16,7 +16,7 @@ from tiny import ADAM, QUIET_LOOP, SHAPES, UNET, ldm, noisy_images, pictures, tr
 from ldmcli.core import console, files
 from ldmcli.data.cache import cache_root
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--steps", 2, "--sampler", "ddim")
 
 
