@@ -145,6 +145,7 @@ MASKS = tuple(
             r"(?s)<figcaption><b>(Throughput|Waiting for data|tflops_per_s|Peak memory)</b>.*?</figure>",
             r"<chart \1></figure>",
         ),
+        (r"[\w.]+(?=: holds several frames)", "<the first>"),
         (r"data-wait \d+ %", "data-wait <share>"),
         (r"(?m)^time  +from .*", "time <time>"),
         (r"<!-- ldm \w{64} -->", "<hash>"),
