@@ -33,13 +33,12 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
-from golden_cases import shared  # noqa: E402
+from golden_cases import DATA, shared  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import ldmcli  # noqa: E402
 
-DATA = Path(__file__).resolve().parent / "data"
 NEEDS = {"help": (), "ae": (), "ldm": ("ae",), "sample": ("ldm",), "edit": ("ldm",), "measure": ("sample",),
          "convert": ("ldm",), "look": ("ldm",), "refused": ("sample",), "python": ("ldm",)}  # fmt: skip
 
