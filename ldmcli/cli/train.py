@@ -152,10 +152,10 @@ def _run(given: opt.Given, resolved: config.Resolved, what: str, **models: str) 
     console.say(f"{given.command} → {out}: {what}")
     # a scheduler may ask for a checkpoint before the loop listens; unhandled, that signal would end the process
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    from ldmcli.training.loop import Options, train
+    from ldmcli.training.loop import RunOptions, train
 
     command_line = [console.redact(word) for word in ("ldm", *given.argv)]
-    options = Options(fresh=given.fresh, allow=tuple(given.allow or ()), command_line=command_line, **models)
+    options = RunOptions(fresh=given.fresh, allow=tuple(given.allow or ()), command_line=command_line, **models)
     try:
         state = train(resolved.kind, resolved, out, options)
     except (Interrupted, DivergedError):  # any other refusal may come from a folder that is somebody else's

@@ -21,7 +21,7 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return order
 
 
-def positions(step: int, batch_size: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def epoch_positions(step: int, batch_size: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Row ids and global positions of a step, int64 (B,) each.
 
     Position p = step·B + j of an endless sequence of permutations: epoch p // n, place p % n in it. Every row comes
@@ -38,7 +38,7 @@ def positions(step: int, batch_size: int, n: int, seed: int) -> tuple[np.ndarray
     return ids, where
 
 
-def share(batch_size: int, rank: int, world: int) -> slice:
+def rank_slice(batch_size: int, rank: int, world: int) -> slice:
     """The part of a global batch that a process takes: contiguous, in order of rank, sizes differing by at most 1."""
     base, rest = divmod(batch_size, world)
     start = rank * base + min(rank, rest)
@@ -50,7 +50,7 @@ def micro_batches(count: int, micro: int) -> list[slice]:
     if count == 0:
         return []
     parts = 1 if micro <= 0 else -(-count // micro)
-    return [share(count, part, parts) for part in range(parts)]
+    return [rank_slice(count, part, parts) for part in range(parts)]
 
 
 class Prefetcher(Generic[T]):

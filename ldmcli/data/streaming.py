@@ -15,7 +15,7 @@ import numpy as np
 from ldmcli.core.errors import InputError
 from ldmcli.core.files import expanded
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.batches import positions
+from ldmcli.data.batches import epoch_positions
 from ldmcli.data.column_roles import choose_columns
 from ldmcli.data.decode import shown
 from ldmcli.data.folder import split_of
@@ -54,7 +54,7 @@ def _by_number(rows: Rows, split: str, start: int, seed: int) -> Iterator[Rows]:
         yield from (rows.select([i]) for i in range(start, len(rows)))
         return
     for position in itertools.count(start):
-        yield rows.select(positions(position, 1, len(rows), seed)[0])
+        yield rows.select(epoch_positions(position, 1, len(rows), seed)[0])
 
 
 def _passes(settings: DataSettings, split: str) -> Callable[[list[int]], Iterator[Rows]] | None:

@@ -58,7 +58,7 @@ def kl_divergence(moments: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
-def revive(codebook: Tensor, dead: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
+def restart_dead_codes(codebook: Tensor, dead: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
     """The codebook (n, c) with entries `dead` (int64, k) replaced by random rows of `vectors` (N, c), N >= 1.
 
     Rows are drawn without repetition while there are enough. The result is new; the generator lives on the CPU.

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from ldmcli.core.console import clean, redact
+from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.outputs import write_page
 from ldmcli.reports import run_report
 from ldmcli.reports.charts import figure
@@ -157,7 +158,7 @@ def _settings(run: RunView) -> str:
         return ""
     lines = [f"{path} = {value}" for path, value in run_report.changed_settings(run).items()]
     seconds = run.state.get("trained_seconds")
-    took = f" Training took {run_report.clock(seconds)}." if isinstance(seconds, int | float) else ""
+    took = f" Training took {duration_with_unit(seconds)}." if isinstance(seconds, int | float) else ""
     command = run.state.get("command")
     shown = f"\n\n```sh\n{_code(command)}\n```" if command else ""
     toml = _code("\n".join(lines))

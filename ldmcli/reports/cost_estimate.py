@@ -15,6 +15,7 @@ from torch import nn
 from ldmcli.core import config as configuration
 from ldmcli.core import console, files, launch
 from ldmcli.core.config import Resolved
+from ldmcli.core.durations import rough_duration
 from ldmcli.core.presets import PRESETS
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
 from ldmcli.formats.open_model import format_of
@@ -233,7 +234,7 @@ def plan_text(facts: dict[str, Any], width: int = 80) -> str:
     took = facts["time"]
     if isinstance(took, dict):
         parts.append(
-            f"time        from {_clock(took['seconds'])} on ({took['seconds_per_step']:.3g} s a step), "
+            f"time        from {rough_duration(took['seconds'])} on ({took['seconds_per_step']:.3g} s a step), "
             f"at {took['flops_per_s'] / 1e9:,.0f} GFLOP/s"
         )
         parts += _wrapped("", took["how"], width)
@@ -297,15 +298,3 @@ def _si(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {letter}"
     return f"{value:.3g} "
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return (
-        f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-        if seconds < 172800
-        else (f"{seconds / 86400:.1f} days")
-    )

@@ -19,7 +19,7 @@ from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.reports.report import write_demo_report, write_pages
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
 from ldmcli.sampling.load import load
-from ldmcli.training.loop import Options, train
+from ldmcli.training.loop import RunOptions, train
 
 # shares of the minutes; the rest is starting, encoding, sampling, measuring (about a minute on two cores)
 _AE_SHARE, _LDM_SHARE = 0.12, 0.72
@@ -132,7 +132,7 @@ def _train(
         "train.log_every": 25,
     }
     resolved = _resolved(kind, {**schedule, **values}, preset)
-    train(kind, resolved, out, Options(fresh=fresh, command_line=["ldm", "demo"], autoencoder=autoencoder))
+    train(kind, resolved, out, RunOptions(fresh=fresh, command_line=["ldm", "demo"], autoencoder=autoencoder))
 
 
 def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 from ldmcli import __version__
 from ldmcli.core import console
+from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import LdmError
 from ldmcli.core.outputs import write_page
 from ldmcli.reports import html, run_report
 from ldmcli.reports.card import write_card
 from ldmcli.reports.html import safe
-from ldmcli.reports.run_report import RunView, clock, look
+from ldmcli.reports.run_report import RunView, look
 
 CARDS = 16
 _SCORES = ("colour", "shape", "position", "background", "count", "all")
@@ -84,7 +85,7 @@ def _demo_header(views: Sequence[RunView], summary: dict[str, Any]) -> str:
     machine = next((view.state["machine"] for view in views if view.state.get("machine")), {})
     gpu = machine.get("device_type") == "gpu"
     cores = f" on {machine['cpu_count']} CPU cores" if machine.get("cpu_count") and not gpu else ""
-    time = f" in {clock(summary['seconds'])}{cores}" if _given(summary, "seconds") else ""
+    time = f" in {duration_with_unit(summary['seconds'])}{cores}" if _given(summary, "seconds") else ""
     lead = (
         f"One command, “ldm demo”, trained an autoencoder and a latent diffusion model from nothing on "
         f"{data.removesuffix(' ()')} and measured them{time}. What they are measured on was held out from training."
@@ -103,7 +104,7 @@ def _demo_figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     if _given(summary, "fd"):
         tiles.append(("Fréchet distance", f"{summary['fd']:.1f}", "samples to real images; lower is better"))
     if _given(summary, "seconds"):
-        tiles.append(("Time", clock(summary["seconds"]), "the whole chain"))
+        tiles.append(("Time", duration_with_unit(summary["seconds"]), "the whole chain"))
     return tiles
 
 

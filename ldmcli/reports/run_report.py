@@ -11,6 +11,7 @@ import numpy as np
 
 from ldmcli.core import config as configuration
 from ldmcli.core import files, runs
+from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import LdmError
 from ldmcli.data import shapes
 from ldmcli.data.sources import is_shapes
@@ -170,14 +171,6 @@ def _count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else "?"
 
 
-def clock(seconds: float) -> str:
-    """468 -> '7:48 min', 3725 -> '1:02 h', 41.3 -> '41 s'."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{rest:02d} min"
-
-
 # ---------------------------------------------------------------- figures
 
 
@@ -191,7 +184,7 @@ def key_figures(run: RunView) -> str:
     times = [*run.log, run.state]
     seconds = [value for _, value in finite([(0, line.get("trained_seconds")) for line in times])]
     if seconds:
-        entries.append(("Training time", clock(max(seconds)), f"{_count(_images(run))} images seen"))
+        entries.append(("Training time", duration_with_unit(max(seconds)), f"{_count(_images(run))} images seen"))
     peak = [value for _, value in finite([(0, line.get("peak_memory_bytes")) for line in run.log])]
     if peak:
         entries.append(("Peak memory", files.human_bytes(max(peak)), "main process"))

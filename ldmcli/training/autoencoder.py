@@ -11,12 +11,12 @@ from torch import Tensor
 from ldmcli.core import files
 from ldmcli.core.settings import AutoencoderConfig
 from ldmcli.data.augment import batch_indices, load_pixels
-from ldmcli.data.batches import share
+from ldmcli.data.batches import rank_slice
 from ldmcli.evaluation.evaluate import reconstruction_metrics
 from ldmcli.evaluation.features import open_extractor
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
-from ldmcli.networks.autoencoder import Autoencoder, posterior_second_moments, revive
+from ldmcli.networks.autoencoder import Autoencoder, posterior_second_moments, restart_dead_codes
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import LatentScale
 from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discriminator_loss, generator_loss
@@ -25,7 +25,7 @@ from ldmcli.sampling.contact_sheets import save_grid
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.training import checks, cost
 from ldmcli.training.data import open_data
-from ldmcli.training.distributed import Context
+from ldmcli.training.distributed import Distributed
 
 SCALE_IMAGES = 2048
 FRECHET_IMAGES = 64  # with fewer the distance says nothing, and its network takes longer to load than a short run
@@ -38,15 +38,15 @@ class AutoencoderObjective:
     main = "autoencoder"  # the network whose weights are the run's result
     watched = "rec_loss"  # the statistic that tells whether training goes well; the adversarial terms may rise
 
-    def __init__(self, config: AutoencoderConfig, run: Path, context: Context):
-        self.config, self.run, self.context = config, run, context
+    def __init__(self, config: AutoencoderConfig, run: Path, dist: Distributed):
+        self.config, self.run, self.dist = config, run, dist
         self.size = checks.image_size(config.data)
-        context.together(lambda: checks.check_autoencoder(config, context.world))
+        dist.on_all_ranks(lambda: checks.check_autoencoder(config, dist.world_size))
         self.perceptual = None
         if config.loss.perceptual_weight > 0 or config.loss.perceptual:  # a file with weight 0: measured only
-            self.perceptual = context.together(lambda: perceptual_net(config.loss.perceptual)).to(context.device)
-            context.together(lambda: self.perceptual.check_size(self.size))
-        self.rows, self.validation, self.bad = open_data(config, context, self.size)
+            self.perceptual = dist.on_all_ranks(lambda: perceptual_net(config.loss.perceptual)).to(dist.device)
+            dist.on_all_ranks(lambda: self.perceptual.check_size(self.size))
+        self.rows, self.validation, self.bad = open_data(config, dist, self.size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
             self.autoencoder = Autoencoder(config.autoencoder)
@@ -95,8 +95,8 @@ class AutoencoderObjective:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """This process's share of the rows of a step, on the CPU."""
-        train, context = self.config.train, self.context
-        mine = share(train.batch_size, context.rank, context.world)
+        train, dist = self.config.train, self.dist
+        mine = rank_slice(train.batch_size, dist.rank, dist.world_size)
         ids, where = batch_indices(self.rows, self.config, step, mine)
         out = {
             "pixels": load_pixels(self.rows, self.config, ids, where, self.size),
@@ -108,7 +108,7 @@ class AutoencoderObjective:
 
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
         """(mean loss of a micro-batch, statistics). `networks` are the wrapped ones."""
-        x = pixels_to_tensor(batch["pixels"], self.context.device)
+        x = pixels_to_tensor(batch["pixels"], self.dist.device)
         noise = batch.get(f"noise.{phase}")
         if noise is not None:
             noise = noise.to(x.device)
@@ -152,15 +152,17 @@ class AutoencoderObjective:
         every = self.config.autoencoder.revive_codes
         if not (self.autoencoder.is_vq and every and (step + 1) % every == 0):
             return {}
-        used = torch.tensor(self.context.maximum(self.used_codes.float().tolist())) > 0
+        used = torch.tensor(self.dist.all_reduce_max(self.used_codes.float().tolist())) > 0
         dead = torch.nonzero(~used).flatten()
         vectors = self._last_vectors.permute(0, 2, 3, 1).reshape(-1, self.config.autoencoder.embed_dim).float()
         vectors = vectors.contiguous()
-        if self.context.world > 1:
+        if self.dist.world_size > 1:
             torch.distributed.broadcast(vectors, src=0)
         weight = self.autoencoder.quantize.embedding.weight
         with torch.no_grad():
-            weight.copy_(revive(weight, dead, vectors, rng.generator(self.config.train.seed, "revive", step)))
+            weight.copy_(
+                restart_dead_codes(weight, dead, vectors, rng.generator(self.config.train.seed, "revive", step))
+            )
         self.used_codes.zero_()
         return {"revived": float(len(dead))}
 
@@ -173,7 +175,7 @@ class AutoencoderObjective:
         if len(self.used_codes):
             self.used_codes = tensors["used_codes"].bool()
 
-    def loaded(self) -> LoadedAutoencoder:
+    def as_model(self) -> LoadedAutoencoder:
         """The network as users load it, unscaled."""
         return LoadedAutoencoder(self.autoencoder, LatentScale.identity(self.latent_shape[0]), "", self.config)
 
@@ -188,27 +190,27 @@ class AutoencoderObjective:
         train = self.config.train
         pixels = self._validation_pixels(train.measured_images(train.eval_images))
         rebuilt: list[np.ndarray] = []
-        mine = share(len(pixels), self.context.rank, self.context.world)
+        mine = rank_slice(len(pixels), self.dist.rank, self.dist.world_size)
         for start in range(mine.start, mine.stop, 16):
             x = pixels_to_tensor(
-                torch.from_numpy(np.stack(pixels[start : min(start + 16, mine.stop)])), self.context.device
+                torch.from_numpy(np.stack(pixels[start : min(start + 16, mine.stop)])), self.dist.device
             )
-            with self.context.autocast():
+            with self.dist.autocast():
                 rebuilt.append(tensor_to_pixels(self.autoencoder(x).reconstruction, finite=False))
-        parts = self.context.gather(np.concatenate(rebuilt) if rebuilt else np.zeros((0, *pixels[0].shape), np.uint8))
+        parts = self.dist.gather(np.concatenate(rebuilt) if rebuilt else np.zeros((0, *pixels[0].shape), np.uint8))
         made = np.concatenate(parts)
 
         def measure() -> dict[str, float]:
             extractor = open_extractor() if train.eval_frechet and len(pixels) >= FRECHET_IMAGES else None
             return reconstruction_metrics(np.stack(pixels), made, self.perceptual, extractor)
 
-        return self.context.on_main(measure)
+        return self.dist.on_rank_0(measure)
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:
         """Images above their reconstructions, from fixed validation rows."""
         pixels = np.stack(self._validation_pixels(16))
-        x = pixels_to_tensor(torch.from_numpy(pixels), self.context.device)
+        x = pixels_to_tensor(torch.from_numpy(pixels), self.dist.device)
         rebuilt = tensor_to_pixels(self.autoencoder(x).reconstruction, finite=False)
         half = -(-len(pixels) // 2)
         rows = []
@@ -217,7 +219,7 @@ class AutoencoderObjective:
         save_grid(path, rows)
 
     @torch.no_grad()
-    def finish_stats(self) -> dict[str, Any]:
+    def run_statistics(self) -> dict[str, Any]:
         """stats.json: mean and spread of the latents over up to 2,048 training images, for whoever uses the run."""
         planned = self.config.train.steps * self.config.train.batch_size
         count = min(SCALE_IMAGES, len(self.rows), max(256, planned))
@@ -227,8 +229,8 @@ class AutoencoderObjective:
             pixels = np.stack(
                 [self.rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in picked[start : start + 32]]
             )
-            with self.context.autocast():
-                moments = self.autoencoder.moments(pixels_to_tensor(torch.from_numpy(pixels), self.context.device))
+            with self.dist.autocast():
+                moments = self.autoencoder.moments(pixels_to_tensor(torch.from_numpy(pixels), self.dist.device))
             # float64 on the host: not every device has it
             mean, extra = posterior_second_moments(moments.cpu().double(), self.autoencoder.is_vq)
             total, square, n = total + mean, square + extra, n + moments[0, 0].numel() * len(moments)
@@ -239,7 +241,7 @@ class AutoencoderObjective:
             "size": list(self.size),
         }
 
-    def save_use(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
+    def save_inference_files(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
         """Writes what use needs: weights and statistics.
 
         The weights carry the scale of their latents: a kill between the two files must not pair it with others.

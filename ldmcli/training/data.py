@@ -7,31 +7,31 @@ from ldmcli.core import console
 from ldmcli.data.rows import Room
 from ldmcli.data.sources import divided, held_out, is_shapes, usable, verify, whole_rows
 from ldmcli.data.streamed import StreamedRows, StreamedValidation
-from ldmcli.training.distributed import Context
+from ldmcli.training.distributed import Distributed
 
 
-def open_data(config, context: Context, size: tuple[int, int]):
+def open_data(config, dist: Distributed, size: tuple[int, int]):
     """(training rows, validation rows, bad files), the same on all processes. Each picture is hashed and decoded by
     one of them; what is kept of pictures fits in each one's part of the memory (`Room`)."""
     settings = replace(config.data, size=size)
     if settings.streaming:
         seed = config.train.seed
-        rows, validation = context.together(lambda: (StreamedRows(settings, seed), StreamedValidation(settings)))
+        rows, validation = dist.on_all_ranks(lambda: (StreamedRows(settings, seed), StreamedValidation(settings)))
         _say_notes(rows, validation)
         return rows, validation, []
-    whole, undivided = context.together(lambda: whole_rows(settings, "train"))
+    whole, undivided = dist.on_all_ranks(lambda: whole_rows(settings, "train"))
     other, held = whole, None
     if undivided:
-        _exchange_hashes(whole, context)
-        held, readable = context.on_main(lambda: (held_out(whole, settings), whole.readable))
+        _exchange_hashes(whole, dist)
+        held, readable = dist.on_rank_0(lambda: (held_out(whole, settings), whole.readable))
         whole.readable |= readable
     else:
-        other, _ = context.together(lambda: whole_rows(settings, "validation"))
+        other, _ = dist.on_all_ranks(lambda: whole_rows(settings, "validation"))
     whole.room = other.room = Room()
     rows = divided(whole, settings, "train", held)
     validation = divided(other, settings, "validation", held)
-    rows, bad = _checked(rows, settings, context)
-    validation, worse = _checked(validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), context)
+    rows, bad = _checked(rows, settings, dist)
+    validation, worse = _checked(validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), dist)
     _say_notes(rows, validation)
     return rows, validation, [*bad, *worse]
 
@@ -41,23 +41,23 @@ def _say_notes(rows, validation) -> None:
         console.say(f"data: {note}")
 
 
-def _exchange_hashes(rows, context: Context) -> None:
+def _exchange_hashes(rows, dist: Distributed) -> None:
     """Every process hashes its share of the pictures and hears of the others'."""
     if is_shapes(rows.source):
         return  # nothing is stored that would have to be read
-    shares = [range(rank, len(rows), context.world) for rank in range(context.world)]
-    for indices, hashes in zip(shares, context.gather(rows.hashes_of(shares[context.rank]))):
+    shares = [range(rank, len(rows), dist.world_size) for rank in range(dist.world_size)]
+    for indices, hashes in zip(shares, dist.gather(rows.hashes_of(shares[dist.rank]))):
         rows.learn_hashes(indices, hashes)
 
 
-def _checked(rows, settings, context: Context):
+def _checked(rows, settings, dist: Distributed):
     """`usable` rows and the bad ones, each of which one process decoded."""
-    mine = rows.unread(range(context.rank, len(rows), context.world))
-    found = context.gather(verify(rows, settings, indices=mine, workers=settings.workers))
+    mine = rows.unread(range(dist.rank, len(rows), dist.world_size))
+    found = dist.gather(verify(rows, settings, indices=mine, workers=settings.workers))
     bad = sorted(sum(found, []), key=lambda error: error.index)
-    rows.transparent_rows.update(*context.gather(rows.transparent_rows))
-    _exchange_hashes(rows, context)
-    return context.together(lambda: usable(rows, settings, bad=bad))
+    rows.transparent_rows.update(*dist.gather(rows.transparent_rows))
+    _exchange_hashes(rows, dist)
+    return dist.on_all_ranks(lambda: usable(rows, settings, bad=bad))
 
 
 def data_facts(rows, validation, bad) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.augment import batch_indices, load_pixels
-from ldmcli.data.batches import share
+from ldmcli.data.batches import rank_slice
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.data.decode import shown
 from ldmcli.diffusion.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
@@ -42,7 +42,7 @@ from ldmcli.sampling.memory import peak_bytes
 from ldmcli.sampling.model import LoadedDiffusion
 from ldmcli.training import checks, cost
 from ldmcli.training.data import open_data
-from ldmcli.training.distributed import Context
+from ldmcli.training.distributed import Distributed
 
 VALIDATION_ROWS = 512
 SCALE_ROWS = 10_000
@@ -60,29 +60,29 @@ class DiffusionObjective:
         self,
         config: DiffusionConfig,
         run: Path,
-        context: Context,
+        dist: Distributed,
         autoencoder: str,
         *,
         init_from: str = "",
         check=lambda: None,
     ):
-        self.config, self.run, self.context, self._check = config, run, context, check
+        self.config, self.run, self.dist, self._check = config, run, dist, check
         self.init_from = Path(init_from) if init_from else None
         self.autoencoder_path = Path(autoencoder)
-        self.autoencoder: LoadedAutoencoder = context.together(
-            lambda: load_autoencoder(self.autoencoder_path, context.device)
+        self.autoencoder: LoadedAutoencoder = dist.on_all_ranks(
+            lambda: load_autoencoder(self.autoencoder_path, dist.device)
         )
         self._check_autoencoder()
         own = self.autoencoder.config
         self.size = checks.image_size(config.data, tuple(own.data.size) if own else (0, 0))
         stage = self.autoencoder.network.settings
-        context.together(lambda: checks.check_diffusion(config, stage, self.size, context.world))
+        dist.on_all_ranks(lambda: checks.check_diffusion(config, stage, self.size, dist.world_size))
         self._check_words()
         self.latent_shape = self.autoencoder.network.latent_shape(*self.size)
         self.is_vq = self.autoencoder.network.is_vq or self.autoencoder.network.is_identity
         self._open_data()
         self.schedule = make_schedule(config.diffusion)
-        self.facts = context.on_main(self._learn_conditions)
+        self.facts = dist.on_rank_0(self._learn_conditions)
         tokenizer = load_tokenizer(run / "tokenizer") if "text" in config.condition.kinds else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
@@ -91,18 +91,18 @@ class DiffusionObjective:
             )
         self.networks: dict[str, torch.nn.Module] = {"model": self.model}
         self._prepare_sources()
-        if context.is_main:
+        if dist.is_rank_0:
             for note in checks.notes_of(config):
                 console.say(note)
         root = cache_root(config.data.cache_dir) if config.caches_latents else None
-        root = root if all(context.gather(root is not None)) else None  # all processes build it, or none
+        root = root if all(dist.gather(root is not None)) else None  # all processes build it, or none
         self.cache = None if root is None else self._build_cache(self.rows, "latents", root)
         self.scale = self._scale()
         self._held = self._validation_latents()
         if self.cache and not {"lowres", "masked"} & set(config.kinds):
             for rows in (self.rows, self.validation):
                 rows.forget()  # latents stand for them from here on
-        self.loaded()  # lends the first stage to the conditions
+        self.as_model()  # lends the first stage to the conditions
 
     def _check_autoencoder(self) -> None:
         wanted, found = self._stored_stats().get("autoencoder"), self.autoencoder.fingerprint
@@ -118,9 +118,9 @@ class DiffusionObjective:
         if "text" not in told.kinds or (self.run / "tokenizer").is_dir():
             return
         if told.text_encoder != "joint":
-            self.context.on_main(lambda: load_tokenizer(told.text_encoder) and None)
+            self.dist.on_rank_0(lambda: load_tokenizer(told.text_encoder) and None)
         elif told.vocabulary:
-            self.context.on_main(lambda: load_vocabulary(told.vocabulary) and None)
+            self.dist.on_rank_0(lambda: load_vocabulary(told.vocabulary) and None)
 
     def _stored_stats(self) -> dict[str, Any]:
         path = self.run / "stats.json"
@@ -129,11 +129,11 @@ class DiffusionObjective:
     def _open_data(self) -> None:
         """Rows of training and validation, with what conditions ask of them checked."""
         config, kinds = self.config, self.config.condition.kinds
-        self.rows, self.validation, self.bad = open_data(config, self.context, self.size)
+        self.rows, self.validation, self.bad = open_data(config, self.dist, self.size)
         for rows in (self.rows, self.validation):
             check_columns(rows, kinds)
         if "layout" in kinds:
-            self.context.together(lambda: [look_at_boxes(rows) for rows in (self.rows, self.validation)])
+            self.dist.on_all_ranks(lambda: [look_at_boxes(rows) for rows in (self.rows, self.validation)])
         self._map_indices: list[int] = []
         if "map" in kinds:
             (self.rows, first), (self.validation, second) = map(self._fitting_maps, (self.rows, self.validation))
@@ -141,11 +141,11 @@ class DiffusionObjective:
 
     def _fitting_maps(self, rows) -> tuple[Any, np.ndarray]:
         """(rows whose map fits their picture, how often each class index occurs); each process looks at its share."""
-        context, data = self.context, self.config.data
-        found = context.gather(look_at_maps(rows, range(context.rank, len(rows), context.world), data.workers))
+        dist, data = self.dist, self.config.data
+        found = dist.gather(look_at_maps(rows, range(dist.rank, len(rows), dist.world_size), data.workers))
         bad = sorted(sum((bad for bad, _ in found), []), key=lambda error: error.index)
         self.bad = [*self.bad, *bad]
-        rows = context.together(lambda: with_fitting_maps(rows, bad, data.skip_bad))
+        rows = dist.on_all_ranks(lambda: with_fitting_maps(rows, bad, data.skip_bad))
         return rows, sum(seen for _, seen in found)
 
     def _learn_conditions(self) -> dict[str, dict[str, Any]]:
@@ -211,7 +211,7 @@ class DiffusionObjective:
         for kind in TABLED if not self.config.data.streaming else ():
             if kind in self.config.kinds:
                 self.tables |= self.model.conditions.prepare_one(kind, self.source.values(kind, everything, everything))
-        if "text.mask" in self.tables and self.context.is_main:
+        if "text.mask" in self.tables and self.dist.is_rank_0:
             self._tell_of_cut_captions(self.tables["text.mask"].all(1).nonzero()[:, 0].tolist())
         ids = range(self._held_rows())
         values = {kind: self.validation_source.values(kind, ids, ids) for kind in self.config.kinds}
@@ -246,22 +246,22 @@ class DiffusionObjective:
         keys = [rows.content_hash(i) for i in range(len(rows))]
         cache = LatentCache(folder, keys, shape, data.cache_dtype, 1 + data.flip)
         cache.refresh()
-        context = self.context
-        todo = len(cache.missing(context.rank, context.world))
+        dist = self.dist
+        todo = len(cache.missing(dist.rank, dist.world_size))
         # every process enters, also one that finds its share done: another may not
         with console.progress(todo, f"encoding {label}") if todo else nullcontext() as bar:
-            context.together(
+            dist.on_all_ranks(
                 lambda: cache.build(
                     lambda ids: self._encode_rows(rows, ids),
-                    rank=context.rank,
-                    world=context.world,
+                    rank=dist.rank,
+                    world=dist.world_size,
                     advance=bar.advance if bar else lambda n: None,
                     check=self._check,
                 )
             )
-        if not todo and context.is_main:
+        if not todo and dist.is_rank_0:
             console.say(f"{label}: all {len(rows)} found in the cache")
-        context.together(cache.seal)
+        dist.on_all_ranks(cache.seal)
         return cache
 
     @torch.no_grad()
@@ -270,10 +270,8 @@ class DiffusionObjective:
         both = []
         views = (pixels, np.ascontiguousarray(pixels[:, :, ::-1])) if self.config.data.flip else (pixels,)
         for view in views:
-            with self.context.autocast():
-                moments = self.autoencoder.network.moments(
-                    pixels_to_tensor(torch.from_numpy(view), self.context.device)
-                )
+            with self.dist.autocast():
+                moments = self.autoencoder.network.moments(pixels_to_tensor(torch.from_numpy(view), self.dist.device))
             both.append(moments.float().cpu().numpy())
         return np.stack(both, axis=1)
 
@@ -284,7 +282,7 @@ class DiffusionObjective:
             self.scale_images = stored["latent_scale"].get("images")
             return read_scale(stored, self.latent_shape[0])
         self.scale_images = min(len(self.rows), SCALE_ROWS if self.cache else 512)
-        return self.context.on_main(self._measure_scale)
+        return self.dist.on_rank_0(self._measure_scale)
 
     def _measure_scale(self) -> LatentScale:
         count = self.scale_images
@@ -301,7 +299,7 @@ class DiffusionObjective:
     def _validation_latents(self) -> Tensor:
         """Latents (modes) of up to 512 validation rows, for a validation loss at fixed noise."""
         ids = list(range(self._held_rows()))
-        found = self.context.on_main(
+        found = self.dist.on_rank_0(
             lambda: np.concatenate(
                 [self._encode_rows(self.validation, ids[i : i + 32])[:, 0] for i in range(0, len(ids), 32)]
             )
@@ -352,8 +350,8 @@ class DiffusionObjective:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """This process's share of a step, on the CPU; every number in it depends on (seed, position) alone."""
-        train, context = self.config.train, self.context
-        mine = share(train.batch_size, context.rank, context.world)
+        train, dist = self.config.train, self.dist
+        mine = rank_slice(train.batch_size, dist.rank, dist.world_size)
         ids, where = batch_indices(self.rows, self.config, step, mine)
         at, seed = where.tolist(), train.seed
         out = {
@@ -389,7 +387,7 @@ class DiffusionObjective:
 
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
         """(mean loss of a micro-batch, statistics)."""
-        device = self.context.device
+        device = self.dist.device
         if "moments" in batch:
             moments = batch["moments"].to(device)
         else:
@@ -425,7 +423,7 @@ class DiffusionObjective:
 
     # ------------------------------------------------------------- looking
 
-    def loaded(self) -> LoadedDiffusion:
+    def as_model(self) -> LoadedDiffusion:
         """The model as users load it; lends its first stage to the conditions."""
         first = self.autoencoder
         autoencoder = LoadedAutoencoder(first.network, self.scale, first.fingerprint, first.config, first.place)
@@ -434,18 +432,18 @@ class DiffusionObjective:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Validation loss at fixed timesteps (evenly spread quantiles) and fixed noise."""
-        count, context = len(self._held), self.context
-        mine = share(count, context.rank, context.world)
+        count, dist = len(self._held), self.dist
+        mine = rank_slice(count, dist.rank, dist.world_size)
         sums, seed = 0.0, self.config.train.seed
         for start in range(mine.start, mine.stop, 64):
             ids = list(range(start, min(start + 64, mine.stop)))
             u = (torch.tensor(ids, dtype=torch.float64) + 0.5) / count
-            noise = rng.normal(seed, ids, self.latent_shape, "validation").to(context.device)
-            inputs = {k: v[ids].to(context.device) for k, v in self.validation_tables.items()}
-            with context.autocast():
-                losses = self._losses(self.model, self._held[ids].to(context.device), noise, u, inputs)
+            noise = rng.normal(seed, ids, self.latent_shape, "validation").to(dist.device)
+            inputs = {k: v[ids].to(dist.device) for k, v in self.validation_tables.items()}
+            with dist.autocast():
+                losses = self._losses(self.model, self._held[ids].to(dist.device), noise, u, inputs)
             sums += float(losses.sum())
-        return {"val_loss": sum(context.gather(sums)) / max(count, 1)}
+        return {"val_loss": sum(dist.gather(sums)) / max(count, 1)}
 
     def _shown_rows(self) -> list[int]:
         """Validation rows that previews show: spread over those that the loss is measured on."""
@@ -477,7 +475,7 @@ class DiffusionObjective:
     def preview(self, path: Path) -> None:
         """The picture that `ldm sample` with the run's seed and prompts would give; conditions that are pictures
         stand above the samples, and the true pictures below them."""
-        request, loaded, seed = self.preview_request(), self.loaded(), self.config.train.seed
+        request, loaded, seed = self.preview_request(), self.as_model(), self.config.train.seed
         if not self._pictured():
             images = loaded.sample(request.pop("prompt", None), seed=seed, **request)
             save_grid(path, in_rows([np.asarray(image) for image in images]))
@@ -501,7 +499,7 @@ class DiffusionObjective:
             rows.append([enlarged(self.validation.pixels(ids[k], self.size), large) for k in some])
         save_grid(path, rows)
 
-    def finish_stats(self) -> dict[str, Any]:
+    def run_statistics(self) -> dict[str, Any]:
         """stats.json."""
         request = self.preview_request()
         return {
@@ -518,7 +516,7 @@ class DiffusionObjective:
             "preview": request,
         }
 
-    def save_use(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
+    def save_inference_files(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
         """Writes what use needs: weights, statistics, the autoencoder."""
         files.write_json(self.run / "stats.json", stats)
         own = self.run / "autoencoder"
@@ -538,7 +536,7 @@ class DiffusionObjective:
                 with files.atomic_path(own / name) as temporary:
                     shutil.copyfile(self.autoencoder_path / name, temporary)
 
-    def starting_weights(self, path: Path) -> dict[str, Tensor]:
+    def init_weights(self, path: Path) -> dict[str, Tensor]:
         """Weights of another run to start from (--init-from): tensors that fit in name and shape. Planes that the other
         model did not read begin with weights of zero, so that at first they change nothing.
 

@@ -18,7 +18,7 @@ from ldmcli.training.optimizer import bf16_is_fast
 CONTROL_TIMEOUT = timedelta(hours=24)  # while one process writes, evaluates, encodes or reads, the others wait
 
 
-class Context:
+class Distributed:
     """One process of a training. Accelerate gives device, wrapping, backward and gathering; precision is ours.
 
     Gradients, and what else a backward pass needs of others, go through Accelerate's group, whose timeout is
@@ -45,11 +45,11 @@ class Context:
                 "`ldm … --gpus N`, or `accelerate launch --multi_gpu --num_processes N -m ldmcli …`"
             )
         self.device = self.accelerator.device
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.control = None
-        if self.world > 1:
+        if self.world_size > 1:
             self.control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-        self.dtype = self.on_main(lambda: autocast_dtype(settings.mixed_precision, self.device))
+        self.dtype = self.on_rank_0(lambda: autocast_dtype(settings.mixed_precision, self.device))
 
     @property
     def precision(self) -> str:
@@ -68,7 +68,7 @@ class Context:
         return "Apple GPU (MPS)" if self.device.type == "mps" else ""
 
     @property
-    def is_main(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this process writes the run folder and speaks."""
         return self.rank == 0
 
@@ -91,21 +91,21 @@ class Context:
             torch.manual_seed(rng.key(seed, "dropout", *path, self.rank))
             yield
 
-    def on_main(self, function: Callable[[], Any]) -> Any:
+    def on_rank_0(self, function: Callable[[], Any]) -> Any:
         """Runs `function` on the main process; all get its result, or raise its error."""
         result: list[Any] = [None, None]
-        if self.is_main:
+        if self.is_rank_0:
             try:
                 result[0] = function()
             except LdmError as error:
                 result[1] = error
-        if self.world > 1:
+        if self.world_size > 1:
             torch.distributed.broadcast_object_list(result, src=0, group=self.control)
         if result[1] is not None:
             raise result[1]
         return result[0]
 
-    def together(self, function: Callable[[], Any]) -> Any:
+    def on_all_ranks(self, function: Callable[[], Any]) -> Any:
         """Runs `function` on every process; if it failed on any, all raise that error, so that nobody waits alone.
 
         All have returned from `function` when this returns. It must not call the others itself.
@@ -115,21 +115,21 @@ class Context:
             result = function()
         except LdmError as caught:
             error = caught
-        if self.maximum([float(error is not None)])[0]:
+        if self.all_reduce_max([float(error is not None)])[0]:
             raise error or next(e for e in self.gather(error) if e is not None)
         return result
 
     def gather(self, value: Any) -> list[Any]:
         """One Python object of each process, in order of rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        out: list[Any] = [None] * self.world
+        out: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(out, pickle.loads(pickle.dumps(value)), group=self.control)
         return out
 
-    def maximum(self, values: list[float]) -> list[float]:
+    def all_reduce_max(self, values: list[float]) -> list[float]:
         """Element-wise maximum over processes of a few numbers."""
-        if self.world == 1:
+        if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.control)
@@ -137,7 +137,7 @@ class Context:
 
     def mean(self, values: dict[str, float], weight: float) -> dict[str, float]:
         """Weighted mean over processes of equal-named numbers."""
-        if self.world == 1:
+        if self.world_size == 1:
             return values
         names = sorted(values)
         tensor = torch.tensor([weight] + [values[n] * weight for n in names], dtype=torch.float64)

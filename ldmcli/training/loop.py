@@ -19,57 +19,58 @@ from torch import Tensor
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import Resolved, config_hash, flat, to_toml
+from ldmcli.core.durations import format_duration
 from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, ResourceError
 from ldmcli.core.signals import StopRequest
-from ldmcli.data.batches import Prefetcher, micro_batches, share
+from ldmcli.data.batches import Prefetcher, micro_batches, rank_slice
 from ldmcli.formats.run_folder import settings_of_weights
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.data import data_facts
 from ldmcli.training.diffusion import DiffusionObjective
-from ldmcli.training.distributed import Context
+from ldmcli.training.distributed import Distributed
 from ldmcli.training.lr_schedule import cooldown_factor, warmup_factor
 from ldmcli.training.micro_batch import choose, that_fits
 from ldmcli.training.optimizer import Ema, Updater
 from ldmcli.training.progress import Progress
-from ldmcli.training.run_setup import Options, open_run, out_of_resources, record_failure
-from ldmcli.training.throughput import Window, clock, peak_memory_bytes
+from ldmcli.training.run_setup import RunOptions, claim_run_folder, out_of_resources, record_failure
+from ldmcli.training.throughput import ThroughputMeter, peak_memory_bytes
 from ldmcli.training.trackers import open_trackers
 
 _CHECK_EVERY = 500  # steps between comparisons of the weights of all processes
 _FP16_SCALE, _FP16_GROWTH = 2.0**15, 2000
 
 
-def train(kind: str, resolved: Resolved, out: Path, options: Options) -> dict[str, Any]:
+def train(kind: str, resolved: Resolved, out: Path, options: RunOptions) -> dict[str, Any]:
     """Trains (or goes on training) the run in `out`; returns run.json's content.
 
     Raises Interrupted after a signal (state saved), DivergedError, ResourceError, ModelError, InputError, UsageError.
     """
-    context = Context(resolved.config.train)
+    dist = Distributed(resolved.config.train)
     run = runs.RunFolder(out)
     with StopRequest() as request:
         try:
-            done = context.on_main(lambda: open_run(run, kind, resolved, options))
+            done = dist.on_rank_0(lambda: claim_run_folder(run, kind, resolved, options))
             if done:
                 return done
-            return Training(kind, resolved, run, context, options, request).run_to_end()
+            return Training(kind, resolved, run, dist, options, request).run_to_end()
         except LdmError as error:
-            record_failure(run, error, context)
+            record_failure(run, error, dist)
             raise
         except KeyboardInterrupt:
             text = "stopped at once by a second Ctrl-C; the same command goes on from the newest checkpoint"
-            record_failure(run, Interrupted(text, 2), context)
+            record_failure(run, Interrupted(text, 2), dist)
             raise
         except Exception as error:
-            text = out_of_resources(error, context, resolved.config.train)
+            text = out_of_resources(error, dist, resolved.config.train)
             if not text:
-                record_failure(run, error, context)
+                record_failure(run, error, dist)
                 raise
-            record_failure(run, ResourceError(text), context)
+            record_failure(run, ResourceError(text), dist)
             raise ResourceError(f"{out}: {text}") from error
         finally:
-            if context.is_main:
+            if dist.is_rank_0:
                 run.release()
-            if context.world > 1 and torch.distributed.is_initialized():
+            if dist.world_size > 1 and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
 
@@ -81,30 +82,30 @@ class Training:
         kind: str,
         resolved: Resolved,
         run: runs.RunFolder,
-        context: Context,
-        options: Options,
+        dist: Distributed,
+        options: RunOptions,
         request: StopRequest,
     ):
-        self.config, self.run, self.context = resolved.config, run, context
+        self.config, self.run, self.dist = resolved.config, run, dist
         self.options, self.request = options, request
         self.settings = self.config.train
         self.started = time.monotonic()
-        self.progress = Progress(loss_scale=_FP16_SCALE if context.dtype == torch.float16 else 1.0)
+        self.progress = Progress(loss_scale=_FP16_SCALE if dist.dtype == torch.float16 else 1.0)
         self.objective = self._objective(kind)
         self._prepare()
         self.resumed = self._resume()
         self._fix_precision()
-        self.progress.micro_batch = choose(self.objective, context, self.settings, self.progress.micro_batch)
+        self.progress.micro_batch = choose(self.objective, dist, self.settings, self.progress.micro_batch)
         self.flops = 0.0
         self.trackers = self._trackers()
 
     def _objective(self, kind: str):
         if kind == "autoencoder":
-            return AutoencoderObjective(self.config, self.run.path, self.context)
+            return AutoencoderObjective(self.config, self.run.path, self.dist)
         return DiffusionObjective(
             self.config,
             self.run.path,
-            self.context,
+            self.dist,
             self.options.autoencoder,
             init_from=self.options.init_from,
             check=self._raise_if_stopped,
@@ -115,15 +116,15 @@ class Training:
             raise Interrupted(f"{self.run.path}: stopped before step 1; the same command goes on", self.request.stop)
 
     def _prepare(self) -> None:
-        context, objective = self.context, self.objective
+        dist, objective = self.dist, self.objective
         self.wrapped, self.updaters = {}, {}
-        context.maximum([0.0])  # wrapping compares weights: nobody begins before the others are here
+        dist.all_reduce_max([0.0])  # wrapping compares weights: nobody begins before the others are here
         self.trained: dict[str, list[torch.nn.Parameter]] = {}  # without what a network keeps frozen
         for name, module in objective.networks.items():
-            module.to(context.device).train()
+            module.to(dist.device).train()
             self.trained[name] = [p for p in module.parameters() if p.requires_grad]
             used = torch.compile(module) if self.settings.compile else module
-            self.wrapped[name] = context.accelerator.prepare_model(used) if context.world > 1 else used
+            self.wrapped[name] = dist.accelerator.prepare_model(used) if dist.world_size > 1 else used
             self.updaters[name] = Updater(module.named_parameters(), self.settings, objective.learning_rate(name))
         main = objective.networks[objective.main]
         averaged = [
@@ -136,20 +137,20 @@ class Training:
     def _fix_precision(self) -> None:
         """ "auto" is measured on a CPU: a run keeps what it was started with, so that going on is exact."""
         if self.settings.mixed_precision == "auto" and self.progress.precision:
-            self.context.set_precision(self.progress.precision)
-        self.progress.precision = self.context.precision
+            self.dist.set_precision(self.progress.precision)
+        self.progress.precision = self.dist.precision
         for updater in self.updaters.values():
             if updater.muon:
-                updater.muon.dtype = torch.float32 if self.context.dtype is None else torch.bfloat16
+                updater.muon.dtype = torch.float32 if self.dist.dtype is None else torch.bfloat16
 
     # ------------------------------------------------------------- checkpoints
 
     def _resume(self) -> bool:
-        path = self.context.on_main(self._newest)
+        path = self.dist.on_rank_0(self._newest)
         if path is None:
             return False
-        self.context.together(lambda: self._load(path))
-        if self.context.is_main:
+        self.dist.on_all_ranks(lambda: self._load(path))
+        if self.dist.is_rank_0:
             self.run.trim_log(self.progress.step, ended=self.progress.step >= self.settings.steps)
             console.say(f"going on from step {self.progress.step}")
         return True
@@ -178,7 +179,7 @@ class Training:
             )
         self.progress = Progress.of(state)
         threads = torch.get_num_threads()
-        if self.context.is_main and self.context.device.type == "cpu" and state.get("threads", threads) != threads:
+        if self.dist.is_rank_0 and self.dist.device.type == "cpu" and state.get("threads", threads) != threads:
             console.warn(
                 f"{path.name}: trained with {state['threads']} threads, now {threads}: the run goes on, but not bit "
                 f"for bit as it would have (OMP_NUM_THREADS={state['threads']} does that)"
@@ -187,7 +188,7 @@ class Training:
             tensors, _ = files.load_tensors(path / f"{name}.safetensors")
             module.load_state_dict(tensors)
             optimiser, _ = files.load_tensors(path / f"optimizer-{name}.safetensors", finite=False)
-            self.updaters[name].load({k: v.to(self.context.device) for k, v in optimiser.items()})
+            self.updaters[name].load({k: v.to(self.dist.device) for k, v in optimiser.items()})
         if self.ema:
             averaged, _ = files.load_tensors(path / "ema.safetensors")
             self.ema.load(averaged, self.progress.ema_count)
@@ -221,7 +222,7 @@ class Training:
             self._write_weights()
             self.run.update(step=self.progress.step, checkpoint=self.progress.step)
 
-        self.context.on_main(write)
+        self.dist.on_rank_0(write)
 
     def _write_weights(self) -> None:
         module = self.objective.networks[self.objective.main]
@@ -235,9 +236,9 @@ class Training:
             "weights": "ema" if self.ema else "raw",
             "ldm_version": __version__,
         }
-        self.objective.save_use(weights, metadata, self._with_average(self.objective.finish_stats))
+        self.objective.save_inference_files(weights, metadata, self.with_ema_weights(self.objective.run_statistics))
 
-    def _with_average(self, function: Callable[[], Any]) -> Any:
+    def with_ema_weights(self, function: Callable[[], Any]) -> Any:
         """Calls `function` in evaluation mode with the averaged weights in place; modes and weights come back."""
         modules = self.objective.networks.values()
         for module in modules:
@@ -264,7 +265,7 @@ class Training:
             workers=min(self.config.data.workers, 1) if self.config.data.streaming else self.config.data.workers,
             limit=self.settings.steps,
         )
-        self.window = Window(self.batches)
+        self.window = ThroughputMeter(self.batches)
         try:
             while self.progress.step < self.settings.steps and not self._time_is_up():
                 self._step()
@@ -274,19 +275,19 @@ class Training:
         return self._finish()
 
     def _announce(self) -> None:
-        objective, context = self.objective, self.context
+        objective, dist = self.objective, self.dist
         if self.options.init_from and not self.resumed:
-            tensors = context.together(lambda: objective.starting_weights(Path(self.options.init_from)))
+            tensors = dist.on_all_ranks(lambda: objective.init_weights(Path(self.options.init_from)))
             objective.networks[objective.main].load_state_dict(tensors, strict=False)
             if self.ema:
                 self.ema = Ema(self.ema.named, self.ema.decay)
-        context.on_main(self._write_start)
-        if context.is_main:
+        dist.on_rank_0(self._write_start)
+        if dist.is_rank_0:
             console.say(objective.describe())
             console.say(
                 f"{len(objective.rows):,} rows to train on, {len(objective.validation):,} to validate; "
-                f"{context.device.type}, {context.world} process(es), "
-                f"{context.precision}; "
+                f"{dist.device.type}, {dist.world_size} process(es), "
+                f"{dist.precision}; "
                 f"step {self.progress.step:,} of {self.settings.steps:,} -> {self.run.path}"
             )
             if left_out := objective.measures():
@@ -307,7 +308,7 @@ class Training:
             command=console.redact(" ".join(self.options.command_line)),
             seed=self.settings.seed,
             parents=parents,
-            machine=runs.machine(self.context.gpu_name, self.context.world),
+            machine=runs.machine(self.dist.gpu_name, self.dist.world_size),
             reason="",
             exit_code=None,
             weights="ema" if self.ema else "raw",
@@ -317,12 +318,12 @@ class Training:
         files.write_text(self.run.path / "config.toml", to_toml(self.config))
         if self.objective.kind == "diffusion":
             # written at once: a vocabulary learned twice need not come out the same
-            files.write_json(self.run.path / "stats.json", self.objective.finish_stats())
+            files.write_json(self.run.path / "stats.json", self.objective.run_statistics())
 
     def _time_is_up(self) -> bool:
         limit = self.settings.max_minutes * 60
         late = bool(limit) and self.progress.trained_seconds >= limit
-        return self.context.maximum([float(late)])[0] > 0 if limit else False
+        return self.dist.all_reduce_max([float(late)])[0] > 0 if limit else False
 
     def rate(self) -> float:
         """Factor of every learning rate at this step: warm-up, and cooldown by steps or by time, whichever is ahead."""
@@ -330,12 +331,13 @@ class Training:
         done = p.step / s.steps
         if s.max_minutes:
             done = max(done, min(1.0, p.trained_seconds / (s.max_minutes * 60)))
-            done = self.context.maximum([done])[0]
+            done = self.dist.all_reduce_max([done])[0]
         return warmup_factor(p.step, s.warmup) * cooldown_factor(done, s.cooldown)
 
     def _step(self) -> None:
         begun, step = time.perf_counter(), self.progress.step
-        batch = self.context.together(lambda: self.batches.get(step))  # nobody begins a backward pass before the others
+        # nobody begins a backward pass before the others have their batch
+        batch = self.dist.on_all_ranks(lambda: self.batches.get(step))
         logs = (step + 1) % self.settings.log_every == 0 or step == 0
         rate, good, stats = self.rate(), True, {}
         for phase in self.objective.phases(step):
@@ -348,7 +350,7 @@ class Training:
                 self.progress.ema_count = self.ema.count
         if good:
             stats |= self.objective.after_update(step)
-        self._count_bad(good, batch, stats)
+        self._handle_nonfinite_step(good, batch, stats)
         self.progress.step = step + 1
         self.progress.images += self.settings.batch_size
         self.progress.trained_seconds += time.perf_counter() - begun
@@ -356,41 +358,41 @@ class Training:
 
     def _update(self, phase: str, batch: dict[str, Tensor], step: int, rate: float, norms: bool):
         """Backward over this process's micro-batches and one update; (applied?, statistics)."""
-        updater, context = self.updaters[phase], self.context
+        updater, dist = self.updaters[phase], self.dist
         for name, parameters in self.trained.items():
             for parameter in parameters:
                 parameter.requires_grad_(name == phase)
-        stats = that_fits(lambda: self._backward(phase, batch, step, norms), self.progress, len(batch["row"]), context)
+        stats = that_fits(lambda: self._backward(phase, batch, step, norms), self.progress, len(batch["row"]), dist)
         grads = updater.gradients()
         if self.progress.loss_scale != 1:
             torch._foreach_div_(grads, self.progress.loss_scale)
         norm = torch.nn.utils.get_total_norm(grads)
-        good = bool(context.maximum([float(not bool(norm.isfinite()))])[0] == 0)
+        good = bool(dist.all_reduce_max([float(not bool(norm.isfinite()))])[0] == 0)
         if good:
             if (factor := self._scaled_down(phase, float(norm))) < 1:
                 torch._foreach_mul_(grads, factor)
             updater.step(rate)
-        self._adapt_scale(good)
+        self._update_loss_scale(good)
         return good, {**stats, f"grad_norm_{phase}": norm}
 
     def _backward(self, phase: str, batch: dict[str, Tensor], step: int, norms: bool) -> dict[str, Tensor]:
         """Gradients summed over this process's micro-batches; means of the statistics."""
-        wrapped, context = self.wrapped[phase], self.context
+        wrapped, dist = self.wrapped[phase], self.dist
         self.updaters[phase].zero()
         parts = micro_batches(len(batch["row"]), self.progress.micro_batch)
         sums: dict[str, Tensor] = {}
         seen: dict[str, int] = {}
         for index, part in enumerate(parts):
-            micro = context.on_device({k: v[part] for k, v in batch.items()})
+            micro = dist.on_device({k: v[part] for k, v in batch.items()})
             share_of_step = (part.stop - part.start) / self.settings.batch_size
             last = index == len(parts) - 1
-            with context.accelerator.no_sync(wrapped) if not last and context.world > 1 else nullcontext():
-                masks = context.dropout(self.settings.seed, phase, step, index)
-                with context.autocast(), self._count_flops(share_of_step), masks:
+            with dist.accelerator.no_sync(wrapped) if not last and dist.world_size > 1 else nullcontext():
+                masks = dist.dropout(self.settings.seed, phase, step, index)
+                with dist.autocast(), self._count_flops(share_of_step), masks:
                     # norms are collective, and processes may have different numbers of micro-batches
                     loss, stats = self.objective.loss(phase, self.wrapped, micro, step, norms and last)
                 # data-parallel wrapping averages over processes; the shares sum to 1 over all of them
-                (loss.float() * share_of_step * context.world * self.progress.loss_scale).backward()
+                (loss.float() * share_of_step * dist.world_size * self.progress.loss_scale).backward()
             for name, value in {f"loss_{phase}": loss, **stats}.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() * (part.stop - part.start)
                 seen[name] = seen.get(name, 0) + part.stop - part.start
@@ -401,7 +403,7 @@ class Training:
         course, s = self.progress.course, self.settings
         first = course.spikes == 0
         factor = course.factor(phase, norm, s.spike)
-        if first and course.spikes and self.context.is_main:
+        if first and course.spikes and self.dist.is_rank_0:
             console.warn(
                 f"step {self.progress.step:,}: a gradient norm of {norm:.3g} where {norm * factor:.3g} is usual; "
                 "scaled down to that (more are counted as `spikes` in metrics.jsonl; train.spike sets the bound)"
@@ -420,9 +422,9 @@ class Training:
             yield
         self.flops = 3 * counter.get_total_flops() / share_of_step
 
-    def _adapt_scale(self, good: bool) -> None:
+    def _update_loss_scale(self, good: bool) -> None:
         p = self.progress
-        if self.context.dtype != torch.float16:
+        if self.dist.dtype != torch.float16:
             return
         p.good_steps = p.good_steps + 1 if good else 0
         if not good:
@@ -430,7 +432,7 @@ class Training:
         elif p.good_steps % _FP16_GROWTH == 0:
             p.loss_scale *= 2
 
-    def _count_bad(self, good: bool, batch: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
+    def _handle_nonfinite_step(self, good: bool, batch: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
         if good:
             self.progress.bad_in_a_row = 0
             return
@@ -439,8 +441,8 @@ class Training:
         self.progress.bad_in_a_row += 1
         rows = [self.objective.rows.name(int(i)) for i in batch["row"]]
         numbers = {k: repr(float(v)) for k, v in stats.items()}
-        named = self.context.gather(rows)
-        if self.context.is_main:
+        named = self.dist.gather(rows)
+        if self.dist.is_rank_0:
             files.write_json(
                 self.run.path / "bad-batch.json",
                 {"step": self.progress.step, "rows": sum(named, []), "values": numbers},
@@ -471,10 +473,10 @@ class Training:
         }
         if due.get("log") or step == 1:
             self._log()
-        if self.context.world > 1 and step % _CHECK_EVERY in (0, 1):
-            self.context.check_equal(self.objective.networks)
+        if self.dist.world_size > 1 and step % _CHECK_EVERY in (0, 1):
+            self.dist.check_equal(self.objective.networks)
         hours_up = s.max_hours and time.monotonic() - self.started > s.max_hours * 3600 * 0.98
-        stop, save = self.context.maximum(
+        stop, save = self.dist.all_reduce_max(
             [float(self.request.stop or (-1 if not hours_up else 1)), float(self.request.save_requested)]
         )
         if stop > 0:  # whoever ends us may not wait for an evaluation
@@ -491,7 +493,7 @@ class Training:
     def _end_early(self, signal_number: int) -> None:
         if signal_number == 1:
             text = f"{self.run.path}: saved at step {self.progress.step}, --max-hours reached; the same command goes on"
-            self.context.on_main(lambda: self.run.update(state="interrupted", reason="time limit", exit_code=0))
+            self.dist.on_rank_0(lambda: self.run.update(state="interrupted", reason="time limit", exit_code=0))
             console.say(text)
             raise SystemExit(0)
         raise Interrupted(
@@ -499,17 +501,17 @@ class Training:
         )
 
     def _end_if_asked(self) -> None:
-        stop = self.context.maximum([float(self.request.stop)])[0]
+        stop = self.dist.all_reduce_max([float(self.request.stop)])[0]
         if stop:
             self._end_early(int(stop))
 
     def _log(self) -> None:
-        mine = share(self.settings.batch_size, self.context.rank, self.context.world)
-        values = self.context.mean(self.window.close(), mine.stop - mine.start)
-        if not self.context.is_main:
+        mine = rank_slice(self.settings.batch_size, self.dist.rank, self.dist.world_size)
+        values = self.dist.mean(self.window.close(), mine.stop - mine.start)
+        if not self.dist.is_rank_0:
             return
         self._watch_loss(values)
-        peak = peak_memory_bytes(self.context.device)
+        peak = peak_memory_bytes(self.dist.device)
         rate = values["images_per_s"]
         line = {
             "step": self.progress.step,
@@ -529,7 +531,7 @@ class Training:
         losses = "  ".join(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in values.items() if k.startswith("loss_"))
         console.say(
             f"step {self.progress.step:>7,}/{self.settings.steps:,}  loss {losses}  {rate:.1f} images/s  "
-            f"data-wait {values['data_wait'] * 100:.0f} %  {files.human_bytes(peak)}  ETA {clock(left)}"
+            f"data-wait {values['data_wait'] * 100:.0f} %  {files.human_bytes(peak)}  ETA {format_duration(left)}"
         )
 
     def _watch_loss(self, values: dict[str, float]) -> None:
@@ -547,13 +549,13 @@ class Training:
         self.run.update(warnings=texts)
 
     def _trackers(self):
-        if not self.settings.track or not self.context.is_main:
+        if not self.settings.track or not self.dist.is_rank_0:
             return None
         return open_trackers(self.settings.track, self.run.path, flat(self.config))
 
     def _evaluate(self) -> dict[str, float]:
-        found = self._with_average(self.objective.evaluate)
-        if self.context.is_main:
+        found = self.with_ema_weights(self.objective.evaluate)
+        if self.dist.is_rank_0:
             self.run.log(
                 step=self.progress.step, images=self.progress.images, **{f"val/{k}": v for k, v in found.items()}
             )
@@ -569,7 +571,7 @@ class Training:
     def _preview(self) -> None:
         path = self.run.path / "samples" / f"step-{self.progress.step:08d}.png"
         try:
-            self.context.on_main(lambda: self._with_average(lambda: self.objective.preview(path)))
+            self.dist.on_rank_0(lambda: self.with_ema_weights(lambda: self.objective.preview(path)))
         except ModelError as error:  # NaN or Inf in what is drawn: the loss decides whether a training goes on
             console.warn(f"no preview at step {self.progress.step}: {error}")
 
@@ -589,12 +591,11 @@ class Training:
             "spikes": course.spikes,
             "warnings": course.warnings(),
         }
-        self.context.on_main(lambda: self.run.update(state="finished", exit_code=0, **facts))
-        if not self.context.is_main:
+        self.dist.on_rank_0(lambda: self.run.update(state="finished", exit_code=0, **facts))
+        if not self.dist.is_rank_0:
             return {}
         for text in course.warnings():
             console.warn(f"{self.run.path}: {text}")
-        console.say(
-            f"done: {self.run.path} at step {self.progress.step:,}, {clock(self.progress.trained_seconds)} of training"
-        )
+        took = format_duration(self.progress.trained_seconds)
+        console.say(f"done: {self.run.path} at step {self.progress.step:,}, {took} of training")
         return self.run.state()

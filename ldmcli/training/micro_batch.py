@@ -10,29 +10,29 @@ import torch
 from ldmcli.core import console, files
 from ldmcli.core.settings import TrainSettings
 from ldmcli.training import cost
-from ldmcli.training.distributed import Context
+from ldmcli.training.distributed import Distributed
 from ldmcli.training.progress import Progress
 from ldmcli.training.run_setup import out_of_memory
 
 Result = TypeVar("Result")
 
 
-def choose(objective, context: Context, settings: TrainSettings, stored: int) -> int:
+def choose(objective, dist: Distributed, settings: TrainSettings, stored: int) -> int:
     """Samples at a time: as set; else as in the checkpoint that the run goes on from (`stored`, 0 without one), where
     these still fit; else all, or as many as fit. The same on all processes; where it is not all, it is said."""
-    share = -(-settings.batch_size // context.world)
+    share = -(-settings.batch_size // dist.world_size)
     if settings.micro_batch:
         return settings.micro_batch
     named = [pair for module in objective.networks.values() for pair in module.named_parameters()]
     still_to_come = 4 * sum(p.numel() for _, p in named) + cost.optimizer_bytes(named, settings)
-    beside = 1 if context.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE") or context.world)
-    room = cost.MEMORY_SHARE * (cost.available_bytes(context.device) // beside - still_to_come)
+    beside = 1 if dist.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE") or dist.world_size)
+    room = cost.MEMORY_SHARE * (cost.available_bytes(dist.device) // beside - still_to_come)
     fitting = share
     if not cost.surely_fits(share, objective.size, room):
         fitting = cost.micro_batch(share, objective.kept_bytes(), room)
-    fitting = min(context.gather(fitting))
+    fitting = min(dist.gather(fitting))
     chosen = min(stored, fitting) if stored else fitting
-    if chosen < share and context.is_main:
+    if chosen < share and dist.is_rank_0:
         console.say(
             f"{chosen} of {share} images go through at a time: free memory holds no more "
             f"({files.human_bytes(max(room, 0))}; --micro-batch N sets it); the batch stays"
@@ -40,7 +40,7 @@ def choose(objective, context: Context, settings: TrainSettings, stored: int) ->
     return chosen
 
 
-def that_fits(work: Callable[[], Result], progress: Progress, held: int, context: Context) -> Result:
+def that_fits(work: Callable[[], Result], progress: Progress, held: int, dist: Distributed) -> Result:
     """`work`, which takes `progress.micro_batch` of `held` samples at a time and changes no weights; begun again with
     half as many where memory runs out. Several processes end instead: the others wait in the middle of their step."""
     while True:
@@ -48,9 +48,9 @@ def that_fits(work: Callable[[], Result], progress: Progress, held: int, context
             return work()
         except Exception as error:
             size = min(progress.micro_batch, held)
-            if not out_of_memory(error) or size < 2 or context.world > 1:
+            if not out_of_memory(error) or size < 2 or dist.world_size > 1:
                 raise
         progress.micro_batch = -(-size // 2)
         console.warn(f"memory ran out with {size} images at a time; the step begins again with {progress.micro_batch}")
-        if context.device.type == "cuda":
+        if dist.device.type == "cuda":
             torch.cuda.empty_cache()

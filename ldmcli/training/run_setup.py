@@ -10,10 +10,10 @@ from ldmcli.core import console, runs
 from ldmcli.core.config import Resolved, flat, from_toml
 from ldmcli.core.errors import Interrupted, LdmError, ModelError, UsageError
 from ldmcli.core.settings import TrainSettings
-from ldmcli.training.distributed import Context
+from ldmcli.training.distributed import Distributed
 
 # settings that may change when a run goes on: they say how long, how often and where, not what is learned
-_HARMLESS = (
+CHANGEABLE_ON_RESUME = (
     "train.steps",
     "train.micro_batch",
     "train.lr",
@@ -44,7 +44,7 @@ _HARMLESS = (
 
 
 @dataclass
-class Options:
+class RunOptions:
     """What a command says beside the configuration."""
 
     fresh: bool = False
@@ -54,7 +54,7 @@ class Options:
     init_from: str = ""  # train-ldm: a run whose weights are the start
 
 
-def open_run(run: runs.RunFolder, kind: str, resolved: Resolved, options: Options) -> dict[str, Any] | None:
+def claim_run_folder(run: runs.RunFolder, kind: str, resolved: Resolved, options: RunOptions) -> dict[str, Any] | None:
     """Takes the folder; returns run.json when there is nothing left to do, else None."""
     path = run.path
     foreign = (
@@ -84,13 +84,13 @@ def open_run(run: runs.RunFolder, kind: str, resolved: Resolved, options: Option
     return None
 
 
-def _compare_settings(kind: str, path: Path, resolved: Resolved, options: Options) -> None:
+def _compare_settings(kind: str, path: Path, resolved: Resolved, options: RunOptions) -> None:
     """Refuses to go on with settings that change what is learned; says what harmless ones changed."""
     if not (path / "config.toml").exists():
         return
     old = flat(from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml")))
     changed = {k: (old.get(k), v) for k, v in flat(resolved.config).items() if old.get(k) != v}
-    grave = {k: v for k, v in changed.items() if not k.startswith(_HARMLESS) and k not in options.allow}
+    grave = {k: v for k, v in changed.items() if not k.startswith(CHANGEABLE_ON_RESUME) and k not in options.allow}
     if grave:
         table = "; ".join(f"{k}: {a} -> {b}" for k, (a, b) in grave.items())
         raise ModelError(
@@ -106,12 +106,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
 
 
-def out_of_resources(error: BaseException, context: Context, settings: TrainSettings) -> str:
+def out_of_resources(error: BaseException, dist: Distributed, settings: TrainSettings) -> str:
     """What to say of an error that means that memory ran out or that another process is gone; else ""."""
     if out_of_memory(error):
         return "memory ran out; lower --micro-batch (the global batch stays), or --size, or the model's channels"
     said = str(error).lower()
-    if context.world == 1 or not isinstance(error, RuntimeError):
+    if dist.world_size == 1 or not isinstance(error, RuntimeError):
         return ""
     if "timed out" in said:
         return (
@@ -123,9 +123,9 @@ def out_of_resources(error: BaseException, context: Context, settings: TrainSett
     return ""
 
 
-def record_failure(run: runs.RunFolder, error: BaseException, context: Context) -> None:
+def record_failure(run: runs.RunFolder, error: BaseException, dist: Distributed) -> None:
     """Says in run.json how a training ended; a command that was refused leaves what an earlier one said."""
-    if not (context.is_main and run.begun):
+    if not (dist.is_rank_0 and run.begun):
         return
     code = int(getattr(error, "code", 1))
     state = "interrupted" if isinstance(error, Interrupted) else "diverged" if code == 5 else "failed"

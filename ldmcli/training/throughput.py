@@ -10,7 +10,7 @@ import torch
 from ldmcli.data.batches import Prefetcher
 
 
-class Window:
+class ThroughputMeter:
     """What happened since the last log line. Numbers stay on the device until it is written."""
 
     def __init__(self, batches: Prefetcher):
@@ -42,13 +42,6 @@ class Window:
         }
         self._restart()
         return out
-
-
-def clock(seconds: float) -> str:
-    """3725 -> 1:02:05."""
-    seconds = int(max(seconds, 0))
-    hours, rest = divmod(seconds, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -50,7 +50,7 @@ def trained(monkeypatch, tmp_path):
         )
         return {"kind": kind, "state": "finished"}
 
-    stand_in(monkeypatch, "ldmcli.training.loop", train=train, Options=types.SimpleNamespace)
+    stand_in(monkeypatch, "ldmcli.training.loop", train=train, RunOptions=types.SimpleNamespace)
     monkeypatch.chdir(tmp_path)
     return calls
 

@@ -44,7 +44,7 @@ def train(kind, resolved, out, options):
         raise Interrupted("stopped, saved at step 3", request.stop)
 
 module = types.ModuleType("ldmcli.training.loop")
-module.train, module.Options = train, types.SimpleNamespace
+module.train, module.RunOptions = train, types.SimpleNamespace
 sys.modules["ldmcli.training.loop"] = module
 """
 

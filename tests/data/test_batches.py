@@ -6,43 +6,43 @@ import numpy as np
 import pytest
 
 from ldmcli.core.errors import InputError
-from ldmcli.data.batches import Prefetcher, micro_batches, positions, share
+from ldmcli.data.batches import Prefetcher, epoch_positions, micro_batches, rank_slice
 
 
 @pytest.mark.parametrize("n, batch", [(7, 2), (7, 3), (3, 4), (1, 4), (10, 5)])
 def test_every_row_comes_once_an_epoch(n, batch):
     steps = n  # batch epochs exactly
-    ids = np.concatenate([positions(step, batch, n, seed=3)[0] for step in range(steps)])
+    ids = np.concatenate([epoch_positions(step, batch, n, seed=3)[0] for step in range(steps)])
     epochs = ids.reshape(batch, n)
     assert (np.sort(epochs, axis=1) == np.arange(n)).all()
 
 
 def test_positions_count_on_without_gaps_and_epochs_differ_in_order():
-    ids, where = zip(*(positions(step, 4, 20, seed=0) for step in range(10)))
+    ids, where = zip(*(epoch_positions(step, 4, 20, seed=0) for step in range(10)))
     assert np.concatenate(where).tolist() == list(range(40))
     first, second = np.concatenate(ids).reshape(2, 20)
     assert first.tolist() != second.tolist() and first.tolist() != list(range(20))
 
 
 def test_a_step_is_a_function_of_seed_and_step():
-    assert (positions(11, 5, 7, seed=2)[0] == positions(11, 5, 7, seed=2)[0]).all()
-    assert (positions(11, 5, 70, seed=2)[0] != positions(11, 5, 70, seed=3)[0]).any()
+    assert (epoch_positions(11, 5, 7, seed=2)[0] == epoch_positions(11, 5, 7, seed=2)[0]).all()
+    assert (epoch_positions(11, 5, 70, seed=2)[0] != epoch_positions(11, 5, 70, seed=3)[0]).any()
 
 
 def test_the_order_of_rows_does_not_depend_on_the_batch_size():
-    by_two = np.concatenate([positions(step, 2, 9, seed=1)[0] for step in range(15)])
-    by_six = np.concatenate([positions(step, 6, 9, seed=1)[0] for step in range(5)])
+    by_two = np.concatenate([epoch_positions(step, 2, 9, seed=1)[0] for step in range(15)])
+    by_six = np.concatenate([epoch_positions(step, 6, 9, seed=1)[0] for step in range(5)])
     assert (by_two == by_six).all()
 
 
 def test_no_rows_is_an_input_error():
     with pytest.raises(InputError, match="0 rows"):
-        positions(0, 4, 0, seed=0)
+        epoch_positions(0, 4, 0, seed=0)
 
 
 @pytest.mark.parametrize("batch, world", [(8, 2), (7, 3), (2, 4), (1, 1)])
 def test_shares_cover_the_batch_in_order_and_differ_by_at_most_one(batch, world):
-    parts = [np.arange(batch)[share(batch, rank, world)] for rank in range(world)]
+    parts = [np.arange(batch)[rank_slice(batch, rank, world)] for rank in range(world)]
     assert np.concatenate(parts).tolist() == list(range(batch))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

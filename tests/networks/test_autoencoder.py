@@ -11,7 +11,7 @@ from ldmcli.networks.autoencoder import (
     VectorQuantizer,
     kl_divergence,
     posterior_sample,
-    revive,
+    restart_dead_codes,
     split_moments,
 )
 
@@ -215,8 +215,8 @@ def test_default_fast_autoencoder_has_about_0_9_million_parameters_and_no_norm()
 def test_reviving_replaces_dead_codes_only_and_repeats_under_the_same_generator():
     codebook, vectors = torch.zeros(5, 2), torch.arange(6.0).view(3, 2) + 1
     dead = torch.tensor([1, 3])
-    new = revive(codebook, dead, vectors, torch.Generator().manual_seed(4))
-    again = revive(codebook, dead, vectors, torch.Generator().manual_seed(4))
+    new = restart_dead_codes(codebook, dead, vectors, torch.Generator().manual_seed(4))
+    again = restart_dead_codes(codebook, dead, vectors, torch.Generator().manual_seed(4))
     rows = {tuple(row) for row in vectors.tolist()}
     assert torch.equal(new, again) and not codebook.any()
     assert not new[[0, 2, 4]].any()
@@ -224,7 +224,7 @@ def test_reviving_replaces_dead_codes_only_and_repeats_under_the_same_generator(
 
 
 def test_more_dead_codes_than_vectors_are_all_revived():
-    new = revive(torch.zeros(7, 2), torch.arange(7), torch.ones(2, 2), torch.Generator().manual_seed(0))
+    new = restart_dead_codes(torch.zeros(7, 2), torch.arange(7), torch.ones(2, 2), torch.Generator().manual_seed(0))
     assert torch.equal(new, torch.ones(7, 2))
 
 

@@ -49,7 +49,7 @@ from ldmcli.sampling.model import LoadedDiffusion
 from ldmcli.training import cost
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
-from ldmcli.training.distributed import Context
+from ldmcli.training.distributed import Distributed
 
 CPU = torch.device("cpu")
 SIDE, F = 16, 4
@@ -94,13 +94,13 @@ def pretended():
     with pytest.MonkeyPatch.context() as patch, pretend.device("mps") as device:
         for module in (load, planning):
             patch.setattr(module, "default_device", lambda: device)
-        begin = Context.__init__
+        begin = Distributed.__init__
 
         def on_it(self, settings):
             begin(self, settings)
             self.device = device
 
-        patch.setattr(Context, "__init__", on_it)
+        patch.setattr(Distributed, "__init__", on_it)
         yield device
 
 
@@ -121,7 +121,7 @@ def test_the_pretended_device_refuses_what_gpus_refuse():
 def test_a_micro_batch_moves_whole_but_for_float64():
     batch = {"pixels": torch.zeros(2, 3, dtype=torch.uint8), "noise": torch.zeros(2), "u": torch.zeros(2).double()}
     with pretended() as device:
-        moved = Context.on_device(SimpleNamespace(device=device), batch)
+        moved = Distributed.on_device(SimpleNamespace(device=device), batch)
         assert {name: tensor.device for name, tensor in moved.items()} == {"pixels": device, "noise": device, "u": CPU}
 
 
@@ -280,7 +280,7 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
     """Loss of a micro-batch as it comes from the loop: (the batch, on the CPU, is moved by the loop or by `loss`)."""
     objective = object.__new__(DiffusionObjective)
     network = model.autoencoder.network
-    objective.config, objective.context, objective.autoencoder = (
+    objective.config, objective.dist, objective.autoencoder = (
         model.config,
         SimpleNamespace(device=device),
         model.autoencoder,
@@ -300,7 +300,7 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
     inputs = conditions.prepare({kind: VALUES[kind] for kind in conditions.kinds}) if conditions.kinds else {}
     dropped = {kind: torch.tensor([False, True]) for kind in conditions.droppable}
     batch |= {f"condition.{name}": value for name, value in conditions.drop(inputs, dropped).items()}
-    there = Context.on_device(objective.context, batch)
+    there = Distributed.on_device(objective.dist, batch)
     loss, _ = objective.loss("model", {"model": model.model}, there, 0, False)
     with torch.no_grad():
         unmoved, _ = objective.loss("model", {"model": model.model}, batch, 0, False)
@@ -470,7 +470,7 @@ def losses_of_ae(settings: AutoencoderSettings, device: torch.device, side: int)
         autoencoder=settings,
         loss=LossSettings(disc_weight=0.5, disc_start=0, disc_channels=8, disc_layers=1, style="paper"),
     )
-    objective.context, objective.perceptual = SimpleNamespace(device=device), None
+    objective.dist, objective.perceptual = SimpleNamespace(device=device), None
     objective.autoencoder = Autoencoder(settings).to(device)
     objective.networks = {"autoencoder": objective.autoencoder, "discriminator": PatchDiscriminator(3, 8, 1).to(device)}
     objective.used_codes = torch.zeros(settings.codebook_size, dtype=torch.bool)

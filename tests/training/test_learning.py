@@ -148,7 +148,7 @@ def spoil_one_process() -> None:
 
     def batch(self, step):
         found = whole(self, step)
-        if step == 1 and self.context.rank == 1:
+        if step == 1 and self.dist.rank == 1:
             found["noise"][0] = float("nan")
         return found
 

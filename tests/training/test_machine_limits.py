@@ -63,7 +63,7 @@ class Slow:
         function, seconds, seen = getattr(owner, name), self.seconds, []
 
         def slow(this, *args):
-            if this.context.rank == (0 if name == "_write_weights" else 1) and not seen:
+            if this.dist.rank == (0 if name == "_write_weights" else 1) and not seen:
                 seen.append(time.sleep(seconds))
             return function(this, *args)
 
@@ -314,7 +314,7 @@ class Little:
             size = sum(picture.nbytes for group in kept.values() for picture in group.values())
             maps = sum(found.nbytes for found in getattr(getattr(this.objective, "source", None), "_maps", {}).values())
             found = {"kept": size + maps, "decoded": len(decoded), "hashed": sum(n > 1000 for n in hashed)}
-            Path(self.folder, f"{when}-{this.context.rank}.json").write_text(json.dumps(found))
+            Path(self.folder, f"{when}-{this.dist.rank}.json").write_text(json.dumps(found))
 
         def begins(this):
             note(this, "begin")

@@ -144,7 +144,7 @@ def note_rows() -> None:
 
     def noted(self, step):
         batch = make(self, step)
-        with open(self.run / f"rows-{self.context.rank}", "a") as file:
+        with open(self.run / f"rows-{self.dist.rank}", "a") as file:
             file.write(f"{step} {' '.join(map(str, batch['row'].tolist()))}\n")
         return batch
 
@@ -245,7 +245,7 @@ def drift_apart() -> None:
     after = Training._after_step
 
     def drifting(self):
-        if self.context.rank == 1 and self.progress.step == 2:
+        if self.dist.rank == 1 and self.progress.step == 2:
             with torch.no_grad():
                 next(self.objective.networks[self.objective.main].parameters()).add_(1e-6)
         after(self)
