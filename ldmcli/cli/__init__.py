@@ -98,7 +98,7 @@ def command_line() -> LazyGroup:
     return typer.main.get_command(app)
 
 
-def begin(values: dict) -> None:
+def apply_global_options(values: dict) -> None:
     """What options of every command ask for before it runs."""
     if values.get("quiet") and values.get("verbose"):
         raise UsageError("--quiet and --verbose exclude each other")
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:  # every ending has a code, a bug's and Ctrl-C's, too
         if isinstance(error, SystemExit):
             raise
-        code, message = ending(error)
+        code, message = exit_code_and_line(error)
         if launch.report_exit(code, message):
             # after a signal all end by themselves; a failing status would make the launcher end the others
             return ExitCode.OK if isinstance(error, Interrupted) else code
@@ -148,7 +148,7 @@ def _run(root: LazyGroup, argv: list[str]) -> int:
     return code
 
 
-def ending(error: BaseException) -> tuple[int, str]:
+def exit_code_and_line(error: BaseException) -> tuple[int, str]:
     """Exit code and line (without "ldm: ") of a failure. An empty line: nothing to say."""
     if isinstance(error, LdmError):
         return error.code, str(error)

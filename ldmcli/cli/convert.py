@@ -84,7 +84,7 @@ PushTo = Annotated[
 ]
 
 
-@opt.takes(
+@opt.command(
     {
         "source": Source,
         "target": Target,
@@ -99,7 +99,7 @@ PushTo = Annotated[
     },
     opt.TALK,
 )
-def convert(given: opt.Given) -> None:
+def convert(given: opt.ParsedOptions) -> None:
     """Convert a model: checkpoints of CompVis/latent-diffusion and diffusers folders to runs, and runs to both.
 
     Nothing in a checkpoint is executed. What could be read in several ways is said and kept in the run.

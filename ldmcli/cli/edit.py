@@ -177,7 +177,7 @@ _TOLD = {
 _MACHINE = {"tile": Tile, "max_memory": MaxMemory}
 
 
-@opt.takes(
+@opt.command(
     {"image": Picture, "mask": Mask, "box": Box},
     _MODEL,
     _TOLD,
@@ -187,7 +187,7 @@ _MACHINE = {"tile": Tile, "max_memory": MaxMemory}
     opt.TALK,
     _MACHINE,
 )
-def inpaint(given: opt.Given) -> None:
+def inpaint(given: opt.ParsedOptions) -> None:
     """Repaint a part of a picture: what is white in MASK, or inside --box.
 
     Known pixels come back as they were. Takes a model trained with --task inpaint, or any that generates: that one
@@ -203,10 +203,10 @@ def inpaint(given: opt.Given) -> None:
     _done(given, out, inpaint_to_folder(given.model, request, out, **_how(given)))
 
 
-@opt.takes(
+@opt.command(
     {"image": Picture, "scale": Scale}, _MODEL, _TOLD, {"tone": Tone}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE
 )
-def upscale(given: opt.Given) -> None:
+def upscale(given: opt.ParsedOptions) -> None:
     """Make pictures larger, with a model trained with --task sr.
 
     The result has exactly --scale times as many pixels a side. Large pictures go through the networks in overlapping
@@ -221,7 +221,7 @@ def upscale(given: opt.Given) -> None:
     _done(given, out, upscale_to_folder(given.model, request, out, **_how(given)))
 
 
-def _request(given: opt.Given, **more) -> EditRequest:
+def _request(given: opt.ParsedOptions, **more) -> EditRequest:
     files = {"layouts": _one(given.layout), "maps": _one(given.map)}
     for path in (given.image, *more.get("masks", ()), *files["layouts"], *files["maps"]):
         if not path.exists():
@@ -265,11 +265,11 @@ def _one(value: Any) -> tuple[Any, ...]:
     return () if value is None else (value,)
 
 
-def _how(given: opt.Given) -> dict:
+def _how(given: opt.ParsedOptions) -> dict:
     return {"overwrite": given.overwrite, "fmt": given.format, "metadata": given.metadata}
 
 
-def _out(given: opt.Given, request: EditRequest, what: str) -> Path:
+def _out(given: opt.ParsedOptions, request: EditRequest, what: str) -> Path:
     """The folder named, or one for this request: the same for the same command, so that it goes on in it."""
     asked = f"{given.model} {request} {given.format} {given.metadata}"
     digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
@@ -278,7 +278,7 @@ def _out(given: opt.Given, request: EditRequest, what: str) -> Path:
     return out
 
 
-def _done(given: opt.Given, out: Path, result: dict) -> None:
+def _done(given: opt.ParsedOptions, out: Path, result: dict) -> None:
     if given.json:
         console.emit_json(result)
     else:

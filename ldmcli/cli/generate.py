@@ -41,8 +41,8 @@ ImageSize = Annotated[
 Images = Annotated[list[Path], opt.argument("Image files, or folders of them.", "IMAGES...")]
 
 
-@opt.takes({"model": opt.Model, "weights": opt.Weights}, _REQUEST, opt.IMAGES_OUT, opt.TALK)
-def sample(given: opt.Given) -> None:
+@opt.command({"model": opt.Model, "weights": opt.Weights}, _REQUEST, opt.IMAGES_OUT, opt.TALK)
+def sample(given: opt.ParsedOptions) -> None:
     """Draw images with a trained model.
 
     Image k depends on --seed and k alone: not on the batch size, the device count, or what else is asked for.
@@ -61,7 +61,7 @@ def sample(given: opt.Given) -> None:
         console.out(out)
 
 
-@opt.takes(
+@opt.command(
     {
         "images": Images,
         "autoencoder": opt.ReconstructWith,
@@ -71,7 +71,7 @@ def sample(given: opt.Given) -> None:
     },
     opt.TALK,
 )
-def reconstruct(given: opt.Given) -> None:
+def reconstruct(given: opt.ParsedOptions) -> None:
     """Pass images through an autoencoder and show each beside its reconstruction, with PSNR."""
     missing = [path for path in given.images if not path.exists()]
     if missing:
@@ -96,7 +96,7 @@ def reconstruct(given: opt.Given) -> None:
         console.out(out)
 
 
-def sample_request(given: opt.Given) -> SampleRequest:
+def sample_request(given: opt.ParsedOptions) -> SampleRequest:
     """What the options ask for; UsageError or InputError where they don't fit together."""
     prompts, classes = tuple(given.prompt or ()), tuple(given.classes or ())
     if given.prompts is not None:
@@ -191,7 +191,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:40].rstrip("-") or "images"
 
 
-def _stated_name(given: opt.Given, request: SampleRequest) -> str:
+def _stated_name(given: opt.ParsedOptions, request: SampleRequest) -> str:
     """A folder's name for a request: the same for the same command, so that an interrupted one goes on in it."""
     classes = " ".join(("class", *request.classes)) if request.classes else "sample"
     asked = f"{given.model} {request} {given.format} {given.metadata}"

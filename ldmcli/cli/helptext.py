@@ -154,9 +154,9 @@ class Command(TyperCommand):
         formatter.write("\n".join(lines) + "\n")
 
     def invoke(self, ctx):
-        from ldmcli.cli import begin
+        from ldmcli.cli import apply_global_options
 
-        begin(ctx.params)
+        apply_global_options(ctx.params)
         return super().invoke(ctx)
 
 

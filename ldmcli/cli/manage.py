@@ -89,8 +89,8 @@ RECIPE_GROUPS = {
 _CHAIN = {"preset": DemoPreset, "minutes": Minutes, "seed": DemoSeed, "out": DemoOut, "fresh": opt.Fresh}
 
 
-@opt.takes(opt.ROWS, _CHAIN, opt.TALK)
-def demo(given: opt.Given) -> None:
+@opt.command(opt.ROWS, _CHAIN, opt.TALK)
+def demo(given: opt.ParsedOptions) -> None:
     """The whole chain in minutes: autoencoder, diffusion model, samples, metrics, report.
 
     Without --data it runs on embedded shapes with captions, and needs no network.
@@ -107,8 +107,8 @@ def demo(given: opt.Given) -> None:
         console.emit_json(result)
 
 
-@opt.takes({"source": Source}, _OTHER_ROWS, {"out": opt.Out}, opt.TALK)
-def data(given: opt.Given) -> None:
+@opt.command({"source": Source}, _OTHER_ROWS, {"out": opt.Out}, opt.TALK)
+def data(given: opt.ParsedOptions) -> None:
     """Show what ldm sees in a data set: columns, counts, sizes, bad files by name, and a contact sheet."""
     named = [("D", {"data.source": given.source})] if given.source is not None else []
     settings = config.resolve("diffusion", [*given.layers("data."), *named]).config.data
@@ -125,8 +125,8 @@ def data(given: opt.Given) -> None:
         console.out(inspect_text(result, console.width()))
 
 
-@opt.takes({"run": Run, "out": ReportOut}, opt.TALK)
-def report(given: opt.Given) -> None:
+@opt.command({"run": Run, "out": ReportOut}, opt.TALK)
+def report(given: opt.ParsedOptions) -> None:
     """Write the report of a run again: one HTML file that opens offline."""
     from ldmcli.core.runs import is_run
 
@@ -143,8 +143,8 @@ def report(given: opt.Given) -> None:
         console.out(path)
 
 
-@opt.takes({"root": Root}, opt.TALK)
-def runs(given: opt.Given) -> None:
+@opt.command({"root": Root}, opt.TALK)
+def runs(given: opt.ParsedOptions) -> None:
     """List runs with kind, state, step, data and latest metric, newest last."""
     from ldmcli.core.runs import list_runs
 
@@ -164,8 +164,8 @@ def _metrics(found: dict) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:3])
 
 
-@opt.takes({"recipe": RecipeName}, opt.TALK)
-def recipes(given: opt.Given) -> None:
+@opt.command({"recipe": RecipeName}, opt.TALK)
+def recipes(given: opt.ParsedOptions) -> None:
     """List the recipes that come with ldm, or show one; use one with --recipe NAME.
 
     A recipe is a TOML file: a command, what it needs and what to expect, and the settings. `ldm recipes NAME > my.toml`
@@ -207,8 +207,8 @@ def _recipe_list(found: list[dict]) -> str:
     return console.clean("\n\n".join([*blocks, example]))
 
 
-@opt.takes(opt.TALK)
-def presets(given: opt.Given) -> None:
+@opt.command(opt.TALK)
+def presets(given: opt.ParsedOptions) -> None:
     """List presets, such as the paper's networks; use one with --preset NAME."""
     found = [
         {"name": name, "command": config.COMMAND_OF[preset.kind], "summary": preset.summary}
@@ -253,7 +253,7 @@ def _by_number(path: Path) -> list[object]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
 
 
-def _show_list(given: opt.Given, name: str, found: list[dict[str, str]]) -> None:
+def _show_list(given: opt.ParsedOptions, name: str, found: list[dict[str, str]]) -> None:
     if given.json:
         console.emit_json({name: found})
     elif not found:
@@ -264,8 +264,8 @@ def _show_list(given: opt.Given, name: str, found: list[dict[str, str]]) -> None
         )
 
 
-@opt.takes(opt.TALK)
-def doctor(given: opt.Given) -> None:
+@opt.command(opt.TALK)
+def doctor(given: opt.ParsedOptions) -> None:
     """Check this machine: versions, devices, cores, memory and disk, and what is missing."""
     facts = machine_facts()
     if given.json:

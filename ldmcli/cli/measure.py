@@ -159,8 +159,8 @@ _HOW = {
 _LIMITS = {"compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
-@opt.takes({**opt.ROWS, "data": Reference, "split": ReferenceSplit}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
-def eval_fid(given: opt.Given) -> None:
+@opt.command({**opt.ROWS, "data": Reference, "split": ReferenceSplit}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
+def eval_fid(given: opt.ParsedOptions) -> None:
     """Metrics of generated images against a data set: FID, KID, IS, precision and recall, PSNR, SSIM, LPIPS.
 
     One of --model, --images, --autoencoder and --pairs says what is measured.
@@ -205,7 +205,7 @@ def eval_fid(given: opt.Given) -> None:
     check_limits(result, limits)
 
 
-def what_is_measured(given: opt.Given) -> dict[str, Any]:
+def what_is_measured(given: opt.ParsedOptions) -> dict[str, Any]:
     """The one of model, images, autoencoder and pairs that was given; the newest diffusion run where none was."""
     found = {
         name: getattr(given, name)
@@ -223,7 +223,7 @@ def what_is_measured(given: opt.Given) -> dict[str, Any]:
     return {"model": run}
 
 
-def reference(given: opt.Given, measured: dict[str, Any]):
+def reference(given: opt.ParsedOptions, measured: dict[str, Any]):
     """What to measure against: data settings, an .npz, or None where no option speaks of data.
 
     Options that leave the data set open (--limit, --split) change what the measured run was trained on.

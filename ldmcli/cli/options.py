@@ -2,7 +2,7 @@
 
 An option that sets a configuration value carries its path (`.path`), so that a command needs no list of its own:
 `Given.layers()` turns what the user gave into layers for `core.config`. Groups of options are dicts; a command takes
-the groups it needs through `takes`.
+the groups it needs through `command`.
 """
 
 import copy
@@ -835,7 +835,7 @@ def long_name(info: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Given:
+class ParsedOptions:
     """What the user gave: values by parameter name (as attributes, too), and the command line itself."""
 
     values: dict[str, Any]
@@ -879,7 +879,7 @@ def _with_default(alias: Any, defaults: dict[str, object]) -> Any:
     return Annotated[alias.__origin__, info]
 
 
-def takes(*groups: dict[str, Any], kind: str = "diffusion") -> Callable:
+def command(*groups: dict[str, Any], kind: str = "diffusion") -> Callable:
     """Give a command `f(given)` the options and arguments of `groups`; `kind` says whose defaults help shows."""
     options: dict[str, Any] = {}
     for group in groups:
@@ -888,7 +888,7 @@ def takes(*groups: dict[str, Any], kind: str = "diffusion") -> Callable:
 
     def decorate(function: Callable) -> Callable:
         def command(ctx: typer.Context, **values: Any) -> Any:
-            given = Given(values, options, ctx.info_name or "", list((ctx.obj or {}).get("argv", ())))
+            given = ParsedOptions(values, options, ctx.info_name or "", list((ctx.obj or {}).get("argv", ())))
             given.check_choices()
             return function(given)
 

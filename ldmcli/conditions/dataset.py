@@ -15,8 +15,8 @@ from ldmcli.data.boxes import are_shares
 from ldmcli.data.decode import BadImage
 from ldmcli.data.degradations import degrade
 from ldmcli.data.masks import random_mask
-from ldmcli.data.pictures import several
-from ldmcli.data.rows import Room, in_threads
+from ldmcli.data.pictures import first_few
+from ldmcli.data.rows import Room, parallel_map
 from ldmcli.maths import rng
 from ldmcli.networks.conditioners import CONDITIONS
 
@@ -113,7 +113,7 @@ class ConditionSource:
         if unknown:
             console.warn(
                 f"{self.rows.source}, {self.rows.split}: objects of {len(unknown)} categories that the model "
-                f"does not know are left out ({several(unknown)})"
+                f"does not know are left out ({first_few(unknown)})"
             )
 
     def _map(self, i: int, u) -> np.ndarray:
@@ -175,7 +175,7 @@ def look_at_maps(rows, indices: Sequence[int], workers: int) -> tuple[list[BadIm
     """(maps among those of `indices` that are not as large as their picture, how often each class index occurs)."""
     bad: list[BadImage] = []
     seen = np.zeros(256, np.int64)
-    for i, found in zip(indices, in_threads(lambda i: _map_facts(rows, i), indices, workers or 1)):
+    for i, found in zip(indices, parallel_map(lambda i: _map_facts(rows, i), indices, workers or 1)):
         if isinstance(found, BadImage):
             found.index = i
             bad.append(found)
@@ -188,7 +188,7 @@ def with_fitting_maps(rows, bad: list[BadImage], skip_bad: bool):
     """The rows without those whose map was found `bad`. Raises InputError where they are not to be skipped."""
     if bad and (not skip_bad or len(bad) == len(rows)):
         raise InputError(
-            f"{len(bad)} of {len(rows)} maps do not fit their picture: {several(bad)}; "
+            f"{len(bad)} of {len(rows)} maps do not fit their picture: {first_few(bad)}; "
             "mend them, or leave such rows out with --skip-bad"
         )
     if bad:

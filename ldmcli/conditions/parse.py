@@ -13,7 +13,7 @@ from ldmcli.core.console import warn, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.arrays import numeric_rows
-from ldmcli.data.decode import BadImage, decode_alpha, shown
+from ldmcli.data.decode import BadImage, decode_alpha, sanitise
 from ldmcli.data.rows import class_map
 from ldmcli.networks.conditioners import TextCondition
 from ldmcli.networks.layout import LayoutCondition
@@ -155,7 +155,7 @@ def warn_of_cut(entry: TextCondition, texts: Sequence[str], what: str, remedy: s
         warn_once(
             f"cut {what}",
             f"{len(cut)} of {total or len(texts)} {what} {are} longer than the {entry.length} "
-            f"tokens that the model reads, and cut; the first: “{shown(cut[0], 80)}”{remedy}",
+            f"tokens that the model reads, and cut; the first: “{sanitise(cut[0], 80)}”{remedy}",
         )
 
 

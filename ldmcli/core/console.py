@@ -59,7 +59,7 @@ def set_verbosity(*, quiet: bool = False, verbose: bool = False, json: bool = Fa
     _state.warned.clear()
 
 
-def speaks() -> bool:
+def is_rank_0() -> bool:
     """True in process 0, and where there is only one."""
     return os.environ.get("RANK", "0") in ("", "0")
 
@@ -89,7 +89,7 @@ def _to_stderr(text: str) -> None:
 
 def out(text: object = "") -> None:
     """The result, on stdout (on stderr with --json, where stdout belongs to the document)."""
-    if not speaks():
+    if not is_rank_0():
         return
     if _state.json:
         _to_stderr(str(text))
@@ -99,7 +99,7 @@ def out(text: object = "") -> None:
 
 def say(text: object) -> None:
     """Conversation, on stderr; silent with --quiet."""
-    if speaks() and not _state.quiet:
+    if is_rank_0() and not _state.quiet:
         _to_stderr(str(text))
 
 
@@ -118,7 +118,7 @@ def detail(text: object) -> None:
 
 def warn(text: object) -> None:
     """One line on stderr that the user can act on; also with --quiet."""
-    if speaks():
+    if is_rank_0():
         _to_stderr(f"ldm: warning: {_one_line(text)}")
 
 
@@ -142,7 +142,7 @@ def _one_line(text: object) -> str:
 
 def emit_json(document: dict) -> None:
     """The document of --json on stdout; NaN and infinities become null, which every JSON reader takes."""
-    if speaks():
+    if is_rank_0():
         text = json.dumps(_plain(document), ensure_ascii=False, indent=2, default=str)
         try:
             text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -232,7 +232,7 @@ def _fields(fields: dict) -> str:
 @contextmanager
 def progress(total: int, label: str):
     """Yields an object whose `.advance(n=1, **fields)` reports progress: a bar on a terminal, plain lines elsewhere."""
-    if _state.quiet or not speaks():
+    if _state.quiet or not is_rank_0():
         yield _Silent()
         return
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":

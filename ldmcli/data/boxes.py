@@ -4,7 +4,7 @@ import numpy as np
 
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.decode import BadImage, shown
+from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.rows import Rows
 
 
@@ -14,7 +14,7 @@ def with_boxes(rows: Rows, settings: DataSettings) -> Rows:
     least, most = settings.min_objects, settings.max_objects
     if not (least or most or settings.min_box_area):
         return rows
-    where = f"{shown(rows.source)}, {rows.split}"
+    where = f"{sanitise(rows.source)}, {rows.split}"
     if not rows.has("objects"):
         raise InputError(
             f"{where}: data.min_objects, max_objects and min_box_area are about boxes, and there is no "

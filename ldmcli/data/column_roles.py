@@ -8,8 +8,8 @@ import numpy as np
 from ldmcli.core.config import did_you_mean, suggestions
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.decode import BadImage, shown
-from ldmcli.data.pictures import several
+from ldmcli.data.decode import BadImage, sanitise
+from ldmcli.data.pictures import first_few
 from ldmcli.data.readers import Table, TarEntry, is_missing
 from ldmcli.data.rows import Columns, class_map
 
@@ -47,14 +47,14 @@ def choose_columns(table: Table, settings: DataSettings) -> dict[str, str]:
             chosen[role] = only[0]
     if "image" not in chosen:
         raise InputError(
-            f"{shown(settings.source)}: no column of pictures; there are {_column_list(table)}; "
+            f"{sanitise(settings.source)}: no column of pictures; there are {_column_list(table)}; "
             "name it with --image-column"
         )
     return chosen
 
 
 def _named(role: str, column: str, table: Table) -> str:
-    option = f"--{role}-column {shown(column)}"
+    option = f"--{role}-column {sanitise(column)}"
     if column not in table.kinds:
         near = did_you_mean(suggestions(column, list(table.kinds)))
         raise InputError(f"{option}: no such column; there are {_column_list(table)}{near}")
@@ -66,7 +66,7 @@ def _named(role: str, column: str, table: Table) -> str:
 
 
 def _column_list(table: Table) -> str:
-    return ", ".join(f"{shown(column, 40)} ({kind})" for column, kind in table.kinds.items())
+    return ", ".join(f"{sanitise(column, 40)} ({kind})" for column, kind in table.kinds.items())
 
 
 def make_columns(table: Table, settings: DataSettings, label_names: list[str]) -> Columns:
@@ -125,16 +125,16 @@ def _captions(table: Table, column: str, notes: list[str]) -> Callable[[int], st
         empty = sum(is_missing(value) or not value or isinstance(value, str) and not value.strip() for value in values)
         several_texts = sum(isinstance(value, (list, tuple)) and len(value) > 1 for value in values)
         told = table.length > 1  # rows of a stream come one by one
-        notes += [f"{empty} of {table.length} captions in column {shown(column)} are empty"] * (told and empty > 0)
+        notes += [f"{empty} of {table.length} captions in column {sanitise(column)} are empty"] * (told and empty > 0)
         notes += [
-            f"{several_texts} rows have several captions in column {shown(column)}; the first with words is taken"
+            f"{several_texts} rows have several captions in column {sanitise(column)}; the first with words is taken"
         ] * (told and several_texts > 0)
 
     def caption(i: int) -> str:
         text = _caption(values[i])
         if text is None:
             raise InputError(
-                f"{shown(table.name(i))}: {shown(values[i], 60)} in column {shown(column)} is no caption; "
+                f"{sanitise(table.name(i))}: {sanitise(values[i], 60)} in column {sanitise(column)} is no caption; "
                 "write text there, or name another column with --caption-column"
             )
         return text
@@ -231,7 +231,7 @@ def _category_texts(table: Table, column: str, i: int, categories: list) -> list
 
 
 def _box_error(table: Table, column: str, i: int, key: str, value, wanted: str) -> InputError:
-    found = f"{shown(table.name(i))}: {key} in column {shown(column)} is {shown(value, 60)}"
+    found = f"{sanitise(table.name(i))}: {key} in column {sanitise(column)} is {sanitise(value, 60)}"
     return InputError(f"{found}; it must be {wanted}")
 
 
@@ -295,10 +295,10 @@ def _label_trouble(table: Table, column: str, labels: np.ndarray, settings: Data
     wrong = np.flatnonzero(labels < 0)
     if not len(wrong):
         return ""
-    rows = several(f"{table.name(int(i))}: {table.columns[column][int(i)]!r}" for i in wrong[:6])
+    rows = first_few(f"{table.name(int(i))}: {table.columns[column][int(i)]!r}" for i in wrong[:6])
     more = f", {len(wrong)} in all" if len(wrong) > 6 else ""
     return (
-        f"{shown(settings.source)}: {len(wrong)} labels in column {shown(column)} name no class ({rows}{more}); "
+        f"{sanitise(settings.source)}: {len(wrong)} labels in column {sanitise(column)} name no class ({rows}{more}); "
         "label those rows, or take them out"
     )
 
@@ -309,4 +309,4 @@ def _near_names(names: list[str]) -> list[str]:
     for name in names:
         groups.setdefault(" ".join(name.lower().split()), []).append(name)
     near = [" and ".join(group) for group in groups.values() if len(group) > 1]
-    return [f"classes that differ in capitals or blanks alone: {several(near)}"] * bool(near)
+    return [f"classes that differ in capitals or blanks alone: {first_few(near)}"] * bool(near)

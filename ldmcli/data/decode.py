@@ -61,7 +61,7 @@ class BadImage(InputError):
     """A picture that cannot be used. `name` says which, `reason` why: one line each, no control characters."""
 
     def __init__(self, name: str, reason: str):
-        self.name, self.reason = shown(name, end=True), shown(reason)
+        self.name, self.reason = sanitise(name, end=True), sanitise(reason)
         super().__init__(f"{self.name}: {self.reason}")
         self.index = -1  # of the row, where a whole set is looked at
 
@@ -75,7 +75,7 @@ def _bad_image(name: str, reason: str, index: int) -> BadImage:
     return error
 
 
-def shown(text: object, limit: int = 200, *, end: bool = False) -> str:
+def sanitise(text: object, limit: int = 200, *, end: bool = False) -> str:
     """Text from data as it may be shown: one line, no control characters, bytes that are not UTF-8 as \\xNN.
 
     What is longer than `limit` loses its end, or with `end` its beginning: a file is told by the end of its path.
@@ -229,7 +229,7 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    return shown(str(error) or type(error).__name__, 100)
+    return sanitise(str(error) or type(error).__name__, 100)
 
 
 def _warn_of_frames(image: Image.Image, content: bytes, name: str) -> None:
@@ -243,7 +243,7 @@ def _warn_of_frames(image: Image.Image, content: bytes, name: str) -> None:
     except _DAMAGE:  # in a later frame, perhaps: the first one decides
         several = False
     if several:
-        warn_once("frames", f"{shown(name)}: holds several frames; of such files the first is taken")
+        warn_once("frames", f"{sanitise(name)}: holds several frames; of such files the first is taken")
 
 
 def _orientation(image: Image.Image) -> int:

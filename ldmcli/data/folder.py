@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 
 from ldmcli.core.errors import InputError
 from ldmcli.data.annotations import Annotations, read_annotations
-from ldmcli.data.decode import EXTENSIONS, shown
+from ldmcli.data.decode import EXTENSIONS, sanitise
 from ldmcli.data.metadata import file_column, holds_rows, read_rows, read_text
-from ldmcli.data.pictures import TEXTS, Found, no_pictures, several
+from ldmcli.data.pictures import TEXTS, Found, first_few, no_pictures
 
 SPLITS = {
     "train": "train",
@@ -62,7 +62,7 @@ def scan(found: Found, *, skip_bad: bool = False, image_column: str = "") -> dic
     found.tables += general
     if found.outside and not skip_bad:
         raise InputError(
-            f"{several(found.outside)}: links that lead out of {shown(root)}; "
+            f"{first_few(found.outside)}: links that lead out of {sanitise(root)}; "
             "copy the pictures or leave them out with --skip-bad"
         )
     if not found.pictures and not found.metadata:
@@ -88,7 +88,7 @@ def scan(found: Found, *, skip_bad: bool = False, image_column: str = "") -> dic
         if len(classes) > 1:
             _add_classes(listings[split], base)
     if not listings:
-        raise InputError(f"{shown(root)}: no row of the metadata names a picture of a split; {'; '.join(notes)}")
+        raise InputError(f"{sanitise(root)}: no row of the metadata names a picture of a split; {'; '.join(notes)}")
     for listing in listings.values():
         listing.notes = [*notes, *listing.notes, *found.notes(), *_unused_tables(found, told.files)]
     return listings
@@ -125,10 +125,10 @@ def _split_folders(found: Found) -> tuple[dict[str, Path], list[str]]:
     others = [name for name in tops if not split_of(name)]
     if not splits or (others or loose) and len(splits) < 2:
         named = [f"{name}/" for names in splits.values() for name in names]
-        return {"train": root}, [f"{several(named)} is no split: other pictures lie beside it"] * bool(named)
+        return {"train": root}, [f"{first_few(named)} is no split: other pictures lie beside it"] * bool(named)
     for names in splits.values():
         if len(names) > 1:
-            raise InputError(f"{shown(root)}: two folders for one split ({', '.join(names)}); keep one of them")
+            raise InputError(f"{sanitise(root)}: two folders for one split ({', '.join(names)}); keep one of them")
     notes = []
     if others or loose:
         beside = [path for path in found.pictures if not split_of(path.relative_to(root).parts[0])]
@@ -206,13 +206,14 @@ def _add_text_files(listing: Listing, captions: list[Path | None], skip_bad: boo
     lonely = [name for name, path in zip(listing.names, captions) if path is None]
     if lonely and not skip_bad:
         raise InputError(
-            f"{len(lonely)} pictures have no text file beside them ({several(lonely)}); leave them out with --skip-bad"
+            f"{len(lonely)} pictures have no text file beside them ({first_few(lonely)}); "
+            "leave them out with --skip-bad"
         )
     kept = [(k, path) for k, path in enumerate(captions) if path is not None]
     listing.names = [listing.names[k] for k, _ in kept]
     listing.columns["image"] = [listing.columns["image"][k] for k, _ in kept]
     listing.columns["caption"] = [read_text(path).strip() for _, path in kept]
-    listing.notes += [f"{len(lonely)} pictures without a text file left out ({several(lonely)})"] * bool(lonely)
+    listing.notes += [f"{len(lonely)} pictures without a text file left out ({first_few(lonely)})"] * bool(lonely)
 
 
 def _add_json_files(listing: Listing, beside: list[Path | None]) -> None:
@@ -222,7 +223,7 @@ def _add_json_files(listing: Listing, beside: list[Path | None]) -> None:
     if count:
         listing.columns["caption"] = found
         lonely = [name for name, text in zip(listing.names, found) if text is None]
-        told = f"; {len(lonely)} have none ({several(lonely)})" if lonely else ""
+        told = f"; {len(lonely)} have none ({first_few(lonely)})" if lonely else ""
         listing.notes.append(f"captions come from {count} JSON files beside the pictures{told}")
 
 
@@ -233,7 +234,7 @@ def _add_annotations(listing: Listing, told: Annotations) -> None:
         listing.columns.setdefault(column, [one.get(column) for one in found])
     lonely = [name for name, one in zip(listing.names, found) if not one]
     if told.values and lonely:
-        listing.notes.append(f"{len(lonely)} pictures have no entry in the annotations ({several(lonely)})")
+        listing.notes.append(f"{len(lonely)} pictures have no entry in the annotations ({first_few(lonely)})")
 
 
 def _json_caption(path: Path) -> str | None:
@@ -272,7 +273,7 @@ class _Rows:
             columns |= {name.removesuffix("_file_name"): name for name in row if name.endswith("_file_name")}
             picture = next((short for short in columns if short in (key, "image")), None)
             if picture is None or not isinstance(row[columns[picture]], str):
-                raise InputError(f"{shown(_id(table, self.root))}: no column file_name; there are {several(row)}")
+                raise InputError(f"{sanitise(_id(table, self.root))}: no column file_name; there are {first_few(row)}")
             paths = {
                 short: self._resolve(row[name], table)
                 for short, name in columns.items()
@@ -280,7 +281,7 @@ class _Rows:
             }
             self.named.update(paths.values())
             absent = [row[columns[short]] for short, path in paths.items() if not _there(path)]
-            self.missing += [shown(one) for one in absent]
+            self.missing += [sanitise(one) for one in absent]
             if not absent:
                 others = {name: value for name, value in row.items() if name not in columns.values()}
                 yield _Row(paths[picture], others | paths, table)
@@ -289,17 +290,18 @@ class _Rows:
         """The file that a metadata entry names; entries that lead out of the folder are refused."""
         text = str(value).strip()
         root, path = self.root.resolve(), PurePosixPath(text.replace("\\", "/") if os.sep == "\\" else text)
-        where = shown(_id(table, self.root))
+        where = sanitise(_id(table, self.root))
         if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
             raise InputError(
-                f"{where}: {shown(text, 80)} is an address; fetch the pictures first (img2dataset does) "
+                f"{where}: {sanitise(text, 80)} is an address; fetch the pictures first (img2dataset does) "
                 "and name their files"
             )
         if path.is_absolute() and root in Path(path).parents and ".." not in path.parts:
             path = PurePosixPath(Path(path).relative_to(root))
         if not text or path.is_absolute() or ".." in path.parts or "\0" in text:
             raise InputError(
-                f"{where}: file_name {shown(text)!r} leads out of the folder; name files relative to the metadata file"
+                f"{where}: file_name {sanitise(text)!r} leads out of the folder; "
+                "name files relative to the metadata file"
             )
         places = [table.parent / path, self.root / path]
         if not path.suffix:
@@ -312,7 +314,7 @@ class _Rows:
             or found.is_symlink()
             and not (found.resolve().is_relative_to(root))
         ):
-            raise InputError(f"{where}: {shown(text)} is a link that leads out of the folder")
+            raise InputError(f"{where}: {sanitise(text)} is a link that leads out of the folder")
         return found
 
     @property
@@ -333,16 +335,16 @@ class _Rows:
         told = []
         if self.missing:
             told.append(
-                f"{len(self.missing)} rows name pictures that are absent ({several(self.missing)}"
+                f"{len(self.missing)} rows name pictures that are absent ({first_few(self.missing)}"
                 f"{_hint(self.missing, lonely)})"
             )
         if lonely:
-            told.append(f"{len(lonely)} pictures have no row in the metadata ({several(lonely)})")
+            told.append(f"{len(lonely)} pictures have no row in the metadata ({first_few(lonely)})")
         if not self.rows:
             what = "; ".join(told) or "no row with a picture"
-            raise InputError(f"{shown(_id(self.tables[0], self.root))}: {what}")
+            raise InputError(f"{sanitise(_id(self.tables[0], self.root))}: {what}")
         if told and not skip_bad:
-            raise InputError(f"{shown(self.root)}: {'; '.join(told)}; leave them out with --skip-bad")
+            raise InputError(f"{sanitise(self.root)}: {'; '.join(told)}; leave them out with --skip-bad")
         return [*(f"{one}, left out" for one in told), *self.notes]
 
     def listings(self, bases: dict[str, Path], notes: list[str]) -> dict[str, Listing]:
@@ -398,7 +400,7 @@ def _one_each(rows: list[_Row], root: Path) -> tuple[list[_Row], list[str]]:
         for (other, table), count in passed.items()
     ]
     for table, several_rows in repeated.items():
-        names = several(_id(picture, root) for picture, _ in several_rows)
+        names = first_few(_id(picture, root) for picture, _ in several_rows)
         notes.append(
             f"{len(several_rows)} pictures have several rows in {_id(table, root)} ({names}); the first of "
             f"each is taken, {sum(count for _, count in several_rows)} others are left out"
@@ -417,7 +419,7 @@ def _unused_tables(found: Found, used: Sequence[Path] = ()) -> list[str]:
     if not unused:
         return []
     name, ending = unused[0].relative_to(found.root).as_posix(), unused[0].suffix.lower()
-    how = f"name it to take it (--data {shown(found.root / name)}), or call it metadata{ending}"
+    how = f"name it to take it (--data {sanitise(found.root / name)}), or call it metadata{ending}"
     if ending == ".txt":
         how = "call it metadata.csv where its first line names columns, as in file_name,caption"
     return [f"{len(unused)} tables are not read ({found.names(unused)}); {how}"]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.core.errors import InputError
-from ldmcli.data.decode import EXTENSIONS, shown
-from ldmcli.data.pictures import several
+from ldmcli.data.decode import EXTENSIONS, sanitise
+from ldmcli.data.pictures import first_few
 
 FILE_COLUMNS = (
     "file_name",
@@ -47,14 +47,14 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{sanitise(path)}: cannot be read ({error.strerror})") from None
     mark, encoding = next(((m, e) for m, e in _MARKS if content.startswith(m)), (b"", "utf-8"))
     try:
         return content[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         where = error.start + len(mark)
         raise InputError(
-            f"{shown(path)}: not {encoding.upper()} text at byte {where} (0x{content[where]:02x}); "
+            f"{sanitise(path)}: not {encoding.upper()} text at byte {where} (0x{content[where]:02x}); "
             "save the file as UTF-8"
         ) from None
 
@@ -86,9 +86,9 @@ def read_rows(path: Path) -> Iterator[dict]:
         else:
             yield from (_object(json.loads(line), path, k) for k, line in _lines(text))
     except json.JSONDecodeError as error:
-        raise InputError(f"{shown(path)}: not valid JSON ({error.msg}, column {error.colno})") from None
+        raise InputError(f"{sanitise(path)}: not valid JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
-        raise InputError(f"{shown(path)}: JSON that is nested too deeply") from None
+        raise InputError(f"{sanitise(path)}: JSON that is nested too deeply") from None
 
 
 def holds_rows(path: Path) -> bool:
@@ -114,7 +114,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _object(row: object, path: Path, line: int) -> dict:
     if not isinstance(row, dict):
-        raise InputError(f"{shown(path)}: row {line} is not an object with named values")
+        raise InputError(f"{sanitise(path)}: row {line} is not an object with named values")
     return row
 
 
@@ -171,13 +171,13 @@ def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[dict]:
                 continue
             if len(fields) < len(header) or any(map(str.strip, fields[len(header) :])):
                 raise InputError(
-                    f"{shown(path)}: line {reader.line_num} has "
+                    f"{sanitise(path)}: line {reader.line_num} has "
                     f"{'more' if len(fields) > len(header) else 'fewer'} fields than the header; "
                     "quote commas"
                 )
             yield {name: field for name, field in zip(header, fields) if name}  # an index column has no name
     except csv.Error as error:
-        raise InputError(f"{shown(path)}: line {reader.line_num}: {error}") from None
+        raise InputError(f"{sanitise(path)}: line {reader.line_num}: {error}") from None
 
 
 def _delimiter(text: str) -> str:
@@ -196,9 +196,9 @@ def _delimiter(text: str) -> str:
 def _check_header(header: list[str], path: Path) -> None:
     twice = [name for name, count in Counter(header).items() if name and count > 1]
     if twice:
-        raise InputError(f"{shown(path)}: two columns called {several(twice)}; give each a name of its own")
+        raise InputError(f"{sanitise(path)}: two columns called {first_few(twice)}; give each a name of its own")
     if any(Path(name).suffix.lower() in EXTENSIONS for name in header):
         raise InputError(
-            f"{shown(path)}: begins with a picture ({several(header)}); its first line must name the "
+            f"{sanitise(path)}: begins with a picture ({first_few(header)}); its first line must name the "
             "columns, as in file_name,caption"
         )

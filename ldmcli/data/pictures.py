@@ -17,7 +17,7 @@ import numpy as np
 
 from ldmcli.core import console, outputs
 from ldmcli.core.errors import InputError
-from ldmcli.data.decode import EXTENSIONS, BadImage, decode, probe, shown
+from ldmcli.data.decode import EXTENSIONS, BadImage, decode, probe, sanitise
 
 UNREAD = frozenset(
     ".heic .heif .hif .jxl .tga .svg .svgz .psd .psb .xcf .kra .ai .eps .ico .icns .cur .exr .hdr .pfm .dds .pcx .sgi "
@@ -54,9 +54,9 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def several(names: Iterable) -> str:
+def first_few(names: Iterable) -> str:
     """The first few names, and how many more there are."""
-    names = [shown(name, 80, end=True) for name in names]
+    names = [sanitise(name, 80, end=True) for name in names]
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more
 
@@ -81,7 +81,7 @@ class Found:
 
     def names(self, paths: Iterable[Path]) -> str:
         """Relative paths, the first few."""
-        return several(path.relative_to(self.root).as_posix() + "/" * path.is_dir() for path in paths)
+        return first_few(path.relative_to(self.root).as_posix() + "/" * path.is_dir() for path in paths)
 
     def notes(self) -> list[str]:
         """What is there and is not taken, a line a kind."""
@@ -114,7 +114,7 @@ class Found:
         return told
 
     def _folders(self, folders: Sequence[Path]) -> str:
-        return several(f"{folder.relative_to(self.root).as_posix()}/" for folder in folders)
+        return first_few(f"{folder.relative_to(self.root).as_posix()}/" for folder in folders)
 
 
 def _endings(paths: Sequence[Path]) -> str:
@@ -282,14 +282,14 @@ def image_files(paths: Sequence[Path], *, besides: Sequence[Path] = ()) -> list[
             linked = [one for one in found.outside if one.is_file() and one.suffix.lower() in EXTENSIONS]
             files += sorted([*found.pictures, *linked], key=lambda one: one.relative_to(path).parts)
             away = [one for one in found.outside if one.is_dir()]
-            told += [f"{shown(path)}: {note}" for note in found.notes()]
-            told += [f"{shown(path)}: links to folders are not followed ({found.names(away)})"] * bool(away)
+            told += [f"{sanitise(path)}: {note}" for note in found.notes()]
+            told += [f"{sanitise(path)}: links to folders are not followed ({found.names(away)})"] * bool(away)
         elif path.exists():
             files.append(path)
         else:
-            raise InputError(f"{shown(path)}: no such file or folder")
+            raise InputError(f"{sanitise(path)}: no such file or folder")
     if not files:
-        raise no_pictures(paths[0], [note.removeprefix(f"{shown(paths[0])}: ") for note in told])
+        raise no_pictures(paths[0], [note.removeprefix(f"{sanitise(paths[0])}: ") for note in told])
     for note in told:
         console.say_once(note)
     return files
@@ -297,7 +297,7 @@ def image_files(paths: Sequence[Path], *, besides: Sequence[Path] = ()) -> list[
 
 def no_pictures(root: Path, notes: Sequence[str]) -> InputError:
     """What is said of a folder that holds nothing to take."""
-    return InputError(f"{shown(root)}: no pictures in this folder" + "".join(f"; {note}" for note in notes))
+    return InputError(f"{sanitise(root)}: no pictures in this folder" + "".join(f"; {note}" for note in notes))
 
 
 def pair_name(folder: Path, path: Path) -> str:

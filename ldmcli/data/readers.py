@@ -20,10 +20,10 @@ from ldmcli.core.config import did_you_mean, suggestions
 from ldmcli.core.errors import InputError
 from ldmcli.core.files import expanded
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.decode import EXTENSIONS, BadImage, shown
+from ldmcli.data.decode import EXTENSIONS, BadImage, sanitise
 from ldmcli.data.folder import scan, scan_table, split_of
 from ldmcli.data.metadata import file_column
-from ldmcli.data.pictures import DATA_FILES, TABLES, UNREAD, Found, find, is_hidden, several
+from ldmcli.data.pictures import DATA_FILES, TABLES, UNREAD, Found, find, first_few, is_hidden
 
 TABLE_FILES = (*DATA_FILES, *TABLES)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?$")
@@ -90,8 +90,8 @@ def data_files(found: Found) -> list[Path]:
     columnar = [path for path in found.data if path not in archives and path.with_suffix("") not in shards]
     if found.pictures and columnar:
         raise InputError(
-            f"{shown(found.root)}: holds both pictures ({len(found.pictures)}) and data files "
-            f"({several(columnar)}); name the folder of one kind"
+            f"{sanitise(found.root)}: holds both pictures ({len(found.pictures)}) and data files "
+            f"({first_few(columnar)}); name the folder of one kind"
         )
     if found.pictures or found.metadata:
         return []
@@ -119,8 +119,8 @@ def _from_files(files: list[Path], settings: DataSettings, split: str = "train")
         listings = scan_table(files[0], skip_bad=settings.skip_bad, image_column=settings.image_column)
         return {own if split == "train" else split: _listed(part) for own, part in listings.items()}
     if kinds & set(EXTENSIONS):
-        raise InputError(f"{shown(files[0])}: one picture; name the folder that it lies in")
-    raise InputError(f"{several(files)}: not data files of one kind ({', '.join(TABLE_FILES)})")
+        raise InputError(f"{sanitise(files[0])}: one picture; name the folder that it lies in")
+    raise InputError(f"{first_few(files)}: not data files of one kind ({', '.join(TABLE_FILES)})")
 
 
 # --- tables of our own ------------------------------------------------------------------------------------------------
@@ -182,9 +182,9 @@ def _listed_tar(archives: list[Path], skip_bad: bool) -> Table:
             unread.update([ending] if (ending := f".{extension.rpartition('.')[2]}") in UNREAD else ())
     lonely = [key for (_, key), row in rows.items() if not isinstance(row.get("image"), TarEntry)]
     formats = f"; formats that are not read: {', '.join(f'{n} {ending}' for ending, n in unread.items())}"
-    told = f"{len(lonely)} rows without a picture ({several(lonely)}{formats if unread else ''})"
+    told = f"{len(lonely)} rows without a picture ({first_few(lonely)}{formats if unread else ''})"
     if lonely and not skip_bad:
-        raise InputError(f"{shown(archives[0])}: {told}; leave them out with --skip-bad")
+        raise InputError(f"{sanitise(archives[0])}: {told}; leave them out with --skip-bad")
     kept = {key: row for key, row in rows.items() if isinstance(row.get("image"), TarEntry)}
     columns = {column: None for row in kept.values() for column in row}
     notes = [f"{told} left out"] * bool(lonely)
@@ -204,13 +204,15 @@ def _tar_entries(archive: Path):
                     continue
                 if name.is_absolute() or ".." in name.parts or not member.isreg():
                     raise InputError(
-                        f"{shown(archive)}: entry {shown(member.name)!r} is refused: "
+                        f"{sanitise(archive)}: entry {sanitise(member.name)!r} is refused: "
                         "only plain files inside the archive are read"
                     )
                 stem, _, extension = name.name.partition(".")
                 yield str(name.parent / stem), extension.lower(), TarEntry(archive, member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{shown(archive)}: not an uncompressed tar archive, or cut off ({shown(error)})") from None
+        raise InputError(
+            f"{sanitise(archive)}: not an uncompressed tar archive, or cut off ({sanitise(error)})"
+        ) from None
 
 
 def _put(row: dict, extension: str, entry: TarEntry) -> None:
@@ -230,7 +232,7 @@ def _text_of(entry: TarEntry) -> str:
         return entry.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{shown(entry.archive)}: text that is not UTF-8 at byte {entry.offset + error.start} of the archive"
+            f"{sanitise(entry.archive)}: text that is not UTF-8 at byte {entry.offset + error.start} of the archive"
         ) from None
 
 
@@ -238,7 +240,7 @@ def _json_of(entry: TarEntry) -> dict:
     try:
         value = json.loads(_text_of(entry))
     except json.JSONDecodeError as error:
-        raise InputError(f"{shown(entry.archive)}: JSON at byte {entry.offset} is not valid ({error.msg})") from None
+        raise InputError(f"{sanitise(entry.archive)}: JSON at byte {entry.offset} is not valid ({error.msg})") from None
     return value if isinstance(value, dict) else {}
 
 
@@ -268,7 +270,7 @@ def _read_columns(files: list[Path], kind: str):
         whole = pyarrow.concat_tables(tables, promote_options="permissive")
         return datasets.Dataset(datasets.table.InMemoryTable(whole.replace_schema_metadata(tables[0].schema.metadata)))
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
-        raise InputError(f"{several(files)}: cannot be read as {kind} ({shown(error)})") from None
+        raise InputError(f"{first_few(files)}: cannot be read as {kind} ({sanitise(error)})") from None
 
 
 def _read_table(path: Path, kind: str):
@@ -291,7 +293,7 @@ def _from_disk(path: Path) -> dict[str, Table]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{shown(path)}: not a complete save_to_disk folder ({shown(error)})") from None
+        raise InputError(f"{sanitise(path)}: not a complete save_to_disk folder ({sanitise(error)})") from None
     if isinstance(loaded, datasets.DatasetDict):
         return {split_of(name) or name: _from_dataset(part) for name, part in loaded.items()}
     return {"train": _from_dataset(loaded)}
@@ -306,7 +308,7 @@ def load_hub(settings: DataSettings, **options):
     """A hub data set as a datasets.DatasetDict (or its streaming kind). Raises InputError in one line."""
     source = settings.source
     if _looks_like_a_path(source):
-        raise InputError(f"--data {shown(source)}: no such file or folder{_near_name(expanded(Path(source)))}")
+        raise InputError(f"--data {sanitise(source)}: no such file or folder{_near_name(expanded(Path(source)))}")
     import datasets
 
     _mind_the_network()
@@ -314,10 +316,10 @@ def load_hub(settings: DataSettings, **options):
         return datasets.load_dataset(source, settings.config_name or None, **options)
     except Exception as error:  # the library raises dozens of kinds; its first line says what happened
         near = did_you_mean(suggestions(source, ["shapes"]))
-        first = shown(str(error).partition("\n")[0] or type(error).__name__, 160)
+        first = sanitise(str(error).partition("\n")[0] or type(error).__name__, 160)
         raise InputError(
-            f"--data {shown(source)}: no such folder here, and the hub does not give it ({first}){near}; "
-            f"with a network, fetch it once: hf download --repo-type dataset {shown(source)}"
+            f"--data {sanitise(source)}: no such folder here, and the hub does not give it ({first}){near}; "
+            f"with a network, fetch it once: hf download --repo-type dataset {sanitise(source)}"
         ) from None
 
 
@@ -331,7 +333,7 @@ def _looks_like_a_path(source: str) -> bool:
 def _near_name(path: Path) -> str:
     """A hint when the folder that should hold `path` has something of nearly that name."""
     try:
-        return did_you_mean([shown(name) for name in suggestions(path.name, os.listdir(path.parent))])
+        return did_you_mean([sanitise(name) for name in suggestions(path.name, os.listdir(path.parent))])
     except OSError:
         return ""
 
@@ -433,7 +435,7 @@ class PathColumn(Sequence):
         path = Path(str(text).strip())
         whole = path if path.is_absolute() else self._base / path
         if not text or ".." in path.parts or not whole.resolve().is_relative_to(self._base.resolve()):
-            raise BadImage(f"row {i}", f"the path {shown(text)!r} leads out of {shown(self._base)}")
+            raise BadImage(f"row {i}", f"the path {sanitise(text)!r} leads out of {sanitise(self._base)}")
         return whole
 
 
@@ -448,7 +450,7 @@ def with_paths(table: Table, base: Path, image_column: str = "") -> Table:
     addresses = [one for one, text in firsts.items() if text.lower().startswith(("http://", "https://"))]
     if addresses and (column is None or column in addresses):
         raise InputError(
-            f"column {shown(column or addresses[0])} holds addresses of pictures, not pictures; fetch "
+            f"column {sanitise(column or addresses[0])} holds addresses of pictures, not pictures; fetch "
             "them first (img2dataset does), then name the folder that they lie in"
         )
     if column is None:

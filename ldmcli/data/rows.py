@@ -15,7 +15,7 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.launch import local_processes
 from ldmcli.core.settings import DataSettings
 from ldmcli.data import shapes
-from ldmcli.data.decode import BadImage, decode, probe, scaled_size, shown, to_size
+from ldmcli.data.decode import BadImage, decode, probe, sanitise, scaled_size, to_size
 from ldmcli.data.readers import memory_bytes
 
 SHAPES_SIZE = (64, 64)
@@ -154,7 +154,7 @@ class Rows:
     def label(self, i: int) -> int:
         """Index into `class_names`. Raises InputError where the row has no label that names a class."""
         if self._columns.label is None:
-            raise InputError(f"{shown(self.source)}: split {self.split} has no labels")
+            raise InputError(f"{sanitise(self.source)}: split {self.split} has no labels")
         label = int(self._columns.label[self._ids[i]])
         if label < 0:
             raise InputError(self._columns.trouble)
@@ -178,7 +178,7 @@ class Rows:
     def all_objects(self, i: int) -> dict:
         """`objects`, small ones as well."""
         if self._columns.objects is None:
-            raise InputError(f"{shown(self.source)}: split {self.split} has no objects")
+            raise InputError(f"{sanitise(self.source)}: split {self.split} has no objects")
         return self._columns.objects(int(self._ids[i]))
 
     def map(self, i: int) -> np.ndarray:
@@ -224,7 +224,7 @@ class Rows:
 
     def hashes_of(self, indices: Sequence[int], workers: int = WORKERS) -> bytes:
         """SHA-256 of those encoded pictures, 32 bytes each; zeros where one cannot be read."""
-        return b"".join(in_threads(self._hash_or_zeros, indices, workers))
+        return b"".join(parallel_map(self._hash_or_zeros, indices, workers))
 
     def _hash_or_zeros(self, i: int) -> bytes:
         try:
@@ -269,10 +269,10 @@ class Rows:
 
     def describe(self) -> str:
         """One line for people: source, split, count, columns, what was left out."""
-        roles = ", ".join(f"{role} = {shown(column, 40)}" for role, column in self.columns.items())
+        roles = ", ".join(f"{role} = {sanitise(column, 40)}" for role, column in self.columns.items())
         classes = f"; {len(self.class_names)} classes" if self.has("label") else ""
         notes = "".join(f"; {note}" for note in self.notes)
-        return f"{shown(self.source)}, {self.split}: {len(self):,} rows; {roles}{classes}{notes}"
+        return f"{sanitise(self.source)}, {self.split}: {len(self):,} rows; {roles}{classes}{notes}"
 
     def preload(
         self, size: tuple[int, int], crop: str = "center", *, indices=None, progress=None, workers: int = WORKERS
@@ -284,7 +284,7 @@ class Rows:
         self.forget()
         self._kept_as = (tuple(size), crop)
         bad = []
-        for i, picture in zip(indices, in_threads(lambda i: self._prepared(i, size, crop), indices, workers)):
+        for i, picture in zip(indices, parallel_map(lambda i: self._prepared(i, size, crop), indices, workers)):
             if isinstance(picture, BadImage):
                 bad.append(picture)
             else:
@@ -337,7 +337,7 @@ class Rows:
         return to_size(picture, whole, "center", self._settings.resize)
 
 
-def in_threads(work: Callable, items, workers: int) -> Iterator:
+def parallel_map(work: Callable, items, workers: int) -> Iterator:
     """Results in order; at most a few batches ahead, so that what nobody keeps is freed."""
     items = list(items)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
@@ -485,7 +485,7 @@ def check_source(source: str) -> None:
 def _level(source: str) -> int:
     level = source.partition(":")[2] or "1"
     if level not in ("1", "2", "3"):
-        raise UsageError(f"--data {shown(source)}: the levels are shapes:1, shapes:2 and shapes:3")
+        raise UsageError(f"--data {sanitise(source)}: the levels are shapes:1, shapes:2 and shapes:3")
     return int(level)
 
 

@@ -62,7 +62,7 @@ COMBINATIONS = len(SHAPES) * len(COLOURS) * len(BACKGROUNDS) * len(PLACES)
 
 
 @dataclass(frozen=True)
-class Thing:
+class ShapeObject:
     """One object: indices into SHAPES and COLOURS; centre as shares of width and height; half extent as a share."""
 
     shape: int
@@ -79,7 +79,7 @@ class Spec:
 
     level: int
     background: int
-    things: tuple[Thing, ...]
+    things: tuple[ShapeObject, ...]
     place: int | None = None
     says_place: bool = True
     relations: tuple[int, ...] = ()
@@ -110,7 +110,7 @@ def _mix(*numbers: int) -> int:
     return state ^ state >> 29
 
 
-class _Lots:
+class _KeyedDraws:
     """A short row of draws for one picture."""
 
     def __init__(self, *key: int):
@@ -166,35 +166,35 @@ def spec(index: int, *, seed: int = 0, level: int = 1, split: str = "train") -> 
 
 def _single(index: int, seed: int, level: int, split: str) -> Spec:
     held_out = split == "validation"
-    lots = _Lots(seed, level, held_out, index)
+    lots = _KeyedDraws(seed, level, held_out, index)
     number = HELD_OUT[index % N_HELD_OUT] if held_out else _TRAIN_COMBINATIONS[lots.below(len(_TRAIN_COMBINATIONS))]
     shape, colour, background, place = combination(number)
     _, x, y = PLACES[_PLACE_NAMES[place]]
     says_place = held_out or lots.unit() >= NO_PLACE_SHARE
-    thing = _thing(lots, level, shape, colour, (x, y), (0.0, 0.0))
+    thing = _shape_object(lots, level, shape, colour, (x, y), (0.0, 0.0))
     return Spec(level, background, (thing,), place, says_place)
 
 
-def _thing(lots: _Lots, level: int, shape: int, colour: int, centre, sideways) -> Thing:
+def _shape_object(lots: _KeyedDraws, level: int, shape: int, colour: int, centre, sideways) -> ShapeObject:
     jitter = PLACE_JITTER[level]
     radius = RADIUS[level] * (1 + lots.around(SCALE_JITTER))
     x = centre[0] + lots.around(jitter + sideways[0])
     y = centre[1] + lots.around(jitter + sideways[1])
-    return Thing(shape, colour, x, y, radius)
+    return ShapeObject(shape, colour, x, y, radius)
 
 
 def _several(index: int, seed: int, level: int, split: str) -> Spec:
     """Levels 2 and 3: attempts are numbered, and the first on the right side of the held-out rule is taken."""
     attempt = 0
     while True:
-        lots = _Lots(seed, level, split == "validation", index, attempt)
+        lots = _KeyedDraws(seed, level, split == "validation", index, attempt)
         content = _content(lots, level)
         if (_mix(16, level, *content) % 16 == 0) == (split == "validation"):
             return _arrange(lots, level, content)
         attempt += 1
 
 
-def _content(lots: _Lots, level: int) -> tuple[int, ...]:
+def _content(lots: _KeyedDraws, level: int) -> tuple[int, ...]:
     """(background, relations…, colours…, shapes…); colours differ, the relations of level 3 have different axes."""
     relations = [lots.below(4)]
     if level == 3:
@@ -208,7 +208,7 @@ def _content(lots: _Lots, level: int) -> tuple[int, ...]:
     return (lots.below(len(BACKGROUNDS)), *relations, *colours, *shapes)
 
 
-def _arrange(lots: _Lots, level: int, content: tuple[int, ...]) -> Spec:
+def _arrange(lots: _KeyedDraws, level: int, content: tuple[int, ...]) -> Spec:
     background, relations = content[0], content[1:level]
     colours, shapes = content[level : 2 * level], content[2 * level :]
     directions = [RELATIONS[_RELATION_NAMES[r]] for r in relations]
@@ -218,7 +218,7 @@ def _arrange(lots: _Lots, level: int, content: tuple[int, ...]) -> Spec:
     sideways = (0.0, 0.0)
     if level == 2:
         sideways = tuple(0.0 if d else SIDEWAYS_JITTER for d in directions[0])
-    things = tuple(_thing(lots, level, s, c, at, sideways) for s, c, at in zip(shapes, colours, centres))
+    things = tuple(_shape_object(lots, level, s, c, at, sideways) for s, c, at in zip(shapes, colours, centres))
     return Spec(level, background, things, relations=tuple(relations))
 
 
@@ -287,7 +287,7 @@ def _first(pattern: re.Pattern, text: str, names: tuple[str, ...]) -> int | None
 # --- pixels ----------------------------------------------------------------------------------------------
 
 
-def _place_pixels(thing: Thing, size: tuple[int, int]) -> tuple[float, float, float]:
+def _place_pixels(thing: ShapeObject, size: tuple[int, int]) -> tuple[float, float, float]:
     """Centre x, y and half extent of a thing in pixels."""
     return thing.x * size[1], thing.y * size[0], thing.radius * min(size)
 
@@ -326,7 +326,7 @@ def boxes(spec: Spec, size: tuple[int, int]) -> list[tuple[float, float, float, 
     return [_box(thing, size) for thing in spec.things]
 
 
-def _box(thing: Thing, size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _box(thing: ShapeObject, size: tuple[int, int]) -> tuple[float, float, float, float]:
     x, y, radius = _place_pixels(thing, size)
     left, top, right, bottom = EXTENTS[SHAPES[thing.shape]]
     return x + left * radius, y + top * radius, (right - left) * radius, (bottom - top) * radius
@@ -366,7 +366,7 @@ def find(image: np.ndarray) -> list[tuple[int, int, tuple[float, float, float, f
     size, found = image.shape[:2], []
     for one in read(image)[1]:
         if one.iou >= MIN_IOU:
-            thing = Thing(one.shape, one.colour, one.x, one.y, one.radius)
+            thing = ShapeObject(one.shape, one.colour, one.x, one.y, one.radius)
             found.append((one.shape, one.colour, _box(thing, size)))
     return found
 

@@ -11,13 +11,11 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.boxes import with_boxes
 from ldmcli.data.column_roles import label_names_of, make_columns
-from ldmcli.data.decode import BadImage, shown
+from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.folder import split_of
-from ldmcli.data.pictures import several
+from ldmcli.data.pictures import first_few
 from ldmcli.data.readers import Table, open_tables
-from ldmcli.data.rows import SHAPES_SIZE, WORKERS, Rows, in_threads, is_shapes, shape_rows
-
-__all__ = ["Rows", "is_shapes", "open_rows", "usable", "verify"]
+from ldmcli.data.rows import SHAPES_SIZE, WORKERS, Rows, is_shapes, parallel_map, shape_rows
 
 VALIDATION_NAMES = ("validation", "test")  # after `tables` has brought val, valid, dev, … to one name
 
@@ -45,7 +43,7 @@ def whole_rows(settings: DataSettings, split: str) -> tuple[Rows, bool]:
     name = other if split == "validation" and other else wanted
     rows = rows_of(tables[name], settings, name, label_names_of(tables, settings))
     if not len(rows):
-        raise InputError(f"{shown(settings.source)}: split {name} has no rows")
+        raise InputError(f"{sanitise(settings.source)}: split {name} has no rows")
     return rows, not other
 
 
@@ -79,8 +77,8 @@ def existing_split(name: str, there: list[str], option: str, settings: DataSetti
         if candidate in there:
             return candidate
     raise InputError(
-        f"{option} {shown(name)}: {shown(settings.source)} has no such split; there are {several(there)}"
-        f" (take one with {option} {shown(there[0])})"
+        f"{option} {sanitise(name)}: {sanitise(settings.source)} has no such split; there are {first_few(there)}"
+        f" (take one with {option} {sanitise(there[0])})"
     )
 
 
@@ -92,7 +90,7 @@ def held_out(rows: Rows, settings: DataSettings) -> set[int]:
     the next hash join, or, when all that can be read are copies of one picture, one row alone is held out."""
     if len(rows) == 1:
         return set()  # it is both
-    shares = list(in_threads(lambda i: _share(rows, i), range(len(rows)), WORKERS))
+    shares = list(parallel_map(lambda i: _share(rows, i), range(len(rows)), WORKERS))
     order = sorted(range(len(rows)), key=shares.__getitem__)
     held = {i for i in order if shares[i] < settings.val_fraction}
     if not _has_readable(rows, held):
@@ -137,30 +135,30 @@ def rows_of(table: Table, settings: DataSettings, split: str, label_names: list[
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def verify(rows: Rows, settings: DataSettings, *, indices=None, progress=None, workers: int | None = None):
+def decode_all(rows: Rows, settings: DataSettings, *, indices=None, progress=None, workers: int | None = None):
     """Decodes every picture (or those of `indices`) and returns the bad ones as a list of BadImage. Small sets stay
     in memory at data.size. `progress` has `advance(n)`."""
     size = tuple(settings.size) if any(settings.size) else SHAPES_SIZE
     return rows.preload(size, settings.crop, indices=indices, progress=progress, workers=workers or WORKERS)
 
 
-def usable(
+def drop_unreadable(
     rows: Rows, settings: DataSettings, *, progress=None, bad: list[BadImage] | None = None
 ) -> tuple[Rows, list[BadImage]]:
-    """(rows whose pictures can be read, the bad ones). bad: what `verify` found, where it was asked already. Raises
+    """(rows whose pictures can be read, the bad ones). bad: what `decode_all` found, where it was asked already. Raises
     InputError when there are bad ones and data.skip_bad is off, or when nothing is left."""
     if bad is None:
-        bad = verify(rows, settings, progress=progress, workers=settings.workers)
+        bad = decode_all(rows, settings, progress=progress, workers=settings.workers)
     if bad and not settings.skip_bad:
         raise InputError(
-            f"{len(bad)} of {len(rows)} pictures cannot be read: {several(bad)}; skip them with --skip-bad"
+            f"{len(bad)} of {len(rows)} pictures cannot be read: {first_few(bad)}; skip them with --skip-bad"
         )
     if len(bad) == len(rows):
-        raise InputError(f"{shown(rows.source)}: none of {len(rows)} pictures can be read ({several(bad)})")
+        raise InputError(f"{sanitise(rows.source)}: none of {len(rows)} pictures can be read ({first_few(bad)})")
     if bad:
         left_out = {error.index for error in bad}
         rows = rows.select([i for i in range(len(rows)) if i not in left_out])
-        rows.notes.append(f"{len(bad)} pictures that cannot be read left out ({several(bad)})")
+        rows.notes.append(f"{len(bad)} pictures that cannot be read left out ({first_few(bad)})")
     rows.notes += [
         f"{rows.transparent} pictures of {rows.split} have transparent pixels, laid over "
         f"{settings.background} (data.background)"

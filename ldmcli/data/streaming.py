@@ -17,7 +17,7 @@ from ldmcli.core.files import expanded
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.batches import epoch_positions
 from ldmcli.data.column_roles import choose_columns
-from ldmcli.data.decode import shown
+from ldmcli.data.decode import sanitise
 from ldmcli.data.folder import split_of
 from ldmcli.data.pictures import find
 from ldmcli.data.readers import Table, by_split, data_files, describe_features, load_hub, with_paths
@@ -31,7 +31,7 @@ def stream(settings: DataSettings, split: str = "train", start: int = 0, *, seed
     """Rows from position `start` on, each as `Rows` of length 1 (its index is 0). Rows that cannot be decoded are left
     to the caller. Without a validation split, rows are held out by hash as in `open_rows`, but none is added where the
     fraction gives none. Raises InputError when there are no rows."""
-    one_pass = _passes(settings, split)
+    one_pass = _epochs(settings, split)
     if one_pass is None:
         yield from _by_number(open_rows(settings, split=split), split, start, seed)
         return
@@ -42,7 +42,7 @@ def stream(settings: DataSettings, split: str = "train", start: int = 0, *, seed
             if count > start:
                 yield row
         if count == 0:
-            raise InputError(f"{shown(settings.source)}: no {split} rows in the stream")
+            raise InputError(f"{sanitise(settings.source)}: no {split} rows in the stream")
         if split != "train":
             return
         epoch += max(start // count, 1)
@@ -57,7 +57,7 @@ def _by_number(rows: Rows, split: str, start: int, seed: int) -> Iterator[Rows]:
         yield rows.select(epoch_positions(position, 1, len(rows), seed)[0])
 
 
-def _passes(settings: DataSettings, split: str) -> Callable[[list[int]], Iterator[Rows]] | None:
+def _epochs(settings: DataSettings, split: str) -> Callable[[list[int]], Iterator[Rows]] | None:
     """A function of the key of an epoch that gives one pass of rows; None where rows can be reached by number."""
     parts = _parts(settings)
     if parts is None:
@@ -70,7 +70,7 @@ def _passes(settings: DataSettings, split: str) -> Callable[[list[int]], Iterato
 
     def one_pass(key: list[int]) -> Iterator[Rows]:
         values = itertools.islice(part.rows(), limit)
-        for k, value in enumerate(mixed(values, key) if split == "train" else values):
+        for k, value in enumerate(shuffle_buffer(values, key) if split == "train" else values):
             row = _single(value, kinds, classes, settings, split, k, part.base)
             if held_out or (share_of(row.content_hash(0)) < settings.val_fraction) == (split == "validation"):
                 yield row
@@ -78,7 +78,7 @@ def _passes(settings: DataSettings, split: str) -> Callable[[list[int]], Iterato
     return one_pass
 
 
-def mixed(values: Iterable, key: list[int], buffer: int = SHUFFLE_BUFFER) -> Iterator:
+def shuffle_buffer(values: Iterable, key: list[int], buffer: int = SHUFFLE_BUFFER) -> Iterator:
     """The values in an order drawn from `key`: each leaves a buffer of the given size at a random moment."""
     draw, held = np.random.default_rng(key), []
     for value in values:
@@ -99,7 +99,7 @@ def _naming(path: Path):
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{shown(path)}: cannot be read as parquet ({shown(error)})") from None
+        raise InputError(f"{sanitise(path)}: cannot be read as parquet ({sanitise(error)})") from None
 
 
 class _LocalPart:

@@ -22,7 +22,7 @@ from ldmcli.core.settings import SampleSettings
 from ldmcli.diffusion.samplers import SAMPLERS, resampled
 from ldmcli.diffusion.schedule import Levels, Schedule, levels, to_x0_eps
 from ldmcli.maths import rng
-from ldmcli.maths.tiles import blend, smooth_plan
+from ldmcli.maths.tiles import blend, overlapping_tiles
 from ldmcli.networks.conditioners import Conditioning
 from ldmcli.networks.latent_diffusion import DiffusionModel
 
@@ -91,7 +91,7 @@ def tiled_predict(predict: Callable, tile: int, unit: int) -> Callable:
     def tiled(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         if max(z.shape[-2:]) <= tile:
             return predict(z, t, conditioning)
-        plan = smooth_plan((z.shape[-2], z.shape[-1]), tile, tile // 3, unit=unit)
+        plan = overlapping_tiles((z.shape[-2], z.shape[-1]), tile, tile // 3, unit=unit)
 
         def of_tile(k: int) -> Tensor:
             planes = conditioning.concat

@@ -23,11 +23,11 @@ from ldmcli.data.masks import masked_share
 from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
 from ldmcli.diffusion.sample import Steering
 from ldmcli.evaluation.image_streams import Source, check_columns, condition_source, drawn_for, values_for
-from ldmcli.maths.patchmatch import patched
-from ldmcli.maths.smooth_inpainting import continued
+from ldmcli.maths.patchmatch import patchmatch_fill
+from ldmcli.maths.smooth_inpainting import thin_plate_fill
 from ldmcli.sampling.editing import inpaint_images, upscale_images
 
-FILLINGS = {"smooth": lambda x, hole: continued(x[None], hole[None])[0], "patches": patched}
+FILLINGS = {"smooth": lambda x, hole: thin_plate_fill(x[None], hole[None])[0], "patches": patchmatch_fill}
 TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task brings along
 
 

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from ldmcli.maths.smooth_inpainting import spread_over
+from ldmcli.maths.smooth_inpainting import push_pull_fill
 
 SURE = 0.05  # share of known pixels around one, above which the difference there counts
 
 
-def filled(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+def fill_smoothly(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3) with holes filled by averages of what is known around them, coarser further inside.
 
     Known pixels stay. An image without any is returned as it is.
@@ -22,17 +22,17 @@ def filled(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 
 def _spread(values: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-    """`spread_over` of float (H, W, 3)."""
+    """`push_pull_fill` of float (H, W, 3)."""
     planes = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None]
-    return spread_over(planes, torch.from_numpy(unknown)[None])[0].permute(1, 2, 0).numpy()
+    return push_pull_fill(planes, torch.from_numpy(unknown)[None])[0].permute(1, 2, 0).numpy()
 
 
-def pasted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray) -> np.ndarray:
+def composite(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """(1 - hole) image + hole drawn, (H, W, 3) in any range: what is known stays as it is to the last bit."""
     return np.where(hole[..., None], drawn, image)
 
 
-def fitted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray, reach: int) -> np.ndarray:
+def match_border(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray, reach: int) -> np.ndarray:
     """`drawn` (H, W, 3) float, shifted inside the hole so that it meets `image` at the rim.
 
     What `drawn` and `image` differ by on known pixels, smoothed over about `reach` of them, is carried on into the
@@ -48,7 +48,7 @@ def fitted(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray, reach: int) -
     return np.where(hole[..., None], drawn + _spread(offset, weight < SURE), drawn)
 
 
-def toned(drawn: np.ndarray, low: np.ndarray, sigma: float) -> np.ndarray:
+def match_low_frequencies(drawn: np.ndarray, low: np.ndarray, sigma: float) -> np.ndarray:
     """uint8 (n, H, W, 3) whose low frequencies are those of the small pictures `low` (n, h, w, 3) that they enlarge.
 
     What blocks of H / h pixels differ by from the small picture, smoothed (Gaussian of `sigma` small pixels), is taken
@@ -68,7 +68,9 @@ def toned(drawn: np.ndarray, low: np.ndarray, sigma: float) -> np.ndarray:
     return out
 
 
-def windows(hole: np.ndarray, side: tuple[int, int], margin: tuple[int, int], unit: int) -> list[tuple[slice, slice]]:
+def hole_windows(
+    hole: np.ndarray, side: tuple[int, int], margin: tuple[int, int], unit: int
+) -> list[tuple[slice, slice]]:
     """Rectangles (rows, columns) of the picture that hold all of its holes with surroundings: what is drawn anew.
 
     A hole gets `margin` on each side, at least `side` in all, moved into the picture and cut off at its edges; holes

@@ -9,7 +9,7 @@ from torch import Tensor
 STEPS = 20  # of conjugate gradients a level; 50 change a filling of 256 px by less than 0.1 dB
 
 
-def spread_over(x: Tensor, hole: Tensor) -> Tensor:
+def push_pull_fill(x: Tensor, hole: Tensor) -> Tensor:
     """Pictures (B, c, H, W) whose holes, bool (B, H, W), are filled smoothly from around them; 0 where all is hole.
 
     Push-pull: means of the known pixels are taken over 2x2 blocks again and again until every block knows one, and
@@ -18,14 +18,14 @@ def spread_over(x: Tensor, hole: Tensor) -> Tensor:
     return _from_coarse(x, hole, "bilinear")
 
 
-def continued(x: Tensor, hole: Tensor) -> Tensor:
+def thin_plate_fill(x: Tensor, hole: Tensor) -> Tensor:
     """Pictures (B, c, H, W) whose holes, bool (B, H, W), go on from around them; 0 where all is hole.
 
     The thin plate: of all fillings the one whose Laplacian has the least square, so that brightness and its slope go
     on over the rim (biharmonic inside, no slope across the picture's edge). Solved from coarse to fine, each level by
     conjugate gradients. Known pixels stay, and nothing gets brighter or darker than they are in each channel.
     """
-    filled, unknown = _from_coarse(x, hole, "bicubic", _bent), hole[:, None]
+    filled, unknown = _from_coarse(x, hole, "bicubic", _minimise_laplacian), hole[:, None]
     low = x.masked_fill(unknown, torch.inf).amin((2, 3), keepdim=True)
     high = x.masked_fill(unknown, -torch.inf).amax((2, 3), keepdim=True)
     return torch.where(unknown & (low <= high), filled.clamp(low, high), filled)
@@ -48,7 +48,7 @@ def _from_coarse(
     return correct(torch.where(hole[:, None], fine, x), hole)
 
 
-def _bent(x: Tensor, hole: Tensor) -> Tensor:
+def _minimise_laplacian(x: Tensor, hole: Tensor) -> Tensor:
     """x (B, c, H, W) after some steps towards the least |Lx|² over the pixels of `hole`, by conjugate gradients."""
     inside = hole[:, None].to(x.dtype)
     residual = -inside * _laplacian(_laplacian(x))  # L is symmetric

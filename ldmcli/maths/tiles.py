@@ -61,7 +61,7 @@ def _rising(overlap: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """Tiles of `tile` = (h, w) positions at `corners` = [(top, left)], and a weight (h', w') for the result of each.
 
     A result is up / down times as large as its tile on both sides.
@@ -99,7 +99,7 @@ def original_plan(
     down: int = 1,
     clip: tuple[float, float] = (0.01, 0.5),
     tie: tuple[float, float] | None = None,
-) -> Plan:
+) -> TilePlan:
     """Tiles and weights of the original's `split_input_params`, at every size (see `positions`).
 
     tie: clips of the "tie breaker", which weights a tile by its place in the grid of tiles as its positions are
@@ -112,10 +112,12 @@ def original_plan(
     if tie is not None and len(tops) > 1 and len(lefts) > 1:
         of_tile = edge_weights(len(tops), len(lefts), *tie)
     corners = [(top, left) for top in tops for left in lefts]
-    return Plan(size, tile, corners, [weight * share for share in of_tile.flatten()], up, down)
+    return TilePlan(size, tile, corners, [weight * share for share in of_tile.flatten()], up, down)
 
 
-def smooth_plan(size: tuple[int, int], tile: int, overlap: int, *, unit: int = 1, up: int = 1, down: int = 1) -> Plan:
+def overlapping_tiles(
+    size: tuple[int, int], tile: int, overlap: int, *, unit: int = 1, up: int = 1, down: int = 1
+) -> TilePlan:
     """Square tiles of at most `tile` with weights that leave no seam; corners at multiples of `unit`."""
     tile_size = (min(tile, size[0]), min(tile, size[1]))
     axes = []
@@ -126,10 +128,10 @@ def smooth_plan(size: tuple[int, int], tile: int, overlap: int, *, unit: int = 1
         weights = [ramp_weights(side * up // down, *ends) for ends in zip(shared, shared[1:])]
         axes.append(list(zip(starts, weights)))
     corners = [(top, left) for top, _ in axes[0] for left, _ in axes[1]]
-    return Plan(size, tile_size, corners, [y[:, None] * x for _, y in axes[0] for _, x in axes[1]], up, down)
+    return TilePlan(size, tile_size, corners, [y[:, None] * x for _, y in axes[0] for _, x in axes[1]], up, down)
 
 
-def blend(function: Callable[[int], Tensor], plan: Plan) -> Tensor:
+def blend(function: Callable[[int], Tensor], plan: TilePlan) -> Tensor:
     """Σ_k weight_k · function(k), divided by the sum of the weights: (B, c, H', W').
 
     function(k) is the result for tile k, (B, c, h', w').
@@ -144,7 +146,7 @@ def blend(function: Callable[[int], Tensor], plan: Plan) -> Tensor:
     return total / covered.to(total)
 
 
-def coverage(plan: Plan) -> Tensor:
+def coverage(plan: TilePlan) -> Tensor:
     """Sum of the weights at each position of the output, (H', W')."""
     covered = torch.zeros(*(plan.scaled(length) for length in plan.size))
     for k, weight in enumerate(plan.weights):
@@ -152,7 +154,7 @@ def coverage(plan: Plan) -> Tensor:
     return covered
 
 
-def padded(image: np.ndarray, unit: int) -> np.ndarray:
+def pad_reflect(image: np.ndarray, unit: int) -> np.ndarray:
     """(h, w, …) with both sides made multiples of `unit` by mirroring at the lower and right edge."""
     while any(side % unit for side in image.shape[:2]):  # a mirror image is at most as long as the picture
         after = [min(-side % unit, max(1, side - 1)) for side in image.shape[:2]]
@@ -161,19 +163,19 @@ def padded(image: np.ndarray, unit: int) -> np.ndarray:
     return image
 
 
-def middle(size: tuple[int, int], inside: tuple[int, int]) -> tuple[slice, slice]:
+def center_slices(size: tuple[int, int], inside: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns of the middle `inside` = (h, w) of `size` = (H, W)."""
     rows, columns = (slice((a - b) // 2, (a - b) // 2 + b) for a, b in zip(size, inside))
     return rows, columns
 
 
-def middle_corner(size: tuple[int, int], inside: tuple[int, int]) -> tuple[int, int]:
+def center_corner(size: tuple[int, int], inside: tuple[int, int]) -> tuple[int, int]:
     """Row and column of `size` where its middle `inside` begins."""
-    rows, columns = middle(size, inside)
+    rows, columns = center_slices(size, inside)
     return rows.start, columns.start
 
 
-def reframed(
+def reframe_boxes(
     bbox: np.ndarray, inside: tuple[int, int], size: tuple[int, int], corner: tuple[int, int] = (0, 0)
 ) -> np.ndarray:
     """Boxes (n, 4), x, y, w, h as shares of a picture of `inside` = (h, w) px, as shares of one of `size` = (H, W) that
@@ -185,7 +187,7 @@ def reframed(
     return pixels / np.array([width, height, width, height])
 
 
-def framed(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def pad_edge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w, …) in the middle of `size`, its edges carried on."""
-    pads = [(part.start, length - part.stop) for part, length in zip(middle(size, image.shape[:2]), size)]
+    pads = [(part.start, length - part.stop) for part, length in zip(center_slices(size, image.shape[:2]), size)]
     return np.pad(image, pads + [(0, 0)] * (image.ndim - 2), mode="edge")

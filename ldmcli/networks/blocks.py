@@ -26,7 +26,7 @@ def group_norm(channels: int, eps: float, groups: int = 32) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def zero_init(module: nn.Module) -> nn.Module:
     """The module with all its parameters set to zero: a residual branch that begins as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

@@ -24,7 +24,7 @@ from ldmcli.networks.text_encoder import TextTransformer, pooled, vector_of_toke
 
 MAX_TEXT_LENGTH = 77
 READ_CHARACTERS = 50_000  # of a caption: what lies behind them is far past any text length
-TYPED = str.maketrans("’‘“”–—", "''\"\"--")  # typographic signs and the keys that people press for them
+TYPOGRAPHIC = str.maketrans("’‘“”–—", "''\"\"--")  # typographic signs and the keys that people press for them
 
 
 def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
@@ -32,7 +32,7 @@ def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
     quotes and dashes count as the typed ones."""
     from tokenizers import BertWordPieceTokenizer
 
-    captions = [caption.translate(TYPED) for caption in captions]
+    captions = [caption.translate(TYPOGRAPHIC) for caption in captions]
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     split = tokenizer.pre_tokenizer.pre_tokenize_str
     words = {word for caption in set(captions) for word, _ in split(tokenizer.normalize(caption))}
@@ -48,9 +48,9 @@ def train_vocabulary(captions: list[str], size: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}\n')
 
 
-def same_signs(tokenizer) -> dict[int, int]:
+def quote_variants(tokenizer) -> dict[int, int]:
     """For `str.translate`: quotes and dashes that a vocabulary lacks -> the typed or typographic twin that it has."""
-    twins = [pair for a, b in TYPED.items() for pair in ((a, b), (b, a))]
+    twins = [pair for a, b in TYPOGRAPHIC.items() for pair in ((a, b), (b, a))]
     known = {a: tokenizer.convert_tokens_to_ids(chr(a)) != tokenizer.unk_token_id for pair in twins for a in pair}
     return {a: b for a, b in twins if known[b] and not known[a]}
 
@@ -160,7 +160,7 @@ class TextCondition(nn.Module):
 
     def _spelled(self, captions: Sequence[str]) -> list[str]:
         """Captions as the tokenizer takes them: bytes of a command line that are no text would be refused."""
-        spelling = same_signs(self.tokenizer) if self.joint else {}
+        spelling = quote_variants(self.tokenizer) if self.joint else {}
         known = [caption[:READ_CHARACTERS].translate(spelling) for caption in captions]
         return [caption.encode("utf-8", "replace").decode() for caption in known]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.maths.patchmatch import patched
-from ldmcli.maths.smooth_inpainting import continued
+from ldmcli.maths.patchmatch import patchmatch_fill
+from ldmcli.maths.smooth_inpainting import thin_plate_fill
 from ldmcli.networks.conditioning import Conditioning
 from ldmcli.networks.text_encoder import SpatialRescaler
 
@@ -114,9 +114,10 @@ class MaskedCondition(nn.Module):
 
     A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in
     holes and -1 elsewhere. The published model sees black holes. With facts "fill" = "smooth" what lies around goes on
-    into them first (`continued`), so that latents beside a hole are those of the picture and latents in it already
-    have about the right brightness and colour; with "patches" they also have the texture of the likest surroundings
-    (`patched`), which is done on the CPU while batches are made. facts: "channels" (of a latent), "fill".
+    into them first (`thin_plate_fill`), so that latents beside a hole are those of the picture and latents in it
+    already have about the right brightness and colour; with "patches" they also have the texture of the most similar
+    surroundings (`patchmatch_fill`), which is done on the CPU while batches are made. facts: "channels" (of a latent),
+    "fill".
     """
 
     columns = ("image",)
@@ -140,12 +141,12 @@ class MaskedCondition(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         x = inputs["image"].float() / 127.5 - 1
-        latent = _encoded(self.first_stage, continued(x, inputs["hole"]) if self.fill == "smooth" else x)
+        latent = _encoded(self.first_stage, thin_plate_fill(x, inputs["hole"]) if self.fill == "smooth" else x)
         return Conditioning(concat=masked_planes(latent, inputs["hole"]))
 
 
 def _patched(pixels: Tensor, hole: Tensor) -> Tensor:
-    return patched(pixels.float(), hole).round().clamp(0, 255).to(torch.uint8)
+    return patchmatch_fill(pixels.float(), hole).round().clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()

@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
-from ldmcli.networks.blocks import TransformerBlock, attention, check_divisible, group_norm, timestep_embedding, zeroed
+from ldmcli.networks.blocks import (
+    TransformerBlock,
+    attention,
+    check_divisible,
+    group_norm,
+    timestep_embedding,
+    zero_init,
+)
 
 NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
@@ -23,7 +30,7 @@ INPUT_POSITION_STD = 0.02  # of the map added after the first convolution
 
 
 @dataclass(frozen=True)
-class StepInputs:
+class BlockInputs:
     """What layers see beside the map: time embedding (B, 4·channels), tokens (B, M, d) or None, position codes."""
 
     embedding: Tensor
@@ -31,16 +38,16 @@ class StepInputs:
     position: Callable[[str, Tensor], Tensor | None]
 
 
-class Conditioned(nn.Module):
-    """A layer whose forward takes (x, StepInputs)."""
+class TakesTimestep(nn.Module):
+    """A layer whose forward takes (x, BlockInputs)."""
 
 
-class LayerList(nn.ModuleList):
-    """Layers in a row; those that are `Conditioned` also get the step's inputs."""
+class TimestepSequential(nn.ModuleList):
+    """Layers in a row; those that are `TakesTimestep` also get the step's inputs."""
 
-    def forward(self, x: Tensor, inputs: StepInputs) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         for layer in self:
-            x = layer(x, inputs) if isinstance(layer, Conditioned) else layer(x)
+            x = layer(x, inputs) if isinstance(layer, TakesTimestep) else layer(x)
         return x
 
 
@@ -76,7 +83,7 @@ def downsample_2(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
-class ResBlock(Conditioned):
+class ResBlock(TakesTimestep):
     """Two 3x3 convolutions with the time embedding between them, residual; optionally resampling both ways.
 
     scale_shift: GroupNorm's output · (1 + scale) + shift, both from the embedding, instead of adding it.
@@ -103,11 +110,11 @@ class ResBlock(Conditioned):
             group_norm(out_width, NORM_EPS, settings.groups),
             nn.SiLU(),
             nn.Dropout(settings.dropout),
-            zeroed(nn.Conv2d(out_width, out_width, 3, padding=1)),
+            zero_init(nn.Conv2d(out_width, out_width, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
 
-    def forward(self, x: Tensor, inputs: StepInputs) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample is not None:
@@ -138,7 +145,7 @@ def head_count(width: int, settings: DiffusionSettings, level: int = 0) -> int:
     return heads
 
 
-class AttentionBlock(Conditioned):
+class AttentionBlock(TakesTimestep):
     """Self-attention over all positions, residual; channels of qkv are ordered (head, {q, k, v}, d)."""
 
     def __init__(self, width: int, heads: int, settings: DiffusionSettings, position_key: str):
@@ -146,9 +153,9 @@ class AttentionBlock(Conditioned):
         self.heads, self.position_key = heads, position_key
         self.norm = group_norm(width, NORM_EPS, settings.groups)
         self.qkv = nn.Conv1d(width, 3 * width, 1)
-        self.proj_out = zeroed(nn.Conv1d(width, width, 1))
+        self.proj_out = zero_init(nn.Conv1d(width, width, 1))
 
-    def forward(self, x: Tensor, inputs: StepInputs) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         h = self.norm(x)
         code = inputs.position(self.position_key, x)
         h = h if code is None else h + code
@@ -158,7 +165,7 @@ class AttentionBlock(Conditioned):
         return x + self.proj_out(h).view_as(x)
 
 
-class SpatialTransformer(Conditioned):
+class SpatialTransformer(TakesTimestep):
     """Transformer blocks over the positions of a map with cross-attention to the context, residual (App. E.2.1)."""
 
     def __init__(self, width: int, heads: int, settings: DiffusionSettings, context_dim: int | None, position_key: str):
@@ -170,9 +177,9 @@ class SpatialTransformer(Conditioned):
             TransformerBlock(width, heads, width // heads, context_dim, settings.dropout)
             for _ in range(settings.transformer_depth)
         )
-        self.proj_out = zeroed(nn.Conv2d(width, width, 1))
+        self.proj_out = zero_init(nn.Conv2d(width, width, 1))
 
-    def forward(self, x: Tensor, inputs: StepInputs) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         h = self.norm(x)
         code = inputs.position(self.position_key, x)
         h = h if code is None else h + code
@@ -264,7 +271,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             group_norm(widths[0], NORM_EPS, settings.groups),
             nn.SiLU(),
-            zeroed(nn.Conv2d(widths[0], out_channels * settings.patch**2, 3, padding=1)),
+            zero_init(nn.Conv2d(widths[0], out_channels * settings.patch**2, 3, padding=1)),
         )
         if settings.position != "none":
             self._add_position("input", widths[0], 1, INPUT_POSITION_STD)
@@ -278,7 +285,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
         check_divisible(x.shape[-2], x.shape[-1], self.size_factor, "a latent")
-        inputs = StepInputs(self._embed(t, vector), context, self._position_codes())
+        inputs = BlockInputs(self._embed(t, vector), context, self._position_codes())
         h = F.pixel_unshuffle(x, self.settings.patch) if self.settings.patch > 1 else x
         skips: list[Tensor] = []
         for i, block in enumerate(self.input_blocks):
@@ -314,7 +321,7 @@ class UNet(nn.Module):
 
         return position
 
-    def _run(self, block: LayerList, x: Tensor, inputs: StepInputs) -> Tensor:
+    def _run(self, block: TimestepSequential, x: Tensor, inputs: BlockInputs) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, inputs, use_reentrant=False)
         return block(x, inputs)
@@ -322,22 +329,22 @@ class UNet(nn.Module):
     def _build_down(self, in_channels: int, widths: list[int]) -> list[int]:
         """Fills input_blocks; returns the width that each hands to its skip connection."""
         width, skips = widths[0], [widths[0]]
-        self.input_blocks.append(LayerList([nn.Conv2d(in_channels, width, 3, padding=1)]))
+        self.input_blocks.append(TimestepSequential([nn.Conv2d(in_channels, width, 3, padding=1)]))
         for level, out_width in enumerate(widths):
             for _ in range(self.settings.num_res_blocks):
                 layers = [ResBlock(width, out_width, self.settings), *self._attention(out_width, 2**level)]
-                self.input_blocks.append(LayerList(layers))
+                self.input_blocks.append(TimestepSequential(layers))
                 width = out_width
                 skips.append(width)
             if level < len(widths) - 1:
-                self.input_blocks.append(LayerList([self._resampling(width, up=False)]))
+                self.input_blocks.append(TimestepSequential([self._resampling(width, up=False)]))
                 skips.append(width)
         return skips
 
     def _build_middle(self, width: int, factor: int) -> None:
         between = self._attention(width, factor, always=True) if self.settings.middle_attention else []
         blocks = [ResBlock(width, width, self.settings) for _ in range(2)]
-        self.middle_block = LayerList([blocks[0], *between, blocks[1]])
+        self.middle_block = TimestepSequential([blocks[0], *between, blocks[1]])
 
     def _build_up(self, skips: list[int], widths: list[int]) -> None:
         width, skips = skips[-1], list(skips)
@@ -348,7 +355,7 @@ class UNet(nn.Module):
                 layers += self._attention(width, 2**level)
                 if level > 0 and i == self.settings.num_res_blocks:
                     layers.append(self._resampling(width, up=True))
-                self.output_blocks.append(LayerList(layers))
+                self.output_blocks.append(TimestepSequential(layers))
 
     def _resampling(self, width: int, up: bool) -> nn.Module:
         if self.settings.resblock_updown:

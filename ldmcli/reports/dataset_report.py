@@ -14,8 +14,8 @@ from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.outputs import CONTACT
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.decode import BadImage, shown
-from ldmcli.data.rows import WORKERS, Rows, in_threads, is_shapes
+from ldmcli.data.decode import BadImage, sanitise
+from ldmcli.data.rows import WORKERS, Rows, is_shapes, parallel_map
 from ldmcli.data.sources import open_rows, split_sizes
 from ldmcli.data.streaming import stream
 from ldmcli.networks.conditioners import MAX_TEXT_LENGTH
@@ -57,16 +57,16 @@ def inspect(settings: DataSettings, out: Path | None = None) -> dict[str, Any]:
     some = next(rows for rows in splits.values() if rows)[0][0]
     notes += _notes(splits, settings)
     result = {
-        "source": shown(source),
+        "source": sanitise(source),
         "rows": {split: len(rows) for split, rows in splits.items()},
-        "columns": {role: shown(column) for role, column in some.columns.items()},
+        "columns": {role: sanitise(column) for role, column in some.columns.items()},
         "sizes": _sizes(good, settings),
         "captions": _captions(good, notes) if some.has("caption") else None,
         "classes": _classes(good, notes) if some.has("label") else None,
         "objects": _objects(good, notes) if some.has("objects") else None,
         "bad": [{"file": look.name, "split": look.split, "reason": look.reason} for look in found if look.reason],
         "duplicates": _duplicates(good),
-        "notes": list(dict.fromkeys(map(shown, notes))),
+        "notes": list(dict.fromkeys(map(sanitise, notes))),
         "contact_sheet": None,
     }
     if good:
@@ -100,7 +100,7 @@ def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
             notes.append("nothing is held out for validation")
         used = {settings.split, *(rows.split for rows in opened.values())}
         notes += [
-            f"split {shown(split)} ({count:,} rows) is not used; --val-split {shown(split)} takes it"
+            f"split {sanitise(split)} ({count:,} rows) is not used; --val-split {sanitise(split)} takes it"
             for split, count in sizes.items()
             if split not in used
         ]
@@ -116,7 +116,7 @@ def _notes(splits: dict[str, list[Row]], settings: DataSettings) -> list[str]:
 
 
 def _looks(rows: Sequence[Row], split: str, advance: Callable[[], None]) -> Iterable[Look]:
-    for look in in_threads(lambda row: _look(row, split), rows, WORKERS):
+    for look in parallel_map(lambda row: _look(row, split), rows, WORKERS):
         advance()
         yield look
 
@@ -131,7 +131,7 @@ def _look(row: Row, split: str) -> Look:
             shape = (image.height, image.width)
             if rows.has("map"):
                 rows.map(i)
-        return Look(row, shown(rows.name(i)), split, shape, rows.content_hash(i))
+        return Look(row, sanitise(rows.name(i)), split, shape, rows.content_hash(i))
     except BadImage as error:
         return Look(row, error.name, split, None, "", error.reason)
 
@@ -194,7 +194,7 @@ def _captions(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:
         "words_median": statistics.median(words) if words else 0,
         "words_most": max(words, default=0),
         "characters_most": max(map(len, filled), default=0),
-        "examples": [shown(text) for text in dict.fromkeys(spread)],
+        "examples": [sanitise(text) for text in dict.fromkeys(spread)],
     }
 
 
@@ -202,7 +202,7 @@ def _classes(good: Sequence[Look], notes: list[str]) -> dict[str, int]:
     """Rows of each class, in the order of the classes; those without a row too."""
     names = good[0].row[0].class_names if good else []
     counts = Counter(_usable(good, lambda rows, i: rows.label(i), "labels", notes))
-    return {shown(name): counts[k] for k, name in enumerate(names)}
+    return {sanitise(name): counts[k] for k, name in enumerate(names)}
 
 
 def _objects(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:

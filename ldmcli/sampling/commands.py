@@ -20,12 +20,12 @@ from ldmcli.core.outputs import BESIDE, SHEET, Results, beside, refuse_foreign, 
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.arrays import to_pil, to_pixels
 from ldmcli.data.decode import decode, decode_alpha, probe, to_size
-from ldmcli.data.pictures import image_files, several
+from ldmcli.data.pictures import first_few, image_files
 from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
 from ldmcli.diffusion.sample import Steering, check_sampling, with_overrides
 from ldmcli.maths.metrics import psnr, ssim
 from ldmcli.maths.pixels import tensor_to_pixels
-from ldmcli.maths.tiles import framed, middle
+from ldmcli.maths.tiles import center_slices, pad_edge
 from ldmcli.sampling import memory
 from ldmcli.sampling.contact_sheets import grid, in_rows, png_bytes
 from ldmcli.sampling.editing import MAX_MEMORY, tile_side, trained_size
@@ -211,7 +211,7 @@ def _draw(
         **settings,
     )
     drawn = memory.decode(loaded.autoencoder, z, steering.tile)
-    return to_pil(drawn[(..., *middle(whole, request.size))] if whole and request.size else drawn)
+    return to_pil(drawn[(..., *center_slices(whole, request.size))] if whole and request.size else drawn)
 
 
 def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int, whole: Size) -> tuple[torch.Tensor | None, float]:
@@ -220,7 +220,7 @@ def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int, whole: Size)
     if not 0 < request.strength <= 1:
         raise UsageError(f"--strength {request.strength}: must be above 0 and at most 1")
     size = request.size or trained_size(loaded)
-    pixels = framed(to_size(decode(Path(request.init_image), name=str(request.init_image)), size), whole or size)
+    pixels = pad_edge(to_size(decode(Path(request.init_image), name=str(request.init_image)), size), whole or size)
     tile = tile_side(loaded, whole, 0, MAX_MEMORY, sampling_of(request)) if whole else 0
     z = memory.encode(loaded.autoencoder, pixels[None], tile)
     return z.expand(n, -1, -1, -1), request.strength
@@ -244,7 +244,7 @@ def _steering(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> S
             f"--guide {request.guide}: {w}x{h} px; it must have the shape of the pictures to draw "
             f"({width}x{height}) and be no larger"
         )
-    decoder, cut = latent_decoder(loaded.autoencoder), middle(whole or (height, width), (height, width))
+    decoder, cut = latent_decoder(loaded.autoencoder), center_slices(whole or (height, width), (height, width))
 
     def shown(z: torch.Tensor) -> torch.Tensor:
         return decoder(z)[(..., *cut)]
@@ -349,7 +349,7 @@ def reconstruct_to_folder(
     if small:
         raise InputError(
             f"{len(small)} of {len(found)} pictures are smaller than one latent ({loaded.network.f} px): "
-            f"{several(small)}; take them out, or give --size"
+            f"{first_few(small)}; take them out, or give --size"
         )
     names = output_names(out, len(found), "png")
     refuse_inputs(out, names, found)

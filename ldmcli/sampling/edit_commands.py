@@ -21,7 +21,7 @@ from ldmcli.core.outputs import SHEET, Results
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, decode_alpha, probe
 from ldmcli.data.pictures import by_pair_name, image_files
-from ldmcli.maths.compositing import filled
+from ldmcli.maths.compositing import fill_smoothly
 from ldmcli.sampling import memory
 from ldmcli.sampling.commands import batches, contents, end_if_asked, image_bytes, output_names
 from ldmcli.sampling.contact_sheets import grid, png_bytes
@@ -302,7 +302,9 @@ def _told(
 def _seen(which: list[_Source], images: np.ndarray) -> np.ndarray:
     """What the networks see of pictures: colours that nobody sees are those around them."""
     found = [source.alpha() for source in which]
-    return np.stack([image if alpha is None else filled(image, alpha == 0) for image, alpha in zip(images, found)])
+    return np.stack(
+        [image if alpha is None else fill_smoothly(image, alpha == 0) for image, alpha in zip(images, found)]
+    )
 
 
 def _with_alpha(image: np.ndarray, alpha: np.ndarray | None, hole: np.ndarray | None = None) -> np.ndarray:

@@ -21,7 +21,7 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.diffusion.sample import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
 from ldmcli.maths import compositing, rng
 from ldmcli.maths.pixels import tensor_to_pixels
-from ldmcli.maths.tiles import padded, reframed
+from ldmcli.maths.tiles import pad_reflect, reframe_boxes
 from ldmcli.networks.conditioners import ASKED
 from ldmcli.sampling import memory
 from ldmcli.sampling.memory import MAX_MEMORY
@@ -61,7 +61,7 @@ def upscale_images(
     height, width = low.shape[1] * scale, low.shape[2] * scale
     _check_side(model, (height, width))
     step = int(np.lcm(unit_of(model), scale)) // scale  # low pixels that make a whole number of latents
-    images = [padded(image, step) for image in low]
+    images = [pad_reflect(image, step) for image in low]
     size = (images[0].shape[0] * scale, images[0].shape[1] * scale)
     side = tile_side(model, size, tile, max_memory, settings)
     given = _on_padded({kind: list(values) for kind, values in (told or {}).items()}, (height, width), step * scale)
@@ -69,7 +69,7 @@ def upscale_images(
     with _first_stage(model, side, max_memory):
         z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
     made = tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
-    return compositing.toned(made, low, model.config.task.tone if tone is None else tone)
+    return compositing.match_low_frequencies(made, low, model.config.task.tone if tone is None else tone)
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def inpaint_images(
     out, least, unit = images.copy(), trained_size(model), unit_of(model)
     jobs = []  # (picture, window, which of its windows)
     for i, hole in enumerate(masks):
-        found = compositing.windows(hole, least, (least[0] // 4, least[1] // 4), unit)
+        found = compositing.hole_windows(hole, least, (least[0] // 4, least[1] // 4), unit)
         if found and "layout" in known:
             found = [(slice(0, size[0]), slice(0, size[1]))]
         jobs += [(i, window, k) for k, window in enumerate(found)]
@@ -118,7 +118,7 @@ def inpaint_images(
         batches.setdefault((shape, k), []).append((i, window))
     for (_, k), batch in batches.items():
         which = [i for i, _ in batch]
-        parts = [(padded(images[i][window], unit), padded(masks[i][window], unit)) for i, window in batch]
+        parts = [(pad_reflect(images[i][window], unit), pad_reflect(masks[i][window], unit)) for i, window in batch]
         here = {kind: [given[i] for i in which] for kind, given in known.items()}
         if "map" in here:
             here["map"] = [index[window] for index, (_, window) in zip(here["map"], batch)]
@@ -133,9 +133,9 @@ def inpaint_images(
             settings,
         )
         for (i, window), (image, hole), made in zip(batch, parts, drawn):
-            made = compositing.fitted(image, made, hole, blend).round().clip(0, 255).astype(np.uint8)
+            made = compositing.match_border(image, made, hole, blend).round().clip(0, 255).astype(np.uint8)
             rows, columns = (slice(0, part.stop - part.start) for part in window)
-            out[i][window] = compositing.pasted(out[i][window], made[rows, columns], hole[rows, columns])
+            out[i][window] = compositing.composite(out[i][window], made[rows, columns], hole[rows, columns])
     return out
 
 
@@ -180,12 +180,12 @@ def edited(
 
 
 def _on_padded(told: dict[str, list], size: tuple[int, int], unit: int) -> dict[str, list]:
-    """Values for pictures of `size` px as they are for ones `padded` to multiples of `unit`."""
+    """Values for pictures of `size` px as they are for ones `pad_reflect` to multiples of `unit`."""
     whole = (-(-size[0] // unit) * unit, -(-size[1] // unit) * unit)
     if "map" in told:
-        told["map"] = [padded(index, unit) for index in told["map"]]
+        told["map"] = [pad_reflect(index, unit) for index in told["map"]]
     if "layout" in told:
-        told["layout"] = [one | {"bbox": reframed(np.asarray(one["bbox"]), size, whole)} for one in told["layout"]]
+        told["layout"] = [one | {"bbox": reframe_boxes(np.asarray(one["bbox"]), size, whole)} for one in told["layout"]]
     return told
 
 
@@ -198,7 +198,7 @@ def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
     if model.config.task.name == "inpaint":
         prepared = model.model.conditions.prepare_one("masked", parts)
     else:
-        whole = np.stack([compositing.filled(image, hole) for image, hole in parts])
+        whole = np.stack([compositing.fill_smoothly(image, hole) for image, hole in parts])
         keep = 1 - torch.from_numpy(np.stack([hole for _, hole in parts]))[:, None].float()
         f = model.autoencoder.network.f
         keep = -torch.nn.functional.max_pool2d(-keep, f)  # a latent is known where all of its pixels are

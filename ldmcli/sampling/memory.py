@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ldmcli.core.errors import ResourceError
 from ldmcli.data.arrays import to_pixels
-from ldmcli.maths.tiles import blend, smooth_plan
+from ldmcli.maths.tiles import blend, overlapping_tiles
 from ldmcli.networks.chunked_autoencoder import Pieces
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def encode(autoencoder: LoadedAutoencoder, images, tile: int = 0, max_memory: fl
     if network.settings.family == "paper":
         moments = _pieces(tile * f, max_memory).moments(network, x)
     else:
-        plan = smooth_plan((x.shape[-2], x.shape[-1]), tile * f, tile * f // 3 // f * f, unit=f, down=f)
+        plan = overlapping_tiles((x.shape[-2], x.shape[-1]), tile * f, tile * f // 3 // f * f, unit=f, down=f)
         moments = blend(lambda k: network.moments(plan.cut(x, plan.corners[k])), plan)
     return autoencoder.scale.normalise(autoencoder._draw(moments, sample=False))
 
@@ -59,7 +59,7 @@ def decode(autoencoder: LoadedAutoencoder, z: Tensor, tile: int = 0, max_memory:
     z = autoencoder.scale.restore(z.to(autoencoder.device))
     if network.settings.family == "paper":
         return _pieces(tile * network.f, max_memory).decode(network, z)
-    plan = smooth_plan((z.shape[-2], z.shape[-1]), tile, tile // 3, up=network.f)
+    plan = overlapping_tiles((z.shape[-2], z.shape[-1]), tile, tile // 3, up=network.f)
     return blend(lambda k: network.decode(plan.cut(z, plan.corners[k])), plan)
 
 

@@ -17,7 +17,7 @@ from ldmcli.diffusion.sample import Guidance, Steering, check_sampling, denoiser
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import levels, make_schedule
 from ldmcli.maths import rng
-from ldmcli.maths.tiles import framed, middle, middle_corner, reframed
+from ldmcli.maths.tiles import center_corner, center_slices, pad_edge, reframe_boxes
 from ldmcli.networks.conditioners import Conditioning
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.sampling.first_stage import LoadedAutoencoder
@@ -248,7 +248,7 @@ class LoadedDiffusion:
                 **settings,
             )
             drawn = memory.decode(self.autoencoder, z, tile)
-            images += to_pil(drawn[(..., *middle(whole, size))] if whole and size else drawn)
+            images += to_pil(drawn[(..., *center_slices(whole, size))] if whole and size else drawn)
         return images
 
     def inpaint(
@@ -336,10 +336,12 @@ class LoadedDiffusion:
         self._warn_about_guidance(chosen.guidance, negative_prompt)
         rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
         if "map" in rows and size is not None:
-            rows["map"] = [framed(index, size) for index in rows["map"]]
+            rows["map"] = [pad_edge(index, size) for index in rows["map"]]
         if "layout" in rows and size is not None and inside is not None:
-            corner = middle_corner(size, inside)
-            rows["layout"] = [one | {"bbox": reframed(one["bbox"], inside, size, corner)} for one in rows["layout"]]
+            corner = center_corner(size, inside)
+            rows["layout"] = [
+                one | {"bbox": reframe_boxes(one["bbox"], inside, size, corner)} for one in rows["layout"]
+            ]
         return draw_latents(
             self.model,
             self.schedule,

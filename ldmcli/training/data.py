@@ -5,7 +5,7 @@ from typing import Any
 
 from ldmcli.core import console
 from ldmcli.data.rows import Room
-from ldmcli.data.sources import divided, held_out, is_shapes, usable, verify, whole_rows
+from ldmcli.data.sources import decode_all, divided, drop_unreadable, held_out, is_shapes, whole_rows
 from ldmcli.data.streamed import StreamedRows, StreamedValidation
 from ldmcli.training.distributed import Distributed
 
@@ -51,13 +51,13 @@ def _exchange_hashes(rows, dist: Distributed) -> None:
 
 
 def _checked(rows, settings, dist: Distributed):
-    """`usable` rows and the bad ones, each of which one process decoded."""
+    """`drop_unreadable` rows and the bad ones, each of which one process decoded."""
     mine = rows.unread(range(dist.rank, len(rows), dist.world_size))
-    found = dist.gather(verify(rows, settings, indices=mine, workers=settings.workers))
+    found = dist.gather(decode_all(rows, settings, indices=mine, workers=settings.workers))
     bad = sorted(sum(found, []), key=lambda error: error.index)
     rows.transparent_rows.update(*dist.gather(rows.transparent_rows))
     _exchange_hashes(rows, dist)
-    return dist.on_all_ranks(lambda: usable(rows, settings, bad=bad))
+    return dist.on_all_ranks(lambda: drop_unreadable(rows, settings, bad=bad))
 
 
 def data_facts(rows, validation, bad) -> dict[str, Any]:

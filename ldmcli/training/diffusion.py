@@ -25,7 +25,7 @@ from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.augment import batch_indices, load_pixels
 from ldmcli.data.batches import rank_slice
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
-from ldmcli.data.decode import shown
+from ldmcli.data.decode import sanitise
 from ldmcli.diffusion.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
 from ldmcli.formats.bundle import AutoencoderBundle
 from ldmcli.formats.run_folder import read_scale
@@ -224,7 +224,7 @@ class DiffusionObjective:
         if cut:
             console.say(
                 f"data: {len(cut)} of {len(self.rows)} captions have more than the {entry.length} tokens that "
-                f"the model reads, and are cut (condition.text_length): {shown(cut[0], 60)}"
+                f"the model reads, and are cut (condition.text_length): {sanitise(cut[0], 60)}"
             )
 
     def _held_rows(self) -> int:

@@ -11,8 +11,8 @@ from PIL import Image
 
 import ldmcli
 from ldmcli.core.errors import UsageError
-from ldmcli.maths.compositing import windows
-from ldmcli.maths.tiles import reframed
+from ldmcli.maths.compositing import hole_windows
+from ldmcli.maths.tiles import reframe_boxes
 from ldmcli.sampling import editing
 from ldmcli.sampling.edit_commands import paired
 from ldmcli.sampling.editing import inpaint_images, trained_size, unit_of, upscale_images
@@ -80,8 +80,8 @@ def corners(model, ids) -> np.ndarray:
 
 
 def test_boxes_of_a_part_are_shares_of_the_whole():
-    assert reframed(BOX, (8, 4), (8, 4)) is BOX
-    assert reframed(BOX, (8, 4), (16, 8), (4, 2)).tolist() == [[(1 + 2) / 8, (4 + 4) / 16, 2 / 8, 2 / 16]]
+    assert reframe_boxes(BOX, (8, 4), (8, 4)) is BOX
+    assert reframe_boxes(BOX, (8, 4), (16, 8), (4, 2)).tolist() == [[(1 + 2) / 8, (4 + 4) / 16, 2 / 8, 2 / 16]]
 
 
 @pytest.mark.parametrize("size", [(20, 20), (22, 27), (20, 33)])
@@ -105,7 +105,7 @@ def test_a_window_around_a_hole_is_told_its_part_of_the_map(runs, seen):
     hole = np.zeros(size, bool)
     hole[30:38, 41:49] = True
     inpaint_images(model, picture(*size)[None], hole[None], told={"map": [index]}, steps=1, resample=1)
-    (inputs,), ((rows, columns),) = seen, windows(hole, trained_size(model), (5, 5), unit_of(model))
+    (inputs,), ((rows, columns),) = seen, hole_windows(hole, trained_size(model), (5, 5), unit_of(model))
     assert 0 < rows.start <= 30 and 0 < columns.start <= 41
     assert (inputs["map.index"][0].numpy() == index[rows, columns]).all()
 

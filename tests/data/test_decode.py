@@ -15,7 +15,7 @@ from golden_cases import shared
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.data.decode import BadImage, decode, probe, scaled_size, shown, to_size
+from ldmcli.data.decode import BadImage, decode, probe, sanitise, scaled_size, to_size
 
 BROKEN = shared("broken")
 
@@ -230,7 +230,7 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path):
 def test_a_refusal_shows_no_control_characters_and_stays_on_one_line():
     refusal = BadImage("a\x1b]52;c;x\x07\n\u202eb.png", "why\x9b\nnot")
     assert not any(ord(c) < 32 or 127 <= ord(c) < 160 or c == "\u202e" for c in str(refusal))
-    assert shown("latin1_\udce9.png") == "latin1_\\xe9.png"
+    assert sanitise("latin1_\udce9.png") == "latin1_\\xe9.png"
     assert isinstance(refusal, InputError)
 
 

@@ -12,7 +12,7 @@ from tiny import ldm
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.pictures import find, image_files
-from ldmcli.data.sources import open_rows, usable
+from ldmcli.data.sources import drop_unreadable, open_rows
 from ldmcli.evaluation.image_streams import image_files as measured_files
 from ldmcli.reports.dataset_report import inspect, inspect_text
 
@@ -89,7 +89,7 @@ def test_all_commands_take_the_same_pictures_of_a_folder(tmp_path):
     write(tmp_path, "Thumbs.db", b"x")
     wanted = sorted([*FORMATS, "sub/z.png", "sub/deeper/y.PNG"])
     settings = DataSettings(source=str(tmp_path), size=SIZE)
-    assert names_of(tmp_path) == wanted and not usable(open_rows(settings), settings)[1]
+    assert names_of(tmp_path) == wanted and not drop_unreadable(open_rows(settings), settings)[1]
     for listing in (image_files([tmp_path]), measured_files(tmp_path)):
         assert sorted(path.relative_to(tmp_path).as_posix() for path in listing) == wanted
     assert not find(tmp_path).notes()
@@ -545,7 +545,7 @@ def test_a_parquet_file_of_paths_names_pictures_relative_to_it(tmp_path, streami
         assert (row.pixels(0, SIZE) == np.asarray(Image.open(tmp_path / row.name(0)))).all()
         return
     assert rows_of(tmp_path / "index.parquet") == [(f"img/{x}.png", x.upper()) for x in "abc"]
-    assert usable(open_rows(settings), settings)[0].pixels(0, SIZE).shape == (8, 8, 3)
+    assert drop_unreadable(open_rows(settings), settings)[0].pixels(0, SIZE).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("column", ["url", "image"])
@@ -565,7 +565,7 @@ def test_a_path_of_a_parquet_file_that_leads_out_is_a_bad_picture(tmp_path):
     paths = ["a.png", "../secret.png", "b.png", "gone.png", "c.png"]
     datasets.Dataset.from_dict({"path": paths}).to_parquet(tmp_path / "x/a.parquet")
     settings = DataSettings(source=str(tmp_path / "x/a.parquet"), size=SIZE, skip_bad=True)
-    both = [usable(open_rows(settings, split=split), settings) for split in ("train", "validation")]
+    both = [drop_unreadable(open_rows(settings, split=split), settings) for split in ("train", "validation")]
     reasons = " | ".join(str(bad) for _, bads in both for bad in bads)
     assert "leads out of" in reasons and "gone.png: cannot be read" in reasons
 
@@ -677,7 +677,7 @@ def test_transparent_pixels_and_captions_that_are_cut_are_counted(tmp_path):
     told = " | ".join(inspect(settings, tmp_path)["notes"])
     assert "1 pictures have transparent pixels, laid over white (data.background)" in told
     assert "1 captions have more than 75 words" in told
-    both = [usable(open_rows(settings, split=split), settings)[0] for split in ("train", "validation")]
+    both = [drop_unreadable(open_rows(settings, split=split), settings)[0] for split in ("train", "validation")]
     assert sum("1 pictures of" in note for rows in both for note in rows.notes) == 1
 
 
@@ -688,4 +688,4 @@ def test_float_pictures_are_bad_by_name(tmp_path, value):
     with pytest.raises(InputError, match="f.tiff: float pixels"):
         for split in ("train", "validation"):
             settings = DataSettings(source=str(tmp_path), size=SIZE)
-            usable(open_rows(settings, split=split), settings)
+            drop_unreadable(open_rows(settings, split=split), settings)

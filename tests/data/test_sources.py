@@ -16,8 +16,8 @@ from ldmcli.core.settings import DataSettings
 from ldmcli.data import folder, streaming
 from ldmcli.data.column_roles import choose_columns
 from ldmcli.data.readers import open_tables
-from ldmcli.data.sources import open_rows, usable, verify
-from ldmcli.data.streaming import mixed, stream
+from ldmcli.data.sources import decode_all, drop_unreadable, open_rows
+from ldmcli.data.streaming import shuffle_buffer, stream
 
 SIZE = (8, 8)
 
@@ -198,12 +198,12 @@ def test_names_that_are_not_utf8_work_and_can_be_shown(tmp_path):
             file.write(png(3))
     except OSError:
         pytest.skip("this file system refuses names that are not UTF-8")
-    rows, bad = usable(open_rows(settings(tmp_path)), settings(tmp_path))
+    rows, bad = drop_unreadable(open_rows(settings(tmp_path)), settings(tmp_path))
     assert len(rows) == 1 and not bad and rows.fingerprint
     with open(raw, "wb") as file:
         file.write(b"broken")
     with pytest.raises(InputError) as failure:
-        usable(open_rows(settings(tmp_path)), settings(tmp_path))
+        drop_unreadable(open_rows(settings(tmp_path)), settings(tmp_path))
     assert "latin1_\\xe9\\xff.png" in str(failure.value) and str(failure.value).encode("utf-8")
 
 
@@ -258,7 +258,7 @@ def test_the_broken_folder_gives_its_good_pictures_and_names_the_bad(tmp_path):
     for root, prefix in ((broken, ""), (tmp_path / "odd_names", "odd_names.tar:")):
         chosen = settings(root, skip_bad=True)
         for split in ("train", "validation"):
-            rows, bad = usable(open_rows(chosen, split=split), chosen)
+            rows, bad = drop_unreadable(open_rows(chosen, split=split), chosen)
             names |= {f"{prefix}{rows.name(i)}" for i in range(len(rows))}
             refused |= {f"{prefix}{error.name}" for error in bad}
     names = {n.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for n in names}
@@ -266,7 +266,7 @@ def test_the_broken_folder_gives_its_good_pictures_and_names_the_bad(tmp_path):
     assert {name for name, verdict in expected.items() if verdict == "yes"} <= names
     assert not {name for name, verdict in expected.items() if verdict == "no"} & names
     with pytest.raises(InputError, match=r"pictures cannot be read: .*truncated|and \d+ more"):
-        usable(open_rows(settings(broken)), settings(broken))
+        drop_unreadable(open_rows(settings(broken)), settings(broken))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def test_preloaded_pixels_are_those_that_decoding_gives(tmp_path, crop):
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(tmp_path / f"{k}.png")
     chosen = settings(tmp_path, crop=crop)
     cold, warm = open_rows(chosen), open_rows(chosen)
-    assert verify(warm, chosen) == []
+    assert decode_all(warm, chosen) == []
     warm._columns.encoded = None  # from now on only memory can answer
     for i in range(len(cold)):
         for u in ((0.0, 0.0), (0.3, 0.8), (1.0, 1.0)):
@@ -560,7 +560,7 @@ def test_preloaded_pixels_are_those_that_decoding_gives(tmp_path, crop):
 def test_another_size_than_the_one_preloaded_is_decoded_anew(tmp_path):
     pictures(tmp_path, "a.png", "b.png")
     rows = open_rows(settings(tmp_path))
-    verify(rows, settings(tmp_path))
+    decode_all(rows, settings(tmp_path))
     assert rows.pixels(0, (16, 12)).shape == (16, 12, 3)
 
 
@@ -568,7 +568,7 @@ def test_a_set_that_memory_cannot_hold_is_decoded_each_time(tmp_path, monkeypatc
     pictures(tmp_path, *(f"{k}.png" for k in range(6)))
     monkeypatch.setattr("ldmcli.data.rows.memory_bytes", lambda: 8 * (2 * 8 * 8 * 3 + 1))
     rows = open_rows(settings(tmp_path))
-    assert verify(rows, settings(tmp_path)) == [] and len(rows._kept) == 2
+    assert decode_all(rows, settings(tmp_path)) == [] and len(rows._kept) == 2
     assert all(rows.pixels(i, SIZE).shape == (8, 8, 3) for i in range(len(rows)))
 
 
@@ -578,8 +578,8 @@ def test_bad_pictures_stop_before_the_start_and_all_are_counted(tmp_path):
         put(tmp_path / name, b"not a picture")
     rows = open_rows(settings(tmp_path))
     with pytest.raises(InputError, match=r"2 of 8 pictures cannot be read: 2.png: not a picture .*5.png.*--skip-bad"):
-        usable(rows, settings(tmp_path))
-    good, bad = usable(rows, settings(tmp_path, skip_bad=True))
+        drop_unreadable(rows, settings(tmp_path))
+    good, bad = drop_unreadable(rows, settings(tmp_path, skip_bad=True))
     assert [error.name for error in bad] == ["2.png", "5.png"] and len(good) == 6
     assert {good.name(i) for i in range(6)}.isdisjoint({"2.png", "5.png"})
     assert "2 pictures that cannot be read left out" in good.describe()
@@ -589,7 +589,7 @@ def test_nothing_but_bad_pictures_is_an_error_even_when_they_are_skipped(tmp_pat
     for k in range(3):
         put(tmp_path / f"{k}.png", b"no")
     with pytest.raises(InputError, match="none of 2 pictures can be read"):
-        usable(open_rows(settings(tmp_path, skip_bad=True)), settings(tmp_path, skip_bad=True))
+        drop_unreadable(open_rows(settings(tmp_path, skip_bad=True)), settings(tmp_path, skip_bad=True))
 
 
 def test_progress_is_told_of_every_picture(tmp_path):
@@ -601,14 +601,14 @@ def test_progress_is_told_of_every_picture(tmp_path):
 
     pictures(tmp_path, *(f"{k}.png" for k in range(5)))
     rows = open_rows(settings(tmp_path))
-    verify(rows, settings(tmp_path), progress=(bar := Bar()))
+    decode_all(rows, settings(tmp_path), progress=(bar := Bar()))
     assert bar.done == len(rows) == 4
 
 
 def test_messages_show_no_control_characters_of_the_data(tmp_path):
     put(tmp_path / "bad\x1b]0;x\x07.png", b"no")
     with pytest.raises(InputError) as failure:
-        usable(open_rows(settings(tmp_path)), settings(tmp_path))
+        drop_unreadable(open_rows(settings(tmp_path)), settings(tmp_path))
     assert "\x1b" not in str(failure.value) and "\x07" not in str(failure.value)
 
 
@@ -661,7 +661,7 @@ def test_shapes_are_rows_like_others():
     assert rows.class_names[rows.label(4)] in rows.caption(4)
     assert rows.pixels(4, (32, 48)).shape == (32, 48, 3) and rows.map_pixels(4, (32, 48)).shape == (32, 48)
     assert set(np.unique(rows.map(4))) == {0, 1 + rows.label(4)}
-    assert usable(rows, settings("shapes")) == (rows, [])
+    assert drop_unreadable(rows, settings("shapes")) == (rows, [])
     assert rows.select([4, 2]).caption(0) == rows.caption(4)
     assert rows.content_hash(1) != rows.content_hash(2)
 
@@ -780,10 +780,10 @@ def test_streamed_rows_have_captions_labels_and_pixels(tmp_path):
 
 
 def test_a_buffer_mixes_without_losing_or_repeating():
-    values = list(mixed(range(100), [0, 1], buffer=10))
+    values = list(shuffle_buffer(range(100), [0, 1], buffer=10))
     assert sorted(values) == list(range(100)) and values != list(range(100))
     assert all(value < k + 11 for k, value in enumerate(values))
-    assert list(mixed(range(3), [0], buffer=10)) != [] and streaming.SHUFFLE_BUFFER == 1000
+    assert list(shuffle_buffer(range(3), [0], buffer=10)) != [] and streaming.SHUFFLE_BUFFER == 1000
 
 
 def test_several_names_are_shortened_with_their_number():

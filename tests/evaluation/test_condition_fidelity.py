@@ -90,7 +90,7 @@ def test_real_shapes_obey_and_shuffled_ones_do_not(level):
 
 
 def test_find_reads_shape_colour_and_box():
-    spec = shapes.Spec(1, 1, (shapes.Thing(3, 4, 0.4, 0.6, 0.2),))
+    spec = shapes.Spec(1, 1, (shapes.ShapeObject(3, 4, 0.4, 0.6, 0.2),))
     ((shape, colour, box),) = shapes.find(shapes.render(spec, SIZE))
     assert (shape, colour) == (3, 4)
     assert np.abs(np.array(box) - shapes.boxes(spec, SIZE)[0]).max() < 0.3  # pixels
@@ -101,9 +101,9 @@ def test_find_reads_shape_colour_and_box():
 
 
 def test_a_shape_in_another_colour_obeys_and_another_shape_does_not():
-    asked = shapes.Spec(1, 0, (shapes.Thing(0, 0, 0.5, 0.5, 0.2),))
+    asked = shapes.Spec(1, 0, (shapes.ShapeObject(0, 0, 0.5, 0.5, 0.2),))
     for shape, colour, good in ((0, 5, True), (1, 0, False)):
-        image = shapes.render(shapes.Spec(1, 2, (shapes.Thing(shape, colour, 0.5, 0.5, 0.2),)), SIZE)
+        image = shapes.render(shapes.Spec(1, 2, (shapes.ShapeObject(shape, colour, 0.5, 0.5, 0.2),)), SIZE)
         accuracy = (shapes.classes_of(image) == shapes.segment(asked, SIZE)).mean()
         assert (accuracy > 0.99) == good
 

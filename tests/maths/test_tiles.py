@@ -16,10 +16,10 @@ from ldmcli.maths.tiles import (
     edge_weights,
     even_positions,
     original_plan,
-    padded,
+    overlapping_tiles,
+    pad_reflect,
     positions,
     ramp_weights,
-    smooth_plan,
 )
 from ldmcli.networks import chunked_autoencoder
 from ldmcli.networks.autoencoder import Autoencoder
@@ -65,7 +65,7 @@ def test_neighbouring_ramps_sum_to_one_and_end_in_zero():
 @pytest.mark.parametrize("size", [(8, 8), (17, 9), (33, 61), (40, 16), (100, 25), (31, 200)])
 def test_every_position_is_covered_and_a_constant_stays_one(size, tile):
     for plan in (
-        smooth_plan(size, tile, tile // 3),
+        overlapping_tiles(size, tile, tile // 3),
         original_plan(size, (tile, tile), (tile // 2, tile // 2)),
         original_plan(size, (tile, tile), (5, 3), tie=(0.01, 0.5)),
     ):
@@ -76,7 +76,7 @@ def test_every_position_is_covered_and_a_constant_stays_one(size, tile):
 
 def test_cut_and_blended_is_what_it_was():
     x = torch.randn(2, 3, 37, 50, generator=torch.Generator().manual_seed(0))
-    plan = smooth_plan((37, 50), 16, 5)
+    plan = overlapping_tiles((37, 50), 16, 5)
     assert torch.allclose(blend(lambda k: plan.cut(x, plan.corners[k]), plan), x, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_edge_weight_is_the_clipped_distance():
 @pytest.mark.parametrize(("shape", "unit"), [((1, 1, 3), 8), ((3, 17), 8), ((16, 8, 3), 8), ((5, 7, 3), 1)])
 def test_padding_mirrors_to_the_next_multiple_and_keeps_the_picture(shape, unit):
     image = np.arange(np.prod(shape)).reshape(shape)
-    out = padded(image, unit)
+    out = pad_reflect(image, unit)
     assert all(side % unit == 0 and side - old < unit for side, old in zip(out.shape[:2], shape[:2]))
     assert (out[: shape[0], : shape[1]] == image).all()
     if shape[1] == 7 and unit == 8:

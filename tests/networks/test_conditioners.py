@@ -10,8 +10,8 @@ from golden_cases import golden, relative
 
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
-from ldmcli.maths.patchmatch import patched
-from ldmcli.maths.smooth_inpainting import continued, spread_over
+from ldmcli.maths.patchmatch import patchmatch_fill
+from ldmcli.maths.smooth_inpainting import push_pull_fill, thin_plate_fill
 from ldmcli.networks.conditioners import ASKED, CONDITIONS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.layout import LayoutCondition
@@ -324,7 +324,7 @@ def test_typed_and_typographic_signs_are_the_same_words(tmp_path, seen):
         assert torch.equal(ids[0], ids[1]) and tokenizer.unk_token_id not in ids
 
 
-@pytest.mark.parametrize("fill", [spread_over, continued])
+@pytest.mark.parametrize("fill", [push_pull_fill, thin_plate_fill])
 @pytest.mark.parametrize("shape", [(16, 16), (13, 22), (1, 9), (64, 3)])
 def test_what_lies_around_is_spread_over_holes(shape, fill):
     x = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
@@ -345,7 +345,7 @@ def test_slopes_go_on_over_the_rim():
     slope = torch.stack([0.4 * x - 0.5 * y, x, 0.3 * x * y])[None]
     hole = torch.zeros(1, 48, 48, dtype=torch.bool)
     hole[0, 12:34, 10:36] = True
-    made = [fill(slope.masked_fill(hole[:, None], 9.0), hole) for fill in (continued, spread_over)]
+    made = [fill(slope.masked_fill(hole[:, None], 9.0), hole) for fill in (thin_plate_fill, push_pull_fill)]
     plate, spread = ((filled - slope)[:, :, hole[0]].square().mean().sqrt() for filled in made)
     assert plate < 0.015 and spread > 2 * plate
 
@@ -359,12 +359,14 @@ def test_patches_continue_a_texture(size):
     hole[size[0] // 3 : size[0] // 2, size[1] // 3 : size[1] // 2] = True
     hole[-4:, :9] = True
     given = stripes.masked_fill(hole, 7.0)
-    filled = patched(given, hole)
+    filled = patchmatch_fill(given, hole)
     assert filled.shape == stripes.shape and torch.equal(filled[:, ~hole], stripes[:, ~hole])
-    smooth = continued(given[None], hole[None])[0]
+    smooth = thin_plate_fill(given[None], hole[None])[0]
     error, plain = ((made - stripes)[:, hole].square().mean() for made in (filled, smooth))
     assert error < 0.5 * plain
-    assert filled.abs().max() <= 1 + 1e-5 and torch.equal(filled, patched(stripes, hole))  # the hole is never looked at
+    assert filled.abs().max() <= 1 + 1e-5 and torch.equal(
+        filled, patchmatch_fill(stripes, hole)
+    )  # the hole is never looked at
 
 
 def test_patches_where_none_is_known():
@@ -372,11 +374,11 @@ def test_patches_where_none_is_known():
     hole = torch.zeros(40, 40, dtype=torch.bool)
     hole[::4] = True
     hole[:, ::4] = True  # 3x3 pixels are known between the bars, a patch has 5x5
-    assert torch.equal(patched(image, hole), continued(image[None], hole[None])[0])
-    assert torch.equal(patched(image, torch.zeros_like(hole)), image)
-    assert torch.equal(patched(image, torch.ones_like(hole)), torch.zeros_like(image))
+    assert torch.equal(patchmatch_fill(image, hole), thin_plate_fill(image[None], hole[None])[0])
+    assert torch.equal(patchmatch_fill(image, torch.zeros_like(hole)), image)
+    assert torch.equal(patchmatch_fill(image, torch.ones_like(hole)), torch.zeros_like(image))
     small = image[:, :3, :4]
-    assert torch.equal(patched(small, hole[:3, :4]), continued(small[None], hole[None, :3, :4])[0])
+    assert torch.equal(patchmatch_fill(small, hole[:3, :4]), thin_plate_fill(small[None], hole[None, :3, :4])[0])
 
 
 def test_fillings_are_what_the_first_stage_sees():

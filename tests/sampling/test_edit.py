@@ -14,8 +14,8 @@ from tiny import ADAM, ldm, noisy_images, pictures, train_ae, train_ldm
 
 import ldmcli
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.maths.compositing import filled, fitted, pasted, toned, windows
-from ldmcli.maths.patchmatch import patched
+from ldmcli.maths.compositing import composite, fill_smoothly, hole_windows, match_border, match_low_frequencies
+from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.sampling.editing import inpaint_images, trained_size, unit_of, upscale_images
 
 FAST = ("--steps", 3, "--sampler", "ddim")
@@ -86,7 +86,7 @@ def test_composition_is_the_recorded_one():
         return ((x[0] + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
 
     hole = io["mask_pixels"][0, 0].numpy() > 0
-    composed = pasted(shares(io["image"]), shares(io["decoded"]), hole)
+    composed = composite(shares(io["image"]), shares(io["decoded"]), hole)
     recorded = io["composed"][0].permute(1, 2, 0).numpy()
     assert np.abs(composed - recorded).max() < 1e-6
     assert np.array_equal((composed * 255).astype(np.uint8), io["composed_uint8"][0].permute(1, 2, 0).numpy())
@@ -95,12 +95,12 @@ def test_composition_is_the_recorded_one():
 def test_filling_keeps_what_is_known_and_stays_between_its_values():
     image = image_of(37, 50)
     hole = hole_of(37, 50, 5, 8, 25, 30)
-    out = filled(image, hole)
+    out = fill_smoothly(image, hole)
     assert np.array_equal(out[~hole], image[~hole])
     assert image[~hole].min() <= out[hole].min() and out[hole].max() <= image[~hole].max()
     flat = np.full((20, 20, 3), 77, np.uint8)
     flat[hole_of(20, 20, 3, 3, 9, 9)] = 0
-    assert (filled(flat, hole_of(20, 20, 3, 3, 9, 9)) == 77).all()  # the old content does not shine through
+    assert (fill_smoothly(flat, hole_of(20, 20, 3, 3, 9, 9)) == 77).all()  # the old content does not shine through
 
 
 def test_a_filling_meets_its_surroundings_and_a_drift_in_brightness_goes():
@@ -108,22 +108,22 @@ def test_a_filling_meets_its_surroundings_and_a_drift_in_brightness_goes():
     hole = hole_of(60, 60, 10, 10, 40, 40)
     image[hole] = 255  # old content, not to be looked at
     checks = np.indices((60, 60)).sum(0)[..., None] % 2 * 10.0
-    out = fitted(image, drawn + hole[..., None] * checks, hole, 8)
+    out = match_border(image, drawn + hole[..., None] * checks, hole, 8)
     assert np.abs(out - 100 - checks)[hole].max() < 1e-3, "all of the shift goes, what was drawn stays"
-    assert np.array_equal(fitted(image, drawn, hole, 0), drawn)
+    assert np.array_equal(match_border(image, drawn, hole, 0), drawn)
 
 
 def test_what_is_drawn_in_a_hole_stays_where_the_surroundings_agree():
     image = image_of(60, 60)
     drawn, hole = image.astype(np.float32), hole_of(60, 60, 10, 10, 40, 40)
     drawn[20:40, 20:40] = 250
-    assert np.array_equal(fitted(image, drawn, hole, 8), drawn)
+    assert np.array_equal(match_border(image, drawn, hole, 8), drawn)
 
 
 def test_a_drift_that_changes_from_side_to_side_is_carried_on_smoothly():
     ramp = np.broadcast_to(np.linspace(0, 40, 60, dtype=np.float32)[None, :, None], (60, 60, 3))
     image, hole = np.full((60, 60, 3), 100, np.uint8), hole_of(60, 60, 20, 20, 20, 20)
-    out = fitted(image, 100 + ramp, hole, 8)
+    out = match_border(image, 100 + ramp, hole, 8)
     assert np.abs(out[hole] - 100).max() < 6 and np.abs(out[hole] - 100).mean() < 2
 
 
@@ -131,21 +131,23 @@ def test_an_enlarged_picture_keeps_the_brightness_of_the_small_one_and_its_own_d
     rng = np.random.default_rng(0)
     low = rng.integers(60, 190, (2, 12, 9, 3), dtype=np.uint8)
     large = low.repeat(4, axis=1).repeat(4, axis=2)
-    assert np.array_equal(toned(large, low, 2.0), large), "nothing is off, nothing changes"
+    assert np.array_equal(match_low_frequencies(large, low, 2.0), large), "nothing is off, nothing changes"
     checks = np.indices((48, 36)).sum(0)[..., None] % 2 * 20
     drifted = (large + checks - 10 + np.array([30, -25, 12])).astype(np.uint8)
-    assert np.abs(toned(drifted, low, 2.0).astype(int) - (large + checks - 10)).max() <= 1
-    assert toned(drifted, low, 0) is drifted
+    assert np.abs(match_low_frequencies(drifted, low, 2.0).astype(int) - (large + checks - 10)).max() <= 1
+    assert match_low_frequencies(drifted, low, 0) is drifted
     half = drifted.copy()
     half[:, 24:] = drifted[:, 24:] - np.array([30, -25, 12]).astype(np.uint8)
-    rows = np.abs(toned(half, low, 2.0).astype(float) - (large + checks - 10)).mean(axis=(0, 2, 3))
+    rows = np.abs(match_low_frequencies(half, low, 2.0).astype(float) - (large + checks - 10)).mean(axis=(0, 2, 3))
     assert rows[:8].max() < 1 and rows[-8:].max() < 1 and rows[22:26].max() > 5
 
 
 def test_tone_is_the_models_unless_asked(sr):
     model, low = ldmcli.load(sr), image_of(6, 9)[None]
     own, none = upscale_images(model, low, steps=2), upscale_images(model, low, steps=2, tone=0)
-    assert np.array_equal(own, toned(none, low, model.config.task.tone)) and not np.array_equal(own, none)
+    assert np.array_equal(own, match_low_frequencies(none, low, model.config.task.tone)) and not np.array_equal(
+        own, none
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_tone_is_the_models_unless_asked(sr):
     ],
 )
 def test_a_window_holds_the_hole_and_its_surroundings(hole, expected):
-    found = windows(hole, (64, 64), (16, 16), 8)
+    found = hole_windows(hole, (64, 64), (16, 16), 8)
     assert len(found) == 1
     ((rows, columns),) = found
     if expected:
@@ -177,7 +179,7 @@ def test_windows_of_many_holes_don_t_meet_and_hold_all(seed):
         y, x = rng.integers(0, 380), rng.integers(0, 480)
         hole[y : y + rng.integers(1, 60), x : x + rng.integers(1, 60)] = True
     seen = np.zeros(hole.shape, int)
-    for window in windows(hole, (64, 64), (16, 16), 8):
+    for window in hole_windows(hole, (64, 64), (16, 16), 8):
         seen[window] += 1
     assert seen.max() == 1 and not (hole & (seen == 0)).any()
 
@@ -217,10 +219,10 @@ def test_what_the_first_stage_loses_of_patches_is_put_back(patches, monkeypatch)
     """A model that draws the latent of what it is told gives the patches themselves, to the last bit of texture."""
     model = ldmcli.load(patches)
     image, hole = image_of(40, 40, 1), hole_of(40, 40, 10, 14, 12, 12)
-    ((rows, columns),) = windows(hole, trained_size(model), (5, 5), unit_of(model))  # what is looked at
+    ((rows, columns),) = hole_windows(hole, trained_size(model), (5, 5), unit_of(model))  # what is looked at
     part = torch.from_numpy(image[rows, columns]).permute(2, 0, 1).float()
     wanted = image.copy()
-    told = patched(part, torch.from_numpy(hole[rows, columns])).round().clamp(0, 255).byte()
+    told = patchmatch_fill(part, torch.from_numpy(hole[rows, columns])).round().clamp(0, 255).byte()
     wanted[rows, columns] = told.permute(1, 2, 0).numpy()
     monkeypatch.setattr(
         "ldmcli.sampling.editing.draw_latents",
