@@ -50,10 +50,10 @@ def upscale_images(
 
     Picture i is drawn with the noise of sample ids[i] (default 0 … n-1). told: values of further conditions by kind,
     one a picture, maps as large as the result. tone: pixels of the small picture beyond which brightness and colour are
-    its own (`compositing.toned`); 0 = as drawn, None = as the model's task.tone says. tile: pixels a side above which
-    the networks see overlapping tiles; 0 = as many as fit into `max_memory` GiB. settings: steps, guidance,
-    guidance_interval, sampler, eta, temperature, spacing, negative_prompt. Raises UsageError for a model of another
-    task, InputError for pictures below one latent.
+    its own (`match_low_frequencies`); 0 = as drawn, None = as the model's task.tone says. tile: pixels a side
+    above which the networks see overlapping tiles; 0 = as many as fit into `max_memory` GiB. settings: steps,
+    guidance, guidance_interval, sampler, eta, temperature, spacing, negative_prompt. Raises UsageError for a model
+    of another task, InputError for pictures below one latent.
     """
     if model.config.task.name != "sr":
         raise UsageError("upscale: this model was not trained for super-resolution (`ldm train-ldm --task sr`)")
@@ -95,7 +95,7 @@ def inpaint_images(
     of them is put back into what is drawn (task.detail): latents hold no fine texture. Any other generating model keeps
     the known region on its way down (each step `resample` times, as RePaint). prompts, classes: one a picture, where
     the model takes them. blend: pixels around a hole by which brightness and colour in it are fitted
-    (`compositing.fitted`); 0 = as drawn. A layout speaks of the whole picture, which is then looked at as a whole. ids,
+    (`match_border`); 0 = as drawn. A layout speaks of the whole picture, which is then looked at as a whole. ids,
     told, tile, max_memory, settings as `upscale_images`. Raises UsageError for a model that can't, InputError for
     pictures below one latent.
     """

@@ -787,8 +787,8 @@ def test_a_buffer_mixes_without_losing_or_repeating():
 
 
 def test_several_names_are_shortened_with_their_number():
-    assert folder.several(["a", "b"]) == "a, b"
-    assert folder.several(str(k) for k in range(8)) == "0, 1, 2, 3, 4 and 3 more"
+    assert folder.first_few(["a", "b"]) == "a, b"
+    assert folder.first_few(str(k) for k in range(8)) == "0, 1, 2, 3, 4 and 3 more"
 
 
 def marked_rows(folder, **values):
