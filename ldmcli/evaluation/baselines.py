@@ -22,7 +22,7 @@ from ldmcli.data.degradations import degrade, resize, to_uint8
 from ldmcli.data.masks import masked_share
 from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
 from ldmcli.diffusion.sample import Steering
-from ldmcli.evaluation.image_streams import Source, check_columns, condition_source, drawn_for, values_for
+from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, drawn_for, values_for
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
 from ldmcli.sampling.editing import inpaint_images, upscale_images
@@ -40,13 +40,13 @@ def task_sources(
     model,
     rows,
     ids: list[int],
-    truth: Source,
+    truth: ImageStream,
     *,
     size: tuple[int, int],
     seed: int,
     batch_size: int,
     settings: dict[str, Any],
-) -> tuple[Source, dict[str, Source], dict[str, Any]]:
+) -> tuple[ImageStream, dict[str, ImageStream], dict[str, Any]]:
     """(the model's answers for rows `ids`, plain methods by name, facts), in the order of `ids`.
 
     Answer k is drawn with the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their facts.
@@ -58,7 +58,7 @@ def task_sources(
     how = (model, told, ids, seed, batch_size, settings)
     facts = {**truth.facts, "fingerprint": model.fingerprint, "task": task}
     answers = _enlarged(*how) if task == "sr" else _filled(*how)
-    made = Source(name="model", count=len(ids), stream=answers, facts={**facts, "source": "model"})
+    made = ImageStream(name="model", count=len(ids), stream=answers, facts={**facts, "source": "model"})
     plain = {"bicubic": _bicubic} if task == "sr" else _fillings(model.config.task.fill)
     baselines = {
         name: replace(made, name=name, facts={**facts, "source": name}, stream=_each(told, ids, task, method))
@@ -76,14 +76,14 @@ def guided_sources(
     model,
     rows,
     ids: list[int],
-    truth: Source,
+    truth: ImageStream,
     factor: int,
     *,
     size: tuple[int, int],
     seed: int,
     batch_size: int,
     settings: dict[str, Any],
-) -> tuple[Source, dict[str, Source], dict[str, Any]]:
+) -> tuple[ImageStream, dict[str, ImageStream], dict[str, Any]]:
     """Samples of a model without a task, each led to its row made `factor` times smaller (antialiased bicubic).
 
     (guided, {"unguided": the same noise and words without a guide, "bicubic": the small picture enlarged}, facts), in
@@ -109,7 +109,7 @@ def guided_sources(
         return stream
 
     facts = {**truth.facts, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
-    made = Source(name="guided", count=len(ids), stream=drawn(True), facts=facts)
+    made = ImageStream(name="guided", count=len(ids), stream=drawn(True), facts=facts)
     others = {"unguided": drawn(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
     plain = {
         name: replace(made, name=name, facts={**facts, "source": name}, stream=stream)

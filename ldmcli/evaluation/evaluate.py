@@ -33,17 +33,17 @@ from ldmcli.evaluation.features import (
     open_extractor,
 )
 from ldmcli.evaluation.image_streams import (
-    Source,
+    ImageStream,
+    check_count,
+    evenly_spaced,
     first_size,
     loaded,
     model_source,
     open_images,
     paired_sources,
-    rebuilt,
+    reconstructions,
     rows_source,
     sampling_facts,
-    spread,
-    take,
     trained_size,
 )
 from ldmcli.evaluation.reference_statistics import (
@@ -55,6 +55,7 @@ from ldmcli.evaluation.reference_statistics import (
     reference_features,
 )
 from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, kid, precision_recall, psnr, ssim
+from ldmcli.maths.pixels import pixels_to_tensor
 from ldmcli.networks.perceptual import perceptual_net
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup", "pair_values", "reconstruction_metrics"]
@@ -251,16 +252,18 @@ def _of_autoencoder(run: _Run, autoencoder, data, split: str, n: int | None, siz
         "float_to_uint8": "clamp, round half to even",
         "latent": "mode of the posterior",
     }
-    made = replace(source, name="reconstructions", facts=facts, key="", stream=rebuilt(autoencoder, source, batch_size))
+    made = replace(
+        source, name="reconstructions", facts=facts, key="", stream=reconstructions(autoencoder, source, batch_size)
+    )
     return _paired(run, made, source)
 
 
-def _original(run: _Run, data, split: str, n: int | None, size, model: Any) -> Source:
+def _original(run: _Run, data, split: str, n: int | None, size, model: Any) -> ImageStream:
     if _is_npz(data):
         return open_images(data, n)
     rows, settings = _rows(run, data, split, size, model)
-    count = _limited(run, rows) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
-    return rows_source(rows, settings, spread(len(rows), count))
+    count = _limited(run, rows) if n is None else check_count(len(rows), n, f"{rows.source} ({rows.split})")
+    return rows_source(rows, settings, evenly_spaced(len(rows), count))
 
 
 def _of_task(
@@ -270,8 +273,8 @@ def _of_task(
     and plain methods' beside them."""
     size = size or trained_size(model)
     rows, settings = _rows(run, _own_data(model, data), split, size, model)
-    count = min(len(rows), GENERATED_LIMIT) if n is None else take(len(rows), n, f"{rows.source} ({rows.split})")
-    ids = spread(len(rows), count)
+    count = min(len(rows), GENERATED_LIMIT) if n is None else check_count(len(rows), n, f"{rows.source} ({rows.split})")
+    ids = evenly_spaced(len(rows), count)
     truth = rows_source(rows, settings, ids)
     sources = task_sources if guide_factor is None else partial(guided_sources, factor=guide_factor)
     made, baselines, stated = sources(model, rows, ids, truth, size=size, **draw)
@@ -308,8 +311,8 @@ def _of_sets(run: _Run, model, data, split: str, n: int | None, size, draw: dict
     for name in obeyed:
         _put_obedience(run, name, kept, rows, data, size, model.config)
     run.facts["generated"] = source.facts
-    _warn_of_lossy(run, source, reference.lossy if isinstance(reference, Source) else False)
-    if isinstance(reference, Source):
+    _warn_of_lossy(run, source, reference.lossy if isinstance(reference, ImageStream) else False)
+    if isinstance(reference, ImageStream):
         run.facts["reference"] = reference.facts
         with run.progress(reference.count, "reference") as bar:
             reference = reference_features(run.extractor, reference, bar.advance, REFERENCE_LIMIT)
@@ -327,7 +330,7 @@ def _put_obedience(run: _Run, kind: str, images: list[np.ndarray], rows, data, s
     """Whether pictures drawn for rows obey them, as a judge trained on the training rows (or an exact reader) sees."""
     training = _rows(run, data, "train", size, config)[0]
     values, facts = measure_obedience(
-        kind, images, rows, training, spread(len(rows), len(images)), config, size, run.progress
+        kind, images, rows, training, evenly_spaced(len(rows), len(images)), config, size, run.progress
     )
     for key, (label, value) in values.items():
         run.put(key, label, value)
@@ -344,7 +347,7 @@ def _reference(run: _Run, rows, settings, data):
         if lacking:
             raise InputError(f"--metrics {lacking[0]}: needs the images of the reference; {data} has mu and sigma only")
         return statistics if statistics is not None else open_images(data)
-    return rows_source(rows, settings, spread(len(rows), _limited(run, rows)))
+    return rows_source(rows, settings, evenly_spaced(len(rows), _limited(run, rows)))
 
 
 def _limited(run: _Run, rows) -> int:
@@ -397,7 +400,7 @@ def _is_npz(data: Any) -> bool:
 # --- metrics ---------------------------------------------------------------------------------------------------
 
 
-def _paired(run: _Run, generated: Source, reference: Source) -> tuple[FeatureSet, FeatureSet]:
+def _paired(run: _Run, generated: ImageStream, reference: ImageStream) -> tuple[FeatureSet, FeatureSet]:
     """Image by image, and where a set metric is asked for, set by set."""
     pairs = list(PAIR_METRICS) if set(run.metrics) & set(PAIR_METRICS) else []
     sums: dict[str, list[float]] = {name: [] for name in pairs if name in run.metrics}
@@ -439,7 +442,7 @@ def _lpips(net, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
     if len(shapes) > 1:
         return [value for pair in pairs for value in _lpips(net, [pair])]
     device = next(net.buffers()).device
-    x, y = (torch.from_numpy(np.stack(side)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1 for side in zip(*pairs))
+    x, y = (pixels_to_tensor(torch.from_numpy(np.stack(side)), device) for side in zip(*pairs))
     with torch.inference_mode():
         return net(x, y).flatten().tolist()
 
@@ -501,7 +504,7 @@ def _warn_of_sets(run: _Run, generated: FeatureSet, reference: FeatureSet, copie
         run.warnings.append(f"{shared:,} generated images are exact copies of reference images")
 
 
-def _warn_of_lossy(run: _Run, generated: Source, reference_lossy: bool) -> None:
+def _warn_of_lossy(run: _Run, generated: ImageStream, reference_lossy: bool) -> None:
     if generated.lossy != reference_lossy:
         side = "generated" if generated.lossy else "reference"
         run.warnings.append(f"only the {side} images are JPEG files: their artefacts count as a difference")

@@ -26,7 +26,7 @@ WORDS = ("text", "class")  # what `sample` is told as it stands; the rest is mad
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ImageStream:
     """`stream()` starts the images from the beginning. `key` names their content, "" where it is not known ahead."""
 
     name: str
@@ -37,7 +37,7 @@ class Source:
     key: str = ""
 
 
-def take(count: int, n: int | None, what: str) -> int:
+def check_count(count: int, n: int | None, what: str) -> int:
     """How many of `count` images are used: n, or all. Raises InputError where there are fewer than n."""
     if n is not None and n > count:
         raise InputError(f"{what}: {count} images, but -n asks for {n}")
@@ -60,12 +60,12 @@ def read_image(path: Path) -> np.ndarray:
     return np.array(decode(path))
 
 
-def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = ()) -> Source:
+def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = ()) -> ImageStream:
     """Images of a folder at their own sizes."""
     files = image_files(folder, besides)
-    files = files[: take(len(files), n, str(folder))]
+    files = files[: check_count(len(files), n, str(folder))]
     lossy = any(path.suffix.lower() in LOSSY for path in files)
-    return Source(
+    return ImageStream(
         name=str(folder),
         count=len(files),
         stream=lambda: (read_image(path) for path in files),
@@ -74,10 +74,10 @@ def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = 
     )
 
 
-def npz_source(path: Path, n: int | None = None) -> Source:
+def npz_source(path: Path, n: int | None = None) -> ImageStream:
     """`arr_0` of a sample set of guided-diffusion's kind, uint8 (N, H, W, 3), read image by image."""
     shape = _arr_0(path)[1]
-    count = take(shape[0], n, str(path))
+    count = check_count(shape[0], n, str(path))
 
     def stream() -> Iterator[np.ndarray]:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
@@ -90,7 +90,9 @@ def npz_source(path: Path, n: int | None = None) -> Source:
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(shape[1:])
 
     key = f"{sha256_file(path)}:{count}"
-    return Source(name=str(path), count=count, stream=stream, facts={"source": str(path), "resize": "none"}, key=key)
+    return ImageStream(
+        name=str(path), count=count, stream=stream, facts={"source": str(path), "resize": "none"}, key=key
+    )
 
 
 def _arr_0(path: Path) -> tuple[np.dtype, tuple[int, ...]]:
@@ -114,19 +116,19 @@ def _header(member, path: Path) -> tuple[np.dtype, tuple[int, ...]]:
     return dtype, shape
 
 
-def open_images(where: str | Path, n: int | None = None) -> Source:
+def open_images(where: str | Path, n: int | None = None) -> ImageStream:
     """A folder of images or an .npz of samples."""
     path = Path(where)
     return npz_source(path, n) if path.suffix == ".npz" and path.is_file() else folder_source(path, n)
 
 
-def first_size(source: Source) -> tuple[int, int]:
+def first_size(source: ImageStream) -> tuple[int, int]:
     """(height, width) of the first image."""
     image = next(source.stream())
     return image.shape[0], image.shape[1]
 
 
-def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[Source, Source]:
+def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[ImageStream, ImageStream]:
     """Two folders whose images pair by relative path without extension, or two .npz files that pair by position."""
     if first.suffix == ".npz" and second.suffix == ".npz":
         a, b = npz_source(first, n), npz_source(second, n)
@@ -149,12 +151,12 @@ def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[Sou
 # --- rows of a data set and models -----------------------------------------------------------------------------
 
 
-def spread(count: int, n: int) -> list[int]:
+def evenly_spaced(count: int, n: int) -> list[int]:
     """n row numbers, evenly over `count` rows: classes keep their shares in sorted data. Above `count` they repeat."""
     return [k % count for k in range(n)] if n > count else [k * count // n for k in range(n)]
 
 
-def rows_source(rows, settings: DataSettings, ids: list[int]) -> Source:
+def rows_source(rows, settings: DataSettings, ids: list[int]) -> ImageStream:
     """Rows of a data set, scaled to cover `settings.size` and cropped at the centre."""
     size = settings.size
     facts = {
@@ -166,7 +168,7 @@ def rows_source(rows, settings: DataSettings, ids: list[int]) -> Source:
         "background": settings.background,
     }
     key = ":".join(map(str, (rows.fingerprint, len(ids), facts["resize"], settings.background)))
-    return Source(
+    return ImageStream(
         name=f"{rows.source} ({rows.split})",
         count=len(ids),
         facts=facts,
@@ -177,11 +179,11 @@ def rows_source(rows, settings: DataSettings, ids: list[int]) -> Source:
 
 def model_source(
     model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int] | None, settings: dict[str, Any]
-) -> Source:
+) -> ImageStream:
     """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
     kinds = tuple(model.model.conditions.kinds)
     check_columns(rows, kinds)
-    ids = spread(len(rows), n) if kinds else []
+    ids = evenly_spaced(len(rows), n) if kinds else []
     told = condition_source(model, rows, size, seed) if set(kinds) - set(WORDS) else None
 
     def stream() -> Iterator[np.ndarray]:
@@ -212,7 +214,7 @@ def model_source(
         "float_to_uint8": "clamp, round half to even",
         "resize": "none",
     }
-    return Source(name="model", count=n, stream=stream, facts=facts)
+    return ImageStream(name="model", count=n, stream=stream, facts=facts)
 
 
 def check_columns(rows, kinds: tuple[str, ...]) -> None:
@@ -255,7 +257,7 @@ def class_of(rows, i: int) -> int | str:
     return rows.class_names[rows.label(i)] if rows.class_names else rows.label(i)
 
 
-def rebuilt(autoencoder, source: Source, batch_size: int) -> Callable[[], Iterator[np.ndarray]]:
+def reconstructions(autoencoder, source: ImageStream, batch_size: int) -> Callable[[], Iterator[np.ndarray]]:
     """The stream of a source's images after `encode` (the mode) and `decode`."""
     import torch
 

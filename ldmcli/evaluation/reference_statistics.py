@@ -17,7 +17,7 @@ from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.data.rows import JoinedRows
 from ldmcli.data.sources import divided, held_out, open_rows, split_sizes, whole_rows
 from ldmcli.evaluation.features import Extractor, FeatureSet, extract
-from ldmcli.evaluation.image_streams import Source
+from ldmcli.evaluation.image_streams import ImageStream
 from ldmcli.maths.metrics import Gaussian
 
 SAME = ("weights_sha256", "layer", "resize")  # facts of an extractor without which numbers do not compare
@@ -102,7 +102,9 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics | None:
     return Statistics(mu, sigma, n, str(path))
 
 
-def reference_features(extractor: Extractor, source: Source, advance: Callable[[int], None], limit: int) -> FeatureSet:
+def reference_features(
+    extractor: Extractor, source: ImageStream, advance: Callable[[int], None], limit: int
+) -> FeatureSet:
     """Features of a reference, from the cache where the same content met the same extractor before."""
     path = _cache_path(extractor, source) if source.count <= limit else None
     if path is not None and path.is_file() and (kept := _read(path)) is not None:
@@ -117,7 +119,7 @@ def reference_features(extractor: Extractor, source: Source, advance: Callable[[
     return found
 
 
-def _cache_path(extractor: Extractor, source: Source) -> Path | None:
+def _cache_path(extractor: Extractor, source: ImageStream) -> Path | None:
     if not source.key:
         return None
     facts = [str(extractor.facts[key]) for key in SAME]

@@ -10,7 +10,7 @@ from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.outputs import write_page
 from ldmcli.reports import run_report
 from ldmcli.reports.charts import figure
-from ldmcli.reports.run_report import RunView, last_name, look
+from ldmcli.reports.run_report import RunView, last_name, read_run
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
 
@@ -18,7 +18,7 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
 def write_card(run_dir: Path) -> Path:
     """Writes run_dir/README.md from what lies in the folder, and returns its path. Raises UsageError for a card that
     somebody wrote or changed by hand."""
-    run = look(run_dir)
+    run = read_run(run_dir)
     parts = [
         _front_matter(run),
         f"# {_text(run.name)}",

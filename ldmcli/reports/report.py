@@ -12,7 +12,7 @@ from ldmcli.core.outputs import write_page
 from ldmcli.reports import html, run_report
 from ldmcli.reports.card import write_card
 from ldmcli.reports.html import safe
-from ldmcli.reports.run_report import RunView, look
+from ldmcli.reports.run_report import RunView, read_run
 
 CARDS = 16
 _SCORES = ("colour", "shape", "position", "background", "count", "all")
@@ -25,7 +25,7 @@ def write_report(run_dir: Path, summary: dict[str, Any] | None = None, out: Path
     summary: an evaluation that is shown with those that lie in the folder as eval*.json. Raises ResourceError or
     UsageError when it can't write, or would replace a page that was changed by hand.
     """
-    run = look(run_dir)
+    run = read_run(run_dir)
     body = (
         run_report.header(run)
         + run_report.key_figures(run)
@@ -63,7 +63,7 @@ def write_demo_report(out: Path, runs: list[Path], summary: dict[str, Any]) -> P
     the same of those; "ae_psnr" in dB, "fd", "fd_reconstructions", "fd_protocol", "seconds", "n", "data". What is
     absent is left out. out/samples.png is the contact sheet of the samples, out/prompts.txt what they were told.
     """
-    views = [look(path) for path in runs]
+    views = [read_run(path) for path in runs]
     body = (
         _demo_header(views, summary)
         + html.tiles(_demo_figures(summary), "big")
@@ -130,7 +130,7 @@ def _samples(out: Path, views: Sequence[RunView], summary: dict[str, Any]) -> st
         return html.section("Samples", html.picture(sheet, "samples"))
     if not told:
         return html.section("Samples", html.mosaic(cells))
-    marks = run_report.verdicts(view, cells, told)
+    marks = run_report.mark_samples(view, cells, told)
     count = min(len(cells), len(told))
     asked = html.cards(cells[:CARDS], told[:CARDS], marks[:CARDS])
     wrong = " Those that show anything else than asked are framed." if "wrong" in marks else ""

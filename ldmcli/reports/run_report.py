@@ -79,7 +79,7 @@ class RunView:
         return self.path.resolve().name
 
 
-def look(path: Path) -> RunView:
+def read_run(path: Path) -> RunView:
     """Reads a run folder, unfinished or damaged as it may be."""
     state = _read_dict(path / "run.json")
     log = [line for line in runs.read_log(path) if isinstance(line, dict)]
@@ -287,7 +287,9 @@ def columns(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]
 
 def previews(run: RunView) -> str:
     """The newest preview with what it was told, and earlier ones."""
-    found = [(step, image) for step, path in spread(sample_files(run.path)) if (image := html.read_picture(path))]
+    found = [
+        (step, image) for step, path in evenly_spaced(sample_files(run.path)) if (image := html.read_picture(path))
+    ]
     if not found:
         return ""
     step, newest = found[0]
@@ -309,10 +311,10 @@ def previews(run: RunView) -> str:
 def _told(sheet, texts: Sequence[str], run: RunView) -> str:
     size = run.stats.get("size")
     cells = html.cut(sheet, size)[: len(texts)] if size and texts else []
-    return html.cards(cells, texts, verdicts(run, cells, texts)) if cells else ""
+    return html.cards(cells, texts, mark_samples(run, cells, texts)) if cells else ""
 
 
-def verdicts(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list[str]:
+def mark_samples(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list[str]:
     """ "right" or "wrong" for pictures of the embedded shapes, whose captions can be checked; [] for other data."""
     if not is_shapes(str((run.state.get("data") or {}).get("source"))):
         return []
@@ -344,7 +346,7 @@ def sample_files(path: Path) -> list[tuple[int, Path]]:
     return sorted(((int(step), file) for step, file in named if step.isdecimal()), reverse=True)
 
 
-def spread(entries: Sequence, most: int = PREVIEWS) -> list:
+def evenly_spaced(entries: Sequence, most: int = PREVIEWS) -> list:
     """At most `most` entries: the first, the last and evenly between."""
     if len(entries) <= most:
         return list(entries)

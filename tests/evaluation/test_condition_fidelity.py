@@ -17,7 +17,9 @@ from ldmcli.data.rows import Room
 from ldmcli.data.sources import open_rows
 from ldmcli.evaluation import condition_fidelity as module
 from ldmcli.evaluation import evaluate as evaluation
-from ldmcli.evaluation.condition_fidelity import box_iou, layout_scores, map_scores, measure, regions, train_judge
+from ldmcli.evaluation import segmenter
+from ldmcli.evaluation.condition_fidelity import box_iou, layout_scores, map_scores, measure, regions
+from ldmcli.evaluation.segmenter import train_segmenter
 
 SIZE = (64, 64)
 
@@ -129,7 +131,7 @@ def scenes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def judge():
     images, maps = scenes(24, 0)
-    return train_judge(images.__getitem__, maps.__getitem__, 24, 3, steps=60)
+    return train_segmenter(images.__getitem__, maps.__getitem__, 24, 3, steps=60)
 
 
 def test_a_judge_learns_classes_that_look_different(judge):
@@ -159,10 +161,10 @@ def test_a_judge_is_kept_and_found_again(tmp_path, monkeypatch):
         pixels = staticmethod(lambda i, size, crop="center", u=None: images[i])
         map_pixels = staticmethod(lambda i, size, crop="center", u=None: maps[i])
 
-    monkeypatch.setattr(module, "JUDGE_STEPS", 2)
+    monkeypatch.setattr(module, "TRAIN_STEPS", 2)
     calls = []
-    real = module.train_judge
-    monkeypatch.setattr(module, "train_judge", lambda *a, **k: (calls.append(1), real(*a, steps=2, **k))[1])
+    real = segmenter.train_segmenter
+    monkeypatch.setattr(module, "train_segmenter", lambda *a, **k: (calls.append(1), real(*a, steps=2, **k))[1])
     settings = config("x", size=(32, 32), cache_dir=str(tmp_path / "cache"))
     readers = [module.open_reader(kind, Rows(), Rows(), settings, (32, 32), quiet) for kind in ("map", "layout")]
     assert len(calls) == 1 and readers[0].facts["judge"] == readers[1].facts["judge"]  # one judge, of the map
@@ -208,7 +210,7 @@ def answers(monkeypatch):
 
 
 def test_super_resolution_beside_bicubic(answers, monkeypatch):
-    monkeypatch.setattr("ldmcli.evaluation.evaluate.spread", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.evenly_spaced", lambda count, n: list(range(n)))
     result = evaluation.evaluate(model=TaskModel("sr"), metrics=["psnr", "ssim"], n=6, batch_size=4, steps=3)
     values = result["metrics"]
     assert values["psnr"] == float("inf") and values["ssim"] == pytest.approx(1)
@@ -221,7 +223,7 @@ def test_super_resolution_beside_bicubic(answers, monkeypatch):
 
 
 def test_inpainting_pastes_known_pixels_and_states_the_share(answers, monkeypatch):
-    monkeypatch.setattr("ldmcli.evaluation.evaluate.spread", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.evenly_spaced", lambda count, n: list(range(n)))
     monkeypatch.setattr("ldmcli.evaluation.baselines.has_biharmonic", lambda: False)
     result = evaluation.evaluate(model=TaskModel("inpaint"), metrics=["psnr"], n=5)
     assert result["metrics"]["psnr"] == float("inf")  # black outside of holes, and yet equal: known pixels are pasted
@@ -232,7 +234,7 @@ def test_inpainting_pastes_known_pixels_and_states_the_share(answers, monkeypatc
 
 def test_biharmonic_filling_where_it_is_installed(answers, monkeypatch):
     pytest.importorskip("skimage")
-    monkeypatch.setattr("ldmcli.evaluation.evaluate.spread", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.evenly_spaced", lambda count, n: list(range(n)))
     result = evaluation.evaluate(model=TaskModel("inpaint"), metrics=["psnr"], n=3)
     assert 10 < result["metrics"]["psnr_biharmonic"] < 60
 

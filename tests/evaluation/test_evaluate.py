@@ -18,7 +18,7 @@ from ldmcli.evaluation import evaluate as module
 from ldmcli.evaluation import features
 from ldmcli.evaluation.compare import compare, lookup
 from ldmcli.evaluation.evaluate import evaluate, reconstruction_metrics
-from ldmcli.evaluation.image_streams import spread
+from ldmcli.evaluation.image_streams import evenly_spaced
 from ldmcli.evaluation.reference_statistics import write_statistics
 from ldmcli.maths.metrics import frechet_from_features
 
@@ -322,9 +322,9 @@ def test_a_models_numbers_do_not_depend_on_the_batch_size(rows, kinds):
 
 
 def test_rows_repeat_evenly_where_more_images_are_drawn_than_there_are_rows():
-    assert spread(3, 7) == [0, 1, 2, 0, 1, 2, 0]
-    assert spread(10, 5) == [0, 2, 4, 6, 8]
-    assert spread(4, 4) == [0, 1, 2, 3]
+    assert evenly_spaced(3, 7) == [0, 1, 2, 0, 1, 2, 0]
+    assert evenly_spaced(10, 5) == [0, 2, 4, 6, 8]
+    assert evenly_spaced(4, 4) == [0, 1, 2, 3]
 
 
 def test_without_a_named_reference_the_models_own_data_is_taken(rows):
