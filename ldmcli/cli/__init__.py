@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -18,29 +17,12 @@ import typer
 from typer.exceptions import TyperException
 
 from ldmcli import __version__
+from ldmcli.cli.commands import COMMANDS
 from ldmcli.cli.helptext import Command, Group
+from ldmcli.cli.parsing import plain_name
 from ldmcli.core import console, launch
 from ldmcli.core.errors import ExitCode, Interrupted, LdmError, UsageError
 
-_TRAIN, _USE, _LOOK = "Train", "Use and measure", "Look"
-# name → module in this package (the function is named after the command), summary, panel
-COMMANDS: dict[str, tuple[str, str, str]] = {
-    "train-ae": ("train", "Train an autoencoder: images to latents and back.", _TRAIN),
-    "train-ldm": ("train", "Train a diffusion model in an autoencoder's latents.", _TRAIN),
-    "demo": ("manage", "The whole chain, on embedded shapes or your own images.", _TRAIN),
-    "sample": ("generate", "Draw images with a trained model.", _USE),
-    "inpaint": ("edit", "Repaint a part of a picture; known pixels stay.", _USE),
-    "upscale": ("edit", "Make pictures larger.", _USE),
-    "reconstruct": ("generate", "Images through an autoencoder, side by side, with PSNR.", _USE),
-    "eval-fid": ("measure", "Metrics of generated images: FID, KID, precision, PSNR, …", _USE),
-    "convert": ("convert", "Models of CompVis and diffusers to runs, and back.", _USE),
-    "data": ("manage", "What ldm sees in a data set: columns, sizes, bad files.", _LOOK),
-    "report": ("manage", "Write the report of a run again.", _LOOK),
-    "runs": ("manage", "List runs with kind, data, step and metric.", _LOOK),
-    "recipes": ("manage", "List the recipes that come with ldm.", _LOOK),
-    "presets": ("manage", "List presets, such as the paper's networks.", _LOOK),
-    "doctor": ("manage", "Check this machine: versions, devices, memory, disk.", _LOOK),
-}
 _MEMORY_WORDS = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "MPS backend out of memory")
 _NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -69,8 +51,6 @@ class LazyGroup(Group):
 
 def load(name: str) -> Command:
     """The command of that name with its options."""
-    from ldmcli.cli.options import plain_name
-
     function = getattr(import_module(f"ldmcli.cli.{COMMANDS[name][0]}"), name.replace("-", "_"))
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name, cls=Command, context_settings={"token_normalize_func": plain_name})(function)
@@ -96,19 +76,6 @@ def command_line() -> LazyGroup:
         pass
 
     return typer.main.get_command(app)
-
-
-def apply_global_options(values: dict) -> None:
-    """What options of every command ask for before it runs."""
-    if values.get("quiet") and values.get("verbose"):
-        raise UsageError("--quiet and --verbose exclude each other")
-    console.set_verbosity(
-        quiet=bool(values.get("quiet")), verbose=bool(values.get("verbose")), json=bool(values.get("json"))
-    )
-    if not values.get("verbose") and not sys.warnoptions:
-        warnings.simplefilter("ignore")  # what libraries tell programmers; ours come through the console
-    if values.get("offline"):
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,90 +1,66 @@
 """`ldm convert`: models of others in, runs out."""
 
 from pathlib import Path
-from typing import Annotated
 
 from ldmcli.cli import options as opt
+from ldmcli.cli.parsing import MODEL, OUTPUT, ParsedOptions, Text, argument, command, option
 from ldmcli.core import console
 from ldmcli.core.errors import UsageError
 
-Source = Annotated[str, opt.argument("Checkpoint (.ckpt, .safetensors), diffusers folder, hub id, or run.", "SRC")]
-Target = Annotated[Path, opt.argument("Folder to write; with --to compvis a .ckpt or .safetensors file.", "DST")]
-To = Annotated[
-    opt.Text,
-    opt.option(
-        "--to",
-        panel=opt.OUTPUT,
-        choices=("run", "compvis", "diffusers"),
-        default="run; a run has to say",
-        help="Format to write.",
-    ),
-]
-Config = Annotated[
+Source = argument(str, "SRC", "Checkpoint (.ckpt, .safetensors), diffusers folder, hub id, or run.")
+Target = argument(Path, "DST", "Folder to write; with --to compvis a .ckpt or .safetensors file.")
+To = option(
+    Text, "--to", ("run", "compvis", "diffusers"), "Format to write.", panel=OUTPUT, default="run; a run has to say"
+)
+Config = option(
     Path | None,
-    opt.option(
-        "--config",
-        panel=opt.MODEL,
-        metavar="FILE.yaml",
-        default="the one beside it, else by shapes",
-        help="Configuration of a CompVis checkpoint.",
-    ),
-]
-Heads = Annotated[
+    "--config",
+    "FILE.yaml",
+    "Configuration of a CompVis checkpoint.",
+    panel=MODEL,
+    default="the one beside it, else by shapes",
+)
+Heads = option(
     str,
-    opt.option(
-        "--heads",
-        value="",
-        panel=opt.MODEL,
-        metavar="legacy|config|N",
-        default="as published, else as the YAML says",
-        help="Attention heads of a CompVis UNet where its weights fit several numbers: legacy is one.",
-    ),
-]
-Tokenizer = Annotated[
+    "--heads",
+    "legacy|config|N",
+    "Attention heads of a CompVis UNet where its weights fit several numbers: legacy is one.",
+    panel=MODEL,
+    value="",
+    default="as published, else as the YAML says",
+)
+Tokenizer = option(
     Path | None,
-    opt.option(
-        "--tokenizer",
-        panel=opt.MODEL,
-        metavar="DIR",
-        default="beside it, else the hub's",
-        help="Tokenizer folder for a text model that comes without.",
-    ),
-]
-Part = Annotated[
-    opt.Text,
-    opt.option(
-        "--part",
-        panel=opt.MODEL,
-        choices=("first-stage",),
-        default="everything",
-        help="Take the autoencoder of a checkpoint alone.",
-    ),
-]
-Weights = Annotated[
+    "--tokenizer",
+    "DIR",
+    "Tokenizer folder for a text model that comes without.",
+    panel=MODEL,
+    default="beside it, else the hub's",
+)
+Part = option(
+    Text, "--part", ("first-stage",), "Take the autoencoder of a checkpoint alone.", panel=MODEL, default="everything"
+)
+Weights = option(
     str,
-    opt.option(
-        "--weights",
-        value="ema",
-        panel=opt.MODEL,
-        choices=("ema", "raw"),
-        default="ema",
-        help="Averaged weights where there are any, or those of the last step.",
-    ),
-]
+    "--weights",
+    ("ema", "raw"),
+    "Averaged weights where there are any, or those of the last step.",
+    panel=MODEL,
+    value="ema",
+    default="ema",
+)
 
-PushTo = Annotated[
-    opt.Text,
-    opt.option(
-        "--push-to",
-        panel=opt.OUTPUT,
-        metavar="HUB_ID",
-        default="none",
-        help="Upload the folder written to the hub, with its model card.",
-    ),
-]
+PushTo = option(
+    Text,
+    "--push-to",
+    "HUB_ID",
+    "Upload the folder written to the hub, with its model card.",
+    panel=OUTPUT,
+    default="none",
+)
 
 
-@opt.command(
+@command(
     {
         "source": Source,
         "target": Target,
@@ -99,7 +75,7 @@ PushTo = Annotated[
     },
     opt.TALK,
 )
-def convert(given: opt.ParsedOptions) -> None:
+def convert(given: ParsedOptions) -> None:
     """Convert a model: checkpoints of CompVis/latent-diffusion and diffusers folders to runs, and runs to both.
 
     Nothing in a checkpoint is executed. What could be read in several ways is said and kept in the run.

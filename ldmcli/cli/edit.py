@@ -2,162 +2,116 @@
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from ldmcli.cli import options as opt
 from ldmcli.cli.generate import guidance_of, interval_of, slug
+from ldmcli.cli.parsing import DATA, MACHINE, MODEL, SAMPLING, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.train import require_folder
 from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.sampling.request import EditRequest
 
-Picture = Annotated[Path, opt.argument("A picture, or a folder of them.", "IMAGE")]
-Mask = Annotated[
+Picture = argument(Path, "IMAGE", "A picture, or a folder of them.")
+Mask = argument(
     Path | None,
-    opt.argument(
-        "White where to repaint: a picture of the same size, or a folder of them "
-        "with the same names. Without it and --box: what is transparent in IMAGE.",
-        "MASK",
-        default="--box",
-        required=False,
-    ),
-]
-Box = Annotated[
-    opt.Text,
-    opt.option(
-        "--box",
-        panel=opt.DATA,
-        metavar="X,Y,W,H",
-        default="the mask",
-        help="What to repaint, in pixels from the upper left corner.",
-    ),
-]
-Scale = Annotated[
+    "MASK",
+    "White where to repaint: a picture of the same size, or a folder of them with the same names. "
+    "Without it and --box: what is transparent in IMAGE.",
+    default="--box",
+    required=False,
+)
+Box = option(
+    Text, "--box", "X,Y,W,H", "What to repaint, in pixels from the upper left corner.", panel=DATA, default="the mask"
+)
+Scale = option(
     int,
-    opt.option(
-        "--scale",
-        value=4,
-        panel=opt.MODEL,
-        metavar="2|4|8",
-        default="4",
-        help="How many times as large; the model must be trained for it.",
-    ),
-]
-Results = Annotated[
-    int,
-    opt.option(
-        "-n",
-        "--count",
-        value=1,
-        panel=opt.SAMPLING,
-        metavar="N",
-        min=1,
-        default="1",
-        help="Different results of each picture.",
-    ),
-]
-OnePrompt = Annotated[
-    opt.Text,
-    opt.option(
-        "--prompt",
-        panel=opt.SAMPLING,
-        metavar="TEXT",
-        default="none",
-        help="What the picture shows, where the model takes a prompt.",
-    ),
-]
-OneClass = Annotated[
-    opt.Text,
-    opt.option(
-        "--class",
-        panel=opt.SAMPLING,
-        metavar="NAME|INDEX",
-        default="none",
-        help="Class of the picture, where the model takes one; where classes are called by numbers, #1 is the second "
-        "one.",
-    ),
-]
-OneLayout = Annotated[
+    "--scale",
+    "2|4|8",
+    "How many times as large; the model must be trained for it.",
+    panel=MODEL,
+    value=4,
+    default="4",
+)
+Results = option(
+    int, "-n --count", "N", "Different results of each picture.", panel=SAMPLING, value=1, min=1, default="1"
+)
+OnePrompt = option(
+    Text, "--prompt", "TEXT", "What the picture shows, where the model takes a prompt.", panel=SAMPLING, default="none"
+)
+OneClass = option(
+    Text,
+    "--class",
+    "NAME|INDEX",
+    "Class of the picture, where the model takes one; where classes are called by numbers, #1 is the second one.",
+    panel=SAMPLING,
+    default="none",
+)
+OneLayout = option(
     Path | None,
-    opt.option(
-        "--layout",
-        panel=opt.SAMPLING,
-        metavar="FILE.json",
-        default="none",
-        help="Boxes in the whole picture, where the model takes them: a file, or a folder of them with the "
-        "pictures' names.",
-    ),
-]
-OneMap = Annotated[
+    "--layout",
+    "FILE.json",
+    "Boxes in the whole picture, where the model takes them: a file, or a folder of them with the pictures' names.",
+    panel=SAMPLING,
+    default="none",
+)
+OneMap = option(
     Path | None,
-    opt.option(
-        "--map",
-        panel=opt.SAMPLING,
-        metavar="FILE.png",
-        default="none",
-        help="Class map of the whole picture, where the model takes one: a file, or a folder of them with the "
-        "pictures' names.",
-    ),
-]
-Blend = Annotated[
+    "--map",
+    "FILE.png",
+    "Class map of the whole picture, where the model takes one: a file, or a folder of them with the pictures' names.",
+    panel=SAMPLING,
+    default="none",
+)
+Blend = option(
     int,
-    opt.option(
-        "--blend",
-        value=8,
-        panel=opt.SAMPLING,
-        metavar="PX",
-        min=0,
-        default="8",
-        help="Pixels around a hole by which the brightness and colour in it are fitted; 0 = pasted as drawn.",
-    ),
-]
-Resample = Annotated[
+    "--blend",
+    "PX",
+    "Pixels around a hole by which the brightness and colour in it are fitted; 0 = pasted as drawn.",
+    panel=SAMPLING,
+    value=8,
+    min=0,
+    default="8",
+)
+Resample = option(
     int,
-    opt.option(
-        "--resample",
-        value=10,
-        panel=opt.SAMPLING,
-        metavar="N",
-        min=1,
-        default="10",
-        help="Times that each step is done, with new noise, by a model not trained to inpaint: fewer are faster and "
-        "fit their surroundings worse.",
-    ),
-]
-Tone = Annotated[
+    "--resample",
+    "N",
+    "Times that each step is done, with new noise, by a model not trained to inpaint: "
+    "fewer are faster and fit their surroundings worse.",
+    panel=SAMPLING,
+    value=10,
+    min=1,
+    default="10",
+)
+Tone = option(
     float | None,
-    opt.option(
-        "--tone",
-        panel=opt.SAMPLING,
-        metavar="PX",
-        min=0,
-        default="the run's setting",
-        help="Pixels of IMAGE beyond which brightness and colour are its own; 0 = as drawn.",
-    ),
-]
-Tile = Annotated[
+    "--tone",
+    "PX",
+    "Pixels of IMAGE beyond which brightness and colour are its own; 0 = as drawn.",
+    panel=SAMPLING,
+    min=0,
+    default="the run's setting",
+)
+Tile = option(
     int,
-    opt.option(
-        "--tile",
-        value=0,
-        panel=opt.MACHINE,
-        metavar="PX",
-        min=0,
-        default="by --max-memory",
-        help="Side of the tiles that the networks see of large pictures, in pixels.",
-    ),
-]
-MaxMemory = Annotated[
+    "--tile",
+    "PX",
+    "Side of the tiles that the networks see of large pictures, in pixels.",
+    panel=MACHINE,
+    value=0,
+    min=0,
+    default="by --max-memory",
+)
+MaxMemory = option(
     float,
-    opt.option(
-        "--max-memory",
-        value=4.0,
-        panel=opt.MACHINE,
-        metavar="GIB",
-        default="4",
-        help="Bound on what a pass of the networks takes beside their weights, in GiB.",
-    ),
-]
+    "--max-memory",
+    "GIB",
+    "Bound on what a pass of the networks takes beside their weights, in GiB.",
+    panel=MACHINE,
+    value=4.0,
+    default="4",
+)
 _MODEL = {"model": opt.Model, "weights": opt.Weights}
 _DRAWING = {
     **opt.DRAWING,
@@ -177,7 +131,7 @@ _TOLD = {
 _MACHINE = {"tile": Tile, "max_memory": MaxMemory}
 
 
-@opt.command(
+@command(
     {"image": Picture, "mask": Mask, "box": Box},
     _MODEL,
     _TOLD,
@@ -187,7 +141,7 @@ _MACHINE = {"tile": Tile, "max_memory": MaxMemory}
     opt.TALK,
     _MACHINE,
 )
-def inpaint(given: opt.ParsedOptions) -> None:
+def inpaint(given: ParsedOptions) -> None:
     """Repaint a part of a picture: what is white in MASK, or inside --box.
 
     Known pixels come back as they were. Takes a model trained with --task inpaint, or any that generates: that one
@@ -203,10 +157,10 @@ def inpaint(given: opt.ParsedOptions) -> None:
     _done(given, out, inpaint_to_folder(given.model, request, out, **_how(given)))
 
 
-@opt.command(
+@command(
     {"image": Picture, "scale": Scale}, _MODEL, _TOLD, {"tone": Tone}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE
 )
-def upscale(given: opt.ParsedOptions) -> None:
+def upscale(given: ParsedOptions) -> None:
     """Make pictures larger, with a model trained with --task sr.
 
     The result has exactly --scale times as many pixels a side. Large pictures go through the networks in overlapping
@@ -221,7 +175,7 @@ def upscale(given: opt.ParsedOptions) -> None:
     _done(given, out, upscale_to_folder(given.model, request, out, **_how(given)))
 
 
-def _request(given: opt.ParsedOptions, **more) -> EditRequest:
+def _request(given: ParsedOptions, **more) -> EditRequest:
     files = {"layouts": _one(given.layout), "maps": _one(given.map)}
     for path in (given.image, *more.get("masks", ()), *files["layouts"], *files["maps"]):
         if not path.exists():
@@ -265,11 +219,11 @@ def _one(value: Any) -> tuple[Any, ...]:
     return () if value is None else (value,)
 
 
-def _how(given: opt.ParsedOptions) -> dict:
+def _how(given: ParsedOptions) -> dict:
     return {"overwrite": given.overwrite, "fmt": given.format, "metadata": given.metadata}
 
 
-def _out(given: opt.ParsedOptions, request: EditRequest, what: str) -> Path:
+def _out(given: ParsedOptions, request: EditRequest, what: str) -> Path:
     """The folder named, or one for this request: the same for the same command, so that it goes on in it."""
     asked = f"{given.model} {request} {given.format} {given.metadata}"
     digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
@@ -278,7 +232,7 @@ def _out(given: opt.ParsedOptions, request: EditRequest, what: str) -> Path:
     return out
 
 
-def _done(given: opt.ParsedOptions, out: Path, result: dict) -> None:
+def _done(given: ParsedOptions, out: Path, result: dict) -> None:
     if given.json:
         console.emit_json(result)
     else:

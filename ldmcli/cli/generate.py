@@ -4,9 +4,9 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 from ldmcli.cli import options as opt
+from ldmcli.cli.parsing import DATA, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.prompts import read_prompts
 from ldmcli.cli.train import require_folder
 from ldmcli.core import config, console
@@ -32,17 +32,12 @@ _REQUEST = {
     "guide": opt.Guide,
     "guide_scale": opt.GuideScale,
 }
-ImageSize = Annotated[
-    opt.Text,
-    opt.option(
-        "--size", panel=opt.DATA, metavar="N|HxW", default="each image's own", help="Height and width in pixels."
-    ),
-]
-Images = Annotated[list[Path], opt.argument("Image files, or folders of them.", "IMAGES...")]
+ImageSize = option(Text, "--size", "N|HxW", "Height and width in pixels.", panel=DATA, default="each image's own")
+Images = argument(list[Path], "IMAGES...", "Image files, or folders of them.")
 
 
-@opt.command({"model": opt.Model, "weights": opt.Weights}, _REQUEST, opt.IMAGES_OUT, opt.TALK)
-def sample(given: opt.ParsedOptions) -> None:
+@command({"model": opt.Model, "weights": opt.Weights}, _REQUEST, opt.IMAGES_OUT, opt.TALK)
+def sample(given: ParsedOptions) -> None:
     """Draw images with a trained model.
 
     Image k depends on --seed and k alone: not on the batch size, the device count, or what else is asked for.
@@ -61,7 +56,7 @@ def sample(given: opt.ParsedOptions) -> None:
         console.out(out)
 
 
-@opt.command(
+@command(
     {
         "images": Images,
         "autoencoder": opt.ReconstructWith,
@@ -71,7 +66,7 @@ def sample(given: opt.ParsedOptions) -> None:
     },
     opt.TALK,
 )
-def reconstruct(given: opt.ParsedOptions) -> None:
+def reconstruct(given: ParsedOptions) -> None:
     """Pass images through an autoencoder and show each beside its reconstruction, with PSNR."""
     missing = [path for path in given.images if not path.exists()]
     if missing:
@@ -96,7 +91,7 @@ def reconstruct(given: opt.ParsedOptions) -> None:
         console.out(out)
 
 
-def sample_request(given: opt.ParsedOptions) -> SampleRequest:
+def sample_request(given: ParsedOptions) -> SampleRequest:
     """What the options ask for; UsageError or InputError where they don't fit together."""
     prompts, classes = tuple(given.prompt or ()), tuple(given.classes or ())
     if given.prompts is not None:
@@ -108,12 +103,12 @@ def sample_request(given: opt.ParsedOptions) -> SampleRequest:
         raise InputError(f"--init-image {given.init_image}: no such file")
     if given.guide is not None and not given.guide.is_file():
         raise InputError(f"--guide {given.guide}: no such file")
-    for option, value, needs, file in (
+    for name, value, needs, file in (
         ("--strength", given.strength, "--init-image", given.init_image),
         ("--guide-scale", given.guide_scale, "--guide", given.guide),
     ):
         if value is not None and file is None:
-            raise UsageError(f"{option} {value:g}: says how much {needs} counts; give {needs} FILE, too")
+            raise UsageError(f"{name} {value:g}: says how much {needs} counts; give {needs} FILE, too")
     more = {
         name: value
         for name, value in (("strength", given.strength), ("guide_scale", given.guide_scale))
@@ -191,7 +186,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:40].rstrip("-") or "images"
 
 
-def _stated_name(given: opt.ParsedOptions, request: SampleRequest) -> str:
+def _stated_name(given: ParsedOptions, request: SampleRequest) -> str:
     """A folder's name for a request: the same for the same command, so that an interrupted one goes on in it."""
     classes = " ".join(("class", *request.classes)) if request.classes else "sample"
     asked = f"{given.model} {request} {given.format} {given.metadata}"

@@ -1,88 +1,16 @@
 """Help pages: plain text in groups, each option with its unit and default, an example at the end; 80 columns."""
 
 import re
-import shlex
 import shutil
 import sys
 import textwrap
 
 from typer.core import TyperCommand, TyperGroup
 
+from ldmcli.cli.commands import COMMANDS, example_line
+
 PANELS = ("Arguments", "Data", "Model", "Training", "Sampling", "Output", "Machine")
 _INDENT = 27
-
-# One runnable line a command. Help shows it and a test runs it, in this order: later lines use what earlier ones wrote.
-EXAMPLES: dict[str, list[str]] = {
-    "train-ae": ["train-ae", "--f", "4", "--reg", "kl", "--size", "32", "--steps", "20", "--out", "runs/shapes-ae"],
-    "train-ldm": [
-        "train-ldm",
-        "--autoencoder",
-        "runs/shapes-ae",
-        "--condition",
-        "text",
-        "--steps",
-        "20",
-        "--out",
-        "runs/shapes-text",
-    ],
-    "sample": [
-        "sample",
-        "--model",
-        "runs/shapes-text",
-        "--prompt",
-        "a red circle on a navy background",
-        "-n",
-        "4",
-        "--steps",
-        "20",
-        "--out",
-        "outputs/circles",
-    ],
-    "inpaint": [
-        "inpaint",
-        "outputs/circles/000000.png",
-        "--box",
-        "8,8,12,10",
-        "--model",
-        "runs/shapes-text",
-        "-n",
-        "2",
-        "--steps",
-        "20",
-        "--out",
-        "outputs/repainted",
-    ],
-    "upscale": [
-        "upscale",
-        "outputs/circles/000000.png",
-        "--scale",
-        "4",
-        "--model",
-        "runs/shapes-x4",
-        "--steps",
-        "20",
-        "--out",
-        "outputs/larger",
-    ],
-    "reconstruct": ["reconstruct", "outputs/circles", "--autoencoder", "runs/shapes-ae", "--out", "outputs/pairs"],
-    "eval-fid": ["eval-fid", "--model", "runs/shapes-text", "--features", "effnet-lite0", "-n", "64", "--steps", "5"],
-    "convert": ["convert", "runs/shapes-text", "outputs/shapes-text-diffusers", "--to", "diffusers"],
-    "data": ["data", "shapes", "--limit", "200", "--out", "outputs/shapes"],
-    "report": ["report", "runs/shapes-text"],
-    "runs": ["runs"],
-    "demo": ["demo", "--minutes", "10", "--out", "runs/demo"],
-    "recipes": ["recipes"],
-    "presets": ["presets"],
-    "doctor": ["doctor"],
-}
-
-
-def example_line(command: str) -> str:
-    """The example of a command as people type it; double quotes, since a prompt often has an apostrophe."""
-    words = (
-        f'"{word}"' if re.search(r"\s", word) and '"' not in word else shlex.quote(word) for word in EXAMPLES[command]
-    )
-    return "ldm " + " ".join(words)
 
 
 def _width() -> int:
@@ -129,7 +57,7 @@ def _argument_row(param) -> str:
 
 
 class Command(TyperCommand):
-    """A command whose help has panels, and which sets verbosity and network use before it runs."""
+    """A command whose help has panels."""
 
     def format_help(self, ctx, formatter) -> None:
         names = (
@@ -153,12 +81,6 @@ class Command(TyperCommand):
         lines += [_heading("Example"), *(f"  {line}" for line in _continued(example_line(self.name)))]
         formatter.write("\n".join(lines) + "\n")
 
-    def invoke(self, ctx):
-        from ldmcli.cli import apply_global_options
-
-        apply_global_options(ctx.params)
-        return super().invoke(ctx)
-
 
 def _continued(line: str) -> list[str]:
     """A command line over several lines, each but the last ending in a backslash, so that it can be pasted."""
@@ -177,8 +99,6 @@ class Group(TyperGroup):
     """The top page: commands by panel, from the table alone."""
 
     def format_help(self, ctx, formatter) -> None:
-        from ldmcli.cli import COMMANDS
-
         lines = ["Usage: ldm COMMAND [OPTIONS]", "", *_wrap(self.help or "", 0), ""]
         panels: dict[str, list[str]] = {}
         for name, (_, summary, panel) in COMMANDS.items():

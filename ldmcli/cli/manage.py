@@ -8,70 +8,48 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated
 
 from ldmcli.cli import options as opt
+from ldmcli.cli.parsing import MODEL, OUTPUT, TRAINING, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.train import data_name, require_folder
 from ldmcli.core import config, console
 from ldmcli.core.errors import ModelError
 from ldmcli.core.outputs import CONTACT, refuse_foreign
 
-Minutes = Annotated[
+Minutes = option(
     float,
-    opt.option(
-        "--minutes",
-        value=10.0,
-        panel=opt.TRAINING,
-        metavar="MINUTES",
-        default="10",
-        min=0.1,
-        help="Time for the whole chain; settings are chosen for it.",
-    ),
-]
-DemoSeed = Annotated[
-    int,
-    opt.option(
-        "--seed", value=0, panel=opt.TRAINING, metavar="N", default="0", min=0, help="Decides every random draw."
-    ),
-]
-DemoPreset = Annotated[
-    opt.Text,
-    opt.option(
-        "--preset",
-        panel=opt.MODEL,
-        metavar="NAME",
-        default="the quickest known",
-        help="Settings of the diffusion model; `paper` trains as the paper does, to compare.",
-    ),
-]
-DemoOut = Annotated[
+    "--minutes",
+    "MINUTES",
+    "Time for the whole chain; settings are chosen for it.",
+    panel=TRAINING,
+    value=10.0,
+    default="10",
+    min=0.1,
+)
+DemoSeed = option(int, "--seed", "N", "Decides every random draw.", panel=TRAINING, value=0, default="0", min=0)
+DemoPreset = option(
+    Text,
+    "--preset",
+    "NAME",
+    "Settings of the diffusion model; `paper` trains as the paper does, to compare.",
+    panel=MODEL,
+    default="the quickest known",
+)
+DemoOut = option(
+    Path | None, "--out -o", "DIR", "Folder for the runs, images and the report.", panel=OUTPUT, default="runs/demo"
+)
+ReportOut = option(
     Path | None,
-    opt.option(
-        "--out",
-        "-o",
-        panel=opt.OUTPUT,
-        metavar="DIR",
-        default="runs/demo",
-        help="Folder for the runs, images and the report.",
-    ),
-]
-ReportOut = Annotated[
-    Path | None,
-    opt.option(
-        "--out",
-        "-o",
-        panel=opt.OUTPUT,
-        metavar="DIR",
-        default="the run's folder",
-        help="Folder for the report, as where the run's cannot be written.",
-    ),
-]
-Source = Annotated[opt.Text, opt.argument("Data set, as for --data.", "D", default="shapes", required=False)]
-Run = Annotated[Path, opt.argument("Run folder.", "RUN")]
-RecipeName = Annotated[
-    opt.Text, opt.argument("Recipe to show, as its file.", "NAME", default="the list", required=False)
-]
-Root = Annotated[Path | None, opt.argument("Folder that holds runs.", "FOLDER", default="runs", required=False)]
+    "--out -o",
+    "DIR",
+    "Folder for the report, as where the run's cannot be written.",
+    panel=OUTPUT,
+    default="the run's folder",
+)
+Source = argument(Text, "D", "Data set, as for --data.", default="shapes", required=False)
+Run = argument(Path, "RUN", "Run folder.")
+RecipeName = argument(Text, "NAME", "Recipe to show, as its file.", default="the list", required=False)
+Root = argument(Path | None, "FOLDER", "Folder that holds runs.", default="runs", required=False)
 _OTHER_ROWS = {name: alias for name, alias in opt.ROWS.items() if name != "data"}
 
 # what a recipe trains, in the order of the list → heading
@@ -89,8 +67,8 @@ RECIPE_GROUPS = {
 _CHAIN = {"preset": DemoPreset, "minutes": Minutes, "seed": DemoSeed, "out": DemoOut, "fresh": opt.Fresh}
 
 
-@opt.command(opt.ROWS, _CHAIN, opt.TALK)
-def demo(given: opt.ParsedOptions) -> None:
+@command(opt.ROWS, _CHAIN, opt.TALK)
+def demo(given: ParsedOptions) -> None:
     """The whole chain in minutes: autoencoder, diffusion model, samples, metrics, report.
 
     Without --data it runs on embedded shapes with captions, and needs no network.
@@ -107,8 +85,8 @@ def demo(given: opt.ParsedOptions) -> None:
         console.emit_json(result)
 
 
-@opt.command({"source": Source}, _OTHER_ROWS, {"out": opt.Out}, opt.TALK)
-def data(given: opt.ParsedOptions) -> None:
+@command({"source": Source}, _OTHER_ROWS, {"out": opt.Out}, opt.TALK)
+def data(given: ParsedOptions) -> None:
     """Show what ldm sees in a data set: columns, counts, sizes, bad files by name, and a contact sheet."""
     named = [("D", {"data.source": given.source})] if given.source is not None else []
     settings = config.resolve("diffusion", [*given.layers("data."), *named]).config.data
@@ -125,8 +103,8 @@ def data(given: opt.ParsedOptions) -> None:
         console.out(inspect_text(result, console.width()))
 
 
-@opt.command({"run": Run, "out": ReportOut}, opt.TALK)
-def report(given: opt.ParsedOptions) -> None:
+@command({"run": Run, "out": ReportOut}, opt.TALK)
+def report(given: ParsedOptions) -> None:
     """Write the report of a run again: one HTML file that opens offline."""
     from ldmcli.core.runs import is_run
 
@@ -143,8 +121,8 @@ def report(given: opt.ParsedOptions) -> None:
         console.out(path)
 
 
-@opt.command({"root": Root}, opt.TALK)
-def runs(given: opt.ParsedOptions) -> None:
+@command({"root": Root}, opt.TALK)
+def runs(given: ParsedOptions) -> None:
     """List runs with kind, state, step, data and latest metric, newest last."""
     from ldmcli.core.runs import list_runs
 
@@ -164,8 +142,8 @@ def _metrics(found: dict) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:3])
 
 
-@opt.command({"recipe": RecipeName}, opt.TALK)
-def recipes(given: opt.ParsedOptions) -> None:
+@command({"recipe": RecipeName}, opt.TALK)
+def recipes(given: ParsedOptions) -> None:
     """List the recipes that come with ldm, or show one; use one with --recipe NAME.
 
     A recipe is a TOML file: a command, what it needs and what to expect, and the settings. `ldm recipes NAME > my.toml`
@@ -207,8 +185,8 @@ def _recipe_list(found: list[dict]) -> str:
     return console.clean("\n\n".join([*blocks, example]))
 
 
-@opt.command(opt.TALK)
-def presets(given: opt.ParsedOptions) -> None:
+@command(opt.TALK)
+def presets(given: ParsedOptions) -> None:
     """List presets, such as the paper's networks; use one with --preset NAME."""
     found = [
         {"name": name, "command": config.COMMAND_OF[preset.kind], "summary": preset.summary}
@@ -253,7 +231,7 @@ def _by_number(path: Path) -> list[object]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
 
 
-def _show_list(given: opt.ParsedOptions, name: str, found: list[dict[str, str]]) -> None:
+def _show_list(given: ParsedOptions, name: str, found: list[dict[str, str]]) -> None:
     if given.json:
         console.emit_json({name: found})
     elif not found:
@@ -264,8 +242,8 @@ def _show_list(given: opt.ParsedOptions, name: str, found: list[dict[str, str]])
         )
 
 
-@opt.command(opt.TALK)
-def doctor(given: opt.ParsedOptions) -> None:
+@command(opt.TALK)
+def doctor(given: ParsedOptions) -> None:
     """Check this machine: versions, devices, cores, memory and disk, and what is missing."""
     facts = machine_facts()
     if given.json:

@@ -4,142 +4,102 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from ldmcli.cli import options as opt
+from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Text, command, option, setting
 from ldmcli.core import config, console
 from ldmcli.core.errors import ThresholdError, UsageError
 
-Reference = Annotated[
-    opt.Text,
-    opt.setting(
-        "data.source",
-        "--data",
-        panel=opt.DATA,
-        metavar="D",
-        default="the model's own",
-        help="Images to measure against, as for training.",
-    ),
-]
-ReferenceSplit = Annotated[
-    opt.Text,
-    opt.setting(
-        "data.split",
-        "--split",
-        panel=opt.DATA,
-        metavar="NAME",
-        default="the validation rows",
-        help="Rows to measure against: a split, or all of the set.",
-    ),
-]
-Images = Annotated[
-    Path | None,
-    opt.option(
-        "--images",
-        panel=opt.DATA,
-        metavar="DIR|FILE.npz",
-        default="none",
-        help="Measure these images instead of a model's.",
-    ),
-]
-Pairs = Annotated[
+Reference = setting(
+    "data.source",
+    "D",
+    "Images to measure against, as for training.",
+    panel=DATA,
+    names="--data",
+    default="the model's own",
+)
+ReferenceSplit = setting(
+    "data.split",
+    "NAME",
+    "Rows to measure against: a split, or all of the set.",
+    panel=DATA,
+    default="the validation rows",
+)
+Images = option(
+    Path | None, "--images", "DIR|FILE.npz", "Measure these images instead of a model's.", panel=DATA, default="none"
+)
+Pairs = option(
     tuple[Path, Path] | None,
-    opt.option(
-        "--pairs",
-        panel=opt.DATA,
-        metavar="DIR_A DIR_B",
-        default="none",
-        help="Paired metrics of two folders with the same file names.",
-    ),
-]
-Metrics = Annotated[
-    opt.Text,
-    opt.option(
-        "--metrics",
-        panel=opt.SAMPLING,
-        metavar="NAME[,NAME]",
-        default="what fits",
-        help="fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?).",
-    ),
-]
-Features = Annotated[
-    opt.Text,
-    opt.option(
-        "--features",
-        panel=opt.SAMPLING,
-        metavar="NAME|FILE",
-        default="the best at hand, stated",
-        help="Network of the features: inception, effnet-lite0, or a file.",
-    ),
-]
-Perceptual = Annotated[
-    opt.Text,
-    opt.option(
-        "--perceptual",
-        panel=opt.SAMPLING,
-        metavar="NAME|FILE",
-        default="vgg",
-        help="Network of LPIPS: vgg, alex, squeeze, or a file with the weights of one of them.",
-    ),
-]
-EvalCount = Annotated[
+    "--pairs",
+    "DIR_A DIR_B",
+    "Paired metrics of two folders with the same file names.",
+    panel=DATA,
+    default="none",
+)
+Metrics = option(
+    Text,
+    "--metrics",
+    "NAME[,NAME]",
+    "fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?).",
+    panel=SAMPLING,
+    default="what fits",
+)
+Features = option(
+    Text,
+    "--features",
+    "NAME|FILE",
+    "Network of the features: inception, effnet-lite0, or a file.",
+    panel=SAMPLING,
+    default="the best at hand, stated",
+)
+Perceptual = option(
+    Text,
+    "--perceptual",
+    "NAME|FILE",
+    "Network of LPIPS: vgg, alex, squeeze, or a file with the weights of one of them.",
+    panel=SAMPLING,
+    default="vgg",
+)
+EvalCount = option(
     int | None,
-    opt.option(
-        "-n",
-        "--count",
-        panel=opt.SAMPLING,
-        metavar="N",
-        min=2,
-        default="all, of a model at most 1000",
-        help="Images that are measured.",
-    ),
-]
-GuideFactor = Annotated[
+    "-n --count",
+    "N",
+    "Images that are measured.",
+    panel=SAMPLING,
+    min=2,
+    default="all, of a model at most 1000",
+)
+GuideFactor = option(
     int | None,
-    opt.option(
-        "--guide-factor",
-        panel=opt.SAMPLING,
-        metavar="N",
-        min=2,
-        default="none",
-        help="Lead each sample to its row made N times smaller, and compare the two.",
-    ),
-]
-MeasuredAutoencoder = Annotated[
-    opt.Text,
-    opt.option(
-        "--autoencoder",
-        panel=opt.MODEL,
-        metavar="RUN",
-        default="none",
-        help="Measure this autoencoder's reconstructions instead.",
-    ),
-]
-Compare = Annotated[
+    "--guide-factor",
+    "N",
+    "Lead each sample to its row made N times smaller, and compare the two.",
+    panel=SAMPLING,
+    min=2,
+    default="none",
+)
+MeasuredAutoencoder = option(
+    Text, "--autoencoder", "RUN", "Measure this autoencoder's reconstructions instead.", panel=MODEL, default="none"
+)
+Compare = option(
     Path | None,
-    opt.option(
-        "--compare",
-        panel=opt.OUTPUT,
-        metavar="OLD.json",
-        default="none",
-        help="Earlier --json document; ends with code 8 where a metric got worse.",
-    ),
-]
-FailAbove = Annotated[
+    "--compare",
+    "OLD.json",
+    "Earlier --json document; ends with code 8 where a metric got worse.",
+    panel=OUTPUT,
+    default="none",
+)
+FailAbove = option(
     list[str] | None,
-    opt.option(
-        "--fail-above",
-        panel=opt.OUTPUT,
-        metavar="METRIC=VALUE",
-        help="End with code 8 above this; repeatable. A bare number means fid.",
-    ),
-]
-FailBelow = Annotated[
-    list[str] | None,
-    opt.option(
-        "--fail-below", panel=opt.OUTPUT, metavar="METRIC=VALUE", help="End with code 8 below this; repeatable."
-    ),
-]
+    "--fail-above",
+    "METRIC=VALUE",
+    "End with code 8 above this; repeatable. A bare number means fid.",
+    panel=OUTPUT,
+)
+FailBelow = option(
+    list[str] | None, "--fail-below", "METRIC=VALUE", "End with code 8 below this; repeatable.", panel=OUTPUT
+)
 
 
 _MEASURED = {
@@ -159,8 +119,8 @@ _HOW = {
 _LIMITS = {"compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
-@opt.command({**opt.ROWS, "data": Reference, "split": ReferenceSplit}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
-def eval_fid(given: opt.ParsedOptions) -> None:
+@command({**opt.ROWS, "data": Reference, "split": ReferenceSplit}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
+def eval_fid(given: ParsedOptions) -> None:
     """Metrics of generated images against a data set: FID, KID, IS, precision and recall, PSNR, SSIM, LPIPS.
 
     One of --model, --images, --autoencoder and --pairs says what is measured.
@@ -205,7 +165,7 @@ def eval_fid(given: opt.ParsedOptions) -> None:
     check_limits(result, limits)
 
 
-def what_is_measured(given: opt.ParsedOptions) -> dict[str, Any]:
+def what_is_measured(given: ParsedOptions) -> dict[str, Any]:
     """The one of model, images, autoencoder and pairs that was given; the newest diffusion run where none was."""
     found = {
         name: getattr(given, name)
@@ -223,7 +183,7 @@ def what_is_measured(given: opt.ParsedOptions) -> dict[str, Any]:
     return {"model": run}
 
 
-def reference(given: opt.ParsedOptions, measured: dict[str, Any]):
+def reference(given: ParsedOptions, measured: dict[str, Any]):
     """What to measure against: data settings, an .npz, or None where no option speaks of data.
 
     Options that leave the data set open (--limit, --split) change what the measured run was trained on.

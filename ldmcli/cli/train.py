@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from ldmcli.cli import options as opt
+from ldmcli.cli.parsing import ParsedOptions, command
 from ldmcli.core import config, console, launch
 from ldmcli.core.errors import DivergedError, Interrupted, ModelError, UsageError
 
@@ -31,8 +32,8 @@ _LDM_MODEL = {
 _IMAGES = {**opt.ROWS, "crop": opt.Crop, "flip": opt.Flip}
 
 
-@opt.command(_IMAGES, _AE_MODEL, opt.LOOP, opt.RUN_OUTPUT, opt.TALK, opt.TRAIN_MACHINE, kind="autoencoder")
-def train_ae(given: opt.ParsedOptions) -> None:
+@command(_IMAGES, _AE_MODEL, opt.LOOP, opt.RUN_OUTPUT, opt.TALK, opt.TRAIN_MACHINE, kind="autoencoder")
+def train_ae(given: ParsedOptions) -> None:
     """Train an autoencoder, the first stage: images to small latents and back.
 
     Without --preset a small network is taken that trains on any machine.
@@ -44,7 +45,7 @@ def train_ae(given: opt.ParsedOptions) -> None:
     _run(given, resolved, named)
 
 
-@opt.command(
+@command(
     _IMAGES,
     {"cache": opt.Cache},
     _LDM_MODEL,
@@ -54,7 +55,7 @@ def train_ae(given: opt.ParsedOptions) -> None:
     opt.TALK,
     opt.TRAIN_MACHINE,
 )
-def train_ldm(given: opt.ParsedOptions) -> None:
+def train_ldm(given: ParsedOptions) -> None:
     """Train a diffusion model in the latents of an autoencoder, the second stage.
 
     --autoencoder none works on pixels.
@@ -84,7 +85,7 @@ def train_ldm(given: opt.ParsedOptions) -> None:
     )
 
 
-def resolve(kind: str, given: opt.ParsedOptions, named: list[config.Layer]) -> config.Resolved:
+def resolve(kind: str, given: ParsedOptions, named: list[config.Layer]) -> config.Resolved:
     """The configuration of a training command from all of its sources."""
     if given.train_batch_size is not None:
         processes = max(launch.world()[1], given.gpus or 1)
@@ -140,7 +141,7 @@ def run_name(resolved: config.Resolved) -> str:
     return f"{data_name(resolved.config.data.source)}-{'-'.join(told) or 'ldm'}"
 
 
-def _run(given: opt.ParsedOptions, resolved: config.Resolved, what: str, **models: str) -> None:
+def _run(given: ParsedOptions, resolved: config.Resolved, what: str, **models: str) -> None:
     if given.plan:
         _show_plan(given, resolved, models)
         return
@@ -177,7 +178,7 @@ def _write_pages(out: Path) -> None:
     write_pages(out)
 
 
-def _show_plan(given: opt.ParsedOptions, resolved: config.Resolved, models: dict[str, str]) -> None:
+def _show_plan(given: ParsedOptions, resolved: config.Resolved, models: dict[str, str]) -> None:
     from ldmcli.core.presets import PRESETS
     from ldmcli.reports.cost_estimate import plan, plan_text
 

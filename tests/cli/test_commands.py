@@ -16,7 +16,9 @@ from typer.models import OptionInfo
 import ldmcli
 from ldmcli import cli
 from ldmcli.cli import options as opt
-from ldmcli.cli.helptext import EXAMPLES, PANELS, example_line
+from ldmcli.cli.commands import EXAMPLES, example_line
+from ldmcli.cli.helptext import PANELS
+from ldmcli.cli.parsing import ALIASES, info_of
 from ldmcli.core import config, console
 from ldmcli.core.errors import (
     DivergedError,
@@ -178,7 +180,7 @@ def declared() -> list:
 
 def test_every_option_that_sets_something_names_a_setting_that_exists():
     known = set(config.paths("autoencoder")) | set(config.paths("diffusion"))
-    carried = {opt.info_of(alias).path for alias in declared()} - {""}
+    carried = {info_of(alias).path for alias in declared()} - {""}
     assert len(carried) > 30 and carried <= known
 
 
@@ -187,7 +189,7 @@ def test_every_option_of_a_training_command_reaches_its_setting(name, kind):
     from ldmcli.cli import train
 
     function = getattr(train, name.replace("-", "_"))
-    paths = [opt.info_of(alias).path for alias in function.options.values() if opt.info_of(alias).path]
+    paths = [info_of(alias).path for alias in function.options.values() if info_of(alias).path]
     assert set(paths) <= set(config.paths(kind)) and len(paths) == len(set(paths))
 
 
@@ -201,8 +203,8 @@ def test_words_an_option_takes_are_those_the_library_knows():
     from ldmcli.diffusion.samplers import SAMPLERS
     from ldmcli.diffusion.schedule import SPACINGS
 
-    assert opt.info_of(opt.Sampler).choices == tuple(SAMPLERS)
-    assert opt.info_of(opt.Spacing).choices == tuple(SPACINGS)
+    assert info_of(opt.Sampler).choices == tuple(SAMPLERS)
+    assert info_of(opt.Spacing).choices == tuple(SPACINGS)
 
 
 def test_an_option_sets_its_setting_and_is_its_origin(ldm, trained):
@@ -264,7 +266,7 @@ def test_aliases_are_not_on_the_help_page(ldm):
     page = ldm("train-ldm", "--help").stdout
     assert not [
         name
-        for name in (*opt.ALIASES, "train-batch-size", "snr-gamma")
+        for name in (*ALIASES, "train-batch-size", "snr-gamma")
         if f"--{name} " in page and name not in ("data", "out")
     ]
 

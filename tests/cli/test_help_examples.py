@@ -18,7 +18,7 @@ import tiny
 from PIL import Image
 
 from ldmcli.cli import COMMANDS
-from ldmcli.cli.helptext import EXAMPLES, example_line
+from ldmcli.cli.commands import EXAMPLES, example_line
 from ldmcli.evaluation import features
 
 README = Path(__file__).resolve().parents[2] / "README.md"
