@@ -35,8 +35,8 @@ class AutoencoderObjective:
     """First-stage training: reconstruction, regulariser, perceptual and adversarial terms."""
 
     kind = "autoencoder"
-    main = "autoencoder"  # the network whose weights are the run's result
-    watched = "rec_loss"  # the statistic that tells whether training goes well; the adversarial terms may rise
+    main_network = "autoencoder"
+    monitored = "rec_loss"  # the adversarial terms may rise
 
     def __init__(self, config: AutoencoderConfig, run: Path, dist: Distributed):
         self.config, self.run, self.dist = config, run, dist
@@ -69,7 +69,7 @@ class AutoencoderObjective:
             f"{self.size[0]}x{self.size[1]} px, latents {'x'.join(map(str, self.latent_shape))}"
         )
 
-    def measures(self) -> str:
+    def validation_note(self) -> str:
         """What a validation of this run leaves out because the run is short; "" = nothing."""
         train = self.config.train
         usual = min(train.eval_images, len(self.validation))
@@ -79,13 +79,28 @@ class AutoencoderObjective:
         without = ", without the Fréchet distance" if train.eval_frechet and count < FRECHET_IMAGES <= usual else ""
         return f"a short run: validation on {count} of {usual} images{without}"
 
-    def kept_bytes(self) -> float:
+    def parents(self) -> list[dict[str, str]]:
+        """None: an autoencoder builds on no run."""
+        return []
+
+    def activation_bytes(self) -> float:
         """Bytes that one image takes in a step: what is kept for the backward passes, in float32."""
         return sum(work.kept for work in cost.autoencoder_works(self.config, self.size).values())
 
     def learning_rate(self, phase: str) -> float | None:
         """A rate of its own for a phase, None for train.lr."""
         return (self.config.loss.disc_lr or None) if phase == "discriminator" else None
+
+    def in_ema(self, name: str) -> bool:
+        """All parameters are averaged."""
+        return True
+
+    def init_weights(self) -> dict[str, Tensor]:
+        """None: an autoencoder begins with weights of its own."""
+        return {}
+
+    def initial_statistics(self) -> None:
+        """None: latent statistics are those of the trained encoder."""
 
     def phases(self, step: int) -> tuple[str, ...]:
         """Networks that step `step` updates, in order."""
@@ -170,7 +185,7 @@ class AutoencoderObjective:
         """State beside weights and optimisers."""
         return {"used_codes": self.used_codes.to(torch.uint8)} if len(self.used_codes) else {}
 
-    def load_extra(self, tensors: dict[str, Tensor]) -> None:
+    def load_extra_state(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `extra_state`."""
         if len(self.used_codes):
             self.used_codes = tensors["used_codes"].bool()

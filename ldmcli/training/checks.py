@@ -19,7 +19,8 @@ DEFAULT_SIZE = (64, 64)
 
 def image_size(data: DataSettings, trained_at: tuple[int, int] = (0, 0)) -> tuple[int, int]:
     """(height, width) in pixels: as set, else what the first stage was trained at, else 64 x 64."""
-    return next(tuple(size) for size in (data.size, trained_at, DEFAULT_SIZE) if any(size))
+    height, width = next(size for size in (data.size, trained_at, DEFAULT_SIZE) if any(size))
+    return height, width
 
 
 def check_autoencoder(config: AutoencoderConfig, world: int) -> None:

@@ -53,8 +53,8 @@ class DiffusionObjective:
     """Denoising in the latents of a frozen autoencoder."""
 
     kind = "diffusion"
-    main = "model"
-    watched = "loss_model"
+    main_network = "model"
+    monitored = "loss_model"
 
     def __init__(
         self,
@@ -325,12 +325,16 @@ class DiffusionObjective:
             f"{kinds}; {d.prediction}, {count / 1e6:.2f} M parameters"
         )
 
-    def measures(self) -> str:
+    def validation_note(self) -> str:
         """What a validation of this run leaves out because the run is short; "" = nothing."""
         count, usual = self._held_rows(), self._most_held()
         return "" if count == usual else f"a short run: validation on {count} of {usual} images"
 
-    def kept_bytes(self) -> float:
+    def parents(self) -> list[dict[str, str]]:
+        """The run of the autoencoder."""
+        return [{"path": str(self.autoencoder_path), "sha256": self.autoencoder.fingerprint}]
+
+    def activation_bytes(self) -> float:
         """Bytes that one image takes in a step, in float32: what is kept for the backward pass, or what the first stage
         takes to encode it, where that is more."""
         kept = cost.diffusion_work(self.config, self.facts, self.latent_shape, self.size).kept
@@ -343,6 +347,10 @@ class DiffusionObjective:
     def learning_rate(self, phase: str) -> float | None:
         """No phase has a rate of its own."""
         return None
+
+    def in_ema(self, name: str) -> bool:
+        """With train.ema_scope = "unet" only the UNet is averaged, not the conditioners."""
+        return self.config.train.ema_scope == "all" or name.startswith("unet.")
 
     def phases(self, step: int) -> tuple[str, ...]:
         """One network, every step."""
@@ -418,7 +426,7 @@ class DiffusionObjective:
         """Nothing beside weights and optimiser."""
         return {}
 
-    def load_extra(self, tensors: dict[str, Tensor]) -> None:
+    def load_extra_state(self, tensors: dict[str, Tensor]) -> None:
         """Nothing."""
 
     # ------------------------------------------------------------- looking
@@ -516,6 +524,10 @@ class DiffusionObjective:
             "preview": request,
         }
 
+    def initial_statistics(self) -> dict[str, Any]:
+        """All of it: latents are measured, and conditions learned, before the first step."""
+        return self.run_statistics()
+
     def save_inference_files(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
         """Writes what use needs: weights, statistics, the autoencoder."""
         files.write_json(self.run / "stats.json", stats)
@@ -536,12 +548,15 @@ class DiffusionObjective:
                 with files.atomic_path(own / name) as temporary:
                     shutil.copyfile(self.autoencoder_path / name, temporary)
 
-    def init_weights(self, path: Path) -> dict[str, Tensor]:
+    def init_weights(self) -> dict[str, Tensor]:
         """Weights of another run to start from (--init-from): tensors that fit in name and shape. Planes that the other
         model did not read begin with weights of zero, so that at first they change nothing.
 
         Raises ModelError when fewer than half of this model's tensors are found there.
         """
+        path = self.init_from
+        if path is None:
+            return {}
         tensors, _ = files.load_tensors(path / "model.safetensors")
         own = self.model.state_dict()
         first = tensors.get(FIRST_LAYER)

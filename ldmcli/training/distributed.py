@@ -46,7 +46,7 @@ class Distributed:
             )
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.control = None
+        self.control: Any = None  # the process group of objects and decisions
         if self.world_size > 1:
             self.control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.dtype = self.on_rank_0(lambda: autocast_dtype(settings.mixed_precision, self.device))

@@ -11,13 +11,14 @@ from ldmcli.core import console, files
 from ldmcli.core.settings import TrainSettings
 from ldmcli.training import cost
 from ldmcli.training.distributed import Distributed
+from ldmcli.training.objective import Objective
 from ldmcli.training.progress import Progress
-from ldmcli.training.run_setup import out_of_memory
+from ldmcli.training.run_end import out_of_memory
 
 Result = TypeVar("Result")
 
 
-def choose(objective, dist: Distributed, settings: TrainSettings, stored: int) -> int:
+def choose_micro_batch(objective: Objective, dist: Distributed, settings: TrainSettings, stored: int) -> int:
     """Samples at a time: as set; else as in the checkpoint that the run goes on from (`stored`, 0 without one), where
     these still fit; else all, or as many as fit. The same on all processes; where it is not all, it is said."""
     share = -(-settings.batch_size // dist.world_size)
@@ -29,7 +30,7 @@ def choose(objective, dist: Distributed, settings: TrainSettings, stored: int) -
     room = cost.MEMORY_SHARE * (cost.available_bytes(dist.device) // beside - still_to_come)
     fitting = share
     if not cost.surely_fits(share, objective.size, room):
-        fitting = cost.micro_batch(share, objective.kept_bytes(), room)
+        fitting = cost.micro_batch(share, objective.activation_bytes(), room)
     fitting = min(dist.gather(fitting))
     chosen = min(stored, fitting) if stored else fitting
     if chosen < share and dist.is_rank_0:
@@ -40,7 +41,7 @@ def choose(objective, dist: Distributed, settings: TrainSettings, stored: int) -
     return chosen
 
 
-def that_fits(work: Callable[[], Result], progress: Progress, held: int, dist: Distributed) -> Result:
+def halve_on_out_of_memory(work: Callable[[], Result], progress: Progress, held: int, dist: Distributed) -> Result:
     """`work`, which takes `progress.micro_batch` of `held` samples at a time and changes no weights; begun again with
     half as many where memory runs out. Several processes end instead: the others wait in the middle of their step."""
     while True:

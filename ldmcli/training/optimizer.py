@@ -117,7 +117,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return best
 
 
-class Updater:
+class PhaseOptimizer:
     """The optimiser of one phase. Rates are set by the caller at every step: nothing here depends on the past."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], settings: TrainSettings, lr: float | None = None):
@@ -141,7 +141,7 @@ class Updater:
         """Gradients of all parameters that have one."""
         return [p.grad for _, p in self.named if p.grad is not None]
 
-    def zero(self) -> None:
+    def zero_grad(self) -> None:
         """Forgets the gradients."""
         for _, parameter in self.named:
             parameter.grad = None
@@ -158,7 +158,7 @@ class Updater:
         if self.muon:
             self.muon.step(factor)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """All state as flat named tensors."""
         out = {}
         if self.adam:
@@ -171,8 +171,8 @@ class Updater:
         return out
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`. Raises ModelError when names do not fit."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`. Raises ModelError when names do not fit."""
         try:
             if self.adam:
                 self._load_adam(state)

@@ -1,20 +1,22 @@
-"""What a training carries from step to step beside tensors, and whether it keeps its course.
+"""What a training carries from step to step beside tensors, with a guard against spikes and divergence.
 
-A gradient out of proportion to those before it is scaled down and counted; a loss that has risen and stays is told.
+A gradient out of proportion to those before it is scaled down and counted; a loss that has risen for good is reported.
+Both classes are stored in a checkpoint's state.json, under the names of their fields.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-_MEMORY = 50  # updates over which the usual gradient norm is averaged
-_RISE = 10.0  # a loss this many times its lowest, in two log windows in a row, has risen and stays
-_WINDOWS = 2
+NORM_WINDOW = 50  # updates over which the usual gradient norm is averaged
+RISE_RATIO = 10.0  # a loss this many times its lowest, in RISE_WINDOWS log windows in a row, has risen for good
+RISE_WINDOWS = 2
+FP16_GROWTH_STEPS = 2000
 
 
 @dataclass
-class Course:
-    """What the loop remembers of the updates so far; part of a checkpoint. Plain numbers, so that JSON holds it."""
+class StabilityMonitor:
+    """Gradient norms and losses so far. Plain numbers, so that JSON holds them."""
 
     usual: dict[str, list[float]] = field(default_factory=dict)  # phase → [updates seen, mean log of their norms]
     spikes: int = 0  # updates whose gradient was scaled down
@@ -23,7 +25,7 @@ class Course:
     high: int = 0  # log windows in a row whose loss has risen
     high_since: int = 0  # step of the first of them
 
-    def factor(self, phase: str, norm: float, ratio: float) -> float:
+    def gradient_scale(self, phase: str, norm: float, ratio: float) -> float:
         """What a gradient of finite norm `norm` is multiplied by: 1, or usual / norm where it is a spike.
 
         A spike is more than `ratio` times the geometric mean of the last norms of its phase (0 = there are none);
@@ -36,13 +38,13 @@ class Course:
         usual = math.exp(mean)
         spike = seen > 0 and norm > usual * ratio * (1 + 9 / seen)
         taken = usual * ratio if spike else norm
-        self.usual[phase] = [seen + 1, mean + (math.log(taken) - mean) / min(seen + 1, _MEMORY)]
+        self.usual[phase] = [seen + 1, mean + (math.log(taken) - mean) / min(seen + 1, NORM_WINDOW)]
         self.spikes += spike
         return usual / norm if spike else 1.0
 
-    def watch(self, loss: float, step: int) -> None:
-        """Takes the mean loss of a log window that ended at `step`. Losses that are not positive say nothing."""
-        if self.lowest and loss > _RISE * self.lowest or not math.isfinite(loss):
+    def observe_loss(self, loss: float, step: int) -> None:
+        """The mean loss of a log window that ended at `step`. Losses that are not positive say nothing."""
+        if self.lowest and loss > RISE_RATIO * self.lowest or not math.isfinite(loss):
             self.high_since = self.high_since if self.high else step
             self.high += 1
             return
@@ -51,13 +53,13 @@ class Course:
             self.lowest, self.lowest_step = loss, step
 
     @property
-    def risen(self) -> bool:
+    def has_risen(self) -> bool:
         """Whether the loss stands at more than ten times its lowest, and not for one log window only."""
-        return self.high >= _WINDOWS
+        return self.high >= RISE_WINDOWS
 
     def warnings(self) -> list[str]:
         """What the user must know of the training as it stands, one sentence each."""
-        if not self.risen:
+        if not self.has_risen:
             return []
         return [
             f"the loss has been more than ten times its lowest ({self.lowest:.3g} at step {self.lowest_step:,}) since "
@@ -68,7 +70,7 @@ class Course:
 
 @dataclass
 class Progress:
-    """All that the loop carries from step to step beside tensors; stored in a checkpoint's state.json."""
+    """Counters, loss scale and precision."""
 
     step: int = 0
     images: int = 0
@@ -79,10 +81,18 @@ class Progress:
     good_steps: int = 0
     precision: str = ""  # of the autocast; "auto" is decided once a run, so that going on is exact
     micro_batch: int = 0  # samples at a time: as set, or chosen by free memory; 0 = not chosen yet
-    course: Course = field(default_factory=Course)
+    course: StabilityMonitor = field(default_factory=StabilityMonitor)
+
+    def update_loss_scale(self, finite: bool) -> None:
+        """Of float16: halved after a step whose gradients are not finite, doubled after FP16_GROWTH_STEPS that are."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.loss_scale = max(self.loss_scale / 2, 1.0)
+        elif self.good_steps % FP16_GROWTH_STEPS == 0:
+            self.loss_scale *= 2
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> "Progress":
+    def from_state(cls, state: dict[str, Any]) -> "Progress":
         """From state.json, which may hold more, and of an older version less."""
         kept = {name: state[name] for name in cls.__dataclass_fields__ if name in state}
-        return cls(**kept | {"course": Course(**kept.get("course", {}))})
+        return cls(**kept | {"course": StabilityMonitor(**kept.get("course", {}))})

@@ -1,18 +1,19 @@
-"""Before and after a training: who may write in the folder, whether the settings fit the run there, how it ended."""
+"""Before the first step: who may write in the folder, whether the settings fit the run there, and its first files."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ldmcli.core import console, runs
-from ldmcli.core.config import Resolved, flat, from_toml
-from ldmcli.core.errors import Interrupted, LdmError, ModelError, UsageError
-from ldmcli.core.settings import TrainSettings
+from ldmcli import __version__
+from ldmcli.core import console, files, runs
+from ldmcli.core.config import Resolved, flat, from_toml, to_toml
+from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
+from ldmcli.training.data import data_facts
 from ldmcli.training.distributed import Distributed
+from ldmcli.training.objective import Objective
 
-# settings that may change when a run goes on: they say how long, how often and where, not what is learned
+# settings, or beginnings of their names, that say how long, how often and where a run trains, not what it learns
 CHANGEABLE_ON_RESUME = (
     "train.steps",
     "train.micro_batch",
@@ -55,7 +56,10 @@ class RunOptions:
 
 
 def claim_run_folder(run: runs.RunFolder, kind: str, resolved: Resolved, options: RunOptions) -> dict[str, Any] | None:
-    """Takes the folder; returns run.json when there is nothing left to do, else None."""
+    """Locks the folder for this command; returns run.json's content when the run is finished, else None.
+
+    Raises UsageError where the folder holds something else, ModelError where the run in it has other settings.
+    """
     path = run.path
     foreign = (
         path.is_dir()
@@ -101,35 +105,47 @@ def _compare_settings(kind: str, path: Path, resolved: Resolved, options: RunOpt
         console.say(f"{name}: {before} -> {now}")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
+def write_run_files(
+    folder: runs.RunFolder,
+    config: AutoencoderConfig | DiffusionConfig,
+    options: RunOptions,
+    dist: Distributed,
+    objective: Objective,
+    step: int,
+) -> None:
+    """Writes run.json, config.toml and, as far as known, stats.json. Raises ResourceError where the disk is full."""
+    weights_bytes = sum(p.numel() * 4 for network in objective.networks.values() for p in network.parameters())
+    files.require_space(folder.path, weights_bytes * 4 * (config.train.keep + 1))
+    # first of all: without run.json the folder would be taken for somebody else's after a kill
+    folder.update(
+        kind=objective.kind,
+        state="running",
+        step=step,
+        version=__version__,
+        command=console.redact(" ".join(options.command_line)),
+        seed=config.train.seed,
+        parents=objective.parents(),
+        machine=runs.machine(dist.gpu_name, dist.world_size),
+        reason="",
+        exit_code=None,
+        weights="ema" if config.train.ema else "raw",
+        data=data_facts(objective.rows, objective.validation, objective.bad),
+    )
+    folder.begun = True
+    files.write_text(folder.path / "config.toml", to_toml(config))
+    if (statistics := objective.initial_statistics()) is not None:
+        # written at once: a vocabulary learned twice need not come out the same
+        files.write_json(folder.path / "stats.json", statistics)
 
 
-def out_of_resources(error: BaseException, dist: Distributed, settings: TrainSettings) -> str:
-    """What to say of an error that means that memory ran out or that another process is gone; else ""."""
-    if out_of_memory(error):
-        return "memory ran out; lower --micro-batch (the global batch stays), or --size, or the model's channels"
-    said = str(error).lower()
-    if dist.world_size == 1 or not isinstance(error, RuntimeError):
-        return ""
-    if "timed out" in said:
-        return (
-            f"another process did not come to the backward pass within {settings.gradient_timeout:g} s "
-            "(train.gradient_timeout); find what held it up, or raise that"
-        )
-    if any(words in said for words in ("connection closed", "connection reset", "broken pipe")):
-        return "another process of this training ended; what it said tells why, and the same command goes on"
-    return ""
-
-
-def record_failure(run: runs.RunFolder, error: BaseException, dist: Distributed) -> None:
-    """Says in run.json how a training ended; a command that was refused leaves what an earlier one said."""
-    if not (dist.is_rank_0 and run.begun):
-        return
-    code = int(getattr(error, "code", 1))
-    state = "interrupted" if isinstance(error, Interrupted) else "diverged" if code == 5 else "failed"
-    try:
-        run.update(state=state, reason=console.clean(str(error)), exit_code=code)
-    except LdmError:
-        pass  # the disk is full: the first error is the one to tell
+def log_start(folder: runs.RunFolder, steps: int, dist: Distributed, objective: Objective, step: int) -> None:
+    """Says what is trained, on which data and machine, and from which step of how many."""
+    console.say(objective.describe())
+    console.say(
+        f"{len(objective.rows):,} rows to train on, {len(objective.validation):,} to validate; "
+        f"{dist.device.type}, {dist.world_size} process(es), "
+        f"{dist.precision}; "
+        f"step {step:,} of {steps:,} -> {folder.path}"
+    )
+    if note := objective.validation_note():
+        console.say(note)

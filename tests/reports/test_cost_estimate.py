@@ -130,7 +130,7 @@ def test_memory_is_the_sum_of_its_parts_and_follows_the_micro_batch():
 
 
 def test_optimiser_state_is_counted_as_the_optimiser_keeps_it():
-    from ldmcli.training.optimizer import Updater
+    from ldmcli.training.optimizer import PhaseOptimizer
 
     for values in (
         {"train__optimizer": "adamw"},
@@ -139,11 +139,11 @@ def test_optimiser_state_is_counted_as_the_optimiser_keeps_it():
     ):
         given = resolved("autoencoder", autoencoder__channels=8, **values)
         module = Autoencoder(given.config.autoencoder)
-        updater = Updater(module.named_parameters(), given.config.train)
+        optimizer = PhaseOptimizer(module.named_parameters(), given.config.train)
         for p in module.parameters():
             p.grad = torch.ones_like(p)
-        updater.step(1.0)
-        kept = sum(t.numel() * 4 for name, t in updater.state().items() if t.ndim)
+        optimizer.step(1.0)
+        kept = sum(t.numel() * 4 for name, t in optimizer.state_dict().items() if t.ndim)
         assert plan("autoencoder", given)["memory"]["optimizer"] == kept, values
 
 

@@ -553,10 +553,10 @@ def holds(grid: np.ndarray, picture: np.ndarray) -> bool:
 @pytest.mark.parametrize("kinds", ["none", *ASKED, "+".join(ASKED)])
 def test_every_parameter_of_the_trained_model_gets_a_finite_gradient(ae, tmp_path, monkeypatch, kinds):
     """Each condition of the registry, alone and all together: nothing is left out of training."""
-    from ldmcli.training.optimizer import Updater
+    from ldmcli.training.optimizer import PhaseOptimizer
 
     seen: dict[str, float] = {}
-    step = Updater.step
+    step = PhaseOptimizer.step
 
     def watched(self, factor):
         for name, parameter in self.named:
@@ -565,7 +565,7 @@ def test_every_parameter_of_the_trained_model_gets_a_finite_gradient(ae, tmp_pat
             seen[name] = seen.get(name, 0.0) + found
         step(self, factor)
 
-    monkeypatch.setattr(Updater, "step", watched)
+    monkeypatch.setattr(PhaseOptimizer, "step", watched)
     train_ldm(tmp_path / "run", ae, *ADAM, "--condition", kinds, "--batch-size", 8, steps=6)
     assert seen and [name for name, total in seen.items() if total == 0] == []
 
@@ -573,10 +573,10 @@ def test_every_parameter_of_the_trained_model_gets_a_finite_gradient(ae, tmp_pat
 @pytest.mark.parametrize("reg", ["kl", "vq"])
 def test_every_parameter_of_an_autoencoder_gets_a_finite_gradient(tmp_path, monkeypatch, reg):
     """Also with a discriminator beside it."""
-    from ldmcli.training.optimizer import Updater
+    from ldmcli.training.optimizer import PhaseOptimizer
 
     seen: dict[str, float] = {}
-    step = Updater.step
+    step = PhaseOptimizer.step
 
     def watched(self, factor):
         for name, parameter in self.named:
@@ -584,7 +584,7 @@ def test_every_parameter_of_an_autoencoder_gets_a_finite_gradient(tmp_path, monk
             seen[name] = seen.get(name, 0.0) + (0.0 if parameter.grad is None else float(parameter.grad.abs().sum()))
         step(self, factor)
 
-    monkeypatch.setattr(Updater, "step", watched)
+    monkeypatch.setattr(PhaseOptimizer, "step", watched)
     train_ae(tmp_path / "run", "--reg", reg, *DISCRIMINATOR, "--set", "loss.disc_start=1", *ADAM, steps=6)
     assert seen and [name for name, total in seen.items() if total == 0] == []
 

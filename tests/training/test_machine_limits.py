@@ -53,17 +53,17 @@ class Slow:
 
     def __call__(self) -> None:
         from ldmcli.training.autoencoder import AutoencoderObjective
-        from ldmcli.training.loop import Training
+        from ldmcli.training.checkpoints import Checkpointer
 
         owner, name = {
-            "phase": (Training, "_write_weights"),
+            "phase": (Checkpointer, "_write_inference_files"),
             "batch": (AutoencoderObjective, "batch"),
             "backward": (AutoencoderObjective, "loss"),
         }[self.where]
         function, seconds, seen = getattr(owner, name), self.seconds, []
 
         def slow(this, *args):
-            if this.dist.rank == (0 if name == "_write_weights" else 1) and not seen:
+            if this.dist.rank == (0 if owner is Checkpointer else 1) and not seen:
                 seen.append(time.sleep(seconds))
             return function(this, *args)
 
@@ -294,10 +294,10 @@ class Little:
 
     def __call__(self) -> None:
         from ldmcli.data import rows
-        from ldmcli.training.loop import Training
+        from ldmcli.training.loop import Trainer
 
         decoded, hashed = [], []
-        decode, sha256, announce, finish = rows.decode, rows.hashlib.sha256, Training._announce, Training._finish
+        decode, sha256, start, finish = rows.decode, rows.hashlib.sha256, Trainer._start, Trainer._finish
 
         def counted(content, *, name, **limits):
             decoded.append(name)
@@ -318,14 +318,14 @@ class Little:
 
         def begins(this):
             note(this, "begin")
-            announce(this)
+            start(this)
 
         def ends(this):
             note(this, "end")
             return finish(this)
 
         rows.decode, rows.memory_bytes, rows.hashlib = counted, lambda: MEMORY, Counting
-        Training._announce, Training._finish = begins, ends
+        Trainer._start, Trainer._finish = begins, ends
 
     def told(self, when: str) -> list[dict]:
         return [json.loads(path.read_text()) for path in sorted(Path(self.folder).glob(f"{when}-*.json"))]
@@ -390,15 +390,15 @@ def test_bad_files_that_other_processes_found_are_left_out_by_all(tmp_path):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_no_pictures_are_kept_where_latents_stand_for_them(cached, tmp_path, monkeypatch):
-    from ldmcli.training.loop import Training
+    from ldmcli.training.loop import Trainer
 
-    kept, announce = [], Training._announce
+    kept, start = [], Trainer._start
 
     def note(this):
         kept.append(len(this.objective.rows._kept))
-        announce(this)
+        start(this)
 
-    monkeypatch.setattr(Training, "_announce", note)
+    monkeypatch.setattr(Trainer, "_start", note)
     tiny.noisy_images(tmp_path / "data", 12, 20)
     tiny.train_ldm(
         tmp_path / "run",

@@ -109,7 +109,7 @@ def test_memory_for_not_even_one_image_is_code_6(tmp_path, monkeypatch):
 
 
 def test_what_surely_fits_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(AutoencoderObjective, "kept_bytes", lambda self: pytest.fail("measured"))
+    monkeypatch.setattr(AutoencoderObjective, "activation_bytes", lambda self: pytest.fail("measured"))
     tiny.train_ae(tmp_path / "run", *STEADY, steps=1)
 
 

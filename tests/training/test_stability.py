@@ -11,8 +11,8 @@ from ldmcli.reports import demo
 from ldmcli.reports.demo import shortcomings
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
-from ldmcli.training.loop import Training
-from ldmcli.training.progress import Course, Progress
+from ldmcli.training.loop import Trainer
+from ldmcli.training.progress import Progress, StabilityMonitor
 
 MUON = ("--set", "train.optimizer=muon")
 SPIKE = 12  # the step whose batch is spoiled
@@ -41,23 +41,24 @@ def ae(tmp_path_factory):
     ],
 )
 def test_a_gradient_is_scaled_to_its_usual_norm_where_it_is_out_of_proportion(norms, expected):
-    course = Course()
-    factors = [course.factor("model", norm, 10.0) for norm in norms]
+    monitor = StabilityMonitor()
+    factors = [monitor.gradient_scale("model", norm, 10.0) for norm in norms]
     assert factors[:-1] == [1.0] * (len(norms) - 1) and factors[-1] == pytest.approx(expected, rel=1e-9)
-    assert course.spikes == (expected < 1)
+    assert monitor.spikes == (expected < 1)
 
 
 def test_a_landscape_that_has_become_steeper_is_the_usual_one_after_a_while():
-    course = Course()
-    factors = [course.factor("model", norm, 10.0) for norm in [1.0] * 60 + [1000.0] * 200]
-    assert factors[60] == pytest.approx(1e-3) and factors[-1] == 1.0 and 20 < course.spikes < 190
+    monitor = StabilityMonitor()
+    factors = [monitor.gradient_scale("model", norm, 10.0) for norm in [1.0] * 60 + [1000.0] * 200]
+    assert factors[60] == pytest.approx(1e-3) and factors[-1] == 1.0 and 20 < monitor.spikes < 190
 
 
 def test_phases_are_compared_with_themselves_and_a_ratio_of_0_switches_it_off():
-    course = Course()
+    monitor = StabilityMonitor()
     for _ in range(60):
-        assert course.factor("autoencoder", 1.0, 10.0) == course.factor("discriminator", 1e4, 10.0) == 1.0
-    assert course.factor("autoencoder", 1e4, 0.0) == 1.0 and course.spikes == 0
+        assert monitor.gradient_scale("autoencoder", 1.0, 10.0) == 1.0
+        assert monitor.gradient_scale("discriminator", 1e4, 10.0) == 1.0
+    assert monitor.gradient_scale("autoencoder", 1e4, 0.0) == 1.0 and monitor.spikes == 0
 
 
 def spoiled(monkeypatch, objective, how):
@@ -76,7 +77,7 @@ def spoiled(monkeypatch, objective, how):
 
 def largest_moves(monkeypatch):
     """The list that the largest change of any weight comes into, one number a step."""
-    moves, whole = [], Training._step
+    moves, whole = [], Trainer._train_step
 
     def step(self):
         parameters = [p for module in self.objective.networks.values() for p in module.parameters()]
@@ -84,7 +85,7 @@ def largest_moves(monkeypatch):
         whole(self)
         moves.append(max(float((p - b).abs().max()) for p, b in zip(parameters, before)))
 
-    monkeypatch.setattr(Training, "_step", step)
+    monkeypatch.setattr(Trainer, "_train_step", step)
     return moves
 
 
@@ -147,9 +148,9 @@ def test_what_is_usual_is_kept_in_a_checkpoint_and_older_ones_do_without(ae, tmp
     train_ldm(tmp_path / "run", ae, steps=4)
     stored = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert stored["course"]["usual"]["model"][0] == 4
-    assert Progress.of(stored).course.usual == stored["course"]["usual"]
+    assert Progress.from_state(stored).course.usual == stored["course"]["usual"]
     del stored["course"]
-    assert Progress.of(stored).course == Course() and Progress.of(stored).step == 4
+    assert Progress.from_state(stored).course == StabilityMonitor() and Progress.from_state(stored).step == 4
 
 
 # --- a loss that has risen -----------------------------------------------------------------------------------------
@@ -167,12 +168,12 @@ def test_what_is_usual_is_kept_in_a_checkpoint_and_older_ones_do_without(ae, tmp
     ],
 )
 def test_a_loss_has_risen_when_it_is_ten_times_its_lowest_and_stays(losses, risen):
-    course = Course()
+    monitor = StabilityMonitor()
     for index, loss in enumerate(losses):
-        course.watch(loss, 10 * (index + 1))
-    assert course.risen == risen == bool(course.warnings())
+        monitor.observe_loss(loss, 10 * (index + 1))
+    assert monitor.has_risen == risen == bool(monitor.warnings())
     if risen:
-        assert f"since step {10 * (losses.index(next(x for x in losses if not x <= 4))) + 10}" in course.warnings()[0]
+        assert f"since step {10 * (losses.index(next(x for x in losses if not x <= 4))) + 10}" in monitor.warnings()[0]
 
 
 def test_a_loss_that_rose_and_stays_is_told_in_log_summary_and_report(ae, tmp_path):

@@ -174,9 +174,9 @@ def test_processes_with_unequal_numbers_of_micro_batches_agree(tmp_path, argumen
 
 def note_gradients() -> None:
     """Writes the gradients of the first update of each network beside the run."""
-    from ldmcli.training.optimizer import Updater
+    from ldmcli.training.optimizer import PhaseOptimizer
 
-    step = Updater.step
+    step = PhaseOptimizer.step
 
     def noted(self, factor):
         folder = Path(os.environ["GRADIENTS"])
@@ -186,13 +186,13 @@ def note_gradients() -> None:
             torch.save({name: p.grad.clone() for name, p in self.named if p.grad is not None}, path)
         step(self, factor)
 
-    Updater.step = noted
+    PhaseOptimizer.step = noted
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_gradients_of_two_processes_are_those_of_one(trainer, tmp_path, arguments, monkeypatch):
     """Reliability row 13: of autoencoder, discriminator and UNet, on both processes, at the first update."""
-    from ldmcli.training.optimizer import Updater
+    from ldmcli.training.optimizer import PhaseOptimizer
 
     more, batch = (GAN, 4) if trainer == "train-ae" else ((), 3)
     found = {}
@@ -202,7 +202,7 @@ def test_gradients_of_two_processes_are_those_of_one(trainer, tmp_path, argument
         monkeypatch.setenv("GRADIENTS", str(folder))
         line = arguments(trainer, tmp_path / name, *more, steps=1, batch=batch)
         if name == "one":
-            monkeypatch.setattr(Updater, "step", Updater.step)  # undone at the end
+            monkeypatch.setattr(PhaseOptimizer, "step", PhaseOptimizer.step)  # undone at the end
             note_gradients()
             assert tiny.ldm(*line).code == 0
         else:
@@ -235,22 +235,22 @@ class NoteIn:
 def check_every_step() -> None:
     from ldmcli.training import loop
 
-    loop._CHECK_EVERY = 1
+    loop.REPLICA_CHECK_EVERY = 1
 
 
 def drift_apart() -> None:
-    from ldmcli.training.loop import Training
+    from ldmcli.training.loop import Trainer
 
     check_every_step()
-    after = Training._after_step
+    after = Trainer._after_step
 
     def drifting(self):
         if self.dist.rank == 1 and self.progress.step == 2:
             with torch.no_grad():
-                next(self.objective.networks[self.objective.main].parameters()).add_(1e-6)
+                next(self.objective.networks[self.objective.main_network].parameters()).add_(1e-6)
         after(self)
 
-    Training._after_step = drifting
+    Trainer._after_step = drifting
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
