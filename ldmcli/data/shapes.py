@@ -61,7 +61,7 @@ _BACKGROUND_RGB = np.array(list(BACKGROUNDS.values()), np.float32)
 COMBINATIONS = len(SHAPES) * len(COLOURS) * len(BACKGROUNDS) * len(PLACES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShapeObject:
     """One object: indices into SHAPES and COLOURS; centre as shares of width and height; half extent as a share."""
 
@@ -70,6 +70,11 @@ class ShapeObject:
     x: float
     y: float
     radius: float  # share of the image's short side
+
+    def __repr__(self) -> str:
+        # rows are hashed by it: caches and runs already on disk know an object as Thing
+        numbers = (f"{name}={getattr(self, name)!r}" for name in self.__dataclass_fields__)
+        return f"Thing({', '.join(numbers)})"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The embedded shapes: what is drawn is what is said, nothing held out is shown, and the checker reads it back."""
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -296,3 +297,9 @@ def test_what_no_prompt_asks_for_is_left_out_of_the_means():
     one = shapes.spec(0)
     found = shapes.score([shapes.render(one, SIZE)], ["a thing"])
     assert np.isnan(found["colour"]) and np.isnan(found["position"]) and np.isnan(found["background"])
+
+
+@pytest.mark.parametrize("level, expected", [(1, "55446c19f0ef8538"), (2, "83df3b4f062b8144"), (3, "377f4b8d2f193808")])
+def test_the_text_that_rows_are_hashed_by_never_changes(level, expected):
+    """Fingerprints of runs and keys of latent caches on disk come from it."""
+    assert hashlib.sha256(repr(specs(1, level)[0]).encode()).hexdigest().startswith(expected)
