@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmcli.conditions import CONDITIONS
 from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig
@@ -18,7 +19,6 @@ from ldmcli.data.masks import random_mask
 from ldmcli.data.pictures import first_few
 from ldmcli.data.rows import Room, parallel_map
 from ldmcli.maths import rng
-from ldmcli.networks.conditioners import CONDITIONS
 
 TABLED = ("text", "class")  # neither crops nor flips change them: prepared once for all rows
 
@@ -26,7 +26,7 @@ TABLED = ("text", "class")  # neither crops nor flips change them: prepared once
 def check_columns(rows, kinds: Sequence[str]) -> None:
     """Raises InputError where the data lack what a condition is made of."""
     for kind in kinds:
-        column = CONDITIONS[kind].columns[0]
+        column = CONDITIONS[kind].column
         if not rows.has(column):
             article = "an" if column[0] in "aeiou" else "a"
             raise InputError(

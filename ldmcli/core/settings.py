@@ -435,6 +435,9 @@ class AutoencoderConfig:
     train: TrainSettings = field(default_factory=_autoencoder_training)
 
 
+TASK_CONDITIONS = {"sr": "lowres", "inpaint": "masked"}  # the condition that a task brings along
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """All that `ldm train-ldm` reads."""
@@ -454,5 +457,5 @@ class DiffusionConfig:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Everything that the model is told: the conditions asked for, and the planes that its task brings along."""
-        own = {"sr": ("lowres",), "inpaint": ("masked",)}.get(self.task.name, ())
-        return self.condition.kinds + own
+        own = TASK_CONDITIONS.get(self.task.name)
+        return self.condition.kinds if own is None else (*self.condition.kinds, own)

@@ -1,7 +1,7 @@
 """From noise to a latent: guidance, its interval, known regions, and noise that depends on seed and sample alone.
 
 Guidance (Ho & Salimans 2021) of several conditions: the network is asked with none of the guided kinds, then with one
-kind more at a time, in the order of `GUIDED`, and each difference is weighted with its own scale,
+kind more at a time, in the order of `guidance_order`, and each difference is weighted with its own scale,
 
     out = out(none) + Σ_k s_k (out(… and k) − out(…)).
 
@@ -23,10 +23,9 @@ from ldmcli.diffusion.samplers import SAMPLERS, resampled
 from ldmcli.diffusion.schedule import Levels, Schedule, levels, to_x0_eps
 from ldmcli.maths import rng
 from ldmcli.maths.tiles import blend, overlapping_tiles
-from ldmcli.networks.conditioners import Conditioning
+from ldmcli.networks.conditioners import CONDITIONERS, Conditioning, guidance_order
 from ldmcli.networks.latent_diffusion import DiffusionModel
 
-GUIDED = ("map", "layout", "class", "text")  # the order in which kinds are switched on: from where to what
 Denoise = Callable[[Tensor, float, float, float], tuple[Tensor, Tensor]]
 
 
@@ -72,8 +71,8 @@ def guided_kinds(kinds: Sequence[str], scale: float | Mapping[str, float]) -> li
     Raises UsageError for a kind that the model does not take or that has no null.
     """
     if not isinstance(scale, Mapping):
-        return [(tuple(kind for kind in kinds if kind in GUIDED), float(scale))]
-    able = [kind for kind in GUIDED if kind in kinds]
+        return [(tuple(kind for kind in kinds if CONDITIONERS[kind].droppable), float(scale))]
+    able = guidance_order(kinds)
     for kind in scale:
         if kind not in able:
             takes = ", ".join(able) or "no condition that could be guided"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmcli.conditions import CONDITIONS
 from ldmcli.conditions.dataset import ConditionSource, look_at_boxes
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
@@ -17,7 +18,6 @@ from ldmcli.data.decode import decode
 from ldmcli.data.pictures import by_pair_name, pair_name
 from ldmcli.evaluation.features import in_blocks
 from ldmcli.maths.pixels import tensor_to_pixels
-from ldmcli.networks.conditioners import CONDITIONS
 from ldmcli.sampling.load import load
 from ldmcli.sampling.request import SAMPLING
 
@@ -219,7 +219,7 @@ def model_source(
 
 def check_columns(rows, kinds: tuple[str, ...]) -> None:
     for kind in kinds:
-        column = CONDITIONS[kind].columns[0]
+        column = CONDITIONS[kind].column
         if rows is None or not rows.has(column):
             raise InputError(f"this model is conditioned on {kind}: name a data set with a {column} column (--data)")
 

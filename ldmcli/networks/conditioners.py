@@ -3,7 +3,7 @@
 The UNet knows three things: `context` (B, M, d) for cross-attention, `concat` (B, c, h, w) beside z_t on the input,
 and `vector` (B, v) added to the time embedding. Several conditions at once: tokens join, planes stack, vectors add.
 Each has its own null, which takes its place at random while training and in the unconditional half of guidance.
-A condition is one class and one line in `CONDITIONS`.
+A condition is one class and one line in `CONDITIONERS`.
 """
 
 import threading
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.networks.conditioning import Conditioning
+from ldmcli.networks.conditioning import Conditioner, Conditioning
 from ldmcli.networks.layout import LayoutCondition
 from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.spatial_conditioners import LowresCondition, MapCondition, MaskedCondition
@@ -91,15 +91,15 @@ def load_vocabulary(source: str):
         ) from error
 
 
-class TextCondition(nn.Module):
+class TextCondition(Conditioner):
     """Captions -> tokens, by the paper's transformer trained along ("joint") or a frozen encoder of transformers.
 
     The null is the empty caption. `facts` keeps what use needs beside the weights: length, vocabulary size, "logits"
     where a converted transformer brings its unused head along. tokenizer None: only tokens can be given.
     """
 
-    columns = ("caption",)
-    request = "prompt"
+    guidance_rank = 3
+    gives_tokens = True
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer):
         super().__init__()
@@ -124,6 +124,11 @@ class TextCondition(nn.Module):
             width = frozen.config.hidden_size
             self.encoder = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, settings.context_dim))
         self.pool = vector_of_tokens(settings.context_dim) if settings.text_pooled else None
+
+    @staticmethod
+    def gives_vector(settings: ConditionSettings) -> bool:
+        """As settings say: the tokens, pooled."""
+        return settings.text_pooled
 
     @staticmethod
     def learn(settings: ConditionSettings, captions: list[str], rows, folder: Path) -> dict[str, Any]:
@@ -209,12 +214,12 @@ def _load_frozen(name: str):
     return model.eval().requires_grad_(False)
 
 
-class ClassCondition(nn.Module):
+class ClassCondition(Conditioner):
     """Labels -> one token, and by default a vector, too. The null is one class more (index n), except where a fact
     "null" says that there is none, as in models of others that were not trained for guidance."""
 
-    columns = ("label",)
-    request = "class"
+    guidance_rank = 2
+    gives_tokens = True
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
@@ -224,6 +229,11 @@ class ClassCondition(nn.Module):
         self.numbered_null = facts.get("null") is True
         self.embedding = nn.Embedding(len(self.names) + self.has_null, settings.context_dim)
         self.vector = nn.Linear(settings.context_dim, settings.context_dim) if settings.class_vector else None
+
+    @staticmethod
+    def gives_vector(settings: ConditionSettings) -> bool:
+        """As settings say: the token through a linear map."""
+        return settings.class_vector
 
     @staticmethod
     def learn(settings: ConditionSettings, labels: list[int], rows, folder: Path) -> dict[str, Any]:
@@ -256,11 +266,11 @@ class ClassCondition(nn.Module):
         return Conditioning(context=token[:, None], vector=self.vector(token) if self.vector is not None else None)
 
 
-class GivenTokens(nn.Module):
+class GivenTokens(Conditioner):
     """Tokens as they are, made by an encoder that is not part of the model: values are tensors (M, d). No null."""
 
-    columns = ()
-    request = "context"
+    droppable = False
+    gives_tokens = True
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
@@ -273,7 +283,7 @@ class GivenTokens(nn.Module):
         return Conditioning(context=inputs["tokens"])
 
 
-CONDITIONS: dict[str, type] = {
+CONDITIONERS: dict[str, type[Conditioner]] = {
     "class": ClassCondition,
     "text": TextCondition,
     "layout": LayoutCondition,
@@ -282,8 +292,13 @@ CONDITIONS: dict[str, type] = {
     "masked": MaskedCondition,
     "tokens": GivenTokens,
 }
-ASKED = ("class", "text", "layout", "map")  # what --condition names; a task brings the others along
-TOKENS = ("class", "text", "layout", "tokens")
+
+
+def guidance_order(kinds: Sequence[str]) -> list[str]:
+    """Those of a model's conditions that guidance can act on, in the order in which it switches them on: from where to
+    what."""
+    able = [kind for kind in kinds if CONDITIONERS[kind].droppable]
+    return sorted(able, key=lambda kind: CONDITIONERS[kind].guidance_rank)
 
 
 class Conditions(nn.Module):
@@ -298,7 +313,7 @@ class Conditions(nn.Module):
     ):
         super().__init__()
         self.settings = settings
-        self.entries = nn.ModuleDict({kind: CONDITIONS[kind](settings, facts[kind], tokenizer) for kind in kinds})
+        self.entries = nn.ModuleDict({kind: CONDITIONERS[kind](settings, facts[kind], tokenizer) for kind in kinds})
 
     @property
     def kinds(self) -> list[str]:
@@ -308,24 +323,23 @@ class Conditions(nn.Module):
     @property
     def droppable(self) -> list[str]:
         """Conditions that training drops at random and that guidance can act on: all but the planes of a task."""
-        return [kind for kind in self.entries if kind in ASKED]
+        return [kind for kind, entry in self.entries.items() if entry.droppable]
 
     @property
     def context_dim(self) -> int | None:
         """Width of the tokens; None where nothing gives tokens."""
-        return self.settings.context_dim if any(kind in TOKENS for kind in self.entries) else None
+        return self.settings.context_dim if any(entry.gives_tokens for entry in self.entries.values()) else None
 
     @property
     def vector_dim(self) -> int | None:
         """Width of the vector; None where nothing gives one."""
-        pooled_tokens, of_class = self.settings.text_pooled, self.settings.class_vector
-        wanted = {"text": pooled_tokens, "layout": pooled_tokens, "class": of_class}
-        return self.settings.context_dim if any(wanted.get(kind) for kind in self.entries) else None
+        given = any(entry.gives_vector(self.settings) for entry in self.entries.values())
+        return self.settings.context_dim if given else None
 
     @property
     def concat_channels(self) -> int:
         """Planes that are stacked on z_t."""
-        return sum(getattr(entry, "channels", 0) for entry in self.entries.values())
+        return sum(entry.channels for entry in self.entries.values())
 
     @property
     def first_stage(self) -> Callable[[Tensor], Tensor] | None:
@@ -338,7 +352,7 @@ class Conditions(nn.Module):
             entry.first_stage = encode
 
     def _encoding(self) -> list[nn.Module]:
-        return [entry for entry in self.entries.values() if hasattr(entry, "first_stage")]
+        return [entry for entry in self.entries.values() if entry.encodes]
 
     def prepare(self, values: dict[str, list]) -> dict[str, Tensor]:
         """{"text": captions, "class": labels, …} -> flat dict of tensors "kind.name" with n rows each."""
@@ -359,9 +373,9 @@ class Conditions(nn.Module):
         out: dict[str, Tensor] = {}
         for kind, entry in self.entries.items():
             own = _own(kind, given) if given else None
-            if kind not in ASKED and own is None:
+            if not entry.droppable and own is None:
                 raise ModelError(f"{kind}: this condition has no null; pass the prepared inputs, whose planes stay")
-            null = own if kind not in ASKED else entry.null(n, own)
+            null = entry.null(n, own) if entry.droppable else own
             out |= {f"{kind}.{name}": tensor for name, tensor in null.items()}
         return out
 
@@ -381,7 +395,7 @@ class Conditions(nn.Module):
         joined = Conditioning()
         for kind, entry in self.entries.items():
             if own := _own(kind, inputs):  # research code may want tokens alone, and hand planes over itself
-                joined = joined.joined(entry(own, size) if getattr(entry, "drawn", False) else entry(own))
+                joined = joined.joined(entry(own, size) if entry.takes_size else entry(own))
         return joined
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.networks.conditioning import Conditioning
+from ldmcli.networks.conditioning import Conditioner, Conditioning
 from ldmcli.networks.layout_tokens import WHOLE, Layout
 from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.text_encoder import TextTransformer, pooled, vector_of_tokens
@@ -20,7 +20,7 @@ MAX_OBJECTS = 30
 VOCABULARY = 8192
 
 
-class LayoutCondition(nn.Module):
+class LayoutCondition(Conditioner):
     """Layouts -> tokens. A layout is {"bbox": (n, 4) x, y, w, h as shares of the picture, "category": n names or
     indices}; the null is one without objects.
 
@@ -29,9 +29,9 @@ class LayoutCondition(nn.Module):
     transformer brings its unused head along.
     """
 
-    columns = ("objects",)
-    request = "layout"
-    drawn = True  # forward takes the size of the latent
+    guidance_rank = 1
+    gives_tokens = True
+    takes_size = True
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
@@ -63,6 +63,11 @@ class LayoutCondition(nn.Module):
         mixture = std * (2 / (4 * waves)) ** 0.5 * torch.randn(weight.shape[1], 4 * waves)
         codes = torch.einsum("wf,fp->pw", mixture, sinusoidal_map((grid, grid), waves)[0].flatten(1))
         weight[len(self.names) : grid**2] = codes[len(self.names) :]
+
+    @staticmethod
+    def gives_vector(settings: ConditionSettings) -> bool:
+        """As settings say: the tokens, pooled."""
+        return settings.text_pooled
 
     @staticmethod
     def learn(settings: ConditionSettings, values: list[dict], rows, folder: Path) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
-from ldmcli.networks.conditioning import Conditioning
+from ldmcli.networks.conditioning import Conditioner, Conditioning
 from ldmcli.networks.text_encoder import SpatialRescaler
 
 NO_CLASS = 255  # in maps whose data use it: pixels that nobody labelled
@@ -21,15 +21,14 @@ MAP_PLANES = 3
 FILLERS = 4  # pictures that are filled at a time
 
 
-class MapCondition(nn.Module):
+class MapCondition(Conditioner):
     """Class maps, uint8 (H, W) at the picture's size -> planes: one plane a class, halved to the latent's size, mixed.
 
     The null is a map on which no pixel has a class. facts: "classes", "names", "out_channels", "stages" (halvings),
     "void" (whether 255 stands for no class).
     """
 
-    columns = ("map",)
-    request = "map"
+    guidance_rank = 0
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
@@ -74,7 +73,7 @@ class MapCondition(nn.Module):
         return Conditioning(concat=self.encoder(planes.to(self.encoder.channel_mapper.weight.dtype)))
 
 
-class LowresCondition(nn.Module):
+class LowresCondition(Conditioner):
     """Low-resolution images, uint8 (S / scale, S / scale, 3) -> planes at the latent's size S / f, in [-1, 1].
 
     Where scale = f, as in the paper, they stand beside z_t as they are; larger ones are folded into channels, smaller
@@ -83,8 +82,8 @@ class LowresCondition(nn.Module):
     small image alone, as in the paper).
     """
 
-    columns = ("image",)
-    request = "image"
+    droppable = False
+    encodes = True
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
@@ -109,7 +108,7 @@ class LowresCondition(nn.Module):
         return Conditioning(concat=planes)
 
 
-class MaskedCondition(nn.Module):
+class MaskedCondition(Conditioner):
     """Images with holes -> [latent of the image without them, mask]: the c + 1 planes of the published model.
 
     A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in
@@ -120,8 +119,8 @@ class MaskedCondition(nn.Module):
     "fill".
     """
 
-    columns = ("image",)
-    request = "image"
+    droppable = False
+    encodes = True
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()

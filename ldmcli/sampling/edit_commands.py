@@ -12,7 +12,8 @@ from PIL import Image
 from scipy import ndimage
 
 from ldmcli import __version__
-from ldmcli.conditions.parse import hole_in, layouts_of, maps_of, transparent_hole
+from ldmcli.conditions.masked import hole_in, transparent_hole
+from ldmcli.conditions.parse import list_values, parse_each
 from ldmcli.conditions.pictures import holed
 from ldmcli.core import console, runs
 from ldmcli.core.config import from_toml
@@ -80,34 +81,10 @@ class _Source:
     def told(self, loaded: LoadedDiffusion, request: EditRequest, size: tuple[int, int]) -> dict[str, Any]:
         """Values of conditions by kind, for a result of `size` = (height, width) px. Raises UsageError for a kind that
         the model does not take, InputError for a layout or map that is wrong."""
-        found: dict[str, Any] = {}
-        given = {
-            "text": next(iter(request.prompts), None),
-            "class": next(iter(request.classes), None),
-            "layout": self.layout,
-            "map": self.map,
-        }
-        for kind, value in given.items():
-            if value is not None:
-                entry = loaded.entry(kind)
-                found[kind] = (
-                    _layout(value, entry)
-                    if kind == "layout"
-                    else maps_of(value, entry, size)[0]
-                    if kind == "map"
-                    else value
-                )
-        return found
-
-
-def _layout(path: Path, entry: Any) -> dict[str, np.ndarray]:
-    found = layouts_of(path, entry)
-    if len(found) != 1:
-        raise InputError(
-            f"--layout {path}: {len(found)} layouts for one picture; for several pictures give a folder "
-            "of files with their names"
+        given = list_values(
+            prompt=list(request.prompts[:1]), classes=list(request.classes[:1]), layout=self.layout, map=self.map
         )
-    return found[0]
+        return parse_each(loaded.model.conditions, given, size)
 
 
 def _boxed(box: tuple[int, int, int, int] | None, size: tuple[int, int], image: Path) -> np.ndarray:

@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldmcli.conditions.parse import maps_of, warn_of_cut
-from ldmcli.core.console import warn_once
+from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.parse import check_missing, conditioner, on_padded, parse_sized, warn_of_values
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.settings import TASK_CONDITIONS
 from ldmcli.diffusion.sample import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
 from ldmcli.maths import compositing, rng
 from ldmcli.maths.pixels import tensor_to_pixels
-from ldmcli.maths.tiles import pad_reflect, reframe_boxes
-from ldmcli.networks.conditioners import ASKED
+from ldmcli.maths.tiles import pad_reflect
 from ldmcli.sampling import memory
 from ldmcli.sampling.memory import MAX_MEMORY
-from ldmcli.sampling.model import OPTIONS, LoadedDiffusion
+from ldmcli.sampling.model import LoadedDiffusion
 
 BLEND = 8  # pixels
 # As in the RePaint paper. With 20 steps on emoji of 64 px, once left foreign things in the hole (PSNR 9.6 dB in it),
@@ -64,8 +64,8 @@ def upscale_images(
     images = [pad_reflect(image, step) for image in low]
     size = (images[0].shape[0] * scale, images[0].shape[1] * scale)
     side = tile_side(model, size, tile, max_memory, settings)
-    given = _on_padded({kind: list(values) for kind, values in (told or {}).items()}, (height, width), step * scale)
-    given["lowres"] = images
+    given = on_padded(told or {}, (height, width), step * scale)
+    given[TASK_CONDITIONS["sr"]] = images
     with _first_stage(model, side, max_memory):
         z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
     made = tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
@@ -80,8 +80,6 @@ def inpaint_images(
     *,
     seed: int = 0,
     ids: Sequence[int] | None = None,
-    prompts: Sequence[str] | None = None,
-    classes: Sequence[str | int] | None = None,
     told: Mapping[str, Sequence] | None = None,
     blend: int = BLEND,
     resample: int = RESAMPLE,
@@ -93,23 +91,21 @@ def inpaint_images(
 
     A model of task inpaint is told the masked picture. Where that was filled with patches, what the first stage loses
     of them is put back into what is drawn (task.detail): latents hold no fine texture. Any other generating model keeps
-    the known region on its way down (each step `resample` times, as RePaint). prompts, classes: one a picture, where
-    the model takes them. blend: pixels around a hole by which brightness and colour in it are fitted
-    (`match_border`); 0 = as drawn. A layout speaks of the whole picture, which is then looked at as a whole. ids,
-    told, tile, max_memory, settings as `upscale_images`. Raises UsageError for a model that can't, InputError for
-    pictures below one latent.
+    the known region on its way down (each step `resample` times, as RePaint). blend: pixels around a hole by
+    which brightness and colour in it are fitted (`match_border`); 0 = as drawn. A layout speaks of the whole
+    picture, which is then looked at as a whole. ids, told, tile, max_memory, settings as `upscale_images`. Raises
+    UsageError for a model that can't, InputError for pictures below one latent.
     """
     if model.config.task.name == "sr":
         raise UsageError("inpaint: this model was trained for super-resolution; take one for inpainting or generation")
     ids, size = _ids(ids, len(images)), images.shape[1:3]
     _check_side(model, size)
-    asked = {"text": prompts, "class": classes, **(told or {})}
-    known = {kind: list(given) for kind, given in asked.items() if given is not None}
+    known = {kind: list(given) for kind, given in (told or {}).items()}
     out, least, unit = images.copy(), trained_size(model), unit_of(model)
     jobs = []  # (picture, window, which of its windows)
     for i, hole in enumerate(masks):
         found = compositing.hole_windows(hole, least, (least[0] // 4, least[1] // 4), unit)
-        if found and "layout" in known:
+        if found and any(CONDITIONS[kind].whole for kind in known):
             found = [(slice(0, size[0]), slice(0, size[1]))]
         jobs += [(i, window, k) for k, window in enumerate(found)]
     batches: dict[tuple, list] = {}
@@ -119,10 +115,10 @@ def inpaint_images(
     for (_, k), batch in batches.items():
         which = [i for i, _ in batch]
         parts = [(pad_reflect(images[i][window], unit), pad_reflect(masks[i][window], unit)) for i, window in batch]
-        here = {kind: [given[i] for i in which] for kind, given in known.items()}
-        if "map" in here:
-            here["map"] = [index[window] for index, (_, window) in zip(here["map"], batch)]
-        here = _on_padded(here, shape, unit)
+        here = {
+            kind: [CONDITIONS[kind].window(given[i], window) for i, window in batch] for kind, given in known.items()
+        }
+        here = on_padded(here, shape, unit)
         drawn = _fill(
             model,
             parts,
@@ -168,8 +164,7 @@ def edited(
         for ids in (group[start : start + most] for start in range(0, len(group), most)):
             shown = np.stack([pictures[k % len(pictures)] for k in ids])
             asked = {kind: [given[k % len(given)] for k in ids] for kind, given in told.items() if len(given)}
-            if "map" in asked:
-                asked["map"] = maps_of(asked["map"], model.entry("map"), size)
+            asked = parse_sized(model.model.conditions, asked, size)
             if holes is None:
                 drawn = upscale_images(model, shown, ids=ids, told=asked, **how)
             else:
@@ -179,16 +174,6 @@ def edited(
     return [Image.fromarray(found[k]) for k in range(first, total)]
 
 
-def _on_padded(told: dict[str, list], size: tuple[int, int], unit: int) -> dict[str, list]:
-    """Values for pictures of `size` px as they are for ones `pad_reflect` to multiples of `unit`."""
-    whole = (-(-size[0] // unit) * unit, -(-size[1] // unit) * unit)
-    if "map" in told:
-        told["map"] = [pad_reflect(index, unit) for index in told["map"]]
-    if "layout" in told:
-        told["layout"] = [one | {"bbox": reframe_boxes(np.asarray(one["bbox"]), size, whole)} for one in told["layout"]]
-    return told
-
-
 def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
     """Pictures whose sides are whole units, with their holes drawn: float32 (n, H, W, 3), about 0 … 255."""
     tile, max_memory, resample = how
@@ -196,7 +181,7 @@ def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
     side = tile_side(model, size, tile, max_memory, settings)
     prepared: dict[str, Tensor] = {}
     if model.config.task.name == "inpaint":
-        prepared = model.model.conditions.prepare_one("masked", parts)
+        prepared = model.model.conditions.prepare_one(TASK_CONDITIONS["inpaint"], parts)
     else:
         whole = np.stack([compositing.fill_smoothly(image, hole) for image, hole in parts])
         keep = 1 - torch.from_numpy(np.stack([hole for _, hole in parts]))[:, None].float()
@@ -207,7 +192,7 @@ def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
         z = _drawn(model, told, ids, seed, size, Steering(known=known, tile=side), settings, prepared)
     made = tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory)).astype(np.float32)
     if prepared and model.config.task.fill == "patches" and model.config.task.detail:
-        seen = prepared["masked.image"].permute(0, 2, 3, 1).numpy()
+        seen = prepared[f"{TASK_CONDITIONS['inpaint']}.image"].permute(0, 2, 3, 1).numpy()
         z = memory.encode(model.autoencoder, seen, side, max_memory)
         made += seen.astype(np.float32) - tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory))
     return made
@@ -244,10 +229,10 @@ def _drawn(
     inputs: dict[str, Tensor] = dict(prepared or {})
     ready = {name.partition(".")[0] for name in inputs}
     for kind, given in told.items():
-        model.entry(kind)
+        conditioner(conditions, kind)
         inputs |= conditions.prepare_one(kind, given)
     missing = [kind for kind in conditions.kinds if kind not in told and kind not in ready]
-    check_missing(model, missing)
+    check_missing(conditions, missing, model.config.condition.drop)
     if missing:
         null = conditions.null(n, inputs)
         inputs |= {name: tensor for name, tensor in null.items() if name.partition(".")[0] in missing}
@@ -269,21 +254,6 @@ def _drawn(
         shape=model.latent_shape(size),
         steering=steering,
     )
-
-
-def check_missing(model: LoadedDiffusion, missing: Sequence[str]) -> None:
-    """Raises UsageError where an edit is not told a condition that has no null, or a class map: what none of its
-    classes is drawn like, nobody asks for. Says so where training never left the condition out."""
-    if "map" in missing:
-        raise UsageError("--map: this model draws what a class map says; give one with --map FILE.png")
-    if "class" in missing and not model.entry("class").has_null:
-        raise UsageError("--class: this model has no class that means none; name one with --class")
-    if missing and not model.config.condition.drop:
-        names = ", ".join(OPTIONS[kind] for kind in missing)
-        warn_once(
-            "told-nothing",
-            f"{names} not given, and this model was trained without leaving it out: results are better with it",
-        )
 
 
 def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memory: float, settings: Mapping) -> int:
@@ -316,14 +286,14 @@ def check_edit(
     if tile:
         tile_side(model, size, tile, MAX_MEMORY, settings)
     model.warn_of_idle_guidance(settings.get("guidance"))
-    kinds = model.model.conditions.kinds
-    guided_kinds(kinds, settings.get("guidance") or 1.0)
+    conditions = model.model.conditions
+    guided_kinds(conditions.kinds, settings.get("guidance") or 1.0)
     for kind, given in told.items():
-        model.entry(kind)
-        model.model.conditions.prepare_one(kind, list(given))
-    if "text" in told:
-        warn_of_cut(model.entry("text"), list(told["text"]), "prompts")
-    check_missing(model, [kind for kind in kinds if kind in ASKED and kind not in told])
+        conditioner(conditions, kind)
+        conditions.prepare_one(kind, list(given))
+    warn_of_values(conditions, told)
+    missing = [kind for kind in conditions.droppable if kind not in told]
+    check_missing(conditions, missing, model.config.condition.drop)
     model._negative(negative, 1)
 
 

@@ -8,29 +8,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.conditions.parse import as_list, labels_of, layouts_of, maps_of, masks_of, warn_of_cut, words_of
+from ldmcli.conditions.class_ import class_names
+from ldmcli.conditions.masked import parse_masks
+from ldmcli.conditions.parse import (
+    centred,
+    embed_inputs,
+    inputs_size,
+    list_values,
+    only_given,
+    parse_conditions,
+    parse_unsized,
+    warn_of_values,
+)
+from ldmcli.conditions.text import negative_inputs
 from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig
-from ldmcli.data.arrays import batch_of, floats, latents, pictures_of, to_pil, whole_numbers
+from ldmcli.data.arrays import batch_of, floats, latents, pictures_of, to_pil
 from ldmcli.diffusion.sample import Guidance, Steering, check_sampling, denoiser, draw_latents, with_overrides
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import levels, make_schedule
 from ldmcli.maths import rng
-from ldmcli.maths.tiles import center_corner, center_slices, pad_edge, reframe_boxes
+from ldmcli.maths.tiles import center_slices
 from ldmcli.networks.conditioners import Conditioning
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 
-OPTIONS = {
-    "text": "--prompt",
-    "class": "--class",
-    "layout": "--layout",
-    "map": "--map",
-    "lowres": "image",
-    "masked": "image",
-    "tokens": "context",
-}  # what people give a condition with
 TASK_WORDS = {
     "generate": "draws images from nothing; `inpaint(image, mask)` fills a hole with it",
     "sr": "makes images larger; use `upscale(image)`",
@@ -58,8 +61,7 @@ class LoadedDiffusion:
     @property
     def class_names(self) -> list[str]:
         """Names of the classes of a class-conditional model, else []."""
-        entries = self.model.conditions.entries
-        return entries["class"].names if "class" in entries else []
+        return class_names(self.model.conditions)
 
     @torch.no_grad()
     def predict(self, z_t: Any, t: Any, context: Any = None, concat: Any = None, classes: Any = None) -> Tensor:
@@ -70,7 +72,7 @@ class LoadedDiffusion:
         times = batch_of(floats(t, "t", 1), len(z), "t").to(self.device)
         conditioning = self._conditioning(context, concat)
         if classes is not None:
-            told = self._embed({"class": labels_of(classes)})
+            told = self._embed(list_values(classes=classes))
             conditioning = Conditioning(
                 *(None if part is None else batch_of(part, len(z), "classes") for part in astuple_of(told))
             ).joined(conditioning)
@@ -129,58 +131,14 @@ class LoadedDiffusion:
         keep their size, and layouts are drawn at it. Of each kind one, or equally many. Raises UsageError, or
         InputError for a layout or map that is wrong.
         """
-        values: dict[str, list] = {
-            "text": words_of(prompt),
-            "class": labels_of(classes),
-            "layout": as_list(layout),
-            "map": as_list(map),
-        }
-        values = {kind: given for kind, given in values.items() if given}
-        if not values and tokens is None:
-            raise UsageError(f"embed: nothing is given; this model takes {self._takes()}")
-        for kind in values:
-            self.entry(kind)
-        if "layout" in values:
-            values["layout"] = layouts_of(layout, self.entry("layout"))
-        if "map" in values:
-            values["map"] = maps_of(map, self.entry("map"))
-        found = self._embed(values, tokens)
+        found = self._embed(list_values(prompt=prompt, classes=classes, layout=layout, map=map), tokens)
         return found.context if found.vector is None and found.concat is None else found
 
-    def entry(self, kind: str) -> Any:
-        """The condition of a kind. Raises UsageError where the model has none."""
-        if kind not in self.model.conditions.entries:
-            raise UsageError(f"{OPTIONS[kind]}: this model was trained without {kind}; it takes {self._takes()}")
-        return self.model.conditions.entries[kind]
-
-    def _takes(self) -> str:
-        return " and ".join(OPTIONS[kind] for kind in self.model.conditions.kinds) or "no condition"
-
     def _embed(self, values: dict[str, list], tokens: Any = None) -> Conditioning:
-        inputs: dict[str, Tensor] = {}
-        for kind, given in values.items():
-            self.entry(kind)
-            inputs |= self.model.conditions.prepare_one(kind, given)
-        if tokens is not None:
-            kind = "text" if "text" in self.model.conditions.entries and "text" not in values else "layout"
-            ids = self._ids(tokens, self.entry(kind))
-            inputs[f"{kind}.ids"] = ids
-            if kind == "text":
-                inputs["text.mask"] = torch.ones_like(ids, dtype=torch.bool)
-        n = max(len(tensor) for tensor in inputs.values())
-        inputs = {name: batch_of(tensor, n, OPTIONS[name.partition(".")[0]]) for name, tensor in inputs.items()}
-        size = self.latent_shape(inputs["map.index"].shape[1:])[1:] if "map.index" in inputs else None
+        inputs = embed_inputs(self.model.conditions, values, tokens)
+        pixels = inputs_size(self.model.conditions, inputs)
+        size = None if pixels is None else self.latent_shape(pixels)[1:]
         return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()}, size)
-
-    def _ids(self, tokens: Any, entry: Any) -> Tensor:
-        ids, encoder = whole_numbers(tokens, "tokens", 2), entry.encoder
-        length = getattr(entry, "length", None) or entry.layout.length
-        known = encoder.transformer.token_emb.num_embeddings if hasattr(encoder, "transformer") else None
-        if not 0 < ids.shape[1] <= length:
-            raise UsageError(f"tokens: {ids.shape[1]} a row; this model reads at most {length}")
-        if known and (int(ids.min()) < 0 or int(ids.max()) >= known):
-            raise UsageError(f"tokens: ids from {int(ids.min())} to {int(ids.max())}; this model knows 0 … {known - 1}")
-        return ids
 
     @torch.no_grad()
     def sample(
@@ -299,14 +257,11 @@ class LoadedDiffusion:
                 if mask is None
                 else "mask: this model makes images larger; it takes none"
             )
-        holes = None if mask is None else [hole for _, hole in _pairs(pictures, masks_of(mask))]
-        told = {"text": words_of(prompt), "class": labels_of(classes), "layout": as_list(layout), "map": as_list(map)}
-        for kind in [kind for kind, given in told.items() if given]:
-            self.entry(kind)
-        if told["text"]:
-            warn_of_cut(self.entry("text"), told["text"], "prompts")
-        if layout is not None:
-            told["layout"] = layouts_of(layout, self.entry("layout"))
+        holes = None if mask is None else [hole for _, hole in _pairs(pictures, parse_masks(mask))]
+        conditions = self.model.conditions
+        told = only_given(conditions, list_values(prompt=prompt, classes=classes, layout=layout, map=map))
+        warn_of_values(conditions, told)
+        told = parse_unsized(conditions, told)
         from ldmcli.sampling import editing
 
         return editing.edited(self, pictures, holes, told, **how)
@@ -335,13 +290,7 @@ class LoadedDiffusion:
         check_sampling(chosen, self.schedule)
         self._warn_about_guidance(chosen.guidance, negative_prompt)
         rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
-        if "map" in rows and size is not None:
-            rows["map"] = [pad_edge(index, size) for index in rows["map"]]
-        if "layout" in rows and size is not None and inside is not None:
-            corner = center_corner(size, inside)
-            rows["layout"] = [
-                one | {"bbox": reframe_boxes(one["bbox"], inside, size, corner)} for one in rows["layout"]
-            ]
+        rows = centred(rows, size, inside)
         return draw_latents(
             self.model,
             self.schedule,
@@ -361,40 +310,10 @@ class LoadedDiffusion:
     ) -> dict[str, list]:
         """What the model is told, checked against what it takes. Raises UsageError, or InputError for what is wrong
         with a layout or map. size: of the pictures to draw, in pixels; maps are brought to it."""
-        kinds = self.model.conditions.kinds
-        given = {"text": words_of(prompt), "class": labels_of(classes), "layout": as_list(layout), "map": as_list(map)}
-        if given["class"] == ["all"]:
-            given["class"] = list(range(len(self.class_names)))
-        for kind, value in given.items():
-            if value:
-                self.entry(kind)
-        for kind in kinds:  # after what it never takes: a class for a text model is the mistake, not the missing prompt
-            if not given.get(kind):
-                given[kind] = self._left_out(kind, told=bool(given["text"]))
-        if "text" in kinds:
-            warn_of_cut(self.entry("text"), given["text"], "prompts")
-        if given["layout"]:
-            given["layout"] = layouts_of(given["layout"], self.entry("layout"))
-        if given["map"]:
-            _, height, width = self.model.latent_shape
-            f = self.autoencoder.network.f
-            given["map"] = maps_of(given["map"], self.entry("map"), size or (height * f, width * f))
-        return {kind: given[kind] for kind in kinds}
-
-    def _left_out(self, kind: str, told: bool) -> list:
-        """What stands for a condition that was not given: all classes, unless a prompt was. Else raises UsageError."""
-        if kind == "class" and not told:
-            return list(range(len(self.class_names)))
-        why = {
-            "text": 'this model draws what a prompt says; give one with --prompt "…"',
-            "class": "this model takes a class beside the prompt",
-            "layout": "this model draws what boxes say; give them with --layout FILE.json",
-            "map": "this model draws what a class map says; give one with --map FILE.png",
-            "lowres": "this model makes small images larger; use `ldm upscale`, or image=… from Python",
-            "masked": "this model fills holes; use `ldm inpaint`, or image=… and mask=… from Python",
-            "tokens": "this model reads tokens of an encoder that it does not carry; use sample_latents(context=…)",
-        }
-        raise UsageError(f"{OPTIONS[kind]}: {why[kind]}")
+        _, height, width = self.model.latent_shape
+        f = self.autoencoder.network.f
+        given = list_values(prompt=prompt, classes=classes, layout=layout, map=map)
+        return parse_conditions(self.model.conditions, given, size or (height * f, width * f))
 
     def drawn_size(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
         """What pictures of `size` (height, width) px are cut from the middle of: sides are whole units, the
@@ -425,12 +344,7 @@ class LoadedDiffusion:
         return self.autoencoder.network.latent_shape(*size)
 
     def _negative(self, text: str, n: int) -> dict[str, Tensor] | None:
-        if not text:
-            return None
-        if "text" not in self.model.conditions.kinds:
-            raise UsageError("--negative-prompt: this model takes no prompt")
-        warn_of_cut(self.entry("text"), [text], "negative prompts")
-        return self.model.conditions.prepare_one("text", [text] * n)
+        return negative_inputs(self.model.conditions, text, n)
 
     def warn_of_idle_guidance(self, scale: float | Mapping[str, float] | None) -> None:
         """Says that a scale that was asked for does nothing, where nothing can be left out of what the model is

@@ -3,13 +3,14 @@ refuses what a training would, in the same words."""
 
 from pathlib import Path
 
+from ldmcli.conditions import CONDITIONS
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSettings, DiffusionConfig, TrainSettings
 from ldmcli.data.decode import colour
 from ldmcli.data.rows import check_source
 from ldmcli.diffusion.sample import check_sampling
 from ldmcli.diffusion.schedule import make_schedule
-from ldmcli.networks.conditioners import ASKED, CONDITIONS, load_tokenizer, load_vocabulary
+from ldmcli.networks.conditioners import CONDITIONERS, load_tokenizer, load_vocabulary
 from ldmcli.networks.perceptual import check_perceptual
 from ldmcli.training import cost
 from ldmcli.training.trackers import check_trackers
@@ -86,11 +87,11 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
 
 
 def _check_conditions(config: DiffusionConfig, size: tuple[int, int]) -> None:
-    kinds = config.condition.kinds
+    kinds, known = config.condition.kinds, [name for name in CONDITIONERS if CONDITIONS[name].user_given]
     for kind in kinds:
-        if kind not in ASKED:
+        if kind not in known:
             raise UsageError(
-                f"--condition {kind}: choose among none, {', '.join(ASKED)} (joined with +)"
+                f"--condition {kind}: choose among none, {', '.join(known)} (joined with +)"
                 + ("; --task sr or inpaint brings it along" if kind in CONDITIONS else "")
             )
     twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})

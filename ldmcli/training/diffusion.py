@@ -33,7 +33,7 @@ from ldmcli.formats.run_folder import write as write_run
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
 from ldmcli.networks.autoencoder import posterior_sample, posterior_second_moments
-from ldmcli.networks.conditioners import CONDITIONS, load_tokenizer, load_vocabulary
+from ldmcli.networks.conditioners import CONDITIONERS, load_tokenizer, load_vocabulary
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
 from ldmcli.sampling.first_stage import LoadedAutoencoder
@@ -182,10 +182,10 @@ class DiffusionObjective:
         if kind in ("lowres", "masked"):
             return cost.task_facts(kind, self.config, self.autoencoder.network)
         if kind == "map":
-            return CONDITIONS[kind].learn(self._map_indices, map_names(self.rows), self.autoencoder.network.f)
+            return CONDITIONERS[kind].learn(self._map_indices, map_names(self.rows), self.autoencoder.network.f)
         source = ConditionSource(self.rows, self.config, self.size, training=False)
         values = source.values(kind, range(len(self.rows)), range(len(self.rows)))
-        return CONDITIONS[kind].learn(self.config.condition, values, self.rows, self.run / "tokenizer")
+        return CONDITIONERS[kind].learn(self.config.condition, values, self.rows, self.run / "tokenizer")
 
     def _taken_over(self) -> dict[str, dict[str, Any]]:
         """The vocabulary of the run that this one begins with: its word vectors mean nothing under another."""

@@ -9,7 +9,7 @@ import tiny
 from PIL import Image
 
 import ldmcli
-from ldmcli.conditions.parse import hole_in, transparent_hole
+from ldmcli.conditions.masked import hole_in, transparent_hole
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.data.decode import decode_alpha
 

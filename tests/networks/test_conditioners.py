@@ -12,7 +12,7 @@ from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import push_pull_fill, thin_plate_fill
-from ldmcli.networks.conditioners import ASKED, CONDITIONS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
+from ldmcli.networks.conditioners import CONDITIONERS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.layout import LayoutCondition
 from ldmcli.networks.spatial_conditioners import LowresCondition, MapCondition, MaskedCondition, masked_planes
@@ -272,10 +272,14 @@ def test_an_unknown_category_names_near_ones():
 def test_dropping_one_kind_leaves_the_others(kind):
     made = conditions(*FACTS)
     inputs = made.prepare(values())
-    found = made.drop(inputs, {kind: torch.tensor([True, False])}) if kind in ASKED else made.drop(inputs, {})
+    found = (
+        made.drop(inputs, {kind: torch.tensor([True, False])})
+        if CONDITIONERS[kind].droppable
+        else made.drop(inputs, {})
+    )
     null = made.null(2, inputs)
     for name, tensor in found.items():
-        changed = name.startswith(f"{kind}.") and kind in ASKED
+        changed = name.startswith(f"{kind}.") and CONDITIONERS[kind].droppable
         assert torch.equal(tensor[0], null[name][0] if changed else inputs[name][0])
         assert torch.equal(tensor[1], inputs[name][1]) and tensor.shape == inputs[name].shape
 
@@ -306,7 +310,7 @@ def test_tokens_join_planes_stack_and_vectors_add():
 
 
 def test_every_condition_is_covered_here():
-    assert CONDITIONS.keys() - FACTS.keys() <= {"text", "tokens"}
+    assert CONDITIONERS.keys() - FACTS.keys() <= {"text", "tokens"}
 
 
 @pytest.mark.parametrize("seen", ["ten o’clock – now", "ten o'clock - now"])
@@ -319,7 +323,7 @@ def test_typed_and_typographic_signs_are_the_same_words(tmp_path, seen):
     train_vocabulary([seen], 60, tmp_path / "learned")
     for folder in ("own", "learned"):
         tokenizer = load_tokenizer(tmp_path / folder)
-        condition = CONDITIONS["text"](SMALL, {"length": 16, "vocabulary": len(tokenizer)}, tokenizer)
+        condition = CONDITIONERS["text"](SMALL, {"length": 16, "vocabulary": len(tokenizer)}, tokenizer)
         ids = condition.prepare(["Ten o’clock – now", "ten o'clock - now"])["ids"]
         assert torch.equal(ids[0], ids[1]) and tokenizer.unk_token_id not in ids
 

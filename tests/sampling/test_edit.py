@@ -261,7 +261,7 @@ def test_resampling_and_blending_change_the_hole_only(plain):
 def test_a_prompt_reaches_the_hole_and_no_prompt_is_the_null(text):
     model, image, hole = ldmcli.load(text), image_of(20, 20)[None], hole_of(20, 20, 4, 4, 10, 10)[None]
     none, empty, said = (
-        inpaint_images(model, image, hole, steps=2, prompts=prompts, guidance=3.0)
+        inpaint_images(model, image, hole, steps=2, told={"text": prompts}, guidance=3.0)
         for prompts in (None, [""], ["a red circle"])
     )
     assert np.array_equal(none, empty) and not np.array_equal(none, said)
@@ -291,7 +291,7 @@ def test_an_upscaled_picture_depends_on_its_number_alone(sr):
         lambda sr, plain: upscale_images(plain, image_of(5, 5)[None]),
         lambda sr, plain: inpaint_images(sr, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None]),
         lambda sr, plain: inpaint_images(
-            plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], prompts=["x"]
+            plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], told={"text": ["x"]}
         ),
         lambda sr, plain: inpaint_images(plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], tile=2),
     ],

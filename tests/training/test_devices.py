@@ -18,6 +18,7 @@ from PIL import Image
 from test_perceptual import recorded_trunk
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ldmcli.conditions import CONDITIONS
 from ldmcli.core import config as configuration
 from ldmcli.core.presets import PRESETS
 from ldmcli.core.settings import (
@@ -38,7 +39,7 @@ from ldmcli.evaluation import features
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.conditioners import ASKED, CONDITIONS, load_tokenizer, train_vocabulary
+from ldmcli.networks.conditioners import CONDITIONERS, load_tokenizer, train_vocabulary
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 from ldmcli.networks.perceptual import PerceptualNet, read_heads
@@ -50,6 +51,8 @@ from ldmcli.training import cost
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.distributed import Distributed
+
+ASKED = [name for name, one in CONDITIONS.items() if one.user_given]
 
 CPU = torch.device("cpu")
 SIDE, F = 16, 4
@@ -261,7 +264,7 @@ def tiny_model(stage: str, words=None, kinds=(), task: str = "generate", **diffu
         "masked": {"channels": latent[0], "fill": config.task.fill},
         "tokens": {},
     }
-    assert facts.keys() == VALUES.keys() == CONDITIONS.keys()
+    assert facts.keys() == VALUES.keys() == CONDITIONERS.keys()
     torch.manual_seed(1)
     model = DiffusionModel(config.diffusion, config.condition, facts, words, latent, config.kinds or kinds)
     for parameter in model.parameters():  # what begins at 0 would hide what comes before it

@@ -11,11 +11,13 @@ from PIL import Image
 from processes import ranks
 from tiny import ADAM, QUIET_LOOP, SHAPES, checkpoint, ldm, log, pictures, same, state, train_ae, train_ldm, weights
 
+from ldmcli.conditions import CONDITIONS
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.networks.conditioners import ASKED
 from ldmcli.training import optimizer
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.distributed import autocast_dtype
+
+ASKED = [name for name, one in CONDITIONS.items() if one.user_given]
 
 NO_RECONSTRUCTION = ("--set", "loss.l1=0", "--set", "loss.l2=0", "--set", "loss.edge=0", "--set", "loss.kl_weight=0")
 DISCRIMINATOR = (

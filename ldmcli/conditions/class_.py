@@ -1,0 +1,53 @@
+"""Classes of pictures: class-conditional generation (Sec. 4.3.1, Tab. 3)."""
+
+from typing import Any
+
+from ldmcli.conditions.condition import Condition
+from ldmcli.core.errors import UsageError
+from ldmcli.networks.conditioners import ClassCondition, Conditions
+
+ALL = "all"  # stands for every class
+
+
+class Class(Condition):
+    """The class of a picture, by index or name. τ_θ is a table with a row a class; the null is a class of its own."""
+
+    name, conditioner = "class", ClassCondition
+    option, argument = "--class", "classes"
+    column = "label"
+    missing = "this model takes a class beside the prompt"
+
+    def as_list(self, given: Any) -> list[int | str]:
+        """Classes from Python: a name or index, or several: a list, an array, a tensor of whole numbers. Raises
+        UsageError."""
+        found = given.tolist() if hasattr(given, "tolist") else given
+        found = [] if found is None else [found] if isinstance(found, (str, int, float)) else list(found)
+        return [_label(one.item() if hasattr(one, "item") else one) for one in found]
+
+    def expand(self, values: list, conditioner: ClassCondition | None) -> list:
+        """Every class for "all"."""
+        if values != [ALL]:
+            return values
+        return [] if conditioner is None else list(range(len(conditioner.names)))
+
+    def default(self, values: dict[str, list], conditioner: ClassCondition) -> list[int]:
+        """All classes, unless a prompt was given. Else raises UsageError."""
+        if values.get("text"):
+            raise UsageError(f"{self.option}: {self.missing}")
+        return list(range(len(conditioner.names)))
+
+    def check_left_out(self, conditioner: ClassCondition) -> None:
+        """Raises UsageError where the model has no null class."""
+        if not conditioner.has_null:
+            raise UsageError("--class: this model has no class that means none; name one with --class")
+
+
+def class_names(conditions: Conditions) -> list[str]:
+    """Names of the classes of a class-conditional model, else []."""
+    return list(conditions.entries[Class.name].names) if Class.name in conditions.entries else []
+
+
+def _label(one: Any) -> int | str:
+    if isinstance(one, bool) or not isinstance(one, (int, str)):
+        raise UsageError(f"classes: {one!r} is neither the name of a class nor a whole number")
+    return one

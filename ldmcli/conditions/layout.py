@@ -1,0 +1,172 @@
+"""Layouts, boxes with categories: layout to image (Sec. 4.3.1, App. D.3)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ldmcli.conditions.condition import Condition, Size, as_list
+from ldmcli.conditions.text import checked_ids
+from ldmcli.core.console import warn
+from ldmcli.core.errors import InputError
+from ldmcli.maths.tiles import center_corner, reframe_boxes
+from ldmcli.networks.layout import LayoutCondition
+
+SLACK = 0.005  # share of the picture by which a box may reach beyond it: rounded corners are no mistake
+FORM = '{"size": [width, height], "objects": [{"bbox": [x, y, w, h], "category": "name"}]}'
+
+
+class BoxLayout(Condition):
+    """Boxes with categories. τ_θ is the transformer of text over three tokens a box, and planes of the boxes beside
+    z_t; the null is an empty layout."""
+
+    name, conditioner = "layout", LayoutCondition
+    option, argument = "--layout", "layout"
+    takes_ids = True
+    whole = True
+    column = "objects"
+    missing = "this model draws what boxes say; give them with --layout FILE.json"
+
+    def parse(self, values: list, conditioner: LayoutCondition, size: Size | None = None) -> list[dict]:
+        """Layouts, files of them, or both as {"bbox", "category"}."""
+        return parse_layouts(values, conditioner)
+
+    def parse_one(self, value: Any, conditioner: LayoutCondition, size: Size) -> dict[str, np.ndarray]:
+        """The one layout of a file. Raises InputError where it holds several."""
+        found = parse_layouts(value, conditioner)
+        if len(found) != 1:
+            raise InputError(
+                f"--layout {value}: {len(found)} layouts for one picture; for several pictures give a folder "
+                "of files with their names"
+            )
+        return found[0]
+
+    def inputs_of_ids(self, ids: Any, conditioner: LayoutCondition) -> dict[str, Tensor]:
+        """{"ids"} (n, L)."""
+        return {"ids": checked_ids(ids, conditioner.encoder, conditioner.layout.length)}
+
+    def centred(self, value: dict, size: Size, inside: Size | None) -> dict:
+        """Boxes as shares of the larger picture."""
+        if inside is None:
+            return value
+        return value | {"bbox": reframe_boxes(value["bbox"], inside, size, center_corner(size, inside))}
+
+    def padded(self, value: dict, size: Size, unit: int) -> dict:
+        """Boxes as shares of the padded picture."""
+        whole = (-(-size[0] // unit) * unit, -(-size[1] // unit) * unit)
+        return value | {"bbox": reframe_boxes(np.asarray(value["bbox"]), size, whole)}
+
+
+def parse_layouts(given: Any, entry: LayoutCondition) -> list[dict]:
+    """Values of layouts from Python: a layout, a path, or a list of these."""
+    found: list[dict] = []
+    for one in as_list(given):
+        if isinstance(one, (str, Path)):
+            layouts = read_layouts(Path(one))
+            names = [f"{one}" if len(layouts) == 1 else f"{one}, layout {k + 1}" for k in range(len(layouts))]
+        else:
+            layouts, names = [one], [f"layout {len(found) + 1}"]
+        found += [parse_layout(layout, entry, name) for layout, name in zip(layouts, names)]
+    return found
+
+
+def read_layouts(path: Path) -> list[dict]:
+    """The layouts of a JSON file: one, or a list of them, as they stand there. Raises InputError."""
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"--layout {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--layout {path}: not UTF-8 text (byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"--layout {path}: not JSON{where}; a layout is {FORM}") from None
+    layouts = found if isinstance(found, list) else [found]
+    if not layouts or not all(isinstance(one, dict) for one in layouts):
+        raise InputError(f"--layout {path}: a layout is {FORM}, or a list of such")
+    return layouts
+
+
+def parse_layout(given: Any, entry: LayoutCondition, name: str = "layout") -> dict[str, np.ndarray]:
+    """{"bbox": (n, 4) x, y, w, h as shares of the picture, "category": (n,) indices} of a layout.
+
+    given: {"size": [w, h], "objects": [{"bbox", "category"}, …]} with boxes in pixels of that size, or as shares
+    (0 … 1) without size; or {"bbox": …, "category": …} of two lists. Raises InputError, which begins with `name`.
+    """
+    if not isinstance(given, dict) or not ("objects" in given or {"bbox", "category"} <= given.keys()):
+        raise InputError(f"{name}: a layout is {FORM}")
+    objects = given["objects"] if "objects" in given else _objects(given["bbox"], given["category"], name)
+    if not isinstance(objects, (list, tuple)) or not all(
+        isinstance(one, dict) and {"bbox", "category"} <= one.keys() for one in objects
+    ):
+        raise InputError(f'{name}: "objects" is a list of {{"bbox": [x, y, w, h], "category": "name"}}')
+    if not objects:
+        raise InputError(f"{name}: no objects in it; name at least one")
+    size = _size(given.get("size"), name)
+    boxes = np.stack([_box(one["bbox"], size, f"{name}, object {k + 1}") for k, one in enumerate(objects)])
+    try:
+        kinds = [entry.index(_category(one["category"])) for one in objects]
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    slots = entry.layout.slots
+    if len(kinds) > slots:
+        warn(f"{name}: {len(kinds)} objects; this model has room for {slots}, the others are left out")
+    return {"bbox": boxes[:slots], "category": np.array(kinds[:slots], np.int64)}
+
+
+def _objects(boxes: Any, kinds: Any, name: str) -> list[dict[str, Any]]:
+    """Objects of two lists, arrays or tensors."""
+    boxes, kinds = (part.tolist() if hasattr(part, "tolist") else part for part in (boxes, kinds))
+    if not isinstance(boxes, (list, tuple)) or not isinstance(kinds, (list, tuple)) or len(boxes) != len(kinds):
+        raise InputError(f'{name}: "bbox" and "category" are two lists, equally long')
+    return [{"bbox": box, "category": kind} for box, kind in zip(boxes, kinds)]
+
+
+def _category(value: Any) -> str:
+    """A category as people write it: a number is read as text, since categories may be called by numbers."""
+    if isinstance(value, (str, int, np.integer)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))
+    raise InputError(f"category {value!r}: a category is a name")
+
+
+def _size(size: Any, name: str) -> tuple[float, float] | None:
+    if size is None:
+        return None
+    numbers = _numbers(size, 2)
+    if numbers is None or min(numbers) <= 0:
+        raise InputError(f'{name}: "size" is {size!r}; it must be [width, height] in pixels')
+    return numbers[0], numbers[1]
+
+
+def _box(bbox: Any, size: tuple[float, float] | None, name: str) -> np.ndarray:
+    numbers = _numbers(bbox, 4)
+    if numbers is None:
+        raise InputError(f"{name}: bbox is {bbox!r}; it must be four numbers x, y, w, h")
+    box = np.array(numbers) / np.array((size or (1, 1)) * 2)
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        raise InputError(f"{name}: bbox {bbox} has no area; w and h must be above 0")
+    if x < -SLACK or y < -SLACK or x + w > 1 + SLACK or y + h > 1 + SLACK:
+        where = (
+            f"the picture of {size[0]:g}x{size[1]:g}"
+            if size
+            else ('the picture: without "size", boxes are shares 0 … 1')
+        )
+        raise InputError(f"{name}: bbox {bbox} reaches outside {where}")
+    corners = np.clip([x, y, x + w, y + h], 0, 1)
+    return np.array([*corners[:2], *(corners[2:] - corners[:2])])
+
+
+def _numbers(value: Any, count: int) -> list[float] | None:
+    try:
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, (str, bytes)) or len(value) != count or any(isinstance(one, bool) for one in value):
+            return None
+        numbers = [float(one) for one in value]
+    except (TypeError, ValueError):
+        return None
+    return numbers if np.isfinite(numbers).all() else None
