@@ -1,11 +1,17 @@
 """Classes of pictures: class-conditional generation (Sec. 4.3.1, Tab. 3)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ldmcli.conditions.condition import Condition
+from ldmcli.conditions.condition import Condition, FitData, Spec, View
 from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DiffusionConfig
+from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import ClassCondition, Conditions
 
+if TYPE_CHECKING:
+    from ldmcli.conditions.dataset import ConditionDataset
+
+ASSUMED_CLASSES = 1000  # ImageNet
 ALL = "all"  # stands for every class
 
 
@@ -15,7 +21,26 @@ class Class(Condition):
     name, conditioner = "class", ClassCondition
     option, argument = "--class", "classes"
     column = "label"
+    static = True
     missing = "this model takes a class beside the prompt"
+
+    def from_row(self, dataset: "ConditionDataset", view: View) -> int:
+        """The index of the row's class."""
+        return dataset.rows.label(view.row)
+
+    def from_foreign_row(self, dataset: "ConditionDataset", view: View) -> int | str:
+        """The row's class by name where classes have names: the data's order need not be the model's."""
+        label, names = dataset.rows.label(view.row), dataset.rows.class_names
+        return names[label] if names else label
+
+    def fit(self, data: FitData) -> Spec:
+        """The names of the classes."""
+        return ClassCondition.learn(data.config.condition, [], data.rows, data.run)
+
+    def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
+        """As many classes as ImageNet has."""
+        names = [str(k) for k in range(ASSUMED_CLASSES)]
+        return {"class_names": names}, f"class: {ASSUMED_CLASSES:,} classes assumed; the data say how many there are"
 
     def as_list(self, given: Any) -> list[int | str]:
         """Classes from Python: a name or index, or several: a list, an array, a tensor of whole numbers. Raises

@@ -1,15 +1,78 @@
 """The base of conditions: all that the program around the networks must know of one of them."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ldmcli.core import files
 from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DataSettings, DiffusionConfig
 from ldmcli.data.arrays import numeric_rows
+from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioning import Conditioner
 
+if TYPE_CHECKING:
+    from ldmcli.conditions.dataset import ConditionDataset
+
 Size = tuple[int, int]  # (height, width) in pixels
+Spec = dict[str, Any]  # what a conditioner is built with, beside settings; JSON
+
+
+class Ranks(Protocol):
+    """The processes of a training (`training.distributed`)."""
+
+    rank: int
+    world_size: int
+
+    def on_rank_0(self, function: Callable[[], Any]) -> Any: ...
+
+    def on_all_ranks(self, function: Callable[[], Any]) -> Any: ...
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class View:
+    """A row as it is seen at one position of the training. crop: where it is cut, shares of the room that there is;
+    seen: uint8 (H, W, 3), cut and mirrored, where that is at hand."""
+
+    row: int
+    position: int
+    crop: tuple[float, float] = (0.5, 0.5)
+    mirrored: bool = False
+    seen: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """Rows that can be used. bad: errors of those left out; found: what `Condition.fit` wants to know of the others."""
+
+    rows: Any
+    bad: list[Exception] = field(default_factory=list)
+    found: Any = None
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What a spec is learned from: training rows, settings, the first stage, and what `check_rows` found by condition.
+    The run's folder takes files (a tokeniser); init_from: the run that this one begins with."""
+
+    rows: Any
+    config: DiffusionConfig
+    size: Size
+    stage: Autoencoder
+    run: Path
+    init_from: Path | None = None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def earlier(self, name: str) -> Spec | None:
+        """The condition's spec in the run that this one begins with."""
+        if not self.init_from:
+            return None
+        return files.read_json(self.init_from / "stats.json").get("conditions", {}).get(name)
 
 
 class Condition:
@@ -25,8 +88,58 @@ class Condition:
     argument = ""  # its keyword of `LoadedDiffusion.sample`; "" = an entry of `values`
     column = ""  # the role of the column of a data set that it is made of
     user_given = True  # `--condition` names it; else a task brings it along
+    static = False  # neither crops nor flips change it, so that all rows are prepared once
+    streamable = True  # --streaming: nothing has to be known of all rows beforehand
+    image_sized = False  # whether inputs are as large as the picture
     sized = False  # whether values have the size of the picture, so that parsing asks for it
     whole = False  # whether a value speaks of the picture as a whole, so that no window of that can be drawn alone
+
+    # rows of a data set
+
+    @property
+    def from_pixels(self) -> bool:
+        """Whether values are made of the pictures themselves."""
+        return self.column == "image"
+
+    def check_sources(self, config: DiffusionConfig) -> None:
+        """Raises InputError for what settings name on this machine and can't be opened."""
+
+    def open_early(self, config: DiffusionConfig, run: Path, ranks: Ranks) -> None:
+        """Opens what may have to be downloaded, before data are read for nothing."""
+
+    def validate(self, rows: Any) -> None:
+        """Finds out what must be known of all rows before `from_row`. Raises InputError."""
+
+    def check_rows(self, rows: Any, data: DataSettings, ranks: Ranks) -> CheckedRows:
+        """The rows of a training that can be used, each looked at by one process. Raises InputError."""
+        return CheckedRows(rows)
+
+    def from_row(self, dataset: "ConditionDataset", view: View) -> Any:
+        """The value of a row."""
+        raise NotImplementedError
+
+    def from_foreign_row(self, dataset: "ConditionDataset", view: View) -> Any:
+        """The value of a row for a model that was trained on other data, where numbers may mean other things."""
+        return self.from_row(dataset, view)
+
+    def align_categories(self, rows: Any, conditioner: Any) -> np.ndarray | None:
+        """The model's number of each category of the rows, -1 = it has none; None where there is nothing to align."""
+        return None
+
+    def tell_of_rows(self, rows: Any, inputs: dict[str, Any], conditioner: Any) -> None:
+        """Says what the model will not see of the rows. inputs: of all of them."""
+
+    # what is learned of data before the network is built
+
+    def fit(self, data: FitData) -> Spec:
+        """The spec, from training rows."""
+        return self.assumed_spec(data.config, data.stage)[0]
+
+    def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
+        """(spec, what to say of it) without data, for the costs of a model."""
+        return {}, ""
+
+    # what people give
 
     def as_list(self, given: Any) -> list:
         """Raw values from Python: one, or several, as a list. Raises UsageError for what can't be one."""

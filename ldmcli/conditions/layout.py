@@ -2,17 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from ldmcli.conditions.condition import Condition, Size, as_list
+from ldmcli.conditions.condition import CheckedRows, Condition, FitData, Ranks, Size, Spec, View, as_list
 from ldmcli.conditions.text import checked_ids
-from ldmcli.core.console import warn
+from ldmcli.core.console import say, warn
 from ldmcli.core.errors import InputError
+from ldmcli.core.settings import DataSettings, DiffusionConfig
+from ldmcli.data.boxes import are_shares
+from ldmcli.data.pictures import first_few
+from ldmcli.maths import rng
 from ldmcli.maths.tiles import center_corner, reframe_boxes
-from ldmcli.networks.layout import LayoutCondition
+from ldmcli.networks.autoencoder import Autoencoder
+from ldmcli.networks.layout import MAX_OBJECTS, LayoutCondition
+
+if TYPE_CHECKING:
+    from ldmcli.conditions.dataset import ConditionDataset
+
+ASSUMED_CATEGORIES = 300  # OpenImages
 
 SLACK = 0.005  # share of the picture by which a box may reach beyond it: rounded corners are no mistake
 FORM = '{"size": [width, height], "objects": [{"bbox": [x, y, w, h], "category": "name"}]}'
@@ -26,8 +36,72 @@ class BoxLayout(Condition):
     option, argument = "--layout", "layout"
     takes_ids = True
     whole = True
+    streamable = False
     column = "objects"
     missing = "this model draws what boxes say; give them with --layout FILE.json"
+
+    def validate(self, rows: Any) -> None:
+        """As `validate_boxes`."""
+        validate_boxes(rows)
+
+    def check_rows(self, rows: Any, data: DataSettings, ranks: Ranks) -> CheckedRows:
+        """All rows, their boxes validated."""
+        ranks.on_all_ranks(lambda: validate_boxes(rows))
+        return CheckedRows(rows)
+
+    def from_row(self, dataset: "ConditionDataset", view: View) -> dict[str, Any]:
+        """{"bbox": (n, 4) shares of the crop, "category": (n,) indices of the model's names}.
+
+        With condition.crop_tokens beside them "whole" (n, 4), shares of the whole picture, and "crop" (4,), where the
+        crop lies in it. In training the order is drawn by position: the original shuffles objects, too.
+        """
+        found = dict(dataset.kept(self.name, view, lambda: self._cut(dataset, view)))
+        if view.mirrored:
+            found |= {name: _mirrored(found[name]) for name in ("bbox", "whole", "crop") if name in found}
+        if dataset.training and len(found["category"]) > 1:
+            key = rng.key(dataset.config.train.seed, view.position, "objects")
+            order = rng.permutation(key, 0, len(found["category"]))
+            found |= {name: found[name][order] for name in ("bbox", "whole", "category") if name in found}
+        return found
+
+    def _cut(self, dataset: "ConditionDataset", view: View) -> dict[str, Any]:
+        found = dataset.rows.boxes(view.row, dataset.size, dataset.crop, view.crop)
+        own = dataset.categories(self.name)
+        if own is not None:
+            category = own[found["category"]]
+            known = category >= 0
+            found |= {"bbox": found["bbox"][known], "whole": found["whole"][known], "category": category[known]}
+        if not dataset.config.condition.crop_tokens:
+            found = {"bbox": found["bbox"], "category": found["category"]}
+        return found
+
+    def align_categories(self, rows: Any, conditioner: LayoutCondition) -> np.ndarray:
+        """The model's categories: those that it does not have are left out, and counted."""
+        own, names = rows.category_names, conditioner.names
+        found = np.array([names.index(name) if name in names else -1 for name in own], np.int64)
+        unknown = [name for name, k in zip(own, found) if k < 0]
+        if unknown:
+            warn(
+                f"{rows.source}, {rows.split}: objects of {len(unknown)} categories that the model "
+                f"does not know are left out ({first_few(unknown)})"
+            )
+        return found
+
+    def fit(self, data: FitData) -> Spec:
+        """Categories, and places for as many objects as rows have; as in the run begun with where its categories cover
+        those of the data."""
+        count = [len(data.rows.boxes(i, data.size, "center", (0.5, 0.5))["category"]) for i in range(len(data.rows))]
+        learned = LayoutCondition.learn(data.config.condition, max(count, default=0), data.rows.category_names)
+        earlier = data.earlier(self.name)
+        if earlier and set(learned["categories"]) <= set(earlier["categories"]):
+            return earlier
+        return learned
+
+    def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
+        """As many categories as OpenImages has, and places as there can be."""
+        names = [str(k) for k in range(ASSUMED_CATEGORIES)]
+        spec = LayoutCondition.learn(config.condition, MAX_OBJECTS, names)
+        return spec, f"layout: up to {MAX_OBJECTS} objects assumed; the data may need fewer"
 
     def parse(self, values: list, conditioner: LayoutCondition, size: Size | None = None) -> list[dict]:
         """Layouts, files of them, or both as {"bbox", "category"}."""
@@ -170,3 +244,37 @@ def _numbers(value: Any, count: int) -> list[float] | None:
     except (TypeError, ValueError):
         return None
     return numbers if np.isfinite(numbers).all() else None
+
+
+def validate_boxes(rows) -> None:
+    """Reads all boxes, says what is odd about them (outside of the picture, none at all), and finds out whether they
+    are pixels or shares of the picture."""
+    rows.boxes_are_shares = are_shares([rows.all_objects(i)["bbox"] for i in range(len(rows))])
+    if rows.boxes_are_shares:
+        say(f"{rows.source}, {rows.split}: boxes are taken as shares of the picture, none being above 1")
+    found = [rows.objects(i) for i in range(len(rows))]
+    empty = sum(not len(one["bbox"]) for one in found)
+    if empty == len(found):
+        raise InputError(f"{rows.source}, {rows.split}: no row has a box in {rows.columns.get('objects', 'objects')}")
+    if empty:
+        say(f"{rows.source}, {rows.split}: {empty} of {len(found)} rows have no objects; they stand for an empty scene")
+    outside = sum(
+        _outside(one["bbox"], (1, 1) if rows.boxes_are_shares else rows.shape(i)) for i, one in enumerate(found)
+    )
+    if outside:
+        warn(
+            f"{rows.source}, {rows.split}: {outside} boxes reach beyond their picture or have no area; they "
+            "are clipped, and left out where nothing remains"
+        )
+
+
+def _outside(bbox: np.ndarray, shape: tuple[int, int]) -> int:
+    x, y, w, h = bbox.reshape(-1, 4).T
+    slack = 0.01 * max(shape) if max(shape) > 1 else 0.01  # rounded corners are no news
+    inside = (x >= -slack) & (y >= -slack) & (x + w <= shape[1] + slack) & (y + h <= shape[0] + slack)
+    return int((~(inside & (w > 0) & (h > 0))).sum())
+
+
+def _mirrored(boxes: np.ndarray) -> np.ndarray:
+    """Boxes (…, 4) x, y, w, h as shares, left and right exchanged."""
+    return np.stack([1 - boxes[..., 0] - boxes[..., 2], *np.moveaxis(boxes[..., 1:], -1, 0)], axis=-1)

@@ -1,16 +1,22 @@
 """Images with holes, the input of inpainting (Sec. 4.5), and the masks that say where the holes are."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from ldmcli.conditions.condition import Condition, as_list
+from ldmcli.conditions.condition import Condition, Spec, View, as_list
 from ldmcli.core.console import warn_once
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.decode import decode_alpha
+from ldmcli.data.masks import random_mask
+from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.spatial_conditioners import MaskedCondition
+
+if TYPE_CHECKING:
+    from ldmcli.conditions.dataset import ConditionDataset
 
 HOLE_LUMINANCE = 128
 OPAQUE = 250  # of 255: lossy formats round
@@ -23,7 +29,16 @@ class Masked(Condition):
     option = "image"
     column = "image"
     user_given = False
+    image_sized = True
     missing = "this model fills holes; use `ldm inpaint`, or image=… and mask=… from Python"
+
+    def from_row(self, dataset: "ConditionDataset", view: View) -> tuple[np.ndarray, np.ndarray]:
+        """The row's picture and a random mask."""
+        return dataset.pixels(view), random_mask(*dataset.size, *dataset.random_key(view), "mask")
+
+    def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
+        """All of it is in the settings and the first stage."""
+        return {"channels": stage.latent_channels, "fill": config.task.fill}, ""
 
 
 def parse_masks(given: Any) -> list[np.ndarray]:

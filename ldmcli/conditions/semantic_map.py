@@ -1,18 +1,27 @@
 """Semantic maps, a class for each pixel: semantic image synthesis (Sec. 4.3.2)."""
 
+import json
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldmcli.conditions.condition import Condition, Size, as_list
+from ldmcli.conditions.condition import CheckedRows, Condition, FitData, Ranks, Size, Spec, View, as_list
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.settings import DataSettings
+from ldmcli.core.settings import DataSettings, DiffusionConfig
 from ldmcli.data.decode import BadImage
-from ldmcli.data.rows import class_map
+from ldmcli.data.pictures import first_few
+from ldmcli.data.rows import class_map, parallel_map
 from ldmcli.maths.tiles import pad_edge, pad_reflect
+from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.spatial_conditioners import MapCondition
+
+if TYPE_CHECKING:
+    from ldmcli.conditions.dataset import ConditionDataset
+
+ASSUMED_MAP_CLASSES = 182  # COCO stuff
 
 ASPECT_SLACK = 0.02
 LIMIT = DataSettings().max_pixels
@@ -25,8 +34,46 @@ class SemanticMap(Condition):
     name, conditioner = "map", MapCondition
     option, argument = "--map", "map"
     sized = True
+    streamable = False
+    image_sized = True
     column = "map"
     missing = "this model draws what a class map says; give one with --map FILE.png"
+
+    def check_rows(self, rows: Any, data: DataSettings, ranks: Ranks) -> CheckedRows:
+        """Those rows whose map fits their picture, and the class indices in them."""
+        found = ranks.gather(validate_maps(rows, range(ranks.rank, len(rows), ranks.world_size), data.workers))
+        bad = sorted(sum((bad for bad, _ in found), []), key=lambda error: error.index)
+        return CheckedRows(
+            ranks.on_all_ranks(lambda: with_fitting_maps(rows, bad, data.skip_bad)), bad, sum(seen for _, seen in found)
+        )
+
+    def from_row(self, dataset: "ConditionDataset", view: View) -> np.ndarray:
+        """uint8 (H, W), cut and mirrored."""
+
+        def cut() -> np.ndarray:
+            return dataset.rows.map_pixels(view.row, dataset.size, dataset.crop, view.crop)
+
+        found = dataset.kept(self.name, view, cut, room=True)
+        return found[:, ::-1] if view.mirrored else found
+
+    def fit(self, data: FitData) -> Spec:
+        """Classes, by the indices that occur and the names that there are; as in the run begun with where its classes
+        cover those of the data."""
+        seen = np.flatnonzero(sum(data.found[self.name])).tolist()
+        learned = MapCondition.learn(seen, map_names(data.rows), data.stage.f)
+        earlier = data.earlier(self.name)
+        if (
+            earlier
+            and earlier["names"][: learned["classes"]] == learned["names"]
+            and all(earlier[name] == learned[name] for name in ("stages", "out_channels"))
+        ):
+            return earlier | {"void": earlier.get("void", False) or learned["void"]}
+        return learned
+
+    def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
+        """As many classes as COCO stuff has."""
+        spec = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], stage.f)
+        return spec, f"map: {ASSUMED_MAP_CLASSES} classes assumed; the data say how many there are"
 
     def parse(self, values: list, conditioner: MapCondition, size: Size | None = None) -> list[np.ndarray]:
         """Maps (H, W) of files, pictures or arrays, at `size`."""
@@ -105,3 +152,65 @@ def validate_map(index: np.ndarray, name: str, entry: MapCondition, size: tuple[
         )
     rows, columns = ((np.arange(b) + 0.5) * a / b for a, b in zip(index.shape, size))
     return index[rows.astype(int)][:, columns.astype(int)].astype(np.uint8)
+
+
+def validate_maps(rows, indices: Sequence[int], workers: int) -> tuple[list[BadImage], np.ndarray]:
+    """(maps among those of `indices` that are not as large as their picture, how often each class index occurs)."""
+    bad: list[BadImage] = []
+    seen = np.zeros(256, np.int64)
+    for i, found in zip(indices, parallel_map(lambda i: _map_facts(rows, i), indices, workers or 1)):
+        if isinstance(found, BadImage):
+            found.index = i
+            bad.append(found)
+        else:
+            seen += found
+    return bad, seen
+
+
+def with_fitting_maps(rows, bad: list[BadImage], skip_bad: bool):
+    """The rows without those whose map was found `bad`. Raises InputError where they are not to be skipped."""
+    if bad and (not skip_bad or len(bad) == len(rows)):
+        raise InputError(
+            f"{len(bad)} of {len(rows)} maps do not fit their picture: {first_few(bad)}; "
+            "mend them, or leave such rows out with --skip-bad"
+        )
+    if bad:
+        left_out = {error.index for error in bad}
+        rows = rows.select([i for i in range(len(rows)) if i not in left_out])
+        rows.notes.append(f"{len(bad)} rows whose map does not fit left out")
+    return rows
+
+
+def _map_facts(rows, i: int) -> np.ndarray | BadImage:
+    try:
+        found, shape = rows.map(i), rows.shape(i)
+    except BadImage as error:
+        return error
+    if found.shape != tuple(shape):
+        return BadImage(
+            rows.name(i), f"its map is {found.shape[1]}x{found.shape[0]} px, the picture {shape[1]}x{shape[0]}"
+        )
+    return np.bincount(found.reshape(-1), minlength=256)
+
+
+def map_names(rows) -> list[str]:
+    """Names of a map's classes: the rows' own, or from id2label.json or classes.json beside the data; else none."""
+    if own := getattr(rows, "map_names", None):
+        return list(own)
+    for name in ("id2label.json", "classes.json"):
+        path = Path(rows.source) / name
+        if path.is_file():
+            try:
+                return _names_in(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                return []
+    return []
+
+
+def _names_in(found: Any) -> list[str]:
+    if isinstance(found, dict) and isinstance(found.get("segmentation_classes"), list):
+        found = found["segmentation_classes"]
+    if isinstance(found, dict) and all(str(k).isdecimal() for k in found):
+        numbers = {int(k): str(v) for k, v in found.items()}
+        return [numbers.get(k, str(k)) for k in range(max(numbers, default=-1) + 1)]
+    return [str(name) for name in found] if isinstance(found, list) else []

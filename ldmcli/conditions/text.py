@@ -1,17 +1,26 @@
 """Captions and prompts: text to image (Sec. 4.3.1)."""
 
+import shutil
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ldmcli.conditions.condition import Condition
-from ldmcli.core.console import warn_once
+from ldmcli.conditions.condition import Condition, FitData, Ranks, Spec, View
+from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.arrays import whole_numbers
 from ldmcli.data.decode import sanitise
-from ldmcli.networks.conditioners import Conditions, TextCondition
+from ldmcli.networks.autoencoder import Autoencoder
+from ldmcli.networks.conditioners import MAX_TEXT_LENGTH, Conditions, TextCondition, load_tokenizer, load_vocabulary
+
+if TYPE_CHECKING:
+    from ldmcli.conditions.dataset import ConditionDataset
+
+TOKENIZER = "tokenizer"  # folder of a run
 
 
 class Text(Condition):
@@ -20,8 +29,67 @@ class Text(Condition):
     name, conditioner = "text", TextCondition
     option, argument = "--prompt", "prompt"
     takes_ids = True
+    static = True
     column = "caption"
     missing = 'this model draws what a prompt says; give one with --prompt "…"'
+
+    def check_sources(self, config: DiffusionConfig) -> None:
+        """A tokeniser on this machine can be opened; one of a hub is not asked for here."""
+        settings = config.condition
+        joint = settings.text_encoder == "joint"
+        source = settings.vocabulary if joint else settings.text_encoder
+        if source and (Path(source).exists() or source.startswith(("/", "."))):
+            (load_vocabulary if joint else load_tokenizer)(source)
+
+    def open_early(self, config: DiffusionConfig, run: Path, ranks: Ranks) -> None:
+        """Opens a tokeniser of others."""
+        settings = config.condition
+        if (run / TOKENIZER).is_dir():
+            return
+        if settings.text_encoder != "joint":
+            ranks.on_rank_0(lambda: load_tokenizer(settings.text_encoder) and None)
+        elif settings.vocabulary:
+            ranks.on_rank_0(lambda: load_vocabulary(settings.vocabulary) and None)
+
+    def from_row(self, dataset: "ConditionDataset", view: View) -> str:
+        """The caption."""
+        return dataset.rows.caption(view.row)
+
+    def tell_of_rows(self, rows: Any, inputs: dict[str, Tensor], conditioner: TextCondition) -> None:
+        """Says which captions are cut: of those that fill the places that the model has."""
+        full = inputs["mask"].all(1).nonzero()[:, 0].tolist()
+        cut = conditioner.cut([rows.caption(i) for i in full])
+        if cut:
+            say(
+                f"data: {len(cut)} of {len(rows)} captions have more than the {conditioner.length} tokens that "
+                f"the model reads, and are cut (condition.text_length): {sanitise(cut[0], 60)}"
+            )
+
+    def fit(self, data: FitData) -> Spec:
+        """Length and size of the vocabulary: that of the run begun with, or what captions ask for."""
+        inherited = self.inherit_vocabulary(data)
+        if inherited is not None:
+            return inherited
+        captions = [data.rows.caption(i) for i in range(len(data.rows))]
+        return TextCondition.learn(data.config.condition, captions, data.rows, data.run / TOKENIZER)
+
+    def inherit_vocabulary(self, data: FitData) -> Spec | None:
+        """The vocabulary of the run that this one begins with: its word vectors mean nothing under another."""
+        settings = data.config.condition
+        if data.init_from is None or settings.vocabulary:
+            return None
+        earlier, own = data.earlier(self.name), data.init_from / TOKENIZER
+        if not earlier or settings.text_encoder != "joint" or not own.is_dir():
+            return None
+        shutil.copytree(own, data.run / TOKENIZER, dirs_exist_ok=True)
+        return {**earlier, "length": settings.text_length or earlier["length"]}
+
+    def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
+        """As many tokens as there can be, and words as settings say."""
+        length, words = config.condition.text_length or MAX_TEXT_LENGTH, config.condition.vocabulary_size
+        return {"length": length, "vocabulary": words}, (
+            f"text: captions of {length} tokens from {words:,} words assumed; the data may need fewer"
+        )
 
     def as_list(self, given: Any) -> list[str]:
         """Prompts from Python: one, or several. Raises UsageError for what is no text."""

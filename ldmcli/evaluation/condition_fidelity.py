@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from ldmcli.conditions.dataset import ConditionSource, look_at_boxes, map_names
+from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.dataset import ConditionDataset
+from ldmcli.conditions.layout import BoxLayout, validate_boxes
+from ldmcli.conditions.semantic_map import SemanticMap, map_names
 from ldmcli.core.errors import InputError
 from ldmcli.data import shapes
 from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.data.rows import is_shapes
 from ldmcli.evaluation.segmenter import NO_CLASS, TRAIN_STEPS, load_segmenter, save_segmenter, train_segmenter
 
-KINDS = ("layout", "map")
+LAYOUT, MAP = BoxLayout.name, SemanticMap.name
+KINDS = (LAYOUT, MAP)
 SEGMENTER_ROWS = 800  # training rows that a segmenter learns from, evenly spread
 SEGMENTER_VERSION = 1  # a segmenter of another version is trained again
 MIN_REGION = 0.0015  # share of the picture below which a region of one class is no object
@@ -141,7 +145,7 @@ class SegmentationDataset:
 
     rows: Any
     size: tuple[int, int]
-    source: ConditionSource
+    source: ConditionDataset
     of: str  # "map" or "boxes"
     category_of: dict[int, int]
     ids: list[int]
@@ -153,30 +157,31 @@ class SegmentationDataset:
 
     def classes_of(self, k: int) -> np.ndarray:
         """uint8 (H, W), 255 = no class."""
-        if self.of == "map":
-            return self.source.values("map", [self.ids[k]], [0])[0]
-        return rasterise_boxes(self.source.layout(self.ids[k]), self.size)
+        if self.of == MAP:
+            return self.source.values(MAP, [self.ids[k]], [0])[0]
+        return rasterise_boxes(self.source.values(LAYOUT, [self.ids[k]], [0])[0], self.size)
 
 
 def segmentation_dataset(condition: str, training, config, size: tuple[int, int]) -> SegmentationDataset:
     """What a segmenter learns, to read pictures for "layout" or "map". Raises InputError where the data lack it."""
-    column = {"layout": "objects", "map": "map"}[condition]
+    column = CONDITIONS[condition].column
     if not training.has(column):
         raise InputError(
             f"{training.source}: --metrics {condition} needs a {column} column, to train what judges pictures"
         )
-    names = map_names(training) if training.has("map") else []
-    categories = list(training.category_names) if condition == "layout" else []
-    source = ConditionSource(training, config, size, training=False)
+    mapped = training.has(SemanticMap.column)
+    names = map_names(training) if mapped else []
+    categories = list(training.category_names) if condition == LAYOUT else []
+    source = ConditionDataset(training, config, size, training=False)
     ids = [k * len(training) // min(len(training), SEGMENTER_ROWS) for k in range(min(len(training), SEGMENTER_ROWS))]
-    if training.has("map") and set(categories) <= set(names):
+    if mapped and set(categories) <= set(names):
         category_of = {names.index(name): k for k, name in enumerate(categories)}
-        data = SegmentationDataset(training, size, source, "map", category_of, ids, max(len(names), 1))
+        data = SegmentationDataset(training, size, source, MAP, category_of, ids, max(len(names), 1))
         for k in range(len(ids)):  # maps may hold classes without a name
             known = data.classes_of(k)
             data.classes = max(data.classes, int(known[known != NO_CLASS].max(initial=0)) + 1)
         return data
-    look_at_boxes(training)
+    validate_boxes(training)
     category_of = {1 + k: k for k in range(len(categories))}
     return SegmentationDataset(training, size, source, "boxes", category_of, ids, 1 + len(categories))
 
@@ -223,7 +228,7 @@ def condition_fidelity(
     kind "layout": asked are layouts with categories as the reader numbers them; gives layout_iou and layout_found.
     kind "map": asked are class maps (H, W); gives map_accuracy and map_miou.
     """
-    if kind == "layout":
+    if kind == LAYOUT:
         seen: list[Any] = reader.things(images)
         scores: Callable[..., dict[str, float]] = layout_scores
     else:
@@ -248,10 +253,9 @@ def measure(
 ) -> tuple[dict[str, tuple[str, float]], dict[str, Any]]:
     """({key: (label, value)}, facts) of pictures drawn for the conditions of rows `ids`: their scores, those against
     the next row's condition (_shuffled), and those of the rows' own pictures (_real)."""
-    if kind == "layout":
-        look_at_boxes(rows)
+    CONDITIONS[kind].validate(rows)
     reader = open_reader(kind, rows, training, config, size, progress)
-    asked = ConditionSource(rows, config, size, training=False).values(kind, ids, ids)
+    asked = ConditionDataset(rows, config, size, training=False).values(kind, ids, ids)
     drawn = condition_fidelity(kind, images, asked, reader)
     real = condition_fidelity(kind, [rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids], asked, reader)
     found: dict[str, tuple[str, float]] = {}

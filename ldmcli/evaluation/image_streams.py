@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldmcli.conditions import CONDITIONS
-from ldmcli.conditions.dataset import ConditionSource, look_at_boxes
+from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
 from ldmcli.core.settings import DataSettings
@@ -225,14 +225,13 @@ def check_columns(rows, kinds: tuple[str, ...]) -> None:
 
 
 def condition_source(model, rows, size: tuple[int, int], seed: int):
-    """What rows tell a model when they are measured (`ConditionSource`): cut in the middle, degraded and masked by
+    """What rows tell a model when they are measured (`ConditionDataset`): cut in the middle, degraded and masked by
     (seed, row)."""
     config = replace(model.config, train=replace(model.config.train, seed=seed))
-    source = ConditionSource(rows, config, tuple(size), training=False)
-    entries = model.model.conditions.entries
-    if "layout" in entries:
-        look_at_boxes(rows)
-        source.tell_categories(entries["layout"].names)
+    source = ConditionDataset(rows, config, size, training=False)
+    for name in model.model.conditions.kinds:
+        CONDITIONS[name].validate(rows)
+    source.align_categories(model.model.conditions)
     return source
 
 

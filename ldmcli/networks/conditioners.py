@@ -9,7 +9,7 @@ A condition is one class and one line in `CONDITIONERS`.
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,11 @@ class TextCondition(Conditioner):
             )
         return {"ids": out["input_ids"], "mask": out["attention_mask"].bool()}
 
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """A full sequence."""
+        shape = (1, self.length)
+        return {"ids": torch.zeros(shape, dtype=torch.int64), "mask": torch.ones(shape, dtype=torch.bool)}
+
     def _spelled(self, captions: Sequence[str]) -> list[str]:
         """Captions as the tokenizer takes them: bytes of a command line that are no text would be refused."""
         spelling = quote_variants(self.tokenizer) if self.joint else {}
@@ -255,6 +260,10 @@ class ClassCondition(Conditioner):
         """Labels (numbers or names) -> {"label": (n,) int64}."""
         return {"label": torch.tensor([self.index(value) for value in labels])}
 
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """A label."""
+        return {"label": torch.zeros(1, dtype=torch.int64)}
+
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The null class, n times. Raises UsageError where the model has none."""
         if not self.has_null:
@@ -316,6 +325,11 @@ class Conditions(nn.Module):
         self.entries = nn.ModuleDict({kind: CONDITIONERS[kind](settings, facts[kind], tokenizer) for kind in kinds})
 
     @property
+    def conditioners(self) -> dict[str, Conditioner]:
+        """By name of the condition, in order."""
+        return {name: cast(Conditioner, entry) for name, entry in self.entries.items()}
+
+    @property
     def kinds(self) -> list[str]:
         """Names of the conditions."""
         return list(self.entries)
@@ -323,23 +337,28 @@ class Conditions(nn.Module):
     @property
     def droppable(self) -> list[str]:
         """Conditions that training drops at random and that guidance can act on: all but the planes of a task."""
-        return [kind for kind, entry in self.entries.items() if entry.droppable]
+        return [kind for kind, entry in self.conditioners.items() if entry.droppable]
 
     @property
     def context_dim(self) -> int | None:
         """Width of the tokens; None where nothing gives tokens."""
-        return self.settings.context_dim if any(entry.gives_tokens for entry in self.entries.values()) else None
+        return self.settings.context_dim if any(entry.gives_tokens for entry in self.conditioners.values()) else None
 
     @property
     def vector_dim(self) -> int | None:
         """Width of the vector; None where nothing gives one."""
-        given = any(entry.gives_vector(self.settings) for entry in self.entries.values())
+        given = any(entry.gives_vector(self.settings) for entry in self.conditioners.values())
         return self.settings.context_dim if given else None
 
     @property
     def concat_channels(self) -> int:
         """Planes that are stacked on z_t."""
-        return sum(entry.channels for entry in self.entries.values())
+        return sum(entry.channels for entry in self.conditioners.values())
+
+    @property
+    def encodes(self) -> bool:
+        """Whether images go through the first stage."""
+        return bool(self._encoding())
 
     @property
     def first_stage(self) -> Callable[[Tensor], Tensor] | None:
@@ -351,8 +370,8 @@ class Conditions(nn.Module):
         for entry in self._encoding():
             entry.first_stage = encode
 
-    def _encoding(self) -> list[nn.Module]:
-        return [entry for entry in self.entries.values() if entry.encodes]
+    def _encoding(self) -> list[Any]:
+        return [entry for entry in self.conditioners.values() if entry.encodes]
 
     def prepare(self, values: dict[str, list]) -> dict[str, Tensor]:
         """{"text": captions, "class": labels, …} -> flat dict of tensors "kind.name" with n rows each."""
@@ -365,17 +384,28 @@ class Conditions(nn.Module):
 
     def prepare_one(self, kind: str, values: list) -> dict[str, Tensor]:
         """`prepare` for one condition."""
-        return {f"{kind}.{name}": tensor for name, tensor in self.entries[kind].prepare(values).items()}
+        return {f"{kind}.{name}": tensor for name, tensor in self.conditioners[kind].prepare(values).items()}
+
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """`prepare` of one row for pictures of (height, width) px, in shape alone."""
+        return {
+            f"{kind}.{name}": tensor
+            for kind, entry in self.conditioners.items()
+            for name, tensor in entry.example(size).items()
+        }
 
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The null of every condition, n times, in the form of `prepare`. Planes of a task have none: those of
         `given`, which is needed then, stay. A map's null has the size of `given`'s."""
         out: dict[str, Tensor] = {}
-        for kind, entry in self.entries.items():
+        for kind, entry in self.conditioners.items():
             own = _own(kind, given) if given else None
-            if not entry.droppable and own is None:
+            if entry.droppable:
+                null = entry.null(n, own)
+            elif own is None:
                 raise ModelError(f"{kind}: this condition has no null; pass the prepared inputs, whose planes stay")
-            null = entry.null(n, own) if entry.droppable else own
+            else:
+                null = own
             out |= {f"{kind}.{name}": tensor for name, tensor in null.items()}
         return out
 
@@ -384,7 +414,7 @@ class Conditions(nn.Module):
         out = dict(inputs)
         for kind, rows in dropped.items():
             own = _own(kind, inputs)
-            null = self.entries[kind].null(len(rows), own)
+            null = self.conditioners[kind].null(len(rows), own)
             for name, tensor in own.items():
                 mask = rows.reshape(-1, *[1] * (tensor.ndim - 1)).to(tensor.device)
                 out[f"{kind}.{name}"] = torch.where(mask, null[name].to(tensor.device), tensor)
@@ -393,7 +423,7 @@ class Conditions(nn.Module):
     def forward(self, inputs: dict[str, Tensor], size: tuple[int, int]) -> Conditioning:
         """size: (h, w) of the latent, for conditions that are drawn at it."""
         joined = Conditioning()
-        for kind, entry in self.entries.items():
+        for kind, entry in self.conditioners.items():
             if own := _own(kind, inputs):  # research code may want tokens alone, and hand planes over itself
                 joined = joined.joined(entry(own, size) if entry.takes_size else entry(own))
         return joined

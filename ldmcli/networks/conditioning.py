@@ -55,6 +55,14 @@ class Conditioner(nn.Module):
         """Values -> tensors with one row each."""
         raise NotImplementedError
 
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Inputs of one row for pictures of (height, width) px, to count what it costs: shapes count, content does
+        not."""
+        raise NotImplementedError
+
+    def count_only(self) -> None:
+        """Leaves out of `forward` what looks at content and keeps nothing for gradients: shapes have none."""
+
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The inputs that stand for no condition, n times. given: inputs that they replace, for their size."""
         raise NotImplementedError

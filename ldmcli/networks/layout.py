@@ -1,7 +1,7 @@
 """Boxes with categories as a condition: tokens through the transformer that text goes through (App. D.3, Tab. 17), and
 planes beside z_t on which each box is drawn where it lies."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,17 +70,15 @@ class LayoutCondition(Conditioner):
         return settings.text_pooled
 
     @staticmethod
-    def learn(settings: ConditionSettings, values: list[dict], rows, folder: Path) -> dict[str, Any]:
-        """Facts from the layouts of the training rows: places for the most objects seen, at most 30.
+    def learn(settings: ConditionSettings, most: int, names: Sequence[str]) -> dict[str, Any]:
+        """Spec for layouts of `most` objects of named categories: places for them, at least 1 and at most 30.
 
         Raises InputError where there are more categories than tokens.
         """
-        names = list(rows.category_names)
         if len(names) >= VOCABULARY:
             raise InputError(f"{len(names):,} categories of objects; a layout's vocabulary has {VOCABULARY - 1:,}")
-        most = max([len(value["category"]) for value in values], default=0)
         return {
-            "categories": names,
+            "categories": list(names),
             "length": 3 * min(max(most, 1), MAX_OBJECTS) + 2,
             "vocabulary": VOCABULARY,
             "planes": settings.layout_planes,
@@ -110,6 +108,10 @@ class LayoutCondition(Conditioner):
             cut = "crop" in one
             rows.append(self.layout.tokens(one["whole" if cut else "bbox"], kinds, crop=one["crop"] if cut else WHOLE))
         return {"ids": torch.from_numpy(np.stack(rows))}
+
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """A sequence."""
+        return {"ids": torch.zeros(1, self.layout.length, dtype=torch.int64)}
 
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The empty layout, n times."""

@@ -62,6 +62,10 @@ class MapCondition(Conditioner):
             raise InputError(f"a class map holds index {int(index.max())}; this model knows 0 … {self.classes - 1}")
         return {"index": index}
 
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """A map."""
+        return {"index": torch.zeros(1, *size, dtype=torch.int16)}
+
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """No class anywhere, n times, at the size of `given` (one pixel where there is none)."""
         size = given["index"].shape[1:] if given else (1, 1)
@@ -96,6 +100,10 @@ class LowresCondition(Conditioner):
     def prepare(self, images: list[np.ndarray]) -> dict[str, Tensor]:
         """Images of one size -> {"image": (n, 3, h, w) uint8}."""
         return {"image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()}
+
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """A small image."""
+        return {"image": torch.zeros(1, 3, *(side // self.scale for side in size), dtype=torch.uint8)}
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         x = small = inputs["image"].float() / 127.5 - 1
@@ -137,6 +145,14 @@ class MaskedCondition(Conditioner):
             with ThreadPoolExecutor(FILLERS) as pool:
                 pixels = torch.stack(list(pool.map(_patched, pixels, hole)))
         return {"image": pixels, "hole": hole}
+
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """An image without a hole."""
+        return {"image": torch.zeros(1, 3, *size, dtype=torch.uint8), "hole": torch.zeros(1, *size, dtype=torch.bool)}
+
+    def count_only(self) -> None:
+        """Holes stay black."""
+        self.fill = "black"
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         x = inputs["image"].float() / 127.5 - 1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldmcli.conditions.fit import assumed_specs
 from ldmcli.core import config as configuration
 from ldmcli.core import console, files, launch
 from ldmcli.core.config import Resolved
@@ -97,7 +98,7 @@ def _diffusion_works(
     notes += checks.notes_of(config)
     stage = cost.autoencoder_model(settings)
     known = files.read_json(Path(init_from) / "stats.json").get("conditions") or {} if init_from else {}
-    facts = cost.assumed_facts(config, stage, known, notes)
+    facts = assumed_specs(config, stage, known, notes)
     latent = stage.latent_shape(*image)
     text = config.condition
     if "text" in config.kinds and text.text_encoder != "joint":

@@ -1,16 +1,13 @@
 """What settings must agree on before any data is read. Training and `--plan` ask the same functions, so that a plan
 refuses what a training would, in the same words."""
 
-from pathlib import Path
-
-from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.fit import assumed_specs, check_settings, check_sources
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSettings, DiffusionConfig, TrainSettings
 from ldmcli.data.decode import colour
 from ldmcli.data.rows import check_source
 from ldmcli.diffusion.sample import check_sampling
 from ldmcli.diffusion.schedule import make_schedule
-from ldmcli.networks.conditioners import CONDITIONERS, load_tokenizer, load_vocabulary
 from ldmcli.networks.perceptual import check_perceptual
 from ldmcli.training import cost
 from ldmcli.training.trackers import check_trackers
@@ -66,7 +63,7 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
     _check_loop(config.train, config.data, world)
     if stage.in_channels != 3:
         raise UsageError(f"an autoencoder of pictures of {stage.in_channels} channels: training pictures have 3 (RGB)")
-    _check_words(config)
+    check_sources(config)
     check_sampling(config.sample, make_schedule(config.diffusion))
     f, unit = stage.f, config.diffusion.patch * 2 ** (len(config.diffusion.channel_mult) - 1)
     if any(side % (f * unit) for side in size):
@@ -77,7 +74,7 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
             "diffusion.channel_mult levels"
         )
     network = cost.autoencoder_model(stage)
-    model = cost.diffusion_model(config, cost.assumed_facts(config, network, {}), network.latent_shape(*size))
+    model = cost.diffusion_model(config, assumed_specs(config, network, {}), network.latent_shape(*size))
     vector, embedding = model.conditions.vector_dim, 4 * config.diffusion.channels
     if not config.diffusion.vector_mlp and vector not in (None, embedding):
         raise UsageError(
@@ -87,34 +84,10 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
 
 
 def _check_conditions(config: DiffusionConfig, size: tuple[int, int]) -> None:
-    kinds, known = config.condition.kinds, [name for name in CONDITIONERS if CONDITIONS[name].user_given]
-    for kind in kinds:
-        if kind not in known:
-            raise UsageError(
-                f"--condition {kind}: choose among none, {', '.join(known)} (joined with +)"
-                + ("; --task sr or inpaint brings it along" if kind in CONDITIONS else "")
-            )
-    twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
-    if twice:
-        raise UsageError(f"--condition: {twice[0]} is named twice")
-    streamed = [kind for kind in ("layout", "map") if kind in kinds and config.data.streaming]
-    if streamed:
-        raise UsageError(
-            f"--condition {streamed[0]} with --streaming: boxes and maps of all rows are read beforehand; "
-            "leave --streaming away"
-        )
+    check_settings(config)
     scale = config.task.scale
     if config.task.name == "sr" and (size[0] % scale or size[1] % scale):
         raise UsageError(f"--size {size[0]}x{size[1]} with --scale {scale}: both sides must be multiples of {scale}")
-
-
-def _check_words(config: DiffusionConfig) -> None:
-    """A tokeniser on this machine can be opened; one of a hub is not asked for here."""
-    told = config.condition
-    joint = told.text_encoder == "joint"
-    source = told.vocabulary if joint else told.text_encoder
-    if "text" in told.kinds and source and (Path(source).exists() or source.startswith(("/", "."))):
-        (load_vocabulary if joint else load_tokenizer)(source)
 
 
 def _check_loop(train: TrainSettings, data: DataSettings, world: int) -> None:

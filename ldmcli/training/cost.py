@@ -16,15 +16,11 @@ from torch.overrides import TorchFunctionMode
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, ConditionSettings, DiffusionConfig
 from ldmcli.data.readers import memory_bytes
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.conditioners import MAX_TEXT_LENGTH
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import DiffusionModel
-from ldmcli.networks.layout import MAX_OBJECTS, VOCABULARY
 from ldmcli.networks.perceptual import perceptual_shapes
-from ldmcli.networks.spatial_conditioners import MapCondition
 from ldmcli.training.optimizer import is_hidden_matrix
 
-ASSUMED_CLASSES, ASSUMED_CATEGORIES, ASSUMED_MAP_CLASSES = 1000, 300, 182  # ImageNet, OpenImages, COCO stuff
 RUNTIME_BYTES = 600 << 20  # interpreter, torch and the libraries of data, measured at the start of a training
 MEMORY_SHARE = 0.85  # of what is free: the rest is for workspaces and for what lies between two allocations
 # bytes a pixel that no network here keeps: a training whose images would fit at this much is not measured
@@ -93,8 +89,8 @@ def diffusion_model(
     with shapes_only():
         model = DiffusionModel(config.diffusion, condition, facts, None, latent, config.kinds)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device="meta")
-    if "masked" in model.conditions.entries:
-        model.conditions.entries["masked"].fill = "black"  # filling looks at pixels, and keeps nothing for gradients
+    for conditioner in model.conditions.entries.values():
+        conditioner.count_only()
     return model
 
 
@@ -104,7 +100,7 @@ def diffusion_work(
     """The diffusion model with one row of conditions."""
     model = diffusion_model(config, facts, latent)
     with shapes_only():
-        inputs = _inputs(model, size)
+        inputs = model.conditions.example(size)
         z, t = torch.zeros(1, *latent), torch.zeros(1)
     return count(model, lambda: model(z, t, inputs))
 
@@ -112,65 +108,6 @@ def diffusion_work(
 def countable(condition: ConditionSettings) -> ConditionSettings:
     """Without a frozen text encoder."""
     return condition if condition.text_encoder == "joint" else replace(condition, text_encoder="joint")
-
-
-def assumed_facts(
-    config: DiffusionConfig, stage: Autoencoder, known: dict[str, dict[str, Any]], notes: list[str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """What conditions learn from data, as `DiffusionModel` takes it: as `known` says, else assumed, which is noted."""
-    facts, notes = dict(known), [] if notes is None else notes
-    if "text" in config.kinds and "text" not in facts:
-        text = config.condition
-        facts["text"] = {"length": text.text_length or MAX_TEXT_LENGTH, "vocabulary": text.vocabulary_size}
-        notes.append(
-            f"text: captions of {facts['text']['length']} tokens from {text.vocabulary_size:,} words assumed; "
-            "the data may need fewer"
-        )
-    if "class" in config.kinds and "class" not in facts:
-        facts["class"] = {"class_names": [str(k) for k in range(ASSUMED_CLASSES)]}
-        notes.append(f"class: {ASSUMED_CLASSES:,} classes assumed; the data say how many there are")
-    if "layout" in config.kinds and "layout" not in facts:
-        facts["layout"] = {
-            "categories": [str(k) for k in range(ASSUMED_CATEGORIES)],
-            "length": 3 * MAX_OBJECTS + 2,
-            "vocabulary": VOCABULARY,
-            "planes": config.condition.layout_planes,
-        }
-        notes.append(f"layout: up to {MAX_OBJECTS} objects assumed; the data may need fewer")
-    if "map" in config.kinds and "map" not in facts:
-        facts["map"] = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], stage.f)
-        notes.append(f"map: {ASSUMED_MAP_CLASSES} classes assumed; the data say how many there are")
-    return {kind: facts[kind] if kind in facts else task_facts(kind, config, stage) for kind in config.kinds}
-
-
-def task_facts(kind: str, config: DiffusionConfig, stage: Autoencoder) -> dict[str, Any]:
-    """Facts of the planes that a task brings along ("lowres", "masked"): all in the settings and the first stage."""
-    if kind == "lowres":
-        latent = stage.latent_channels if config.task.enlarged else 0
-        return {"scale": config.task.scale, "f": stage.f, "latent": latent}
-    return {"channels": stage.latent_channels, "fill": config.task.fill}
-
-
-def _inputs(model: DiffusionModel, size: tuple[int, int]) -> dict[str, Tensor]:
-    """One row of conditions."""
-    entries = model.conditions.entries
-    inputs = {}
-    if "text" in entries:
-        inputs["text.ids"] = torch.zeros(1, entries["text"].length, dtype=torch.int64)
-        inputs["text.mask"] = torch.ones(1, entries["text"].length, dtype=torch.bool)
-    if "class" in entries:
-        inputs["class.label"] = torch.zeros(1, dtype=torch.int64)
-    if "layout" in entries:
-        inputs["layout.ids"] = torch.zeros(1, entries["layout"].layout.length, dtype=torch.int64)
-    if "map" in entries:
-        inputs["map.index"] = torch.zeros(1, *size, dtype=torch.int16)
-    if "lowres" in entries:
-        small = [side // entries["lowres"].scale for side in size]
-        inputs["lowres.image"] = torch.zeros(1, 3, *small, dtype=torch.uint8)
-    if "masked" in entries:
-        inputs["masked.image"] = torch.zeros(1, 3, *size, dtype=torch.uint8)
-        inputs["masked.hole"] = torch.zeros(1, *size, dtype=torch.bool)
-    return inputs
 
 
 # ---------------------------------------------------------------- counting

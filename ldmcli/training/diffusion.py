@@ -9,15 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.conditions.dataset import (
-    TABLED,
-    ConditionSource,
-    check_columns,
-    look_at_boxes,
-    look_at_maps,
-    map_names,
-    with_fitting_maps,
-)
+from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.condition import FitData
+from ldmcli.conditions.dataset import ConditionDataset, ConditionInputs
+from ldmcli.conditions.fit import check_rows, fit_conditions, open_early
 from ldmcli.conditions.pictures import enlarged, shown_condition
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError
@@ -25,7 +20,6 @@ from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.augment import batch_indices, load_pixels
 from ldmcli.data.batches import rank_slice
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
-from ldmcli.data.decode import sanitise
 from ldmcli.diffusion.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
 from ldmcli.formats.bundle import AutoencoderBundle
 from ldmcli.formats.run_folder import read_scale
@@ -33,7 +27,7 @@ from ldmcli.formats.run_folder import write as write_run
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
 from ldmcli.networks.autoencoder import posterior_sample, posterior_second_moments
-from ldmcli.networks.conditioners import CONDITIONERS, load_tokenizer, load_vocabulary
+from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
 from ldmcli.sampling.first_stage import LoadedAutoencoder
@@ -77,12 +71,12 @@ class DiffusionObjective:
         self.size = checks.image_size(config.data, tuple(own.data.size) if own else (0, 0))
         stage = self.autoencoder.network.settings
         dist.on_all_ranks(lambda: checks.check_diffusion(config, stage, self.size, dist.world_size))
-        self._check_words()
+        open_early(config, run, dist)
         self.latent_shape = self.autoencoder.network.latent_shape(*self.size)
         self.is_vq = self.autoencoder.network.is_vq or self.autoencoder.network.is_identity
         self._open_data()
         self.schedule = make_schedule(config.diffusion)
-        self.facts = dist.on_rank_0(self._learn_conditions)
+        self.facts = dist.on_rank_0(self._fit_conditions)
         tokenizer = load_tokenizer(run / "tokenizer") if "text" in config.condition.kinds else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
@@ -90,7 +84,7 @@ class DiffusionObjective:
                 config.diffusion, config.condition, self.facts, tokenizer, self.latent_shape, config.kinds
             )
         self.networks: dict[str, torch.nn.Module] = {"model": self.model}
-        self._prepare_sources()
+        self._prepare_conditions()
         if dist.is_rank_0:
             for note in checks.notes_of(config):
                 console.say(note)
@@ -99,7 +93,7 @@ class DiffusionObjective:
         self.cache = None if root is None else self._build_cache(self.rows, "latents", root)
         self.scale = self._scale()
         self._held = self._validation_latents()
-        if self.cache and not {"lowres", "masked"} & set(config.kinds):
+        if self.cache and not any(CONDITIONS[name].from_pixels for name in config.kinds):
             for rows in (self.rows, self.validation):
                 rows.forget()  # latents stand for them from here on
         self.as_model()  # lends the first stage to the conditions
@@ -112,127 +106,46 @@ class DiffusionObjective:
                 f"{self.autoencoder_path} ({found[:12]}); name that one, or begin anew with --fresh"
             )
 
-    def _check_words(self) -> None:
-        """Opens a tokeniser of others, which may have to be downloaded, before data are read for nothing."""
-        told = self.config.condition
-        if "text" not in told.kinds or (self.run / "tokenizer").is_dir():
-            return
-        if told.text_encoder != "joint":
-            self.dist.on_rank_0(lambda: load_tokenizer(told.text_encoder) and None)
-        elif told.vocabulary:
-            self.dist.on_rank_0(lambda: load_vocabulary(told.vocabulary) and None)
-
     def _stored_stats(self) -> dict[str, Any]:
         path = self.run / "stats.json"
         return files.read_json(path) if path.exists() else {}
 
     def _open_data(self) -> None:
         """Rows of training and validation, with what conditions ask of them checked."""
-        config, kinds = self.config, self.config.condition.kinds
-        self.rows, self.validation, self.bad = open_data(config, self.dist, self.size)
-        for rows in (self.rows, self.validation):
-            check_columns(rows, kinds)
-        if "layout" in kinds:
-            self.dist.on_all_ranks(lambda: [look_at_boxes(rows) for rows in (self.rows, self.validation)])
-        self._map_indices: list[int] = []
-        if "map" in kinds:
-            (self.rows, first), (self.validation, second) = map(self._fitting_maps, (self.rows, self.validation))
-            self._map_indices = np.flatnonzero(first + second).tolist()
+        rows, validation, bad = open_data(self.config, self.dist, self.size)
+        first, second = check_rows(self.config, rows, validation, self.dist)
+        self.rows, self.validation, self.bad = first.rows, second.rows, [*bad, *first.bad, *second.bad]
+        self._found = {name: (first.found[name], second.found[name]) for name in first.found}
 
-    def _fitting_maps(self, rows) -> tuple[Any, np.ndarray]:
-        """(rows whose map fits their picture, how often each class index occurs); each process looks at its share."""
-        dist, data = self.dist, self.config.data
-        found = dist.gather(look_at_maps(rows, range(dist.rank, len(rows), dist.world_size), data.workers))
-        bad = sorted(sum((bad for bad, _ in found), []), key=lambda error: error.index)
-        self.bad = [*self.bad, *bad]
-        rows = dist.on_all_ranks(lambda: with_fitting_maps(rows, bad, data.skip_bad))
-        return rows, sum(seen for _, seen in found)
-
-    def _learn_conditions(self) -> dict[str, dict[str, Any]]:
+    def _fit_conditions(self) -> dict[str, dict[str, Any]]:
         """What conditions learn from data: from an earlier start of this run, else from the training rows."""
         stored = self._stored_stats().get("conditions")
         if stored is not None:
             return stored
-        facts = self._taken_over()
-        for kind in [kind for kind in self.config.kinds if kind not in facts]:
-            facts[kind] = self._covering(kind, self._learn(kind))
-        return {kind: facts[kind] for kind in self.config.kinds}
+        stage = self.autoencoder.network
+        data = FitData(self.rows, self.config, self.size, stage, self.run, self.init_from, self._found)
+        return fit_conditions(data)
 
-    def _covering(self, kind: str, learned: dict[str, Any]) -> dict[str, Any]:
-        """The facts of the run that this one begins with, where its categories or classes cover those of the data."""
-        found = self._earlier_facts(kind) if kind in ("layout", "map") else None
-        if kind == "layout" and found and set(learned["categories"]) <= set(found["categories"]):
-            return found
-        same = ("stages", "out_channels")
-        if (
-            kind == "map"
-            and found
-            and found["names"][: learned["classes"]] == learned["names"]
-            and all(found[name] == learned[name] for name in same)
-        ):
-            return found | {"void": found.get("void", False) or learned["void"]}
-        return learned
-
-    def _earlier_facts(self, kind: str) -> dict[str, Any] | None:
-        if not self.init_from:
-            return None
-        return files.read_json(self.init_from / "stats.json").get("conditions", {}).get(kind)
-
-    def _learn(self, kind: str) -> dict[str, Any]:
-        if kind in ("lowres", "masked"):
-            return cost.task_facts(kind, self.config, self.autoencoder.network)
-        if kind == "map":
-            return CONDITIONERS[kind].learn(self._map_indices, map_names(self.rows), self.autoencoder.network.f)
-        source = ConditionSource(self.rows, self.config, self.size, training=False)
-        values = source.values(kind, range(len(self.rows)), range(len(self.rows)))
-        return CONDITIONERS[kind].learn(self.config.condition, values, self.rows, self.run / "tokenizer")
-
-    def _taken_over(self) -> dict[str, dict[str, Any]]:
-        """The vocabulary of the run that this one begins with: its word vectors mean nothing under another."""
-        settings = self.config.condition
-        if not self.init_from or "text" not in settings.kinds or settings.vocabulary:
-            return {}
-        found = self._earlier_facts("text")
-        if not found or settings.text_encoder != "joint" or not (self.init_from / "tokenizer").is_dir():
-            return {}
-        shutil.copytree(self.init_from / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
-        return {"text": {**found, "length": settings.text_length or found["length"]}}
-
-    def _prepare_sources(self) -> None:
-        """Where batches take conditions from: tables of what never changes, the rest row by row."""
-        self.source = ConditionSource(self.rows, self.config, self.size, training=True)
+    def _prepare_conditions(self) -> None:
+        """Where batches take conditions from."""
+        self.source = ConditionDataset(self.rows, self.config, self.size, training=True)
         held = self.validation if self.config.data.streaming else self.validation.select(range(self._held_rows()))
-        self.validation_source = ConditionSource(held, self.config, self.size, training=False)
-        if "layout" in self.facts:
-            for source in (self.source, self.validation_source):
-                source.tell_categories(self.facts["layout"]["categories"])
-        everything = range(len(self.rows))
-        self.tables: dict[str, Tensor] = {}
-        for kind in TABLED if not self.config.data.streaming else ():
-            if kind in self.config.kinds:
-                self.tables |= self.model.conditions.prepare_one(kind, self.source.values(kind, everything, everything))
-        if "text.mask" in self.tables and self.dist.is_rank_0:
-            self._tell_of_cut_captions(self.tables["text.mask"].all(1).nonzero()[:, 0].tolist())
+        self.validation_source = ConditionDataset(held, self.config, self.size, training=False)
+        for source in (self.source, self.validation_source):
+            source.align_categories(self.model.conditions)
+        self.inputs = ConditionInputs(self.source, self.model.conditions)
+        if self.dist.is_rank_0:
+            self.inputs.tell_of_rows()
         ids = range(self._held_rows())
-        values = {kind: self.validation_source.values(kind, ids, ids) for kind in self.config.kinds}
+        values = {name: self.validation_source.values(name, ids, ids) for name in self.config.kinds}
         self.validation_tables = self.model.conditions.prepare(values) if values else {}
-
-    def _tell_of_cut_captions(self, full: list[int]) -> None:
-        """full: rows whose captions fill the places that the model has."""
-        entry = self.model.conditions.entries["text"]
-        cut = entry.cut([self.rows.caption(i) for i in full])
-        if cut:
-            console.say(
-                f"data: {len(cut)} of {len(self.rows)} captions have more than the {entry.length} tokens that "
-                f"the model reads, and are cut (condition.text_length): {sanitise(cut[0], 60)}"
-            )
 
     def _held_rows(self) -> int:
         """Validation rows that the loss is measured on: as many as keep their planes in a quarter of a gigabyte."""
         return self.config.train.measured_images(self._most_held())
 
     def _most_held(self) -> int:
-        planes = sum(kind in ("map", "lowres", "masked") for kind in self.config.kinds)
+        planes = sum(CONDITIONS[name].image_sized for name in self.config.kinds)
         room = (1 << 28) // max(1, planes * 4 * self.size[0] * self.size[1])
         return min(len(self.validation), VALIDATION_ROWS, max(room, 32))
 
@@ -339,7 +252,7 @@ class DiffusionObjective:
         takes to encode it, where that is more."""
         kept = cost.diffusion_work(self.config, self.facts, self.latent_shape, self.size).kept
         network = self.autoencoder.network
-        encodes = self.cache is None or any(kind in ("lowres", "masked") for kind in self.facts)
+        encodes = self.cache is None or self.model.conditions.encodes
         if network.is_identity or not encodes:
             return kept
         return max(kept, float(peak_bytes(network.encoder, (1, 3, *self.size))))
@@ -375,22 +288,13 @@ class DiffusionObjective:
         else:
             out["pixels"] = load_pixels(self.rows, self.config, ids, where, self.size)
         if self.config.kinds:
-            inputs = self._inputs(ids, where, out.get("pixels"))
+            pixels = out["pixels"].numpy() if "pixels" in out else None
+            inputs = self.inputs.batch(ids, where, pixels)
             dropped = {
                 kind: rng.uniform(seed, at, "drop", kind) < self.config.condition.drop
                 for kind in self.config.condition.kinds
             }
             out |= {f"condition.{k}": v for k, v in self.model.conditions.drop(inputs, dropped).items()}
-        return out
-
-    def _inputs(self, ids: np.ndarray, where: np.ndarray, pixels: Tensor | None) -> dict[str, Tensor]:
-        """Prepared conditions of rows `ids` at positions `where`."""
-        seen = None if pixels is None else pixels.numpy()
-        out = {name: table[torch.from_numpy(ids.copy())] for name, table in self.tables.items()}
-        for kind in self.config.kinds:
-            if not any(name.startswith(f"{kind}.") for name in out):
-                values = self.source.values(kind, ids.tolist(), where.tolist(), seen)
-                out |= self.model.conditions.prepare_one(kind, values)
         return out
 
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
@@ -478,7 +382,7 @@ class DiffusionObjective:
 
     def _pictured(self) -> list[str]:
         """Conditions that can be shown as pictures."""
-        return [kind for kind in self.config.kinds if kind not in TABLED]
+        return [name for name in self.config.kinds if not CONDITIONS[name].static]
 
     def preview(self, path: Path) -> None:
         """The picture that `ldm sample` with the run's seed and prompts would give; conditions that are pictures

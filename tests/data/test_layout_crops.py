@@ -7,7 +7,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from ldmcli.conditions.dataset import ConditionSource
+from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.core import config
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
@@ -34,7 +34,7 @@ def folder(where, shares: bool = False):
     return where
 
 
-def source(where, *, training: bool = True, **values) -> ConditionSource:
+def source(where, *, training: bool = True, **values) -> ConditionDataset:
     settings = {
         "data.source": str(where),
         "data.size": "32",
@@ -46,7 +46,7 @@ def source(where, *, training: bool = True, **values) -> ConditionSource:
     }
     found = config.resolve("diffusion", [("test", settings)]).config
     rows = open_rows(found.data, split="train" if training else "validation")
-    return ConditionSource(rows, found, (32, 32), training=training)
+    return ConditionDataset(rows, found, (32, 32), training=training)
 
 
 def condition() -> LayoutCondition:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ldmcli
-from ldmcli.conditions.dataset import ConditionSource
+from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.conditions.pictures import box_pixels, boxed, colour, coloured, with_legend
 from ldmcli.core.settings import DataSettings, DiffusionConfig, TaskSettings
 from ldmcli.data.sources import open_rows
@@ -84,7 +84,7 @@ def test_every_condition_changes_what_the_trained_network_says(way, trained):
     """One row's value of a kind put in another's place: the output moves; the same values: it does not."""
     model = ldmcli.load(trained(way))
     rows = open_rows(model.config.data, split="validation")
-    source = ConditionSource(rows, model.config, (20, 20), training=False)
+    source = ConditionDataset(rows, model.config, (20, 20), training=False)
     kinds, z = model.model.conditions.kinds, torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
     def output(**picked: int) -> torch.Tensor:
@@ -135,11 +135,11 @@ def pictures(tmp_path):
     return tmp_path / "data"
 
 
-def source_of(folder, size=(20, 20), **task) -> ConditionSource:
+def source_of(folder, size=(20, 20), **task) -> ConditionDataset:
     data = DataSettings(source=str(folder), size=size, crop="random", flip=True)
     config = DiffusionConfig(data=data, task=TaskSettings(**task))
     rows = open_rows(data, split="train")
-    return ConditionSource(rows, config, size, training=True)
+    return ConditionDataset(rows, config, size, training=True)
 
 
 def test_boxes_and_maps_are_cropped_and_mirrored_as_the_pixels_are(pictures):
@@ -198,12 +198,12 @@ def test_objects_come_in_another_order_each_epoch(tmp_path):
     objects = {"bbox": [[5 * k, 2 * k, 4, 4] for k in range(6)], "category": [f"c{k}" for k in range(6)]}
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "objects": objects}))
     data = DataSettings(source=str(folder), size=(40, 40))
-    source = ConditionSource(open_rows(data, split="train"), DiffusionConfig(data=data), (40, 40), training=True)
+    source = ConditionDataset(open_rows(data, split="train"), DiffusionConfig(data=data), (40, 40), training=True)
     orders = [source.values("layout", [0], [at])[0] for at in range(30)]
     assert len({tuple(one["category"]) for one in orders}) > 20
     for one in orders:
         assert np.allclose(one["bbox"][:, 0], one["category"] * 5 / 40)
-    plain = ConditionSource(source.rows, source.config, (40, 40), training=False)
+    plain = ConditionDataset(source.rows, source.config, (40, 40), training=False)
     assert plain.values("layout", [0], [7])[0]["category"].tolist() == list(range(6))
 
 

@@ -19,6 +19,7 @@ from test_perceptual import recorded_trunk
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.fit import assumed_specs
 from ldmcli.core import config as configuration
 from ldmcli.core.presets import PRESETS
 from ldmcli.core.settings import (
@@ -498,7 +499,7 @@ def test_a_pass_of_every_diffusion_model(name):
         stage = resolved(stage_of(name)).config.autoencoder
     stage = cost.autoencoder_model(stage)
     side = 2 * stage.f * 2 ** (len(config.diffusion.channel_mult) - 1) * config.diffusion.patch
-    latent, facts = stage.latent_shape(side, side), cost.assumed_facts(config, stage, {})
+    latent, facts = stage.latent_shape(side, side), assumed_specs(config, stage, {})
     with pretended() as device:
         model = DiffusionModel(config.diffusion, config.condition, facts, None, latent, config.kinds).to(device)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device=device)
