@@ -1,7 +1,5 @@
 """Conditions made of planes and tokens: what the recorded cases say, and what composing and dropping leave alone."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -157,8 +155,7 @@ def test_an_index_that_the_model_does_not_know_is_named():
 
 def test_places_are_as_many_as_objects_were_seen_and_at_most_thirty():
     def length(most: int) -> int:
-        seen = [{"bbox": np.zeros((k, 4)), "category": np.zeros(k, int)} for k in (0, most)]
-        return LayoutCondition.learn(SMALL, seen, SimpleNamespace(category_names=["a"]), None)["length"]
+        return LayoutCondition.learn(SMALL, most, ["a"])["length"]
 
     assert [length(most) for most in (0, 1, 7, 30, 40)] == [5, 5, 23, 92, 92]
 
@@ -220,9 +217,7 @@ def test_boxes_are_drawn_in_the_frame_of_the_crop():
 def test_without_planes_a_layout_is_tokens_alone():
     entry = LayoutCondition(SMALL, FACTS["layout"])
     assert entry.channels == 0 and entry(entry.prepare(values()["layout"]), (4, 4)).concat is None
-    seen = [{"bbox": np.zeros((1, 4)), "category": np.zeros(1, int)}]
-    rows = SimpleNamespace(category_names=["a"])
-    assert LayoutCondition.learn(ConditionSettings(layout_planes=5), seen, rows, None)["planes"] == 5
+    assert LayoutCondition.learn(ConditionSettings(layout_planes=5), 1, ["a"])["planes"] == 5
 
 
 def entries(names: list[str]) -> list:
