@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTEROP := .venv-interop
 
-.PHONY: demo test test-interop lint install clean
+.PHONY: demo test test-interop lint docs install clean
 
 demo: install  ## the whole chain on the embedded data set, at most ten minutes
 	$(BIN)/ldm demo
@@ -22,10 +22,14 @@ test-interop: install  ## exported models loaded and run by diffusers itself
 	$(INTEROP)/bin/python -m pip install --quiet -e '.[interop]'
 	$(INTEROP)/bin/python -m pytest tests/interop
 
-lint: install  ## style and types
-	$(BIN)/ruff check ldmcli tests
-	$(BIN)/ruff format --check ldmcli tests
+lint: install  ## style, types, and whether the generated pages are those of the code
+	$(BIN)/ruff check ldmcli tests docs
+	$(BIN)/ruff format --check ldmcli tests docs
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+
+docs: install  ## the pages that the code itself tells: settings and commands
+	$(BIN)/python docs/generate.py
 
 install: $(STAMP)
 

@@ -1,4 +1,4 @@
-"""The example on each help page, and the README's lines for own images: run as they are typed, in an empty folder.
+"""The example on each help page: run as it is typed, in an empty folder.
 
 Networks and data are made small by settings from the environment; the lines stay as they stand. A line may use what
 another line writes (its `--out`). What else it names is laid down by NEEDS; what it must leave is asked by PROMISES.
@@ -9,65 +9,23 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import typed
 from PIL import Image
 
 from ldmcli.cli import COMMANDS
 from ldmcli.cli.commands import EXAMPLES, example_line
-from ldmcli.evaluation import features
-
-README = Path(__file__).resolve().parents[2] / "README.md"
-SMALL = {
-    "data.limit": 24,
-    "train.batch_size": 4,
-    "train.steps": 3,
-    "train.mixed_precision": "no",
-    "train.sample_every": 0,
-    "autoencoder.channels": 8,
-    "autoencoder.num_res_blocks": 1,
-    "diffusion.channels": 16,
-    "diffusion.channel_mult": "1",
-    "diffusion.groups": 4,
-    "diffusion.attention_resolutions": "1",
-    "diffusion.head_channels": 8,
-    "condition.context_dim": 16,
-    "condition.text_heads": 2,
-    "condition.text_head_channels": 8,
-}
-
-
-def environment(settings: dict) -> dict[str, str]:
-    return {f"LDM_{path.replace('.', '_').upper()}": str(value) for path, value in settings.items()}
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """An empty folder to type in, with small settings."""
-    folder = tmp_path_factory.mktemp("typed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name, value in (environment(SMALL) | {"LDM_CACHE": str(folder / "cache")}).items():
-            patch.setenv(name, value)
-        patch.setattr("ldmcli.reports.demo._resolved", small_resolved)
-        patch.setattr("ldmcli.reports.demo.HELD_OUT", 6)
-        patch.setitem(features.NETWORKS, "effnet-lite0", replace(features.NETWORKS["effnet-lite0"], size=32))
-        features._cached.cache_clear()  # an extractor of 224 px that another test has opened
+    with typed.small_networks(tmp_path_factory.mktemp("typed")) as folder:
         yield folder
-    features._cached.cache_clear()
-
-
-def small_resolved(kind: str, values: dict, preset: str = ""):
-    """`ldm demo` chooses its settings itself and reads no environment."""
-    from ldmcli.core import config
-
-    layers = [config.preset_layer(kind, preset)] if preset else []
-    small = [layer for layer in config.environment_layers(kind, environment(SMALL))]
-    return config.resolve(kind, [*layers, ("ldm demo", values), *small])
 
 
 # --- what a line needs --------------------------------------------------------------------------------------------
@@ -75,7 +33,7 @@ def small_resolved(kind: str, values: dict, preset: str = ""):
 
 def small_run(out: str, *options: object) -> None:
     """A tiny diffusion run at `out`, in latents of the example's autoencoder."""
-    typed("train-ae")
+    ending_of("train-ae")
     ending = tiny.ldm(
         "train-ldm", "--autoencoder", option(EXAMPLES["train-ae"], "--out"), "--steps", 2, "--out", out, *options
     )
@@ -168,49 +126,27 @@ def option(words: list[str], name: str) -> str | None:
     return words[words.index(name) + 1] if name in words else None
 
 
-def typed(command: str) -> tiny.Ending:
+def ending_of(command: str) -> tiny.Ending:
     """How the example of a command ends, after those whose results it names; each is run once."""
     if command not in _ended:
         words = shlex.split(example_line(command))[1:]
         for other, line in EXAMPLES.items():
             out = option(line, "--out")
             if other != command and out and any(f"{word}/".startswith(f"{out}/") for word in words):
-                typed(other)
+                ending_of(other)
         NEEDS.get(command, lambda: None)()
         if command == "runs":
-            typed("train-ae")
+            ending_of("train-ae")
         _ended[command] = tiny.ldm(*words)
     return _ended[command]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_of_a_help_page_works_as_it_is_typed(command, here):
-    ending = typed(command)
+    ending = ending_of(command)
     assert ending.code == 0, ending.stderr
     out = option(EXAMPLES[command], "--out")
     if out:
         assert any(path.is_file() for path in Path(out).rglob("*"))
     if command in PROMISES:
         PROMISES[command](ending, Path(out or "."))
-
-
-def own_images_lines() -> list[str]:
-    """The README's block of commands that begins with `ldm data my-photos`."""
-    blocks = re.findall(r"```\w*\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    block = next(block for block in blocks if block.startswith("ldm data my-photos"))
-    return [line for line in block.splitlines() if line.startswith("ldm ")]
-
-
-def test_the_readme_s_lines_for_own_images_work_as_they_are_typed(here):
-    """A folder of a dozen captioned pictures, as somebody tries it first: too few for a held-out part of two."""
-    tiny.noisy_images(Path("my-photos"), 12)
-    rows = [json.dumps({"file_name": f"{k:02d}.png", "caption": f"a bicycle, number {k}"}) for k in range(12)]
-    Path("my-photos", "metadata.jsonl").write_text("\n".join(rows))
-    lines = own_images_lines()
-    assert [line.split()[1] for line in lines] == ["data", "train-ae", "train-ldm", "sample", "eval-fid"]
-    for line in lines:
-        ending = tiny.ldm(*shlex.split(line, comments=True)[1:])
-        assert ending.code == 0, f"{line}\n{ending.stderr}"
-    assert ending.json["metrics"] and "too few images are held out" in ending.stderr
-    (samples,) = Path("outputs").glob("a-red-bicycle-*")
-    assert len(tiny.pictures(samples)) == 8
