@@ -316,3 +316,24 @@ def test_pages_that_the_code_tells_are_up_to_date():
     """`make docs` writes them."""
     for name, text in generator()["pages"]().items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"docs/{name} is stale: run `make docs`"
+
+
+def scenarios() -> dict[int, str]:
+    """The entries of the list in docs/reliability.md by number."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^(\d+)\. (.*?)(?=\n\d+\. |\n#|\Z)", text, re.DOTALL | re.MULTILINE)
+    return {int(number): entry for number, entry in entries}
+
+
+def named_scenarios(path: Path) -> list[tuple[int, str]]:
+    """(number, file) of the scenarios that docstrings and headings of a file of tests name."""
+    lists = re.findall(r"(?:# --- r|\"\"\"R)eliability (\d+(?:(?:,| and) \d+)*)", path.read_text(encoding="utf-8"))
+    return [(int(number), str(path.relative_to(ROOT))) for each in lists for number in re.findall(r"\d+", each)]
+
+
+def test_scenarios_that_tests_name_are_in_the_list_with_their_file():
+    listed = scenarios()
+    assert list(listed) == list(range(1, 41))
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for number, name in named_scenarios(path):
+            assert f"`{name}`" in listed[number], f"{name}: reliability {number}"

@@ -1,4 +1,4 @@
-"""Rows of the reliability list that need a real process, two processes, or a look at what stands beside a number."""
+"""Scenarios of docs/reliability.md that need a real process, two of them, or a look at what stands beside a number."""
 
 import json
 import os
@@ -46,12 +46,12 @@ def whole_pictures(folder: Path) -> dict[str, bytes]:
     return found
 
 
-# --- rows 4 and 21: samples ----------------------------------------------------------------------------------------
+# --- reliability 4 and 21: samples ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
 def test_samples_that_were_stopped_are_whole_and_the_same_command_completes_them(number, code, text_model, tmp_path):
-    """Reliability row 4: a real process ended half way leaves whole pictures; the rest comes out as it would have."""
+    """Reliability 4: a real process ended half way leaves whole pictures; the rest comes out as it would have."""
     asked = ("sample", "--model", text_model, *PROMPT, "-n", 16, "--batch-size", 1)
     assert tiny.ldm(*asked, "--out", tmp_path / "whole").code == 0
     out = tmp_path / "out"
@@ -75,7 +75,7 @@ def slowly_drawn() -> None:
 
 
 def test_two_processes_of_a_launcher_leave_the_samples_of_one(text_model, tmp_path):
-    """Reliability row 21: sample k does not depend on how many processes a job has."""
+    """Reliability 21: sample k does not depend on how many processes a job has."""
     asked = ("sample", "--model", text_model, *PROMPT, "-n", 5, "--batch-size", 2)
     assert tiny.ldm(*asked, "--out", tmp_path / "one").code == 0
     both = ranks(tmp_path, 2, *asked, "--out", tmp_path / "two")
@@ -83,11 +83,11 @@ def test_two_processes_of_a_launcher_leave_the_samples_of_one(text_model, tmp_pa
     assert whole_pictures(tmp_path / "one") == whole_pictures(tmp_path / "two")
 
 
-# --- row 15: which weights ----------------------------------------------------------------------------------------
+# --- reliability 15: which weights --------------------------------------------------------------------------------
 
 
 def test_raw_and_averaged_weights_are_measured_and_named(text_model):
-    """Reliability row 15: both kinds are float32, give other numbers, and the document says which was measured."""
+    """Reliability 15: both kinds are float32, give other numbers, and the document says which was measured."""
     measured = {}
     for weights in ("ema", "raw"):
         ending = tiny.ldm(
@@ -117,7 +117,7 @@ def test_raw_and_averaged_weights_are_measured_and_named(text_model):
 
 
 def test_raw_weights_that_are_gone_are_refused(text_model, tmp_path):
-    """Reliability row 15: never a quiet fall-back to the other kind."""
+    """Reliability 15: never a quiet fall-back to the other kind."""
     copy = tmp_path / "run"
     shutil.copytree(text_model, copy)
     shutil.rmtree(copy / "checkpoints")
@@ -129,7 +129,7 @@ def test_raw_weights_that_are_gone_are_refused(text_model, tmp_path):
     assert refused.code == 2 and "--weights raw" in refused.line
 
 
-# --- rows 23 and 24: pictures -------------------------------------------------------------------------------------
+# --- reliability 23 and 24: pictures ------------------------------------------------------------------------------
 
 
 # prints the memory that a command took at its peak, in kB: before it (with torch, where it trains), and after it
@@ -148,7 +148,7 @@ sys.exit(code)
 
 @pytest.mark.parametrize("command, code", [("data", 0), ("train-ae", 3)])
 def test_pictures_of_hundreds_of_megapixels_are_refused_without_their_memory(command, code, tmp_path):
-    """Reliability row 23: by their headers, whatever else is in the folder; the limit is a number in the line.
+    """Reliability 23: by their headers, whatever else is in the folder; the limit is a number in the line.
 
     The pictures cost `ldm data`, which needs no torch, less than 500 MB in all; torch alone takes more than that, so a
     training is held to what it takes on top.
@@ -174,7 +174,7 @@ def test_pictures_of_hundreds_of_megapixels_are_refused_without_their_memory(com
 
 
 def test_a_colour_profile_changes_no_pixel(tmp_path):
-    """Reliability row 24: profiles are ignored, as the manual says; pixels count as sRGB."""
+    """Reliability 24: profiles are ignored, as the manual says; pixels count as sRGB."""
     from ldmcli.data.decode import decode
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
@@ -188,7 +188,7 @@ def test_a_colour_profile_changes_no_pixel(tmp_path):
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_several_frames_are_warned_about_once(kind, tmp_path):
-    """Reliability row 24: the first frame is taken, and one line says so; a still picture is silent."""
+    """Reliability 24: the first frame is taken, and one line says so; a still picture is silent."""
     folder = tmp_path / "data"
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     tiny.noisy_images(folder, 3)
@@ -200,7 +200,7 @@ def test_several_frames_are_warned_about_once(kind, tmp_path):
     assert len(warnings) == 1 and "holds several frames" in warnings[0] and f".{kind.lower()}:" in warnings[0]
 
 
-# --- row 27: kill -9 while latents are cached ---------------------------------------------------------------------
+# --- reliability 27: kill -9 while latents are cached -------------------------------------------------------------
 
 
 def in_small_shards() -> None:
@@ -215,7 +215,7 @@ def in_small_shards() -> None:
 
 @pytest.mark.parametrize("moment", ["shard", "write"])
 def test_kill_minus_9_while_latents_are_cached_loses_a_shard_at_most(moment, ae, tmp_path):
-    """Reliability row 27: the same command goes on, encodes what is missing, and the cache is that of one go."""
+    """Reliability 27: the same command goes on, encodes what is missing, and the cache is that of one go."""
     data = ("--data", "shapes", "--limit", 40, "--size", "20x20")
 
     def command(name: str) -> tuple:

@@ -1,4 +1,4 @@
-"""Wrong input: one line, the right code, before step 1 (reliability rows 23 to 25 and the contract's endings)."""
+"""Wrong input: one line, the right code, before step 1 (reliability 23 to 25)."""
 
 import errno
 import json
@@ -51,7 +51,7 @@ def no_step(out: Path) -> bool:
     return not (out / "model.safetensors").exists() and not (out / "checkpoints").exists()
 
 
-# --- row 23: damaged files ----------------------------------------------------------------------------------------
+# --- reliability 23: damaged files --------------------------------------------------------------------------------
 
 
 def one_of_each(folder: Path) -> dict[str, str]:
@@ -70,7 +70,7 @@ def one_of_each(folder: Path) -> dict[str, str]:
 
 
 def test_every_damaged_file_is_named_with_its_reason_before_step_1(tmp_path):
-    """Row 23: zero bytes, JPEG and PNG cut in half, text named .png, a 0x5 picture, 225 million pixels: code 3."""
+    """Reliability 23: zero bytes, JPEG and PNG cut in half, text named .png, a 0x5 picture, 225 million pixels."""
     bad = one_of_each(tmp_path / "data")
     line = refused(3, *begin(tmp_path / "data", tmp_path / "run"))
     assert "pictures cannot be read" in line and "--skip-bad" in line and no_step(tmp_path / "run")
@@ -82,7 +82,7 @@ def test_every_damaged_file_is_named_with_its_reason_before_step_1(tmp_path):
 
 
 def test_with_skip_bad_the_rest_trains_and_the_report_counts_what_was_left_out(tmp_path):
-    """Row 23: the run keeps the names."""
+    """Reliability 23: the run keeps the names."""
     bad = one_of_each(tmp_path / "data")
     ending = ldm(*begin(tmp_path / "data", tmp_path / "run", "--skip-bad"))
     assert ending.code == 0, ending.stderr
@@ -92,7 +92,7 @@ def test_with_skip_bad_the_rest_trains_and_the_report_counts_what_was_left_out(t
 
 
 def test_the_pixel_limit_is_a_number_that_can_be_set(tmp_path):
-    """Row 23: 100 million by default; a smaller one refuses more, a larger one less."""
+    """Reliability 23: 100 million by default; a smaller one refuses more, a larger one less."""
     noisy_images(tmp_path / "data", 4)
     Image.new("1", (10_000, 10_001)).save(tmp_path / "data" / "large.png")
     assert "large.png" in refused(3, *begin(tmp_path / "data", tmp_path / "a"))
@@ -102,7 +102,7 @@ def test_the_pixel_limit_is_a_number_that_can_be_set(tmp_path):
 
 
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
-    """Row 23: no read permission. Root may read everything, so it gets the file system's answer from here."""
+    """Reliability 23: no read permission. Root may read everything, so it gets the file system's answer from here."""
     noisy_images(tmp_path / "data", 4)[0].chmod(0)
     whole = Path.read_bytes
 
@@ -117,7 +117,7 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
 
 
 def test_the_broken_folder_is_refused_by_name_and_trains_with_skip_bad(tmp_path, shared):
-    """Row 23, 24: 77 damaged and unusual files: those that can be read are read, the others named."""
+    """Reliability 23, 24: 77 damaged and unusual files: those that can be read are read, the others named."""
     folder = shared / "broken"
     assert "pictures cannot be read" in refused(3, *begin(folder, tmp_path / "a"))
     ending = ldm(*begin(folder, tmp_path / "b", "--skip-bad"))
@@ -133,7 +133,7 @@ def test_the_broken_folder_is_refused_by_name_and_trains_with_skip_bad(tmp_path,
     assert [name for name, verdict in listed if verdict == "yes" and f" {name}:" in f" {left_out}"] == []
 
 
-# --- row 24: unusual pixels ---------------------------------------------------------------------------------------
+# --- reliability 24: unusual pixels -------------------------------------------------------------------------------
 
 
 def as_trained(folder: Path, image: Image.Image, name: str, size, **how) -> np.ndarray:
@@ -147,7 +147,7 @@ def as_trained(folder: Path, image: Image.Image, name: str, size, **how) -> np.n
 
 
 def test_unusual_pixels_have_the_documented_values(tmp_path):
-    """Row 24: 16-bit grey 65535 is 255, transparent red is the background, CMYK and 1-bit have their colours."""
+    """Reliability 24: 16-bit grey 65535 is 255, transparent red the background, CMYK and 1-bit have their colours."""
     ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
     seen = as_trained(tmp_path / "ramp", ramp, "a.png", (16, 16))
     assert seen[0, 0].tolist() == [0, 0, 0] and seen[-1, -1].tolist() == [255] * 3 and len(np.unique(seen)) > 200
@@ -163,7 +163,7 @@ def test_unusual_pixels_have_the_documented_values(tmp_path):
 
 
 def test_exif_turns_a_40x20_picture_and_a_float_picture_is_refused(tmp_path):
-    """Row 24: orientation 6: 40 wide, 20 high becomes 20 wide, 40 high; float pixels have no range."""
+    """Reliability 24: orientation 6: 40 wide, 20 high becomes 20 wide, 40 high; float pixels have no range."""
     exif = Image.Exif()
     exif[0x0112] = 6
     wide = Image.new("RGB", (40, 20), "white")
@@ -176,14 +176,14 @@ def test_exif_turns_a_40x20_picture_and_a_float_picture_is_refused(tmp_path):
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
-    """Row 24: a GIF of two frames."""
+    """Reliability 24: a GIF of two frames."""
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     seen = as_trained(tmp_path / "gif", red, "a.gif", (8, 8), save_all=True, append_images=[blue])
     assert seen[4, 4, 0] > 240 and seen[4, 4, 2] < 15
 
 
 def test_training_and_evaluation_see_the_same_pixels(tmp_path):
-    """Row 24: a picture that EXIF turns goes through `ldm reconstruct` the way that training sees it."""
+    """Reliability 24: a picture that EXIF turns goes through `ldm reconstruct` the way that training sees it."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8))
@@ -193,7 +193,7 @@ def test_training_and_evaluation_see_the_same_pixels(tmp_path):
     assert np.array_equal(trained, np.asarray(decode(tmp_path / "data" / "a.png")))
 
 
-# --- row 25: captions, classes, partners --------------------------------------------------------------------------
+# --- reliability 25: captions, classes, partners ------------------------------------------------------------------
 
 
 def captioned(folder: Path, content: bytes, count: int = 4) -> Path:
@@ -207,7 +207,7 @@ def csv(*captions: str) -> bytes:
 
 
 def test_captions_na_null_and_empty_stay_text_behind_a_bom(tmp_path, ae):
-    """Row 25: a text model trains on them; the preview request holds them as they stand."""
+    """Reliability 25: a text model trains on them; the preview request holds them as they stand."""
     folder = captioned(tmp_path / "data", b"\xef\xbb\xbf" + csv("NA", "null", "", "None"))
     train_ldm(tmp_path / "run", ae, "--condition", "text", data=("--data", folder, "--size", 20), steps=1)
     from ldmcli.core.settings import DataSettings
@@ -225,21 +225,21 @@ def test_captions_na_null_and_empty_stay_text_behind_a_bom(tmp_path, ae):
 
 
 def test_a_caption_of_ten_megabytes_trains(tmp_path, ae):
-    """Row 25: it is cut to the text length, not refused and not loaded into a message."""
+    """Reliability 25: it is cut to the text length, not refused and not loaded into a message."""
     folder = captioned(tmp_path / "data", csv("a " * 5_000_000, "b", "c", "d"))
     ending = train_ldm(tmp_path / "run", ae, "--condition", "text", data=("--data", folder, "--size", 20), steps=1)
     assert len(ending.stderr) < 5000
 
 
 def test_latin_1_is_refused_with_file_and_byte(tmp_path):
-    """Row 25: undecodable text: file and position."""
+    """Reliability 25: undecodable text: file and position."""
     folder = captioned(tmp_path / "data", "file_name,caption\n00.png,caf\xe9\n".encode("latin-1"), 1)
     line = refused(3, *begin(folder, tmp_path / "run"))
     assert "metadata.csv" in line and "byte 28" in line
 
 
 def test_a_picture_without_a_row_and_a_row_without_a_picture_are_both_listed(tmp_path):
-    """Row 25: code 3 with both lists; with --skip-bad both are left out and the rest trains."""
+    """Reliability 25: code 3 with both lists; with --skip-bad both are left out and the rest trains."""
     folder = captioned(tmp_path / "data", csv("a", "b", "c", "d") + b"gone.png,e\n", 5)
     line = refused(3, *begin(folder, tmp_path / "a"))
     assert "gone.png" in line and "04.png" in line and no_step(tmp_path / "a")
@@ -250,7 +250,7 @@ def test_a_picture_without_a_row_and_a_row_without_a_picture_are_both_listed(tmp
 
 
 def test_numeric_class_folders_keep_their_order_and_are_stored_with_the_model(tmp_path, ae):
-    """Row 25: folders 7, 12, 100 are classes 0, 1, 2 in the run and in `sample`; names of files say no split."""
+    """Reliability 25: folders 7, 12, 100 are classes 0, 1, 2 in the run and in `sample`; file names say no split."""
     for name in ("7", "12", "100"):
         noisy_images(tmp_path / "data" / name, 3)
     (tmp_path / "data" / "7" / "00.png").rename(tmp_path / "data" / "7" / "k_test_shirt.png")
@@ -265,7 +265,7 @@ def test_numeric_class_folders_keep_their_order_and_are_stored_with_the_model(tm
 
 @pytest.mark.parametrize("label", [-1, 3])
 def test_a_label_outside_its_classes_is_refused_before_step_1(tmp_path, ae, label):
-    """Row 25: -1 and the number of classes; code 3, naming the row."""
+    """Reliability 25: -1 and the number of classes; code 3, naming the row."""
     import datasets
 
     noisy_images(tmp_path / "pictures", 6)
@@ -292,7 +292,7 @@ def test_a_label_outside_its_classes_is_refused_before_step_1(tmp_path, ae, labe
 
 @pytest.mark.parametrize("option", ["--image-column", "--caption-column", "--label-column"])
 def test_a_column_that_is_not_there_is_refused_with_those_there_are(tmp_path, option):
-    """Row 25: missing column: code 3."""
+    """Reliability 25: missing column: code 3."""
     folder = captioned(tmp_path / "data", csv("a", "b", "c", "d"))
     line = refused(3, *begin(folder, tmp_path / "run", option, "words"))
     assert "words" in line and "caption" in line

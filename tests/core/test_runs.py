@@ -57,11 +57,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-# --- row 9: one writer -----------------------------------------------------------------------------------------
+# --- reliability 9: one writer ---------------------------------------------------------------------------------
 
 
 def test_a_second_command_in_a_running_runs_folder_is_refused_until_the_first_is_dead(tmp_path):
-    """Reliability row 9: code 2, process and host are named, nothing is touched; after `kill -9` the lock is stale."""
+    """Reliability 9: code 2, process and host are named, nothing is touched; after `kill -9` the lock is stale."""
     out = tmp_path / "run"
     first = Command(tmp_path / "log", *arguments(out), env={"LDM_DEBUG_PAUSE": "before rename=600"})
     assert first.until((out / "checkpoints" / ".step-00000001.tmp" / "manifest.json").exists), first.stderr
@@ -77,7 +77,7 @@ def test_a_second_command_in_a_running_runs_folder_is_refused_until_the_first_is
 
 
 def test_of_two_starts_at_the_same_moment_one_trains(tmp_path):
-    """Reliability row 9: a new folder is claimed once."""
+    """Reliability 9: a new folder is claimed once."""
     out = tmp_path / "run"
     both = [
         Command(tmp_path / f"{k}.log", *arguments(out), env={"LDM_DEBUG_PAUSE": "before rename=600"}) for k in range(2)
@@ -90,7 +90,7 @@ def test_of_two_starts_at_the_same_moment_one_trains(tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(tmp_path):
-    """Reliability row 9 (and 7): the same command says so and changes nothing; another one shows old and new."""
+    """Reliability 9 (and 7): the same command says so and changes nothing; another one shows old and new."""
     out = tmp_path / "run"
     assert tiny.ldm(*arguments(out)).code == 0
     before = contents(out)
@@ -107,7 +107,7 @@ def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(tmp_path
 
 
 def test_a_folder_that_holds_other_files_is_not_made_a_run(tmp_path):
-    """Reliability row 9: somebody's photographs are no run folder, with or without --fresh."""
+    """Reliability 9: somebody's photographs are no run folder, with or without --fresh."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
     for more in ((), ("--fresh",)):
@@ -116,7 +116,7 @@ def test_a_folder_that_holds_other_files_is_not_made_a_run(tmp_path):
     assert contents(tmp_path / "photos") == {"cat.png": b"cat"}
 
 
-# --- row 2: a full disk ----------------------------------------------------------------------------------------
+# --- reliability 2: a full disk --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def small_files_only() -> None:
 
 
 def test_a_save_that_does_not_fit_leaves_the_one_before(tmp_path, two_steps):
-    """Reliability row 2, with a file-size limit (`ulimit -f`) and one checkpoint to keep."""
+    """Reliability 2, with a file-size limit (`ulimit -f`) and one checkpoint to keep."""
     command = Command(tmp_path / "log", *arguments(two_steps, "--keep", 1), before=small_files_only)
     assert command.wait() == 6, command.stderr
     line = command.stderr.strip().splitlines()[-1]
@@ -147,7 +147,7 @@ def test_a_save_that_does_not_fit_leaves_the_one_before(tmp_path, two_steps):
 
 
 def test_free_space_is_asked_for_before_step_1(tmp_path, monkeypatch):
-    """Reliability row 2: too small a disk is refused with both numbers before any work is done."""
+    """Reliability 2: too small a disk is refused with both numbers before any work is done."""
     monkeypatch.setattr(files, "free_bytes", lambda path: 50_000)
     ending = tiny.ldm(*arguments(tmp_path / "run"))
     assert ending.code == 6 and "are needed and 48.8 KiB are free" in ending.line
@@ -155,7 +155,7 @@ def test_free_space_is_asked_for_before_step_1(tmp_path, monkeypatch):
 
 
 def test_free_space_is_asked_for_before_each_save(tmp_path, two_steps, monkeypatch):
-    """Reliability row 2: the disk filled up since the start; what was saved stands, and nothing is left over."""
+    """Reliability 2: the disk filled up since the start; what was saved stands, and nothing is left over."""
     free = files.free_bytes
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000 if path.name == "checkpoints" else free(path))
     ending = tiny.ldm(*arguments(two_steps, "--keep", 1))
@@ -165,7 +165,7 @@ def test_free_space_is_asked_for_before_each_save(tmp_path, two_steps, monkeypat
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "00000002.png", "stats.json"])
 def test_whatever_file_the_disk_has_no_room_for_the_command_ends_with_code_6(name, tmp_path, monkeypatch):
-    """Reliability row 2: log, weights, preview and statistics end a training as a checkpoint does."""
+    """Reliability 2: log, weights, preview and statistics end a training as a checkpoint does."""
     import builtins
     import errno
 
@@ -226,12 +226,12 @@ def test_a_read_only_disk_is_refused_by_name(tmp_path, monkeypatch):
     assert ending.code == 2 and "cannot be written" in ending.line and "Read-only" in ending.line
 
 
-# --- row 28: little data ---------------------------------------------------------------------------------------
+# --- reliability 28: little data -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows, batch", [(3, 4), (1, 4), (10, 3)])
 def test_too_few_rows_for_a_batch_or_steps_for_an_epoch_train_all_the_same(rows, batch, tmp_path):
-    """Reliability row 28: the next epoch fills the batch, and two steps are two steps."""
+    """Reliability 28: the next epoch fills the batch, and two steps are two steps."""
     out = tmp_path / "run"
     assert tiny.ldm(*arguments(out, "--batch-size", batch, rows=rows, steps=2)).code == 0
     assert [line["images"] for line in tiny.log(out) if "lr_factor" in line] == [batch, 2 * batch]
@@ -239,7 +239,7 @@ def test_too_few_rows_for_a_batch_or_steps_for_an_epoch_train_all_the_same(rows,
 
 
 def test_one_row_on_four_processes_trains(tmp_path):
-    """Reliability row 28: nobody is left without a sample, nobody waits for ever."""
+    """Reliability 28: nobody is left without a sample, nobody waits for ever."""
     out = tmp_path / "run"
     four = ranks(tmp_path, 4, *arguments(out, "--batch-size", 4, rows=1, steps=2))
     assert [command.wait() for command in four] == [0, 0, 0, 0], four[0].stderr
@@ -247,7 +247,7 @@ def test_one_row_on_four_processes_trains(tmp_path):
 
 
 def test_fewer_samples_than_processes_are_refused(tmp_path):
-    """Reliability row 28: all processes end before step 1, with the numbers."""
+    """Reliability 28: all processes end before step 1, with the numbers."""
     four = ranks(tmp_path, 4, *arguments(tmp_path / "run", "--batch-size", 3))
     assert [command.wait() for command in four] == [2, 2, 2, 2]
     assert "fewer samples than processes (4)" in four[0].stderr
@@ -256,7 +256,7 @@ def test_fewer_samples_than_processes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("trainer", ["train-ae", "train-ldm"])
 def test_no_rows_end_before_step_1_with_code_3(trainer, tmp_path):
-    """Reliability row 28: never success after no step."""
+    """Reliability 28: never success after no step."""
     (tmp_path / "none").mkdir()
     own = ("--autoencoder", "none", *tiny.UNET) if trainer == "train-ldm" else tiny.AE_NETWORK
     ending = tiny.ldm(trainer, "--data", tmp_path / "none", "--size", 16, *own, *LOOP, "--out", tmp_path / "run")
@@ -265,6 +265,6 @@ def test_no_rows_end_before_step_1_with_code_3(trainer, tmp_path):
 
 
 def test_no_steps_are_refused(tmp_path):
-    """Reliability row 28: --steps 0 is a slip, not a success."""
+    """Reliability 28: --steps 0 is a slip, not a success."""
     ending = tiny.ldm(*arguments(tmp_path / "run", steps=0))
     assert ending.code == 2 and "steps" in ending.line

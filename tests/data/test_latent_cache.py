@@ -1,4 +1,4 @@
-"""Cached latents are those that the encoder would give now: reliability row 27 through `ldm train-ldm`."""
+"""Cached latents are those that the encoder would give now: reliability 27 through `ldm train-ldm`."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def rows_of(run: Path) -> int:
 
 
 def test_a_second_run_finds_all_latents_of_the_first(ae, folder, tmp_path, encoded):
-    """Row 27: two runs share the cache; the second encodes nothing and learns the same."""
+    """Reliability 27: two runs share the cache; the second encodes nothing and learns the same."""
     train(tmp_path, "one", ae, folder)
     assert sum(encoded) == rows_of(tmp_path / "one")
     ending = train(tmp_path, "two", ae, folder)
@@ -74,7 +74,7 @@ def test_a_second_run_finds_all_latents_of_the_first(ae, folder, tmp_path, encod
 
 
 def test_pixels_that_change_behind_the_same_name_size_and_time_are_encoded_again(ae, folder, tmp_path, encoded):
-    """Row 27: only the changed picture misses."""
+    """Reliability 27: only the changed picture misses."""
     train(tmp_path, "one", ae, folder, "--set", "data.val_fraction=0.05")
     del encoded[:]
     for path in sorted(folder.iterdir()):
@@ -92,7 +92,7 @@ def test_pixels_that_change_behind_the_same_name_size_and_time_are_encoded_again
 
 
 def test_another_first_stage_size_resize_or_dtype_misses(ae, folder, tmp_path, encoded):
-    """Row 27: the key holds the autoencoder's fingerprint and the preprocessing."""
+    """Reliability 27: the key holds the autoencoder's fingerprint and the preprocessing."""
     train_ae(tmp_path / "other", "--seed", 1)
     train(tmp_path, "one", ae, folder)
     whole = rows_of(tmp_path / "one")
@@ -110,7 +110,7 @@ def test_another_first_stage_size_resize_or_dtype_misses(ae, folder, tmp_path, e
 
 
 def test_posterior_noise_is_drawn_anew_at_every_visit(ae, folder, tmp_path, objectives):
-    """Row 27: mean and log-variance are stored, so an image never has one latent for ever."""
+    """Reliability 27: mean and log-variance are stored, so an image never has one latent for ever."""
     train(tmp_path, "run", ae, folder, "--batch-size", 11, steps=1)
     (objective,) = objectives
     batches = [objective.batch(step) for step in range(2)]
@@ -124,7 +124,7 @@ def test_posterior_noise_is_drawn_anew_at_every_visit(ae, folder, tmp_path, obje
 
 
 def test_flips_still_act_on_cached_latents(ae, folder, tmp_path, objectives):
-    """Row 27: both mirror images are stored: an image comes as either, each is what the encoder makes of it."""
+    """Reliability 27: both mirror images are stored: an image comes as either, each is what the encoder makes of it."""
     train(tmp_path, "run", ae, folder, "--flip", "--batch-size", 11, steps=1)
     (objective,) = objectives
     seen: dict[int, set] = {}
@@ -140,7 +140,7 @@ def test_flips_still_act_on_cached_latents(ae, folder, tmp_path, objectives):
 
 
 def test_without_the_cache_the_same_is_learned(ae, folder, tmp_path):
-    """Row 27: losses with and without cache agree, flips and posterior noise on."""
+    """Reliability 27: losses with and without cache agree, flips and posterior noise on."""
     more = (*ADAM, "--flip", "--log-every", 1)
     train(tmp_path, "with", ae, folder, *more, steps=3)
     train(tmp_path, "without", ae, folder, *more, "--no-cache", steps=3)
@@ -157,7 +157,7 @@ def test_without_the_cache_the_same_is_learned(ae, folder, tmp_path):
 
 @pytest.mark.parametrize("asked", [(), ("--cache",), ("--set", "data.cache=true")])
 def test_random_crops_turn_the_cache_off_and_say_so(asked, ae, folder, tmp_path, objectives):
-    """Row 27: a cache would freeze the crops. They win, also over a cache that was asked for by name."""
+    """Reliability 27: a cache would freeze the crops. They win, also over a cache that was asked for by name."""
     ending = train(tmp_path, "run", ae, folder, "--crop", "random", *asked)
     assert ending.stderr.count("latents are not cached: random crops") == 1
     assert objectives[0].cache is None and not list((tmp_path / "cache").rglob("*.npy"))
@@ -178,7 +178,7 @@ def test_a_run_of_cached_latents_goes_on_and_one_of_random_crops_as_well(ae, fol
 
 
 def test_an_array_without_its_list_and_a_cut_one_are_never_read(ae, folder, tmp_path, encoded):
-    """Row 27: what a kill leaves behind (array written, list not; or damage) counts as missing and is made again."""
+    """Reliability 27: what a kill leaves behind (an array without its list, damage) is missing and made again."""
     train(tmp_path, "one", ae, folder)
     (array,), (listing,) = (list((tmp_path / "cache").rglob(f"*.{kind}")) for kind in ("npy", "json"))
     whole, names = array.read_bytes(), listing.read_text()
@@ -197,7 +197,7 @@ def test_an_array_without_its_list_and_a_cut_one_are_never_read(ae, folder, tmp_
 def test_a_stop_while_encoding_keeps_whole_entries_and_the_next_start_makes_the_rest(
     ae, folder, tmp_path, monkeypatch, encoded
 ):
-    """Row 27: a signal between two batches of the encoder ends with its code; no half entry stands or is read."""
+    """Reliability 27: a signal between two batches of the encoder ends with its code; no half entry is read."""
     import signal
 
     encode = DiffusionObjective._encode_rows

@@ -62,11 +62,11 @@ def sample(model: Path, out: Path, *more, code: int = 0):
     return ending
 
 
-# --- row 18: objective and schedule are the model's ---------------------------------------------------------------
+# --- reliability 18: objective and schedule are the model's -------------------------------------------------------
 
 
 def test_objective_and_schedule_come_from_the_run(v_model):
-    """Row 18: nothing of them stands on the command line of use."""
+    """Reliability 18: nothing of them stands on the command line of use."""
     model = ldmcli.load(v_model)
     assert (model.schedule.prediction, model.schedule.timesteps) == ("v", 20)
     steps = torch.arange(21, dtype=torch.float64) / 20
@@ -80,7 +80,7 @@ def test_objective_and_schedule_come_from_the_run(v_model):
     "flag", [("--prediction", "eps"), ("--schedule", "linear"), ("--set", "diffusion.prediction=eps")]
 )
 def test_a_contradicting_objective_or_schedule_is_code_2(v_model, tmp_path, flag):
-    """Row 18: `sample` has no option that could contradict the checkpoint."""
+    """Reliability 18: `sample` has no option that could contradict the checkpoint."""
     ending = sample(v_model, tmp_path / "out", *flag, code=2)
     assert ending.line.startswith("ldm: no such option") and flag[0] in ending.line
 
@@ -88,13 +88,13 @@ def test_a_contradicting_objective_or_schedule_is_code_2(v_model, tmp_path, flag
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 7, 20])
 def test_any_number_of_steps_up_to_all_timesteps_draws(v_model, tmp_path, sampler, steps):
-    """Row 18: 7 does not divide T = 20, 20 is all of them; every sampler, with η = 1 where it reads it."""
+    """Reliability 18: 7 does not divide T = 20, 20 is all of them; every sampler, with η = 1 where it reads it."""
     sample(v_model, tmp_path / "out", "-n", 2, "--steps", steps, "--sampler", sampler, "--eta", 1)
     assert len(pictures(tmp_path / "out")) == 2
 
 
 def test_odd_step_counts_visit_the_first_and_the_last_timestep(v_model, tmp_path, monkeypatch):
-    """Row 18: the timesteps that the network is asked at run from T - 1 down to 0."""
+    """Reliability 18: the timesteps that the network is asked at run from T - 1 down to 0."""
     asked = []
     predict = DiffusionModel.predict
     monkeypatch.setattr(
@@ -106,13 +106,13 @@ def test_odd_step_counts_visit_the_first_and_the_last_timestep(v_model, tmp_path
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_more_steps_than_timesteps_are_code_2(v_model, tmp_path, sampler):
-    """Row 18: said before anything is drawn, with the number that is possible."""
+    """Reliability 18: said before anything is drawn, with the number that is possible."""
     ending = sample(v_model, tmp_path / "out", "-n", 1, "--steps", 21, "--sampler", sampler, code=2)
     assert "21" in ending.line and "20" in ending.line
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-# --- row 19: guidance ---------------------------------------------------------------------------------------------
+# --- reliability 19: guidance -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_temperature_scales_the_noise_that_is_drawn(text_model):
 
 
 def test_guidance_1_is_the_conditional_model_bit_for_bit_in_one_call_a_step(text_model, asked):
-    """Row 19: no second half is computed, and nothing is added and taken away again."""
+    """Reliability 19: no second half is computed, and nothing is added and taken away again."""
     model = ldmcli.load(text_model)
     guided = draw(model, guidance=1.0)
     assert asked == [3] * 4
@@ -158,7 +158,7 @@ def test_guidance_1_is_the_conditional_model_bit_for_bit_in_one_call_a_step(text
 
 
 def test_guidance_0_is_the_unconditional_model(text_model, asked):
-    """Row 19: the prompt makes no difference, and the network is called once a step."""
+    """Reliability 19: the prompt makes no difference, and the network is called once a step."""
     model = ldmcli.load(text_model)
     assert torch.equal(draw(model, guidance=0.0), draw(model, "a blue square", guidance=0.0))
     assert asked == [3] * 8
@@ -166,7 +166,7 @@ def test_guidance_0_is_the_unconditional_model(text_model, asked):
 
 
 def test_guidance_pushes_every_latent_channel_away_from_the_null(text_model, asked):
-    """Row 19: ε_u + s (ε_c − ε_u) on all channels, both halves in one call of twice the batch."""
+    """Reliability 19: ε_u + s (ε_c − ε_u) on all channels, both halves in one call of twice the batch."""
     model = ldmcli.load(text_model)
     from ldmcli.diffusion.sample import Guidance, denoiser
 
@@ -187,7 +187,7 @@ def test_guidance_pushes_every_latent_channel_away_from_the_null(text_model, ask
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(text_model):
-    """Row 19: an empty negative prompt changes nothing, another one does."""
+    """Reliability 19: an empty negative prompt changes nothing, another one does."""
     model = ldmcli.load(text_model)
     usual = draw(model, guidance=7.5)
     assert torch.equal(usual, draw(model, guidance=7.5, negative_prompt=""))
@@ -198,7 +198,7 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(text_model):
 
 
 def test_a_negative_prompt_at_guidance_1_is_warned_about_and_changes_nothing(text_model, tmp_path):
-    """Row 19: one warning that it has no effect."""
+    """Reliability 19: one warning that it has no effect."""
     asked = ("--prompt", "a red circle", "--steps", 3, "--guidance", 1)
     plain = sample(text_model, tmp_path / "plain", *asked)
     warned = sample(text_model, tmp_path / "negative", *asked, "--negative-prompt", "a blue square")
@@ -208,7 +208,7 @@ def test_a_negative_prompt_at_guidance_1_is_warned_about_and_changes_nothing(tex
 
 
 def test_guidance_of_a_model_trained_without_dropout_is_warned_about(class_model, text_model, tmp_path):
-    """Row 19: it has never seen the null; guidance 1 is fine and silent."""
+    """Reliability 19: it has never seen the null; guidance 1 is fine and silent."""
     asked = ("--class", "square", "--steps", 2)
     assert "trained without condition dropout" in sample(class_model, tmp_path / "3", *asked, "--guidance", 3).stderr
     assert "warning" not in sample(class_model, tmp_path / "1", *asked, "--guidance", 1).stderr
@@ -216,7 +216,7 @@ def test_guidance_of_a_model_trained_without_dropout_is_warned_about(class_model
     assert "warning" not in ending.stderr
 
 
-# --- row 21: a picture depends on seed and number -----------------------------------------------------------------
+# --- reliability 21: a picture depends on seed and number ---------------------------------------------------------
 
 
 def assert_same_pictures(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
@@ -231,7 +231,7 @@ def assert_same_pictures(found: list[np.ndarray], expected: list[np.ndarray]) ->
     ids=["dpm++", "ddim, eta 1", "ddpm"],
 )
 def test_sample_k_is_the_same_for_batch_1_3_and_16(text_model, tmp_path, drawn):
-    """Row 21: latents 3x5x5, deterministic and ancestral, with guidance; and the first 16 of 20 are those of 16."""
+    """Reliability 21: latents 3x5x5, deterministic and ancestral, guided; the first 16 of 20 are those of 16."""
     asked = ("--prompt", "a red circle", "--prompt", "a blue star", "--seed", 5, "--steps", 4, *drawn)
     sample(text_model, tmp_path / "16", *asked, "-n", 8, "--batch-size", 16)
     whole = pictures(tmp_path / "16")
@@ -244,7 +244,7 @@ def test_sample_k_is_the_same_for_batch_1_3_and_16(text_model, tmp_path, drawn):
 
 
 def test_each_picture_says_its_seed_and_number(text_model, tmp_path):
-    """Row 21: prompt, seed, number and settings of an image are in its metadata."""
+    """Reliability 21: prompt, seed, number and settings of an image are in its metadata."""
     ending = sample(
         text_model,
         tmp_path / "out",

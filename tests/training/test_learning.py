@@ -54,11 +54,11 @@ def spoil(monkeypatch, objective, steps, network_input):
     monkeypatch.setattr(objective, "batch", batch)
 
 
-# --- row 11: NaN and Inf ------------------------------------------------------------------------------------------
+# --- reliability 11: NaN and Inf ----------------------------------------------------------------------------------
 
 
 def test_a_nan_batch_leaves_weights_average_and_optimiser_as_they_were(ae, tmp_path, monkeypatch):
-    """Row 11: the step is not applied, its samples are named, and the run goes on."""
+    """Reliability 11: the step is not applied, its samples are named, and the run goes on."""
     train_ldm(tmp_path / "whole", ae, *ADAM, steps=2)
     spoil(monkeypatch, DiffusionObjective, {2}, "noise")
     ending = train_ldm(tmp_path / "spoiled", ae, *ADAM, steps=3)
@@ -70,7 +70,7 @@ def test_a_nan_batch_leaves_weights_average_and_optimiser_as_they_were(ae, tmp_p
 
 
 def test_nan_in_every_step_ends_with_code_5_and_the_last_good_checkpoint_stands(ae, tmp_path, monkeypatch):
-    """Row 11: after K in a row exit 5 with a diagnosis file; the state says diverged; what was saved still loads."""
+    """Reliability 11: K in a row end with code 5 and a diagnosis file; the state says diverged; what was saved loads."""
     spoil(monkeypatch, DiffusionObjective, range(2, 99), "noise")
     more = ("--save-every", 2, "--set", "train.max_bad_steps=3")
     ending = train_ldm(tmp_path / "run", ae, *more, steps=20, code=5)
@@ -84,7 +84,7 @@ def test_nan_in_every_step_ends_with_code_5_and_the_last_good_checkpoint_stands(
 
 
 def test_a_learning_rate_of_a_million_writes_no_weight_that_is_not_finite(ae, tmp_path):
-    """Row 11: whatever such a run does, code 0 or 5, nothing that is NaN or Inf is ever stored."""
+    """Reliability 11: whatever such a run does, code 0 or 5, nothing that is NaN or Inf is ever stored."""
     ending = ldm(
         "train-ldm",
         "--autoencoder",
@@ -117,7 +117,7 @@ def test_a_learning_rate_of_a_million_writes_no_weight_that_is_not_finite(ae, tm
 
 
 def test_weights_that_are_not_finite_are_never_saved_over_good_ones(ae, tmp_path, monkeypatch):
-    """Row 11: weights spoiled behind the loop's back end the run with code 5 before they reach a checkpoint."""
+    """Reliability 11: weights spoiled behind the loop's back end the run with code 5 before they reach a checkpoint."""
 
     def after_update(self, step):
         if step == 3:
@@ -133,7 +133,7 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(ae, tmp_path
 
 
 def test_a_discriminator_update_that_is_refused_does_not_hold_back_the_average(tmp_path, monkeypatch):
-    """Row 11, 15: the average follows each applied update of the autoencoder, whatever becomes of the discriminator."""
+    """Reliability 11, 15: the average follows each update of the autoencoder, whatever the discriminator does."""
     from ldmcli.training import autoencoder
 
     more = (*DISCRIMINATOR, "--set", "loss.disc_start=1")
@@ -158,7 +158,7 @@ def spoil_one_process() -> None:
 
 
 def test_a_bad_batch_on_one_process_stops_the_step_on_both(ae, tmp_path):
-    """Row 11: all processes take the same decision, so training goes on with equal weights."""
+    """Reliability 11: all processes take the same decision, so training goes on with equal weights."""
     args = [
         "train-ldm",
         "--autoencoder",
@@ -184,7 +184,7 @@ def test_a_bad_batch_on_one_process_stops_the_step_on_both(ae, tmp_path):
     assert len(json.loads((tmp_path / "run" / "bad-batch.json").read_text())["rows"]) == 4
 
 
-# --- row 12: one loss term at a time ------------------------------------------------------------------------------
+# --- reliability 12: one loss term at a time ----------------------------------------------------------------------
 
 
 def moved(before: dict, after: dict, part: str) -> bool:
@@ -211,14 +211,14 @@ def parts_moved(tmp_path, *more, parts=("autoencoder.encoder", "autoencoder.deco
 
 @pytest.mark.parametrize("term", ["l1", "l2", "edge"])
 def test_a_pixel_term_alone_changes_encoder_and_decoder(tmp_path, term):
-    """Row 12: one reconstruction term, all others 0."""
+    """Reliability 12: one reconstruction term, all others 0."""
     changed, lines = parts_moved(tmp_path, *NO_RECONSTRUCTION, "--set", f"loss.{term}=1", steps=(1, 2))
     assert changed == [True, True]
     assert lines[0]["grad_nll"] > 0
 
 
 def test_a_perceptual_term_alone_changes_encoder_and_decoder(tmp_path):
-    """Row 12: the perceptual distance has a gradient, and its norm is in the log."""
+    """Reliability 12: the perceptual distance has a gradient, and its norm is in the log."""
     backbone = squeezenet(tmp_path / "backbone.safetensors")
     changed, lines = parts_moved(
         tmp_path,
@@ -236,7 +236,7 @@ def test_a_perceptual_term_alone_changes_encoder_and_decoder(tmp_path):
 
 
 def test_an_adversarial_term_alone_changes_the_autoencoder_once_the_discriminator_starts(tmp_path):
-    """Row 12: before its start neither moves; after it both do, at a finite weight, with the norm in the log."""
+    """Reliability 12: before its start neither moves; after it both do, at a finite weight, norm in the log."""
     more = (*NO_RECONSTRUCTION, *DISCRIMINATOR)
     parts = ("autoencoder.encoder", "autoencoder.decoder", "discriminator.")
     before, _ = parts_moved(tmp_path / "before", *more, parts=parts, steps=(2, 4))
@@ -247,7 +247,7 @@ def test_an_adversarial_term_alone_changes_the_autoencoder_once_the_discriminato
 
 
 def test_the_discriminator_stands_still_before_its_start_and_moves_after_it(tmp_path):
-    """Row 12: with reconstruction terms beside it the adaptive weight is finite and logged."""
+    """Reliability 12: with reconstruction terms beside it the adaptive weight is finite and logged."""
     standing, _ = parts_moved(tmp_path / "before", *DISCRIMINATOR, parts=("discriminator.",), steps=(1, 4))
     moving, lines = parts_moved(tmp_path / "after", *DISCRIMINATOR, parts=("discriminator.",), steps=(4, 8))
     assert standing == [False] and moving == [True]
@@ -257,7 +257,7 @@ def test_the_discriminator_stands_still_before_its_start_and_moves_after_it(tmp_
 
 
 def test_the_kl_term_alone_changes_the_encoder(tmp_path):
-    """Row 12: the regulariser of a KL model reaches the encoder (the decoder has no part in it)."""
+    """Reliability 12: the regulariser of a KL model reaches the encoder (the decoder has no part in it)."""
     more = ("--set", "loss.l1=0", "--set", "loss.l2=0", "--set", "loss.edge=1e-30", "--set", "loss.kl_weight=100")
     changed, lines = parts_moved(tmp_path, *more, parts=("autoencoder.encoder",), steps=(1, 2))
     assert changed == [True]
@@ -265,7 +265,7 @@ def test_the_kl_term_alone_changes_the_encoder(tmp_path):
 
 
 def test_vq_training_logs_the_use_of_its_codebook_and_moves_the_codes(tmp_path):
-    """Row 12: used share and perplexity stand in the log; the codebook term reaches the codes."""
+    """Reliability 12: used share and perplexity stand in the log; the codebook term reaches the codes."""
     more = ("--reg", "vq", "--codebook-size", 32)
     changed, lines = parts_moved(tmp_path, *more, parts=("autoencoder.quantize", "autoencoder.encoder"), steps=(1, 2))
     assert changed == [True, True]
@@ -284,7 +284,7 @@ def test_codes_that_nobody_uses_are_revived(tmp_path):
     assert int((books[0] != books[1]).any(dim=1).sum()) == max(counts)
 
 
-# --- row 14: the batch is the batch -------------------------------------------------------------------------------
+# --- reliability 14: the batch is the batch -----------------------------------------------------------------------
 
 
 def distance(a: dict, b: dict) -> float:
@@ -316,8 +316,8 @@ def twelve(out: Path, ae: Path, *more) -> dict:
 
 
 def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path):
-    """Row 14: 12 x 1, 4 x 3 accumulated and 2 processes x 3 x 2 end at the same weights and learning rates; a log line
-    is an optimiser update. 20 rows in batches of 12: epochs end inside an update."""
+    """Reliability 14: 12 x 1, 4 x 3 accumulated and 2 processes x 3 x 2 end at the same weights and rates; a log line is an
+    optimiser update. 20 rows in batches of 12: epochs end inside an update."""
     whole = twelve(tmp_path / "whole", ae)
     parts = twelve(tmp_path / "parts", ae, "--micro-batch", 4)
     odd = twelve(tmp_path / "odd", ae, "--micro-batch", 5)
@@ -368,12 +368,12 @@ def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path):
     assert counts == {5}
 
 
-# --- row 15: the average ------------------------------------------------------------------------------------------
+# --- reliability 15: the average ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("half, pays", [(1.0, True), (1.9, False)])
 def test_bfloat16_is_taken_where_a_product_takes_less_time(monkeypatch, half, pays):
-    """Row 15: `auto` on a CPU goes by what a product takes, and by the instruction that it needs."""
+    """Reliability 15: `auto` on a CPU goes by what a product takes, and by the instruction that it needs."""
     seconds = {torch.bfloat16: half, torch.float32: 2.0}
     monkeypatch.setattr(optimizer, "_product_seconds", seconds.get)
     optimizer.bf16_is_fast.cache_clear()
@@ -392,7 +392,7 @@ def averaged(ae, tmp_path_factory) -> Path:
 
 
 def test_average_and_trained_weights_are_float32_on_disk_and_have_moved(averaged, ae, tmp_path):
-    """Row 15: bf16 is the format of the arithmetic, never of what is kept."""
+    """Reliability 15: bf16 is the format of the arithmetic, never of what is kept."""
     stored = checkpoint(averaged)
     train_ldm(tmp_path / "start", ae, *ADAM, "--mixed-precision", "bf16", "--batch-size", 2, steps=1)
     start = checkpoint(tmp_path / "start")
@@ -406,7 +406,7 @@ def test_average_and_trained_weights_are_float32_on_disk_and_have_moved(averaged
 
 
 def test_sample_takes_the_average_unless_told_and_names_which(averaged, tmp_path):
-    """Row 15: raw and averaged weights give different pictures, and the document and each picture say which."""
+    """Reliability 15: raw and averaged weights give different pictures, and the document and each picture say which."""
     asked = ("sample", "--model", averaged, "-n", 2, "--steps", 3, "--json")
     usual = ldm(*asked, "--out", tmp_path / "usual")
     raw = ldm(*asked, "--weights", "raw", "--out", tmp_path / "raw")
@@ -419,7 +419,7 @@ def test_sample_takes_the_average_unless_told_and_names_which(averaged, tmp_path
 
 
 def test_without_the_averaged_weights_sample_ends_with_code_4(averaged, tmp_path):
-    """Row 15: a missing average is refused, never replaced in silence; so is raw without a checkpoint."""
+    """Reliability 15: a missing average is refused, never replaced in silence; so is raw without a checkpoint."""
     import shutil
 
     copy = tmp_path / "copy"
@@ -434,7 +434,7 @@ def test_without_the_averaged_weights_sample_ends_with_code_4(averaged, tmp_path
 
 
 def test_a_checkpoint_without_its_average_is_not_gone_on_from(averaged, tmp_path):
-    """Row 15: a deleted ema.safetensors makes a checkpoint incomplete: it is named, never filled up."""
+    """Reliability 15: a deleted ema.safetensors makes a checkpoint incomplete: it is named, never filled up."""
     import shutil
 
     copy = tmp_path / "copy"
@@ -444,7 +444,7 @@ def test_a_checkpoint_without_its_average_is_not_gone_on_from(averaged, tmp_path
     assert ending.code == 4 and "ema.safetensors is missing" in ending.stderr
 
 
-# --- row 17: the scale of the latents -----------------------------------------------------------------------------
+# --- reliability 17: the scale of the latents ---------------------------------------------------------------------
 
 
 def sorted_images(folder: Path) -> Path:
@@ -459,8 +459,8 @@ def sorted_images(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["per_channel", "global"])
 def test_latents_as_trained_on_have_unit_spread_whatever_the_first_stage_gives(ae, tmp_path, kind):
-    """Row 17: a first stage with std 10 and data that begins all black; the scale counts every image, is stored, and
-    use takes it from the run."""
+    """Reliability 17: a first stage with std 10 and data that begins all black; the scale counts every image, is
+    stored, and use takes it from the run."""
     import shutil
 
     import ldmcli
@@ -490,7 +490,7 @@ def test_latents_as_trained_on_have_unit_spread_whatever_the_first_stage_gives(a
 
 
 def test_a_run_refuses_another_first_stage_than_it_was_trained_with(ae, tmp_path):
-    """Row 17: the autoencoder is known by its fingerprint, in use and when training goes on."""
+    """Reliability 17: the autoencoder is known by its fingerprint, in use and when training goes on."""
     import shutil
 
     other = tmp_path / "other"
@@ -504,7 +504,7 @@ def test_a_run_refuses_another_first_stage_than_it_was_trained_with(ae, tmp_path
     assert ending.code == 4 and "not the autoencoder that this model was trained with" in ending.line
 
 
-# --- row 20: looking changes nothing ------------------------------------------------------------------------------
+# --- reliability 20: looking changes nothing ----------------------------------------------------------------------
 
 DROPOUT = ("--set", "diffusion.dropout=0.5", "--condition", "class", "--set", "sample.n=4", "--set", "sample.steps=3")
 
@@ -518,13 +518,13 @@ def looked_at(ae, tmp_path_factory) -> Path:
 
 
 def test_previews_and_evaluations_leave_the_weights_as_they_were(looked_at, ae, tmp_path):
-    """Row 20: with dropout 0.5, previews at every step or none: equal weights, bit for bit."""
+    """Reliability 20: with dropout 0.5, previews at every step or none: equal weights, bit for bit."""
     train_ldm(tmp_path / "unseen", ae, *DROPOUT, steps=4)
     assert same(checkpoint(looked_at), checkpoint(tmp_path / "unseen"))
 
 
 def test_training_with_dropout_goes_on_exactly_where_it_was(looked_at, ae, tmp_path):
-    """Row 20: the numbers of dropout, too, follow from the seed and the step."""
+    """Reliability 20: the numbers of dropout, too, follow from the seed and the step."""
     train_ldm(tmp_path / "run", ae, *DROPOUT, steps=2)
     torch.manual_seed(99)
     train_ldm(tmp_path / "run", ae, *DROPOUT, steps=4)
@@ -532,7 +532,7 @@ def test_training_with_dropout_goes_on_exactly_where_it_was(looked_at, ae, tmp_p
 
 
 def test_a_preview_is_what_sample_gives(looked_at, tmp_path):
-    """Row 20: the run's own grid and `ldm sample` with its seed and classes are the same picture."""
+    """Reliability 20: the run's own grid and `ldm sample` with its seed and classes are the same picture."""
     request = json.loads((looked_at / "stats.json").read_text())["preview"]["classes"]
     args = [part for value in request for part in ("--class", value)]
     ending = ldm("sample", "--model", looked_at, *args, "--out", tmp_path / "out")
@@ -648,7 +648,7 @@ def test_a_condition_that_is_dropped_is_its_null_and_the_others_stay(told, kind)
 
 
 def test_a_condition_is_dropped_in_a_tenth_of_ten_thousand_draws(ae, tmp_path, monkeypatch):
-    """Row 19: the measured drop rate of the batches that training sees is 10 ± 1 %, each kind for itself."""
+    """Reliability 19: the measured drop rate of the batches that training sees is 10 ± 1 %, each kind for itself."""
     kept = {}
     whole = DiffusionObjective.batch
 

@@ -127,12 +127,12 @@ def newest_step(folder: Path) -> int:
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
-# --- row 1: killed ---------------------------------------------------------------------------------------------
+# --- reliability 1: killed -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_killed_ten_times_at_random_moments_ends_as_if_it_had_not_been(trainer, tmp_path, arguments, reference):
-    """Reliability row 1: each restart goes on at most one save back, and there is always a whole checkpoint."""
+    """Reliability 1: each restart goes on at most one save back, and there is always a whole checkpoint."""
     out, chance = tmp_path / "run", random.Random(trainer)
     line = arguments(trainer, out, "--save-every", 1, "--keep", 20)
     for attempt in range(10):
@@ -176,7 +176,7 @@ def seconds_of(pid: int) -> float:
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("point", ["after first", "before manifest", "before rename"])
 def test_a_kill_inside_the_write_of_a_checkpoint_leaves_the_one_before(trainer, point, tmp_path, arguments, reference):
-    """Reliability row 1: the unfinished folder is named in one warning, removed, and the step before goes on."""
+    """Reliability 1: the unfinished folder is named in one warning, removed, and the step before goes on."""
     out = cut_back(reference[trainer], tmp_path / "run", 17)
     marker = {
         "after first": f"{MAIN[trainer]}.safetensors",
@@ -199,7 +199,7 @@ def test_a_kill_inside_the_write_of_a_checkpoint_leaves_the_one_before(trainer, 
 
 
 def test_kill_minus_9_of_the_whole_process_group_of_a_command_loses_one_save_at_most(tmp_path, arguments, reference):
-    """Reliability row 1, through `python -m ldmcli` as a shell starts it."""
+    """Reliability 1, through `python -m ldmcli` as a shell starts it."""
     out = tmp_path / "run"
     line = arguments("train-ae", out, "--save-every", 1, "--keep", 20)
     with open(tmp_path / "log", "w") as log:
@@ -219,7 +219,7 @@ def test_kill_minus_9_of_the_whole_process_group_of_a_command_loses_one_save_at_
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_a_clean_log(tmp_path, arguments, reference):
-    """Reliability row 1: what an attempt without a checkpoint logged is not counted twice."""
+    """Reliability 1: what an attempt without a checkpoint logged is not counted twice."""
     out = tmp_path / "run"
     command = Command(tmp_path / "log", *arguments("train-ae", out))
     command.until(lambda: whole_lines(out) >= 2)
@@ -232,7 +232,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_a_clean_log(t
 
 @pytest.mark.parametrize("left", [[], [".lock", ".config.toml.77.tmp"], [".lock", ".run.json.77.tmp", "tokenizer"]])
 def test_what_a_kill_before_the_first_file_leaves_is_not_taken_for_somebody_elses(left, tmp_path, arguments):
-    """Reliability row 1: a start that was killed in its first moments can be repeated in the same folder."""
+    """Reliability 1: a start that was killed in its first moments can be repeated in the same folder."""
     out = tmp_path / "run"
     out.mkdir()
     for name in left:
@@ -242,7 +242,7 @@ def test_what_a_kill_before_the_first_file_leaves_is_not_taken_for_somebody_else
 
 
 def test_run_json_is_the_first_file_of_a_run(tmp_path, arguments, monkeypatch):
-    """Reliability row 1: killed anywhere after the first file, the folder is known as a run."""
+    """Reliability 1: killed anywhere after the first file, the folder is known as a run."""
     from ldmcli.core import files
 
     out, written, whole = tmp_path / "run", [], files.write_bytes
@@ -252,7 +252,7 @@ def test_run_json_is_the_first_file_of_a_run(tmp_path, arguments, monkeypatch):
 
 
 def test_fresh_that_is_killed_half_way_leaves_a_run_that_begins_anew(tmp_path, arguments, reference, monkeypatch):
-    """Reliability row 1 and 9: `run.json` goes last and no longer promises a finished run."""
+    """Reliability 1 and 9: `run.json` goes last and no longer promises a finished run."""
     out = cut_back(reference["train-ae"], tmp_path / "run", 20)
     unlink = Path.unlink
 
@@ -269,7 +269,7 @@ def test_fresh_that_is_killed_half_way_leaves_a_run_that_begins_anew(tmp_path, a
     assert_same_run(out, reference["train-ae"])
 
 
-# --- row 3: damaged --------------------------------------------------------------------------------------------
+# --- reliability 3: damaged ------------------------------------------------------------------------------------
 
 
 def flip_a_byte(path: Path) -> None:
@@ -289,7 +289,7 @@ def cut_the_tail(path: Path) -> None:
 def test_a_damaged_checkpoint_is_found_by_its_hashes_and_the_one_before_goes_on(
     name, damage, tmp_path, arguments, reference
 ):
-    """Reliability row 3: a flipped byte or a cut tail in any file of the newest checkpoint."""
+    """Reliability 3: a flipped byte or a cut tail in any file of the newest checkpoint."""
     out = cut_back(reference["train-ldm"], tmp_path / "run", 19)
     broken = out / "checkpoints" / "step-00000019"
     damage(broken / name)
@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_is_found_by_its_hashes_and_the_one_before_goes_on(
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_is_refused_not_begun_anew(tmp_path, arguments, reference):
-    """Reliability row 3: lost work is said, with code 4, and nothing is written over it."""
+    """Reliability 3: lost work is said, with code 4, and nothing is written over it."""
     out = cut_back(reference["train-ae"], tmp_path / "run", 2)
     for folder in (out / "checkpoints").iterdir():
         flip_a_byte(folder / "ema.safetensors")
@@ -315,7 +315,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_is_refused_not_begun_anew(tmp_p
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_the_tail])
 def test_no_command_uses_damaged_weights(damage, tmp_path, arguments, reference):
-    """Reliability row 3: sample, eval-fid and training on them end with code 4."""
+    """Reliability 3: sample, eval-fid and training on them end with code 4."""
     out = cut_back(reference["train-ldm"], tmp_path / "run", 1)
     damage(out / "model.safetensors")
     for line in (
@@ -327,7 +327,7 @@ def test_no_command_uses_damaged_weights(damage, tmp_path, arguments, reference)
         assert ending.code == 4 and "damaged" in ending.line, (line[0], ending.stderr)
 
 
-# --- row 5: stopped and gone on --------------------------------------------------------------------------------
+# --- reliability 5: stopped and gone on ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -350,7 +350,7 @@ def signal_at(monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_stopped_at_7_and_13_equals_one_that_was_not(trainer, workers, tmp_path, arguments, reference, signal_at):
-    """Reliability row 5: mid-epoch, with accumulation, flips, dropped conditions, warm-up, decay, the average, and
+    """Reliability 5: mid-epoch, with accumulation, flips, dropped conditions, warm-up, decay, the average, and
     the discriminator's start between the stops; the total of steps is the target."""
     out = tmp_path / "run"
     line = arguments(trainer, out, "--workers", workers)
@@ -386,7 +386,7 @@ def stream(workshop):
 def test_a_streamed_run_stopped_at_7_and_13_equals_one_that_was_not(
     trainer, tmp_path, arguments, stream, signal_at, monkeypatch
 ):
-    """Reliability row 5 with a streamed set: positions past the rows that are kept are found again, none twice."""
+    """Reliability 5 with a streamed set: positions past the rows that are kept are found again, none twice."""
     from ldmcli.data import streamed
 
     monkeypatch.setattr(streamed, "HEAD_ROWS", 24)  # 60 positions are asked for
@@ -404,7 +404,7 @@ def test_a_streamed_run_stopped_at_7_and_13_equals_one_that_was_not(
 
 
 def test_equal_captions_give_an_equal_vocabulary(tmp_path):
-    """Reliability row 5: a start that is repeated from nothing learns the numbers of words anew."""
+    """Reliability 5: a start that is repeated from nothing learns the numbers of words anew."""
     from ldmcli.networks.conditioners import train_vocabulary
 
     captions = [
@@ -422,7 +422,7 @@ def test_equal_captions_give_an_equal_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_codebook_and_its_revival_go_on_exactly(optimizer, tmp_path, arguments, signal_at):
-    """Reliability row 5 for VQ: which codes were used since the last revival is part of a checkpoint."""
+    """Reliability 5 for VQ: which codes were used since the last revival is part of a checkpoint."""
     own = (
         "--reg",
         "vq",
@@ -444,14 +444,14 @@ def test_a_codebook_and_its_revival_go_on_exactly(optimizer, tmp_path, arguments
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-# --- row 4: signals --------------------------------------------------------------------------------------------
+# --- reliability 4: signals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_last_step_is_saved_before_it_is_said_to_be(
     number, code, tmp_path, arguments, reference, signal_at
 ):
-    """Reliability row 4: the line that says "saved" is true in every step, the last included."""
+    """Reliability 4: the line that says "saved" is true in every step, the last included."""
     out = cut_back(reference["train-ae"], tmp_path / "run", 18)
     line = arguments("train-ae", out, "--keep", 20)
     signal_at(20, number)
@@ -463,7 +463,7 @@ def test_a_signal_in_the_last_step_is_saved_before_it_is_said_to_be(
 
 
 def test_usr1_saves_and_goes_on(tmp_path, arguments, signal_at):
-    """Reliability row 4: SIGUSR1 asks for a checkpoint and nothing else."""
+    """Reliability 4: SIGUSR1 asks for a checkpoint and nothing else."""
     out = tmp_path / "run"
     signal_at(2, signal.SIGUSR1)
     ending = tiny.ldm(*arguments("train-ae", out, steps=4))
@@ -472,7 +472,7 @@ def test_usr1_saves_and_goes_on(tmp_path, arguments, signal_at):
 
 
 def test_a_signal_during_the_last_evaluation_loses_nothing(tmp_path, arguments, reference, monkeypatch):
-    """Reliability row 4: the last step is saved before it is evaluated, and going on repeats the evaluation only."""
+    """Reliability 4: the last step is saved before it is evaluated, and going on repeats the evaluation only."""
     from ldmcli.training.diffusion import DiffusionObjective
 
     out, evaluate = cut_back(reference["train-ldm"], tmp_path / "run", 19), DiffusionObjective.evaluate
@@ -491,7 +491,7 @@ def test_a_signal_during_the_last_evaluation_loses_nothing(tmp_path, arguments, 
 
 
 def test_a_signal_while_latents_are_cached_keeps_what_is_encoded(tmp_path, arguments, reference, monkeypatch):
-    """Reliability row 4: encoding ends between two batches with code 143, and the next start encodes the rest."""
+    """Reliability 4: encoding ends between two batches with code 143, and the next start encodes the rest."""
     from ldmcli.training.diffusion import DiffusionObjective
 
     encode, asked = DiffusionObjective._encode_rows, []
@@ -516,7 +516,7 @@ def test_a_signal_while_latents_are_cached_keeps_what_is_encoded(tmp_path, argum
 
 
 def test_a_second_ctrl_c_ends_at_once_and_spoils_nothing(tmp_path, arguments, reference, monkeypatch):
-    """Reliability row 4: SIGINT twice inside a step."""
+    """Reliability 4: SIGINT twice inside a step."""
     from ldmcli.core import signals
     from ldmcli.training.autoencoder import AutoencoderObjective
 
@@ -537,11 +537,11 @@ def test_a_second_ctrl_c_ends_at_once_and_spoils_nothing(tmp_path, arguments, re
     assert_same_run(out, reference["train-ae"])
 
 
-# --- row 6: which checkpoint is the newest ---------------------------------------------------------------------
+# --- reliability 6: which checkpoint is the newest -------------------------------------------------------------
 
 
 def test_the_step_inside_a_checkpoint_decides_not_names_sizes_or_times(tmp_path, arguments, reference):
-    """Reliability row 6: with stray entries, shuffled times, and a copy under the name of a later step."""
+    """Reliability 6: with stray entries, shuffled times, and a copy under the name of a later step."""
     out = cut_back(reference["train-ae"], tmp_path / "run", 18)
     folder = out / "checkpoints"
     shutil.copytree(folder / "step-00000009", folder / "step-00000019")  # says 9 inside
@@ -561,14 +561,14 @@ def test_the_step_inside_a_checkpoint_decides_not_names_sizes_or_times(tmp_path,
 
 @pytest.mark.parametrize("option", ["--autoencoder", "--init-from"])
 def test_a_path_with_a_slip_is_refused_and_starts_nothing(option, tmp_path, arguments):
-    """Reliability row 6: code 4 at once, and no run folder of a training that was not meant."""
+    """Reliability 6: code 4 at once, and no run folder of a training that was not meant."""
     ending = tiny.ldm(*arguments("train-ldm", tmp_path / "run", option, tmp_path / "no-such-run", steps=1))
     assert ending.code == 4 and "no-such-run" in ending.line
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_run_without_its_checkpoints_is_refused_not_begun_anew(tmp_path, arguments, reference):
-    """Reliability row 6: only a folder that never saved starts afresh."""
+    """Reliability 6: only a folder that never saved starts afresh."""
     out = cut_back(reference["train-ae"], tmp_path / "run", 5)
     shutil.rmtree(out / "checkpoints")
     ending = tiny.ldm(*arguments("train-ae", out))

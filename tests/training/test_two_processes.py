@@ -114,7 +114,7 @@ def run_on_two(folder: Path, *args, before=None) -> None:
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_goes_on_with_2_processes_and_1_again_at_the_same_losses(trainer, tmp_path, arguments):
-    """Reliability row 8: one process to step 6, two to 9, one to 12, as one throughout; shares of 2 and 1 samples."""
+    """Reliability 8: one process to step 6, two to 9, one to 12, as one throughout; shares of 2 and 1 samples."""
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     assert tiny.ldm(*arguments(trainer, whole)).code == 0
     assert tiny.ldm(*arguments(trainer, changed, steps=6)).code == 0
@@ -124,7 +124,7 @@ def test_a_run_goes_on_with_2_processes_and_1_again_at_the_same_losses(trainer, 
 
 
 def test_two_processes_take_the_rows_of_one_and_none_twice(tmp_path, arguments):
-    """Reliability row 8: the rows of each step, in order, are those of one process, whatever the share."""
+    """Reliability 8: the rows of each step, in order, are those of one process, whatever the share."""
     run_on_two(tmp_path, *arguments("train-ae", tmp_path / "run", steps=10), before=note_rows)
     seen = [[], []]
     for rank in range(2):
@@ -153,7 +153,7 @@ def note_rows() -> None:
 
 @pytest.mark.parametrize("more", [GAN, ("--reg", "vq", "--set", "autoencoder.codebook_size=16")], ids=["gan", "vq"])
 def test_discriminator_and_codebook_see_the_global_batch(more, tmp_path, arguments):
-    """Reliability row 8 for adaptive weight, batch statistics and quantiser: the losses of one process."""
+    """Reliability 8 for adaptive weight, batch statistics and quantiser: the losses of one process."""
     one, two = (arguments("train-ae", tmp_path / name, *more, steps=5, batch=4) for name in ("one", "two"))
     with clear_of_ties():  # one process and two may round differently
         assert tiny.ldm(*one).code == 0
@@ -162,7 +162,7 @@ def test_discriminator_and_codebook_see_the_global_batch(more, tmp_path, argumen
 
 
 def test_processes_with_unequal_numbers_of_micro_batches_agree(tmp_path, arguments):
-    """Reliability row 8: shares of 2 and 1 in micro-batches of 1, with a log line (and its norms) every step."""
+    """Reliability 8: shares of 2 and 1 in micro-batches of 1, with a log line (and its norms) every step."""
     line = arguments("train-ae", tmp_path / "one", "--micro-batch", 1, steps=4)
     assert tiny.ldm(*line).code == 0
     run_on_two(tmp_path, *arguments("train-ae", tmp_path / "two", "--micro-batch", 1, steps=4))
@@ -191,7 +191,7 @@ def note_gradients() -> None:
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_gradients_of_two_processes_are_those_of_one(trainer, tmp_path, arguments, monkeypatch):
-    """Reliability row 13: of autoencoder, discriminator and UNet, on both processes, at the first update."""
+    """Reliability 13: of autoencoder, discriminator and UNet, on both processes, at the first update."""
     from ldmcli.training.optimizer import PhaseOptimizer
 
     more, batch = (GAN, 4) if trainer == "train-ae" else ((), 3)
@@ -229,7 +229,7 @@ class NoteIn:
         note_gradients()
 
 
-# --- row 13: replicas ------------------------------------------------------------------------------------------
+# --- reliability 13: replicas ----------------------------------------------------------------------------------
 
 
 def check_every_step() -> None:
@@ -255,24 +255,24 @@ def drift_apart() -> None:
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_weights_are_equal_on_all_processes_after_each_step(trainer, tmp_path, arguments):
-    """Reliability row 13: the built-in comparison, made after every step, finds nothing."""
+    """Reliability 13: the built-in comparison, made after every step, finds nothing."""
     more, batch = (GAN, 4) if trainer == "train-ae" else ((), 3)
     run_on_two(tmp_path, *arguments(trainer, tmp_path / "run", *more, steps=5, batch=batch), before=check_every_step)
 
 
 def test_replicas_that_drift_apart_end_the_command_with_code_6(tmp_path, arguments):
-    """Reliability row 13: the first difference is found, by both, and named."""
+    """Reliability 13: the first difference is found, by both, and named."""
     both = ranks(tmp_path, 2, *arguments("train-ae", tmp_path / "run", steps=5), before=drift_apart)
     assert [command.wait() for command in both] == [6, 6]
     assert "the weights of process 1 differ from those of process 0" in both[0].stderr
     assert tiny.state(tmp_path / "run")["state"] == "failed" and len(losses(tmp_path / "run")) == 2
 
 
-# --- row 4: signals, and the launcher --------------------------------------------------------------------------
+# --- reliability 4: signals, and the launcher ------------------------------------------------------------------
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, arguments):
-    """Reliability row 4: only rank 1 is told; both save the same step and end with 143."""
+    """Reliability 4: only rank 1 is told; both save the same step and end with 143."""
     out = tmp_path / "run"
     line = [part for part in arguments("train-ae", out, steps=100_000) if part != "-q"]
     both = ranks(tmp_path, 2, *line)
@@ -285,7 +285,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, arguments
 
 
 def test_gpus_2_trains_what_one_process_does(tmp_path, arguments):
-    """Reliability row 8, through `python -m ldmcli … --gpus 2` and Accelerate's launcher, with gloo."""
+    """Reliability 8, through `python -m ldmcli … --gpus 2` and Accelerate's launcher, with gloo."""
     assert tiny.ldm(*arguments("train-ae", tmp_path / "one", steps=4)).code == 0
     line = arguments("train-ae", tmp_path / "two", "--gpus", 2, steps=4)
     done = subprocess.run(
