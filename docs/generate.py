@@ -151,13 +151,14 @@ def comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
 def setting_options() -> dict[str, tuple[str, str]]:
     """The option that sets a setting, and its help, by the setting's path."""
     from ldmcli.cli import options
+    from ldmcli.cli.parsing import long_name
 
     found = {}
     for alias in vars(options).values():
         info = (getattr(alias, "__metadata__", None) or [None])[0]
         path = getattr(info, "path", "")
         if path and not info.hidden:
-            found[path] = (options.long_name(info), info.help or "")
+            found[path] = (long_name(info), info.help or "")
     return found
 
 

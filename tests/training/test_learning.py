@@ -70,7 +70,7 @@ def test_a_nan_batch_leaves_weights_average_and_optimiser_as_they_were(ae, tmp_p
 
 
 def test_nan_in_every_step_ends_with_code_5_and_the_last_good_checkpoint_stands(ae, tmp_path, monkeypatch):
-    """Reliability 11: K in a row end with code 5 and a diagnosis file; the state says diverged; what was saved loads."""
+    """Reliability 11: K in a row end with code 5 and a diagnosis file; the state is diverged; what was saved loads."""
     spoil(monkeypatch, DiffusionObjective, range(2, 99), "noise")
     more = ("--save-every", 2, "--set", "train.max_bad_steps=3")
     ending = train_ldm(tmp_path / "run", ae, *more, steps=20, code=5)
@@ -316,8 +316,8 @@ def twelve(out: Path, ae: Path, *more) -> dict:
 
 
 def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path):
-    """Reliability 14: 12 x 1, 4 x 3 accumulated and 2 processes x 3 x 2 end at the same weights and rates; a log line is an
-    optimiser update. 20 rows in batches of 12: epochs end inside an update."""
+    """Reliability 14: 12 x 1, 4 x 3 accumulated and 2 processes x 3 x 2 end at the same weights and rates; a log line
+    is an optimiser update. 20 rows in batches of 12: epochs end inside an update."""
     whole = twelve(tmp_path / "whole", ae)
     parts = twelve(tmp_path / "parts", ae, "--micro-batch", 4)
     odd = twelve(tmp_path / "odd", ae, "--micro-batch", 5)
