@@ -206,11 +206,11 @@ def test_several_frames_are_warned_about_once(kind, tmp_path):
 def in_small_shards() -> None:
     """Shards of eight rows, slowly, so that a kill finds some written and some not."""
     from ldmcli.data import cache
-    from ldmcli.training.diffusion import DiffusionObjective
+    from ldmcli.training.latents import LatentStore
 
     cache.SHARD_ROWS = 8
-    encode = DiffusionObjective._encode_rows
-    DiffusionObjective._encode_rows = lambda self, rows, ids: (time.sleep(0.1), encode(self, rows, ids))[1]
+    encode = LatentStore.encode_rows
+    LatentStore.encode_rows = lambda self, rows, ids: (time.sleep(0.1), encode(self, rows, ids))[1]
 
 
 @pytest.mark.parametrize("moment", ["shard", "write"])

@@ -18,7 +18,7 @@ from ldmcli.data.sources import is_shapes
 from ldmcli.reports import html
 from ldmcli.reports.charts import Series, figure, finite, line_chart
 from ldmcli.reports.html import safe
-from ldmcli.training.diffusion import VALIDATION_ROWS
+from ldmcli.training.validation import VALIDATION_ROWS
 
 PREVIEWS = 6
 KINDS = {"autoencoder": "Autoencoder", "diffusion": "Diffusion model"}

@@ -16,7 +16,7 @@ from ldmcli.evaluation.evaluate import reconstruction_metrics
 from ldmcli.evaluation.features import open_extractor
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
-from ldmcli.networks.autoencoder import Autoencoder, posterior_second_moments, restart_dead_codes
+from ldmcli.networks.autoencoder import Autoencoder, restart_dead_codes
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import LatentScale
 from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discriminator_loss, generator_loss
@@ -26,6 +26,7 @@ from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.training import checks, cost
 from ldmcli.training.data import open_data
 from ldmcli.training.distributed import Distributed
+from ldmcli.training.latents import measure_latent_scale
 
 SCALE_IMAGES = 2048
 FRECHET_IMAGES = 64  # with fewer the distance says nothing, and its network takes longer to load than a short run
@@ -44,8 +45,9 @@ class AutoencoderObjective:
         dist.on_all_ranks(lambda: checks.check_autoencoder(config, dist.world_size))
         self.perceptual = None
         if config.loss.perceptual_weight > 0 or config.loss.perceptual:  # a file with weight 0: measured only
-            self.perceptual = dist.on_all_ranks(lambda: perceptual_net(config.loss.perceptual)).to(dist.device)
-            dist.on_all_ranks(lambda: self.perceptual.check_size(self.size))
+            perceptual = dist.on_all_ranks(lambda: perceptual_net(config.loss.perceptual)).to(dist.device)
+            dist.on_all_ranks(lambda: perceptual.check_size(self.size))
+            self.perceptual = perceptual
         self.rows, self.validation, self.bad = open_data(config, dist, self.size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
@@ -153,19 +155,16 @@ class AutoencoderObjective:
             adversary=adversary,
             norms=norms,
         )
-        if self.autoencoder.is_vq:
-            stats |= self._watch_codes(found, norms)
+        if found.indices is not None:
+            self.used_codes[found.indices.flatten().cpu().unique()] = True
+            self._last_vectors = found.moments.detach()
+            stats |= codebook_stats(found.indices, self.config.autoencoder.codebook_size) if norms else {}
         return total, stats
-
-    def _watch_codes(self, found, measured: bool) -> dict[str, Tensor]:
-        self.used_codes[found.indices.flatten().cpu().unique()] = True
-        self._last_vectors = found.moments.detach()
-        return codebook_stats(found.indices, self.config.autoencoder.codebook_size) if measured else {}
 
     def after_update(self, step: int) -> dict[str, float]:
         """Codes unused for `revive_codes` steps are drawn anew from the encoder's vectors of this batch."""
         every = self.config.autoencoder.revive_codes
-        if not (self.autoencoder.is_vq and every and (step + 1) % every == 0):
+        if not every or (step + 1) % every or self._last_vectors is None:
             return {}
         used = torch.tensor(self.dist.all_reduce_max(self.used_codes.float().tolist())) > 0
         dead = torch.nonzero(~used).flatten()
@@ -238,18 +237,16 @@ class AutoencoderObjective:
         """stats.json: mean and spread of the latents over up to 2,048 training images, for whoever uses the run."""
         planned = self.config.train.steps * self.config.train.batch_size
         count = min(SCALE_IMAGES, len(self.rows), max(256, planned))
-        picked = [int(i) for i in np.linspace(0, len(self.rows) - 1, count).round()]
-        total, square, n = 0.0, 0.0, 0
-        for start in range(0, count, 32):
-            pixels = np.stack(
-                [self.rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in picked[start : start + 32]]
-            )
+
+        def encode(ids: list[int]) -> Tensor:
+            pixels = np.stack([self.rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in ids])
             with self.dist.autocast():
-                moments = self.autoencoder.moments(pixels_to_tensor(torch.from_numpy(pixels), self.dist.device))
-            # float64 on the host: not every device has it
-            mean, extra = posterior_second_moments(moments.cpu().double(), self.autoencoder.is_vq)
-            total, square, n = total + mean, square + extra, n + moments[0, 0].numel() * len(moments)
-        scale = LatentScale.measured(total / n, square / n - (total / n) ** 2, "per_channel")
+                return self.autoencoder.moments(pixels_to_tensor(torch.from_numpy(pixels), self.dist.device))
+
+        deterministic = self.autoencoder.is_vq
+        scale = measure_latent_scale(
+            encode, len(self.rows), count, deterministic=deterministic, kind="per_channel", batch=32
+        )
         return {
             "latent_scale": {"kind": "per_channel", "mean": list(scale.mean), "std": list(scale.std), "images": count},
             "latent_shape": list(self.latent_shape),

@@ -89,7 +89,7 @@ def diffusion_model(
     with shapes_only():
         model = DiffusionModel(config.diffusion, condition, facts, None, latent, config.kinds)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device="meta")
-    for conditioner in model.conditions.entries.values():
+    for conditioner in model.conditions.conditioners.values():
         conditioner.count_only()
     return model
 

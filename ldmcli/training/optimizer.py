@@ -54,9 +54,10 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum .95 (Nesterov), orthogonalised, scaled by sqrt(max(1, rows / columns)). Convolutions are flattened.
+    """Nesterov momentum, orthogonalised, times sqrt(max(1, rows / columns)) (Jordan et al. 2024). Convolutions are
+    flattened to matrices of (out channels, the rest).
 
-    Matrices of one shape are orthogonalised together. With `every` > 1 the direction is renewed every so many steps
+    Matrices of one shape are orthogonalised together. With `every` > 1 the direction is computed every so many steps
     and applied again in between.
     """
 
@@ -73,27 +74,23 @@ class Muon:
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """One update at rate lr * factor from the parameters' gradients."""
-        grads = [p.grad for _, p in self.named]
-        velocities = [self.velocity[name] for name, _ in self.named]
-        torch._foreach_lerp_(velocities, grads, 1 - self.momentum)
-        renew = self.count % self.every == 0
+        """One update at rate lr * factor from the parameters' gradients, which all must have."""
+        grads = {name: p.grad for name, p in self.named if p.grad is not None}
+        velocities = [self.velocity[name] for name in grads]
+        torch._foreach_lerp_(velocities, list(grads.values()), 1 - self.momentum)
+        refresh = self.count % self.every == 0
         self.count += 1
         for (rows, columns), members in self.groups:
             scale = max(1.0, rows / columns) ** 0.5
-            if renew:
-                looked = torch.stack(
-                    [
-                        torch.lerp(p.grad, self.velocity[name], self.momentum).reshape(rows, columns)
-                        for name, p in members
-                    ]
-                )
-                moved = orthogonalise(looked.to(self.dtype)).to(looked.dtype)
+            if refresh:
+                nesterov = [torch.lerp(grads[name], self.velocity[name], self.momentum) for name, _ in members]
+                matrices = torch.stack([matrix.reshape(rows, columns) for matrix in nesterov])
+                directions = orthogonalise(matrices.to(self.dtype)).to(matrices.dtype)
                 if self.every > 1:
-                    for (name, p), d in zip(members, moved):
-                        self.direction[name].copy_(d.reshape(p.shape))
+                    for (name, p), direction in zip(members, directions):
+                        self.direction[name].copy_(direction.reshape(p.shape))
             for i, (name, p) in enumerate(members):
-                update = moved[i].reshape(p.shape) if renew else self.direction[name]
+                update = directions[i].reshape(p.shape) if refresh else self.direction[name]
                 p.add_(update, alpha=-self.lr * factor * scale)
 
 
@@ -175,17 +172,17 @@ class PhaseOptimizer:
         """Inverse of `state_dict`. Raises ModelError when names do not fit."""
         try:
             if self.adam:
-                self._load_adam(state)
+                self._load_adam(self.adam, state)
             if self.muon:
                 self.muon.count = int(state["muon.count"])
-                for kind in ("velocity", "direction"):
-                    for name, tensor in getattr(self.muon, kind).items():
-                        tensor.copy_(state[f"muon.{kind}.{name}"])
+                for group, tensors in (("velocity", self.muon.velocity), ("direction", self.muon.direction)):
+                    for name, tensor in tensors.items():
+                        tensor.copy_(state[f"muon.{group}.{name}"])
         except (KeyError, RuntimeError) as error:
             raise ModelError(f"the checkpoint's optimiser state does not fit this model ({error})") from error
 
-    def _load_adam(self, state: dict[str, Tensor]) -> None:
-        fresh = self.adam.state_dict()
+    def _load_adam(self, adam: torch.optim.AdamW, state: dict[str, Tensor]) -> None:
+        fresh = adam.state_dict()
         entries: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(self.adam_names):
             found = {
@@ -195,7 +192,7 @@ class PhaseOptimizer:
             }
             if found:
                 entries[index] = found
-        self.adam.load_state_dict({"state": entries, "param_groups": fresh["param_groups"]})
+        adam.load_state_dict({"state": entries, "param_groups": fresh["param_groups"]})
 
 
 class Ema:

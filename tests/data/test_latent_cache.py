@@ -11,6 +11,7 @@ from PIL import Image
 from tiny import ADAM, checkpoint, ldm, noisy_images, same, train_ae, train_ldm
 
 from ldmcli.training.diffusion import DiffusionObjective
+from ldmcli.training.latents import LatentStore
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,14 @@ def folder(tmp_path) -> Path:
 def encoded(monkeypatch):
     """Numbers of training rows that were encoded, one entry a call."""
     counts = []
-    encode = DiffusionObjective._encode_rows
+    encode = LatentStore.encode_rows
 
     def counted(self, rows, ids):
-        if rows is self.rows:
+        if rows.split == "train":
             counts.append(len(ids))
         return encode(self, rows, ids)
 
-    monkeypatch.setattr(DiffusionObjective, "_encode_rows", counted)
+    monkeypatch.setattr(LatentStore, "encode_rows", counted)
     return counts
 
 
@@ -117,7 +118,8 @@ def test_posterior_noise_is_drawn_anew_at_every_visit(ae, folder, tmp_path, obje
     visits = [{int(i): k for k, i in enumerate(batch["row"])} for batch in batches]
     row = next(i for i in visits[0] if i in visits[1])
     latents = [
-        objective._latents(batch["moments"], batch["posterior"])[seen[row]] for batch, seen in zip(batches, visits)
+        objective.latents.sample(batch["moments"], batch["posterior"])[seen[row]]
+        for batch, seen in zip(batches, visits)
     ]
     assert torch.equal(*[batch["moments"][seen[row]] for batch, seen in zip(batches, visits)])
     assert not torch.equal(*latents)
@@ -134,7 +136,7 @@ def test_flips_still_act_on_cached_latents(ae, folder, tmp_path, objectives):
             seen.setdefault(row, set()).add(moments.numpy().tobytes())
     assert len(seen) == rows_of(tmp_path / "run") and all(len(kinds) == 2 for kinds in seen.values())
     row = next(iter(seen))
-    both = objective._encode_rows(objective.rows, [row])[0]
+    both = objective.latents.encode_rows(objective.rows, [row])[0]
     stored = [np.frombuffer(kind, np.float32).reshape(both[0].shape) for kind in seen[row]]
     assert all(min(np.abs(kind - one).max() for one in both) < 1e-5 for kind in stored)
 
@@ -160,7 +162,7 @@ def test_random_crops_turn_the_cache_off_and_say_so(asked, ae, folder, tmp_path,
     """Reliability 27: a cache would freeze the crops. They win, also over a cache that was asked for by name."""
     ending = train(tmp_path, "run", ae, folder, "--crop", "random", *asked)
     assert ending.stderr.count("latents are not cached: random crops") == 1
-    assert objectives[0].cache is None and not list((tmp_path / "cache").rglob("*.npy"))
+    assert objectives[0].latents.cache is None and not list((tmp_path / "cache").rglob("*.npy"))
 
 
 def test_without_a_cache_asked_for_nothing_is_said_of_it(ae, folder, tmp_path):
@@ -200,7 +202,7 @@ def test_a_stop_while_encoding_keeps_whole_entries_and_the_next_start_makes_the_
     """Reliability 27: a signal between two batches of the encoder ends with its code; no half entry is read."""
     import signal
 
-    encode = DiffusionObjective._encode_rows
+    encode = LatentStore.encode_rows
 
     def stopped(self, rows, ids):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -210,7 +212,7 @@ def test_a_stop_while_encoding_keeps_whole_entries_and_the_next_start_makes_the_
 
     build = LatentCache.build
     with monkeypatch.context() as patch:
-        patch.setattr(DiffusionObjective, "_encode_rows", stopped)
+        patch.setattr(LatentStore, "encode_rows", stopped)
         patch.setattr(LatentCache, "build", lambda self, encode, **more: build(self, encode, **{**more, "batch": 4}))
         ending = train(tmp_path, "run", ae, folder, code=143)
     assert "the same command goes on" in ending.line
@@ -226,7 +228,7 @@ def test_latents_in_half_precision_are_near_those_in_full(ae, folder, tmp_path, 
     """data.cache_dtype=float16 halves the cache and rounds, nothing more."""
     train(tmp_path, "full", ae, folder)
     train(tmp_path, "half", ae, folder, "--set", "data.cache_dtype=float16")
-    a, b = (each.cache.moments(range(len(each.rows))) for each in objectives)
+    a, b = (each.latents.cache.moments(range(len(each.rows))) for each in objectives)
     assert np.abs(a - b).max() < 2e-3 * max(1, np.abs(a).max())
 
 

@@ -52,6 +52,7 @@ from ldmcli.training import cost
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.distributed import Distributed
+from ldmcli.training.latents import LatentStore
 
 ASKED = [name for name, one in CONDITIONS.items() if one.user_given]
 
@@ -283,13 +284,9 @@ def moved(model: LoadedDiffusion, device: torch.device) -> None:
 def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
     """Loss of a micro-batch as it comes from the loop: (the batch, on the CPU, is moved by the loop or by `loss`)."""
     objective = object.__new__(DiffusionObjective)
-    network = model.autoencoder.network
-    objective.config, objective.dist, objective.autoencoder = (
-        model.config,
-        SimpleNamespace(device=device),
-        model.autoencoder,
-    )
-    objective.is_vq, objective.scale = network.is_vq or network.is_identity, model.autoencoder.scale
+    objective.config, objective.dist = model.config, SimpleNamespace(device=device)
+    objective.latents = LatentStore(model.autoencoder, model.config.data, objective.dist, PIXELS.shape[1:3])
+    objective.latents.scale = model.autoencoder.scale
     objective.schedule = make_schedule(model.config.diffusion)
     shape = model.model.latent_shape
     batch = {
@@ -298,7 +295,7 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
         "pixels": torch.from_numpy(PIXELS),
         "u": rng.uniform(0, [0, 1], "timestep"),
     }
-    if not objective.is_vq:
+    if not objective.latents.deterministic:
         batch["posterior"] = rng.normal(0, [0, 1], shape, "posterior")
     conditions = model.model.conditions
     inputs = conditions.prepare({kind: VALUES[kind] for kind in conditions.kinds}) if conditions.kinds else {}

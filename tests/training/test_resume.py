@@ -492,9 +492,9 @@ def test_a_signal_during_the_last_evaluation_loses_nothing(tmp_path, arguments, 
 
 def test_a_signal_while_latents_are_cached_keeps_what_is_encoded(tmp_path, arguments, reference, monkeypatch):
     """Reliability 4: encoding ends between two batches with code 143, and the next start encodes the rest."""
-    from ldmcli.training.diffusion import DiffusionObjective
+    from ldmcli.training.latents import LatentStore
 
-    encode, asked = DiffusionObjective._encode_rows, []
+    encode, asked = LatentStore.encode_rows, []
 
     def interrupted(self, rows, ids):
         asked.append(len(ids))
@@ -502,7 +502,7 @@ def test_a_signal_while_latents_are_cached_keeps_what_is_encoded(tmp_path, argum
         return encode(self, rows, ids)
 
     line = arguments("train-ldm", tmp_path / "run", "--set", f"data.cache_dir={tmp_path / 'own'}", "--limit", 80)
-    monkeypatch.setattr(DiffusionObjective, "_encode_rows", interrupted)
+    monkeypatch.setattr(LatentStore, "encode_rows", interrupted)
     ending = tiny.ldm(*line)
     assert ending.code == 143 and asked == [64] and not list((tmp_path / "own").rglob("*.tmp"))
 
@@ -510,7 +510,7 @@ def test_a_signal_while_latents_are_cached_keeps_what_is_encoded(tmp_path, argum
         asked.append(len(ids))
         return encode(self, rows, ids)
 
-    monkeypatch.setattr(DiffusionObjective, "_encode_rows", counted)
+    monkeypatch.setattr(LatentStore, "encode_rows", counted)
     assert tiny.ldm(*line, "--steps", 1).code == 0
     assert asked[1] == 16
 

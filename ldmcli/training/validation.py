@@ -1,0 +1,126 @@
+"""Validation of a diffusion model in training: its loss on held-out rows at fixed timesteps and noise, and previews."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.dataset import ConditionDataset
+from ldmcli.conditions.pictures import enlarged, shown_condition
+from ldmcli.core.settings import DiffusionConfig
+from ldmcli.data.batches import rank_slice
+from ldmcli.maths import rng
+from ldmcli.maths.pixels import tensor_to_pixels
+from ldmcli.networks.conditioners import Conditions
+from ldmcli.sampling.contact_sheets import in_rows, save_grid
+from ldmcli.sampling.model import LoadedDiffusion
+from ldmcli.training.distributed import Distributed
+from ldmcli.training.latents import LatentStore
+
+VALIDATION_ROWS = 512
+HELD_BYTES, MIN_HELD_ROWS = 1 << 28, 32  # for conditions as large as images
+
+# z (B, c, h, w), noise (B, c, h, w), u (B,) in [0, 1), inputs of conditions → weighted errors (B,)
+Losses = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
+
+
+class DiffusionValidation:
+    """Validation rows as latents and inputs of conditions, both kept in memory, so that every validation is alike."""
+
+    def __init__(self, config: DiffusionConfig, rows: Any, size: tuple[int, int]):
+        self.config, self.rows, self.size = config, rows, size
+        image_sized = sum(CONDITIONS[name].image_sized for name in config.kinds)
+        fitting = HELD_BYTES // max(1, image_sized * 4 * size[0] * size[1])
+        self.usual_count = min(len(rows), VALIDATION_ROWS, max(fitting, MIN_HELD_ROWS))
+        self.count = config.train.measured_images(self.usual_count)  # fewer in a short run
+        held = rows if config.data.streaming else rows.select(range(self.count))
+        self.dataset = ConditionDataset(held, config, size, training=False)
+        self.inputs: dict[str, Tensor] = {}
+        self.latents = torch.empty(0)
+
+    def prepare_inputs(self, conditions: Conditions) -> None:
+        """Makes the inputs of the conditions."""
+        ids = range(self.count)
+        values = {name: self.dataset.values(name, ids, ids) for name in self.config.kinds}
+        self.inputs = conditions.prepare(values) if values else {}
+
+    def encode(self, store: LatentStore) -> None:
+        """Makes the latents: modes of the posterior."""
+        self.latents = store.modes(self.rows, self.count)
+
+    @torch.no_grad()
+    def mean_loss(self, losses: Losses, dist: Distributed) -> float:
+        """Mean over the rows at evenly spread quantiles of the timestep, each process its part. Collective."""
+        count, total = len(self.latents), 0.0
+        mine = rank_slice(count, dist.rank, dist.world_size)
+        for start in range(mine.start, mine.stop, 64):
+            ids = list(range(start, min(start + 64, mine.stop)))
+            u = (torch.tensor(ids, dtype=torch.float64) + 0.5) / count
+            noise = rng.normal(self.config.train.seed, ids, tuple(self.latents.shape[1:]), "validation")
+            inputs = {k: v[ids].to(dist.device) for k, v in self.inputs.items()}
+            with dist.autocast():
+                found = losses(self.latents[ids].to(dist.device), noise.to(dist.device), u, inputs)
+            total += float(found.sum())
+        return sum(dist.gather(total)) / max(count, 1)
+
+    def preview_request(self, class_names: list[str]) -> dict[str, Any]:
+        """What a preview shows, as JSON: the run's prompts, else captions or classes of validation rows."""
+        n, names = self.config.sample.n, self.config.kinds
+        if not names:
+            return {"n": n}
+        ids = self._preview_rows() if self._spatial() else self._spread(len(self.rows))
+        request: dict[str, Any] = {"n": 1}
+        if "text" in names:
+            request["prompt"] = list(self.config.sample.prompts) or [self.rows.caption(i) for i in ids]
+        if "class" in names:
+            alone = names == ("class",)
+            request["classes"] = (
+                [k % len(class_names) for k in range(max(n, 1))] if alone else [self.rows.label(i) for i in ids]
+            )
+        return request
+
+    def preview(self, model: LoadedDiffusion, request: dict[str, Any], path: Path) -> None:
+        """Writes a sheet of what `ldm sample` with the run's seed and prompts would give. Spatial conditions stand
+        above the samples, the images that they come from below them."""
+        seed, ids = self.config.train.seed, self._preview_rows()
+        if not self._spatial():
+            images = model.sample(seed=seed, **request)
+            save_grid(path, in_rows([np.asarray(image) for image in images]))
+            return
+        values = {name: self.dataset.values(name, ids, ids) for name in self.config.kinds}
+        if "text" in values:
+            values["text"] = request["prompt"]
+        parts = [range(k, min(k + 16, len(ids))) for k in range(0, len(ids), 16)]
+        z = torch.cat([model.latents_for(part, values, seed=seed) for part in parts])
+        samples = tensor_to_pixels(torch.cat([model.autoencoder.decode(part) for part in z.split(16)]))
+        save_grid(path, self._sheet(model, ids, values, samples))
+
+    def _sheet(
+        self, model: LoadedDiffusion, ids: list[int], values: dict[str, list], samples: np.ndarray
+    ) -> list[list[np.ndarray]]:
+        """Rows of images, eight columns wide: conditions, samples, validation images."""
+        factor, sheet = max(1, 128 // max(self.size)), []
+        large = (self.size[0] * factor, self.size[1] * factor)
+        for start in range(0, len(ids), 8):
+            columns = range(start, min(start + 8, len(ids)))
+            for name in self._spatial():
+                classes = getattr(model.model.conditions.entries[name], "names", [])
+                sheet.append([shown_condition(name, values[name][k], self.size, classes, factor) for k in columns])
+            sheet.append([enlarged(samples[k], large) for k in columns])
+            sheet.append([enlarged(self.rows.pixels(ids[k], self.size), large) for k in columns])
+        return sheet
+
+    def _spatial(self) -> list[str]:
+        """Conditions that are images themselves."""
+        return [name for name in self.config.kinds if not CONDITIONS[name].static]
+
+    def _preview_rows(self) -> list[int]:
+        return self._spread(self.count)
+
+    def _spread(self, count: int) -> list[int]:
+        """sample.n of `count` rows, evenly spread."""
+        return np.linspace(0, count - 1, self.config.sample.n).round().astype(int).tolist()
