@@ -36,14 +36,17 @@ def cache_root(setting: str) -> Path | None:
     UsageError where the setting says so.
     """
     named, home = setting or os.environ.get("LDM_CACHE"), files.home()
-    if not named and home is None:
+    if named:
+        root = Path(named)
+    elif home is not None:
+        root = home / ".cache" / "ldm"
+    else:
         console.warn_once(
             "cache",
             "this user has no home folder, so nothing is cached; name a folder for caches in "
             "LDM_CACHE or data.cache_dir",
         )
         return None
-    root = Path(named) if named else home / ".cache" / "ldm"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +11,8 @@ from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.pictures import first_few
-from ldmcli.data.readers import Table, TarEntry, is_missing
 from ldmcli.data.rows import Columns, class_map
+from ldmcli.data.table import Table, TarEntry, is_missing
 
 ROLES = {  # role: usual column names in order of preference, kinds of column that fit
     "image": (("image", "img", "picture", "photo", "pixel_values", "jpg", "png", "webp"), ("image", "bytes")),
@@ -170,7 +171,8 @@ CATEGORY_KEYS = ("category", "categories", "category_name", "label", "labels", "
 
 
 def _objects_getter(table: Table, column: str, columns: Columns) -> Callable[[int], dict]:
-    values, index = table.columns[column], {}
+    values = table.columns[column]
+    index: dict[str | None, int] = {}
 
     def objects(i: int) -> dict:
         if not index:
@@ -193,7 +195,8 @@ def _pairs(table: Table, column: str, i: int, value) -> tuple[list, list]:
     if is_missing(value) or not value:
         return [], []
     if isinstance(value, dict):
-        boxes, categories = value.get("bbox"), _category(value)
+        boxes: Any = value.get("bbox")
+        categories: Any = _category(value)
         if _is_numbers(boxes):
             boxes, categories = [boxes], [categories]
         for key, found in (("bbox", boxes), ("category", categories)):
@@ -285,7 +288,7 @@ def _labels(table: Table, column: str, names: list[str]) -> np.ndarray:
     if table.kinds[column] == "class":
         known = (-1 if value is None or not 0 <= value < len(names) else int(value) for value in table.columns[column])
     else:
-        index = {name: k for k, name in enumerate(names)}
+        index: dict[str | None, int] = {name: k for k, name in enumerate(names)}
         known = (index.get(_label_name(value), -1) for value in table.columns[column])
     return np.fromiter(known, np.int64, table.length)
 

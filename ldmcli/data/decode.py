@@ -290,7 +290,8 @@ def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     picture = image.convert("RGBA")
     flat, alpha = Image.new("RGB", picture.size, background), picture.getchannel("A")
     flat.paste(picture, mask=alpha)
-    flat.info["transparent"] = alpha.getextrema()[0] < 255
+    least, _ = alpha.getextrema()
+    flat.info["transparent"] = int(least) < 255  # type: ignore[arg-type]  # a tuple only of several bands
     return flat
 
 

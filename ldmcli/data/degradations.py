@@ -66,7 +66,7 @@ BSR_LIGHT = Pipeline(
 )
 
 
-def degrade(image: np.ndarray, scale: int, kind: str, *key: int | str) -> np.ndarray:
+def degrade(image: np.ndarray, scale: int, kind: str, *key: *rng.Key) -> np.ndarray:
     """uint8 (H, W, 3) -> uint8 (H / scale, W / scale, 3): a function of picture, scale, kind and key alone.
 
     scale: 2, 4 or 8; H and W are multiples of it. key: a seed, then whatever names the draw (bicubic draws nothing).
@@ -81,12 +81,12 @@ def degrade(image: np.ndarray, scale: int, kind: str, *key: int | str) -> np.nda
     return to_uint8(DEGRADATIONS[kind](planes, scale, key))
 
 
-def _bicubic(planes: np.ndarray, scale: int, key: tuple[int | str, ...]) -> np.ndarray:
+def _bicubic(planes: np.ndarray, scale: int, key: rng.Key) -> np.ndarray:
     return resize(planes, planes.shape[1] // scale, planes.shape[2] // scale, "antialiased")
 
 
-def _blind(pipeline: Pipeline) -> Callable[[np.ndarray, int, tuple[int | str, ...]], np.ndarray]:
-    def apply(planes: np.ndarray, scale: int, key: tuple[int | str, ...]) -> np.ndarray:
+def _blind(pipeline: Pipeline) -> Callable[[np.ndarray, int, rng.Key], np.ndarray]:
+    def apply(planes: np.ndarray, scale: int, key: rng.Key) -> np.ndarray:
         draw = np.random.Generator(np.random.PCG64(rng.key(*key)))
         if scale > 2 and draw.random() < HALVED:
             method = _method(draw) if draw.random() < 0.5 else "antialiased"
@@ -109,7 +109,7 @@ def _blind(pipeline: Pipeline) -> Callable[[np.ndarray, int, tuple[int | str, ..
     return apply
 
 
-DEGRADATIONS: dict[str, Callable[[np.ndarray, int, tuple[int | str, ...]], np.ndarray]] = {
+DEGRADATIONS: dict[str, Callable[[np.ndarray, int, rng.Key], np.ndarray]] = {
     "bicubic": _bicubic,
     "bsr": _blind(BSR),
     "bsr-light": _blind(BSR_LIGHT),

@@ -124,8 +124,8 @@ def _split_folders(found: Found) -> tuple[dict[str, Path], list[str]]:
             splits.setdefault(split, []).append(name)
     others = [name for name in tops if not split_of(name)]
     if not splits or (others or loose) and len(splits) < 2:
-        named = [f"{name}/" for names in splits.values() for name in names]
-        return {"train": root}, [f"{first_few(named)} is no split: other pictures lie beside it"] * bool(named)
+        alone = [f"{name}/" for names in splits.values() for name in names]
+        return {"train": root}, [f"{first_few(alone)} is no split: other pictures lie beside it"] * bool(alone)
     for names in splits.values():
         if len(names) > 1:
             raise InputError(f"{sanitise(root)}: two folders for one split ({', '.join(names)}); keep one of them")
@@ -387,7 +387,9 @@ def _one_each(rows: list[_Row], root: Path) -> tuple[list[_Row], list[str]]:
     groups: dict[Path, list[_Row]] = {}
     for row in rows:
         groups.setdefault(row.picture, []).append(row)
-    kept, passed, repeated = [], Counter(), {}
+    kept: list[_Row] = []
+    passed: Counter[tuple[Path, Path]] = Counter()
+    repeated: dict[Path, list[tuple[Path, int]]] = {}
     for picture, group in groups.items():
         table = max((row.table for row in group), key=lambda path: len(path.parts))
         own = [row for row in group if row.table == table]

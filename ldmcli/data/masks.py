@@ -29,7 +29,7 @@ SHARE = (0.04, 0.75)  # of the picture that holes cover
 ATTEMPTS = 100
 
 
-def mask_kind(*key: int | str) -> str:
+def mask_kind(*key: *rng.Key) -> str:
     """Which of `KINDS` the mask of a key is made of."""
     u = (rng.key(*key, "mask kind") >> 10) * 2.0**-53
     for name, probability in KINDS.items():
@@ -39,7 +39,7 @@ def mask_kind(*key: int | str) -> str:
     return name
 
 
-def random_mask(height: int, width: int, *key: int | str) -> np.ndarray:
+def random_mask(height: int, width: int, *key: *rng.Key) -> np.ndarray:
     """bool (height, width), True = hole: a function of size and key (a seed, then whatever names the draw) alone.
 
     Between 4 % and 75 % of the pixels are holes, at any size from a few pixels on.
@@ -83,7 +83,7 @@ def _chain(canvas: ImageDraw.ImageDraw, height: int, width: int, draw: np.random
 
 def _box(canvas: ImageDraw.ImageDraw, height: int, width: int, draw: np.random.Generator) -> None:
     h, w = (max(round(draw.uniform(*SIDE) * side), 1) for side in (height, width))
-    top, left = draw.integers(0, height - h, endpoint=True), draw.integers(0, width - w, endpoint=True)
+    top, left = (int(draw.integers(0, room, endpoint=True)) for room in (height - h, width - w))
     canvas.rectangle((left, top, left + w - 1, top + h - 1), fill=255)
 
 

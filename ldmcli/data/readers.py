@@ -4,17 +4,14 @@ Folders of pictures and CSV or JSON files are read by `folder`, tar archives (We
 here, `save_to_disk` folders and hub data sets by the datasets library.
 """
 
-import json
 import os
 import re
 import ssl
-import tarfile
 import urllib.error
 import urllib.request
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from ldmcli.core.config import did_you_mean, suggestions
 from ldmcli.core.errors import InputError
@@ -23,39 +20,12 @@ from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import EXTENSIONS, BadImage, sanitise
 from ldmcli.data.folder import scan, scan_table, split_of
 from ldmcli.data.metadata import file_column
-from ldmcli.data.pictures import DATA_FILES, TABLES, UNREAD, Found, find, first_few, is_hidden
+from ldmcli.data.pictures import DATA_FILES, TABLES, Found, find, first_few
+from ldmcli.data.table import Table, typed_table
+from ldmcli.data.webdataset import read_archives
 
 TABLE_FILES = (*DATA_FILES, *TABLES)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?$")
-
-
-@dataclass(frozen=True)
-class TarEntry:
-    """A file inside an uncompressed archive."""
-
-    archive: Path
-    offset: int
-    length: int
-
-    def read(self) -> bytes:
-        with open(self.archive, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.length)
-
-
-@dataclass
-class Table:
-    """Columns of equal length. `kinds` says of each what it holds: image, bytes, text (numbers among them), texts
-    (lists of text), class, int, number, objects, mixed (text and what is none), empty or other; `classes` the names of
-    class columns. Values of image columns are bytes, paths, archive entries or a datasets dict of bytes and path.
-    `name(i)` is what people call row i."""
-
-    length: int
-    columns: dict[str, Sequence]
-    kinds: dict[str, str]
-    classes: dict[str, list[str]] = field(default_factory=dict)
-    name: Callable[[int], str] = "row {}".format
-    notes: list[str] = field(default_factory=list)
 
 
 def open_tables(settings: DataSettings) -> dict[str, Table]:
@@ -111,7 +81,7 @@ def by_split(files: list[Path], root: Path) -> dict[str, list[Path]]:
 def _from_files(files: list[Path], settings: DataSettings, split: str = "train") -> dict[str, Table]:
     kinds = {path.suffix.lower() for path in files}
     if kinds == {".tar"}:
-        return {split: _listed_tar(files, settings.skip_bad)}
+        return {split: read_archives(files, settings.skip_bad)}
     if kinds == {".parquet"} or kinds == {".arrow"}:
         table = _from_dataset(_read_columns(files, kinds.pop()[1:]))
         return {split: with_paths(table, files[0].parent, settings.image_column)}
@@ -127,121 +97,7 @@ def _from_files(files: list[Path], settings: DataSettings, split: str = "train")
 
 
 def _listed(listing) -> Table:
-    return _typed(listing.columns, listing.names, listing.notes)
-
-
-def _typed(columns: dict[str, list], names: list[str], notes: list[str]) -> Table:
-    kinds = {key: _kind(values) for key, values in columns.items()}
-    return Table(len(names), columns, kinds, {}, names.__getitem__, notes)
-
-
-def _kind(values: Sequence) -> str:
-    known = [value for value in values if not is_missing(value)]
-    if not known:
-        return "empty"
-    for kind, fits in (
-        ("image", lambda v: isinstance(v, (Path, TarEntry))),
-        ("int", lambda v: isinstance(v, int) and not isinstance(v, bool)),
-        ("number", _is_number),
-        ("text", lambda v: isinstance(v, str) or _is_number(v)),
-        ("texts", lambda v: isinstance(v, str) or _is_number(v) or isinstance(v, list) and all(map(_is_text, v))),
-    ):
-        if all(map(fits, known)):
-            return kind
-    return "objects" if any(map(_has_boxes, known)) else "mixed" if any(map(_is_text, known)) else "other"
-
-
-def is_missing(value: object) -> bool:
-    """None, and NaN, as which pandas and JSON write what is not there."""
-    return value is None or isinstance(value, float) and value != value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _has_boxes(value: object) -> bool:
-    one = value[0] if isinstance(value, list) and value else value
-    return isinstance(one, dict) and "bbox" in one
-
-
-_TAR_TEXT = {"txt": "caption", "text": "caption", "caption": "caption", "cls": "label"}
-
-
-def _listed_tar(archives: list[Path], skip_bad: bool) -> Table:
-    """WebDataset archives: files that share a name up to the first dot of its last part are one row."""
-    rows: dict[tuple[Path, str], dict] = {}
-    unread: Counter[str] = Counter()
-    for archive in archives:
-        for key, extension, entry in _tar_entries(archive):
-            _put(rows.setdefault((archive, key), {}), extension, entry)
-            unread.update([ending] if (ending := f".{extension.rpartition('.')[2]}") in UNREAD else ())
-    lonely = [key for (_, key), row in rows.items() if not isinstance(row.get("image"), TarEntry)]
-    formats = f"; formats that are not read: {', '.join(f'{n} {ending}' for ending, n in unread.items())}"
-    told = f"{len(lonely)} rows without a picture ({first_few(lonely)}{formats if unread else ''})"
-    if lonely and not skip_bad:
-        raise InputError(f"{sanitise(archives[0])}: {told}; leave them out with --skip-bad")
-    kept = {key: row for key, row in rows.items() if isinstance(row.get("image"), TarEntry)}
-    columns = {column: None for row in kept.values() for column in row}
-    notes = [f"{told} left out"] * bool(lonely)
-    many = len(archives) > 1
-    names = [f"{archive.name}:{key}" if many else key for archive, key in kept]
-    return _typed({c: [row.get(c) for row in kept.values()] for c in columns}, names, notes)
-
-
-def _tar_entries(archive: Path):
-    """(row key, extension, entry) of each regular file. Entries that lead out of the archive or are no plain files
-    are refused; nothing is extracted, so a small archive of a huge file costs no more than its header."""
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                if member.isdir() or any(is_hidden(part) for part in name.parts if part not in (".", "..")):
-                    continue
-                if name.is_absolute() or ".." in name.parts or not member.isreg():
-                    raise InputError(
-                        f"{sanitise(archive)}: entry {sanitise(member.name)!r} is refused: "
-                        "only plain files inside the archive are read"
-                    )
-                stem, _, extension = name.name.partition(".")
-                yield str(name.parent / stem), extension.lower(), TarEntry(archive, member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(
-            f"{sanitise(archive)}: not an uncompressed tar archive, or cut off ({sanitise(error)})"
-        ) from None
-
-
-def _put(row: dict, extension: str, entry: TarEntry) -> None:
-    last = extension.rpartition(".")[2]
-    if f".{last}" in EXTENSIONS:
-        prefix = extension.rpartition(".")[0]
-        row["image" if not prefix else prefix] = entry
-    elif extension == "json":
-        row.update({key: value for key, value in _json_of(entry).items() if key not in row})
-    elif extension in _TAR_TEXT:
-        text = _text_of(entry).strip()
-        row[_TAR_TEXT[extension]] = int(text) if extension == "cls" and text.lstrip("-").isdecimal() else text
-
-
-def _text_of(entry: TarEntry) -> str:
-    try:
-        return entry.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{sanitise(entry.archive)}: text that is not UTF-8 at byte {entry.offset + error.start} of the archive"
-        ) from None
-
-
-def _json_of(entry: TarEntry) -> dict:
-    try:
-        value = json.loads(_text_of(entry))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{sanitise(entry.archive)}: JSON at byte {entry.offset} is not valid ({error.msg})") from None
-    return value if isinstance(value, dict) else {}
+    return typed_table(listing.columns, listing.names, listing.notes)
 
 
 # --- tables of the datasets library ---------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.errors import InputError
 from ldmcli.core.launch import local_processes
 from ldmcli.core.settings import DataSettings
-from ldmcli.data import shapes
+from ldmcli.data.crops import crop_boxes, crop_corner, crop_map
 from ldmcli.data.decode import BadImage, decode, probe, sanitise, scaled_size, to_size
 from ldmcli.data.readers import memory_bytes
 
-SHAPES_SIZE = (64, 64)
 WORKERS = 4
 
 
@@ -26,7 +25,7 @@ WORKERS = 4
 class Columns:
     """What rows are made of: a function of the row's number for each role; None where there is no such column."""
 
-    encoded: Callable[[int], bytes] | None
+    encoded: Callable[[int], bytes]
     name: Callable[[int], str]
     caption: Callable[[int], str] | None = None
     label: np.ndarray | None = None
@@ -68,9 +67,8 @@ class Room:
 
 class Rows:
     """Rows of one split. `columns` says which column was taken for which role; `notes` what was left out;
-    `validation_is_train` is True when the only row had to serve as both. Indices count 0 … len - 1.
-
-    Getters that meet a picture which cannot be decoded raise BadImage.
+    `validation_is_train` is True when the only row had to serve as both. Indices count 0 … len - 1. Getters that meet a
+    picture which cannot be decoded raise BadImage.
     """
 
     def __init__(self, columns: Columns, ids: np.ndarray, settings: DataSettings, *, source: str, split: str):
@@ -144,7 +142,7 @@ class Rows:
         if whole is None or self._zooms(crop):
             picture = self.image(i) if whole is None else Image.fromarray(whole)
             return to_size(picture, size, crop, self._settings.resize, u)
-        top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, whole.shape, size)) if crop == "random" else (0, 0)
+        top, left = crop_corner(whole.shape, size, u) if crop == "random" else (0, 0)
         return whole[top : top + size[0], left : left + size[1]]
 
     def caption(self, i: int) -> str:
@@ -188,32 +186,14 @@ class Rows:
 
     def map_pixels(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> np.ndarray:
         """The class map, uint8 (h, w), cut as `pixels` cuts the picture; classes are picked, never mixed."""
-        whole = self.map(i)
-        u = (0.5, 0.5) if crop == "center" else u
-        height, width = scaled_size(whole.shape, size, *u[2:])
-        top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, (height, width), size))
-        rows = ((np.arange(size[0]) + top + 0.5) * whole.shape[0] / height).astype(int)
-        columns = ((np.arange(size[1]) + left + 0.5) * whole.shape[1] / width).astype(int)
-        return whole[rows][:, columns]
+        return crop_map(self.map(i), size, (0.5, 0.5) if crop == "center" else u)
 
     def boxes(self, i: int, size: tuple[int, int], crop: str = "center", u=(0.5, 0.5)) -> dict:
         """`objects` cut as `pixels` cuts the picture: "bbox" clipped, as shares (0 … 1) of the crop, and "whole", as
         shares of the whole picture; those that lie outside of the crop are dropped. "crop": x, y, w, h of the crop as
         shares of the picture."""
-        found, shape = self.objects(i), self.shape(i)
         u = (0.5, 0.5) if crop == "center" else u
-        height, width = scaled_size(shape, size, *u[2:])
-        top, left = (int(s * (a - b) + 0.5) for s, a, b in zip(u, (height, width), size))
-        whole = (shape[1], shape[0]) * 2 if self.boxes_are_shares else (1, 1, 1, 1)
-        x, y, w, h = found["bbox"].reshape(-1, 4).T * np.array(whole, np.float32)[:, None]
-        edges = [(x * width / shape[1] - left) / size[1], (y * height / shape[0] - top) / size[0]]
-        edges += [edges[0] + w * width / shape[1] / size[1], edges[1] + h * height / shape[0] / size[0]]
-        x0, y0, x1, y1 = np.clip(edges, 0, 1)
-        inside = (x1 > x0) & (y1 > y0)
-        bbox = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1).astype(np.float32)
-        of_whole = np.stack([x, y, w, h], axis=1) / np.array([shape[1], shape[0]] * 2, np.float32)
-        frame = np.array([left / width, top / height, size[1] / width, size[0] / height])
-        return {"bbox": bbox[inside], "category": found["category"][inside], "whole": of_whole[inside], "crop": frame}
+        return crop_boxes(self.objects(i), self.shape(i), size, u, shares=self.boxes_are_shares)
 
     def content_hash(self, i: int) -> str:
         """SHA-256 of the encoded picture, hexadecimal."""
@@ -243,7 +223,7 @@ class Rows:
         """Changes with any picture, caption or label of these rows, and with their order."""
         digest = hashlib.sha256()
         for i, row in enumerate(self._ids):
-            label = int(self._columns.label[row]) if self.has("label") else ""
+            label = "" if self._columns.label is None else int(self._columns.label[row])
             try:
                 caption = self.caption(i)
             except InputError as error:  # refused where captions are used
@@ -251,7 +231,7 @@ class Rows:
             digest.update(f"{self.content_hash(i)}\0{caption}\0{label}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:32]
 
-    def select(self, indices: Sequence[int]) -> "Rows":
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Rows":
         """These rows alone, in this order; what has been read already is shared."""
         chosen = type(self)(
             self._columns,
@@ -345,7 +325,8 @@ def parallel_map(work: Callable, items, workers: int) -> Iterator:
             yield from pool.map(work, items[start : start + 256])
 
 
-def _read(encoded: Callable[[int], bytes], row: int, name: str) -> bytes:
+def _read(encoded: Callable[[int], bytes] | None, row: int, name: str) -> bytes:
+    assert encoded is not None, "`Rows.has` says whether there is such a column"
     try:
         return encoded(row)
     except OSError as error:
@@ -359,147 +340,3 @@ def class_map(content: bytes, name: str, max_pixels: int) -> np.ndarray:
         if image.mode not in ("L", "P", "1"):
             raise BadImage(name, f"its map is a picture of mode {image.mode}; a map holds class indices (L or P)")
         return np.array(image, dtype=np.uint8)
-
-
-# --- shapes -----------------------------------------------------------------------------------------------------------
-
-
-class ShapeRows(Rows):
-    """The embedded shapes; nothing is stored, every getter draws."""
-
-    map_names = ("background", *shapes.SHAPES)
-
-    def __init__(self, columns, ids, settings, *, source, split):
-        super().__init__(columns, ids, settings, source=source, split=split)
-        self.level = _level(settings.source)
-        self._size = tuple(settings.size) if any(settings.size) else SHAPES_SIZE
-
-    def spec(self, i: int) -> shapes.Spec:
-        return shapes.spec(int(self._ids[i]), level=self.level, split=self.split)
-
-    def image(self, i: int) -> Image.Image:
-        return Image.fromarray(shapes.render(self.spec(i), self._size))
-
-    def shape(self, i: int) -> tuple[int, int]:
-        return self._size
-
-    def pixels(self, i: int, size, crop="center", u=(0.5, 0.5)) -> np.ndarray:
-        return shapes.render(self.spec(i), tuple(size))
-
-    def caption(self, i: int) -> str:
-        return shapes.caption(self.spec(i))
-
-    def label(self, i: int) -> int:
-        return self.spec(i).things[0].shape
-
-    def all_objects(self, i: int) -> dict:
-        spec = self.spec(i)
-        return {
-            "bbox": np.array(shapes.boxes(spec, self._size), np.float32),
-            "category": np.array([thing.shape for thing in spec.things], np.int64),
-        }
-
-    def map(self, i: int) -> np.ndarray:
-        return shapes.segment(self.spec(i), self._size)
-
-    def map_pixels(self, i: int, size, crop="center", u=(0.5, 0.5)) -> np.ndarray:
-        return shapes.segment(self.spec(i), tuple(size))
-
-    def boxes(self, i: int, size, crop="center", u=(0.5, 0.5)) -> dict:
-        found = self.objects(i)
-        bbox = found["bbox"] / np.array([*self._size[::-1]] * 2, np.float32)
-        return {**found, "bbox": bbox, "whole": bbox, "crop": np.array([0.0, 0.0, 1.0, 1.0])}
-
-    def content_hash(self, i: int) -> str:
-        """SHA-256 of what is drawn; sizes do not enter."""
-        return hashlib.sha256(repr(self.spec(i)).encode()).hexdigest()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes with the level, the split, the rows taken and the way that pictures are drawn."""
-        digest = hashlib.sha256(f"{self.level} {self.split}".encode() + self._ids.tobytes())
-        for i in range(min(len(self), 64)):
-            digest.update(f"{self.spec(i)} {self.caption(i)}".encode())
-            digest.update(self.pixels(i, (32, 32)).tobytes())
-        return digest.hexdigest()[:32]
-
-    def preload(self, size, crop="center", **options) -> list[BadImage]:
-        return []
-
-
-class JoinedRows:
-    """The rows of several splits, one after the other, where all of a data set are asked for."""
-
-    _OF_A_ROW = (
-        "name",
-        "image",
-        "shape",
-        "pixels",
-        "caption",
-        "label",
-        "objects",
-        "map",
-        "map_pixels",
-        "boxes",
-        "content_hash",
-    )
-
-    def __init__(self, parts: list[Rows]):
-        self._parts, first = parts, parts[0]
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.source, self.split, self.columns = first.source, "all", first.columns
-        self.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-        self.class_names, self.category_names = first.class_names, first.category_names
-        self.boxes_are_shares, self.validation_is_train = first.boxes_are_shares, False
-        self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def has(self, role: str) -> bool:
-        """As of `Rows`: whether the rows of every split do."""
-        return all(part.has(role) for part in self._parts)
-
-    def __getattr__(self, name: str) -> Callable:
-        if name not in self._OF_A_ROW:
-            raise AttributeError(name)
-
-        def of_row(i: int, *args, **more):
-            k = int(np.searchsorted(self._ends, i, side="right"))
-            part = self._parts[k]
-            return getattr(part, name)(i - int(self._ends[k]) + len(part), *args, **more)
-
-        return of_row
-
-
-def is_shapes(source: str) -> bool:
-    return source == "shapes" or source.startswith("shapes:")
-
-
-def check_source(source: str) -> None:
-    """Raises UsageError for a level of the embedded shapes that there is none of."""
-    if is_shapes(source):
-        _level(source)
-
-
-def _level(source: str) -> int:
-    level = source.partition(":")[2] or "1"
-    if level not in ("1", "2", "3"):
-        raise UsageError(f"--data {sanitise(source)}: the levels are shapes:1, shapes:2 and shapes:3")
-    return int(level)
-
-
-def shape_rows(settings: DataSettings, split: str) -> Rows:
-    has_label = _level(settings.source) == 1
-    roles = ("image", "caption", *(("label",) if has_label else ()), "objects", "map")
-    drawn = Columns(
-        None,
-        "shape {}".format,
-        *[lambda i: i] * 4,
-        list(shapes.SHAPES),
-        list(shapes.SHAPES),
-        {role: "drawn" for role in roles},
-    )
-    drawn.label = np.zeros(0) if has_label else None
-    count = (settings.limit or shapes.TRAIN_ROWS) if split == "train" else shapes.VALIDATION_ROWS
-    return ShapeRows(drawn, np.arange(count), settings, source=settings.source, split=split)

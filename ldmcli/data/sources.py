@@ -14,8 +14,10 @@ from ldmcli.data.column_roles import label_names_of, make_columns
 from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.folder import split_of
 from ldmcli.data.pictures import first_few
-from ldmcli.data.readers import Table, open_tables
-from ldmcli.data.rows import SHAPES_SIZE, WORKERS, Rows, is_shapes, parallel_map, shape_rows
+from ldmcli.data.readers import open_tables
+from ldmcli.data.rows import WORKERS, Rows, parallel_map
+from ldmcli.data.shape_rows import SHAPES_SIZE, is_shapes, shape_rows
+from ldmcli.data.table import Table
 
 VALIDATION_NAMES = ("validation", "test")  # after `tables` has brought val, valid, dev, … to one name
 
@@ -138,7 +140,7 @@ def rows_of(table: Table, settings: DataSettings, split: str, label_names: list[
 def decode_all(rows: Rows, settings: DataSettings, *, indices=None, progress=None, workers: int | None = None):
     """Decodes every picture (or those of `indices`) and returns the bad ones as a list of BadImage. Small sets stay
     in memory at data.size. `progress` has `advance(n)`."""
-    size = tuple(settings.size) if any(settings.size) else SHAPES_SIZE
+    size = settings.size if any(settings.size) else SHAPES_SIZE
     return rows.preload(size, settings.crop, indices=indices, progress=progress, workers=workers or WORKERS)
 
 

@@ -18,9 +18,9 @@ from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.conditions.layout import BoxLayout, validate_boxes
 from ldmcli.conditions.semantic_map import SemanticMap, map_names
 from ldmcli.core.errors import InputError
-from ldmcli.data import shapes
+from ldmcli.data import shape_reading
 from ldmcli.data.cache import cache_key, cache_root
-from ldmcli.data.rows import is_shapes
+from ldmcli.data.shape_rows import is_shapes
 from ldmcli.evaluation.segmenter import NO_CLASS, TRAIN_STEPS, load_segmenter, save_segmenter, train_segmenter
 
 LAYOUT, MAP = BoxLayout.name, SemanticMap.name
@@ -89,13 +89,15 @@ def _shapes_reader() -> ConditionReader:
         return [
             [
                 (shape, (x / image.shape[1], y / image.shape[0], w / image.shape[1], h / image.shape[0]))
-                for shape, _, (x, y, w, h) in shapes.find(image)
+                for shape, _, (x, y, w, h) in shape_reading.find(image)
             ]
             for image in images
         ]
 
     return ConditionReader(
-        lambda images: [shapes.classes_of(image) for image in images], things, {"reader": "templates of the shapes"}
+        lambda images: [shape_reading.classes_of(image) for image in images],
+        things,
+        {"reader": "templates of the shapes"},
     )
 
 

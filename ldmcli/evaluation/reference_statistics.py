@@ -14,7 +14,7 @@ from ldmcli.core.errors import InputError, LdmError
 from ldmcli.core.files import atomic_path
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.cache import cache_key, cache_root
-from ldmcli.data.rows import JoinedRows
+from ldmcli.data.joined_rows import JoinedRows
 from ldmcli.data.sources import divided, held_out, open_rows, split_sizes, whole_rows
 from ldmcli.evaluation.features import Extractor, FeatureSet, extract
 from ldmcli.evaluation.image_streams import ImageStream

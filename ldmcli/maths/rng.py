@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Part = int | str
+Key = tuple[int, *tuple[Part, ...]]  # a seed, then whatever names the purpose
 
 
 def _digest(seed: int, path: Sequence[Part], size: int) -> bytes:

@@ -15,7 +15,8 @@ from ldmcli.core.errors import InputError
 from ldmcli.core.outputs import CONTACT
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.decode import BadImage, sanitise
-from ldmcli.data.rows import WORKERS, Rows, is_shapes, parallel_map
+from ldmcli.data.rows import WORKERS, Rows, parallel_map
+from ldmcli.data.shape_rows import is_shapes
 from ldmcli.data.sources import open_rows, split_sizes
 from ldmcli.data.streaming import stream
 from ldmcli.networks.conditioners import MAX_TEXT_LENGTH

@@ -11,7 +11,7 @@ from ldmcli.core import config, console, files, runs
 from ldmcli.core.errors import UsageError
 from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.shapes import score
+from ldmcli.data.shape_reading import score
 from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.features import open_extractor
 from ldmcli.maths.metrics import frechet_from_features

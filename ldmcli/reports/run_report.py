@@ -13,7 +13,7 @@ from ldmcli.core import config as configuration
 from ldmcli.core import files, runs
 from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import LdmError
-from ldmcli.data import shapes
+from ldmcli.data import shape_reading
 from ldmcli.data.sources import is_shapes
 from ldmcli.reports import html
 from ldmcli.reports.charts import Series, figure, finite, line_chart
@@ -321,7 +321,7 @@ def mark_samples(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list
     found = []
     for image, text in zip(pictures, texts):
         try:
-            found.append("right" if shapes.check(np.asarray(image), text)["all"] else "wrong")
+            found.append("right" if shape_reading.check(np.asarray(image), text)["all"] else "wrong")
         except LdmError:  # a prompt that is no caption of theirs
             found.append("")
     return found

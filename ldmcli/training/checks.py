@@ -5,7 +5,7 @@ from ldmcli.conditions.fit import assumed_specs, check_settings, check_sources
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSettings, DiffusionConfig, TrainSettings
 from ldmcli.data.decode import colour
-from ldmcli.data.rows import check_source
+from ldmcli.data.shape_rows import check_source
 from ldmcli.diffusion.sample import check_sampling
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.networks.perceptual import check_perceptual

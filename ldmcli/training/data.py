@@ -6,7 +6,7 @@ from typing import Any
 from ldmcli.core import console
 from ldmcli.data.rows import Room
 from ldmcli.data.sources import decode_all, divided, drop_unreadable, held_out, is_shapes, whole_rows
-from ldmcli.data.streamed import StreamedRows, StreamedValidation
+from ldmcli.data.streaming import StreamedRows, StreamedValidation
 from ldmcli.training.distributed import Distributed
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from ldmcli.core.errors import UsageError
-from ldmcli.data import shapes
+from ldmcli.data import shape_reading, shapes
 from ldmcli.data.shape_sdf import EXTENTS, coverage
 
 SIZE = (64, 64)
@@ -85,18 +85,6 @@ def test_prompts_of_several_objects_are_parted_between_train_and_validation(leve
     train = {shapes.caption(one) for one in specs(3000, level)}
     validation = {shapes.caption(one) for one in specs(500, level, "validation")}
     assert len(validation) > 450 and not train & validation
-
-
-@pytest.mark.parametrize("level", shapes.LEVELS)
-def test_held_out_prompts_are_distinct_and_describe_their_pictures(level):
-    prompts = shapes.held_out_prompts(level, 128)
-    assert len({prompt for prompt, _ in prompts}) == 128
-    assert all(prompt == shapes.caption(spec) for prompt, spec in prompts)
-    assert shapes.held_out_prompts(level, 16) == prompts[:16]
-
-
-def test_level_1_has_no_more_than_its_128_held_out_prompts():
-    assert len(shapes.held_out_prompts(1, 500)) == 128
 
 
 def test_one_training_caption_in_ten_leaves_the_place_out():
@@ -226,7 +214,9 @@ def test_spellings_and_missing_words_are_read_as_far_as_they_go():
 )
 def test_the_checker_agrees_with_every_real_picture(size, change, n):
     rows = specs(n, split="train", seed=7)
-    found = shapes.score([change(shapes.render(one, size)) for one in rows], [shapes.caption(one) for one in rows])
+    found = shape_reading.score(
+        [change(shapes.render(one, size)) for one in rows], [shapes.caption(one) for one in rows]
+    )
     wanted = ("colour", "shape", "position", "background", "count", "all")
     assert {key: found[key] for key in wanted} == dict.fromkeys(wanted, 1.0) and found["n"] == n
 
@@ -235,21 +225,21 @@ def test_the_checker_agrees_with_every_real_picture(size, change, n):
 @pytest.mark.parametrize("size", [SIZE, (32, 32)])
 def test_the_checker_agrees_with_real_pictures_of_several_objects(level, size):
     rows = specs(300, level, seed=7)
-    found = shapes.score([shapes.render(one, size) for one in rows], [shapes.caption(one) for one in rows])
+    found = shape_reading.score([shapes.render(one, size) for one in rows], [shapes.caption(one) for one in rows])
     assert found["all"] == 1.0
 
 
 @pytest.mark.parametrize("level", [2, 3])
 def test_a_blur_costs_the_checker_little_with_several_objects(level):
     rows = specs(200, level, seed=7)
-    found = shapes.score([blurred(shapes.render(one, SIZE)) for one in rows], rows)
+    found = shape_reading.score([blurred(shapes.render(one, SIZE)) for one in rows], rows)
     assert found["colour"] == found["position"] == 1.0 and found["all"] >= 0.98
 
 
 def test_each_wrong_word_fails_its_own_verdict_and_no_other():
     one = next(one for one in specs(1000) if shapes.caption(one).startswith("a red circle on the left"))
     image = shapes.render(one, SIZE)
-    background = list(shapes.BACKGROUNDS)[shapes.read(image)[0]]
+    background = list(shapes.BACKGROUNDS)[shape_reading.read(image)[0]]
     right = f"a red circle on the left of a {background} background"
     other = "white" if background != "white" else "black"
     verdicts = ("colour", "shape", "position", "background", "count")
@@ -260,7 +250,7 @@ def test_each_wrong_word_fails_its_own_verdict_and_no_other():
         (right.replace("left", "right"), "position"),
         (right.replace(background, other), "background"),
     ):
-        found = shapes.check(image, prompt)
+        found = shape_reading.check(image, prompt)
         assert [key for key in verdicts if found[key] is False] == ([wrong] if wrong else [])
         assert found["all"] is (wrong is None)
 
@@ -269,13 +259,13 @@ def test_a_swapped_relation_is_noticed():
     one = shapes.spec(0, level=2)
     image, prompt = shapes.render(one, SIZE), shapes.caption(one)
     assert " below " in prompt
-    assert shapes.check(image, prompt)["position"] is True
-    assert shapes.check(image, prompt.replace("below", "above"))["position"] is False
-    assert shapes.check(image, prompt.replace("below", "left of"))["position"] is False
+    assert shape_reading.check(image, prompt)["position"] is True
+    assert shape_reading.check(image, prompt.replace("below", "above"))["position"] is False
+    assert shape_reading.check(image, prompt.replace("below", "left of"))["position"] is False
 
 
 def test_an_empty_picture_shows_nothing_that_was_asked_for():
-    found = shapes.check(np.full((64, 64, 3), 255, np.uint8), "a red circle on the left of a white background")
+    found = shape_reading.check(np.full((64, 64, 3), 255, np.uint8), "a red circle on the left of a white background")
     assert found["background"] is True
     assert [found[k] for k in ("colour", "shape", "position", "count", "all")] == [False] * 5 and found["iou"] == 0.0
 
@@ -283,19 +273,19 @@ def test_an_empty_picture_shows_nothing_that_was_asked_for():
 def test_noise_and_constant_pictures_of_any_colour_do_not_break_the_checker():
     rng = np.random.default_rng(0)
     for image in (rng.integers(0, 256, (64, 64, 3), np.uint8), np.zeros((32, 32, 3), np.uint8)):
-        assert shapes.check(image, "a red circle above a blue star on a white background")["all"] is False
+        assert shape_reading.check(image, "a red circle above a blue star on a white background")["all"] is False
 
 
 def test_a_second_object_breaks_the_count_only():
     two = shapes.spec(0, level=2)
     prompt = f"{shapes.caption(two).partition(' below ')[0]} on a brown background"
-    found = shapes.check(shapes.render(two, SIZE), prompt)
+    found = shape_reading.check(shapes.render(two, SIZE), prompt)
     assert found["colour"] is True and found["shape"] is True and found["count"] is False and found["all"] is False
 
 
 def test_what_no_prompt_asks_for_is_left_out_of_the_means():
     one = shapes.spec(0)
-    found = shapes.score([shapes.render(one, SIZE)], ["a thing"])
+    found = shape_reading.score([shapes.render(one, SIZE)], ["a thing"])
     assert np.isnan(found["colour"]) and np.isnan(found["position"]) and np.isnan(found["background"])
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DataSettings, DiffusionConfig, TaskSettings
-from ldmcli.data import shapes
+from ldmcli.data import shape_reading, shapes
 from ldmcli.data.degradations import degrade
 from ldmcli.data.rows import Room
 from ldmcli.data.sources import open_rows
@@ -93,10 +93,10 @@ def test_real_shapes_obey_and_shuffled_ones_do_not(level):
 
 def test_find_reads_shape_colour_and_box():
     spec = shapes.Spec(1, 1, (shapes.ShapeObject(3, 4, 0.4, 0.6, 0.2),))
-    ((shape, colour, box),) = shapes.find(shapes.render(spec, SIZE))
+    ((shape, colour, box),) = shape_reading.find(shapes.render(spec, SIZE))
     assert (shape, colour) == (3, 4)
     assert np.abs(np.array(box) - shapes.boxes(spec, SIZE)[0]).max() < 0.3  # pixels
-    assert shapes.find(np.zeros((*SIZE, 3), np.uint8)) == []
+    assert shape_reading.find(np.zeros((*SIZE, 3), np.uint8)) == []
     moved = [(shape, np.array(box) + (8, 0, 0, 0))]
     asked = [{"bbox": np.array(shapes.boxes(spec, SIZE)), "category": np.array([3])}]
     assert 0.4 < layout_scores([moved], asked)["iou"] < 0.75
@@ -106,7 +106,7 @@ def test_a_shape_in_another_colour_obeys_and_another_shape_does_not():
     asked = shapes.Spec(1, 0, (shapes.ShapeObject(0, 0, 0.5, 0.5, 0.2),))
     for shape, colour, good in ((0, 5, True), (1, 0, False)):
         image = shapes.render(shapes.Spec(1, 2, (shapes.ShapeObject(shape, colour, 0.5, 0.5, 0.2),)), SIZE)
-        accuracy = (shapes.classes_of(image) == shapes.segment(asked, SIZE)).mean()
+        accuracy = (shape_reading.classes_of(image) == shapes.segment(asked, SIZE)).mean()
         assert (accuracy > 0.99) == good
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ldmcli.core import config, files, runs
-from ldmcli.data import shapes
+from ldmcli.data import shape_reading, shapes
 from ldmcli.reports import charts
 from ldmcli.reports.card import write_card
 from ldmcli.reports.html import cut
@@ -208,7 +208,7 @@ def demo(tmp_path):
     folder = tmp_path / "demo"
     specs = [shapes.spec(i, split="validation") for i in range(18)]
     captions, pictures = [shapes.caption(s) for s in specs], [shapes.render(s, (64, 64)) for s in specs]
-    right = shapes.score(pictures, captions)
+    right = shape_reading.score(pictures, captions)
     wrong = next(k for k in range(18) if specs[k].things[0].colour != specs[1].things[0].colour)
     pictures[1] = pictures[wrong]
     make_run(folder / "autoencoder", "autoencoder", log=[line(1), line(2)])
@@ -218,7 +218,7 @@ def demo(tmp_path):
     save_grid(folder / "samples.png", in_rows(pictures, 16))
     files.write_text(folder / "prompts.txt", "\n".join(captions) + "\n")
     summary = {
-        **shapes.score(pictures, captions),
+        **shape_reading.score(pictures, captions),
         "n": 18,
         "reconstructions": right,
         "real": right,

@@ -387,9 +387,9 @@ def test_a_streamed_run_stopped_at_7_and_13_equals_one_that_was_not(
     trainer, tmp_path, arguments, stream, signal_at, monkeypatch
 ):
     """Reliability 5 with a streamed set: positions past the rows that are kept are found again, none twice."""
-    from ldmcli.data import streamed
+    from ldmcli.data import streaming
 
-    monkeypatch.setattr(streamed, "HEAD_ROWS", 24)  # 60 positions are asked for
+    monkeypatch.setattr(streaming, "HEAD_ROWS", 24)  # 60 positions are asked for
     own = ("--data", stream, "--limit", 0, "--streaming", *(("--condition", "text") if trainer == "train-ldm" else ()))
     lines = [arguments(trainer, tmp_path / name, *own) for name in ("whole", "stopped")]
     ending = tiny.ldm(*lines[0])

@@ -1,0 +1,41 @@
+"""Several splits as one set of rows (`--split all`)."""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from ldmcli.data.rows import Rows
+
+
+class JoinedRows:
+    """The rows of several splits, one after the other, where all of a data set are asked for."""
+
+    _OF_A_ROW = frozenset("name image shape pixels caption label objects map map_pixels boxes content_hash".split())
+
+    def __init__(self, parts: list[Rows]):
+        self._parts, first = parts, parts[0]
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.source, self.split, self.columns = first.source, "all", first.columns
+        self.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+        self.class_names, self.category_names = first.class_names, first.category_names
+        self.boxes_are_shares, self.validation_is_train = first.boxes_are_shares, False
+        self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def has(self, role: str) -> bool:
+        """As of `Rows`: whether the rows of every split do."""
+        return all(part.has(role) for part in self._parts)
+
+    def __getattr__(self, name: str) -> Callable:
+        if name not in self._OF_A_ROW:
+            raise AttributeError(name)
+
+        def of_row(i: int, *args, **more):
+            k = int(np.searchsorted(self._ends, i, side="right"))
+            part = self._parts[k]
+            return getattr(part, name)(i - int(self._ends[k]) + len(part), *args, **more)
+
+        return of_row
