@@ -59,7 +59,7 @@ def _write(folder: Path, title: str, body: str) -> Path:
 def write_demo_report(out: Path, runs: list[Path], summary: dict[str, Any]) -> Path:
     """Writes out/report.html over the demo's runs (autoencoder, diffusion) and returns its path.
 
-    summary: shares of samples as `data.shapes.score` gives them at the top level, under "reconstructions" and "real"
+    summary: shares of samples as `shape_reading.score` gives them at the top level, under "reconstructions" and "real"
     the same of those; "ae_psnr" in dB, "fd", "fd_reconstructions", "fd_protocol", "seconds", "n", "data". What is
     absent is left out. out/samples.png is the contact sheet of the samples, out/prompts.txt what they were told.
     """
