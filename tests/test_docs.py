@@ -277,6 +277,13 @@ def test_python_of_the_pages_runs(page, here):
         )
 
 
+def test_code_for_extending_is_that_of_tests_that_use_it():
+    page = ROOT / "docs" / "extending.md"
+    tests = [(ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"`(tests/[\w./]+)`", prose(page))]
+    for language, text in blocks(page):
+        assert language == "python" and any(text in test for test in tests), text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_files_that_a_page_names_exist(page):
     text = prose(page)

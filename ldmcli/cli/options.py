@@ -187,7 +187,7 @@ GuidanceInterval = _sampling(
     default="0,1",
 )
 Sampler = _sampling(
-    Text, "--sampler", tuple(SAMPLERS), "How to go from noise to image.", default="the run's setting, else dpm++"
+    Text, "--sampler", SAMPLERS, "How to go from noise to image.", default="the run's setting, else dpm++"
 )
 Eta = _sampling(
     float | None,

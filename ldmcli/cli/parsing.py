@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -46,7 +46,7 @@ def plain_name(token: str) -> str:
 def option(
     kind: Any,
     names: str,
-    unit: str | tuple[str, ...],
+    unit: str | Collection[str],
     help: str,
     *,
     panel: str,
@@ -59,10 +59,10 @@ def option(
     """An annotated type: `kind` with a Typer option that also knows its setting (`.path`), the words to choose from
     (`.choices`) and its Python default (`.value`).
 
-    names: as declared, with blanks between. unit: what help shows for the value, or the words to choose from.
-    default: what help says about it; None says nothing.
+    names: as declared, with blanks between. unit: what help shows for the value, or the words to choose from; of a
+    table an entry that is added later counts, too. default: what help says about it; None says nothing.
     """
-    choices = unit if isinstance(unit, tuple) else ()
+    choices = () if isinstance(unit, str) else unit
     if choices:
         more["autocompletion"] = lambda: list(choices)
         metavar = metavar or "|".join(choices)
@@ -70,7 +70,7 @@ def option(
         *names.split(),
         help=help,
         rich_help_panel=panel,
-        metavar=metavar or (None if choices else unit or None),
+        metavar=metavar or (unit if isinstance(unit, str) else "") or None,
         show_default=default if default is not None else False,
         **more,
     )
@@ -78,7 +78,7 @@ def option(
     return Annotated[kind, info]
 
 
-def setting(path: str, unit: str | tuple[str, ...], help: str, *, names: str = "", **more: Any) -> Any:
+def setting(path: str, unit: str | Collection[str], help: str, *, names: str = "", **more: Any) -> Any:
     """An option that sets `path`, by default named after it; help shows the setting's own default unless `default`
     words it."""
     return option(Text, names or f"--{_dashed(path)}", unit, help, path=path, **more)

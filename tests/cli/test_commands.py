@@ -203,7 +203,7 @@ def test_words_an_option_takes_are_those_the_library_knows():
     from ldmcli.diffusion.samplers import SAMPLERS
     from ldmcli.diffusion.schedule import SPACINGS
 
-    assert info_of(opt.Sampler).choices == tuple(SAMPLERS)
+    assert tuple(info_of(opt.Sampler).choices) == tuple(SAMPLERS)
     assert info_of(opt.Spacing).choices == tuple(SPACINGS)
 
 
