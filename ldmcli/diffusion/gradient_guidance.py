@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmcli.diffusion.sample import Denoise
+from ldmcli.diffusion.samplers import Denoise
 
-LARGEST_MOVE = 1.0  # root mean square over a sample's latent of the change of x0, latents having variance 1
+MAX_X0_SHIFT = 1.0  # root mean square over a sample's latent of the change of x0, latents having variance 1
 
 
 def downsampled(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -23,7 +23,7 @@ def downsampled(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
-def squared(a: Tensor, b: Tensor) -> Tensor:
+def half_squared_error(a: Tensor, b: Tensor) -> Tensor:
     """½ ‖a − b‖² of each picture, (B,)."""
     return 0.5 * (a - b).square().sum(dim=(1, 2, 3))
 
@@ -33,7 +33,7 @@ def image_guide(
     decode: Callable[[Tensor], Tensor],
     low: Tensor,
     scale: float = 1.0,
-    distance: Callable[[Tensor, Tensor], Tensor] = squared,
+    distance: Callable[[Tensor, Tensor], Tensor] = half_squared_error,
     *,
     plain: bool = False,
 ) -> Denoise:
@@ -45,7 +45,7 @@ def image_guide(
     plain: the change of ε is scale · σ ∇ distance, whose right scale depends on the picture's size, the autoencoder and
     the noise. Otherwise x0 moves along −∇ by the step after which the distance would, to first order, be gone, times
     `scale`: 1 asks for all of it at each step, whatever the units, and a sample that fits is left alone. No
-    move is larger than `LARGEST_MOVE`.
+    move is larger than `MAX_X0_SHIFT`.
     """
     if scale == 0:
         return denoise
@@ -57,12 +57,12 @@ def image_guide(
             at_z, at_x0 = torch.autograd.grad(error.sum(), (here, x0), retain_graph=z.requires_grad)
         x0, eps = (x0, eps) if z.requires_grad else (x0.detach(), eps.detach())
         if plain:
-            return _moved(x0, eps, scale * sigma * at_z, alpha, sigma)
+            return _shift_eps(x0, eps, scale * sigma * at_z, alpha, sigma)
         gain = (at_x0 * at_z).sum(dim=(1, 2, 3))
         # a gradient that points the wrong way, or nowhere, moves nothing
         step = torch.where(gain > 0, error.detach() / gain.clamp(min=1e-12), 0.0)[:, None, None, None] * at_z
         rms = step.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-        move = scale * step * (LARGEST_MOVE / rms.clamp(min=LARGEST_MOVE))
+        move = scale * step * (MAX_X0_SHIFT / rms.clamp(min=MAX_X0_SHIFT))
         return x0 - move, eps + alpha / sigma * move
 
     return guided
@@ -87,7 +87,7 @@ def classifier_guide(
             found = log_prob(x0 if decode is None else decode(x0)).sum()
             gradient = torch.autograd.grad(found, here, retain_graph=z.requires_grad)[0]
         x0, eps = (x0, eps) if z.requires_grad else (x0.detach(), eps.detach())
-        return _moved(x0, eps, -scale * sigma * gradient, alpha, sigma)
+        return _shift_eps(x0, eps, -scale * sigma * gradient, alpha, sigma)
 
     return guided
 
@@ -99,7 +99,7 @@ def _differentiable(z: Tensor) -> Iterator[Tensor]:
         yield z if z.requires_grad else z.detach().requires_grad_()
 
 
-def _moved(x0: Tensor, eps: Tensor, change: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+def _shift_eps(x0: Tensor, eps: Tensor, change: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
     """(x0, ε) after ε + change, such that α x0 + σ ε stays z."""
     return x0 - sigma / alpha * change, eps + change
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 Denoise = Callable[[Any, float, float, float], tuple[Any, Any]]
 
 
-class Way(Protocol):
-    """What a sampler reads of `schedule.Levels`: N timesteps, N + 1 values of α and σ."""
+class SamplingLevels(Protocol):
+    """What a sampler reads of `schedule.NoiseLevels`: N timesteps, N + 1 values of α and σ."""
 
     @property
     def t(self) -> Sequence[float]: ...
@@ -29,11 +29,11 @@ def _report(callback: Callable[[int, Any, Any], None] | None, i: int, z: Any, x0
         callback(i, z, x0)
 
 
-def _prepared(before_step: Callable[[int, Any], Any] | None, i: int, z: Any) -> Any:
+def _before(before_step: Callable[[int, Any], Any] | None, i: int, z: Any) -> Any:
     return z if before_step is None else before_step(i, z)
 
 
-def _need(noise: Callable[[int], Any] | None, i: int) -> Any:
+def _fresh(noise: Callable[[int], Any] | None, i: int) -> Any:
     if noise is None:
         raise ValueError("a step with fresh noise needs noise=")
     return noise(i)
@@ -50,7 +50,7 @@ def ddim_sigma(alpha: float, sigma: float, alpha_next: float, sigma_next: float,
     return eta * sigma_next / sigma * sqrt(max(0.0, sigma**2 - (sigma_next * alpha / alpha_next) ** 2))
 
 
-def ddim(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
+def ddim(denoise: Denoise, z, levels: SamplingLevels, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """DDIM (Song et al. 2021): eta = 0 deterministic, eta = 1 with the variance of the ancestral process.
 
     noise(i): fresh noise of step i, an array like z; read where a step has some. callback(i, z, x0) after a step.
@@ -58,33 +58,33 @@ def ddim(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
     here). Steps of several evaluations, and the memory of multistep ones, see it as any other z.
     """
     for i, t in enumerate(levels.t):
-        z = _prepared(before_step, i, z)
-        alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
+        z = _before(before_step, i, z)
+        alpha, sigma, alpha_next, sigma_next = *_level(levels, i), *_level(levels, i + 1)
         x0, eps = denoise(z, t, alpha, sigma)
         added = ddim_sigma(alpha, sigma, alpha_next, sigma_next, eta)
         z = alpha_next * x0 + sqrt(max(0.0, sigma_next**2 - added**2)) * eps
         if added > 0:
-            z = z + added * _need(noise, i)
+            z = z + added * _fresh(noise, i)
         _report(callback, i, z, x0)
     return z
 
 
-def ddpm(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
+def ddpm(denoise: Denoise, z, levels: SamplingLevels, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """Ancestral sampling (Ho et al. 2020) with the posterior of the chain that has only these levels.
 
     With every timestep the original's chain. A step that ends clean has variance 0 and takes no noise. eta is not
     read.
     """
     for i, t in enumerate(levels.t):
-        z = _prepared(before_step, i, z)
-        alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
+        z = _before(before_step, i, z)
+        alpha, sigma, alpha_next, sigma_next = *_level(levels, i), *_level(levels, i + 1)
         x0, _ = denoise(z, t, alpha, sigma)
         keep = alpha / alpha_next  # the transition from the next level up to this one: its scale …
         transition = sigma**2 - (keep * sigma_next) ** 2  # … and its variance
         z = (alpha_next * transition * x0 + keep * sigma_next**2 * z) / sigma**2
         added = ddim_sigma(alpha, sigma, alpha_next, sigma_next, 1.0)
         if added > 0:
-            z = z + added * _need(noise, i)
+            z = z + added * _fresh(noise, i)
         _report(callback, i, z, x0)
     return z
 
@@ -93,7 +93,7 @@ def ddpm(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
 _ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def plms(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
+def plms(denoise: Denoise, z, levels: SamplingLevels, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """Pseudo linear multistep (Liu et al. 2022) as in CompVis/latent-diffusion: one evaluation more than steps.
 
     ε is extrapolated over up to four evaluations and put into the DDIM step. On straight paths (α + σ = 1), where
@@ -102,13 +102,13 @@ def plms(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
     straight = all(abs(alpha + sigma - 1) < 1e-9 for alpha, sigma in zip(levels.alphas, levels.sigmas))
     history: list[Any] = []
     for i, t in enumerate(levels.t):
-        z = _prepared(before_step, i, z)
-        alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
+        z = _before(before_step, i, z)
+        alpha, sigma, alpha_next, sigma_next = *_level(levels, i), *_level(levels, i + 1)
         x0, eps = denoise(z, t, alpha, sigma)
         history = [eps - x0 if straight else eps, *history[:3]]
         if i == 0:
             ahead = min(1, len(levels.t) - 1)  # a single step looks at its own timestep again
-            x0_ahead, eps_ahead = denoise(alpha_next * x0 + sigma_next * eps, levels.t[ahead], *_at(levels, ahead))
+            x0_ahead, eps_ahead = denoise(alpha_next * x0 + sigma_next * eps, levels.t[ahead], *_level(levels, ahead))
             slope = (history[0] + (eps_ahead - x0_ahead if straight else eps_ahead)) / 2
         else:
             slope = sum(weight * value for weight, value in zip(_ADAMS_BASHFORTH[len(history) - 1], history))
@@ -121,21 +121,23 @@ def plms(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
     return z
 
 
-def euler(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
+def euler(
+    denoise: Denoise, z, levels: SamplingLevels, *, noise=None, eta: float = 0.0, callback=None, before_step=None
+):
     """Euler's method for the probability flow in z/α over σ/α (Karras et al. 2022), without dividing by α.
 
     For flow it is Euler in t. The step is that of deterministic DDIM. noise and eta are not read.
     """
     for i, t in enumerate(levels.t):
-        z = _prepared(before_step, i, z)
-        x0, eps = denoise(z, t, *_at(levels, i))
-        alpha_next, sigma_next = _at(levels, i + 1)
+        z = _before(before_step, i, z)
+        x0, eps = denoise(z, t, *_level(levels, i))
+        alpha_next, sigma_next = _level(levels, i + 1)
         z = alpha_next * x0 + sigma_next * eps
         _report(callback, i, z, x0)
     return z
 
 
-def heun(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
+def heun(denoise: Denoise, z, levels: SamplingLevels, *, noise=None, eta: float = 0.0, callback=None, before_step=None):
     """Trapezoidal rule for dz = x0 dα + ε dσ with an Euler predictor; the last step is Euler's. 2N − 1 evaluations.
 
     The coordinates (α, σ) are finite at both ends, where those of Karras et al. (σ/α) grow without bound; for flow
@@ -143,8 +145,8 @@ def heun(denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, call
     """
     last = len(levels.t) - 1
     for i, t in enumerate(levels.t):
-        z = _prepared(before_step, i, z)
-        alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
+        z = _before(before_step, i, z)
+        alpha, sigma, alpha_next, sigma_next = *_level(levels, i), *_level(levels, i + 1)
         x0, eps = denoise(z, t, alpha, sigma)
         predicted = alpha_next * x0 + sigma_next * eps
         if i < last:
@@ -164,7 +166,15 @@ def _half_log_snr(alpha: float, sigma: float) -> float:
 
 
 def dpm_solver_pp(
-    denoise: Denoise, z, levels: Way, *, noise=None, eta: float = 0.0, callback=None, before_step=None, order: int = 2
+    denoise: Denoise,
+    z,
+    levels: SamplingLevels,
+    *,
+    noise=None,
+    eta: float = 0.0,
+    callback=None,
+    before_step=None,
+    order: int = 2,
 ):
     """DPM-Solver++(2M) (Lu et al. 2022): x0 extrapolated linearly in λ = ln(α/σ) from the last two evaluations.
 
@@ -174,8 +184,8 @@ def dpm_solver_pp(
     steps = len(levels.t)
     before, h_before = None, 0.0
     for i, t in enumerate(levels.t):
-        z = _prepared(before_step, i, z)
-        alpha, sigma, alpha_next, sigma_next = *_at(levels, i), *_at(levels, i + 1)
+        z = _before(before_step, i, z)
+        alpha, sigma, alpha_next, sigma_next = *_level(levels, i), *_level(levels, i + 1)
         x0, _ = denoise(z, t, alpha, sigma)
         h = _half_log_snr(alpha_next, sigma_next) - _half_log_snr(alpha, sigma)
         first_order = order == 1 or before is None or (i == steps - 1 and steps < 15)
@@ -191,43 +201,43 @@ def dpm_solver_pp(
     return z
 
 
-def _at(levels: Way, i: int) -> tuple[float, float]:
+def _level(levels: SamplingLevels, i: int) -> tuple[float, float]:
     return levels.alphas[i], levels.sigmas[i]
 
 
 @dataclass(frozen=True)
-class _OneStep:
+class _SingleStep:
     t: Sequence[float]
     alphas: Sequence[float]
     sigmas: Sequence[float]
 
 
-def resampled(
+def repaint(
     sample: Callable[..., Any],
     denoise: Denoise,
     z,
-    levels: Way,
+    levels: SamplingLevels,
     times: int,
     *,
     noise,
-    again,
+    renoise,
     eta: float = 0.0,
     before_step=None,
 ):
     """Every step `times` times, with new noise back up to where it began in between (RePaint, Lugmayr et al. 2022).
 
     A known region put in by `before_step(i, round, z)` and what the network makes of the rest come to agree this way.
-    noise(i, round) is a step's own noise, again(i, round) that of the way back. Steps stand alone, so multistep
+    noise(i, round) is a step's own noise, renoise(i, round) that of the way back. Steps stand alone, so multistep
     samplers go first order; jumps are one step long.
     """
     for i in range(len(levels.t)):
-        step = _OneStep(levels.t[i : i + 1], levels.alphas[i : i + 2], levels.sigmas[i : i + 2])
-        (alpha, sigma), (alpha_next, sigma_next) = _at(step, 0), _at(step, 1)
+        step = _SingleStep(levels.t[i : i + 1], levels.alphas[i : i + 2], levels.sigmas[i : i + 2])
+        (alpha, sigma), (alpha_next, sigma_next) = _level(step, 0), _level(step, 1)
         back = alpha / alpha_next  # the forward process between the two levels: its scale and variance
         variance = max(0.0, sigma**2 - (back * sigma_next) ** 2)
         for k in range(times):
             if k:
-                z = back * z + sqrt(variance) * again(i, k)
+                z = back * z + sqrt(variance) * renoise(i, k)
             z = sample(
                 denoise,
                 z,

@@ -1,7 +1,8 @@
 """Noise schedules, parametrisations and the levels that a sampler visits.
 
-z_t = α_t x0 + σ_t ε. Variance preserving (VP) for eps, v and x0: α² = ᾱ, σ² = 1 − ᾱ. Flow: α = 1 − t, σ = t, with
-t = (i + ½)/T at timestep i. Every difference between parametrisations ends here: samplers see (x0, ε).
+The forward process is z_t = α_t x0 + σ_t ε (`q_sample`). Variance preserving (VP) for eps, v and x0: α² = ᾱ,
+σ² = 1 − ᾱ. Flow: α = 1 − t, σ = t, with t = (i + ½)/T at timestep i. Every difference between parametrisations ends
+here: samplers see (x0, ε).
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ class Schedule:
     name: str
 
     @property
-    def timesteps(self) -> int:
+    def num_timesteps(self) -> int:
         return len(self.alphas)
 
     @property
@@ -79,7 +80,7 @@ def make_schedule(settings: DiffusionSettings) -> Schedule:
     return Schedule(np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod), settings.prediction, settings.schedule)
 
 
-def buffers(schedule: Schedule, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
+def ddpm_coefficients(schedule: Schedule, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
     """Coefficients of the ancestral process and weights of the variational bound, (T,) float64 each.
 
     The twelve names that a checkpoint of CompVis/latent-diffusion holds, and `lvlb_weights_eps`, `lvlb_weights_x0`
@@ -115,7 +116,7 @@ def buffers(schedule: Schedule, v_posterior: float = 0.0) -> dict[str, np.ndarra
     }
 
 
-def levels_at(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+def alpha_sigma(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """α and σ at timesteps t in [0, T−1], any shape; float64 for float64 t, otherwise float32.
 
     Flow takes any real t; VP has values at whole timesteps and takes the nearest.
@@ -124,7 +125,7 @@ def levels_at(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     if schedule.flow:
         t = t.to(dtype)
         # T − ½ − t before the division: 1 − σ would lose the last digits of a small α in float32.
-        return (schedule.timesteps - 0.5 - t) / schedule.timesteps, (t + 0.5) / schedule.timesteps
+        return (schedule.num_timesteps - 0.5 - t) / schedule.num_timesteps, (t + 0.5) / schedule.num_timesteps
     i = t.round().long() if t.is_floating_point() else t.long()
     alphas = torch.as_tensor(schedule.alphas, dtype=dtype).to(t.device)
     sigmas = torch.as_tensor(schedule.sigmas, dtype=dtype).to(t.device)
@@ -138,7 +139,15 @@ def _per_sample(scale: Scale, x: Tensor) -> Scale:
     return scale
 
 
-def target(prediction: str, x0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
+def q_sample(z_0: Tensor, noise: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
+    """z_t = α_t z_0 + σ_t ε, a sample of the forward process q(z_t | z_0) = N(α_t z_0, σ_t² I).
+
+    z_0, noise: (B, …), noise ~ N(0, I); alpha, sigma: (B,), or numbers.
+    """
+    return _per_sample(alpha, z_0) * z_0 + _per_sample(sigma, z_0) * noise
+
+
+def prediction_target(prediction: str, x0: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
     """What the network should output at z_t = α x0 + σ ε: ε, x0, v = α ε − σ x0, or the velocity u = ε − x0.
 
     x0, eps: (B, …); alpha, sigma: (B,), or numbers. v: Salimans & Ho 2022.
@@ -174,10 +183,10 @@ def to_x0_eps(prediction: str, output: Tensor, z_t: Tensor, alpha: Scale, sigma:
     raise ValueError(f"no parametrisation {prediction!r}")
 
 
-def convert(source: str, to: str, output: Tensor, z_t: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
+def convert_prediction(source: str, to: str, output: Tensor, z_t: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
     """The output that a network of parametrisation `to` would give where one of `source` gives `output`."""
     x0, eps = to_x0_eps(source, output, z_t, alpha, sigma)
-    return target(to, x0, eps, alpha, sigma)
+    return prediction_target(to, x0, eps, alpha, sigma)
 
 
 def loss_weight(name: str, prediction: str, alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
@@ -203,14 +212,15 @@ def sample_timesteps(settings: DiffusionSettings, u: Tensor, schedule: Schedule)
     u = u.double()
     if settings.t_sampling == "logit_normal":
         u = torch.sigmoid(settings.t_mean + settings.t_std * torch.special.ndtri(u))
-    t = u * schedule.timesteps
+    t = u * schedule.num_timesteps
     t = t - 0.5 if schedule.flow else t.floor()
-    return t.clamp(0, schedule.timesteps - 1).float()
+    return t.clamp(0, schedule.num_timesteps - 1).float()
 
 
 @dataclass(frozen=True)
-class Levels:
-    """The way of a sampler: N evaluations at timesteps t, falling, with their α and σ, and where the last step ends.
+class NoiseLevels:
+    """The noise levels that a sampler visits: N evaluations at timesteps t, falling, with their α and σ, and where the
+    last step ends.
 
     alphas and sigmas have N + 1 entries; the last is (1, 0), clean, or another of ENDINGS.
     """
@@ -225,65 +235,67 @@ def _round(x: float) -> int:
 
 
 def _linspace(schedule: Schedule, steps: int) -> list[float]:
-    last = schedule.timesteps - 1
+    last = schedule.num_timesteps - 1
     return [_round(last * (1 - k / max(1, steps - 1))) for k in range(steps)]
 
 
 def _uniform(schedule: Schedule, steps: int) -> list[float]:
-    total = schedule.timesteps
+    total = schedule.num_timesteps
     if schedule.flow:  # times t_0 (1 − k/N), t_0 that of timestep T − 1: all N steps down to time 0 are equal
         return [(total - 0.5) * (1 - k / steps) - 0.5 for k in range(steps)]
     return [_round(total * (1 - k / steps)) - 1 for k in range(steps)]
 
 
-def _plus_one(schedule: Schedule, steps: int, subset: Sequence[int], spacing: str) -> list[float]:
-    if subset[-1] + 1 >= schedule.timesteps:
+def _shifted(schedule: Schedule, steps: int, subset: Sequence[int], spacing: str) -> list[float]:
+    if subset[-1] + 1 >= schedule.num_timesteps:
         raise UsageError(
             f"{steps} steps: spacing {spacing!r} would evaluate timestep {subset[-1] + 1} of "
-            f"0 … {schedule.timesteps - 1}, as in the original code; take 10, 20, 50, 100, 200 or 250 steps, "
+            f"0 … {schedule.num_timesteps - 1}, as in the original code; take 10, 20, 50, 100, 200 or 250 steps, "
             "or spacing linspace"
         )
     return [float(t + 1) for t in reversed(subset)]
 
 
 def _original(schedule: Schedule, steps: int) -> list[float]:
-    subset = list(range(0, schedule.timesteps, schedule.timesteps // steps))
-    return _plus_one(schedule, steps, subset, "original")
+    subset = list(range(0, schedule.num_timesteps, schedule.num_timesteps // steps))
+    return _shifted(schedule, steps, subset, "original")
 
 
 def _original_quad(schedule: Schedule, steps: int) -> list[float]:
-    subset = (np.linspace(0, sqrt(0.8 * schedule.timesteps), steps) ** 2).astype(int).tolist()
-    return _plus_one(schedule, steps, subset, "original_quad")
+    subset = (np.linspace(0, sqrt(0.8 * schedule.num_timesteps), steps) ** 2).astype(int).tolist()
+    return _shifted(schedule, steps, subset, "original_quad")
 
 
 def _leading(schedule: Schedule, steps: int) -> list[float]:
-    stride = schedule.timesteps // steps
+    stride = schedule.num_timesteps // steps
     return [float(k * stride) for k in reversed(range(steps))]
 
 
 def _leading_open(schedule: Schedule, steps: int) -> list[float]:
-    stride = schedule.timesteps // (steps + 1)
+    stride = schedule.num_timesteps // (steps + 1)
     return [float(k * stride) for k in reversed(range(1, steps + 1))]
 
 
-def _one_later(spacing: Callable[[Schedule, int], list[float]], name: str) -> Callable[[Schedule, int], list[float]]:
+def _shifted_by_one(
+    spacing: Callable[[Schedule, int], list[float]], name: str
+) -> Callable[[Schedule, int], list[float]]:
     def later(schedule: Schedule, steps: int) -> list[float]:
-        return _plus_one(schedule, steps, [int(t) for t in reversed(spacing(schedule, steps))], name)
+        return _shifted(schedule, steps, [int(t) for t in reversed(spacing(schedule, steps))], name)
 
     return later
 
 
 def _trailing(schedule: Schedule, steps: int) -> list[float]:
-    falling = np.arange(schedule.timesteps, 0, -schedule.timesteps / steps)
+    falling = np.arange(schedule.num_timesteps, 0, -schedule.num_timesteps / steps)
     return (falling.round()[:steps] - 1).tolist()
 
 
 def _linspace_open(schedule: Schedule, steps: int) -> list[float]:
-    return np.linspace(0, schedule.timesteps - 1, steps + 1).round()[:0:-1].tolist()
+    return np.linspace(0, schedule.num_timesteps - 1, steps + 1).round()[:0:-1].tolist()
 
 
 def _linspace_real(schedule: Schedule, steps: int) -> list[float]:
-    return np.linspace(0, schedule.timesteps - 1, steps)[::-1].tolist()
+    return np.linspace(0, schedule.num_timesteps - 1, steps)[::-1].tolist()
 
 
 SPACINGS: dict[str, Callable[[Schedule, int], list[float]]] = {
@@ -292,9 +304,9 @@ SPACINGS: dict[str, Callable[[Schedule, int], list[float]]] = {
     "original": _original,
     "original_quad": _original_quad,
     "leading": _leading,
-    "leading+1": _one_later(_leading, "leading+1"),
+    "leading+1": _shifted_by_one(_leading, "leading+1"),
     "leading_open": _leading_open,
-    "leading_open+1": _one_later(_leading_open, "leading_open+1"),
+    "leading_open+1": _shifted_by_one(_leading_open, "leading_open+1"),
     "trailing": _trailing,
     "linspace_open": _linspace_open,
     "linspace_real": _linspace_real,
@@ -309,7 +321,7 @@ ENDINGS: dict[str, Callable[[Schedule], tuple[float, float]]] = {
 }
 
 
-def _way_of(schedule: Schedule, spacing: str) -> tuple[str, str]:
+def _spacing_and_ending(schedule: Schedule, spacing: str) -> tuple[str, str]:
     """Names in SPACINGS and ENDINGS of "SPACING", "SPACING/ENDING" or ""."""
     name, _, ending = spacing.partition("/")
     name = name or ("uniform" if schedule.flow else "linspace")
@@ -321,7 +333,7 @@ def _way_of(schedule: Schedule, spacing: str) -> tuple[str, str]:
     return name, ending
 
 
-def timesteps(schedule: Schedule, steps: int, spacing: str = "") -> list[float]:
+def sampling_timesteps(schedule: Schedule, steps: int, spacing: str = "") -> list[float]:
     """The timesteps at which a sampler of `steps` steps evaluates the network, falling.
 
     linspace: whole numbers from T−1 to 0. uniform: equal steps from T−1 to clean (flow: real numbers).
@@ -331,31 +343,31 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "") -> list[float]:
     linspace_real (not rounded: Euler); _open: N + 1 points of which the last, 0, is left out (DPM-Solver).
     A part after / names in ENDINGS where the last step ends: "first" for the originals, else "clean".
     """
-    name, _ = _way_of(schedule, spacing)
-    if not 1 <= steps <= schedule.timesteps:
-        raise UsageError(f"steps = {steps}: the model has {schedule.timesteps} timesteps, take 1 to as many")
+    name, _ = _spacing_and_ending(schedule, spacing)
+    if not 1 <= steps <= schedule.num_timesteps:
+        raise UsageError(f"steps = {steps}: the model has {schedule.num_timesteps} timesteps, take 1 to as many")
     return [float(t) for t in SPACINGS[name](schedule, steps)]
 
 
 def _between(schedule: Schedule, t: Sequence[float]) -> tuple[Tensor, Tensor]:
     """α and σ at real timesteps: σ/α linear between whole ones, as in diffusers."""
-    ratio = np.interp(t, np.arange(schedule.timesteps), schedule.sigmas / schedule.alphas)
+    ratio = np.interp(t, np.arange(schedule.num_timesteps), schedule.sigmas / schedule.alphas)
     alphas = 1 / np.sqrt(1 + ratio**2)
     return torch.from_numpy(alphas), torch.from_numpy(ratio * alphas)
 
 
-def levels(schedule: Schedule, steps: int, spacing: str = "", *, strength: float = 1.0) -> Levels:
+def sampling_levels(schedule: Schedule, steps: int, spacing: str = "", *, strength: float = 1.0) -> NoiseLevels:
     """The levels of `steps` steps, or of their last share `strength` in (0, 1], at least one, for image-to-image.
 
     Image-to-image starts from α_0 x0 + σ_0 ε with α_0, σ_0 the first of the result.
     """
     if not 0 < strength <= 1:
         raise UsageError(f"strength = {strength}: must be above 0 and at most 1")
-    t = timesteps(schedule, steps, spacing)
+    t = sampling_timesteps(schedule, steps, spacing)
     t = t[len(t) - max(1, _round(strength * len(t))) :]
     if schedule.flow or all(step.is_integer() for step in t):
-        alphas, sigmas = levels_at(schedule, torch.tensor(t, dtype=torch.float64))
+        alphas, sigmas = alpha_sigma(schedule, torch.tensor(t, dtype=torch.float64))
     else:
         alphas, sigmas = _between(schedule, t)
-    end = ENDINGS[_way_of(schedule, spacing)[1]](schedule)
-    return Levels(tuple(t), (*alphas.tolist(), end[0]), (*sigmas.tolist(), end[1]))
+    end = ENDINGS[_spacing_and_ending(schedule, spacing)[1]](schedule)
+    return NoiseLevels(tuple(t), (*alphas.tolist(), end[0]), (*sigmas.tolist(), end[1]))

@@ -21,7 +21,7 @@ from ldmcli.data.arrays import to_pixels
 from ldmcli.data.degradations import degrade, resize, to_uint8
 from ldmcli.data.masks import masked_share
 from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
-from ldmcli.diffusion.sample import Steering
+from ldmcli.diffusion.sample import Guide
 from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, drawn_for, values_for
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
@@ -103,8 +103,8 @@ def guided_sources(
     def drawn(guided: bool):
         def stream() -> Iterator[np.ndarray]:
             for numbers, block in _blocks(ids, batch_size):
-                steering = _to_low(model, [low(i) for i in block]) if guided else None
-                yield from drawn_for(model, told, block, numbers[0], seed, size, {**settings, "steering": steering})
+                guide = _to_low(model, [low(i) for i in block]) if guided else None
+                yield from drawn_for(model, told, block, numbers[0], seed, size, {**settings, "guide": guide})
 
         return stream
 
@@ -125,10 +125,10 @@ def _made_small(rows, ids: list[int], size: tuple[int, int], factor: int):
     return low
 
 
-def _to_low(model, low: list[np.ndarray]):
-    """Steering of a batch, each sample to its own small picture."""
+def _to_low(model, low: list[np.ndarray]) -> Guide:
+    """Leads a batch, each sample to its own small picture."""
     pixels, decoder = to_pixels(np.stack(low)).to(model.device), latent_decoder(model.autoencoder)
-    return Steering(wrap=lambda denoise: image_guide(denoise, decoder, pixels))
+    return lambda denoise: image_guide(denoise, decoder, pixels)
 
 
 def has_biharmonic() -> bool:

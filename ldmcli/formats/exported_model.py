@@ -14,9 +14,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ldmcli.core.settings import AutoencoderSettings, ConditionSettings, DiffusionSettings, SampleSettings
-from ldmcli.diffusion.samplers import SAMPLERS
-from ldmcli.diffusion.schedule import levels, make_schedule, to_x0_eps
-from ldmcli.maths import rng
+from ldmcli.diffusion.guidance import guidance_path
+from ldmcli.diffusion.sample import KeyedNoise, sample_latents, with_overrides
+from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.networks.autoencoder import Autoencoder, split_moments
 from ldmcli.networks.conditioners import Conditioning, Conditions
 from ldmcli.networks.unet import UNet
@@ -68,13 +68,16 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
             self.conditions.entries["text"].tokenizer = tokenizer
         return {k: v.to(self.device) for k, v in self.conditions.prepare(values).items()}
 
-    def predict(self, unet, z: Tensor, t: float, told: Conditioning) -> Tensor:
-        """The network's output at one timestep."""
-        x = z if told.concat is None else torch.cat([z, told.concat], dim=1)
-        times = torch.full((len(z),), t, device=z.device, dtype=torch.float32)
+    def embed(self, inputs: dict[str, Tensor], size: tuple[int, int]) -> Conditioning:
+        """τ_θ(y) of prepared inputs for latents of `size` (h, w)."""
+        return self.conditions(inputs, size)
+
+    def predict(self, unet, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output at timesteps t (B,)."""
+        x = z if conditioning.concat is None else torch.cat([z, conditioning.concat], dim=1)
         if unet is None:
-            return self.unet(x, times, context=told.context, vector=told.vector)
-        return unet(x, times, told.context).sample if told.context is not None else unet(x, times).sample
+            return self.unet(x, t, context=conditioning.context, vector=conditioning.vector)
+        return unet(x, t, conditioning.context).sample if conditioning.context is not None else unet(x, t).sample
 
     @torch.no_grad()
     def sample_latents(
@@ -92,42 +95,18 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Final latents (n, c, h, w), the same numbers that `ldm sample` draws for a seed. asked: sampler, steps,
         guidance, eta, spacing; None takes the model's own."""
-        settings = self.sampling
-        chosen = {
-            name: getattr(settings, name) if asked.get(name) is None else asked[name]
-            for name in ("sampler", "steps", "guidance", "eta", "spacing")
-        }
-        way = levels(self.schedule, chosen["steps"], chosen["spacing"])
+        settings = with_overrides(self.sampling, **asked)
         self.conditions.first_stage = lambda x: self.encode(vqvae, x)
-        shape = tuple(shape or self.config.latent_shape)
-        given = self.conditions(inputs or {}, shape[1:])
-        droppable = set(self.conditions.droppable)
-        scale = chosen["guidance"] if droppable else 1.0
-        null = None
-        if scale != 1:
-            none = {k: v.to(self.device) for k, v in self.conditions.null(n, inputs).items()}
-            told = {k: none[k] if k.split(".")[0] in droppable else v for k, v in inputs.items()}
-            null = self.conditions(told, shape[1:])
-        last, interval = self.schedule.timesteps - 1, settings.guidance_interval
-
-        def denoise(z, t, alpha, sigma):
-            out = None
-            if null is None or not interval[0] <= t / last <= interval[1]:
-                out = self.predict(unet, z, t, given)
-            else:
-                both = [_pair(getattr(null, name), getattr(given, name)) for name in ("context", "concat", "vector")]
-                without, told = self.predict(unet, torch.cat([z, z]), t, Conditioning(*both)).chunk(2)
-                out = (1 - scale) * without + scale * told
-            return to_x0_eps(self.schedule.prediction, out.float(), z, alpha, sigma)
-
-        ids, heat = range(n), settings.temperature
-        z = heat * rng.normal(seed, ids, shape, "z_T") if latents is None else latents
-        return SAMPLERS[chosen["sampler"]].function(
-            denoise,
-            z.to(self.device),
-            way,
-            eta=chosen["eta"],
-            noise=lambda step: heat * rng.normal(seed, ids, shape, "step", step, device=self.device),
+        shape, ids = tuple(shape or self.config.latent_shape), range(n)
+        path = guidance_path(self, settings.guidance, inputs or {}, None, n, shape[1:])
+        return sample_latents(
+            lambda z, t, conditioning: self.predict(unet, z, t, conditioning),
+            self.schedule,
+            settings,
+            path,
+            KeyedNoise(seed, ids, shape, self.device),
+            ids=ids,
+            z_T=None if latents is None else latents.to(self.device),
             callback=None if progress is None else lambda *_: progress(),
         )
 
@@ -147,7 +126,3 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
             found = vqvae.encode(x)
             z = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
         return (z - self.latent_mean.to(z)[:, None, None]) / self.latent_std.to(z)[:, None, None]
-
-
-def _pair(a, b):
-    return None if b is None else torch.cat([a, b])

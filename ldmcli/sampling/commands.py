@@ -22,7 +22,7 @@ from ldmcli.data.arrays import to_pil, to_pixels
 from ldmcli.data.decode import decode, decode_alpha, probe, to_size
 from ldmcli.data.pictures import first_few, image_files
 from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
-from ldmcli.diffusion.sample import Steering, check_sampling, with_overrides
+from ldmcli.diffusion.sample import Guide, InitLatents, check_sampling, with_overrides
 from ldmcli.maths.metrics import psnr, ssim
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.maths.tiles import center_slices, pad_edge
@@ -94,8 +94,9 @@ def _check(
         loaded.model.conditions.prepare(values)
     loaded._negative(request.negative_prompt, 1)
     loaded.warn_of_idle_guidance(request.guidance)
-    _start(loaded, request, 1, whole)
-    _steering(loaded, request, whole)
+    tile_side(loaded, whole, 0, MAX_MEMORY, settings) if whole else 0
+    _start(loaded, request, whole)
+    _guide(loaded, request, whole)
 
 
 def sample_to_folder(
@@ -196,8 +197,7 @@ def _draw(
     settings: dict[str, Any],
     whole: Size,
 ) -> list:
-    start, strength = _start(loaded, request, len(ids), whole)
-    steering = _steering(loaded, request, whole)
+    tile = tile_side(loaded, whole, 0, MAX_MEMORY, settings) if whole else 0
     z = loaded.latents_for(
         ids,
         values,
@@ -205,25 +205,24 @@ def _draw(
         negative_prompt=request.negative_prompt,
         size=whole,
         inside=request.size,
-        start=start,
-        strength=strength,
-        steering=steering,
+        init=_start(loaded, request, whole),
+        guide=_guide(loaded, request, whole),
+        tile=tile,
         **settings,
     )
-    drawn = memory.decode(loaded.autoencoder, z, steering.tile)
+    drawn = memory.decode(loaded.autoencoder, z, tile)
     return to_pil(drawn[(..., *center_slices(whole, request.size))] if whole and request.size else drawn)
 
 
-def _start(loaded: LoadedDiffusion, request: SampleRequest, n: int, whole: Size) -> tuple[torch.Tensor | None, float]:
+def _start(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> InitLatents | None:
     if request.init_image is None:
-        return None, 1.0
+        return None
     if not 0 < request.strength <= 1:
         raise UsageError(f"--strength {request.strength}: must be above 0 and at most 1")
     size = request.size or trained_size(loaded)
     pixels = pad_edge(to_size(decode(Path(request.init_image), name=str(request.init_image)), size), whole or size)
     tile = tile_side(loaded, whole, 0, MAX_MEMORY, sampling_of(request)) if whole else 0
-    z = memory.encode(loaded.autoencoder, pixels[None], tile)
-    return z.expand(n, -1, -1, -1), request.strength
+    return InitLatents(memory.encode(loaded.autoencoder, pixels[None], tile), request.strength)
 
 
 def _batch_size(loaded: LoadedDiffusion, whole: Size) -> int:
@@ -231,12 +230,10 @@ def _batch_size(loaded: LoadedDiffusion, whole: Size) -> int:
     return memory.batch_within(loaded, whole, MAX_MEMORY, 16) if whole else 16
 
 
-def _steering(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> Steering:
-    """Tiles for what is too large at once, and what leads samples to --guide. Raises InputError for an image that no
-    result could look like when made small."""
-    tile = tile_side(loaded, whole, 0, MAX_MEMORY, sampling_of(request)) if whole else 0
+def _guide(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> Guide | None:
+    """What leads samples to --guide. Raises InputError for an image that no result could look like when made small."""
     if request.guide is None:
-        return Steering(tile=tile)
+        return None
     low = to_pixels(np.array(decode(Path(request.guide), name=str(request.guide)))).to(loaded.device)
     (h, w), (height, width) = low.shape[-2:], request.size or trained_size(loaded)
     if h > height or w > width or abs(h * width - w * height) > max(height, width):
@@ -249,7 +246,7 @@ def _steering(loaded: LoadedDiffusion, request: SampleRequest, whole: Size) -> S
     def shown(z: torch.Tensor) -> torch.Tensor:
         return decoder(z)[(..., *cut)]
 
-    return Steering(wrap=lambda denoise: image_guide(denoise, shown, low, request.guide_scale), tile=tile)
+    return lambda denoise: image_guide(denoise, shown, low, request.guide_scale)
 
 
 def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from ldmcli.conditions import CONDITIONS
 from ldmcli.conditions.parse import check_missing, conditioner, on_padded, parse_sized, warn_of_values
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import TASK_CONDITIONS
-from ldmcli.diffusion.sample import Known, Steering, check_sampling, draw_latents, guided_kinds, with_overrides
+from ldmcli.diffusion.guidance import guidance_steps
+from ldmcli.diffusion.sample import KnownRegion, check_sampling, draw_latents, with_overrides
 from ldmcli.maths import compositing, rng
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.maths.tiles import pad_reflect
@@ -67,7 +68,7 @@ def upscale_images(
     given = on_padded(told or {}, (height, width), step * scale)
     given[TASK_CONDITIONS["sr"]] = images
     with _first_stage(model, side, max_memory):
-        z = _drawn(model, given, ids, seed, size, Steering(tile=side), settings)
+        z = _drawn(model, given, ids, seed, size, settings, tile=side)
     made = tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory))[:, :height, :width]
     return compositing.match_low_frequencies(made, low, model.config.task.tone if tone is None else tone)
 
@@ -187,9 +188,9 @@ def _fill(model, parts, told, ids, seed, how, settings) -> np.ndarray:
         keep = 1 - torch.from_numpy(np.stack([hole for _, hole in parts]))[:, None].float()
         f = model.autoencoder.network.f
         keep = -torch.nn.functional.max_pool2d(-keep, f)  # a latent is known where all of its pixels are
-        known = Known(memory.encode(model.autoencoder, whole, side, max_memory), keep.to(model.device), resample)
+        known = KnownRegion(memory.encode(model.autoencoder, whole, side, max_memory), keep.to(model.device), resample)
     with _first_stage(model, side, max_memory):
-        z = _drawn(model, told, ids, seed, size, Steering(known=known, tile=side), settings, prepared)
+        z = _drawn(model, told, ids, seed, size, settings, prepared, known=known, tile=side)
     made = tensor_to_pixels(memory.decode(model.autoencoder, z, side, max_memory)).astype(np.float32)
     if prepared and model.config.task.fill == "patches" and model.config.task.detail:
         seen = prepared[f"{TASK_CONDITIONS['inpaint']}.image"].permute(0, 2, 3, 1).numpy()
@@ -216,9 +217,11 @@ def _drawn(
     ids: Sequence[int],
     seed: int,
     size: tuple[int, int],
-    steering: Steering,
     settings: Mapping,
     prepared: Mapping[str, Tensor] | None = None,
+    *,
+    known: KnownRegion | None = None,
+    tile: int = 0,
 ) -> Tensor:
     """Final latents of pictures of `size` px, one for each of `ids`, told the entries of `told` in the same order.
 
@@ -252,7 +255,8 @@ def _drawn(
         inputs=inputs,
         negative=model._negative(negative, n),
         shape=model.latent_shape(size),
-        steering=steering,
+        known=known,
+        tile=tile,
     )
 
 
@@ -268,7 +272,7 @@ def tile_side(model: LoadedDiffusion, size: tuple[int, int], tile: int, max_memo
         return tile // unit * model.model.unet.size_factor
     scale = settings.get("guidance")  # of both halves, though a picture without a prompt has one
     scale = model.config.sample.guidance if scale is None else scale
-    steps = [kinds for kinds, _ in guided_kinds(model.model.conditions.kinds, scale) if kinds]
+    steps = [kinds for kinds, _ in guidance_steps(model.model.conditions.kinds, scale) if kinds]
     return memory.tile_within(model, size, max_memory, halves=1 + len(steps) * (scale != 1))
 
 
@@ -287,7 +291,7 @@ def check_edit(
         tile_side(model, size, tile, MAX_MEMORY, settings)
     model.warn_of_idle_guidance(settings.get("guidance"))
     conditions = model.model.conditions
-    guided_kinds(conditions.kinds, settings.get("guidance") or 1.0)
+    guidance_steps(conditions.kinds, settings.get("guidance") or 1.0)
     for kind, given in told.items():
         conditioner(conditions, kind)
         conditions.prepare_one(kind, list(given))

@@ -25,9 +25,18 @@ from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.arrays import batch_of, floats, latents, pictures_of, to_pil
-from ldmcli.diffusion.sample import Guidance, Steering, check_sampling, denoiser, draw_latents, with_overrides
-from ldmcli.diffusion.samplers import SAMPLERS
-from ldmcli.diffusion.schedule import levels, make_schedule
+from ldmcli.diffusion.guidance import GuidancePath
+from ldmcli.diffusion.sample import (
+    Guide,
+    InitLatents,
+    KeyedNoise,
+    KnownRegion,
+    check_sampling,
+    draw_latents,
+    sample_latents,
+    with_overrides,
+)
+from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.maths import rng
 from ldmcli.maths.tiles import center_slices
 from ldmcli.networks.conditioners import Conditioning
@@ -202,7 +211,7 @@ class LoadedDiffusion:
                 negative_prompt=negative_prompt,
                 size=whole,
                 inside=size,
-                steering=Steering(tile=tile),
+                tile=tile,
                 **settings,
             )
             drawn = memory.decode(self.autoencoder, z, tile)
@@ -276,9 +285,10 @@ class LoadedDiffusion:
         negative_prompt: str = "",
         size: tuple[int, int] | None = None,
         inside: tuple[int, int] | None = None,
-        start: Tensor | None = None,
-        strength: float = 1.0,
-        steering: Steering | None = None,
+        init: InitLatents | None = None,
+        known: KnownRegion | None = None,
+        guide: Guide | None = None,
+        tile: int = 0,
         **settings,
     ) -> Tensor:
         """Final latents of samples `ids` of a call; sample k is told values[kind][k mod their number].
@@ -300,9 +310,10 @@ class LoadedDiffusion:
             inputs=self.model.conditions.prepare(rows) if rows else None,
             negative=self._negative(negative_prompt, len(ids)),
             shape=self.latent_shape(size),
-            start=start,
-            strength=strength,
-            steering=steering,
+            init=init,
+            known=known,
+            guide=guide,
+            tile=tile,
         )
 
     def request_values(
@@ -379,7 +390,7 @@ class LoadedDiffusion:
         """The final latent (B, c, h, w) from given noise, with tokens (or what `embed` gave) for both halves.
 
         noise(i): what step i adds where it adds some, instead of numbers from `seed`; before_step(i, z): what step i
-        starts from (`diffusion.sample.known_region` makes one that keeps a region).
+        starts from (`diffusion.sample.replace_known_region` makes one that keeps a region).
         """
         chosen = with_overrides(self.config.sample, **settings)
         if context is None and uncond is None and "guidance" not in settings:
@@ -391,24 +402,17 @@ class LoadedDiffusion:
         given, null = (
             self._checked(self._conditioning(c, concat), z_T) for c in (context, context if uncond is None else uncond)
         )
-        denoise = denoiser(
-            self.model,
-            self.schedule,
-            given,
-            null if uncond is not None else None,
-            Guidance(chosen.guidance, chosen.guidance_interval),
-        )
+        path = GuidancePath((given,)) if uncond is None else GuidancePath((null, given), (float(chosen.guidance),))
         ids = range(len(z_T))
-
-        def drawn(step: int) -> Tensor:
-            return rng.normal(seed, ids, tuple(z_T.shape[1:]), "step", step, device=self.device)
-
-        return SAMPLERS[chosen.sampler].function(
-            denoise,
-            z_T,
-            levels(self.schedule, chosen.steps, chosen.spacing),
-            eta=chosen.eta,
-            noise=noise or drawn,
+        keyed = KeyedNoise(seed, ids, tuple(z_T.shape[1:]), self.device)
+        return sample_latents(
+            self.model.predict,
+            self.schedule,
+            replace(chosen, temperature=1.0),
+            path,
+            keyed if noise is None else lambda purpose, step: noise(step),
+            ids=ids,
+            z_T=z_T,
             before_step=before_step,
         )
 

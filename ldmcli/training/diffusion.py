@@ -17,7 +17,8 @@ from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.augment import batch_indices, load_pixels
 from ldmcli.data.batches import rank_slice
-from ldmcli.diffusion.schedule import levels_at, loss_weight, make_schedule, sample_timesteps, target
+from ldmcli.diffusion.loss import diffusion_loss
+from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.maths import rng
 from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel
@@ -212,19 +213,10 @@ class DiffusionObjective:
         noise = batch.get("posterior")
         z = self.latents.sample(moments, noise.to(device) if noise is not None else None)
         inputs = {k.removeprefix("condition."): v.to(device) for k, v in batch.items() if k.startswith("condition.")}
-        losses = self._losses(networks["model"], z, batch["noise"].to(device), batch["u"], inputs)
+        losses = diffusion_loss(
+            networks["model"], self.schedule, self.config.diffusion, z, batch["noise"].to(device), batch["u"], inputs
+        )
         return losses.mean(), {}
-
-    def _losses(self, model, z: Tensor, noise: Tensor, u: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Weighted error of each sample, (B,)."""
-        d = self.config.diffusion
-        t = sample_timesteps(d, u, self.schedule).to(z.device)
-        alpha, sigma = levels_at(self.schedule, t.float())
-        z_t = alpha[:, None, None, None] * z + sigma[:, None, None, None] * noise
-        output = model(z_t, t.float(), inputs).float()
-        error = output - target(d.prediction, z, noise, alpha, sigma)
-        each = (error.abs() if d.loss == "l1" else error.square()).mean(dim=(1, 2, 3))
-        return each * loss_weight(d.loss_weight, d.prediction, alpha, sigma, d.snr_gamma)
 
     def after_update(self, step: int) -> dict[str, float]:
         """Nothing."""
@@ -245,7 +237,8 @@ class DiffusionObjective:
 
     def evaluate(self) -> dict[str, float]:
         """Validation loss at fixed timesteps and noise."""
-        return {"val_loss": self.held_out.mean_loss(partial(self._losses, self.model), self.dist)}
+        loss = partial(diffusion_loss, self.model, self.schedule, self.config.diffusion)
+        return {"val_loss": self.held_out.mean_loss(loss, self.dist)}
 
     def preview_request(self) -> dict[str, Any]:
         """What previews show, as JSON."""

@@ -5,10 +5,17 @@ import torch
 from golden_cases import clear_of_ties
 
 from ldmcli.core.settings import AutoencoderSettings, ConditionSettings, DiffusionSettings, SampleSettings
-from ldmcli.diffusion.gradient_guidance import classifier_guide, downsampled, image_guide, latent_decoder, squared
-from ldmcli.diffusion.sample import Guidance, Steering, denoiser, draw_latents
+from ldmcli.diffusion.gradient_guidance import (
+    classifier_guide,
+    downsampled,
+    half_squared_error,
+    image_guide,
+    latent_decoder,
+)
+from ldmcli.diffusion.guidance import GuidancePath, denoiser
+from ldmcli.diffusion.sample import draw_latents
 from ldmcli.diffusion.samplers import SAMPLERS
-from ldmcli.diffusion.schedule import levels, make_schedule
+from ldmcli.diffusion.schedule import make_schedule, sampling_levels
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
 from ldmcli.sampling.first_stage import LoadedAutoencoder
@@ -75,7 +82,7 @@ def drawn(model, wrap=None, scale=2.0, ids=(0, 1), sampler="ddim"):
             settings,
             ids=ids,
             seed=0,
-            steering=Steering(wrap=wrap),
+            guide=wrap,
             inputs=model.conditions.prepare({"class": [k % 2 for k in ids]}),
         )
 
@@ -86,7 +93,7 @@ def test_guided_samples_fit_the_small_image_better_and_the_more_the_stronger(dec
     low, fit = downsampled(decode(latents(1, 3, 8, 8, seed=9)), (8, 8)), []
     for scale in (0.0, 0.3, 1.0):
         denoise = image_guide(gaussian, decode, low, scale)
-        z = SAMPLERS[sampler].function(denoise, latents(2, 3, 8, 8), levels(SCHEDULE, 20))
+        z = SAMPLERS[sampler].function(denoise, latents(2, 3, 8, 8), sampling_levels(SCHEDULE, 20))
         assert torch.isfinite(z).all() and z.std() < 2
         fit.append(psnr(downsampled(decode(z), (8, 8)), low))
     assert fit[0] + 0.5 < fit[1] < fit[2] and fit[2] > fit[0] + 1.5
@@ -103,13 +110,15 @@ def test_the_image_guide_works_on_what_classifier_free_guidance_gives(model, dec
     """Composition: the guide's x0 is that of the guided ε, moved; another scale of guidance gives another picture."""
     low, z = torch.zeros(1, 3, 8, 8), latents(2, 3, 8, 8)
     given, null = (model.embed({"class.label": torch.tensor(labels)}) for labels in ([0, 1], [2, 2]))
-    free = denoiser(model, SCHEDULE, given, null, Guidance(3.0))
+    free = denoiser(model.predict, SCHEDULE, GuidancePath((null, given), (3.0,)))
     guided = image_guide(free, decode, low, plain=True)
     with clear_of_ties():
         x0, eps = guided(z, 500.0, ALPHA, SIGMA)
     with torch.enable_grad():
         here = z.clone().requires_grad_()
-        error = squared(downsampled(decode(free(here, 500.0, ALPHA, SIGMA)[0]), (8, 8)), low.expand(2, -1, -1, -1))
+        error = half_squared_error(
+            downsampled(decode(free(here, 500.0, ALPHA, SIGMA)[0]), (8, 8)), low.expand(2, -1, -1, -1)
+        )
         gradient = torch.autograd.grad(error.sum(), here)[0]
     plain_eps = free(z, 500.0, ALPHA, SIGMA)[1]
     assert torch.allclose(eps, plain_eps + SIGMA * gradient, atol=1e-4, rtol=1e-3)  # ε − σ ∇ log p, log p = −error
@@ -128,7 +137,9 @@ def test_a_sample_s_guide_sees_that_sample_alone(model, decode):
 def test_the_step_does_not_depend_on_the_units_of_the_distance(units):
     low, z = torch.zeros(1, 3, 4, 4), latents(2, 3, 8, 8)
     first, other = (
-        image_guide(gaussian, lambda x: x, low, 0.5, lambda a, b, unit=unit: unit * squared(a, b))(z, 0, ALPHA, SIGMA)
+        image_guide(gaussian, lambda x: x, low, 0.5, lambda a, b, unit=unit: unit * half_squared_error(a, b))(
+            z, 0, ALPHA, SIGMA
+        )
         for unit in (1.0, units)
     )
     assert torch.allclose(first[0], other[0], atol=1e-5)

@@ -7,9 +7,10 @@ from test_unet import loaded as recorded_unet
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings, SampleSettings
-from ldmcli.diffusion.sample import Guidance, Known, Steering, denoiser, draw_latents, guided_kinds, known_region
-from ldmcli.diffusion.samplers import SAMPLERS, ddim, resampled
-from ldmcli.diffusion.schedule import levels, make_schedule, to_x0_eps
+from ldmcli.diffusion.guidance import GuidancePath, denoiser, guidance_steps
+from ldmcli.diffusion.sample import KnownRegion, draw_latents, replace_known_region
+from ldmcli.diffusion.samplers import SAMPLERS, ddim, repaint
+from ldmcli.diffusion.schedule import make_schedule, sampling_levels, to_x0_eps
 from ldmcli.networks.latent_diffusion import DiffusionModel
 
 EXACT = 5e-6
@@ -27,22 +28,22 @@ def recorded(case: str):
     def denoise(z, t, alpha, sigma):
         return to_x0_eps("eps", model(z, torch.full((len(z),), t)), z, alpha, sigma)
 
-    return denoise, levels(schedule, config["ddim_steps"], "original"), io
+    return denoise, sampling_levels(schedule, config["ddim_steps"], "original"), io
 
 
 @torch.no_grad()
 def test_masked_sampling_is_the_recorded_one():
-    denoise, way, io = recorded("unet_uncond")
-    known = Known(io["ddim_mask.x0"], io["ddim_mask.mask"])
-    hook = known_region(known, way, lambda i: io["ddim_mask.q_noise"][i])
-    z = ddim(denoise, io["ddim_mask.x_T"], way, before_step=hook)
+    denoise, levels, io = recorded("unet_uncond")
+    known = KnownRegion(io["ddim_mask.x0"], io["ddim_mask.mask"])
+    hook = replace_known_region(known, levels, lambda i: io["ddim_mask.q_noise"][i])
+    z = ddim(denoise, io["ddim_mask.x_T"], levels, before_step=hook)
     assert relative(z, io["ddim_mask.samples"]) < EXACT
 
 
 @torch.no_grad()
 def test_sampling_with_recorded_step_noise_is_the_recorded_one():
-    denoise, way, io = recorded("unet_uncond")
-    z = ddim(denoise, io["ddim_eta1.x_T"], way, eta=1.0, noise=lambda i: io["ddim_eta1.step_noise"][i])
+    denoise, levels, io = recorded("unet_uncond")
+    z = ddim(denoise, io["ddim_eta1.x_T"], levels, eta=1.0, noise=lambda i: io["ddim_eta1.step_noise"][i])
     assert relative(z, io["ddim_eta1.samples"]) < EXACT
 
 
@@ -52,12 +53,16 @@ def test_every_sampler_takes_what_comes_before_its_steps(name):
     """A hook that puts in the same z every time decides the result, up to what a multistep sampler remembers."""
     seen = []
     fixed = torch.full((1, 1, 2, 2), 0.3)
-    way = levels(make_schedule(DiffusionSettings()), 5)
+    levels = sampling_levels(make_schedule(DiffusionSettings()), 5)
 
     def drawn_from(hook):
         zero = torch.zeros(1, 1, 2, 2)
         return SAMPLERS[name].function(
-            lambda z, t, alpha, sigma: (z, zero), torch.randn(1, 1, 2, 2), way, noise=lambda i: zero, before_step=hook
+            lambda z, t, alpha, sigma: (z, zero),
+            torch.randn(1, 1, 2, 2),
+            levels,
+            noise=lambda i: zero,
+            before_step=hook,
         )
 
     first = drawn_from(lambda i, z: seen.append(i) or fixed)
@@ -87,41 +92,41 @@ def noise(*path):
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++"])
 def test_resampling_leaves_the_distribution_alone(name, process):
     """Noise put back has just the variance that the step took away."""
-    way = levels(make_schedule(DiffusionSettings(**process)), 60)
-    z = resampled(
+    levels = sampling_levels(make_schedule(DiffusionSettings(**process)), 60)
+    z = repaint(
         SAMPLERS[name].function,
         gaussian(0.5, 0.4),
         noise("T"),
-        way,
+        levels,
         3,
         eta=1.0,
         noise=lambda i, k: noise("step", i, k),
-        again=lambda i, k: noise("again", i, k),
+        renoise=lambda i, k: noise("again", i, k),
     )
     assert z.mean().item() == pytest.approx(0.5, abs=0.03) and z.std().item() == pytest.approx(0.4, abs=0.04)
 
 
 def test_one_round_of_resampling_is_ordinary_sampling():
-    way = levels(make_schedule(DiffusionSettings()), 12)
+    levels = sampling_levels(make_schedule(DiffusionSettings()), 12)
     denoise = gaussian(0.5, 0.4)
-    once = resampled(ddim, denoise, noise("T"), way, 1, eta=0.7, noise=lambda i, k: noise(i), again=None)
-    assert torch.allclose(once, ddim(denoise, noise("T"), way, eta=0.7, noise=noise), atol=1e-6)
+    once = repaint(ddim, denoise, noise("T"), levels, 1, eta=0.7, noise=lambda i, k: noise(i), renoise=None)
+    assert torch.allclose(once, ddim(denoise, noise("T"), levels, eta=0.7, noise=noise), atol=1e-6)
 
 
 def test_resampling_evaluates_each_step_as_often_as_it_says():
-    seen, way = [], levels(make_schedule(DiffusionSettings()), 4)
-    resampled(
+    seen, levels = [], sampling_levels(make_schedule(DiffusionSettings()), 4)
+    repaint(
         ddim,
         lambda z, t, a, s: seen.append(t) or (z, z),
         torch.zeros(1),
-        way,
+        levels,
         3,
         noise=lambda i, k: torch.zeros(1),
-        again=lambda i, k: torch.zeros(1),
+        renoise=lambda i, k: torch.zeros(1),
         before_step=lambda i, k, z: seen.append((i, k)) or z,
     )
     assert [entry for entry in seen if isinstance(entry, tuple)] == [(i, k) for i in range(4) for k in range(3)]
-    assert [entry for entry in seen if not isinstance(entry, tuple)] == [t for t in way.t for _ in range(3)]
+    assert [entry for entry in seen if not isinstance(entry, tuple)] == [t for t in levels.t for _ in range(3)]
 
 
 # --- a whole model ------------------------------------------------------------------------------------------------
@@ -164,10 +169,10 @@ def test_the_known_region_comes_back_and_the_rest_is_drawn(model, inputs, sample
     z0 = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(5))
     keep = torch.zeros(1, 1, 6, 6)
     keep[..., :3] = 1
-    z = drawn(model, inputs, sampler=sampler, steering=Steering(known=Known(z0, keep, resample)))
+    z = drawn(model, inputs, sampler=sampler, known=KnownRegion(z0, keep, resample))
     assert torch.equal(z[..., :3], z0[..., :3])
     assert torch.isfinite(z).all() and (z[..., 3:] - z0[..., 3:]).abs().min() > 0
-    other = drawn(model, inputs, sampler=sampler, steering=Steering(known=Known(z0 + 1, keep, resample)))
+    other = drawn(model, inputs, sampler=sampler, known=KnownRegion(z0 + 1, keep, resample))
     assert (other[..., 3:] - z[..., 3:]).abs().max() > 1e-4  # what is known shapes what is drawn
 
 
@@ -176,12 +181,9 @@ def test_the_known_region_comes_back_and_the_rest_is_drawn(model, inputs, sample
 def test_a_sample_with_a_known_region_depends_on_its_number_alone(model, inputs, resample):
     z0, keep = torch.zeros(2, 4, 6, 6), torch.zeros(1, 1, 6, 6)
     keep[..., 2:, :] = 1
-    both = drawn(model, inputs, steering=Steering(known=Known(z0, keep, resample)), ids=[3, 7])
+    both = drawn(model, inputs, known=KnownRegion(z0, keep, resample), ids=[3, 7])
     alone = drawn(
-        model,
-        {name: tensor[1:] for name, tensor in inputs.items()},
-        ids=[7],
-        steering=Steering(known=Known(z0[1:], keep, resample)),
+        model, {name: tensor[1:] for name, tensor in inputs.items()}, ids=[7], known=KnownRegion(z0[1:], keep, resample)
     )
     assert relative(both[1:], alone) < 1e-4
 
@@ -227,10 +229,10 @@ def test_kinds_are_switched_on_one_after_the_other_each_with_its_scale(model, in
     only_map = inputs | {"class.label": null["class.label"]}
     outs = [model.predict(z, t, model.embed(told)) for told in (null, only_map, inputs)]
     expected = outs[0] + 1.5 * (outs[1] - outs[0]) + 3.0 * (outs[2] - outs[1])
-    path = [model.embed(null), model.embed(only_map)]
-    _, eps = denoiser(model, SCHEDULE, model.embed(inputs), path, Guidance((1.5, 3.0)))(z, 500.0, 0.6, 0.8)
+    path = GuidancePath((model.embed(null), model.embed(only_map), model.embed(inputs)), (1.5, 3.0))
+    _, eps = denoiser(model.predict, SCHEDULE, path)(z, 500.0, 0.6, 0.8)
     assert torch.allclose(eps, expected, atol=1e-5)
-    assert guided_kinds(("class", "map"), {"class": 3.0, "map": 1.5}) == [(("map",), 1.5), (("class",), 3.0)]
+    assert guidance_steps(("class", "map"), {"class": 3.0, "map": 1.5}) == [(("map",), 1.5), (("class",), 3.0)]
 
 
 @torch.no_grad()
@@ -251,7 +253,7 @@ def test_scale_0_of_a_kind_forgets_it(model, inputs):
 @pytest.mark.parametrize("scale", [{"text": 2.0}, {"lowres": 2.0}, {"clas": 1.0}])
 def test_a_kind_that_cannot_be_guided_is_named_with_those_that_can(scale):
     with pytest.raises(UsageError, match=f"--guidance {next(iter(scale))}=.*takes map, class"):
-        guided_kinds(("class", "map", "lowres"), scale)
+        guidance_steps(("class", "map", "lowres"), scale)
 
 
 @torch.no_grad()
@@ -267,9 +269,7 @@ def test_tiles_of_the_network_see_their_part_of_the_planes(model):
     maps = torch.zeros(1, 48, 48, dtype=torch.long)
     maps[:, :, 24:] = 2
     inputs = model.conditions.prepare({"class": [1], "map": list(maps.numpy())})
-    whole, tiled, one = (
-        drawn(model, inputs, shape=(4, 24, 24), ids=[0], steering=Steering(tile=tile)) for tile in (0, 16, 24)
-    )
+    whole, tiled, one = (drawn(model, inputs, shape=(4, 24, 24), ids=[0], tile=tile) for tile in (0, 16, 24))
     assert torch.equal(whole, one) and torch.isfinite(tiled).all()
     apart = (tiled - whole).square().mean().sqrt() / whole.std()
     assert 0 < apart < 0.35

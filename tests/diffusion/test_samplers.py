@@ -17,7 +17,7 @@ from golden_cases import shared
 from ldmcli.core.settings import DiffusionSettings
 from ldmcli.diffusion import samplers, schedule
 from ldmcli.diffusion.samplers import SAMPLERS
-from ldmcli.diffusion.schedule import Levels, make_schedule
+from ldmcli.diffusion.schedule import NoiseLevels, make_schedule
 
 MEAN, STD = 0.7, 0.6
 VP = make_schedule(DiffusionSettings(prediction="v"))
@@ -58,7 +58,7 @@ def smooth_levels(process, steps):
     """N steps from strong noise to weak, where a smooth function of the step gives the level."""
     u = np.linspace(0.95, 0.1, steps + 1)
     alphas, sigmas = (np.cos(u * np.pi / 2), np.sin(u * np.pi / 2)) if process == "vp" else (1 - u, u)
-    return Levels(tuple(u[:-1].tolist()), tuple(alphas.tolist()), tuple(sigmas.tolist()))
+    return NoiseLevels(tuple(u[:-1].tolist()), tuple(alphas.tolist()), tuple(sigmas.tolist()))
 
 
 def exact_flow(levels):
@@ -82,7 +82,7 @@ def test_trajectory_is_the_recorded_one_of_the_original(name):
     process = make_schedule(
         DiffusionSettings(prediction="eps", beta_start=case["linear_start"], beta_end=case["linear_end"])
     )
-    levels = schedule.levels(process, case["steps"], "original")
+    levels = schedule.sampling_levels(process, case["steps"], "original")
     assert list(levels.t) == recorded["timesteps_in_order"]
 
     def denoise(z, t, alpha, sigma):
@@ -100,14 +100,14 @@ def test_trajectory_is_the_recorded_one_of_the_original(name):
 @pytest.mark.parametrize("process", SCHEDULES)
 @pytest.mark.parametrize("name, eta", VARIANTS)
 def test_sampler_recovers_mean_and_deviation_of_a_gaussian(name, eta, process):
-    mean, std = moments(name, schedule.levels(SCHEDULES[process], 250), eta=eta)
+    mean, std = moments(name, schedule.sampling_levels(SCHEDULES[process], 250), eta=eta)
     assert mean == pytest.approx(MEAN, abs=0.02)
     assert std == pytest.approx(STD, abs=0.02)
 
 
 @pytest.mark.parametrize("name, eta", VARIANTS)
 def test_on_the_originals_levels_a_gaussian_ends_with_the_noise_of_timestep_0(name, eta):
-    levels = schedule.levels(VP, 250, "original")
+    levels = schedule.sampling_levels(VP, 250, "original")
     mean, std = moments(name, levels, eta=eta)
     assert mean == pytest.approx(MEAN * VP.alphas[0], abs=0.02)
     assert std == pytest.approx(math.hypot(VP.alphas[0] * STD, VP.sigmas[0]), abs=0.02)
@@ -126,7 +126,7 @@ FEW = [
 
 @pytest.mark.parametrize("name, eta, steps, process, spacing", FEW)
 def test_few_steps_stay_near_the_data(name, eta, steps, process, spacing):
-    mean, std = moments(name, schedule.levels(SCHEDULES[process], steps, spacing), eta=eta)
+    mean, std = moments(name, schedule.sampling_levels(SCHEDULES[process], steps, spacing), eta=eta)
     assert abs(mean - MEAN) < 0.05 + 0.5 / steps
     assert std < STD + 0.1
 
@@ -157,7 +157,7 @@ def test_error_falls_with_the_steps_at_the_stated_order(name, process):
 @pytest.mark.parametrize("steps", [6, 10, 20, 50])
 @pytest.mark.parametrize("name", ["heun", "plms", "dpm++"])
 def test_second_order_follows_the_flow_better_than_ddim(name, steps, process, spacing):
-    levels = schedule.levels(SCHEDULES[process], steps, spacing)
+    levels = schedule.sampling_levels(SCHEDULES[process], steps, spacing)
     exact = exact_flow(levels)
     error = {n: np.abs(Coefficients(steps).sample(n, levels)[:2] - exact).max() for n in (name, "ddim")}
     assert error[name] < 0.7 * error["ddim"]
@@ -167,7 +167,7 @@ def test_second_order_follows_the_flow_better_than_ddim(name, steps, process, sp
 @pytest.mark.parametrize("steps", [1, 2, 7, 30])
 @pytest.mark.parametrize("name, eta", VARIANTS)
 def test_sampler_evaluates_as_often_as_it_states_and_at_the_levels(name, eta, steps, process):
-    levels = schedule.levels(SCHEDULES[process], steps)
+    levels = schedule.sampling_levels(SCHEDULES[process], steps)
     case, reported = Coefficients(steps), []
     end = case.sample(name, levels, eta=eta, callback=lambda i, z, x0: reported.append((i, z)))
     assert len(case.calls) == SAMPLERS[name].evaluations(steps)
@@ -186,7 +186,7 @@ def test_ddim_evaluates_once_a_step_for_every_step_count_from_1_to_1000():
 
     for steps in range(1, 1001):
         counter = Counter()
-        samplers.ddim(counter.denoise, 1.0, schedule.levels(VP, steps))
+        samplers.ddim(counter.denoise, 1.0, schedule.sampling_levels(VP, steps))
         assert counter.n == steps
 
 
@@ -194,7 +194,7 @@ def test_ddim_evaluates_once_a_step_for_every_step_count_from_1_to_1000():
 @pytest.mark.parametrize("name, eta", [(n, e) for n, e in VARIANTS if n != "ddpm"])
 @pytest.mark.parametrize("end", ["clean", "noisy"])
 def test_a_last_step_to_clean_returns_the_prediction(name, eta, end, process):
-    levels = schedule.levels(SCHEDULES[process], 20, "linspace" if end == "clean" else "original")
+    levels = schedule.sampling_levels(SCHEDULES[process], 20, "linspace" if end == "clean" else "original")
     last = []
     z = Coefficients(20).sample(name, levels, eta=eta, callback=lambda i, z, x0: last.append(x0))
     same = np.allclose(z, last[-1], rtol=1e-12, atol=1e-14)
@@ -203,7 +203,7 @@ def test_a_last_step_to_clean_returns_the_prediction(name, eta, end, process):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_deterministic_sampler_draws_no_noise_and_a_stochastic_one_refuses_to_go_without(name):
-    levels = schedule.levels(VP, 5)
+    levels = schedule.sampling_levels(VP, 5)
     case = Coefficients(5)
     if not SAMPLERS[name].stochastic:
         end = SAMPLERS[name].function(case.denoise, case.start, levels, eta=1.0)
@@ -214,7 +214,7 @@ def test_a_deterministic_sampler_draws_no_noise_and_a_stochastic_one_refuses_to_
 
 
 def test_ddim_without_eta_repeats_itself_and_with_eta_follows_its_noise():
-    levels = schedule.levels(VP, 10)
+    levels = schedule.sampling_levels(VP, 10)
     assert (Coefficients(10).sample("ddim", levels)[2:] == 0).all()
     noisy = Coefficients(10).sample("ddim", levels, eta=0.5)
     assert (noisy[2:-1] != 0).all() and noisy[-1] == 0  # the last step ends clean
@@ -223,18 +223,18 @@ def test_ddim_without_eta_repeats_itself_and_with_eta_follows_its_noise():
 @pytest.mark.parametrize("process", SCHEDULES)
 @pytest.mark.parametrize("steps, spacing", [(1000, "linspace"), (50, "linspace"), (50, "original")])
 def test_ddim_with_eta_1_is_ancestral_sampling(steps, spacing, process):
-    levels = schedule.levels(SCHEDULES[process], steps, spacing)
+    levels = schedule.sampling_levels(SCHEDULES[process], steps, spacing)
     ddim = Coefficients(steps).sample("ddim", levels, eta=1.0)
     ddpm = Coefficients(steps).sample("ddpm", levels)
     np.testing.assert_allclose(ddim, ddpm, rtol=1e-9, atol=1e-12)
 
 
 def test_ancestral_step_has_the_originals_coefficients_at_every_timestep():
-    levels, table = schedule.levels(VP, 1000), schedule.buffers(VP)
+    levels, table = schedule.sampling_levels(VP, 1000), schedule.ddpm_coefficients(VP)
     x0, start, noise = np.eye(3)
     seen: dict[int, np.ndarray] = {}
     for i in (0, 1, 499, 998, 999):
-        one = Levels(levels.t[i : i + 1], levels.alphas[i : i + 2], levels.sigmas[i : i + 2])
+        one = NoiseLevels(levels.t[i : i + 1], levels.alphas[i : i + 2], levels.sigmas[i : i + 2])
         seen[i] = samplers.ddpm(lambda z, t, a, s: (x0, None), start, one, noise=lambda i: noise)
         t = int(levels.t[i])
         variance = table["posterior_variance"][t] if t else 0.0
@@ -246,7 +246,7 @@ def test_ancestral_step_has_the_originals_coefficients_at_every_timestep():
 @pytest.mark.parametrize("process", SCHEDULES)
 @pytest.mark.parametrize("spacing", ["linspace", "original"])
 def test_first_order_dpm_solver_and_euler_are_ddim(spacing, process):
-    levels = schedule.levels(SCHEDULES[process], 20, spacing)
+    levels = schedule.sampling_levels(SCHEDULES[process], 20, spacing)
     ddim = Coefficients(20).sample("ddim", levels)
     np.testing.assert_allclose(Coefficients(20).sample("dpm++", levels, order=1), ddim, rtol=1e-9, atol=1e-13)
     np.testing.assert_allclose(Coefficients(20).sample("euler", levels), ddim, rtol=1e-12, atol=1e-14)
@@ -258,7 +258,7 @@ def test_dpm_solver_ends_first_order_below_15_steps_only():
         case = Coefficients(steps)
         case.sample("dpm++", levels, callback=lambda i, z, x0: ends.append((z, x0)))
         (before, _), (after, x0) = ends[-2:]
-        alpha, sigma, alpha_next, sigma_next = *samplers._at(levels, -2), *samplers._at(levels, -1)
+        alpha, sigma, alpha_next, sigma_next = *samplers._level(levels, -2), *samplers._level(levels, -1)
         first_order = alpha_next * x0 + sigma_next / sigma * (before - alpha * x0)
         return np.abs(after - first_order).max()
 
@@ -267,7 +267,7 @@ def test_dpm_solver_ends_first_order_below_15_steps_only():
 
 
 def test_repeated_timesteps_of_the_quadratic_subset_break_no_sampler():
-    levels = schedule.levels(VP, 50, "original_quad")
+    levels = schedule.sampling_levels(VP, 50, "original_quad")
     assert levels.t[-1] == levels.t[-2]
     for name, eta in VARIANTS:
         z = Coefficients(50).sample(name, levels, eta=eta)
@@ -297,14 +297,14 @@ def _through_a_network(name, eta, process, prediction):
     def network(z, alpha, sigma):
         gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
         x0 = MEAN + gain * (z - alpha * MEAN)
-        return schedule.target(prediction, x0, (z - alpha * x0) / sigma, alpha, sigma)
+        return schedule.prediction_target(prediction, x0, (z - alpha * x0) / sigma, alpha, sigma)
 
     def denoise(z, t, alpha, sigma):
         return schedule.to_x0_eps(prediction, network(z, alpha, sigma), z, alpha, sigma)
 
     z = torch.linspace(-2, 2, 24, dtype=torch.float64).reshape(2, 3, 4)
     return SAMPLERS[name].function(
-        denoise, z, schedule.levels(process, 12), noise=lambda i: torch.cos(z * (i + 1)), eta=eta
+        denoise, z, schedule.sampling_levels(process, 12), noise=lambda i: torch.cos(z * (i + 1)), eta=eta
     )
 
 
@@ -316,17 +316,19 @@ def test_float32_tensors_keep_type_and_shape_from_a_schedule_that_ends_in_pure_n
     def denoise(z, t, alpha, sigma):
         return torch.tanh(z), (z - alpha * torch.tanh(z)) / sigma
 
-    end = SAMPLERS[name].function(denoise, z, schedule.levels(process, 10), noise=lambda i: torch.zeros_like(z))
+    end = SAMPLERS[name].function(
+        denoise, z, schedule.sampling_levels(process, 10), noise=lambda i: torch.zeros_like(z)
+    )
     assert end.dtype == torch.float32 and end.shape == z.shape
     assert torch.isfinite(end).all()
 
 
 def test_image_to_image_at_full_strength_is_the_whole_way_and_at_less_its_end():
-    whole = schedule.levels(VP, 20)
-    assert schedule.levels(VP, 20, strength=1.0) == whole
-    part = schedule.levels(VP, 20, strength=0.3)
+    whole = schedule.sampling_levels(VP, 20)
+    assert schedule.sampling_levels(VP, 20, strength=1.0) == whole
+    part = schedule.sampling_levels(VP, 20, strength=0.3)
     assert (part.t, part.alphas, part.sigmas) == (whole.t[-6:], whole.alphas[-7:], whole.sigmas[-7:])
-    assert len(schedule.levels(VP, 20, strength=0.001).t) == 1
+    assert len(schedule.sampling_levels(VP, 20, strength=0.001).t) == 1
 
 
 def test_an_entry_states_what_the_sampler_does():

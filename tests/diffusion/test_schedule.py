@@ -13,7 +13,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
 from ldmcli.diffusion import schedule
 from ldmcli.diffusion.samplers import ddim_sigma
-from ldmcli.diffusion.schedule import levels, levels_at, make_schedule, timesteps
+from ldmcli.diffusion.schedule import alpha_sigma, make_schedule, sampling_levels, sampling_timesteps
 
 NAMED = ("uncond_0195", "cond_0205", "churches_sr_0155", "text_1p4B", "rdm")
 PREDICTIONS = ("eps", "v", "x0", "flow")
@@ -65,11 +65,11 @@ def test_original_subsets_levels_and_noise_match_the_recorded_ones(name, golden)
     for steps, row in case["ddim"].items():
         if "error" in row:
             with pytest.raises(UsageError, match=f"{steps} steps.* timestep 1000 "):
-                timesteps(s, int(steps), "original")
+                sampling_timesteps(s, int(steps), "original")
             continue
-        way = levels(s, int(steps), "original")
-        rising = [list(reversed(values)) for values in (way.t, way.alphas[:-1], way.alphas[1:])]
-        assert len(way.t) == row["n"]
+        levels = sampling_levels(s, int(steps), "original")
+        rising = [list(reversed(values)) for values in (levels.t, levels.alphas[:-1], levels.alphas[1:])]
+        assert len(levels.t) == row["n"]
         head, tail = len(row["timesteps_head"]), len(row["timesteps_tail"])
         assert rising[0][:head] == row["timesteps_head"] and rising[0][-tail:] == row["timesteps_tail"]
         for values, key in ((rising[1], "alphas"), (rising[2], "alphas_prev")):
@@ -77,8 +77,8 @@ def test_original_subsets_levels_and_noise_match_the_recorded_ones(name, golden)
                 np.testing.assert_allclose(np.array(values[part]) ** 2, row[expected], rtol=1e-5)
         for eta, (first, last) in row["sigmas_head_tail_by_eta"].items():
             sigmas = [
-                ddim_sigma(way.alphas[i], way.sigmas[i], way.alphas[i + 1], way.sigmas[i + 1], float(eta))
-                for i in reversed(range(len(way.t)))
+                ddim_sigma(levels.alphas[i], levels.sigmas[i], levels.alphas[i + 1], levels.sigmas[i + 1], float(eta))
+                for i in reversed(range(len(levels.t)))
             ]
             np.testing.assert_allclose(sigmas[:4], first, rtol=5e-5)
             np.testing.assert_allclose(sigmas[-4:], last, rtol=5e-5)
@@ -88,7 +88,7 @@ def test_original_subset_fails_for_exactly_the_step_counts_that_overrun_the_orig
     refused = []
     for steps in range(1, 1001):
         try:
-            timesteps(VP, steps, "original")
+            sampling_timesteps(VP, steps, "original")
         except UsageError:
             refused.append(steps)
     assert refused == golden["uniform_step_counts_that_index_1000"]
@@ -99,17 +99,17 @@ def test_original_subset_has_the_recorded_number_of_steps(golden):
     counts = {s: n for s, n in golden["uniform_number_of_timesteps_for_S"].items() if int(s) not in refused}
     assert len(counts) > 5
     for steps, n in counts.items():
-        assert len(timesteps(VP, int(steps), "original")) == n
+        assert len(sampling_timesteps(VP, int(steps), "original")) == n
 
 
 def test_quadratic_subset_matches_the_recorded_one(golden):
     for steps, expected in golden["quad_timesteps"].items():
-        assert timesteps(VP, int(steps), "original_quad") == expected[::-1]
+        assert sampling_timesteps(VP, int(steps), "original_quad") == expected[::-1]
 
 
 def test_buffers_match_the_recorded_ones(golden):
     case = golden["ddpm_buffers"]
-    table = schedule.buffers(process(beta_start=case["linear_start"], beta_end=case["linear_end"]))
+    table = schedule.ddpm_coefficients(process(beta_start=case["linear_start"], beta_end=case["linear_end"]))
     names = {"lvlb_weights": "lvlb_weights_eps", "lvlb_weights_x0_parameterization": "lvlb_weights_x0"}
     for name, entries in case["values"].items():
         for t, value in entries.items():
@@ -117,20 +117,20 @@ def test_buffers_match_the_recorded_ones(golden):
 
 
 def test_buffers_carry_the_twelve_names_of_a_checkpoint_and_finite_values():
-    table = schedule.buffers(VP)
+    table = schedule.ddpm_coefficients(VP)
     assert len(set(table) - {"lvlb_weights_eps", "lvlb_weights_x0"}) == 12
     assert all(values.shape == (1000,) and np.isfinite(values).all() for values in table.values())
     np.testing.assert_allclose(table["betas"], schedule.betas("linear", 1000, 0.0015, 0.0195), rtol=1e-10)
-    np.testing.assert_allclose(schedule.buffers(VP, v_posterior=1.0)["posterior_variance"], table["betas"])
+    np.testing.assert_allclose(schedule.ddpm_coefficients(VP, v_posterior=1.0)["posterior_variance"], table["betas"])
     with pytest.raises(ValueError, match="flow"):
-        schedule.buffers(FLOW)
+        schedule.ddpm_coefficients(FLOW)
 
 
 @pytest.mark.parametrize("name", list(schedule.BETAS))
 @pytest.mark.parametrize("total", [1, 10, 1000])
 def test_vp_schedule_keeps_the_variance_and_only_gets_noisier(name, total):
     s = process(schedule=name, timesteps=total)
-    assert s.timesteps == total and s.alphas.dtype == np.float64
+    assert s.num_timesteps == total and s.alphas.dtype == np.float64
     np.testing.assert_allclose(s.alphas**2 + s.sigmas**2, 1, rtol=1e-14)
     assert (np.diff(s.alphas) < 0).all() and (s.alphas > 0).all() and (s.sigmas > 0).all()
 
@@ -158,7 +158,7 @@ def test_an_unknown_schedule_is_refused():
 @pytest.mark.parametrize("s", [VP, FLOW], ids=["vp", "flow"])
 def test_levels_at_whole_timesteps_are_those_of_the_table(s, dtype):
     t = torch.tensor([[0, 1], [500, 999]], dtype=dtype)
-    alpha, sigma = levels_at(s, t)
+    alpha, sigma = alpha_sigma(s, t)
     assert alpha.dtype == sigma.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     rtol = 1e-12 if dtype == torch.float64 else 1e-6
     np.testing.assert_allclose(alpha, s.alphas[t.long()], rtol=rtol)
@@ -166,7 +166,7 @@ def test_levels_at_whole_timesteps_are_those_of_the_table(s, dtype):
 
 
 def test_flow_levels_between_timesteps_follow_the_line():
-    alpha, sigma = levels_at(FLOW, torch.tensor([0.25, 998.75], dtype=torch.float64))
+    alpha, sigma = alpha_sigma(FLOW, torch.tensor([0.25, 998.75], dtype=torch.float64))
     np.testing.assert_allclose(sigma, [0.75e-3, 0.99925], rtol=1e-12)
     np.testing.assert_allclose(alpha, [0.99925, 0.75e-3], rtol=1e-12)
 
@@ -176,9 +176,9 @@ def test_flow_levels_between_timesteps_follow_the_line():
 def test_the_target_leads_back_to_data_and_noise(prediction, t):
     s = process(prediction=prediction)
     x0, eps = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    alpha, sigma = levels_at(s, torch.full((3,), t, dtype=torch.float64))
+    alpha, sigma = alpha_sigma(s, torch.full((3,), t, dtype=torch.float64))
     z_t = alpha[0] * x0 + sigma[0] * eps
-    output = schedule.target(prediction, x0, eps, alpha, sigma)
+    output = schedule.prediction_target(prediction, x0, eps, alpha, sigma)
     x0_back, eps_back = schedule.to_x0_eps(prediction, output, z_t, alpha, sigma)
     torch.testing.assert_close(x0_back, x0, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(eps_back, eps, rtol=1e-9, atol=1e-10)
@@ -188,7 +188,7 @@ def test_the_target_leads_back_to_data_and_noise(prediction, t):
 def test_any_output_is_split_into_parts_that_add_up_to_z(prediction):
     s = process(prediction=prediction)
     z_t, output = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    alpha, sigma = levels_at(s, torch.tensor([0.0, 300.0, 700.0, 999.0], dtype=torch.float64))
+    alpha, sigma = alpha_sigma(s, torch.tensor([0.0, 300.0, 700.0, 999.0], dtype=torch.float64))
     x0, eps = schedule.to_x0_eps(prediction, output, z_t, alpha, sigma)
     torch.testing.assert_close(alpha[:, None] * x0 + sigma[:, None] * eps, z_t, rtol=1e-9, atol=1e-10)
 
@@ -198,30 +198,30 @@ def test_any_output_is_split_into_parts_that_add_up_to_z(prediction):
 def test_outputs_convert_into_each_other(source, to):
     s = FLOW if "flow" in (source, to) else VP
     x0, eps = torch.randn(2, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    alpha, sigma = levels_at(s, torch.tensor([100.0, 800.0], dtype=torch.float64))
+    alpha, sigma = alpha_sigma(s, torch.tensor([100.0, 800.0], dtype=torch.float64))
     z_t = alpha[:, None] * x0 + sigma[:, None] * eps
-    given, wanted = (schedule.target(name, x0, eps, alpha, sigma) for name in (source, to))
-    converted = schedule.convert(source, to, given, z_t, alpha, sigma)
+    given, wanted = (schedule.prediction_target(name, x0, eps, alpha, sigma) for name in (source, to))
+    converted = schedule.convert_prediction(source, to, given, z_t, alpha, sigma)
     torch.testing.assert_close(converted, wanted, rtol=1e-9, atol=1e-10)
 
 
 def test_targets_are_those_of_the_papers():
     x0, eps = torch.tensor([[2.0]]), torch.tensor([[5.0]])
     alpha, sigma = torch.tensor([0.6]), torch.tensor([0.8])
-    values = [schedule.target(name, x0, eps, alpha, sigma).item() for name in PREDICTIONS]
+    values = [schedule.prediction_target(name, x0, eps, alpha, sigma).item() for name in PREDICTIONS]
     assert values == pytest.approx([5.0, 0.6 * 5 - 0.8 * 2, 2.0, 3.0])
 
 
 def test_an_unknown_parametrisation_is_refused():
     one = torch.ones(1, 1)
     with pytest.raises(ValueError, match="'score'"):
-        schedule.target("score", one, one, 1.0, 1.0)
+        schedule.prediction_target("score", one, one, 1.0, 1.0)
     with pytest.raises(ValueError, match="'score'"):
         schedule.to_x0_eps("score", one, one, 1.0, 1.0)
 
 
 def test_min_snr_weights_the_error_of_x0_alike_in_every_parametrisation():
-    alpha, sigma = (x.double() for x in levels_at(VP, torch.tensor([0.0, 200.0, 600.0, 999.0])))
+    alpha, sigma = (x.double() for x in alpha_sigma(VP, torch.tensor([0.0, 200.0, 600.0, 999.0])))
     snr = alpha**2 / sigma**2
     on_x0 = schedule.loss_weight("min_snr", "x0", alpha, sigma, 5.0)
     torch.testing.assert_close(on_x0, torch.minimum(snr, torch.tensor(5.0, dtype=snr.dtype)))
@@ -233,7 +233,7 @@ def test_min_snr_weights_the_error_of_x0_alike_in_every_parametrisation():
 
 
 def test_uniform_weights_are_one_and_min_snr_of_flow_is_refused():
-    alpha, sigma = levels_at(FLOW, torch.tensor([3.0, 4.0]))
+    alpha, sigma = alpha_sigma(FLOW, torch.tensor([3.0, 4.0]))
     assert schedule.loss_weight("uniform", "flow", alpha, sigma).tolist() == [1, 1]
     with pytest.raises(UsageError, match="min_snr"):
         schedule.loss_weight("min_snr", "flow", alpha, sigma)
@@ -252,7 +252,7 @@ def test_uniform_timesteps_of_vp_are_whole_and_equally_frequent():
 def test_uniform_timesteps_of_flow_are_spread_over_time():
     settings = DiffusionSettings(prediction="flow", t_sampling="uniform")
     s = make_schedule(settings)
-    _, sigma = levels_at(s, schedule.sample_timesteps(settings, GRID, s).double())
+    _, sigma = alpha_sigma(s, schedule.sample_timesteps(settings, GRID, s).double())
     np.testing.assert_allclose(sigma, GRID.clamp(0.5e-3, 1 - 0.5e-3), atol=1e-7)
 
 
@@ -260,7 +260,7 @@ def test_uniform_timesteps_of_flow_are_spread_over_time():
 def test_logit_normal_times_have_the_stated_distribution(mean, std):
     settings = DiffusionSettings(prediction="flow", t_sampling="logit_normal", t_mean=mean, t_std=std)
     s = make_schedule(settings)
-    _, sigma = levels_at(s, schedule.sample_timesteps(settings, GRID, s).double())
+    _, sigma = alpha_sigma(s, schedule.sample_timesteps(settings, GRID, s).double())
     logit = torch.logit(sigma).numpy()
     assert stats.kstest(logit, "norm", args=(mean, std)).statistic < 1e-3
 
@@ -288,62 +288,62 @@ def test_the_ends_of_the_unit_interval_give_the_ends_of_the_timesteps(kind, pred
 def test_every_step_count_up_to_all_timesteps_gives_as_many_falling_ones(spacing, prediction):
     s = process(prediction=prediction)
     for steps in range(1, 1001):
-        t = timesteps(s, steps, spacing)
+        t = sampling_timesteps(s, steps, spacing)
         assert len(t) == steps and t[0] == 999 and t[-1] >= 0
         assert all(a > b for a, b in zip(t, t[1:]))
 
 
 def test_linspace_ends_at_timestep_0_and_takes_all_when_asked_for_all():
     for s in (VP, FLOW):
-        assert all(timesteps(s, steps, "linspace")[-1] == 0 for steps in range(2, 60))
-        assert timesteps(s, 1000, "linspace") == list(range(999, -1, -1))
-    assert timesteps(VP, 1, "linspace") == [999]
-    assert timesteps(VP, 4, "linspace") == [999, 666, 333, 0]
+        assert all(sampling_timesteps(s, steps, "linspace")[-1] == 0 for steps in range(2, 60))
+        assert sampling_timesteps(s, 1000, "linspace") == list(range(999, -1, -1))
+    assert sampling_timesteps(VP, 1, "linspace") == [999]
+    assert sampling_timesteps(VP, 4, "linspace") == [999, 666, 333, 0]
 
 
 def test_uniform_steps_of_flow_take_equal_time_down_to_clean():
-    way = levels(FLOW, 8, "uniform")
-    np.testing.assert_allclose(np.diff(way.sigmas), -0.9995 / 8, rtol=1e-12)
-    assert (way.alphas[-1], way.sigmas[-1]) == (1.0, 0.0)
+    levels = sampling_levels(FLOW, 8, "uniform")
+    np.testing.assert_allclose(np.diff(levels.sigmas), -0.9995 / 8, rtol=1e-12)
+    assert (levels.alphas[-1], levels.sigmas[-1]) == (1.0, 0.0)
 
 
 def test_uniform_steps_of_vp_count_down_from_the_last_timestep():
-    assert timesteps(VP, 4, "uniform") == [999, 749, 499, 249]
-    assert timesteps(VP, 3, "uniform") == [999, 666, 332]
+    assert sampling_timesteps(VP, 4, "uniform") == [999, 749, 499, 249]
+    assert sampling_timesteps(VP, 3, "uniform") == [999, 666, 332]
 
 
 @pytest.mark.parametrize("s, spacing", [(VP, "linspace"), (FLOW, "uniform")], ids=["vp", "flow"])
 def test_without_a_name_vp_takes_linspace_and_flow_uniform(s, spacing):
-    assert levels(s, 7) == levels(s, 7, spacing) != levels(s, 7, "original")
+    assert sampling_levels(s, 7) == sampling_levels(s, 7, spacing) != sampling_levels(s, 7, "original")
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 @pytest.mark.parametrize("spacing", list(schedule.SPACINGS))
 def test_more_steps_than_timesteps_or_none_are_refused(steps, spacing):
     with pytest.raises(UsageError, match=f"steps = {steps}: .*1000"):
-        timesteps(VP, steps, spacing)
+        sampling_timesteps(VP, steps, spacing)
 
 
 def test_an_unknown_spacing_is_refused():
     with pytest.raises(UsageError, match="'karras'.*linspace"):
-        timesteps(VP, 5, "karras")
+        sampling_timesteps(VP, 5, "karras")
 
 
 @pytest.mark.parametrize("s", [VP, FLOW], ids=["vp", "flow"])
 @pytest.mark.parametrize("spacing", list(schedule.SPACINGS))
 def test_levels_are_plain_numbers_of_the_evaluated_timesteps_and_an_end(s, spacing):
-    way = levels(s, 10, spacing)
-    assert len(way.alphas) == len(way.sigmas) == len(way.t) + 1
-    assert all(type(value) is float for values in (way.t, way.alphas, way.sigmas) for value in values)
-    alpha, _ = levels_at(s, torch.tensor(way.t, dtype=torch.float64))
-    assert list(way.alphas[:-1]) == alpha.tolist()
+    levels = sampling_levels(s, 10, spacing)
+    assert len(levels.alphas) == len(levels.sigmas) == len(levels.t) + 1
+    assert all(type(value) is float for values in (levels.t, levels.alphas, levels.sigmas) for value in values)
+    alpha, _ = alpha_sigma(s, torch.tensor(levels.t, dtype=torch.float64))
+    assert list(levels.alphas[:-1]) == alpha.tolist()
     end = (s.alphas[0], s.sigmas[0]) if spacing.startswith("original") else (1.0, 0.0)
-    assert (way.alphas[-1], way.sigmas[-1]) == end
+    assert (levels.alphas[-1], levels.sigmas[-1]) == end
 
 
 @pytest.mark.parametrize("strength, kept", [(1.0, 20), (0.5, 10), (0.33, 7), (0.025, 1), (1e-6, 1)])
 def test_strength_keeps_the_last_share_of_the_steps(strength, kept):
-    whole, part = levels(VP, 20), levels(VP, 20, strength=strength)
+    whole, part = sampling_levels(VP, 20), sampling_levels(VP, 20, strength=strength)
     assert part.t == whole.t[20 - kept :]
     assert part.alphas == whole.alphas[20 - kept :] and part.sigmas == whole.sigmas[20 - kept :]
 
@@ -351,4 +351,4 @@ def test_strength_keeps_the_last_share_of_the_steps(strength, kept):
 @pytest.mark.parametrize("strength", [0, -0.5, 1.5])
 def test_impossible_strengths_are_refused(strength):
     with pytest.raises(UsageError, match="strength"):
-        levels(VP, 20, strength=strength)
+        sampling_levels(VP, 20, strength=strength)

@@ -21,7 +21,7 @@ from ldmcli.core.settings import (
     TaskSettings,
 )
 from ldmcli.diffusion.samplers import SAMPLERS
-from ldmcli.diffusion.schedule import levels, make_schedule, to_x0_eps
+from ldmcli.diffusion.schedule import make_schedule, sampling_levels, to_x0_eps
 from ldmcli.formats import diffusers, diffusers_custom, schedulers
 from ldmcli.formats import diffusers_unet as unets
 from ldmcli.formats import diffusers_vae as vaes
@@ -66,7 +66,7 @@ def trajectory(model: DiffusionModel, bundle: DiffusionBundle, z, told=None, nul
     """States of a sampler, the start included, in z coordinates."""
     schedule = make_schedule(bundle.config.diffusion)
     chosen = replace(bundle.config.sample, **sample)
-    way = levels(schedule, chosen.steps, chosen.spacing)
+    levels = sampling_levels(schedule, chosen.steps, chosen.spacing)
     states, told = [z], told or Conditioning()
 
     def denoise(z, t, alpha, sigma):
@@ -77,8 +77,8 @@ def trajectory(model: DiffusionModel, bundle: DiffusionBundle, z, told=None, nul
             out = without + scale * (out - without)
         return to_x0_eps(schedule.prediction, out, z, alpha, sigma)
 
-    SAMPLERS[chosen.sampler].function(denoise, z, way, eta=0.0, callback=lambda i, z, x0: states.append(z))
-    return torch.stack(states), way
+    SAMPLERS[chosen.sampler].function(denoise, z, levels, eta=0.0, callback=lambda i, z, x0: states.append(z))
+    return torch.stack(states), levels
 
 
 # ---------------------------------------------------------------- recorded cases
@@ -124,13 +124,13 @@ def test_schedulers_repeat_the_recorded_trajectories(name):
     )
     assert notes == []
     bundle.config = replace(bundle.config, diffusion=process, sample=replace(sample, steps=10))
-    states, way = trajectory(model_of(bundle), bundle, want["latents"])
+    states, levels = trajectory(model_of(bundle), bundle, want["latents"])
     recorded, times = want[f"trajectory_{name}_10"], want[f"timesteps_{name}_10"].tolist()
     if name == "pndm":  # two evaluations for the first step: its state in between is the original's own
         recorded, times = torch.cat([recorded[:1], recorded[2:]]), [times[0], *times[2:]]
     if name == "euler":  # its states are z/α
-        recorded = recorded * torch.tensor(way.alphas, dtype=torch.float32)[:, None, None, None, None]
-    assert list(way.t) == times
+        recorded = recorded * torch.tensor(levels.alphas, dtype=torch.float32)[:, None, None, None, None]
+    assert list(levels.t) == times
     for state, there in zip(states, recorded, strict=True):
         assert relative(state, there) < CLOSE
 
@@ -145,8 +145,8 @@ def test_guided_network_repeats_the_recording():
     )
     bundle.config = replace(bundle.config, diffusion=process, sample=replace(sample, steps=10))
     model, told = model_of(bundle), Conditioning(context=want["context"])
-    states, way = trajectory(model, bundle, want["latents"], told)
-    assert list(way.t) == want["timesteps"].tolist() and relative(states, want["trajectory_ddim_10"]) < CLOSE
+    states, levels = trajectory(model, bundle, want["latents"], told)
+    assert list(levels.t) == want["timesteps"].tolist() and relative(states, want["trajectory_ddim_10"]) < CLOSE
     states, _ = trajectory(
         model, bundle, want["latents"], told, Conditioning(context=want["uncond_context"]), float(want["guidance"])
     )
@@ -726,7 +726,7 @@ SPACED = [
 def test_schedulers_become_sampler_timesteps_and_ending(values, sampler, spacing, times):
     process, sample, _ = schedulers.read_scheduler(Path("s"), values, DiffusionSettings(), SampleSettings())
     assert (sample.sampler, sample.spacing) == (sampler, spacing)
-    way = levels(make_schedule(process), 5, sample.spacing)
+    way = sampling_levels(make_schedule(process), 5, sample.spacing)
     assert times is None or list(way.t) == times
     ending = {"clean": (1, 0), "first": (way.alphas[-1], way.sigmas[-1])}.get(spacing.rpartition("/")[2])
     assert ending is None or (way.alphas[-1], way.sigmas[-1]) == ending

@@ -34,7 +34,7 @@ from test_diffusers import (  # noqa: E402
 
 from ldmcli.core.settings import DiffusionSettings, SampleSettings  # noqa: E402
 from ldmcli.diffusion.samplers import SAMPLERS  # noqa: E402
-from ldmcli.diffusion.schedule import levels, make_schedule, to_x0_eps  # noqa: E402
+from ldmcli.diffusion.schedule import make_schedule, sampling_levels, to_x0_eps  # noqa: E402
 from ldmcli.formats import diffusers as ours  # noqa: E402
 from ldmcli.formats import schedulers  # noqa: E402
 from ldmcli.formats.diffusers_files import read_config  # noqa: E402
@@ -272,7 +272,7 @@ def test_samplers_end_where_the_schedulers_do(kind, settings, steps, tmp_path):
     path = tmp_path / "scheduler_config.json"
     process, sample, notes = schedulers.read_scheduler(path, read_config(path), DiffusionSettings(), SampleSettings())
     schedule = make_schedule(process)
-    way = levels(schedule, steps, sample.spacing)
+    way = sampling_levels(schedule, steps, sample.spacing)
     z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def network(x, t):

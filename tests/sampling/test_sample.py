@@ -68,7 +68,7 @@ def sample(model: Path, out: Path, *more, code: int = 0):
 def test_objective_and_schedule_come_from_the_run(v_model):
     """Reliability 18: nothing of them stands on the command line of use."""
     model = ldmcli.load(v_model)
-    assert (model.schedule.prediction, model.schedule.timesteps) == ("v", 20)
+    assert (model.schedule.prediction, model.schedule.num_timesteps) == ("v", 20)
     steps = torch.arange(21, dtype=torch.float64) / 20
     bar = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
     betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
@@ -168,19 +168,20 @@ def test_guidance_0_is_the_unconditional_model(text_model, asked):
 def test_guidance_pushes_every_latent_channel_away_from_the_null(text_model, asked):
     """Reliability 19: ε_u + s (ε_c − ε_u) on all channels, both halves in one call of twice the batch."""
     model = ldmcli.load(text_model)
-    from ldmcli.diffusion.sample import Guidance, denoiser
+    from ldmcli.diffusion.guidance import GuidancePath, denoiser
 
     given, null = model.embed(["a red circle"] * 2), model.embed([""] * 2)
     z, t = torch.randn(2, *model.model.latent_shape, generator=torch.Generator().manual_seed(0)), 500.0
 
-    def output(scale, pair):
-        return denoiser(model.model, model.schedule, *pair, Guidance(scale))(z, t, 0.5, 0.5)
+    def output(conditionings, *scales):
+        path = GuidancePath(conditionings, scales)
+        return denoiser(model.model.predict, model.schedule, path)(z, t, 0.5, 0.5)
 
     del asked[:]
     with torch.no_grad():
-        guided = output(7.5, (given, null))
+        guided = output((null, given), 7.5)
         assert asked == [4]
-        with_text, without = output(1.0, (given, null)), output(1.0, (null, None))
+        with_text, without = output((null, given), 1.0), output((null,))
     for one, c, u in zip(guided, with_text, without):
         assert torch.allclose(one, u + 7.5 * (c - u), atol=1e-4)
         assert ((one - c).abs().amax(dim=(0, 2, 3)) > 0).all()

@@ -33,7 +33,8 @@ from ldmcli.core.settings import (
     TaskSettings,
 )
 from ldmcli.diffusion import gradient_guidance
-from ldmcli.diffusion.sample import Known, Steering, draw_latents
+from ldmcli.diffusion.loss import diffusion_loss
+from ldmcli.diffusion.sample import KnownRegion, draw_latents
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.evaluation import features
@@ -361,22 +362,20 @@ def test_tokens_from_elsewhere():
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 
-def steered(name: str, model: LoadedDiffusion, device: torch.device) -> Steering | None:
+def steered(name: str, model: LoadedDiffusion, device: torch.device) -> dict:
     low = torch.zeros(1, 3, 4, 4, device=device)
     keep = torch.zeros(1, 1, 4, 4, device=device)
     keep[..., :2] = 1
-    known = Known(torch.ones(2, 3, 4, 4, device=device), keep)
+    known = KnownRegion(torch.ones(2, 3, 4, 4, device=device), keep)
     decode = gradient_guidance.latent_decoder(model.autoencoder)
     return {
-        "plain": None,
-        "known": Steering(known),
-        "known twice": Steering(replace(known, resample=2)),
-        "tiles": Steering(tile=2),
-        "picture": Steering(wrap=lambda d: gradient_guidance.image_guide(d, decode, low)),
-        "picture, plain": Steering(wrap=lambda d: gradient_guidance.image_guide(d, decode, low, 0.1, plain=True)),
-        "classifier": Steering(
-            wrap=lambda d: gradient_guidance.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))
-        ),
+        "plain": {},
+        "known": {"known": known},
+        "known twice": {"known": replace(known, resample=2)},
+        "tiles": {"tile": 2},
+        "picture": {"guide": lambda d: gradient_guidance.image_guide(d, decode, low)},
+        "picture, plain": {"guide": lambda d: gradient_guidance.image_guide(d, decode, low, 0.1, plain=True)},
+        "classifier": {"guide": lambda d: gradient_guidance.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))},
     }[name]
 
 
@@ -387,13 +386,7 @@ def drawn_latents(model, sampler: str, steering: str, device) -> torch.Tensor:
     settings = SampleSettings(sampler=sampler, steps=2, guidance=2.0, eta=0.5 if sampler == "ddim" else 0.0)
     inputs = model.model.conditions.prepare({"class": [0, 1]})
     return draw_latents(
-        model.model,
-        model.schedule,
-        settings,
-        ids=[0, 1],
-        seed=0,
-        inputs=inputs,
-        steering=steered(steering, model, device),
+        model.model, model.schedule, settings, ids=[0, 1], seed=0, inputs=inputs, **steered(steering, model, device)
     ).cpu()
 
 
@@ -573,8 +566,7 @@ def test_a_step_with_autocast_on_cuda(kinds, words):
     with bf16_of_cuda() as device:
         moved(model, device)
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        objective = object.__new__(DiffusionObjective)
-        objective.config, objective.schedule = model.config, make_schedule(model.config.diffusion)
         z = torch.empty(2, *model.model.latent_shape, device=device)
-        each = objective._losses(model.model, z, torch.empty_like(z), rng.uniform(0, [0, 1], "t"), inputs)
+        schedule, u = make_schedule(model.config.diffusion), rng.uniform(0, [0, 1], "t")
+        each = diffusion_loss(model.model, schedule, model.config.diffusion, z, torch.empty_like(z), u, inputs)
         assert each.device.type == "cuda" and each.dtype == torch.float32

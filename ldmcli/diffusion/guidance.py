@@ -1,0 +1,148 @@
+"""Classifier-free guidance (Ho & Salimans 2021) with one condition or several.
+
+    ε̂ = ε(∅) + s (ε(y) − ε(∅))
+
+With several conditions the network is asked with none of them, then with one more at a time in the order of
+`guidance_order`, and each difference has a scale of its own,
+
+    ε̂ = ε(∅) + Σ_k s_k (ε(y₁ … y_k) − ε(y₁ … y_{k−1})).
+
+It follows from p(z, y₁, y₂) = p(z) p(y₁|z) p(y₂|z, y₁) with each likelihood raised to its own power: the score of a
+factor is the difference of two neighbours on that path. With equal scales it is the first line; with two conditions,
+planes before words, it is the rule of InstructPix2Pix (Brooks et al. 2023). Conditions without a scale of their own are
+always there, as are the planes of a task.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldmcli.core.errors import UsageError
+from ldmcli.diffusion.samplers import Denoise
+from ldmcli.diffusion.schedule import Schedule, to_x0_eps
+from ldmcli.networks.conditioners import CONDITIONERS, Conditioning, Conditions, guidance_order
+
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+class Embeds(Protocol):
+    """What guidance asks of a model: its conditions, and τ_θ(y) of prepared inputs for latents of (h, w)."""
+
+    conditions: Conditions
+
+    def embed(self, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> Conditioning: ...
+
+
+@dataclass(frozen=True)
+class GuidancePath:
+    """Conditionings from the null to the one given, and the scale of each step between two of them.
+
+    With one conditioning there is nothing to guide against.
+    """
+
+    conditionings: tuple[Conditioning, ...]
+    scales: tuple[float, ...] = ()
+
+    def weights(self) -> list[float]:
+        """Weight of each conditioning's output, the null's first; the sum is 1. One condition: 1 − s and s."""
+        return [before - after for before, after in zip((1.0, *self.scales), (*self.scales, 0.0))]
+
+
+def guidance_steps(
+    conditions: Sequence[str], scale: float | Mapping[str, float]
+) -> list[tuple[tuple[str, ...], float]]:
+    """The steps from null to given: [(conditions switched on, scale)]. One number switches all on at once.
+
+    conditions: those of the model. Raises UsageError for a scale of one that the model lacks or that has no null.
+    """
+    if not isinstance(scale, Mapping):
+        return [(tuple(name for name in conditions if CONDITIONERS[name].droppable), float(scale))]
+    able = guidance_order(conditions)
+    for name in scale:
+        if name not in able:
+            takes = ", ".join(able) or "no condition that could be guided"
+            raise UsageError(f"--guidance {name}={scale[name]:g}: this model takes {takes}")
+    return [((name,), float(scale[name])) for name in able if name in scale]
+
+
+def guidance_path(
+    model: Embeds,
+    scale: float | Mapping[str, float],
+    inputs: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor] | None,
+    n: int,
+    size: tuple[int, int],
+) -> GuidancePath:
+    """The path of `inputs` (prepared, n rows on the model's device) for latents of `size` (h, w).
+
+    negative: inputs that take the place of the null, or of a part of it (a negative prompt).
+    """
+    given, steps = model.embed(inputs, size), guidance_steps(model.conditions.kinds, scale)
+    if not any(names for names, _ in steps):
+        return GuidancePath((given,))
+    null = {**model.conditions.null(n, inputs), **(negative or {})}
+    switched_on = {name for names, _ in steps for name in names}
+    current = {name: null[name].to(x.device) if _condition(name) in switched_on else x for name, x in inputs.items()}
+    path = []
+    for names, _ in steps:
+        path.append(model.embed(current, size))
+        current |= {name: x for name, x in inputs.items() if _condition(name) in names}
+    return GuidancePath((*path, given), tuple(scale for _, scale in steps))
+
+
+def _condition(name: str) -> str:
+    """The condition that an input "condition.name" belongs to."""
+    return name.partition(".")[0]
+
+
+def _stacked(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Several conditionings of n rows each as one of all rows."""
+
+    def stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    return Conditioning(
+        context=stack([one.context for one in conditionings]),
+        concat=stack([one.concat for one in conditionings]),
+        vector=stack([one.vector for one in conditionings]),
+    )
+
+
+def denoiser(
+    predict: Predict, schedule: Schedule, path: GuidancePath, interval: tuple[float, float] = (0.0, 1.0)
+) -> Denoise:
+    """The function that samplers call: (z, t, α, σ) -> (x0, ε), each like z (B, c, h, w), with guidance.
+
+    predict: the network's output (B, c, h, w) for z, timesteps (B,) and a conditioning. Outside `interval` of t / (T −
+    1) only the conditioning that was given counts. Conditionings of weight 0 are not computed (scale 1: what was given
+    alone, scale 0: the null alone), the others in one call.
+    """
+    last, given = schedule.num_timesteps - 1, path.conditionings[-1]
+    weighted = [(weight, one) for weight, one in zip(path.weights(), path.conditionings) if weight != 0]
+
+    def output(z: Tensor, t: float, conditionings: Sequence[Conditioning]) -> list[Tensor]:
+        n = len(conditionings)
+        times = torch.full((n * len(z),), t, device=z.device, dtype=torch.float32)
+        if n == 1:
+            return [predict(z, times, conditionings[0]).float()]
+        return list(predict(torch.cat([z] * n), times, _stacked(conditionings)).float().chunk(n))
+
+    def guided(z: Tensor, t: float) -> Tensor:
+        if not interval[0] <= t / last <= interval[1]:
+            return output(z, t, [given])[0]
+        outputs = output(z, t, [one for _, one in weighted])
+        if len(outputs) == 1:
+            return outputs[0]
+        total = weighted[0][0] * outputs[0]
+        for (weight, _), out in zip(weighted[1:], outputs[1:]):
+            total = total + weight * out
+        return total
+
+    def denoise(z: Tensor, t: float, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        return to_x0_eps(schedule.prediction, guided(z, t), z, alpha, sigma)
+
+    return denoise
