@@ -139,6 +139,7 @@ MASKS = tuple(
     for pattern, mask in (
         (r"(?<=\.)\d+(?=\.tmp)", "<pid>"),
         (r"ETA [\d:]+", "ETA <time>"),
+        (r"(?<=recipe )\S+?(\.toml|…)", "<recipe>"),
         (r"\d+:\d\d of training", "<time> of training"),
         (
             r"(?s)<figcaption><b>(Throughput|Waiting for data|tflops_per_s|Peak memory)</b>.*?</figure>",

@@ -3,10 +3,12 @@
 A whole training step by hand, for research code:
 
     schedule = make_schedule(settings)
-    alpha, sigma = levels_at(schedule, t)                         # (B,) each
-    z_t = alpha[:, None, None, None] * z + sigma[:, None, None, None] * noise
-    error = model(z_t, t, inputs) - target(schedule.prediction, z, noise, alpha, sigma)
+    alpha, sigma = alpha_sigma(schedule, t)                        # (B,) each
+    z_t = q_sample(z_0, noise, alpha, sigma)
+    error = model(z_t, t, inputs) - prediction_target(schedule.prediction, z_0, noise, alpha, sigma)
     error.square().mean().backward()
+
+`diffusion.loss.diffusion_loss` is this with the weights and the sampled timesteps of training.
 """
 
 from collections.abc import Sequence
