@@ -151,10 +151,10 @@ def eval_fid(given: ParsedOptions) -> None:
         "split": given.split or None,
         "progress": console.progress,
     }
-    from ldmcli.evaluation.evaluate import METRICS, evaluate
+    from ldmcli.evaluation.evaluate import evaluate
 
     for name, _, above in limits:
-        check_name(f"--fail-{'above' if above else 'below'}", name, METRICS)
+        check_name(f"--fail-{'above' if above else 'below'}", name)
     result = evaluate(**{name: value for name, value in request.items() if value is not None})
     for text in result.get("warnings", ()):
         console.warn(text)
@@ -212,17 +212,20 @@ def parse_limit(option: str, text: str) -> tuple[str, float]:
     return name.strip().lower(), number
 
 
-def check_name(option: str, name: str, metrics: tuple[str, ...]) -> None:
+def check_name(option: str, name: str) -> None:
     """UsageError for a metric that no evaluation has, before one is made."""
-    known = (*metrics, "precision", "recall")
-    if name.split("_")[0] not in ("", "fd", *known):
-        hint = config.did_you_mean(difflib.get_close_matches(name, known, n=1))
+    from ldmcli.evaluation.metrics import METRICS, first_words
+
+    words = first_words()
+    if name.split("_")[0] not in ("", *METRICS, *words):
+        proper = [*METRICS, *(word for word, metric in words.items() if metric not in words)]
+        hint = config.did_you_mean(difflib.get_close_matches(name, proper, n=1))
         raise UsageError(f"{option} {name}: no such metric{hint}")
 
 
 def check_limits(result: dict[str, Any], limits: list[tuple[str, float, bool]]) -> None:
     """ThresholdError where a metric misses a limit (one without a value misses all) or got worse than in --compare."""
-    from ldmcli.evaluation.evaluate import lookup
+    from ldmcli.evaluation.compare import lookup
 
     missed = []
     for name, limit, above in limits:

@@ -28,11 +28,13 @@ from ldmcli.maths.smooth_inpainting import thin_plate_fill
 from ldmcli.sampling.editing import inpaint_images, upscale_images
 
 FILLINGS = {"smooth": lambda x, hole: thin_plate_fill(x[None], hole[None])[0], "patches": patchmatch_fill}
+PLAIN_METHODS = ("bicubic", "biharmonic", *FILLINGS)  # they say how much a model's number is worth
+UNGUIDED = "unguided"  # the model's own samples without the guide
 TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task brings along
 
 
 def task_of(model) -> str:
-    """ "sr", "inpaint" or "generate"."""
+    """Of a diffusion model: "sr", "inpaint" or "generate"."""
     return next((task for kind, task in TASKS.items() if kind in model.model.conditions.kinds), "generate")
 
 
@@ -110,7 +112,7 @@ def guided_sources(
 
     facts = {**truth.facts, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
     made = ImageStream(name="guided", count=len(ids), stream=drawn(True), facts=facts)
-    others = {"unguided": drawn(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
+    others = {UNGUIDED: drawn(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
     plain = {
         name: replace(made, name=name, facts={**facts, "source": name}, stream=stream)
         for name, stream in others.items()

@@ -1,16 +1,44 @@
-"""One result of an evaluation beside another: which numbers compare, what changed, and metrics by short names."""
+"""One result of an evaluation beside another: which numbers compare, what changed, and metrics by short names.
+
+Keys carry the extractor and the plain method that a number is of (`kid_effnet_lite0_mean`, `psnr_bicubic`);
+`read_key` finds the metric of the table that one belongs to.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.evaluation.baselines import PLAIN_METHODS, UNGUIDED
+from ldmcli.evaluation.metrics import METRICS, Metric
 from ldmcli.evaluation.reference_statistics import SAME
 
 NOISE = 1e-9  # relative change that is rounding
-BETTER_HIGH = ("psnr", "ssim", "precision", "recall", "is_", "layout_", "map_")
-# ends of keys that say how much a value is worth, and are nothing to get better at
-BESIDE = ("_std", "_images", "_shuffled", "_real", "_bicubic", "_biharmonic", "_smooth", "_patches")
+
+
+def read_key(key: str) -> tuple[Metric | None, bool]:
+    """(the metric that a key of a result belongs to, whether its number only says how much a value is worth).
+
+    The metric is None of a key that is not in the table.
+    """
+    method = next((method for method in (*PLAIN_METHODS, UNGUIDED) if key.endswith(f"_{method}")), "")
+    own = key.removesuffix(f"_{method}") if method else key
+    found = [
+        (value == own, len(value), metric, value not in metric.values(name))
+        for name, metric in METRICS.items()
+        for value in metric.labels(name)
+        if value == own or _is_extended(own, value)
+    ]
+    if not found:
+        return None, method in PLAIN_METHODS
+    _, _, metric, beside = max(found, key=lambda entry: entry[:2])
+    return metric, beside or method in PLAIN_METHODS
+
+
+def _is_extended(key: str, value: str) -> bool:
+    """Whether a key is a value's name with a network in it: kid_effnet_lite0_mean of kid_mean."""
+    first, _, rest = value.partition("_")
+    return key.startswith(f"{first}_") and (not rest or key.endswith(f"_{rest}"))
 
 
 def read_result(given: str | Path | dict | None) -> dict[str, Any] | None:
@@ -39,7 +67,7 @@ def lookup(result: dict[str, Any], name: str = "") -> tuple[str, float | None]:
     Raises UsageError for a metric that the result does not have.
     """
     values = result["metrics"]
-    if name in ("", "fid", "fd") and result.get("frechet"):
+    if name in ("", *METRICS["fid"].values("fid")) and result.get("frechet"):
         return result["frechet"], values[result["frechet"]]
     first, _, last = name.partition("_")
     found = [key for key in values if key == name]
@@ -50,8 +78,9 @@ def lookup(result: dict[str, Any], name: str = "") -> tuple[str, float | None]:
 
 
 def higher_is_better(key: str) -> bool:
-    """The direction of a metric."""
-    return key.startswith(BETTER_HIGH)
+    """The direction of a metric; of one that is not in the table, lower is better."""
+    metric, _ = read_key(key)
+    return metric is not None and metric.better == "higher"
 
 
 def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +92,7 @@ def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         now, before = ((document.get("extractor") or {}).get(key) for document in (result, old))
         if now and before and now != before:
             raise InputError(f"--compare: the earlier result has another extractor ({key} {before!r}, now {now!r})")
-    shared = [key for key in result["metrics"] if key in old["metrics"] and not key.endswith(BESIDE)]
+    shared = [key for key in result["metrics"] if key in old["metrics"] and not read_key(key)[1]]
     if not shared:
         raise InputError(f"--compare: the earlier result has none of these metrics ({', '.join(result['metrics'])})")
     changes, worse = {}, []

@@ -1,4 +1,4 @@
-"""Whether pictures show what they were told: the boxes of a layout, the classes of a map.
+"""Condition fidelity: whether samples show the layout, or the semantic map, that they are conditioned on.
 
 Pictures of the embedded shapes are read exactly, by templates. For any other data a segmenter reads them that is
 trained on the data's own training rows (`segmenter.py`) and kept in the cache. Its numbers on real pictures are the
@@ -18,13 +18,14 @@ from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.conditions.layout import BoxLayout, validate_boxes
 from ldmcli.conditions.semantic_map import SemanticMap, map_names
 from ldmcli.core.errors import InputError
+from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data import shape_reading
 from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.data.shape_rows import is_shapes
+from ldmcli.evaluation.result import Scores
 from ldmcli.evaluation.segmenter import NO_CLASS, TRAIN_STEPS, load_segmenter, save_segmenter, train_segmenter
 
 LAYOUT, MAP = BoxLayout.name, SemanticMap.name
-KINDS = (LAYOUT, MAP)
 SEGMENTER_ROWS = 800  # training rows that a segmenter learns from, evenly spread
 SEGMENTER_VERSION = 1  # a segmenter of another version is trained again
 MIN_REGION = 0.0015  # share of the picture below which a region of one class is no object
@@ -38,35 +39,36 @@ Box = tuple[float, float, float, float]  # x, y, width, height as shares of the 
 
 
 def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x, y, width, height)."""
+    """Intersection over union of two boxes (x, y, width, height), in [0, 1]."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     both = max(width, 0.0) * max(height, 0.0)
     return float(both / max(a[2] * a[3] + b[2] * b[3] - both, 1e-12))
 
 
-def layout_scores(seen: Sequence[Sequence[tuple[int, Box]]], asked: Sequence[dict]) -> dict[str, float]:
-    """{"iou", "found"} over all boxes asked for: the mean of the greatest IoU with a thing of the same category that
-    was seen in the picture (0 where there is none), and the share of boxes for which that is at least 0.5.
+def layout_scores(seen: Sequence[Sequence[tuple[int, Box]]], layouts: Sequence[dict]) -> dict[str, float]:
+    """{"iou", "found"}, in [0, 1], over all boxes of the layouts: the mean of the greatest IoU with an object of the
+    same category that was seen in the picture (0 where there is none), and the share of boxes for which that is at
+    least 0.5.
 
-    seen: (category, box) of each thing in each picture; asked: {"bbox": (n, 4), "category": (n,)} a picture.
+    seen: (category, box) of each object in each picture; layouts: {"bbox": (n, 4), "category": (n,)} a picture.
     """
     best = [
-        max([box_iou(box, other) for kind, other in things if kind == category], default=0.0)
-        for things, one in zip(seen, asked, strict=True)
-        for category, box in zip(one["category"], one["bbox"])
+        max([box_iou(box, other) for found, other in objects if found == category], default=0.0)
+        for objects, layout in zip(seen, layouts, strict=True)
+        for category, box in zip(layout["category"], layout["bbox"])
     ]
     best = best or [0.0]
     return {"iou": float(np.mean(best)), "found": float(np.mean(np.array(best) >= FOUND))}
 
 
-def map_scores(seen: Sequence[np.ndarray], asked: Sequence[np.ndarray]) -> dict[str, float]:
-    """{"accuracy", "miou"} of class maps (H, W): the share of pixels that agree, and the mean over the classes asked
-    for of intersection over union, over all pictures together. Pixels asked to be of no class (255) do not count."""
-    known = [one != NO_CLASS for one in asked]
+def map_scores(seen: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> dict[str, float]:
+    """{"accuracy", "miou"}, in [0, 1], of class maps (H, W): the share of pixels that agree, and the mean over the
+    classes of `maps` of intersection over union, over all pictures together. Pixels of no class (255) do not count."""
+    known = [wanted != NO_CLASS for wanted in maps]
     a = np.concatenate([one[where] for one, where in zip(seen, known, strict=True)]).astype(np.int64)
-    b = np.concatenate([one[where] for one, where in zip(asked, known)]).astype(np.int64)
-    both, of_a, of_b = (np.bincount(found, minlength=256) for found in (b[a == b], a, b))
+    b = np.concatenate([one[where] for one, where in zip(maps, known)]).astype(np.int64)
+    both, of_a, of_b = (np.bincount(classes, minlength=256) for classes in (b[a == b], a, b))
     there = of_b > 0
     ious = both[there] / (of_a + of_b - both)[there]
     return {"accuracy": float((a == b).mean()) if len(b) else 0.0, "miou": float(ious.mean()) if len(ious) else 0.0}
@@ -77,15 +79,18 @@ def map_scores(seen: Sequence[np.ndarray], asked: Sequence[np.ndarray]) -> dict[
 
 @dataclass
 class ConditionReader:
-    """What reads pictures, uint8 (H, W, 3) each: `maps` to class maps (H, W), `things` to (category, box) lists."""
+    """What reads pictures, uint8 (H, W, 3) each: `maps` to class maps (H, W), `objects` to (category, box) lists.
+
+    protocol: what a result states of it.
+    """
 
     maps: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
-    things: Callable[[Sequence[np.ndarray]], list[list[tuple[int, Box]]]]
-    facts: dict[str, Any] = field(default_factory=dict)
+    objects: Callable[[Sequence[np.ndarray]], list[list[tuple[int, Box]]]]
+    protocol: dict[str, Any] = field(default_factory=dict)
 
 
 def _shapes_reader() -> ConditionReader:
-    def things(images: Sequence[np.ndarray]) -> list[list[tuple[int, Box]]]:
+    def objects(images: Sequence[np.ndarray]) -> list[list[tuple[int, Box]]]:
         return [
             [
                 (shape, (x / image.shape[1], y / image.shape[0], w / image.shape[1], h / image.shape[0]))
@@ -96,14 +101,14 @@ def _shapes_reader() -> ConditionReader:
 
     return ConditionReader(
         lambda images: [shape_reading.classes_of(image) for image in images],
-        things,
+        objects,
         {"reader": "templates of the shapes"},
     )
 
 
 def regions(classes: np.ndarray, category_of: dict[int, int]) -> list[tuple[int, Box]]:
-    """(category, box) of each connected region of a class map (H, W) whose class is one of a category, specks left
-    out."""
+    """(category, box) of each connected region of a class map (H, W) whose class is one of a category, without those
+    below `MIN_REGION`."""
     height, width = classes.shape
     found: list[tuple[int, Box]] = []
     for index in np.unique(classes):
@@ -208,39 +213,17 @@ def open_reader(condition: str, rows, training, config, size: tuple[int, int], p
         if path is not None:
             metadata = {"classes": str(classes), "of": data.of, "rows": str(count), "source": str(training.source)}
             save_segmenter(path, segmenter, metadata)
-    facts = {
+    protocol = {
         "reader": f"a judge of {data.of}: EfficientNet-lite0 and a head trained on {count:,} training rows, "
         f"{TRAIN_STEPS} steps",
         "judge": key,
         "classes": classes,
     }
     maps = segmenter.maps
-    return ConditionReader(maps, lambda images: [regions(one, data.category_of) for one in maps(images)], facts)
+    return ConditionReader(maps, lambda images: [regions(one, data.category_of) for one in maps(images)], protocol)
 
 
 # --- the measure -----------------------------------------------------------------------------------------------
-
-
-def condition_fidelity(
-    kind: str, images: Sequence[np.ndarray], asked: Sequence[Any], reader: ConditionReader
-) -> dict[str, float]:
-    """Scores of pictures (uint8 (H, W, 3)) against their own conditions, and, under names that end in _shuffled, each
-    against the next one's.
-
-    kind "layout": asked are layouts with categories as the reader numbers them; gives layout_iou and layout_found.
-    kind "map": asked are class maps (H, W); gives map_accuracy and map_miou.
-    """
-    if kind == LAYOUT:
-        seen: list[Any] = reader.things(images)
-        scores: Callable[..., dict[str, float]] = layout_scores
-    else:
-        seen, scores = reader.maps(images), map_scores
-    others = [*asked[1:], *asked[:1]]
-    own, shuffled = scores(seen, asked), scores(seen, others)
-    return {f"{kind}_{name}": value for name, value in own.items()} | {
-        f"{kind}_{name}_shuffled": value for name, value in shuffled.items()
-    }
-
 
 LABELS = {
     "layout_iou": "layout: mean IoU of boxes",
@@ -250,20 +233,55 @@ LABELS = {
 }
 
 
-def measure(
-    kind: str, images: Sequence[np.ndarray], rows, training, ids: Sequence[int], config, size: tuple[int, int], progress
-) -> tuple[dict[str, tuple[str, float]], dict[str, Any]]:
-    """({key: (label, value)}, facts) of pictures drawn for the conditions of rows `ids`: their scores, those against
-    the next row's condition (_shuffled), and those of the rows' own pictures (_real)."""
-    CONDITIONS[kind].validate(rows)
-    reader = open_reader(kind, rows, training, config, size, progress)
-    asked = ConditionDataset(rows, config, size, training=False).values(kind, ids, ids)
-    drawn = condition_fidelity(kind, images, asked, reader)
-    real = condition_fidelity(kind, [rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids], asked, reader)
-    found: dict[str, tuple[str, float]] = {}
-    for key, label in LABELS.items():
+def condition_fidelity(
+    condition: str, images: Sequence[np.ndarray], conditions: Sequence[Any], reader: ConditionReader
+) -> dict[str, float]:
+    """Scores of pictures (uint8 (H, W, 3)) against their own conditions, and, under names that end in _shuffled, each
+    against the next one's. All in [0, 1].
+
+    "layout": conditions are layouts with categories as the reader numbers them; gives layout_iou and layout_found.
+    "map": conditions are class maps (H, W); gives map_accuracy and map_miou.
+    """
+    if condition == LAYOUT:
+        seen: list[Any] = reader.objects(images)
+        scores: Callable[..., dict[str, float]] = layout_scores
+    else:
+        seen, scores = reader.maps(images), map_scores
+    others = [*conditions[1:], *conditions[:1]]
+    own, shuffled = scores(seen, conditions), scores(seen, others)
+    return {f"{condition}_{name}": value for name, value in own.items()} | {
+        f"{condition}_{name}_shuffled": value for name, value in shuffled.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedSamples:
+    """Samples, uint8 (H, W, 3) each, and the rows whose conditions they were drawn for: sample k for row ids[k].
+
+    training: rows that a segmenter learns from. size: (height, width) of the samples in pixels.
+    """
+
+    images: Sequence[np.ndarray]
+    rows: Any
+    training: Any
+    ids: Sequence[int]
+    config: DiffusionConfig
+    size: tuple[int, int]
+    progress: Callable[[int, str], Any]
+
+
+def measure(condition: str, samples: ConditionedSamples) -> Scores:
+    """Scores of samples against the conditions of their rows, against the next row's (_shuffled), and those of the
+    rows' own pictures (_real)."""
+    rows, ids, config, size = samples.rows, samples.ids, samples.config, samples.size
+    CONDITIONS[condition].validate(rows)
+    reader = open_reader(condition, rows, samples.training, config, size, samples.progress)
+    conditions = ConditionDataset(rows, config, size, training=False).values(condition, ids, ids)
+    drawn = condition_fidelity(condition, samples.images, conditions, reader)
+    images = [rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids]
+    real = condition_fidelity(condition, images, conditions, reader)
+    values: dict[str, float | None] = {}
+    for key in LABELS:
         if key in drawn:
-            found[key] = (label, drawn[key])
-            found[f"{key}_shuffled"] = (f"{label}, against the next condition", drawn[f"{key}_shuffled"])
-            found[f"{key}_real"] = (f"{label}, of real pictures", real[key])
-    return found, {**reader.facts, "n": len(images)}
+            values |= {key: drawn[key], f"{key}_shuffled": drawn[f"{key}_shuffled"], f"{key}_real": real[key]}
+    return Scores(values, {f"{condition}_obedience": {**reader.protocol, "n": len(samples.images)}})

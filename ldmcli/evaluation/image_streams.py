@@ -135,10 +135,14 @@ def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[Ima
         if a.count != b.count:
             raise InputError(f"{first} has {a.count} images, {second} {b.count}: need as many on both sides")
         return a, b
-    named = [
+    named: list[dict[str, Path]] = [
         by_pair_name(folder, image_files(folder, (other,))) for folder, other in ((first, second), (second, first))
     ]
-    for here, there, own, other in ((first, second, *named), (second, first, *named[::-1])):
+    sides: list[tuple[Path, Path, dict[str, Path], dict[str, Path]]] = [
+        (first, second, named[0], named[1]),
+        (second, first, named[1], named[0]),
+    ]
+    for here, there, own, other in sides:
         lonely = [path for name, path in own.items() if name not in other]
         if lonely:
             raise InputError(
@@ -178,7 +182,7 @@ def rows_source(rows, settings: DataSettings, ids: list[int]) -> ImageStream:
 
 
 def model_source(
-    model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int] | None, settings: dict[str, Any]
+    model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int], settings: dict[str, Any]
 ) -> ImageStream:
     """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
     kinds = tuple(model.model.conditions.kinds)
@@ -282,8 +286,8 @@ def trained_size(run) -> tuple[int, int]:
         _, height, width = run.model.latent_shape
         f = run.autoencoder.network.f
         return height * f, width * f
-    size = tuple(run.config.data.size) if run.config is not None else (0, 0)
-    return size if any(size) else (64, 64)
+    height, width = run.config.data.size if run.config is not None else (0, 0)
+    return (height, width) if height or width else (64, 64)
 
 
 def sampling_facts(model, draw: dict[str, Any]) -> dict[str, Any]:

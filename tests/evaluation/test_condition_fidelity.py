@@ -18,7 +18,14 @@ from ldmcli.data.sources import open_rows
 from ldmcli.evaluation import condition_fidelity as module
 from ldmcli.evaluation import evaluate as evaluation
 from ldmcli.evaluation import segmenter
-from ldmcli.evaluation.condition_fidelity import box_iou, layout_scores, map_scores, measure, regions
+from ldmcli.evaluation.condition_fidelity import (
+    ConditionedSamples,
+    box_iou,
+    layout_scores,
+    map_scores,
+    measure,
+    regions,
+)
 from ldmcli.evaluation.segmenter import train_segmenter
 
 SIZE = (64, 64)
@@ -81,9 +88,13 @@ def test_real_shapes_obey_and_shuffled_ones_do_not(level):
     ids = list(range(40))
     images = [rows.pixels(i, SIZE) for i in ids]
     for kind in ("layout", "map"):
-        found, facts = measure(kind, images, rows, rows, ids, settings, SIZE, quiet)
-        values = {key: value for key, (_, value) in found.items()}
-        assert facts["n"] == 40 and all(values[key] == values[f"{key}_real"] for key in values if "_" not in key[7:])
+        samples = ConditionedSamples(
+            images=images, rows=rows, training=rows, ids=ids, config=settings, size=SIZE, progress=quiet
+        )
+        scores = measure(kind, samples)
+        values = scores.values
+        assert scores.protocol[f"{kind}_obedience"]["n"] == 40
+        assert all(values[key] == values[f"{key}_real"] for key in values if "_" not in key[7:])
         if kind == "layout":
             assert values["layout_iou"] > 0.98 and values["layout_found"] == 1 and values["layout_iou_shuffled"] < 0.15
         else:
@@ -167,7 +178,7 @@ def test_a_judge_is_kept_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train_segmenter", lambda *a, **k: (calls.append(1), real(*a, steps=2, **k))[1])
     settings = config("x", size=(32, 32), cache_dir=str(tmp_path / "cache"))
     readers = [module.open_reader(kind, Rows(), Rows(), settings, (32, 32), quiet) for kind in ("map", "layout")]
-    assert len(calls) == 1 and readers[0].facts["judge"] == readers[1].facts["judge"]  # one judge, of the map
+    assert len(calls) == 1 and readers[0].protocol["judge"] == readers[1].protocol["judge"]  # one judge, of the map
     first, again = (one.maps(list(images[:3])) for one in readers)
     assert all(np.array_equal(a, b) for a, b in zip(first, again))
     next((tmp_path / "cache" / "judges").iterdir()).write_bytes(b"damaged")

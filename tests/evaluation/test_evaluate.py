@@ -17,8 +17,9 @@ from ldmcli.core.settings import DataSettings, SampleSettings
 from ldmcli.evaluation import evaluate as module
 from ldmcli.evaluation import features
 from ldmcli.evaluation.compare import compare, lookup
-from ldmcli.evaluation.evaluate import evaluate, reconstruction_metrics
+from ldmcli.evaluation.evaluate import evaluate
 from ldmcli.evaluation.image_streams import evenly_spaced
+from ldmcli.evaluation.metrics import reconstruction_metrics
 from ldmcli.evaluation.reference_statistics import write_statistics
 from ldmcli.maths.metrics import frechet_from_features
 

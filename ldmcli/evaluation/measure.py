@@ -1,0 +1,183 @@
+"""Streams of images through the metrics of the table: image by image, and set by set."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmcli.core.errors import InputError
+from ldmcli.evaluation.condition_fidelity import ConditionedSamples
+from ldmcli.evaluation.features import Collector, Extractor, FeatureSet, extract, in_blocks
+from ldmcli.evaluation.image_streams import ImageStream
+from ldmcli.evaluation.metrics import (
+    BLOCK,
+    CONDITION,
+    IMAGES,
+    METRICS,
+    OF_EACH,
+    OF_SETS,
+    PERCEPTUAL,
+    FeatureSets,
+    finite_mean,
+    image_values,
+    needing,
+)
+from ldmcli.evaluation.reference_statistics import Statistics, reference_features
+from ldmcli.evaluation.result import EvaluationResult, Scores
+
+REFERENCE_LIMIT = 10_000  # rows of a data set that a reference takes
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What measures: the metrics that are asked for, and the networks that they need."""
+
+    metrics: tuple[str, ...]
+    extractor: Extractor | None
+    perceptual: Any
+    progress: Callable[[int, str], Any]
+
+    def needing(self, *needs: str) -> list[str]:
+        """Those of the metrics that need one of these, in the order of the table."""
+        return needing([name for name in METRICS if name in self.metrics], *needs)
+
+
+def measure_stream(
+    instruments: Instruments, result: EvaluationResult, source: ImageStream
+) -> tuple[FeatureSet, list[np.ndarray]]:
+    """The features of a stream, and its images where metrics of conditions read them; adds what needs images alone."""
+    kept: list[np.ndarray] = []
+    keep = bool(needing(instruments.metrics, CONDITION))
+    values: dict[str, list[float]] = {name: [] for name in instruments.needing(IMAGES)}
+
+    def seen() -> Iterator[np.ndarray]:
+        for image in source.stream():
+            if keep:
+                kept.append(image)
+            for name, found in image_values(values, [image]).items():
+                values[name] += found
+            yield image
+
+    with instruments.progress(source.count, "generated") as bar:
+        features = extract(seen(), instruments.extractor, bar.advance)
+    for name in values:
+        _add_mean(instruments, result, name, values[name])
+    return features, kept
+
+
+def measure_reference(
+    instruments: Instruments, result: EvaluationResult, reference: ImageStream | Statistics | None
+) -> FeatureSet | Statistics | None:
+    """The features of a stream; what is no stream is known already."""
+    if not isinstance(reference, ImageStream) or instruments.extractor is None:
+        return None if isinstance(reference, ImageStream) else reference
+    result.protocol["reference"] = reference.facts
+    with instruments.progress(reference.count, "reference") as bar:
+        return reference_features(instruments.extractor, reference, bar.advance, REFERENCE_LIMIT)
+
+
+def paired(
+    instruments: Instruments, result: EvaluationResult, generated: ImageStream, reference: ImageStream
+) -> tuple[FeatureSet, FeatureSet]:
+    """Measures two streams of the same length image by image, and where a metric of sets is asked for, set by set."""
+    values: dict[str, list[float]] = {name: [] for name in instruments.needing(*OF_EACH)}
+    sides = Collector(instruments.extractor), Collector(instruments.extractor)
+    with instruments.progress(reference.count, "pairs") as bar:
+        for block in in_blocks(zip(generated.stream(), reference.stream()), BLOCK):
+            made, real = [a for a, _ in block], [b for _, b in block]
+            for name, found in image_values(values, made, real, instruments.perceptual).items():
+                values[name] += found
+            sides[0].add(made)
+            sides[1].add(real)
+            bar.advance(len(block))
+    result.protocol |= {"generated": generated.facts, "reference": reference.facts}
+    warn_of_lossy(result, generated, reference.lossy)
+    for name in values:
+        _add_mean(instruments, result, name, values[name])
+    features = sides[0].result(), sides[1].result()
+    set_metrics(instruments, result, *features, copies=False)
+    return features
+
+
+def _add_mean(instruments: Instruments, result: EvaluationResult, name: str, values: list[float]) -> None:
+    """Mean and population deviation over images; infinite PSNRs (equal images) are counted, not averaged."""
+    finite = [value for value in values if math.isfinite(value)]
+    scores = Scores({name: finite_mean(values, math.inf), f"{name}_std": float(np.std(finite)) if finite else 0.0})
+    labels, network = METRICS[name].labels(name), ("", "")
+    if METRICS[name].needs == PERCEPTUAL:
+        net = instruments.perceptual
+        network = (net.kind, net.kind)
+        scores.protocol[name] = {"net": net.kind, "version": "0.1", "weights": Path(net.origin).name}
+    result.add_scores(scores, labels, network)
+    if len(finite) < len(values):
+        count = f"{name}_equal_images"
+        result.add(count, labels[count], len(values) - len(finite))
+
+
+def condition_metrics(instruments: Instruments, result: EvaluationResult, samples: ConditionedSamples) -> None:
+    """Adds what says whether samples show their conditions."""
+    for name in needing(instruments.metrics, CONDITION):
+        result.add_scores(METRICS[name].compute(samples), METRICS[name].labels(name))
+
+
+def set_metrics(
+    instruments: Instruments,
+    result: EvaluationResult,
+    generated: FeatureSet,
+    reference: FeatureSet | Statistics | None,
+    copies: bool = True,
+) -> None:
+    """Adds everything that compares two sets of features, and warnings about the sets. copies: whether equal images on
+    both sides are worth one."""
+    extractor = instruments.extractor
+    if extractor is None:
+        return
+    _check_counts(result, extractor.dim, generated, reference)
+    if isinstance(reference, FeatureSet):
+        _warn_of_sets(result, generated, reference, copies)
+    sets = FeatureSets(generated, reference, extractor)
+    for name in instruments.needing(*OF_SETS):
+        metric = METRICS[name]
+        result.add_scores(metric.compute(sets), metric.labels(name), (extractor.suffix, extractor.title))
+
+
+def _check_counts(
+    result: EvaluationResult, dimensions: int, generated: FeatureSet, reference: FeatureSet | Statistics | None
+) -> None:
+    counts = {"generated": len(generated)}
+    if isinstance(reference, FeatureSet):
+        counts["reference"] = len(reference)
+    for side, count in counts.items():
+        if count < 2:
+            raise InputError(
+                f"{count} {side} image{'' if count == 1 else 's'}: a distribution needs at least 2; "
+                "raise -n, or hold more rows out with --val-fraction"
+            )
+        if count < dimensions:
+            result.warnings.append(
+                f"{count:,} {side} images for {dimensions:,} dimensions: the distance is biased "
+                "upwards; compare only with numbers of the same n"
+            )
+
+
+def _warn_of_sets(result: EvaluationResult, generated: FeatureSet, reference: FeatureSet, copies: bool) -> None:
+    if generated.sizes != reference.sizes or len(generated.sizes) > 1:
+        shown = [", ".join(f"{w}x{h}" for h, w in sorted(each.sizes)[:4]) for each in (generated, reference)]
+        result.warnings.append(f"sizes differ: generated {shown[0]}, reference {shown[1]}")
+    for side, each in (("generated", generated), ("reference", reference)):
+        twice = len(each) - len(set(each.hashes))
+        if twice:
+            result.warnings.append(f"{twice:,} exact duplicates among the {side} images")
+    shared = sum(name in set(reference.hashes) for name in generated.hashes) if copies else 0
+    if shared:
+        result.warnings.append(f"{shared:,} generated images are exact copies of reference images")
+
+
+def warn_of_lossy(result: EvaluationResult, generated: ImageStream, reference_lossy: bool) -> None:
+    """Warns where JPEG files stand on one side only."""
+    if generated.lossy != reference_lossy:
+        side = "generated" if generated.lossy else "reference"
+        result.warnings.append(f"only the {side} images are JPEG files: their artefacts count as a difference")

@@ -1,0 +1,290 @@
+"""`METRICS`: the table of what `evaluate` measures. A new metric is an entry here, and nothing else.
+
+An entry says what the metric needs, how it is computed, what it is called, whether more is better, and which of its
+numbers only say how much the value is worth. Checks of requests, the numbers, their keys and labels, `--compare`,
+`--fail-above` and the report read it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldmcli.core.errors import InputError
+from ldmcli.evaluation.condition_fidelity import LABELS, LAYOUT, MAP, measure
+from ldmcli.evaluation.features import Extractor, FeatureSet, in_blocks
+from ldmcli.evaluation.reference_statistics import Statistics, gaussian
+from ldmcli.evaluation.result import Scores
+from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, kid, precision_recall, psnr, ssim
+from ldmcli.maths.pixels import pixels_to_tensor
+
+KID = {"subsets": 100, "subset_size": 1000, "seed": 2020}
+KERNEL = "(x.y/D + 1)^3, unbiased"
+IS_SPLITS = 10
+NEIGHBOURS = 3
+BLOCK = 16
+
+Images = Sequence[np.ndarray]  # uint8 (H, W, 3) each
+
+# What a metric may need, and with it how `compute` is called.
+IMAGES = "images"  # compute(images) -> a value for each image
+PAIRS = "pairs"  # compute(made, real) -> a value for each pair of images of one size
+PERCEPTUAL = "perceptual"  # compute(made, real, net) -> the same, by a perceptual network
+STATISTICS = "statistics"  # compute(FeatureSets) -> Scores; of the reference mean and covariance are enough
+FEATURES = "features"  # compute(FeatureSets) -> Scores; of the reference every row of features is needed
+LOGITS = "logits"  # compute(FeatureSets) -> Scores; there need be no reference
+CONDITION = "condition"  # compute(ConditionedSamples) -> Scores
+
+OF_SETS = (STATISTICS, FEATURES, LOGITS)
+OF_PAIRS = (PAIRS, PERCEPTUAL)
+OF_EACH = (IMAGES, *OF_PAIRS)
+
+
+@dataclass(frozen=True)
+class FeatureSets:
+    """Features of what is measured and of the reference, by one extractor. The reference is None for LOGITS only."""
+
+    generated: FeatureSet
+    reference: FeatureSet | Statistics | None
+    extractor: Extractor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A metric of `METRICS`.
+
+    needs: one of the words above; says what `compute` gets and gives.
+    label: for people; where the metric has several values, or one by another name than its own, {name: label} in the
+        order of their weight, by the name that people type ("kid_mean"). "{net}" stands for the network it holds for.
+    better: "lower" or "higher". unit, bound: for reports.
+    beside: {name: label} of numbers that say how much the value is worth, and are nothing to get better at. A metric
+        of `OF_EACH` has its deviation beside without saying so.
+    condition: what the model must be conditioned on, of a metric that needs CONDITION.
+    default_of: what it is measured of where no metrics are named: "model", "images", "autoencoder", "task", "pairs".
+    titles: what reports call it, by the first word of its keys, where that is not how its label begins.
+    """
+
+    needs: str
+    compute: Callable[..., Any]
+    label: str | Mapping[str, str]
+    better: str = "lower"
+    beside: Mapping[str, str] = field(default_factory=dict)
+    unit: str = ""
+    bound: str = ""
+    condition: str = ""
+    default_of: tuple[str, ...] = ()
+    titles: Mapping[str, str] = field(default_factory=dict)
+
+    def values(self, name: str) -> dict[str, str]:
+        """{name: label} of its values, without what stands beside. name: its own in the table."""
+        return {name: self.label} if isinstance(self.label, str) else dict(self.label)
+
+    def labels(self, name: str) -> dict[str, str]:
+        """{name: label} of all its numbers."""
+        found = self.values(name)
+        if self.needs in OF_EACH:
+            found |= {f"{value}_std": f"{label}, deviation over images" for value, label in found.items()}
+            found[f"{name}_equal_images"] = "pairs of equal images"
+        return {**found, **self.beside}
+
+
+# --- computing -------------------------------------------------------------------------------------------------
+
+
+def _fid(sets: FeatureSets) -> Scores:
+    """Fréchet distance; only of Inception's features is it called FID (Heusel et al. 2017, Eq. 6)."""
+    if isinstance(sets.reference, Statistics):
+        own = gaussian(sets.generated.features)
+        value = frechet(own.mean, own.covariance, sets.reference.mu, sets.reference.sigma)
+    else:
+        value = frechet_from_features(sets.generated.features, _rows(sets))
+    name = "fid" if sets.extractor.display == "FID" else "fd"
+    return Scores({name: value}, {"covariance_divisor": "n - 1"})
+
+
+def _kid(sets: FeatureSets) -> Scores:
+    """Kernel Inception Distance (Bińkowski et al. 2018, Sec. 4), over subsets no larger than the smaller set."""
+    generated, reference = sets.generated.features, _rows(sets)
+    size = min(KID["subset_size"], len(generated), len(reference))
+    mean, std = kid(generated, reference, subsets=KID["subsets"], subset_size=size, seed=KID["seed"])
+    return Scores({"kid_mean": mean, "kid_std": std}, {"kid": {**KID, "kernel": KERNEL, "subset_size": size}})
+
+
+def _inception_score(sets: FeatureSets) -> Scores:
+    """Inception Score (Salimans et al. 2016, Sec. 4); None for fewer images than splits."""
+    mean = std = None
+    warnings = []
+    if len(sets.generated) >= IS_SPLITS:
+        mean, std = inception_score(sets.generated.logits, splits=IS_SPLITS)
+    else:
+        warnings.append(f"no IS: {len(sets.generated)} images for {IS_SPLITS} splits")
+    protocol = {"is": {"splits": IS_SPLITS, "shuffle": True, "seed": 2020}}
+    return Scores({"is_mean": mean, "is_std": std}, protocol, warnings)
+
+
+def _precision_recall(sets: FeatureSets) -> Scores:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1–2), in [0, 1]; None where a set is too small."""
+    precision, recall = precision_recall(sets.generated.features, _rows(sets), NEIGHBOURS)
+    few = [f"no precision and recall: a set has no more than {NEIGHBOURS} images"] if precision is None else []
+    stated = {"k": NEIGHBOURS, "precision": "share of generated images inside balls of reference images"}
+    return Scores({"precision": precision, "recall": recall}, {"pr": stated}, few)
+
+
+def _rows(sets: FeatureSets) -> np.ndarray:
+    """Features of the reference, (N, D)."""
+    if not isinstance(sets.reference, FeatureSet):
+        raise InputError("this metric compares with a reference: its features are missing")
+    return sets.reference.features
+
+
+def _of_each(function: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Images, Images], list[float]]:
+    return lambda made, real: [function(a, b) for a, b in zip(made, real)]
+
+
+def _lpips(made: Images, real: Images, net: Any) -> list[float]:
+    """LPIPS (Zhang et al. 2018, Eq. 1) of each pair, at least 0."""
+    return [value for block in in_blocks(zip(made, real), BLOCK) for value in _lpips_of_block(net, block)]
+
+
+def _lpips_of_block(net: Any, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    shapes = {image.shape for pair in pairs for image in pair}
+    if any(a.dtype != np.uint8 or a.shape != b.shape for a, b in pairs):
+        raise InputError(f"LPIPS: images of {sorted(shapes)}: need uint8 pairs of one size")
+    if len(shapes) > 1:
+        return [value for pair in pairs for value in _lpips_of_block(net, [pair])]
+    device = next(net.buffers()).device
+    x, y = (pixels_to_tensor(torch.from_numpy(np.stack(side)), device) for side in zip(*pairs))
+    with torch.inference_mode():
+        return net(x, y).flatten().tolist()
+
+
+# --- the table -------------------------------------------------------------------------------------------------
+
+
+def _fidelity(condition: str) -> Metric:
+    """Whether samples show their condition; beside it, against the next row's, and of the rows' own pictures."""
+    values = {name: label for name, label in LABELS.items() if name.startswith(f"{condition}_")}
+    beside = {
+        f"{name}_{ending}": f"{label}, {meaning}"
+        for name, label in values.items()
+        for ending, meaning in (("shuffled", "against the next condition"), ("real", "of real pictures"))
+    }
+    compute = partial(measure, condition)
+    return Metric(needs=CONDITION, compute=compute, label=values, better="higher", beside=beside, condition=condition)
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric(
+        needs=STATISTICS,
+        compute=_fid,
+        label={"fid": "FID", "fd": "FD ({net})"},
+        default_of=("model", "images", "autoencoder", "task"),
+        titles={"fd": "Fréchet distance"},
+    ),
+    "kid": Metric(
+        needs=FEATURES,
+        compute=_kid,
+        label={"kid_mean": "KID ({net})"},
+        beside={"kid_std": "KID ({net}), deviation over subsets"},
+    ),
+    "is": Metric(
+        needs=LOGITS,
+        compute=_inception_score,
+        label={"is_mean": "IS ({net})"},
+        better="higher",
+        beside={"is_std": "IS ({net}), deviation over splits"},
+    ),
+    "pr": Metric(
+        needs=FEATURES,
+        compute=_precision_recall,
+        label={"precision": "precision ({net})", "recall": "recall ({net})"},
+        better="higher",
+        bound="at most 1",
+    ),
+    "psnr": Metric(
+        needs=PAIRS,
+        compute=_of_each(psnr),
+        label="PSNR (dB)",
+        better="higher",
+        unit="dB",
+        default_of=("pairs", "autoencoder", "task"),
+    ),
+    "ssim": Metric(
+        needs=PAIRS,
+        compute=_of_each(ssim),
+        label="SSIM (Wang)",
+        better="higher",
+        bound="at most 1",
+        default_of=("pairs", "autoencoder", "task"),
+    ),
+    "lpips": Metric(needs=PERCEPTUAL, compute=_lpips, label="LPIPS ({net})"),
+    LAYOUT: _fidelity(LAYOUT),
+    MAP: _fidelity(MAP),
+}
+
+
+# --- reading the table -----------------------------------------------------------------------------------------
+
+
+def needing(names: Iterable[str], *needs: str) -> list[str]:
+    """Those of the metrics that need one of these, in their order."""
+    return [name for name in names if METRICS[name].needs in needs]
+
+
+def first_words() -> dict[str, str]:
+    """{first word of a key: metric}, of every number of the table: "kid", "precision", "fd"."""
+    return {value.partition("_")[0]: name for name, metric in METRICS.items() for value in metric.labels(name)}
+
+
+def report_title(key: str) -> tuple[str, Metric] | None:
+    """(what a report calls a number, its metric) of a key, which may carry an extractor: "FD, effnet lite0"."""
+    first, _, rest = key.partition("_")
+    name = first_words().get(first)
+    if name is None:
+        return None
+    metric = METRICS[name]
+    values = metric.values(name)
+    label = next(label for value, label in values.items() if value.partition("_")[0] == first)
+    title = metric.titles.get(first, label.partition(" (")[0])
+    return title + (f", {rest.replace('_', ' ')}" if rest else ""), metric
+
+
+# --- image by image --------------------------------------------------------------------------------------------
+
+
+def image_values(
+    names: Iterable[str], made: Images, real: Images = (), perceptual: Any = None
+) -> dict[str, list[float]]:
+    """{metric: a value for each image, or pair of images} of metrics of `OF_EACH`.
+
+    made, real: uint8 (H, W, 3), as many on both sides; of IMAGES real is not looked at.
+    """
+    arguments = {IMAGES: (made,), PAIRS: (made, real), PERCEPTUAL: (made, real, perceptual)}
+    return {name: METRICS[name].compute(*arguments[METRICS[name].needs]) for name in names}
+
+
+def finite_mean(values: Sequence[float], otherwise: float) -> float:
+    """Mean of those that are finite: infinite PSNRs, of equal images, are left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else otherwise
+
+
+def reconstruction_metrics(
+    real: np.ndarray, made: np.ndarray, perceptual: Any = None, extractor: Extractor | None = None
+) -> dict[str, float]:
+    """psnr (dB), ssim, and where their networks are given perceptual and a Fréchet distance under its own key.
+
+    real, made: uint8 (N, H, W, 3). The measure of an autoencoder while it trains; SSIM needs 11 px a side.
+    """
+    names = ["psnr", *(["ssim"] if min(real.shape[1:3]) >= 11 else []), *(["lpips"] if perceptual is not None else [])]
+    values = image_values(names, list(made), list(real), perceptual)
+    out = {"psnr": finite_mean(values["psnr"], 100.0)}
+    out |= {{"lpips": "perceptual"}.get(name, name): float(np.mean(values[name])) for name in names[1:]}
+    if extractor is not None:
+        features = [extractor.features(side) for side in (made, real)]
+        out[extractor.metric_key] = frechet_from_features(*features)
+    return out

@@ -1,0 +1,133 @@
+"""The request of an evaluation, and the checks of it that come before anything is generated."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.evaluation.baselines import task_of
+from ldmcli.evaluation.image_streams import loaded
+from ldmcli.evaluation.metrics import CONDITION, IMAGES, LOGITS, METRICS, OF_PAIRS, OF_SETS, needing
+
+BATCH = 32
+SUBJECTS = ("model", "autoencoder", "images", "pairs")
+
+
+class _Quiet:
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        pass
+
+
+def no_progress(total: int, label: str) -> Any:
+    """Shows nothing."""
+    return nullcontext(_Quiet())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """What `evaluate` is asked for; its parameters are explained there. Raises UsageError for more or less than one
+    subject, and for a metric that there is none of."""
+
+    model: Any = None
+    autoencoder: Any = None
+    images: Any = None
+    data: Any = None
+    split: str = "validation"
+    pairs: Any = None
+    metrics: Sequence[str] | None = None
+    features: str | None = None
+    n: int | None = None
+    seed: int | None = 0
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    temperature: float | None = None
+    batch_size: int | None = None
+    size: tuple[int, int] | None = None
+    perceptual: str = ""
+    weights: str = "ema"
+    guide_factor: int | None = None
+    compare: str | Path | dict | None = None
+    progress: Callable[[int, str], Any] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in SUBJECTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(
+                f"measure one of --model, --autoencoder, --images and --pairs (got {' and '.join(given) or 'none'})"
+            )
+        unknown = [name for name in self.metrics or () if name not in METRICS]
+        if unknown:
+            raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}")
+
+    @property
+    def subject(self) -> str:
+        """What is measured: one of `SUBJECTS`, or "task" for a model (`opened`) whose samples have true images."""
+        if self.model is not None and (task_of(self.model) != "generate" or self.guide_factor is not None):
+            return "task"
+        return next(name for name in SUBJECTS if getattr(self, name) is not None)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The metrics that are named, else those that are usual for the subject."""
+        if self.metrics:
+            return tuple(self.metrics)
+        subject = self.subject
+        return tuple(name for name, metric in METRICS.items() if subject in metric.default_of)
+
+    @property
+    def draw(self) -> dict[str, Any]:
+        """How samples are drawn: seed, batch_size, and the settings that are given."""
+        settings = {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "temperature")}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        return {"seed": self.seed or 0, "batch_size": self.batch_size or BATCH, "settings": settings}
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Conditions of the model, () without one."""
+        return () if self.model is None else tuple(self.model.model.conditions.kinds)
+
+
+def opened(request: EvaluationRequest) -> EvaluationRequest:
+    """The request with its model loaded. Raises UsageError for what is no diffusion model."""
+    if request.model is None:
+        if request.guide_factor is not None:
+            raise UsageError("--guide-factor: leads a model's samples; use it with --model")
+        return request
+    return replace(request, model=loaded(request.model, "diffusion", request.weights))
+
+
+def check(request: EvaluationRequest) -> None:
+    """Raises UsageError for metrics that the subject (`opened`) does not have, InputError for fewer than two images of
+    a distribution."""
+    subject, metrics, data = request.subject, request.chosen, request.data
+    for name in needing(metrics, CONDITION):
+        condition = METRICS[name].condition
+        if condition not in request.conditions:
+            raise UsageError(
+                f"--metrics {name}: measures whether a model obeys its {condition}; "
+                + (
+                    f"use --model with one that was trained with --condition {condition}"
+                    if request.model is None
+                    else f"this model was trained without {condition}"
+                )
+            )
+    paired = needing(metrics, *OF_PAIRS)
+    if paired and subject in ("model", "images"):
+        raise UsageError(
+            f"--metrics {paired[0]}: compares image with image; use --autoencoder, --pairs, "
+            "--guide-factor, or a model of task sr or inpaint"
+        )
+    if subject == "images" and data is None and len(needing(metrics, LOGITS, IMAGES)) < len(metrics):
+        raise UsageError("--images: name the reference with --data")
+    if is_npz(data) and request.conditions and (subject == "task" or needing(metrics, CONDITION)):
+        raise UsageError(f"--data {data}: holds no conditions; name a data set")
+    if request.n is not None and request.n < 2 and needing(metrics, *OF_SETS):
+        raise InputError(f"-n {request.n}: a distribution needs at least 2 images")
+
+
+def is_npz(data: Any) -> bool:
+    """Whether data is the name of an .npz."""
+    return isinstance(data, (str, Path)) and str(data).endswith(".npz")

@@ -1,0 +1,41 @@
+"""What an evaluation finds: numbers under their keys, labels for people, the protocol, and warnings."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Scores:
+    """What a metric finds in whole sets of images.
+
+    values: by name as people type it, "kid_mean"; None = there is none. protocol: what a result states beside its
+    numbers, by its keys. warnings: why a value is missing, and the like.
+    """
+
+    values: dict[str, float | None]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvaluationResult:
+    """Numbers of one evaluation, {key: value}, with a label for people for each."""
+
+    values: dict[str, float | None] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, key: str, label: str, value: float | None) -> None:
+        """A number under its key."""
+        self.values[key], self.labels[key] = value, label
+
+    def add_scores(self, scores: Scores, labels: dict[str, str], network: tuple[str, str] = ("", "")) -> None:
+        """The scores of a metric, whose labels are by the names of its values. network: end of keys, and name for
+        people, of the network that the numbers hold for; it goes behind the first word: kid_effnet_lite0_mean."""
+        ending, title = network
+        for name, value in scores.values.items():
+            first, _, rest = name.partition("_")
+            self.add("_".join(filter(None, (first, ending, rest))), labels[name].replace("{net}", title), value)
+        self.protocol |= scores.protocol
+        self.warnings += scores.warnings
