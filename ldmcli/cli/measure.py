@@ -11,6 +11,8 @@ from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Tex
 from ldmcli.core import config, console
 from ldmcli.core.errors import ThresholdError, UsageError
 
+METRICS_HELP = "fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?)."
+
 Reference = setting(
     "data.source",
     "D",
@@ -41,7 +43,7 @@ Metrics = option(
     Text,
     "--metrics",
     "NAME[,NAME]",
-    "fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?).",
+    METRICS_HELP,
     panel=SAMPLING,
     default="what fits",
 )
