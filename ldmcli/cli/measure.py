@@ -39,14 +39,7 @@ Pairs = option(
     panel=DATA,
     default="none",
 )
-Metrics = option(
-    Text,
-    "--metrics",
-    "NAME[,NAME]",
-    METRICS_HELP,
-    panel=SAMPLING,
-    default="what fits",
-)
+Metrics = option(Text, "--metrics", "NAME[,NAME]", METRICS_HELP, panel=SAMPLING, default="what fits")
 Features = option(
     Text,
     "--features",
