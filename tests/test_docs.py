@@ -325,6 +325,14 @@ def test_pages_that_the_code_tells_are_up_to_date():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"docs/{name} is stale: run `make docs`"
 
 
+def test_every_setting_is_explained():
+    """By a comment beside it, or the help of its option."""
+    items = re.findall(
+        r"^- (`\w+\.\w+`.*(?:\n  .*)*)", (ROOT / "docs" / "settings.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert len(items) > 100 and not [item for item in items if "): " not in " ".join(item.split())]
+
+
 def scenarios() -> dict[int, str]:
     """The entries of the list in docs/reliability.md by number."""
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")

@@ -103,18 +103,18 @@ class AutoencoderSettings:
     family: str = "fast"  # fast | paper
     f: int = 4  # downsampling factor; 1 = identity (pixels)
     reg: str = "kl"  # kl | vq
-    in_channels: int = 3
-    z_channels: int = 4
+    in_channels: int = 3  # of the image
+    z_channels: int = 4  # of the encoder's output, before it is mapped to embed_dim
     embed_dim: int = 4  # channels of the latent
     codebook_size: int = 1024  # vq only
     channels: int = 64  # width of the first level
     channel_mult: tuple[float, ...] = (1, 2)  # paper: len = log2(f) + 1; fast: widths after the unshuffle stem
-    num_res_blocks: int = 2
+    num_res_blocks: int = 2  # a level
     attn_resolutions: tuple[int, ...] = ()  # paper: nominal resolutions that carry attention
     resolution: int = 256  # paper: nominal resolution that attn_resolutions counts from
     mid_attention: bool = True  # paper: attention in the middle block ("noattn" models: False)
     groups: int = 32  # paper: of GroupNorm; a width that 32 does not divide takes the largest divisor below
-    dropout: float = 0.0
+    dropout: float = 0.0  # in residual blocks
     beta: float = 0.25  # vq: weight of the commitment term
     legacy_beta: bool = False  # vq: weight on the codebook term instead, as the original code has it
     revive_codes: int = 0  # vq: every N steps codes unused since the last time are re-drawn from the batch; 0 = never
@@ -155,20 +155,20 @@ class LossSettings:
     """First-stage losses (Sec. 3.1, App. G): L_rec + regulariser + adaptive weight times the adversarial term."""
 
     style: str = "mean"  # mean: every term averaged over elements; paper: summed over C, H, W for KL as in the original
-    l1: float = 1.0
-    l2: float = 1.0
+    l1: float = 1.0  # weight of the absolute error
+    l2: float = 1.0  # weight of the squared error
     edge: float = 0.5  # L1 of finite differences: sharp borders at small sizes without a GAN
-    perceptual_weight: float = 0.0
+    perceptual_weight: float = 0.0  # of LPIPS; 0 = off
     perceptual: str = ""  # "" = lpips VGG (downloads once) when the weight is > 0; or a .safetensors backbone
-    kl_weight: float = 1e-6
-    codebook_weight: float = 1.0
+    kl_weight: float = 1e-6  # kl: of the KL term
+    codebook_weight: float = 1.0  # vq: of the codebook and commitment terms
     gan: str = "hinge"  # hinge | vanilla
     disc_weight: float = 0.0  # 0 = no discriminator
     disc_start: int = 50_001  # step
-    disc_channels: int = 64
-    disc_layers: int = 3
+    disc_channels: int = 64  # width of the patch discriminator's first layer
+    disc_layers: int = 3  # its strided layers after the first
     disc_lr: float = 0.0  # 0 = train.lr
-    adaptive_weight: bool = True
+    adaptive_weight: bool = True  # disc_weight times the ratio of gradient norms at the last layer (Esser et al. 2021)
 
     def __post_init__(self):
         _choice("loss", "style", self.style, ("mean", "paper"))
@@ -195,19 +195,19 @@ class DiffusionSettings:
     """UNet (App. E), noise schedule and objective."""
 
     # network
-    channels: int = 48
-    channel_mult: tuple[float, ...] = (1, 2, 3.3334)
-    num_res_blocks: int = 1
+    channels: int = 48  # width of the first level
+    channel_mult: tuple[float, ...] = (1, 2, 3.3334)  # width of each level, as a multiple of it
+    num_res_blocks: int = 1  # a level
     attention_resolutions: tuple[int, ...] = (2, 4)  # downsampling factors, not pixels
     num_heads: int = 0  # fixed number of heads; 0 = use head_channels
-    head_channels: int = 32
+    head_channels: int = 32  # width of an attention head
     level_heads: tuple[int, ...] = ()  # heads of each level, where neither of the two says it
     spatial_transformer: bool = True  # cross-attention blocks; False = plain attention blocks (no context)
-    transformer_depth: int = 1
-    middle_attention: bool = True
-    scale_shift: bool = True
-    resblock_updown: bool = False
-    dropout: float = 0.0
+    transformer_depth: int = 1  # blocks in each spatial transformer
+    middle_attention: bool = True  # attention in the middle block
+    scale_shift: bool = True  # time scales and shifts the normalised maps; False = is added to them
+    resblock_updown: bool = False  # residual blocks halve and double; False = a convolution does
+    dropout: float = 0.0  # in residual blocks
     groups: int = 32  # of GroupNorm; a width that 32 does not divide takes the largest divisor below
     patch: int = 1  # fold patch x patch latent positions into channels before the UNet
     vector_mlp: bool = True  # False: vectors, then as wide as the time embedding, are added to it as they are
@@ -215,15 +215,15 @@ class DiffusionSettings:
     # process
     prediction: str = "flow"  # eps | v | x0 | flow
     schedule: str = "linear"  # linear | cosine | sqrt_linear | sqrt; unused by flow
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
-    timesteps: int = 1000
+    beta_start: float = 0.0015  # variance of the first step's noise …
+    beta_end: float = 0.0195  # … and of the last one's
+    timesteps: int = 1000  # T
     t_sampling: str = "logit_normal"  # uniform | logit_normal
     t_mean: float = 0.2  # logit-normal: > 0 leans towards noise
-    t_std: float = 1.0
+    t_std: float = 1.0  # logit-normal: spread
     loss: str = "l2"  # l2 | l1
     loss_weight: str = "uniform"  # uniform | min_snr
-    snr_gamma: float = 5.0
+    snr_gamma: float = 5.0  # min_snr: bound on the signal-to-noise ratio
     latent_scale: str = "per_channel"  # per_channel | global | none
 
     def __post_init__(self):
@@ -262,10 +262,10 @@ class ConditionSettings:
     drop: float = 0.1  # share of training samples whose condition is replaced by its null (for guidance)
     context_dim: int = 128  # width of tokens for cross-attention
     text_encoder: str = "joint"  # joint = the transformer of the paper, trained along; else folder or hub id (frozen)
-    text_layers: int = 1
+    text_layers: int = 1  # of the joint text transformer
     text_length: int = 0  # tokens; 0 = longest caption, rounded up to 8, at most 77
-    text_heads: int = 8
-    text_head_channels: int = 64
+    text_heads: int = 8  # attention heads of each layer
+    text_head_channels: int = 64  # width of a head
     # spread of new token embeddings. The original's 0.02 drowns in what attention adds at first: after 240 steps on
     # shapes of 32 px 12 % of the places were obeyed, with 0.5 97 %
     embedding_std: float = 0.5
@@ -324,14 +324,14 @@ class TrainSettings:
     lr: float = 1e-3
     optimizer: str = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW at `adam_lr`)
     adam_lr: float = 1e-3  # muon only: rate of the part that AdamW trains
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
+    weight_decay: float = 0.0  # decoupled
     muon_every: int = 1  # orthogonalise the update every N steps; in between, the momentum accumulates
     warmup: int = 0  # steps, linear
     cooldown: float = 0.0  # share of the steps at the end over which the rate falls linearly to 0
     clip: float = 0.0  # global gradient norm; 0 = off
     spike: float = 10.0  # a gradient norm this many times the usual one is scaled down to the usual; 0 = off
-    ema: bool = True
+    ema: bool = True  # keep an average of the weights, for use
     ema_decay: float = 0.9999  # the rate in effect is min(ema_decay, (1 + n) / (10 + n))
     ema_scope: str = "all"  # all | unet (the original averages the UNet only)
     seed: int = 0
@@ -401,11 +401,11 @@ class TrainSettings:
 class SampleSettings:
     """How the run's own previews and `ldm sample` draw when the command line does not say."""
 
-    sampler: str = "dpm++"
-    steps: int = 20
+    sampler: str = "dpm++"  # ddim | ddpm | plms | euler | heun | dpm++
+    steps: int = 20  # sampling steps
     guidance: float = 2.0  # on the demo's model 97 % of held-out prompts are right in all respects, 94 % at 3 or 4.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the noise range (0 = clean) in which guidance acts
-    eta: float = 0.0
+    eta: float = 0.0  # ddim: fresh noise a step, 0 (none) … 1 (ancestral)
     temperature: float = 1.0  # factor of all noise that is drawn; below 1 samples are calmer and less diverse
     spacing: str = ""  # "" = linspace for eps/v/x0, uniform for flow; "original" = the subset of the original DDIM code
     n: int = 16  # images of a preview grid
