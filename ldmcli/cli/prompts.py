@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> Asked:
         found += [(prompt, kind)] * n
     if not found:
         raise InputError(f"{name}: no prompt in it; write one a line")
-    for k, what in enumerate(("prompt", "class")):
+    for k, what in enumerate((PROMPT_KEYS[0], CLASS_KEYS[0])):
         lacking = [one for one in found if one[k] is None]
         if lacking and len(lacking) < len(found):
             raise InputError(

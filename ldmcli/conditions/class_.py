@@ -1,5 +1,6 @@
 """Classes of pictures: class-conditional generation (Sec. 4.3.1, Tab. 3)."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.conditions.condition import Condition, FitData, Spec, View
@@ -7,6 +8,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import ClassCondition, Conditions
+from ldmcli.networks.names import place_of
 
 if TYPE_CHECKING:
     from ldmcli.conditions.dataset import ConditionDataset
@@ -32,6 +34,21 @@ class Class(Condition):
         """The row's class by name where classes have names: the data's order need not be the model's."""
         label, names = dataset.rows.label(view.row), dataset.rows.class_names
         return names[label] if names else label
+
+    def names_of(self, spec: Spec) -> list[str]:
+        """Names of the classes."""
+        return list(spec.get("class_names") or [])
+
+    def preview_values(self, dataset: "ConditionDataset", ids: Sequence[int], spec: Spec) -> list[int]:
+        """The classes one after the other where nothing else is told, else those of the rows."""
+        if dataset.config.kinds != (self.name,):
+            return super().preview_values(dataset, ids, spec)
+        return [k % len(self.names_of(spec)) for k in range(max(len(ids), 1))]
+
+    def described(self, value: Any, names: Sequence[str]) -> str:
+        """The name of the class."""
+        k = place_of(value, names) if isinstance(value, str) else int(value)
+        return names[k] if k is not None and k < len(names) else str(value)
 
     def fit(self, data: FitData) -> Spec:
         """The names of the classes."""
@@ -69,7 +86,7 @@ class Class(Condition):
 
 def class_names(conditions: Conditions) -> list[str]:
     """Names of the classes of a class-conditional model, else []."""
-    return list(conditions.entries[Class.name].names) if Class.name in conditions.entries else []
+    return list(conditions.conditioners[Class.name].names) if Class.name in conditions.kinds else []
 
 
 def _label(one: Any) -> int | str:

@@ -1,5 +1,6 @@
 """The base of conditions: all that the program around the networks must know of one of them."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,11 @@ class Condition:
     argument = ""  # its keyword of `LoadedDiffusion.sample`; "" = an entry of `values`
     column = ""  # the role of the column of a data set that it is made of
     user_given = True  # `--condition` names it; else a task brings it along
+    pipeline_tag = ""  # of the hub, for models with it
+    example_call = example_option = ""  # in Python and on the command line, for model cards
+    metadata_key = ""  # inside of samples; "" = the name
+    short = True  # whether `described` fits above a picture
+    spatial = False  # can be shown as a picture
     static = False  # neither crops nor flips change it, so that all rows are prepared once
     streamable = True  # --streaming: nothing has to be known of all rows beforehand
     image_sized = False  # whether inputs are as large as the picture
@@ -130,6 +136,18 @@ class Condition:
         """Says what the model will not see of the rows. inputs: of all of them."""
 
     # what is learned of data before the network is built
+
+    def names_of(self, spec: Spec) -> list[str]:
+        """Names of classes or categories."""
+        return list(spec.get("names") or [])
+
+    def cost_notes(self, config: DiffusionConfig) -> list[str]:
+        """What the cost of a model leaves out."""
+        return []
+
+    def tokenizer(self, run: Path) -> Any:
+        """The tokeniser that `fit` wrote into a run; None where the condition has none."""
+        return None
 
     def fit(self, data: FitData) -> Spec:
         """The spec, from training rows."""
@@ -194,6 +212,39 @@ class Condition:
     def input_size(self, inputs: dict[str, Any]) -> Size | None:
         """(height, width) px of the pictures that inputs speak of; None where they fit any."""
         return None
+
+    # what is shown and kept
+
+    def described(self, value: Any, names: Sequence[str]) -> str:
+        """A value in a few words, for captions of pictures."""
+        return f"{self.name} {value}"
+
+    def picture(self, value: Any, size: Size, names: Sequence[str]) -> np.ndarray:
+        """A value of a spatial condition as uint8 (H, W, 3) of `size`."""
+        raise NotImplementedError
+
+    def beside(self, sample: np.ndarray, value: Any, names: Sequence[str]) -> np.ndarray:
+        """What stands beside a sample, uint8 (H, W, 3), to show what it was to be."""
+        return self.picture(value, (sample.shape[0], sample.shape[1]), names)
+
+    def metadata(self, value: Any) -> Any:
+        """A value as JSON, inside of samples."""
+        return value
+
+    def arrays(self, value: Any) -> list[np.ndarray]:
+        """What makes a value of a spatial condition another one."""
+        return [np.asarray(value)]
+
+    def preview_values(self, dataset: "ConditionDataset", ids: Sequence[int], spec: Spec) -> list:
+        """Values that previews of a training show: those of validation rows `ids`."""
+        return dataset.values(self.name, ids, ids)
+
+    def parse_option(self, text: str) -> Any:
+        """The raw value of `--given NAME=TEXT`: JSON, or text."""
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
 
 
 def as_list(given: Any) -> list:

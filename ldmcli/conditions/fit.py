@@ -73,3 +73,14 @@ def assumed_specs(config: DiffusionConfig, stage: Autoencoder, known: Specs, not
         specs[name], note = CONDITIONS[name].assumed_spec(config, stage)
         notes += [note] if note else []
     return {name: specs[name] for name in config.kinds}
+
+
+def run_tokenizer(config: DiffusionConfig, run: Path) -> Any:
+    """The tokeniser that a condition keeps in a run; None where there is none."""
+    found = (CONDITIONS[name].tokenizer(run) for name in config.condition.kinds)
+    return next((one for one in found if one is not None), None)
+
+
+def cost_notes(config: DiffusionConfig) -> list[str]:
+    """What the cost of a model leaves out of its conditions."""
+    return [note for name in config.kinds for note in CONDITIONS[name].cost_notes(config)]

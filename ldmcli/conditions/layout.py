@@ -1,6 +1,7 @@
 """Layouts, boxes with categories: layout to image (Sec. 4.3.1, App. D.3)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ldmcli.conditions.condition import CheckedRows, Condition, FitData, Ranks, Size, Spec, View, as_list
+from ldmcli.conditions.pictures import boxed
 from ldmcli.conditions.text import checked_ids
 from ldmcli.core.console import say, warn
 from ldmcli.core.errors import InputError
@@ -36,6 +38,8 @@ class BoxLayout(Condition):
     option, argument = "--layout", "layout"
     takes_ids = True
     whole = True
+    spatial = True
+    example_call, example_option = 'layout="layout.json", ', " --layout layout.json"
     streamable = False
     column = "objects"
     missing = "this model draws what boxes say; give them with --layout FILE.json"
@@ -116,6 +120,26 @@ class BoxLayout(Condition):
                 "of files with their names"
             )
         return found[0]
+
+    def names_of(self, spec: Spec) -> list[str]:
+        """Names of the categories."""
+        return list(spec.get("categories") or [])
+
+    def picture(self, value: dict, size: Size, names: Sequence[str]) -> np.ndarray:
+        """The boxes on white."""
+        return boxed(np.full((*size, 3), 255, np.uint8), value, names)
+
+    def beside(self, sample: np.ndarray, value: dict, names: Sequence[str]) -> np.ndarray:
+        """The boxes on the sample."""
+        return boxed(sample, value, names)
+
+    def metadata(self, value: dict) -> dict[str, list]:
+        """{"bbox", "category"} as lists."""
+        return {name: part.tolist() for name, part in value.items()}
+
+    def arrays(self, value: dict) -> list[np.ndarray]:
+        """Boxes and categories."""
+        return list(value.values())
 
     def inputs_of_ids(self, ids: Any, conditioner: LayoutCondition) -> dict[str, Tensor]:
         """{"ids"} (n, L)."""

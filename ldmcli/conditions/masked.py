@@ -1,12 +1,14 @@
 """Images with holes, the input of inpainting (Sec. 4.5), and the masks that say where the holes are."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from ldmcli.conditions.condition import Condition, Spec, View, as_list
+from ldmcli.conditions.condition import Condition, Size, Spec, View, as_list
+from ldmcli.conditions.pictures import enlarged, holed
 from ldmcli.core.console import warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig
@@ -30,11 +32,18 @@ class Masked(Condition):
     column = "image"
     user_given = False
     image_sized = True
+    spatial = True
+    pipeline_tag = "image-to-image"
+    example_call = 'image="photo.png", mask="mask.png", '
     missing = "this model fills holes; use `ldm inpaint`, or image=… and mask=… from Python"
 
     def from_row(self, dataset: "ConditionDataset", view: View) -> tuple[np.ndarray, np.ndarray]:
         """The row's picture and a random mask."""
         return dataset.pixels(view), random_mask(*dataset.size, *dataset.random_key(view), "mask")
+
+    def picture(self, value: tuple[np.ndarray, np.ndarray], size: Size, names: Sequence[str]) -> np.ndarray:
+        """The image, its hole grey."""
+        return enlarged(holed(*value), size)
 
     def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
         """All of it is in the settings and the first stage."""

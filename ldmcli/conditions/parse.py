@@ -43,6 +43,35 @@ def list_values(values: Mapping[str, Any] | None = None, /, **arguments: Any) ->
     return {name: condition(name).as_list(value) for name, value in given.items()}
 
 
+def arguments_of(values: Mapping[str, list]) -> dict[str, Any]:
+    """Keywords of `LoadedDiffusion.sample` for values: the inverse of `list_values`."""
+    found: dict[str, Any] = {}
+    for name, given in values.items():
+        if CONDITIONS[name].argument:
+            found[CONDITIONS[name].argument] = given
+        else:
+            found.setdefault("values", {})[name] = given
+    return found
+
+
+def request_values(request: Mapping[str, Any]) -> Values:
+    """Values by condition of keywords that `arguments_of` made, and of what else stands beside them."""
+    found = {name: list(request[one.argument]) for name, one in CONDITIONS.items() if request.get(one.argument)}
+    return found | {name: list(given) for name, given in (request.get("values") or {}).items() if name in CONDITIONS}
+
+
+def option_values(given: Sequence[str]) -> Values:
+    """Raw values of `--given NAME=VALUE`, for conditions without an option of their own. Raises UsageError."""
+    found: Values = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        own = condition(name)
+        if not equals or own.argument:
+            raise UsageError(f"--given {text}: {f'use {own.option}' if own.argument else f'write {name}=VALUE'}")
+        found.setdefault(name, []).append(own.parse_option(value))
+    return found
+
+
 def only_given(conditions: Conditions, values: Values) -> Values:
     """The values that were given. Raises UsageError where the model does not take one."""
     found = {name: given for name, given in values.items() if given}

@@ -60,7 +60,7 @@ def enlarged(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def holed(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """A picture whose hole (H, W) is grey."""
-    return np.where(hole[..., None], np.uint8(HOLE), picture)
+    return np.where(hole[..., None], np.array(HOLE, np.uint8), picture)
 
 
 def labelled(picture: np.ndarray, text: str) -> np.ndarray:
@@ -94,13 +94,3 @@ def with_legend(picture: np.ndarray, classes: Sequence[tuple[int, str]]) -> np.n
         draw.rectangle((x, y + 1, x + 9, y + 10), fill=colour(k), outline="black")
         draw.text((x + 13, y), f"{k} {name}", fill="black")
     return np.asarray(sheet)
-
-
-def shown_condition(kind: str, value: Any, size: tuple[int, int], names: Sequence[str], factor: int = 1) -> np.ndarray:
-    """What a model was told as a picture of `size` times `factor`: a layout, map, low-resolution or holed image."""
-    large = (size[0] * factor, size[1] * factor)
-    if kind == "layout":
-        return boxed(np.full((*large, 3), 255, np.uint8), value, names)
-    if kind == "map":
-        return enlarged(coloured(value), large)
-    return enlarged(value if kind == "lowres" else holed(*value), large)

@@ -1,5 +1,6 @@
 """Semantic maps, a class for each pixel: semantic image synthesis (Sec. 4.3.2)."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from io import BytesIO
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldmcli.conditions.condition import CheckedRows, Condition, FitData, Ranks, Size, Spec, View, as_list
+from ldmcli.conditions.pictures import coloured, enlarged, with_legend
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings, DiffusionConfig
 from ldmcli.data.decode import BadImage
@@ -34,6 +36,9 @@ class SemanticMap(Condition):
     name, conditioner = "map", MapCondition
     option, argument = "--map", "map"
     sized = True
+    spatial = True
+    pipeline_tag = "image-to-image"
+    example_call, example_option = 'map="map.png", ', " --map map.png"
     streamable = False
     image_sized = True
     column = "map"
@@ -78,6 +83,19 @@ class SemanticMap(Condition):
     def parse(self, values: list, conditioner: MapCondition, size: Size | None = None) -> list[np.ndarray]:
         """Maps (H, W) of files, pictures or arrays, at `size`."""
         return parse_maps(values, conditioner, size)
+
+    def picture(self, value: np.ndarray, size: Size, names: Sequence[str]) -> np.ndarray:
+        """A colour a class."""
+        return enlarged(coloured(value), size)
+
+    def beside(self, sample: np.ndarray, value: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """The map above a legend of the classes in it."""
+        there = [(int(k), names[k] if k < len(names) else "no class") for k in np.unique(value)]
+        return with_legend(super().beside(sample, value, names), there)
+
+    def metadata(self, value: np.ndarray) -> str:
+        """The map's hash."""
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
 
     def check_left_out(self, conditioner: MapCondition) -> None:
         """Raises UsageError: nobody asks for what none of the classes is drawn like."""

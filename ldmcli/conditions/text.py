@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Text(Condition):
     option, argument = "--prompt", "prompt"
     takes_ids = True
     static = True
+    metadata_key = "prompt"
+    short = False
+    pipeline_tag = "text-to-image"
     column = "caption"
     missing = 'this model draws what a prompt says; give one with --prompt "…"'
 
@@ -84,6 +87,29 @@ class Text(Condition):
         shutil.copytree(own, data.run / TOKENIZER, dirs_exist_ok=True)
         return {**earlier, "length": settings.text_length or earlier["length"]}
 
+    def cost_notes(self, config: DiffusionConfig) -> list[str]:
+        """Encoders and vocabularies of others, which are not opened."""
+        settings = config.condition
+        if settings.text_encoder != "joint":
+            return [
+                f"text encoder {settings.text_encoder}: not opened; the paper's transformer is counted in its place"
+            ]
+        if settings.vocabulary:
+            return [f"vocabulary {settings.vocabulary}: not opened; a training downloads it where it is not here"]
+        return []
+
+    def tokenizer(self, run: Path) -> Any:
+        """The run's own."""
+        return load_tokenizer(run / TOKENIZER)
+
+    def preview_values(self, dataset: "ConditionDataset", ids: Sequence[int], spec: Spec) -> list[str]:
+        """The run's prompts, else captions."""
+        return list(dataset.config.sample.prompts) or super().preview_values(dataset, ids, spec)
+
+    def described(self, value: Any, names: Sequence[str]) -> str:
+        """The prompt."""
+        return str(value)
+
     def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
         """As many tokens as there can be, and words as settings say."""
         length, words = config.condition.text_length or MAX_TEXT_LENGTH, config.condition.vocabulary_size
@@ -116,7 +142,7 @@ def negative_inputs(conditions: Conditions, text: str, n: int) -> dict[str, Tens
         return None
     if Text.name not in conditions.entries:
         raise UsageError("--negative-prompt: this model takes no prompt")
-    warn_of_cut(conditions.entries[Text.name], [text], "negative prompts")
+    warn_of_cut(cast(TextCondition, conditions.entries[Text.name]), [text], "negative prompts")
     return conditions.prepare_one(Text.name, [text] * n)
 
 

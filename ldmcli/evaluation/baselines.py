@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.settings import TASK_CONDITIONS
 from ldmcli.data.arrays import to_pixels
 from ldmcli.data.degradations import degrade, resize, to_uint8
 from ldmcli.data.masks import masked_share
 from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
 from ldmcli.diffusion.sample import Guide
-from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, drawn_for, values_for
+from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, drawn_for
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
 from ldmcli.sampling.editing import inpaint_images, upscale_images
@@ -30,12 +31,11 @@ from ldmcli.sampling.editing import inpaint_images, upscale_images
 FILLINGS = {"smooth": lambda x, hole: thin_plate_fill(x[None], hole[None])[0], "patches": patchmatch_fill}
 PLAIN_METHODS = ("bicubic", "biharmonic", *FILLINGS)  # they say how much a model's number is worth
 UNGUIDED = "unguided"  # the model's own samples without the guide
-TASKS = {"lowres": "sr", "masked": "inpaint"}  # by the condition that a task brings along
 
 
 def task_of(model) -> str:
     """Of a diffusion model: "sr", "inpaint" or "generate"."""
-    return next((task for kind, task in TASKS.items() if kind in model.model.conditions.kinds), "generate")
+    return next((task for task, name in TASK_CONDITIONS.items() if name in model.model.conditions.kinds), "generate")
 
 
 def task_sources(
@@ -149,7 +149,7 @@ def _blocks(ids: list[int], batch_size: int) -> Iterator[tuple[range, list[int]]
 def _enlarged(model, told, ids, seed, batch_size, settings):
     def stream() -> Iterator[np.ndarray]:
         for numbers, block in _blocks(ids, batch_size):
-            low = np.stack(told.values("lowres", block, block))
+            low = np.stack(told.values(TASK_CONDITIONS["sr"], block, block))
             yield from upscale_images(model, low, seed=seed, ids=numbers, told=_said(model, told, block), **settings)
 
     return stream
@@ -158,7 +158,7 @@ def _enlarged(model, told, ids, seed, batch_size, settings):
 def _filled(model, told, ids, seed, batch_size, settings):
     def stream() -> Iterator[np.ndarray]:
         for numbers, block in _blocks(ids, batch_size):
-            images, holes = (np.stack(part) for part in zip(*told.values("masked", block, block)))
+            images, holes = (np.stack(part) for part in zip(*told.values(TASK_CONDITIONS["inpaint"], block, block)))
             made = inpaint_images(
                 model, images, holes, seed=seed, ids=numbers, told=_said(model, told, block), **settings
             )
@@ -169,15 +169,14 @@ def _filled(model, told, ids, seed, batch_size, settings):
 
 def _said(model, told, ids: list[int]) -> dict[str, list]:
     """What rows tell a model beside the picture of its task."""
-    return {kind: values_for(told, kind, ids) for kind in model.model.conditions.kinds if kind not in TASKS}
+    return {name: told.foreign_values(name, ids) for name in model.model.conditions.droppable}
 
 
 def _each(told, ids, task: str, method):
-    kind = {task: kind for kind, task in TASKS.items()}[task]
 
     def stream() -> Iterator[np.ndarray]:
         for i in ids:
-            given = told.values(kind, [i], [i])[0]
+            given = told.values(TASK_CONDITIONS[task], [i], [i])[0]
             yield method(given, told.size)
 
     return stream
@@ -185,7 +184,7 @@ def _each(told, ids, task: str, method):
 
 def _pairs(told, ids) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for i in ids:
-        yield told.values("masked", [i], [i])[0]
+        yield told.values(TASK_CONDITIONS["inpaint"], [i], [i])[0]
 
 
 def _bicubic(low: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ldmcli.conditions import CONDITIONS
 from ldmcli.conditions.dataset import ConditionDataset
+from ldmcli.conditions.parse import arguments_of
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
 from ldmcli.core.settings import DataSettings
@@ -22,7 +23,6 @@ from ldmcli.sampling.load import load
 from ldmcli.sampling.request import SAMPLING
 
 LOSSY = (".jpg", ".jpeg")
-WORDS = ("text", "class")  # what `sample` is told as it stands; the rest is made from the rows' pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,19 +188,18 @@ def model_source(
     kinds = tuple(model.model.conditions.kinds)
     check_columns(rows, kinds)
     ids = evenly_spaced(len(rows), n) if kinds else []
-    told = condition_source(model, rows, size, seed) if set(kinds) - set(WORDS) else None
+    told = condition_source(model, rows, size, seed) if kinds else None
+    spatial = any(not CONDITIONS[name].static for name in kinds)
 
     def stream() -> Iterator[np.ndarray]:
         for start in range(0, n, batch_size):
             end = min(start + batch_size, n)
-            if told is not None:
+            if spatial:
                 yield from drawn_for(model, told, ids[start:end], start, seed, size, settings)
                 continue
-            prompts = [rows.caption(i) for i in ids[:end]] if "text" in kinds else None
-            classes = [class_of(rows, i) for i in ids[:end]] if "class" in kinds else None
+            values = {name: told.foreign_values(name, ids[:end]) for name in kinds} if told else {}
             made = model.sample(
-                prompts,
-                classes=classes,
+                **arguments_of(values),
                 n=1 if kinds else end,
                 first=start,
                 seed=seed,
@@ -243,21 +242,11 @@ def drawn_for(model, told, ids: list[int], first: int, seed: int, size, settings
     """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
     numbers, values = range(first, first + len(ids)), {}
     for kind in model.model.conditions.kinds:
-        own = values_for(told, kind, ids)
+        own = told.foreign_values(kind, ids)
         values[kind] = [own[(k - first) % len(ids)] for k in range(len(ids))]  # sample k takes entry k mod their number
     return tensor_to_pixels(
         model.autoencoder.decode(model.latents_for(numbers, values, seed=seed, size=size, **settings))
     )
-
-
-def values_for(told, kind: str, ids: list[int]) -> list:
-    """Values of a condition for rows `ids`; classes by name."""
-    return told.values(kind, ids, ids) if kind != "class" else [class_of(told.rows, i) for i in ids]
-
-
-def class_of(rows, i: int) -> int | str:
-    """A row's class by name where classes have names: the data's order need not be the model's."""
-    return rows.class_names[rows.label(i)] if rows.class_names else rows.label(i)
 
 
 def reconstructions(autoencoder, source: ImageStream, batch_size: int) -> Callable[[], Iterator[np.ndarray]]:

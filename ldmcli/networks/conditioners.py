@@ -61,7 +61,7 @@ def load_tokenizer(source: str | Path):
     import os
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer, BertTokenizerFast
+    from transformers import AutoTokenizer, BertTokenizerFast  # type: ignore[attr-defined]
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -100,6 +100,7 @@ class TextCondition(Conditioner):
 
     guidance_rank = 3
     gives_tokens = True
+    _frozen: nn.Module
 
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer):
         super().__init__()
@@ -108,7 +109,7 @@ class TextCondition(Conditioner):
         self.joint = settings.text_encoder == "joint"
         if self.joint:
             width = settings.context_dim
-            self.encoder = TextTransformer(
+            self.encoder: nn.Module = TextTransformer(
                 facts["vocabulary"],
                 width,
                 settings.text_layers,

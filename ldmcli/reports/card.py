@@ -5,6 +5,7 @@ import re
 from html import escape
 from pathlib import Path
 
+from ldmcli.conditions import CONDITIONS
 from ldmcli.core.console import clean, redact
 from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.outputs import write_page
@@ -61,9 +62,8 @@ def _task(run: RunView) -> str:
     if run.kind == "autoencoder":
         return "image-to-image"
     kinds = run.config.kinds if run.config and run.kind == "diffusion" else ()
-    if {"map", "lowres", "masked"} & set(kinds):
-        return "image-to-image"
-    return "text-to-image" if "text" in kinds else "unconditional-image-generation"
+    tags = {CONDITIONS[name].pipeline_tag for name in kinds if name in CONDITIONS}
+    return next((tag for tag in ("image-to-image", "text-to-image") if tag in tags), "unconditional-image-generation")
 
 
 def _summary(run: RunView) -> str:
@@ -103,11 +103,9 @@ def _use(run: RunView) -> str:
 def _told(run: RunView) -> tuple[str, str]:
     """What a first picture could be told: the argument in Python, the option of the command."""
     request, kinds = run.stats.get("preview") or {}, run.config.kinds if run.config else ()
-    names = {"layout": ("layout", "layout.json"), "map": ("map", "map.png")}
-    files = {"lowres": 'image="photo.png", ', "masked": 'image="photo.png", mask="mask.png", '}
-    call = "".join(f'{names[kind][0]}="{names[kind][1]}", ' for kind in kinds if kind in names)
-    call += "".join(files[kind] for kind in kinds if kind in files)
-    option = "".join(f" --{names[kind][0]} {names[kind][1]}" for kind in kinds if kind in names)
+    told = [CONDITIONS[name] for name in kinds if name in CONDITIONS]
+    call = "".join(one.example_call for one in told)
+    option = "".join(one.example_option for one in told)
     if request.get("prompt"):
         text = json.dumps(" ".join(clean(request["prompt"][0]).split()), ensure_ascii=False)
         quoted = "'" + text[1:-1].replace("'", "'\\''") + "'"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmcli.conditions.fit import assumed_specs
+from ldmcli.conditions.fit import assumed_specs, cost_notes
 from ldmcli.core import config as configuration
 from ldmcli.core import console, files, launch
 from ldmcli.core.config import Resolved
@@ -100,11 +100,7 @@ def _diffusion_works(
     known = files.read_json(Path(init_from) / "stats.json").get("conditions") or {} if init_from else {}
     facts = assumed_specs(config, stage, known, notes)
     latent = stage.latent_shape(*image)
-    text = config.condition
-    if "text" in config.kinds and text.text_encoder != "joint":
-        notes.append(f"text encoder {text.text_encoder}: not opened; the paper's transformer is counted in its place")
-    if "text" in config.kinds and text.text_encoder == "joint" and text.vocabulary:
-        notes.append(f"vocabulary {text.vocabulary}: not opened; a training downloads it where it is not here")
+    notes += cost_notes(config)
     if config.task.name == "inpaint" or (config.task.name == "sr" and config.task.enlarged):
         what = "with its hole" if config.task.name == "inpaint" else "reduced and enlarged"
         notes.append(f"the first stage, which encodes each image {what}, is not counted")

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ldmcli.conditions.semantic_map import SemanticMap
 from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.outputs import CONTACT
@@ -130,7 +131,7 @@ def _look(row: Row, split: str) -> Look:
         else:
             image = rows.image(i)
             shape = (image.height, image.width)
-            if rows.has("map"):
+            if rows.has(SemanticMap.column):
                 rows.map(i)
         return Look(row, sanitise(rows.name(i)), split, shape, rows.content_hash(i))
     except BadImage as error:

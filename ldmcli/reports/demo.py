@@ -2,11 +2,16 @@
 
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.dataset import ConditionDataset
+from ldmcli.conditions.parse import arguments_of
+from ldmcli.conditions.text import Text
 from ldmcli.core import config, console, files, runs
 from ldmcli.core.errors import UsageError
 from ldmcli.core.outputs import refuse_foreign
@@ -41,7 +46,8 @@ def _data_values(data: DataSettings) -> dict[str, Any]:
 def plan_for(rows, data: DataSettings, minutes: float) -> dict[str, Any]:
     """Settings chosen for the data and the time: image size, what the model is told, steps as upper bounds."""
     size = data.size if any(data.size) else (64, 64)
-    kinds = ("text",) if rows.has("caption") else ("class",) if rows.has("label") else ()
+    found = (name for name, one in CONDITIONS.items() if one.static and one.argument and rows.has(one.column))
+    kinds = tuple(islice(found, 1))
     return {"size": size, "kinds": kinds, "ae_minutes": minutes * _AE_SHARE, "ldm_minutes": minutes * _LDM_SHARE}
 
 
@@ -148,11 +154,9 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
     picked = _distinct(held, chosen["kinds"])
     count = len(picked)
     real = np.stack([held.pixels(i, chosen["size"], "center", (0.5, 0.5)) for i in picked])
-    request = {
-        "text": {"prompt": [held.caption(i) for i in picked]},
-        "class": {"classes": [held.label(i) for i in picked]},
-    }
-    told = request[chosen["kinds"][0]] if chosen["kinds"] else {"n": count}
+    source = ConditionDataset(held, model.config, chosen["size"], training=False)
+    values = {name: source.values(name, picked, picked) for name in chosen["kinds"]}
+    told = arguments_of(values) if values else {"n": count}
     begun = time.monotonic()
     samples = np.stack([np.asarray(image) for image in model.sample(seed=seed, batch_size=32, **told)])
     seconds = time.monotonic() - begun
@@ -177,7 +181,7 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
 
 def _distinct(held, kinds: tuple[str, ...]) -> list[int]:
     """Up to 128 validation rows, of each caption only the first; spread over the rows where there are no captions."""
-    if "text" not in kinds:
+    if Text.name not in kinds:
         return np.linspace(0, len(held) - 1, min(HELD_OUT, len(held))).round().astype(int).tolist()
     first: dict[str, int] = {}
     for i in range(len(held)):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
+from ldmcli.conditions.text import Text
 from ldmcli.core import console
 from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import LdmError
@@ -77,7 +78,7 @@ def write_demo_report(out: Path, runs: list[Path], summary: dict[str, Any]) -> P
 
 def _demo_header(views: Sequence[RunView], summary: dict[str, Any]) -> str:
     view = next((view for view in views if view.kind == "diffusion" and view.config), None)
-    title = "Pictures from words" if view and "text" in view.config.condition.kinds else "Pictures from noise"
+    title = "Pictures from words" if view and Text.name in view.config.condition.kinds else "Pictures from noise"
     rows = (view.state.get("data") or {}).get("rows") if view else None
     size = view.stats.get("size") if view else None
     details = [f"{rows:,} images" if isinstance(rows, int) else "", f"{size[0]}×{size[1]} px" if size else ""]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmcli.conditions.outputs import preview_captions
 from ldmcli.core import config as configuration
 from ldmcli.core import files, runs
 from ldmcli.core.durations import duration_with_unit
@@ -329,15 +330,8 @@ def mark_samples(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list
 
 def preview_texts(run: RunView) -> list[str]:
     """What each picture of a diffusion run's preview was told; [] where the sheet itself shows it, as of boxes."""
-    if run.config is not None and set(run.config.kinds) - {"text", "class"}:
-        return []
-    request = run.stats.get("preview") or {}
-    names = ((run.stats.get("conditions") or {}).get("class") or {}).get("class_names") or []
-    classes = [names[k] if isinstance(k, int) and k < len(names) else str(k) for k in request.get("classes") or []]
-    prompts = [str(text) for text in request.get("prompt") or []]
-    if prompts and classes:
-        return [f"{text} ({name})" for text, name in zip(prompts, classes)]
-    return prompts or [str(name) for name in classes]
+    request, specs = run.stats.get("preview") or {}, run.stats.get("conditions") or {}
+    return preview_captions(request, run.config.kinds if run.config is not None else (), specs)
 
 
 def sample_files(path: Path) -> list[tuple[int, Path]]:

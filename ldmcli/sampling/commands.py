@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from ldmcli import __version__
-from ldmcli.conditions.pictures import boxed, enlarged, labelled, shown_condition, with_legend
+from ldmcli.conditions import outputs
+from ldmcli.conditions.pictures import labelled
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import InputError, Interrupted, UsageError
-from ldmcli.core.outputs import BESIDE, SHEET, Results, beside, refuse_foreign, refuse_inputs
+from ldmcli.core.outputs import SHEET, Results, beside, refuse_foreign, refuse_inputs
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.arrays import to_pil, to_pixels
 from ldmcli.data.decode import decode, decode_alpha, probe, to_size
@@ -136,11 +137,11 @@ def sample_to_folder(
     _check(loaded, values, request, settings, whole)
     names = output_names(out, total, fmt)
     wanted = {"model": loaded.fingerprint, **_document(request), "total": total, "format": fmt}
-    wanted |= {"told": _digest(values)} if _pictured(values) else {}
+    wanted |= {"told": outputs.digest(values)} if outputs.spatial(values) else {}
     read = named_files(request)
     if begun := [path for path in (request.init_image, request.guide) if path is not None]:
         wanted["contents"] = contents(begun)
-    results = Results(out, names, wanted, kinds=_pictured(values), inputs=read, overwrite=overwrite)
+    results = Results(out, names, wanted, kinds=outputs.spatial(values), inputs=read, overwrite=overwrite)
     todo, describe = results.todo, _describe(loaded, path, request)
     started = time.perf_counter()
     with results, StopRequest() as stop, console.progress(len(todo), "sampling") as bar:
@@ -148,8 +149,9 @@ def sample_to_folder(
             images = _draw(loaded, batch, values, request, settings, whole)
             for k, image in zip(batch, images):
                 facts = _facts(k, values, request, describe) if metadata else None
-                for kind in _pictured(values):  # before the sample, whose presence says that both are there
-                    shown = _beside(kind, np.asarray(image), values[kind][k % len(values[kind])], loaded)
+                for kind in outputs.spatial(values):  # before the sample, whose presence says that both are there
+                    value = values[kind][k % len(values[kind])]
+                    shown = outputs.beside(kind, np.asarray(image), value, loaded.model.conditions)
                     results.write(beside(names[k], kind), png_bytes(shown))
                 results.write(names[k], image_bytes(image, fmt, facts))
             bar.advance(len(batch))
@@ -262,36 +264,7 @@ def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> di
 
 
 def _facts(k: int, values: dict[str, list], request: SampleRequest, describe: dict[str, Any]) -> dict[str, Any]:
-    told = {{"text": "prompt"}.get(kind, kind): given[k % len(given)] for kind, given in values.items()}
-    if "map" in told:
-        told["map"] = hashlib.sha256(np.ascontiguousarray(told["map"])).hexdigest()
-    if "layout" in told:
-        told["layout"] = {name: part.tolist() for name, part in told["layout"].items()}
-    return {**told, "seed": request.seed, "sample": k, **describe}
-
-
-def _pictured(values: dict[str, list]) -> list[str]:
-    """Conditions of a request that a picture beside the sample shows."""
-    return [kind for kind in BESIDE if kind in values]
-
-
-def _digest(values: dict[str, list]) -> str:
-    """Hash of the layouts and maps that a request stands for: their files may change."""
-    digest = hashlib.sha256()
-    for kind in _pictured(values):
-        for value in values[kind]:
-            for part in value.values() if kind == "layout" else (value,):
-                digest.update(f"{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()
-
-
-def _beside(kind: str, picture: np.ndarray, value: Any, loaded: LoadedDiffusion) -> np.ndarray:
-    """What stands beside a sample: it with its boxes drawn, or its map with a legend of the classes in it."""
-    names = loaded.model.conditions.entries[kind].names
-    if kind == "layout":
-        return boxed(picture, value, names)
-    there = [(int(k), names[k] if k < len(names) else "no class") for k in np.unique(value)]
-    return with_legend(shown_condition(kind, value, picture.shape[:2], names), there)
+    return {**outputs.metadata(values, k), "seed": request.seed, "sample": k, **describe}
 
 
 def _sheet(
@@ -302,22 +275,16 @@ def _sheet(
     from PIL import Image
 
     pictures = [np.asarray(Image.open(name).convert("RGB")) for name in names[:256]]
-    if "class" in values and "text" not in values:
-        given = [loaded.model.conditions.entries["class"].index(value) for value in values["class"]]
-        pictures = [labelled(one, loaded.class_names[given[k % len(given)]]) for k, one in enumerate(pictures)]
-    if kinds := _pictured(values):
+    conditions = loaded.model.conditions
+    pictures = [
+        labelled(one, text) if (text := outputs.caption(values, conditions, k)) else one
+        for k, one in enumerate(pictures)
+    ]
+    if kinds := outputs.spatial(values):
         rows = []
         for group in range(min(groups, len(pictures))):
-            shown = [
-                shown_condition(
-                    kind,
-                    values[kind][group % len(values[kind])],
-                    pictures[0].shape[:2],
-                    loaded.model.conditions.entries[kind].names,
-                )
-                for kind in kinds
-            ]
-            shown = [enlarged(one, pictures[0].shape[:2]) for one in shown]
+            told = [(kind, values[kind][group % len(values[kind])]) for kind in kinds]
+            shown = [outputs.picture(kind, value, pictures[0].shape[:2], conditions) for kind, value in told]
             rows.append([*shown, *pictures[group::groups]])
         return rows
     columns = groups if 1 < groups <= 16 else min(8, math.ceil(math.sqrt(len(pictures))))

@@ -131,7 +131,14 @@ class LoadedDiffusion:
 
     @torch.no_grad()
     def embed(
-        self, prompt: Any = None, classes: Any = None, *, tokens: Any = None, layout: Any = None, map: Any = None
+        self,
+        prompt: Any = None,
+        classes: Any = None,
+        *,
+        tokens: Any = None,
+        layout: Any = None,
+        map: Any = None,
+        values: Mapping[str, Any] | None = None,
     ) -> Any:
         """tau(y) of what is given: tokens (B, M, d), or a `Conditioning` where planes or a vector stand beside them.
 
@@ -140,7 +147,7 @@ class LoadedDiffusion:
         keep their size, and layouts are drawn at it. Of each kind one, or equally many. Raises UsageError, or
         InputError for a layout or map that is wrong.
         """
-        found = self._embed(list_values(prompt=prompt, classes=classes, layout=layout, map=map), tokens)
+        found = self._embed(list_values(values, prompt=prompt, classes=classes, layout=layout, map=map), tokens)
         return found.context if found.vector is None and found.concat is None else found
 
     def _embed(self, values: dict[str, list], tokens: Any = None) -> Conditioning:
@@ -157,6 +164,7 @@ class LoadedDiffusion:
         classes: Sequence[int | str] | None = None,
         layout: Any = None,
         map: Any = None,
+        values: Mapping[str, Any] | None = None,
         image: Any = None,
         mask: Any = None,
         n: int = 1,
@@ -170,7 +178,7 @@ class LoadedDiffusion:
         """PIL images, n for each prompt, class, layout, map or image; sample k takes entry k mod their number of each.
 
         layout: {"size": [w, h], "objects": [{"bbox": [x, y, w, h], "category": name}]} (shares without size), a JSON
-        file, or a list. map: class indices (H, W), a PIL picture or file, or a list. image: what a model of task sr
+        file, or a list. map: class indices (H, W), a PIL picture or file, or a list. values: of own conditions, by name. image: what a model of task sr
         enlarges, or of task inpaint fills where mask (bool, or a picture with holes of luminance ≥ 128) says so; known
         pixels stay. size: (height, width) in pixels, or one number, as `drawn_size` draws it. settings: steps, guidance
         (a number, or one a condition), guidance_interval, sampler, eta, spacing; with an image those of
@@ -183,10 +191,7 @@ class LoadedDiffusion:
                 self.config.task.name,
                 image,
                 mask,
-                prompt,
-                classes,
-                layout,
-                map,
+                list_values(values, prompt=prompt, classes=classes, layout=layout, map=map),
                 n=n,
                 first=first,
                 seed=seed,
@@ -197,7 +202,7 @@ class LoadedDiffusion:
         if n < 1 or batch_size < 1:
             raise UsageError(f"n: {n} images, {batch_size} at a time; both must be at least 1")
         size = (size, size) if isinstance(size, int) else size
-        values = self.request_values(prompt, classes, layout=layout, map=map, size=size)
+        values = self.request_values(prompt, classes, layout=layout, map=map, values=values, size=size)
         ids, images = range(first, n * _groups(values)), []
         whole = self.drawn_size(size)
         from ldmcli.sampling import editing, memory
@@ -227,6 +232,7 @@ class LoadedDiffusion:
         classes: Any = None,
         layout: Any = None,
         map: Any = None,
+        values: Mapping[str, Any] | None = None,
         n: int = 1,
         **how,
     ) -> list:
@@ -237,7 +243,8 @@ class LoadedDiffusion:
         as a whole, where the model takes them; a map is needed, the others may be left out. how: seed, batch_size,
         negative_prompt, steps and other settings of sampling, and those of `sampling.editing.inpaint_images`.
         """
-        return self._edited("inpaint", image, mask, prompt, classes, layout, map, n=n, **how)
+        given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
+        return self._edited("inpaint", image, mask, given, n=n, **how)
 
     def upscale(
         self,
@@ -247,15 +254,15 @@ class LoadedDiffusion:
         classes: Any = None,
         layout: Any = None,
         map: Any = None,
+        values: Mapping[str, Any] | None = None,
         n: int = 1,
         **how,
     ) -> list:
         """PIL images, `config.task.scale` times as large, by a model of task sr; arguments as `inpaint`."""
-        return self._edited("sr", image, None, prompt, classes, layout, map, n=n, **how)
+        given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
+        return self._edited("sr", image, None, given, n=n, **how)
 
-    def _edited(
-        self, task: str, image: Any, mask: Any, prompt: Any, classes: Any, layout: Any, map: Any, **how
-    ) -> list:
+    def _edited(self, task: str, image: Any, mask: Any, given: dict[str, list], **how) -> list:
         own = self.config.task.name
         if task == "generate" or (task == "sr") != (own == "sr"):
             raise UsageError(f"image: this model {TASK_WORDS[own]}")
@@ -268,7 +275,7 @@ class LoadedDiffusion:
             )
         holes = None if mask is None else [hole for _, hole in _pairs(pictures, parse_masks(mask))]
         conditions = self.model.conditions
-        told = only_given(conditions, list_values(prompt=prompt, classes=classes, layout=layout, map=map))
+        told = only_given(conditions, given)
         warn_of_values(conditions, told)
         told = parse_unsized(conditions, told)
         from ldmcli.sampling import editing
@@ -317,13 +324,20 @@ class LoadedDiffusion:
         )
 
     def request_values(
-        self, prompt=None, classes=None, *, layout: Any = None, map: Any = None, size: tuple[int, int] | None = None
+        self,
+        prompt=None,
+        classes=None,
+        *,
+        layout: Any = None,
+        map: Any = None,
+        values: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> dict[str, list]:
         """What the model is told, checked against what it takes. Raises UsageError, or InputError for what is wrong
         with a layout or map. size: of the pictures to draw, in pixels; maps are brought to it."""
         _, height, width = self.model.latent_shape
         f = self.autoencoder.network.f
-        given = list_values(prompt=prompt, classes=classes, layout=layout, map=map)
+        given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
         return parse_conditions(self.model.conditions, given, size or (height * f, width * f))
 
     def drawn_size(self, size: tuple[int, int] | None) -> tuple[int, int] | None:

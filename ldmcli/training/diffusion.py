@@ -11,7 +11,7 @@ from torch import Tensor
 from ldmcli.conditions import CONDITIONS
 from ldmcli.conditions.condition import FitData
 from ldmcli.conditions.dataset import ConditionDataset, ConditionInputs
-from ldmcli.conditions.fit import check_rows, fit_conditions, open_early
+from ldmcli.conditions.fit import check_rows, fit_conditions, open_early, run_tokenizer
 from ldmcli.core import console, files
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
@@ -20,7 +20,6 @@ from ldmcli.data.batches import rank_slice
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.maths import rng
-from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.load import load_autoencoder
@@ -67,7 +66,7 @@ class DiffusionObjective:
         self._open_data()
         self.schedule = make_schedule(config.diffusion)
         self.facts = dist.on_rank_0(self._fit_conditions)
-        tokenizer = load_tokenizer(run / "tokenizer") if "text" in config.condition.kinds else None
+        tokenizer = run_tokenizer(config, run)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
             self.model = DiffusionModel(
@@ -242,7 +241,7 @@ class DiffusionObjective:
 
     def preview_request(self) -> dict[str, Any]:
         """What previews show, as JSON."""
-        return self.held_out.preview_request(self.facts.get("class", {}).get("class_names", []))
+        return self.held_out.preview_request(self.facts)
 
     def preview(self, path: Path) -> None:
         """A sheet of samples from the run's seed."""

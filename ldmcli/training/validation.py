@@ -1,6 +1,6 @@
 """Validation of a diffusion model in training: its loss on held-out rows at fixed timesteps and noise, and previews."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.condition import Spec
 from ldmcli.conditions.dataset import ConditionDataset
-from ldmcli.conditions.pictures import enlarged, shown_condition
+from ldmcli.conditions.outputs import picture, preview_values
+from ldmcli.conditions.parse import arguments_of, request_values
+from ldmcli.conditions.pictures import enlarged
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import rank_slice
 from ldmcli.maths import rng
@@ -67,21 +70,14 @@ class DiffusionValidation:
             total += float(found.sum())
         return sum(dist.gather(total)) / max(count, 1)
 
-    def preview_request(self, class_names: list[str]) -> dict[str, Any]:
+    def preview_request(self, specs: Mapping[str, Spec]) -> dict[str, Any]:
         """What a preview shows, as JSON: the run's prompts, else captions or classes of validation rows."""
         n, names = self.config.sample.n, self.config.kinds
         if not names:
             return {"n": n}
         ids = self._preview_rows() if self._spatial() else self._spread(len(self.rows))
-        request: dict[str, Any] = {"n": 1}
-        if "text" in names:
-            request["prompt"] = list(self.config.sample.prompts) or [self.rows.caption(i) for i in ids]
-        if "class" in names:
-            alone = names == ("class",)
-            request["classes"] = (
-                [k % len(class_names) for k in range(max(n, 1))] if alone else [self.rows.label(i) for i in ids]
-            )
-        return request
+        rows = ConditionDataset(self.rows, self.config, self.size, training=False)
+        return {"n": 1, **arguments_of(preview_values(rows, ids, specs))}
 
     def preview(self, model: LoadedDiffusion, request: dict[str, Any], path: Path) -> None:
         """Writes a sheet of what `ldm sample` with the run's seed and prompts would give. Spatial conditions stand
@@ -91,9 +87,7 @@ class DiffusionValidation:
             images = model.sample(seed=seed, **request)
             save_grid(path, in_rows([np.asarray(image) for image in images]))
             return
-        values = {name: self.dataset.values(name, ids, ids) for name in self.config.kinds}
-        if "text" in values:
-            values["text"] = request["prompt"]
+        values = {name: self.dataset.values(name, ids, ids) for name in self._spatial()} | request_values(request)
         parts = [range(k, min(k + 16, len(ids))) for k in range(0, len(ids), 16)]
         z = torch.cat([model.latents_for(part, values, seed=seed) for part in parts])
         samples = tensor_to_pixels(torch.cat([model.autoencoder.decode(part) for part in z.split(16)]))
@@ -108,8 +102,7 @@ class DiffusionValidation:
         for start in range(0, len(ids), 8):
             columns = range(start, min(start + 8, len(ids)))
             for name in self._spatial():
-                classes = getattr(model.model.conditions.entries[name], "names", [])
-                sheet.append([shown_condition(name, values[name][k], self.size, classes, factor) for k in columns])
+                sheet.append([picture(name, values[name][k], large, model.model.conditions) for k in columns])
             sheet.append([enlarged(samples[k], large) for k in columns])
             sheet.append([enlarged(self.rows.pixels(ids[k], self.size), large) for k in columns])
         return sheet
