@@ -178,11 +178,11 @@ class LoadedDiffusion:
         """PIL images, n for each prompt, class, layout, map or image; sample k takes entry k mod their number of each.
 
         layout: {"size": [w, h], "objects": [{"bbox": [x, y, w, h], "category": name}]} (shares without size), a JSON
-        file, or a list. map: class indices (H, W), a PIL picture or file, or a list. values: of own conditions, by name. image: what a model of task sr
-        enlarges, or of task inpaint fills where mask (bool, or a picture with holes of luminance ≥ 128) says so; known
-        pixels stay. size: (height, width) in pixels, or one number, as `drawn_size` draws it. settings: steps, guidance
-        (a number, or one a condition), guidance_interval, sampler, eta, spacing; with an image those of
-        `sampling.editing` as well.
+        file, or a list. map: class indices (H, W), a PIL picture or file, or a list. values: of further conditions, by
+        name. image: what a model of task sr enlarges, or of task inpaint fills where mask (bool, or a picture with
+        holes of luminance ≥ 128) says so; known pixels stay. size: (height, width) in pixels, or one number, as
+        `drawn_size` draws it. settings: steps, guidance (a number, or one a condition), guidance_interval, sampler,
+        eta, spacing; with an image those of `sampling.editing` as well.
         """
         if image is not None:
             if size is not None:
