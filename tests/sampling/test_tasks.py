@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import ldmcli
+from ldmcli.conditions.condition import View
 from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.conditions.pictures import box_pixels, boxed, colour, coloured, with_legend
 from ldmcli.core.settings import DataSettings, DiffusionConfig, TaskSettings
@@ -172,7 +173,7 @@ def test_small_and_holed_images_are_made_of_the_pixels_seen_and_depend_on_seed_a
         kind,
         [1, 2],
         [4, 5],
-        np.stack([source._pixels(i, u, flip) for i, (u, flip) in zip((1, 2), views_of(source, [4, 5]))]),
+        np.stack([source.pixels(View(i, 0, tuple(u), flip)) for i, (u, flip) in zip((1, 2), views_of(source, [4, 5]))]),
     )
     one = source.values(kind, [2], [5])
     for a, b in ((first, again), (first, handed), (first[1:], one)):
