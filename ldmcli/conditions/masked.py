@@ -39,7 +39,8 @@ class Masked(Condition):
 
     def from_row(self, dataset: "ConditionDataset", view: View) -> tuple[np.ndarray, np.ndarray]:
         """The row's picture and a random mask."""
-        return dataset.pixels(view), random_mask(*dataset.size, *dataset.random_key(view), "mask")
+        height, width = dataset.size
+        return dataset.pixels(view), random_mask(height, width, *dataset.random_key(view), "mask")
 
     def picture(self, value: tuple[np.ndarray, np.ndarray], size: Size, names: Sequence[str]) -> np.ndarray:
         """The image, its hole grey."""
