@@ -51,23 +51,23 @@ def plan(
     device = default_device()
     dtype = autocast_dtype(train.mixed_precision, device)
     if kind == "autoencoder":
-        image, latent, works = _autoencoder_works(resolved.config, world, notes)
+        image, latent, costs = _autoencoder_costs(resolved.config, world, notes)
     else:
-        image, latent, works = _diffusion_works(resolved.config, autoencoder, init_from, first_stage, world, notes)
+        image, latent, costs = _diffusion_costs(resolved.config, autoencoder, init_from, first_stage, world, notes)
     sharing = world if device.type == "cpu" else 1  # processes that share one device's memory and speed
-    step = cost.step_flops(works) * train.batch_size
+    step = cost.step_flops(costs) * train.batch_size
     share = -(-train.batch_size // world)
-    memory = _memory(works, resolved.config, share, device, sharing)
+    memory = _memory(costs, resolved.config, share, device, sharing)
     return {
         "command": configuration.COMMAND_OF[kind],
         "image": list(image),
         "latent": list(latent),
         "parameters": {
-            name: sum(p.numel() for p in work.module.parameters())
-            for name, work in works.items()
+            name: sum(p.numel() for p in network.module.parameters())
+            for name, network in costs.items()
             if name != "perceptual"
         },
-        "flops": {"forward_per_image": works[next(iter(works))].forward, "per_step": step},
+        "flops": {"forward_per_image": costs[next(iter(costs))].forward_flops, "per_step": step},
         "batch": {"global": train.batch_size, "per_pass": memory["per_pass"], "processes": world},
         "epochs": train.steps * train.batch_size / rows if rows else None,
         "memory": memory,
@@ -80,23 +80,23 @@ def plan(
 # ---------------------------------------------------------------- networks
 
 
-def _autoencoder_works(config: AutoencoderConfig, world: int, notes: list[str]):
+def _autoencoder_costs(config: AutoencoderConfig, world: int, notes: list[str]):
     checks.check_autoencoder(config, world)
     image = checks.image_size(config.data)
-    works = cost.autoencoder_works(config, image)
-    if "discriminator" in works:
+    costs = cost.autoencoder_costs(config, image)
+    if "discriminator" in costs:
         notes.append(f"FLOPs and time are those from step {config.loss.disc_start} on, with the discriminator")
-    return image, works["autoencoder"].module.latent_shape(*image), works
+    return image, costs["autoencoder"].module.latent_shape(*image), costs
 
 
-def _diffusion_works(
+def _diffusion_costs(
     config: DiffusionConfig, autoencoder: str, init_from: str, first_stage: str, world: int, notes: list[str]
 ):
     settings, trained_at = _first_stage(autoencoder, init_from, first_stage, notes)
     image = checks.image_size(config.data, trained_at)
     checks.check_diffusion(config, settings, image, world)
     notes += checks.notes_of(config)
-    stage = cost.autoencoder_model(settings)
+    stage = cost.meta_autoencoder(settings)
     known = files.read_json(Path(init_from) / "stats.json").get("conditions") or {} if init_from else {}
     facts = assumed_specs(config, stage, known, notes)
     latent = stage.latent_shape(*image)
@@ -104,7 +104,7 @@ def _diffusion_works(
     if config.task.name == "inpaint" or (config.task.name == "sr" and config.task.enlarged):
         what = "with its hole" if config.task.name == "inpaint" else "reduced and enlarged"
         notes.append(f"the first stage, which encodes each image {what}, is not counted")
-    return image, latent, {"model": cost.diffusion_work(config, facts, latent, image)}
+    return image, latent, {"model": cost.diffusion_cost(config, facts, latent, image)}
 
 
 def _first_stage(
@@ -131,12 +131,14 @@ def _first_stage(
 # ---------------------------------------------------------------- memory
 
 
-def _memory(works: dict[str, cost.Work], config, share: int, device: torch.device, sharing: int) -> dict[str, Any]:
+def _memory(
+    costs: dict[str, cost.NetworkCost], config, share: int, device: torch.device, sharing: int
+) -> dict[str, Any]:
     """Bytes of one process, estimated, and what it may take of a device that `sharing` processes share. "per_pass":
     samples of its `share` of the batch that go through at once."""
     train = config.train
-    trained = [work for name, work in works.items() if name != "perceptual"]
-    named = [pair for work in trained for pair in work.module.named_parameters()]
+    trained = [network for name, network in costs.items() if name != "perceptual"]
+    named = [pair for network in trained for pair in network.module.named_parameters()]
     weights = 4 * sum(p.numel() for _, p in named)
     main = 4 * sum(p.numel() for p in trained[0].module.parameters())
     parts = {
@@ -146,10 +148,10 @@ def _memory(works: dict[str, cost.Work], config, share: int, device: torch.devic
         "ema": main if train.ema else 0,
         "runtime": cost.RUNTIME_BYTES,
     }
-    per_image = sum(work.kept for work in works.values())
+    per_image = sum(network.activation_bytes for network in costs.values())
     available = cost.available_bytes(device) // sharing
     room = cost.MEMORY_SHARE * (available - sum(parts.values()))
-    micro = min(train.micro_batch, share) if train.micro_batch else cost.micro_batch(share, per_image, room)
+    micro = min(train.micro_batch, share) if train.micro_batch else cost.largest_micro_batch(share, per_image, room)
     parts["activations"] = micro * per_image
     total = sum(parts.values())
     return {

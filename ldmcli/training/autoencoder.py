@@ -87,7 +87,7 @@ class AutoencoderObjective:
 
     def activation_bytes(self) -> float:
         """Bytes that one image takes in a step: what is kept for the backward passes, in float32."""
-        return sum(work.kept for work in cost.autoencoder_works(self.config, self.size).values())
+        return sum(network.activation_bytes for network in cost.autoencoder_costs(self.config, self.size).values())
 
     def learning_rate(self, phase: str) -> float | None:
         """A rate of its own for a phase, None for train.lr."""

@@ -40,7 +40,7 @@ def check_autoencoder(config: AutoencoderConfig, world: int) -> None:
         _check_discriminator(config, size, world)
     if loss.perceptual_weight > 0 or loss.perceptual:
         check_perceptual(loss.perceptual, size)
-    cost.autoencoder_model(settings)
+    cost.meta_autoencoder(settings)
 
 
 def _check_discriminator(config: AutoencoderConfig, size: tuple[int, int], world: int) -> None:
@@ -73,8 +73,8 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
             f"1/{unit}, so both sides must be multiples of {f * unit}; nearest: {near}; or use fewer "
             "diffusion.channel_mult levels"
         )
-    network = cost.autoencoder_model(stage)
-    model = cost.diffusion_model(config, assumed_specs(config, network, {}), network.latent_shape(*size))
+    network = cost.meta_autoencoder(stage)
+    model = cost.meta_diffusion_model(config, assumed_specs(config, network, {}), network.latent_shape(*size))
     vector, embedding = model.conditions.vector_dim, 4 * config.diffusion.channels
     if not config.diffusion.vector_mlp and vector not in (None, embedding):
         raise UsageError(

@@ -23,25 +23,25 @@ from ldmcli.training.optimizer import is_hidden_matrix
 
 RUNTIME_BYTES = 600 << 20  # interpreter, torch and the libraries of data, measured at the start of a training
 MEMORY_SHARE = 0.85  # of what is free: the rest is for workspaces and for what lies between two allocations
-# bytes a pixel that no network here keeps: a training whose images would fit at this much is not measured
-FAR_ABOVE = 400_000
+# activations a pixel that no network here comes near: where images fit at this much nothing is measured
+MAX_BYTES_PER_PIXEL = 400_000
 
 
 @dataclass
-class Work:
-    """A trained network with what one sample costs: FLOPs forward and forward with backward, bytes kept between."""
+class NetworkCost:
+    """A network and what one sample costs in it."""
 
     module: nn.Module
-    forward: float
-    both: float
-    kept: float
+    forward_flops: float
+    training_flops: float  # forward and backward
+    activation_bytes: float  # saved for the backward pass, in float32
 
 
 # ---------------------------------------------------------------- networks
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves weights undrawn. On the meta device a random number loads torch's compiler: a second, and 150 MB."""
+class _SkipInit(TorchFunctionMode):
+    """Leaves weights uninitialised. On the meta device a random number loads torch's compiler, which takes a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         given = kwargs or {}
@@ -51,42 +51,42 @@ class _Undrawn(TorchFunctionMode):
 
 
 @contextmanager
-def shapes_only() -> Iterator[None]:
+def on_meta_device() -> Iterator[None]:
     """Context in which tensors and networks are made on the meta device."""
-    with torch.device("meta"), _Undrawn():
+    with torch.device("meta"), _SkipInit():
         yield
 
 
-def autoencoder_model(settings: AutoencoderSettings) -> Autoencoder:
+def meta_autoencoder(settings: AutoencoderSettings) -> Autoencoder:
     """The network on the meta device."""
-    with shapes_only():
+    with on_meta_device():
         return Autoencoder(settings)
 
 
-def autoencoder_works(config: AutoencoderConfig, size: tuple[int, int]) -> dict[str, Work]:
-    """The networks of a first-stage training, and the loss network ("perceptual"), which is not trained."""
-    network = autoencoder_model(config.autoencoder)
-    with shapes_only():
+def autoencoder_costs(config: AutoencoderConfig, size: tuple[int, int]) -> dict[str, NetworkCost]:
+    """Of the networks of a first-stage training, and of the loss network ("perceptual"), which is not trained."""
+    network = meta_autoencoder(config.autoencoder)
+    with on_meta_device():
         pixels = torch.zeros(1, config.autoencoder.in_channels, *size)
         noise = torch.zeros(1, *network.latent_shape(*size))
-    works = {"autoencoder": count(network, lambda: network(pixels, noise).reconstruction)}
+    costs = {"autoencoder": measure_cost(network, lambda: network(pixels, noise).reconstruction)}
     if config.loss.disc_weight > 0:
-        with shapes_only():
+        with on_meta_device():
             critic = PatchDiscriminator(3, config.loss.disc_channels, config.loss.disc_layers).eval()
-        works["discriminator"] = count(critic, lambda: critic(pixels))
+        costs["discriminator"] = measure_cost(critic, lambda: critic(pixels))
     if config.loss.perceptual_weight > 0:
         judge = perceptual_shapes(config.loss.perceptual)
         made = pixels.clone().requires_grad_()
-        works["perceptual"] = count(judge, lambda: judge(pixels, made))
-    return works
+        costs["perceptual"] = measure_cost(judge, lambda: judge(pixels, made))
+    return costs
 
 
-def diffusion_model(
+def meta_diffusion_model(
     config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int]
 ) -> DiffusionModel:
     """The model on the meta device. A frozen text encoder would have to be opened; the paper's stands in for it."""
-    condition = countable(config.condition)
-    with shapes_only():
+    condition = without_frozen_encoder(config.condition)
+    with on_meta_device():
         model = DiffusionModel(config.diffusion, condition, facts, None, latent, config.kinds)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device="meta")
     for conditioner in model.conditions.conditioners.values():
@@ -94,18 +94,18 @@ def diffusion_model(
     return model
 
 
-def diffusion_work(
+def diffusion_cost(
     config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int], size: tuple[int, int]
-) -> Work:
+) -> NetworkCost:
     """The diffusion model with one row of conditions."""
-    model = diffusion_model(config, facts, latent)
-    with shapes_only():
+    model = meta_diffusion_model(config, facts, latent)
+    with on_meta_device():
         inputs = model.conditions.example(size)
         z, t = torch.zeros(1, *latent), torch.zeros(1)
-    return count(model, lambda: model(z, t, inputs))
+    return measure_cost(model, lambda: model(z, t, inputs))
 
 
-def countable(condition: ConditionSettings) -> ConditionSettings:
+def without_frozen_encoder(condition: ConditionSettings) -> ConditionSettings:
     """Without a frozen text encoder."""
     return condition if condition.text_encoder == "joint" else replace(condition, text_encoder="joint")
 
@@ -113,7 +113,7 @@ def countable(condition: ConditionSettings) -> ConditionSettings:
 # ---------------------------------------------------------------- counting
 
 
-class _Fused(TorchFunctionMode):
+class _FusedAttention(TorchFunctionMode):
     """Attention as fused kernels do it, which keep no matrix of scores; the meta device would take the plain way."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -122,7 +122,7 @@ class _Fused(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def kept_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
+def saved_activation_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
     """Bytes that a pass on the meta device keeps for its backward pass, in float32, weights left out."""
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, Any] = {}  # the storages themselves: a freed one's address would be another one's soon
@@ -133,12 +133,12 @@ def kept_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
             kept[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _Fused():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
         run()
     return float(sum(storage.nbytes() for storage in kept.values()))
 
 
-def count(module: nn.Module, run: Callable[[], Tensor]) -> Work:
+def measure_cost(module: nn.Module, run: Callable[[], Tensor]) -> NetworkCost:
     """Counts one pass over one sample on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -146,17 +146,17 @@ def count(module: nn.Module, run: Callable[[], Tensor]) -> Work:
         result = run()
         forward = counter.get_total_flops()
         result.sum().backward()
-    return Work(module, float(forward), float(counter.get_total_flops()), kept_bytes(module, run))
+    return NetworkCost(module, float(forward), float(counter.get_total_flops()), saved_activation_bytes(module, run))
 
 
-def step_flops(works: dict[str, Work]) -> float:
+def step_flops(costs: dict[str, NetworkCost]) -> float:
     """FLOPs of a training step a sample. With a discriminator: both passes of the autoencoder, one without gradients;
     of the discriminator, forward and input gradient for the one, real and fake with all gradients for the other."""
-    main = next(iter(works.values()))
-    critic = works.get("discriminator")
+    main = next(iter(costs.values()))
+    critic = costs.get("discriminator")
     if critic is None:
-        return main.both
-    return main.both + main.forward + 2 * critic.forward + 2 * critic.both
+        return main.training_flops
+    return main.training_flops + main.forward_flops + 2 * critic.forward_flops + 2 * critic.training_flops
 
 
 # ---------------------------------------------------------------- memory
@@ -178,13 +178,13 @@ def available_bytes(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, memory_bytes())
 
 
-def micro_batch(share: int, per_image: float, room: float) -> int:
+def largest_micro_batch(share: int, per_image: float, room: float) -> int:
     """Samples of a process's `share` of the batch that go through the networks at once: all where `room` bytes hold
     what they keep, else as many as fit, made even over the passes; at least 1."""
     fitting = max(1, int(room // per_image)) if per_image else share
     return share if fitting >= share else -(-share // -(-share // fitting))
 
 
-def surely_fits(share: int, size: tuple[int, int], room: float) -> bool:
+def certainly_fits(share: int, size: tuple[int, int], room: float) -> bool:
     """Whether so few and small images fit whatever the network is, so that nothing has to be measured."""
-    return share * math.prod(size) * FAR_ABOVE <= room
+    return share * math.prod(size) * MAX_BYTES_PER_PIXEL <= room

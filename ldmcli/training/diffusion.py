@@ -158,7 +158,7 @@ class DiffusionObjective:
     def activation_bytes(self) -> float:
         """Bytes that one image takes in a step, in float32: what is kept for the backward pass, or what the first stage
         takes to encode it, where that is more."""
-        kept = cost.diffusion_work(self.config, self.facts, self.latents.shape, self.size).kept
+        kept = cost.diffusion_cost(self.config, self.facts, self.latents.shape, self.size).activation_bytes
         network = self.autoencoder.network
         encodes = self.latents.cache is None or self.model.conditions.encodes
         if network.is_identity or not encodes:

@@ -29,8 +29,8 @@ def choose_micro_batch(objective: Objective, dist: Distributed, settings: TrainS
     beside = 1 if dist.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE") or dist.world_size)
     room = cost.MEMORY_SHARE * (cost.available_bytes(dist.device) // beside - still_to_come)
     fitting = share
-    if not cost.surely_fits(share, objective.size, room):
-        fitting = cost.micro_batch(share, objective.activation_bytes(), room)
+    if not cost.certainly_fits(share, objective.size, room):
+        fitting = cost.largest_micro_batch(share, objective.activation_bytes(), room)
     fitting = min(dist.gather(fitting))
     chosen = min(stored, fitting) if stored else fitting
     if chosen < share and dist.is_rank_0:

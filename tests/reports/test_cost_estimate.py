@@ -102,10 +102,10 @@ def test_a_frozen_text_encoder_is_not_opened():
 def test_flops_and_kept_bytes_of_a_layer_are_those_of_arithmetic():
     with torch.device("meta"):
         layer, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.zeros(1, 8)
-    work = cost.count(layer, lambda: layer(x))
-    assert work.forward == 2 * (8 * 16 + 16 * 4)
-    assert work.both == work.forward + 2 * (8 * 16 + 2 * 16 * 4)  # the input needs no gradient
-    assert work.kept == 4 * (8 + 16)  # the input and the ReLU's output, each once
+    work = cost.measure_cost(layer, lambda: layer(x))
+    assert work.forward_flops == 2 * (8 * 16 + 16 * 4)
+    assert work.training_flops == work.forward_flops + 2 * (8 * 16 + 2 * 16 * 4)  # the input needs no gradient
+    assert work.activation_bytes == 4 * (8 + 16)  # the input and the ReLU's output, each once
 
 
 def test_flops_a_step_grow_with_the_batch_and_with_a_discriminator():
@@ -115,9 +115,9 @@ def test_flops_a_step_grow_with_the_batch_and_with_a_discriminator():
     critic = plan("autoencoder", resolved("autoencoder", train__batch_size=1, loss__disc_weight=1.0))["flops"]
     with torch.device("meta"):
         net, x = PatchDiscriminator(3, 64, 3).eval(), torch.zeros(1, 3, 64, 64)
-    work = cost.count(net, lambda: net(x))
+    work = cost.measure_cost(net, lambda: net(x))
     # one reconstruction without gradients; the critic once for the generator (no weight gradients), twice for itself
-    more = one["forward_per_image"] + 2 * work.forward + 2 * work.both
+    more = one["forward_per_image"] + 2 * work.forward_flops + 2 * work.training_flops
     assert critic["per_step"] - one["per_step"] == more
 
 
@@ -185,7 +185,7 @@ def test_left_to_itself_the_micro_batch_is_what_fits_made_even(monkeypatch):
     ],
 )
 def test_micro_batches(share, per_image, room, expected):
-    assert cost.micro_batch(share, per_image, room) == expected
+    assert cost.largest_micro_batch(share, per_image, room) == expected
 
 
 def test_time_is_work_over_rate_and_bounded_by_the_minutes_given(monkeypatch):

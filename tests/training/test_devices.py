@@ -487,7 +487,7 @@ def test_a_pass_of_every_diffusion_model(name):
     config, stage = resolved(name, **SMALL).config, AutoencoderSettings(f=F, embed_dim=3, z_channels=3)
     if stage_of(name):
         stage = resolved(stage_of(name)).config.autoencoder
-    stage = cost.autoencoder_model(stage)
+    stage = cost.meta_autoencoder(stage)
     side = 2 * stage.f * 2 ** (len(config.diffusion.channel_mult) - 1) * config.diffusion.patch
     latent, facts = stage.latent_shape(side, side), assumed_specs(config, stage, {})
     with pretended() as device:

@@ -27,7 +27,7 @@ def ae_kept() -> float:
 
     values = dict(pair.split("=") for pair in tiny.AE_NETWORK if "=" in pair)
     found = config.resolve("autoencoder", [("test", values)]).config
-    return sum(work.kept for work in cost.autoencoder_works(found, (20, 20)).values())
+    return sum(network.activation_bytes for network in cost.autoencoder_costs(found, (20, 20)).values())
 
 
 @pytest.fixture
@@ -131,5 +131,5 @@ def test_the_memory_of_a_step_is_near_what_is_predicted(tmp_path):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(torch.zeros(3, 3, 32, 32), torch.zeros(3, *network.latent_shape(32, 32)))
     counted = sum(storage.nbytes() for storage in kept.values()) / 3
-    predicted = cost.autoencoder_works(found, (32, 32))["autoencoder"].kept
+    predicted = cost.autoencoder_costs(found, (32, 32))["autoencoder"].activation_bytes
     assert predicted == pytest.approx(counted, rel=0.1)
