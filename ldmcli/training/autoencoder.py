@@ -1,4 +1,4 @@
-"""What the training of an autoencoder asks of the loop (Sec. 3.1): two phases a step once the discriminator starts."""
+"""The first-stage objective (Sec. 3.1, Eq. 25): one phase a step, two once the discriminator starts."""
 
 import json
 from pathlib import Path
@@ -29,11 +29,11 @@ from ldmcli.training.distributed import Distributed
 from ldmcli.training.latents import measure_latent_scale
 
 SCALE_IMAGES = 2048
-FRECHET_IMAGES = 64  # with fewer the distance says nothing, and its network takes longer to load than a short run
+FRECHET_IMAGES = 64  # with fewer the distance is not measured: it would say nothing
 
 
 class AutoencoderObjective:
-    """First-stage training: reconstruction, regulariser, perceptual and adversarial terms."""
+    """Reconstruction, regulariser, perceptual and adversarial terms; `Objective` says what each member is."""
 
     kind = "autoencoder"
     main_network = "autoencoder"

@@ -1,5 +1,5 @@
-"""What settings must agree on before any data is read. Training and `--plan` ask the same functions, so that a plan
-refuses what a training would, in the same words."""
+"""Checks of the settings before any data is read. Training and `--plan` call the same functions, so that a plan refuses
+what a training would, in the same line."""
 
 from ldmcli.conditions.fit import assumed_specs, check_settings, check_sources
 from ldmcli.core.errors import UsageError
@@ -58,7 +58,8 @@ def _check_discriminator(config: AutoencoderConfig, size: tuple[int, int], world
 
 
 def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: tuple[int, int], world: int) -> None:
-    """Raises UsageError where the training of a diffusion model in latents of `stage` cannot begin."""
+    """Raises UsageError where a diffusion model for images of `size` pixels cannot be trained on `world` processes in
+    latents of `stage`."""
     _check_conditions(config, size)
     _check_loop(config.train, config.data, world)
     if stage.in_channels != 3:
@@ -99,7 +100,7 @@ def _check_loop(train: TrainSettings, data: DataSettings, world: int) -> None:
 
 
 def notes_of(config: DiffusionConfig) -> list[str]:
-    """What happens otherwise than the settings say, for the plan and for the start of a training."""
+    """Where a training deviates from the settings; for the plan and for its start."""
     if not config.data.cache or config.caches_latents:
         return []
     why = "a stream is not read twice" if config.data.streaming else "random crops show other pixels in each epoch"

@@ -21,7 +21,7 @@ from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.perceptual import perceptual_shapes
 from ldmcli.training.optimizer import is_hidden_matrix
 
-RUNTIME_BYTES = 600 << 20  # interpreter, torch and the libraries of data, measured at the start of a training
+RUNTIME_BYTES = 600 << 20  # interpreter, torch and the libraries of data (docs/experiments.md)
 MEMORY_SHARE = 0.85  # of what is free: the rest is for workspaces and for what lies between two allocations
 # activations a pixel that no network here comes near: where images fit at this much nothing is measured
 MAX_BYTES_PER_PIXEL = 400_000
@@ -41,7 +41,7 @@ class NetworkCost:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves weights uninitialised. On the meta device a random number loads torch's compiler, which takes a second."""
+    """Leaves weights uninitialised: on the meta device a random number loads torch's compiler (docs/experiments.md)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         given = kwargs or {}
@@ -58,7 +58,7 @@ def on_meta_device() -> Iterator[None]:
 
 
 def meta_autoencoder(settings: AutoencoderSettings) -> Autoencoder:
-    """The network on the meta device."""
+    """The autoencoder on the meta device. Raises UsageError where settings contradict each other."""
     with on_meta_device():
         return Autoencoder(settings)
 
@@ -97,7 +97,7 @@ def meta_diffusion_model(
 def diffusion_cost(
     config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int], size: tuple[int, int]
 ) -> NetworkCost:
-    """The diffusion model with one row of conditions."""
+    """Of the diffusion model, with one row of conditions. latent: (c, h, w); size: (height, width) in pixels."""
     model = meta_diffusion_model(config, facts, latent)
     with on_meta_device():
         inputs = model.conditions.example(size)
@@ -106,7 +106,7 @@ def diffusion_cost(
 
 
 def without_frozen_encoder(condition: ConditionSettings) -> ConditionSettings:
-    """Without a frozen text encoder."""
+    """The settings with the paper's text encoder instead of a frozen one."""
     return condition if condition.text_encoder == "joint" else replace(condition, text_encoder="joint")
 
 
@@ -123,7 +123,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def saved_activation_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
-    """Bytes that a pass on the meta device keeps for its backward pass, in float32, weights left out."""
+    """Bytes of float32 that a pass on the meta device saves for its backward pass, beside the weights."""
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, Any] = {}  # the storages themselves: a freed one's address would be another one's soon
 
@@ -163,7 +163,7 @@ def step_flops(costs: dict[str, NetworkCost]) -> float:
 
 
 def optimizer_bytes(named: Iterable[tuple[str, nn.Parameter]], train) -> int:
-    """AdamW keeps two numbers a weight; Muon one, or two where it orthogonalises now and then."""
+    """Optimiser state of named parameters: AdamW keeps two floats a weight; Muon one, or two with muon_every > 1."""
     muon = 4 * (2 if train.muon_every > 1 else 1)
     on_muon = train.optimizer == "muon"
     return sum(p.numel() * (muon if on_muon and is_hidden_matrix(n, p) else 8) for n, p in named)
@@ -180,7 +180,7 @@ def available_bytes(device: torch.device) -> int:
 
 def largest_micro_batch(share: int, per_image: float, room: float) -> int:
     """Samples of a process's `share` of the batch that go through the networks at once: all where `room` bytes hold
-    what they keep, else as many as fit, made even over the passes; at least 1."""
+    their activations of `per_image` bytes, else as many as fit, evenly over the passes; at least 1."""
     fitting = max(1, int(room // per_image)) if per_image else share
     return share if fitting >= share else -(-share // -(-share // fitting))
 

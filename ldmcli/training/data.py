@@ -11,8 +11,11 @@ from ldmcli.training.distributed import Distributed
 
 
 def open_data(config, dist: Distributed, size: tuple[int, int]):
-    """(training rows, validation rows, bad files), the same on all processes. Each picture is hashed and decoded by
-    one of them; what is kept of pictures fits in each one's part of the memory (`Room`)."""
+    """(training rows, validation rows, errors of files left out), the same on all processes. Collective.
+
+    Each image is hashed and decoded by one process; what is kept of images fits in each one's part of the memory
+    (`Room`). Raises InputError and UsageError.
+    """
     settings = replace(config.data, size=size)
     if settings.streaming:
         seed = config.train.seed
@@ -42,7 +45,7 @@ def _say_notes(rows, validation) -> None:
 
 
 def _exchange_hashes(rows, dist: Distributed) -> None:
-    """Every process hashes its share of the pictures and hears of the others'."""
+    """Every process hashes its share of the images and gets the hashes of the others."""
     if is_shapes(rows.source):
         return  # nothing is stored that would have to be read
     shares = [range(rank, len(rows), dist.world_size) for rank in range(dist.world_size)]
@@ -61,7 +64,7 @@ def _checked(rows, settings, dist: Distributed):
 
 
 def data_facts(rows, validation, bad) -> dict[str, Any]:
-    """What run.json says of the data."""
+    """The entry "data" of run.json."""
     return {
         "source": rows.source,
         "split": rows.split,

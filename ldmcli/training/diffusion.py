@@ -1,4 +1,4 @@
-"""What the training of a diffusion model asks of the loop (Sec. 3.2, 3.3): cached latents, conditions, one phase."""
+"""The objective of diffusion models (Sec. 3.2, 3.3): denoising of latents under conditions, one phase a step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +34,7 @@ from ldmcli.training.validation import DiffusionValidation
 
 
 class DiffusionObjective:
-    """Denoising in the latents of a frozen autoencoder."""
+    """Denoising in the latents of a frozen autoencoder; `Objective` says what each member is."""
 
     kind = "diffusion"
     main_network = "model"

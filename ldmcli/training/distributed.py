@@ -1,4 +1,4 @@
-"""Where a training process stands among the others: device, rank, and the few collective calls that the loop needs."""
+"""A training process among the others: device, precision, rank, and the collective calls that the loop needs."""
 
 import os
 import pickle
@@ -69,7 +69,7 @@ class Distributed:
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this process writes the run folder and speaks."""
+        """Whether this process writes the run folder and reports."""
         return self.rank == 0
 
     def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ class Distributed:
             yield
 
     def on_rank_0(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on the main process; all get its result, or raise its error."""
+        """Runs `function` on rank 0; all processes get its result (pickled), or raise its LdmError. Collective."""
         result: list[Any] = [None, None]
         if self.is_rank_0:
             try:
@@ -106,9 +106,9 @@ class Distributed:
         return result[0]
 
     def on_all_ranks(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on every process; if it failed on any, all raise that error, so that nobody waits alone.
+        """Runs `function` on every process; where one raises an LdmError, all do, and none is left waiting. Collective.
 
-        All have returned from `function` when this returns. It must not call the others itself.
+        All have returned from `function` when this returns. `function` itself must not be collective.
         """
         result, error = None, None
         try:
@@ -120,7 +120,7 @@ class Distributed:
         return result
 
     def gather(self, value: Any) -> list[Any]:
-        """One Python object of each process, in order of rank."""
+        """One picklable object of each process, in order of rank. Collective."""
         if self.world_size == 1:
             return [value]
         out: list[Any] = [None] * self.world_size
@@ -128,7 +128,7 @@ class Distributed:
         return out
 
     def all_reduce_max(self, values: list[float]) -> list[float]:
-        """Element-wise maximum over processes of a few numbers."""
+        """Element-wise maximum over processes of a few numbers. Collective."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -136,7 +136,7 @@ class Distributed:
         return tensor.tolist()
 
     def mean(self, values: dict[str, float], weight: float) -> dict[str, float]:
-        """Weighted mean over processes of equal-named numbers."""
+        """Mean over processes of equally named numbers, each with the `weight` of its process. Collective."""
         if self.world_size == 1:
             return values
         names = sorted(values)
@@ -146,7 +146,7 @@ class Distributed:
         return {name: value / total[0] for name, value in zip(names, total[1:])}
 
     def check_equal(self, modules: dict[str, torch.nn.Module]) -> None:
-        """Raises ResourceError when the weights differ between processes."""
+        """Raises ResourceError where weights differ between processes. Collective."""
         own = tensors_hash({f"{n}.{k}": t.cpu() for n, m in modules.items() for k, t in m.state_dict().items()})
         hashes = self.gather(own)
         if len(set(hashes)) > 1:

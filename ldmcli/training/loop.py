@@ -24,7 +24,7 @@ from ldmcli.training.checkpoints import Checkpointer
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.logger import TrainLogger
-from ldmcli.training.lr_schedule import cooldown_factor, warmup_factor
+from ldmcli.training.lr_schedule import lr_factor
 from ldmcli.training.micro_batch import choose_micro_batch, halve_on_out_of_memory
 from ldmcli.training.objective import Objective
 from ldmcli.training.progress import Progress
@@ -268,7 +268,7 @@ class Trainer:
         if s.max_minutes:
             done = max(done, min(1.0, p.trained_seconds / (s.max_minutes * 60)))
             done = self.dist.all_reduce_max([done])[0]
-        return warmup_factor(p.step, s.warmup) * cooldown_factor(done, s.cooldown)
+        return lr_factor(p.step, done, s.warmup, s.cooldown)
 
     def _gradient_scale(self, phase: str, norm: float) -> float:
         """What the gradient is multiplied by: it is cut to train.clip, and to its usual norm where it is a spike."""

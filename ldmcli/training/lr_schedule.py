@@ -20,9 +20,10 @@ def cooldown_factor(progress: float, cooldown: float) -> float:
     return min(1.0, max(0.0, (1.0 - progress) / cooldown))
 
 
-def lr_at(step: int, steps: int, warmup: int = 0, cooldown: float = 0.0) -> float:
-    """Multiplier of update `step` (0 … steps−1) of a run of `steps` updates; positive for every one of them."""
-    return warmup_factor(step, warmup) * cooldown_factor(step / steps, cooldown)
+def lr_factor(step: int, progress: float, warmup: int = 0, cooldown: float = 0.0) -> float:
+    """Multiplier of the learning rate at update `step`, where the share `progress` of the run is done; positive while
+    it is below 1."""
+    return warmup_factor(step, warmup) * cooldown_factor(progress, cooldown)
 
 
 def _cycle(n: int, cycle_lengths: Sequence[float]) -> tuple[int, float]:

@@ -1,5 +1,5 @@
-"""How much of its share of a batch a process takes at once: all of it, or as much as memory holds. Losses and the batch
-stay; only the order in which gradients are summed changes, so a run keeps what it was started with."""
+"""The micro-batch: how many samples of its share of a batch a process takes at once. It changes neither batch nor loss,
+only the order in which gradients are summed; a run keeps the one it was started with."""
 
 import os
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from ldmcli.training.objective import Objective
 from ldmcli.training.progress import Progress
 from ldmcli.training.run_end import out_of_memory
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def choose_micro_batch(objective: Objective, dist: Distributed, settings: TrainSettings, stored: int) -> int:
-    """Samples at a time: as set; else as in the checkpoint that the run goes on from (`stored`, 0 without one), where
-    these still fit; else all, or as many as fit. The same on all processes; where it is not all, it is said."""
+    """Samples at a time, the same on all processes: as set; else `stored`, from the checkpoint that the run resumes (0
+    without one), where these still fit; else all, or as many as fit. Says so where it is not all. Collective."""
     share = -(-settings.batch_size // dist.world_size)
     if settings.micro_batch:
         return settings.micro_batch
     named = [pair for module in objective.networks.values() for pair in module.named_parameters()]
-    still_to_come = 4 * sum(p.numel() for _, p in named) + cost.optimizer_bytes(named, settings)
-    beside = 1 if dist.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE") or dist.world_size)
-    room = cost.MEMORY_SHARE * (cost.available_bytes(dist.device) // beside - still_to_come)
+    to_allocate = 4 * sum(p.numel() for _, p in named) + cost.optimizer_bytes(named, settings)
+    processes = 1 if dist.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE") or dist.world_size)
+    room = cost.MEMORY_SHARE * (cost.available_bytes(dist.device) // processes - to_allocate)
     fitting = share
     if not cost.certainly_fits(share, objective.size, room):
         fitting = cost.largest_micro_batch(share, objective.activation_bytes(), room)
@@ -41,14 +41,14 @@ def choose_micro_batch(objective: Objective, dist: Distributed, settings: TrainS
     return chosen
 
 
-def halve_on_out_of_memory(work: Callable[[], Result], progress: Progress, held: int, dist: Distributed) -> Result:
-    """`work`, which takes `progress.micro_batch` of `held` samples at a time and changes no weights; begun again with
-    half as many where memory runs out. Several processes end instead: the others wait in the middle of their step."""
+def halve_on_out_of_memory(work: Callable[[], T], progress: Progress, samples: int, dist: Distributed) -> T:
+    """Calls `work`, which takes `progress.micro_batch` of `samples` at a time and changes no weights; again with half
+    as many where memory runs out. With several processes the error is raised: the others wait amid their step."""
     while True:
         try:
             return work()
         except Exception as error:
-            size = min(progress.micro_batch, held)
+            size = min(progress.micro_batch, samples)
             if not out_of_memory(error) or size < 2 or dist.world_size > 1:
                 raise
         progress.micro_batch = -(-size // 2)

@@ -37,7 +37,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_resources(error: BaseException, dist: Distributed, settings: TrainSettings) -> str:
-    """What to say of an error that means that memory ran out or that another process is gone; else ""."""
+    """The message for an error that means that memory ran out or that another process is gone; else ""."""
     if out_of_memory(error):
         return "memory ran out; lower --micro-batch (the global batch stays), or --size, or the model's channels"
     said = str(error).lower()
@@ -54,7 +54,7 @@ def out_of_resources(error: BaseException, dist: Distributed, settings: TrainSet
 
 
 def record_failure(run: runs.RunFolder, error: BaseException, dist: Distributed) -> None:
-    """Says in run.json how a training ended; a command that was refused leaves what an earlier one said."""
+    """Writes to run.json how a training ended, unless it was refused before run.json was its own."""
     if not (dist.is_rank_0 and run.begun):
         return
     code = int(getattr(error, "code", 1))

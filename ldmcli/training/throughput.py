@@ -1,4 +1,4 @@
-"""What a training says of itself: means between two log lines, throughput, waiting time, memory."""
+"""Means between two log lines, throughput, time spent waiting for data, peak memory."""
 
 import resource
 import sys
@@ -11,7 +11,7 @@ from ldmcli.data.batches import Prefetcher
 
 
 class ThroughputMeter:
-    """What happened since the last log line. Numbers stay on the device until it is written."""
+    """Sums since the last log line. Statistics stay on the device until it is written."""
 
     def __init__(self, batches: Prefetcher):
         self.batches = batches
@@ -19,13 +19,13 @@ class ThroughputMeter:
 
     def _restart(self) -> None:
         self.begun, self.waited = time.perf_counter(), self.batches.waited_s
-        self.images, self.steps, self.rate = 0, 0, 1.0
+        self.images, self.steps, self.lr_factor = 0, 0, 1.0
         self.sums: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, stats: dict[str, Any], images: int, rate: float) -> None:
-        """One step's statistics."""
-        self.images, self.steps, self.rate = self.images + images, self.steps + 1, rate
+    def add(self, stats: dict[str, Any], images: int, lr_factor: float) -> None:
+        """One step: its statistics (scalars or scalar tensors), images of the global batch, learning-rate factor."""
+        self.images, self.steps, self.lr_factor = self.images + images, self.steps + 1, lr_factor
         for name, value in stats.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -38,7 +38,7 @@ class ThroughputMeter:
             "images_per_s": self.images / seconds,
             "seconds_per_step": seconds / max(self.steps, 1),
             "data_wait": (self.batches.waited_s - self.waited) / seconds,
-            "lr_factor": self.rate,
+            "lr_factor": self.lr_factor,
         }
         self._restart()
         return out

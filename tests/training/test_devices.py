@@ -493,7 +493,7 @@ def test_a_pass_of_every_diffusion_model(name):
     with pretended() as device:
         model = DiffusionModel(config.diffusion, config.condition, facts, None, latent, config.kinds).to(device)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device=device)
-        inputs = {key: value.to(device) for key, value in cost._inputs(model, (side, side)).items()}
+        inputs = {key: value.to(device) for key, value in model.conditions.example((side, side)).items()}
         out = model(torch.zeros(1, *latent, device=device), torch.zeros(1, device=device), inputs)
         out.sum().backward()
         assert out.shape == (1, *latent) and out.device == device

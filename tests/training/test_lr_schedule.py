@@ -70,18 +70,18 @@ def test_after_the_last_cycle_its_end_goes_on(function):
 
 
 def test_rate_warms_up_stays_and_cools_down():
-    rates = [lr_schedule.lr_at(step, 100, warmup=10, cooldown=0.25) for step in range(100)]
+    rates = [lr_schedule.lr_factor(step, step / 100, warmup=10, cooldown=0.25) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[9:76] == [1.0] * 67
     assert rates[75:] == pytest.approx([(100 - step) / 25 for step in range(75, 100)])
 
 
 def test_every_update_moves_even_if_the_whole_run_warms_up_and_cools_down():
-    assert all(lr_schedule.lr_at(step, 7, warmup=7, cooldown=1.0) > 0 for step in range(7))
+    assert all(lr_schedule.lr_factor(step, step / 7, warmup=7, cooldown=1.0) > 0 for step in range(7))
 
 
 def test_without_warm_up_and_cooldown_the_rate_is_constant():
-    assert {lr_schedule.lr_at(step, 5) for step in range(5)} == {1.0}
+    assert {lr_schedule.lr_factor(step, step / 5) for step in range(5)} == {1.0}
 
 
 @pytest.mark.parametrize(
