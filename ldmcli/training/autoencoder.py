@@ -18,11 +18,9 @@ from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
 from ldmcli.networks.autoencoder import Autoencoder, restart_dead_codes
 from ldmcli.networks.discriminator import PatchDiscriminator
-from ldmcli.networks.latent_diffusion import LatentScale
 from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discriminator_loss, generator_loss
 from ldmcli.networks.perceptual import perceptual_net
 from ldmcli.sampling.contact_sheets import save_grid
-from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.training import checks, cost
 from ldmcli.training.data import open_data
 from ldmcli.training.distributed import Distributed
@@ -188,10 +186,6 @@ class AutoencoderObjective:
         """Inverse of `extra_state`."""
         if len(self.used_codes):
             self.used_codes = tensors["used_codes"].bool()
-
-    def as_model(self) -> LoadedAutoencoder:
-        """The network as users load it, unscaled."""
-        return LoadedAutoencoder(self.autoencoder, LatentScale.identity(self.latent_shape[0]), "", self.config)
 
     def _validation_pixels(self, count: int) -> list[np.ndarray]:
         return [

@@ -20,12 +20,12 @@ def open_data(config, dist: Distributed, size: tuple[int, int]):
     if settings.streaming:
         seed = config.train.seed
         rows, validation = dist.on_all_ranks(lambda: (StreamedRows(settings, seed), StreamedValidation(settings)))
-        _say_notes(rows, validation)
+        _log_notes(rows, validation)
         return rows, validation, []
     whole, undivided = dist.on_all_ranks(lambda: whole_rows(settings, "train"))
     other, held = whole, None
     if undivided:
-        _exchange_hashes(whole, dist)
+        _share_hashes(whole, dist)
         held, readable = dist.on_rank_0(lambda: (held_out(whole, settings), whole.readable))
         whole.readable |= readable
     else:
@@ -33,18 +33,20 @@ def open_data(config, dist: Distributed, size: tuple[int, int]):
     whole.room = other.room = Room()
     rows = divided(whole, settings, "train", held)
     validation = divided(other, settings, "validation", held)
-    rows, bad = _checked(rows, settings, dist)
-    validation, worse = _checked(validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), dist)
-    _say_notes(rows, validation)
+    rows, bad = _without_unreadable(rows, settings, dist)
+    validation, worse = _without_unreadable(
+        validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), dist
+    )
+    _log_notes(rows, validation)
     return rows, validation, [*bad, *worse]
 
 
-def _say_notes(rows, validation) -> None:
+def _log_notes(rows, validation) -> None:
     for note in dict.fromkeys([*rows.notes, *validation.notes]):
         console.say(f"data: {note}")
 
 
-def _exchange_hashes(rows, dist: Distributed) -> None:
+def _share_hashes(rows, dist: Distributed) -> None:
     """Every process hashes its share of the images and gets the hashes of the others."""
     if is_shapes(rows.source):
         return  # nothing is stored that would have to be read
@@ -53,17 +55,17 @@ def _exchange_hashes(rows, dist: Distributed) -> None:
         rows.learn_hashes(indices, hashes)
 
 
-def _checked(rows, settings, dist: Distributed):
+def _without_unreadable(rows, settings, dist: Distributed):
     """`drop_unreadable` rows and the bad ones, each of which one process decoded."""
     mine = rows.unread(range(dist.rank, len(rows), dist.world_size))
     found = dist.gather(decode_all(rows, settings, indices=mine, workers=settings.workers))
     bad = sorted(sum(found, []), key=lambda error: error.index)
     rows.transparent_rows.update(*dist.gather(rows.transparent_rows))
-    _exchange_hashes(rows, dist)
+    _share_hashes(rows, dist)
     return dist.on_all_ranks(lambda: drop_unreadable(rows, settings, bad=bad))
 
 
-def data_facts(rows, validation, bad) -> dict[str, Any]:
+def data_summary(rows, validation, bad) -> dict[str, Any]:
     """The entry "data" of run.json."""
     return {
         "source": rows.source,

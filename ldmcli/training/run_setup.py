@@ -9,7 +9,7 @@ from ldmcli.core import console, files, runs
 from ldmcli.core.config import Resolved, flat, from_toml, to_toml
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
-from ldmcli.training.data import data_facts
+from ldmcli.training.data import data_summary
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.objective import Objective
 
@@ -129,7 +129,7 @@ def write_run_files(
         reason="",
         exit_code=None,
         weights="ema" if config.train.ema else "raw",
-        data=data_facts(objective.rows, objective.validation, objective.bad),
+        data=data_summary(objective.rows, objective.validation, objective.bad),
     )
     folder.begun = True
     files.write_text(folder.path / "config.toml", to_toml(config))
