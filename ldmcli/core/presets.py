@@ -150,7 +150,7 @@ def _first_stage(
 
 
 ASSUMED = "levels, discriminator, batch and steps: the paper's tables do not give them"
-NOATTN = {"autoencoder.mid_attention": False}
+NOATTN: dict[str, Any] = {"autoencoder.mid_attention": False}
 
 
 def _counts(parameters: int, tensors: int, rfid: float, psnr: float) -> dict[str, VALUE]:
@@ -265,7 +265,7 @@ def _text(vocabulary: int, layers: int, width: int, length: int, parameters: int
 Z4, Z8 = (3, 64, 64), (4, 32, 32)
 UNCONDITIONAL = _Shape(274_056_163, 368, "vq-f4", Z4)
 UNCONDITIONAL_UNET = (224, (1, 2, 3, 4), (8, 4, 2))
-TEXT_SETTINGS = {
+TEXT_SETTINGS: dict[str, Any] = {
     "condition__kinds": ("text",),
     "condition__text_layers": 32,
     "condition__text_length": 77,
