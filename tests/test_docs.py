@@ -277,11 +277,16 @@ def test_python_of_the_pages_runs(page, here):
         )
 
 
+def unindented(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines())
+
+
 def test_code_for_extending_is_that_of_tests_that_use_it():
     page = ROOT / "docs" / "extending.md"
-    tests = [(ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"`(tests/[\w./]+)`", prose(page))]
+    names = re.findall(r"`(tests/[\w./]+\.py)`", prose(page))
+    tests = [unindented((ROOT / name).read_text(encoding="utf-8")) for name in names]
     for language, text in blocks(page):
-        assert language == "python" and any(text in test for test in tests), text
+        assert language == "python" and any(unindented(text) in test for test in tests), text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
