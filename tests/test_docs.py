@@ -338,6 +338,16 @@ def test_every_setting_is_explained():
     assert len(items) > 100 and not [item for item in items if "): " not in " ".join(item.split())]
 
 
+def test_every_metric_and_sampler_is_on_its_page():
+    from ldmcli.diffusion.samplers import SAMPLERS
+    from ldmcli.evaluation.metrics import METRICS
+
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert not [name for name in METRICS if f"`{name}`" not in text]
+    text = (ROOT / "docs" / "train-on-my-images.md").read_text(encoding="utf-8")
+    assert not [name for name in SAMPLERS if f"`{name}`" not in text]
+
+
 def scenarios() -> dict[int, str]:
     """The entries of the list in docs/reliability.md by number."""
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
