@@ -50,6 +50,7 @@ PARSED = {
 OTHERS = {
     r"^make (\w+)": "a target of the Makefile",
     r"^python (\S+\.py)": "a file of this repository",
+    r"^python -c": "a measurement of this machine",
     r"^#SBATCH": "for Slurm",
 }
 PLACEHOLDERS = {"$seed": "0", "$data": "shapes", "SRC": "runs/a", "DST": "runs/b"}
@@ -240,6 +241,8 @@ def test_a_line_that_is_not_run_is_parsed_or_of_another_program(line):
         parse(line)
     elif line.startswith("make"):
         assert f"\n{other[1]}:" in (ROOT / "Makefile").read_text()
+    elif line.startswith("python -c"):
+        compile(shlex.split(line)[2], line, "exec")
     elif line.startswith("python"):
         assert (ROOT / other[1]).is_file()
 
