@@ -203,7 +203,6 @@ METRICS: dict[str, Metric] = {
         compute=_precision_recall,
         label={"precision": "precision ({net})", "recall": "recall ({net})"},
         better="higher",
-        bound="at most 1",
     ),
     "psnr": Metric(
         needs=PAIRS,

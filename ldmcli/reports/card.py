@@ -9,9 +9,10 @@ from ldmcli.conditions import CONDITIONS
 from ldmcli.core.console import clean, redact
 from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.outputs import write_page
-from ldmcli.reports import run_report
+from ldmcli.reports import run_report, run_view
 from ldmcli.reports.charts import figure
-from ldmcli.reports.run_report import RunView, last_name, read_run
+from ldmcli.reports.run_report import last_name
+from ldmcli.reports.run_view import RunView, read_run
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
 
@@ -54,15 +55,14 @@ def _front_matter(run: RunView) -> str:
 
 def _kinds(run: RunView) -> tuple[str, ...]:
     """What a diffusion model is told, as the tags say it."""
-    kinds = run.config.condition.kinds if run.kind == "diffusion" and run.config else ()
+    kinds = run.diffusion.condition.kinds if run.diffusion else ()
     return tuple(f"{kind}-conditional" for kind in kinds if kind.isidentifier())
 
 
 def _task(run: RunView) -> str:
     if run.kind == "autoencoder":
         return "image-to-image"
-    kinds = run.config.kinds if run.config and run.kind == "diffusion" else ()
-    tags = {CONDITIONS[name].pipeline_tag for name in kinds if name in CONDITIONS}
+    tags = {CONDITIONS[name].pipeline_tag for name in run.conditions if name in CONDITIONS}
     return next((tag for tag in ("image-to-image", "text-to-image") if tag in tags), "unconditional-image-generation")
 
 
@@ -75,7 +75,7 @@ def _summary(run: RunView) -> str:
 
 
 def _picture(run: RunView) -> str:
-    found = run_report.sample_files(run.path)
+    found = run_view.sample_files(run.path)
     if not found:
         return ""
     what = "Held-out images above their reconstructions" if run.kind == "autoencoder" else "Samples of fixed seeds"
@@ -91,7 +91,7 @@ def _use(run: RunView) -> str:
         command = f"ldm reconstruct IMAGES --autoencoder {folder}"
     else:
         told, option = _told(run)
-        task = run.config.task.name if run.config else "generate"
+        task = run.diffusion.task.name if run.diffusion else "generate"
         call = f"model = ldmcli.load({folder})\nimages = model.sample({told}seed=0)"
         command = {
             "sr": f"ldm upscale photo.png --model {folder}",
@@ -102,8 +102,8 @@ def _use(run: RunView) -> str:
 
 def _told(run: RunView) -> tuple[str, str]:
     """What a first picture could be told: the argument in Python, the option of the command."""
-    request, kinds = run.stats.get("preview") or {}, run.config.kinds if run.config else ()
-    told = [CONDITIONS[name] for name in kinds if name in CONDITIONS]
+    request = run.stats.get("preview") or {}
+    told = [CONDITIONS[name] for name in run.conditions if name in CONDITIONS]
     call = "".join(one.example_call for one in told)
     option = "".join(one.example_option for one in told)
     if request.get("prompt"):
@@ -138,14 +138,14 @@ def _metrics(run: RunView) -> str:
     rows = [
         f"| {_text(name)} | {_text(value)} | {better} |"
         for name, value, better in (
-            run_report.tile(key, value, "") for key, value in run_report.latest_metrics(run).items()
+            run_report.tile(key, value, "") for key, value in run_view.latest_metrics(run).items()
         )
     ]
     parts = []
     if rows:
         parts.append("\n".join(["| metric | value | |", "|---|---|---|", *rows]))
         parts.append(run_report.protocol_text(run))
-    for name, found in run_report.evaluation_files(run).items():
+    for name, found in run_view.evaluation_files(run).items():
         lines = [f"| {_text(key)} | {_text(value)} |" for key, value in run_report.flat(found)]
         parts.append("\n".join([f"### {_text(name)}", "", "| | |", "|---|---|", *lines]))
     return "\n\n".join(["## Metrics", *(part for part in parts if part)]) if parts else ""
@@ -173,7 +173,7 @@ def _limits(run: RunView) -> str:
     ]
     if size:
         lines.insert(0, f"Sizes other than {size[0]}×{size[1]} px are outside of what it was trained on.")
-    psnr = run_report.latest_metrics(run).get("psnr")
+    psnr = run_view.latest_metrics(run).get("psnr")
     if psnr is not None:
         lines.insert(0, f"Reconstructions are not exact ({figure(psnr)} dB on validation): fine texture is lost first.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

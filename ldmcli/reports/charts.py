@@ -1,9 +1,10 @@
 """Line charts as inline SVG: no script, no font, no colour of their own (the page's style sheet has those)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from ldmcli.core.console import clean
 
@@ -47,7 +48,7 @@ def line_chart(title: str, series: Sequence[Series], *, unit: str = "", from_zer
     )
 
 
-def finite(points: Points) -> list[tuple[float, float]]:
+def finite(points: Iterable[tuple[float, Any]]) -> list[tuple[float, float]]:
     """Points whose value is a finite number; metrics.jsonl holds NaN and Inf as text."""
     return [(s, float(v)) for s, v in points if isinstance(v, int | float) and math.isfinite(v)]
 

@@ -6,6 +6,7 @@ What only the data can tell (vocabulary, classes, longest caption) is assumed, a
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ def plan(
     train, world = resolved.config.train, max(launch.world()[1], processes)
     device = default_device()
     dtype = autocast_dtype(train.mixed_precision, device)
-    if kind == "autoencoder":
-        image, latent, costs = _autoencoder_costs(resolved.config, world, notes)
+    config = resolved.config
+    if isinstance(config, AutoencoderConfig):
+        image, latent, costs = _autoencoder_costs(config, world, notes)
     else:
-        image, latent, costs = _diffusion_costs(resolved.config, autoencoder, init_from, first_stage, world, notes)
+        image, latent, costs = _diffusion_costs(config, autoencoder, init_from, first_stage, world, notes)
     sharing = world if device.type == "cpu" else 1  # processes that share one device's memory and speed
     step = cost.step_flops(costs) * train.batch_size
     share = -(-train.batch_size // world)
@@ -86,7 +88,8 @@ def _autoencoder_costs(config: AutoencoderConfig, world: int, notes: list[str]):
     costs = cost.autoencoder_costs(config, image)
     if "discriminator" in costs:
         notes.append(f"FLOPs and time are those from step {config.loss.disc_start} on, with the discriminator")
-    return image, costs["autoencoder"].module.latent_shape(*image), costs
+    network: Any = costs["autoencoder"].module
+    return image, network.latent_shape(*image), costs
 
 
 def _diffusion_costs(
@@ -116,7 +119,7 @@ def _first_stage(
     path = Path(autoencoder or (Path(init_from) / "autoencoder" if init_from else ""))
     if (autoencoder or init_from) and format_of(path) != "run":
         found = load_autoencoder(path, torch.device("cpu"))
-        return found.network.settings, tuple(found.config.data.size) if found.config else (0, 0)
+        return found.network.settings, _size(found.config.data.size) if found.config else (0, 0)
     if autoencoder or init_from:
         config = read_config("autoencoder", path)
     elif preset:
@@ -125,7 +128,11 @@ def _first_stage(
     else:
         notes.append("no autoencoder is named: that of `ldm train-ae` without options is assumed")
         config = AutoencoderConfig()
-    return config.autoencoder, tuple(config.data.size)
+    return config.autoencoder, _size(config.data.size)
+
+
+def _size(size: Sequence[int]) -> tuple[int, int]:
+    return size[0], size[1]
 
 
 # ---------------------------------------------------------------- memory
@@ -141,7 +148,7 @@ def _memory(
     named = [pair for network in trained for pair in network.module.named_parameters()]
     weights = 4 * sum(p.numel() for _, p in named)
     main = 4 * sum(p.numel() for p in trained[0].module.parameters())
-    parts = {
+    parts: dict[str, Any] = {
         "weights": weights,
         "gradients": weights,
         "optimizer": cost.optimizer_bytes(named, train),
@@ -248,7 +255,7 @@ def _settings_text(rows: list[list[str]], width: int) -> str:
     names = max(len(path) for path, _, _ in rows)
     origins = min(max(len(origin) for *_, origin in rows), 24)
     room = max(width - names - origins - 4, 12)
-    cut = [(path, _clipped(value, room), _clipped(origin, origins)) for path, value, origin in rows]
+    cut: list[list | tuple] = [(path, _clipped(value, room), _clipped(origin, origins)) for path, value, origin in rows]
     return console.table(cut, ["setting", "value", "from"]) + "\n"
 
 

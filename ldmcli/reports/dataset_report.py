@@ -144,7 +144,7 @@ def _look(row: Row, split: str) -> Look:
 def _sizes(good: Sequence[Look], settings: DataSettings) -> dict[str, Any] | None:
     if not good:
         return None
-    shapes = [look.shape for look in good]
+    shapes = [look.shape for look in good if look.shape is not None]
     by_area = sorted(shapes, key=lambda shape: shape[0] * shape[1])
     counted = Counter(shapes).most_common(EXAMPLES)
     facts = {

@@ -149,14 +149,14 @@ def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
 
 def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, out: Path, seed: int) -> dict[str, Any]:
     """Samples of held-out requests beside reconstructions and real images, all scored the same way."""
-    model = load(ldm)
+    model: Any = load(ldm)
     held = open_rows(replace(data, size=chosen["size"]), split="validation")
     picked = _distinct(held, chosen["kinds"])
     count = len(picked)
     real = np.stack([held.pixels(i, chosen["size"], "center", (0.5, 0.5)) for i in picked])
     source = ConditionDataset(held, model.config, chosen["size"], training=False)
     values = {name: source.values(name, picked, picked) for name in chosen["kinds"]}
-    told = arguments_of(values) if values else {"n": count}
+    told: dict[str, Any] = arguments_of(values) if values else {"n": count}
     begun = time.monotonic()
     samples = np.stack([np.asarray(image) for image in model.sample(seed=seed, batch_size=32, **told)])
     seconds = time.monotonic() - begun

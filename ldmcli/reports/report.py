@@ -13,7 +13,7 @@ from ldmcli.core.outputs import write_page
 from ldmcli.reports import html, run_report
 from ldmcli.reports.card import write_card
 from ldmcli.reports.html import safe
-from ldmcli.reports.run_report import RunView, read_run
+from ldmcli.reports.run_view import RunView, read_run
 
 CARDS = 16
 _SCORES = ("colour", "shape", "position", "background", "count", "all")
@@ -77,13 +77,14 @@ def write_demo_report(out: Path, runs: list[Path], summary: dict[str, Any]) -> P
 
 
 def _demo_header(views: Sequence[RunView], summary: dict[str, Any]) -> str:
-    view = next((view for view in views if view.kind == "diffusion" and view.config), None)
-    title = "Pictures from words" if view and Text.name in view.config.condition.kinds else "Pictures from noise"
+    view = next((view for view in views if view.diffusion), None)
+    words = view is not None and view.diffusion is not None and Text.name in view.diffusion.condition.kinds
+    title = "Pictures from words" if words else "Pictures from noise"
     rows = (view.state.get("data") or {}).get("rows") if view else None
     size = view.stats.get("size") if view else None
     details = [f"{rows:,} images" if isinstance(rows, int) else "", f"{size[0]}×{size[1]} px" if size else ""]
     data = f"{run_report.last_name(summary.get('data')) or 'images'} ({', '.join(filter(None, details))})"
-    machine = next((view.state["machine"] for view in views if view.state.get("machine")), {})
+    machine: dict[str, Any] = next((view.state["machine"] for view in views if view.state.get("machine")), {})
     gpu = machine.get("device_type") == "gpu"
     cores = f" on {machine['cpu_count']} CPU cores" if machine.get("cpu_count") and not gpu else ""
     time = f" in {duration_with_unit(summary['seconds'])}{cores}" if _given(summary, "seconds") else ""
@@ -127,7 +128,7 @@ def _samples(out: Path, views: Sequence[RunView], summary: dict[str, Any]) -> st
     told = _prompts(out / "prompts.txt")
     view = next((view for view in views if view.stats.get("size") and view.kind == "diffusion"), None)
     cells = html.cut(sheet, view.stats["size"]) if view else []
-    if not cells:
+    if view is None or not cells:
         return html.section("Samples", html.picture(sheet, "samples"))
     if not told:
         return html.section("Samples", html.mosaic(cells))

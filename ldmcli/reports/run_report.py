@@ -2,16 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePath
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from ldmcli.conditions.outputs import preview_captions
 from ldmcli.core import config as configuration
-from ldmcli.core import files, runs
+from ldmcli.core import files
 from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import LdmError
 from ldmcli.data import shape_reading
@@ -19,21 +17,20 @@ from ldmcli.data.sources import is_shapes
 from ldmcli.reports import html
 from ldmcli.reports.charts import Series, figure, finite, line_chart
 from ldmcli.reports.html import safe
-from ldmcli.training.validation import VALIDATION_ROWS
+from ldmcli.reports.run_view import (
+    RunView,
+    evaluation_files,
+    latest_metrics,
+    logged_values,
+    metric_facts,
+    preview_texts,
+    sample_files,
+    validation_count,
+)
 
 PREVIEWS = 6
 KINDS = {"autoencoder": "Autoencoder", "diffusion": "Diffusion model"}
 STATES = ("running", "finished", "interrupted", "failed", "diverged")
-METRICS = {  # key: name, unit, which way is better
-    "psnr": ("PSNR", "dB", "higher is better"),
-    "ssim": ("SSIM", "", "higher is better, at most 1"),
-    "lpips": ("LPIPS", "", "lower is better"),
-    "perceptual": ("Perceptual distance", "", "lower is better"),
-    "fd": ("Fréchet distance", "", "lower is better"),
-    "fid": ("FID", "", "lower is better"),
-    "kid": ("KID", "", "lower is better"),
-    "val_loss": ("Validation loss", "", "lower is better"),
-}
 TERMS = {"l1_loss": "L1", "l2_loss": "L2", "edge_loss": "edges", "perceptual_loss": "perceptual"}
 FROM_ZERO = {"lr_factor", "data_wait", "images_per_s"}
 GROUPS = (  # title, unit, {key in metrics.jsonl: name in the legend}
@@ -58,48 +55,6 @@ _NOT_DRAWN = {
     "rec_loss",
     "nll_loss",
 }
-
-
-@dataclass(frozen=True)
-class RunView:
-    """All that a run folder says, with nothing missing: what cannot be read is empty."""
-
-    path: Path
-    state: dict[str, Any]
-    log: list[dict[str, Any]]
-    stats: dict[str, Any]
-    config: configuration.Config | None
-
-    @property
-    def kind(self) -> str:
-        return str(self.state.get("kind") or "")
-
-    @property
-    def name(self) -> str:
-        """The folder's name, not its place on somebody's disk."""
-        return self.path.resolve().name
-
-
-def read_run(path: Path) -> RunView:
-    """Reads a run folder, unfinished or damaged as it may be."""
-    state = _read_dict(path / "run.json")
-    log = [line for line in runs.read_log(path) if isinstance(line, dict)]
-    return RunView(path, state, log, _read_dict(path / "stats.json"), _read_config(path, str(state.get("kind"))))
-
-
-def _read_dict(path: Path) -> dict[str, Any]:
-    try:
-        found = files.read_json(path)
-    except LdmError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _read_config(path: Path, kind: str) -> configuration.Config | None:
-    try:
-        return configuration.from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"))
-    except (LdmError, OSError, KeyError, ValueError):
-        return None
 
 
 # ---------------------------------------------------------------- who and how
@@ -133,7 +88,8 @@ def identity(run: RunView) -> list[tuple[str, object]]:
     state, data, machine = run.state, run.state.get("data") or {}, run.state.get("machine") or {}
     rows = f"{_count(data.get('rows'))} to train, {_count(data.get('validation_rows'))} to validate" if data else ""
     left_out = f", {len(data['left_out'])} left out" if data.get("left_out") else ""
-    weights = {"ema": "moving average (EMA)", "raw": "as trained"}.get(state.get("weights"), state.get("weights"))
+    weights: Any = state.get("weights")
+    weights = {"ema": "moving average (EMA)", "raw": "as trained"}.get(weights, weights)
     cores = f"{machine['cpu_count']} cores" if machine.get("cpu_count") else ""
     python = f"Python {machine['python']}" if machine.get("python") else ""
     parts = [machine.get("device"), machine.get("system"), cores, python]
@@ -202,40 +158,10 @@ def _images(run: RunView) -> object:
     return next((line["images"] for line in reversed(run.log) if "images" in line), None)
 
 
-def latest_metrics(run: RunView) -> dict[str, float]:
-    """The newest validation of the log, else what run.json keeps: {metric: value}."""
-    for line in reversed(run.log):
-        found = {k.removeprefix("val/"): v for k, v in line.items() if k.startswith("val/")}
-        if found:
-            break
-    else:
-        found = run.state.get("metrics") or {}
-    return {k: v for k, v in found.items() if finite([(0, v)])}
-
-
-def metric_facts(key: str) -> tuple[str, str, str]:
-    """(name, unit, which way is better) of a metric; its key may carry an extractor, as fd_effnet_lite0."""
-    known, _, extractor = key.partition("_")
-    if key in METRICS or known not in METRICS:
-        return METRICS.get(key, (key.replace("_", " "), "", ""))
-    name, unit, better = METRICS[known]
-    return f"{name}, {extractor.replace('_', ' ')}", unit, better
-
-
 def tile(key: str, value: float, remark: str) -> tuple[str, str, str]:
     """A metric as a key figure."""
     name, unit, better = metric_facts(key)
     return name, f"{figure(value)} {unit}".strip(), "; ".join(part for part in (remark, better) if part)
-
-
-def validation_count(run: RunView) -> int | None:
-    """Rows that a validation looks at."""
-    rows = (run.state.get("data") or {}).get("validation_rows")
-    if run.config is None or not isinstance(rows, int):
-        return None
-    if run.kind == "autoencoder":
-        return run.config.train.measured_images(min(rows, run.config.train.eval_images))
-    return run.config.train.measured_images(min(rows, VALIDATION_ROWS))
 
 
 def _validation_remark(run: RunView) -> str:
@@ -248,7 +174,7 @@ def _validation_remark(run: RunView) -> str:
 
 def curves(run: RunView) -> str:
     """Charts of metrics.jsonl; those without a place of their own are folded away."""
-    values = columns(run.log)
+    values = logged_values(run.log)
     used: set[str] = set()
 
     def chart(title: str, unit: str, names: dict[str, str], note: str = "") -> str:
@@ -269,18 +195,6 @@ def curves(run: RunView) -> str:
     main = f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
     more = html.folded("More curves", f'<div class="charts">{"".join(rest)}</div>' if any(rest) else "")
     return html.section("How it went", main + more)
-
-
-def columns(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """{key: [(step, value)]} of the numbers in a log."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for line in log:
-        step = line.get("step")
-        if isinstance(step, int):
-            for key, value in line.items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                    found.setdefault(key, []).append((step, value))
-    return found
 
 
 # ---------------------------------------------------------------- pictures
@@ -328,18 +242,6 @@ def mark_samples(run: RunView, pictures: Sequence, texts: Sequence[str]) -> list
     return found
 
 
-def preview_texts(run: RunView) -> list[str]:
-    """What each picture of a diffusion run's preview was told; [] where the sheet itself shows it, as of boxes."""
-    request, specs = run.stats.get("preview") or {}, run.stats.get("conditions") or {}
-    return preview_captions(request, run.config.kinds if run.config is not None else (), specs)
-
-
-def sample_files(path: Path) -> list[tuple[int, Path]]:
-    """(step, file) of a run's previews, newest first."""
-    named = [(file.stem.removeprefix("step-"), file) for file in (path / "samples").glob("step-*.png")]
-    return sorted(((int(step), file) for step, file in named if step.isdecimal()), reverse=True)
-
-
 def evenly_spaced(entries: Sequence, most: int = PREVIEWS) -> list:
     """At most `most` entries: the first, the last and evenly between."""
     if len(entries) <= most:
@@ -355,12 +257,6 @@ def evaluations(run: RunView, summary: dict[str, Any] | None = None) -> str:
     found = evaluation_files(run) | ({"summary": summary} if summary else {})
     parts = [f"<h3>{safe(name)}</h3>{html.table(flat(one), ('', ''))}" for name, one in found.items()]
     return html.section("Evaluations", "".join(parts))
-
-
-def evaluation_files(run: RunView) -> dict[str, dict[str, Any]]:
-    """Results of evaluations that lie in the run's folder, by file name."""
-    found = {path.stem: _read_dict(path) for path in sorted(run.path.glob("eval*.json"))}
-    return {name: one for name, one in found.items() if one}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
