@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
-from ldmcli.core.settings import DataSettings, SampleSettings
+from ldmcli.core.settings import DataSettings, DiffusionConfig
 from ldmcli.evaluation import evaluate as module
 from ldmcli.evaluation import features
 from ldmcli.evaluation.compare import compare, lookup
@@ -115,14 +115,14 @@ class Model:
     kind, fingerprint = "diffusion", "f" * 64
 
     def __init__(self, kinds=("text",)):
-        self.config = SimpleNamespace(sample=SampleSettings(), data=DataSettings())
-        self.model = SimpleNamespace(conditions=SimpleNamespace(kinds=kinds), latent_shape=(4, 4, 4))
+        self.config = DiffusionConfig()
+        self.model = SimpleNamespace(conditions=SimpleNamespace(kinds=kinds, entries={}), latent_shape=(4, 4, 4))
         self.autoencoder = SimpleNamespace(network=SimpleNamespace(f=4))
         self.calls = []
 
-    def sample(self, prompts, *, classes, n, first, seed, size, batch_size, **settings):
-        total = n * max(len(prompts or []), len(classes or []), 1)
-        self.calls.append({"prompts": prompts, "classes": classes, "first": first, "total": total, **settings})
+    def sample(self, prompt=None, *, classes=None, n, first, seed, size, batch_size, **settings):
+        total = n * max(len(prompt or []), len(classes or []), 1)
+        self.calls.append({"prompts": prompt, "classes": classes, "first": first, "total": total, **settings})
         return [Image.fromarray(pictures(1, seed=1000 * seed + k, size=size[0])[0]) for k in range(first, total)]
 
 
