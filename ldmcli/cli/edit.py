@@ -125,6 +125,7 @@ _TOLD = {
     "class_name": OneClass,
     "layout": OneLayout,
     "map": OneMap,
+    "given": opt.Given,
     "negative_prompt": opt.NegativePrompt,
     "count": Results,
 }
@@ -186,6 +187,7 @@ def _request(given: ParsedOptions, **more) -> EditRequest:
         images=(given.image,),
         prompts=_one(given.prompt),
         classes=_one(given.class_name),
+        given=tuple(given.given or ()),
         **files,
         negative_prompt=given.negative_prompt,
         n=given.count,

@@ -19,6 +19,7 @@ _REQUEST = {
     "classes": opt.Classes,
     "layouts": opt.Layouts,
     "maps": opt.Maps,
+    "given": opt.Given,
     "count": opt.Count,
     "negative_prompt": opt.NegativePrompt,
     **opt.DRAWING,
@@ -120,6 +121,7 @@ def sample_request(given: ParsedOptions) -> SampleRequest:
         classes=classes,
         layouts=tuple(given.layouts or ()),
         maps=_map_files(given.maps or ()),
+        given=tuple(given.given or ()),
         n=given.count,
         steps=given.steps,
         guidance=guidance_of(given.guidance),
@@ -189,7 +191,8 @@ def slug(text: str) -> str:
 def _stated_name(given: ParsedOptions, request: SampleRequest) -> str:
     """A folder's name for a request: the same for the same command, so that an interrupted one goes on in it."""
     classes = " ".join(("class", *request.classes)) if request.classes else "sample"
-    asked = f"{given.model} {request} {given.format} {given.metadata}"
+    own = " ".join(request.given)  # not in the text of a request, which names folders of before
+    asked = f"{given.model} {request} {given.format} {given.metadata}{own}"
     digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
     files = [path.stem for path in (*request.layouts, *request.maps)]
     return f"{slug((*request.prompts, *files, classes)[0])}-{digest}"

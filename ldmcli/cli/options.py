@@ -161,6 +161,13 @@ Layouts = _sampling(list[Path] | None, "--layout", "FILE.json", "Boxes and what 
 Maps = _sampling(
     list[Path] | None, "--map", "FILE.png", "Class map: a picture of class indices, or a folder of them; repeatable."
 )
+Given = _sampling(
+    list[str] | None,
+    "--given",
+    "NAME=VALUE",
+    "What to draw, for a condition without an option of its own; repeatable.",
+    hidden=True,
+)
 NegativePrompt = _sampling(str, "--negative-prompt", "TEXT", "What guidance leads away from.", value="", default="none")
 Count = _sampling(int | None, "-n --count", "N", "Images to draw.", min=1, default="one a prompt, class, layout or map")
 SampleSteps = _sampling(int | None, "--steps", "N", "Sampling steps.", min=1, default="the run's setting, else 20")

@@ -161,7 +161,9 @@ class Condition:
 
     def as_list(self, given: Any) -> list:
         """Raw values from Python: one, or several, as a list. Raises UsageError for what can't be one."""
-        return as_list(given)
+        if given is None:
+            return []
+        return list(given) if isinstance(given, (list, tuple)) else [given]
 
     def expand(self, values: list, conditioner: Any) -> list:
         """Values with such as stand for several replaced. conditioner: None where the model has none."""

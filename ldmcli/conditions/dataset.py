@@ -13,6 +13,7 @@ from ldmcli.conditions.condition import View
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.augment import crop_and_flip
+from ldmcli.data.rows import ROLES
 from ldmcli.networks.conditioners import Conditions
 
 
@@ -25,7 +26,8 @@ def check_columns(rows, names: Sequence[str]) -> None:
             raise InputError(
                 f"{rows.source}: --condition {name} needs {article} {column} column, and there is none "
                 f"(found: {', '.join(f'{k} = {v}' for k, v in rows.columns.items() if v)}); "
-                f"name it with --{column}-column or train with --condition none"
+                + (f"name it with --{column}-column or " if column in ROLES else "add it to the data or ")
+                + "train with --condition none"
             )
 
 

@@ -107,6 +107,10 @@ class BoxLayout(Condition):
         spec = LayoutCondition.learn(config.condition, MAX_OBJECTS, names)
         return spec, f"layout: up to {MAX_OBJECTS} objects assumed; the data may need fewer"
 
+    def as_list(self, given: Any) -> list:
+        """One, or several."""
+        return as_list(given)
+
     def parse(self, values: list, conditioner: LayoutCondition, size: Size | None = None) -> list[dict]:
         """Layouts, files of them, or both as {"bbox", "category"}."""
         return parse_layouts(values, conditioner)

@@ -80,6 +80,10 @@ class SemanticMap(Condition):
         spec = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], stage.f)
         return spec, f"map: {ASSUMED_MAP_CLASSES} classes assumed; the data say how many there are"
 
+    def as_list(self, given: Any) -> list:
+        """One, or several."""
+        return as_list(given)
+
     def parse(self, values: list, conditioner: MapCondition, size: Size | None = None) -> list[np.ndarray]:
         """Maps (H, W) of files, pictures or arrays, at `size`."""
         return parse_maps(values, conditioner, size)

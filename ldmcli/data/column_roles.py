@@ -75,7 +75,8 @@ def make_columns(table: Table, settings: DataSettings, label_names: list[str]) -
     chosen = choose_columns(table, settings)
     if "map" in chosen and not settings.map_column and not _is_map(table, chosen["map"], settings):
         del chosen["map"]
-    made = Columns(_getter(table, chosen["image"], encoded_bytes), table.name, chosen=chosen, notes=list(table.notes))
+    image = _getter(table, chosen["image"], encoded_bytes)
+    made = Columns(image, table.name, chosen=chosen, notes=list(table.notes), cells=table.columns)
     if "caption" in chosen:
         made.caption = _captions(table, chosen["caption"], made.notes)
     if "label" in chosen:

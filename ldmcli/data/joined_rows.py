@@ -11,7 +11,9 @@ from ldmcli.data.rows import Rows
 class JoinedRows:
     """The rows of several splits, one after the other, where all of a data set are asked for."""
 
-    _OF_A_ROW = frozenset("name image shape pixels caption label objects map map_pixels boxes content_hash".split())
+    _OF_A_ROW = frozenset(
+        "name image shape pixels caption label objects map cell map_pixels boxes content_hash".split()
+    )
 
     def __init__(self, parts: list[Rows]):
         self._parts, first = parts, parts[0]

@@ -2,11 +2,12 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ from ldmcli.data.decode import BadImage, decode, probe, sanitise, scaled_size, t
 from ldmcli.data.readers import memory_bytes
 
 WORKERS = 4
+ROLES = ("image", "caption", "label", "objects", "map")  # of columns
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Columns:
     category_names: list[str] | Callable[[], list[str]] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    cells: Mapping[str, Sequence] = field(default_factory=dict)  # of every column, by its own name
     trouble: str = ""  # why labels cannot be used, said when they are
 
     def known_categories(self) -> list[str]:
@@ -100,8 +103,14 @@ class Rows:
         return len(self._ids)
 
     def has(self, role: str) -> bool:
-        """Whether rows have a caption, label, objects or map."""
-        return role == "image" or getattr(self._columns, role, None) is not None
+        """Whether rows have a caption, label, objects or map; of any other name, whether there is such a column."""
+        if role not in ROLES:
+            return role in self._columns.cells
+        return role == ROLES[0] or getattr(self._columns, role) is not None
+
+    def cell(self, i: int, column: str) -> Any:
+        """What stands in a column of the data, as it is there, for conditions of one's own."""
+        return self._columns.cells[column][int(self._ids[i])]
 
     def name(self, i: int) -> str:
         """Path relative to the data folder, or "row 12"."""

@@ -1,11 +1,9 @@
 """Requests to files: samples with their settings inside, reconstructions with their PSNR."""
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 
 from ldmcli import __version__
 from ldmcli.conditions import outputs
+from ldmcli.conditions.parse import option_values
 from ldmcli.conditions.pictures import labelled
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import InputError, Interrupted, UsageError
@@ -33,7 +32,7 @@ from ldmcli.sampling.editing import MAX_MEMORY, tile_side, trained_size
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.load import load
 from ldmcli.sampling.model import LoadedDiffusion
-from ldmcli.sampling.request import SampleRequest, named_files, sampling_of, sampling_used
+from ldmcli.sampling.request import SampleRequest, document_of, named_files, sampling_of, sampling_used
 
 Size = tuple[int, int] | None  # (height, width) in pixels; None: as trained
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -128,6 +127,7 @@ def sample_to_folder(
         list(request.classes),
         layout=list(request.layouts),
         map=list(request.maps),
+        values=option_values(request.given),
         size=request.size,
     )
     groups = max([len(v) for v in values.values()], default=1)
@@ -136,7 +136,7 @@ def sample_to_folder(
     whole = loaded.drawn_size(request.size)
     _check(loaded, values, request, settings, whole)
     names = output_names(out, total, fmt)
-    wanted = {"model": loaded.fingerprint, **_document(request), "total": total, "format": fmt}
+    wanted = {"model": loaded.fingerprint, **document_of(request), "total": total, "format": fmt}
     wanted |= {"told": outputs.digest(values)} if outputs.spatial(values) else {}
     read = named_files(request)
     if begun := [path for path in (request.init_image, request.guide) if path is not None]:
@@ -170,11 +170,6 @@ def sample_to_folder(
         "images_per_s": rate,
         **describe,
     }
-
-
-def _document(request: SampleRequest) -> dict[str, Any]:
-    """The request as JSON, without what does not change pictures."""
-    return json.loads(json.dumps({k: v for k, v in asdict(request).items() if k != "batch_size"}, default=str))
 
 
 def end_if_asked(stop: StopRequest, names: list[Path]) -> None:

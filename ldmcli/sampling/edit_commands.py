@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from ldmcli import __version__
 from ldmcli.conditions.masked import hole_in, transparent_hole
-from ldmcli.conditions.parse import list_values, parse_each
+from ldmcli.conditions.parse import list_values, option_values, parse_each
 from ldmcli.conditions.pictures import holed
 from ldmcli.core import console, runs
 from ldmcli.core.config import from_toml
@@ -29,7 +29,7 @@ from ldmcli.sampling.contact_sheets import grid, png_bytes
 from ldmcli.sampling.editing import check_edit, inpaint_images, trained_size, upscale_images
 from ldmcli.sampling.load import load
 from ldmcli.sampling.model import LoadedDiffusion
-from ldmcli.sampling.request import EditRequest, sampling_of, sampling_used
+from ldmcli.sampling.request import EditRequest, document_of, sampling_of, sampling_used
 
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
 LARGEST_BATCH = 8
@@ -82,7 +82,11 @@ class _Source:
         """Values of conditions by kind, for a result of `size` = (height, width) px. Raises UsageError for a kind that
         the model does not take, InputError for a layout or map that is wrong."""
         given = list_values(
-            prompt=list(request.prompts[:1]), classes=list(request.classes[:1]), layout=self.layout, map=self.map
+            option_values(request.given),
+            prompt=list(request.prompts[:1]),
+            classes=list(request.classes[:1]),
+            layout=self.layout,
+            map=self.map,
         )
         return parse_each(loaded.model.conditions, given, size)
 
@@ -322,12 +326,11 @@ def _to_folder(
     _check(loaded, request, sources, sizes)
     total = request.n * len(sources)
     names = output_names(out, total, fmt)
-    document = {name: value for name, value in asdict(request).items() if name != "batch_size"}
     read = [file for source in sources for file in source.files]
     wanted = {
         "model": loaded.fingerprint,
         "command": command,
-        **_plain(document),
+        **document_of(request),
         "total": total,
         "format": fmt,
         "pictures": contents(read),
@@ -410,6 +413,7 @@ def _about(source: _Source, request: EditRequest) -> dict[str, Any]:
         "prompt": next(iter(request.prompts), None),
         "class": next(iter(request.classes), None),
         "negative_prompt": request.negative_prompt or None,
+        "given": list(request.given) or None,
         **{kind: file.name for kind, file in (("layout", source.layout), ("map", source.map)) if file},
     }
     return {name: value for name, value in told.items() if value is not None}

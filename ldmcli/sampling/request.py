@@ -1,6 +1,7 @@
 """What `ldm sample`, `ldm inpaint` and `ldm upscale` ask of the generator, as plain data."""
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class SampleRequest:
     classes: tuple[str, ...] = ()  # names or indices; ("all",) = every class
     layouts: tuple[Path, ...] = ()  # JSON files, of one layout each or a list of them
     maps: tuple[Path, ...] = ()  # pictures of class indices
+    given: tuple[str, ...] = field(default=(), repr=False)  # NAME=VALUE, for conditions without a field here
     n: int | None = None  # images; None = one a prompt, class, layout or map, or the run's sample.n where it takes none
     steps: int | None = None
     guidance: float | dict[str, float] | None = None  # one scale, or one a condition
@@ -51,6 +53,7 @@ class EditRequest:
     classes: tuple[str, ...] = ()
     layouts: tuple[Path, ...] = ()  # at most one: a JSON file for all pictures, or a folder of them
     maps: tuple[Path, ...] = ()  # likewise, class maps
+    given: tuple[str, ...] = field(default=(), repr=False)  # NAME=VALUE, for conditions without a field here
     n: int = 1  # results a picture
     blend: int = 8  # pixels around a hole by which brightness and colour in it are fitted; 0 = pasted as drawn
     resample: int = 10  # times that each step is done where the model was not trained to inpaint
@@ -74,6 +77,13 @@ def named_files(request: SampleRequest | EditRequest) -> list[Path]:
     values = [getattr(request, one.name) for one in fields(request)]
     paths = [path for value in values for path in (value if isinstance(value, tuple) else (value,))]
     return [path for path in paths if isinstance(path, Path) and path.is_file()]
+
+
+def document_of(request: SampleRequest | EditRequest) -> dict[str, Any]:
+    """The request as JSON, without what does not change pictures."""
+    left_out = ("batch_size",) if request.given else ("batch_size", "given")
+    document = {name: value for name, value in asdict(request).items() if name not in left_out}
+    return json.loads(json.dumps(document, default=str))
 
 
 def sampling_of(request: SampleRequest | EditRequest) -> dict[str, Any]:
