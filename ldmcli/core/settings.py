@@ -256,7 +256,7 @@ class DiffusionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionSettings:
-    """What the model is told. Kinds are joined with "+": tokens join, planes stack, vectors add."""
+    """What the model is conditioned on. Conditions are joined with "+": tokens join, planes stack, vectors add."""
 
     kinds: tuple[str, ...] = ()  # class, text, layout, map
     drop: float = 0.1  # share of training samples whose condition is replaced by its null (for guidance)
@@ -266,10 +266,8 @@ class ConditionSettings:
     text_length: int = 0  # tokens; 0 = longest caption, rounded up to 8, at most 77
     text_heads: int = 8  # attention heads of each layer
     text_head_channels: int = 64  # width of a head
-    # spread of new token embeddings. The original's 0.02 drowns in what attention adds at first: after 240 steps on
-    # shapes of 32 px 12 % of the places were obeyed, with 0.5 97 %
-    embedding_std: float = 0.5
-    layout_planes: int = 16  # layout: boxes are also drawn at the latent's size, in so many planes; paper: 0
+    embedding_std: float = 0.5  # spread of new token embeddings; paper: 0.02, which attention drowns at first
+    layout_planes: int = 16  # layout: boxes are also rasterised at the latent's size, in so many planes; paper: 0
     crop_tokens: bool = False  # layout: boxes in the whole picture, and the crop's corners (paper); else in the crop
     smooth_places: bool = True  # layout: new codes of grid points are alike where points are near; else independent
     # folder with a tokeniser, vocab.txt of one, or hub id; "" = a WordPiece vocabulary is trained on the captions
@@ -298,7 +296,7 @@ class TaskSettings:
     scale: int = 4  # sr: output side / input side, 2 | 4 | 8
     degradation: str = "bicubic"  # sr: bicubic (antialiased, as SR3) | bsr | bsr-light (blind, App. D.6)
     enlarged: bool = True  # sr: the latent of the bicubic enlargement stands beside the small image; paper: False
-    tone: float = 1.0  # sr: pixels of the small image beyond which results keep its brightness; 0 = as drawn (paper)
+    tone: float = 1.0  # sr: pixels of the small image beyond which results keep its brightness; 0 = as sampled (paper)
     # inpaint, what the first stage sees in holes: smooth | patches (texture from around, a quarter of a second of a
     # core for 256 px) | black (paper)
     fill: str = "smooth"
@@ -399,14 +397,14 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """How the run's own previews and `ldm sample` draw when the command line does not say."""
+    """How the run's own previews and `ldm sample` sample when the command line does not say."""
 
     sampler: str = "dpm++"  # ddim | ddpm | plms | euler | heun | dpm++
     steps: int = 20  # sampling steps
-    guidance: float = 2.0  # on the demo's model 97 % of held-out prompts are right in all respects, 94 % at 3 or 4.5
+    guidance: float = 2.0  # scale of classifier-free guidance, 1 = off (docs/experiments.md)
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the noise range (0 = clean) in which guidance acts
     eta: float = 0.0  # ddim: fresh noise a step, 0 (none) … 1 (ancestral)
-    temperature: float = 1.0  # factor of all noise that is drawn; below 1 samples are calmer and less diverse
+    temperature: float = 1.0  # factor of all noise; below 1 samples are calmer and less diverse
     spacing: str = ""  # "" = linspace for eps/v/x0, uniform for flow; "original" = the subset of the original DDIM code
     n: int = 16  # images of a preview grid
     prompts: tuple[str, ...] = ()  # of the preview grid; () = captions of validation rows
@@ -416,8 +414,7 @@ class SampleSettings:
 
 
 def _autoencoder_training() -> TrainSettings:
-    # 0.02 without clipping is better for the first minutes (the demo takes it) and diverged on photographs after 450
-    # steps; these reach 34.0 dB there in 1,537 (recipe photos256-ae)
+    # docs/experiments.md has the figures of other rates
     return TrainSettings(optimizer="muon", lr=0.01, clip=2.0, cooldown=0.4)
 
 
