@@ -154,7 +154,7 @@ def decided(h: Tensor, codebook: Tensor, error: float = 0.0) -> Tensor:
 @contextmanager
 def clear_of_ties(share: float = 1e-5):
     """In here every latent that is quantised has to be decided, with `share` of the largest value as its error."""
-    from ldmcli.networks.autoencoder import VectorQuantizer
+    from ldmcli.networks.vector_quantizer import VectorQuantizer
 
     nearest, seen = VectorQuantizer.nearest, []
 
@@ -191,3 +191,14 @@ def randomised(module: torch.nn.Module, seed: int = 0, std: float = 0.05) -> tor
         for parameter in module.parameters():
             parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return module
+
+
+class ClassEmbedder(torch.nn.Module):
+    """The original's embedder of classes: labels (B,) int64 to (B, 1, width)."""
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(classes, width)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        return self.embedding(labels)[:, None]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_scale import LatentScale
 
 
 @dataclass

@@ -19,7 +19,8 @@ from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Re
 from ldmcli.formats.compvis_write import KEPT
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import load_tokenizer
-from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.latent_scale import LatentScale
 
 UNET, FIRST, COND, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 BUFFERS = (

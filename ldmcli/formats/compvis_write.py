@@ -11,7 +11,7 @@ from ldmcli.core import files
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import AutoencoderSettings, DiffusionSettings
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.networks.unet import level_widths
 
 GROUPS = 32  # of every GroupNorm of the original

@@ -28,7 +28,8 @@ from ldmcli.formats import schedulers
 from ldmcli.formats.bundle import AutoencoderBundle, DiffusionBundle
 from ldmcli.formats.diffusers_card import write_card
 from ldmcli.formats.diffusers_files import Config, read_config, read_weights, translate, write_model
-from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.latent_scale import LatentScale
 
 LATENT, TEXT, UPSCALE = "LDMPipeline", "LDMTextToImagePipeline", "LDMSuperResolutionPipeline"
 PIXELS = ("DDPMPipeline", "DDIMPipeline")

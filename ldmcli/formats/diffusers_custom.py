@@ -29,7 +29,7 @@ from ldmcli.core.settings import (
 )
 from ldmcli.formats.bundle import AutoencoderBundle, DiffusionBundle
 from ldmcli.formats.diffusers_files import read_config, read_weights, write_model
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_scale import LatentScale
 
 PIPELINE, COMPONENT = "LatentDiffusionPipeline", "LatentDiffusion"
 SECTIONS: dict[str, type] = {

@@ -12,7 +12,7 @@ from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSet
 from ldmcli.formats.bundle import AutoencoderBundle
 from ldmcli.formats.diffusers_files import MOST_LAYERS, Config, Names, read_weights, translate, translate_back
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_scale import LatentScale
 
 KL, VQ = "AutoencoderKL", "VQModel"
 UNFOLDED = "unfolded.safetensors"

@@ -15,7 +15,7 @@ from ldmcli.core.config import config_hash, flat, from_toml, to_toml
 from ldmcli.core.errors import LdmError, ModelError
 from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_scale import LatentScale
 
 WEIGHTS = "model.safetensors"
 

@@ -4,7 +4,6 @@ Pixels x: (B, in_channels, H, W) in [-1, 1]. Latents z here are unscaled: (B, em
 State-dict keys of family "paper" are those of the original checkpoints.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,19 +13,10 @@ from torch import Tensor, nn
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderSettings
 from ldmcli.networks.blocks import attention, check_divisible, group_norm
+from ldmcli.networks.vector_quantizer import VectorQuantizer
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
-QUANTISE_ROWS = 8192  # rows of the distance matrix at a time: 8192 x 16384 fp32 are 512 MiB
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """z: straight-through quantised (B, c, h, w); indices: int64 (B, h, w); loss: scalar, mean over elements."""
-
-    z: Tensor
-    indices: Tensor
-    loss: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,63 +46,6 @@ def kl_divergence(moments: Tensor) -> Tensor:
     """KL of the posterior from N(0, 1) in nats, summed over C, H, W: (B, 2c, h, w) to (B,), in fp32."""
     mean, logvar = split_moments(moments.float())
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
-
-
-def restart_dead_codes(codebook: Tensor, dead: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
-    """The codebook (n, c) with entries `dead` (int64, k) replaced by random rows of `vectors` (N, c), N >= 1.
-
-    Rows are drawn without repetition while there are enough. The result is new; the generator lives on the CPU.
-    """
-    if dead.numel() == 0:
-        return codebook.clone()
-    rounds = -(-dead.numel() // len(vectors))
-    order = torch.cat([torch.randperm(len(vectors), generator=generator) for _ in range(rounds)])
-    chosen = order[: dead.numel()].to(vectors.device)
-    return codebook.index_copy(0, dead.to(codebook.device), vectors[chosen].to(codebook))
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Context without autocast; the meta device, on which networks are measured, has none."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-class VectorQuantizer(nn.Module):
-    """Nearest entry of a learned codebook, straight-through (van den Oord et al. 2017).
-
-    legacy_beta puts beta on the codebook term and 1 on the commitment term, as the published models were trained.
-    """
-
-    def __init__(self, size: int, dim: int, beta: float, legacy_beta: bool):
-        super().__init__()
-        self.embedding = nn.Embedding(size, dim)
-        nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
-        self.codebook_weight, self.commitment_weight = (beta, 1.0) if legacy_beta else (1.0, beta)
-
-    def nearest(self, rows: Tensor) -> Tensor:
-        """Index of the nearest entry by |z|² + |e|² - 2 z·e, the first where equal. (N, c) to int64 (N,)."""
-        codebook = self.embedding.weight.detach().float()
-        squares = codebook.square().sum(dim=1)
-        found = []
-        with torch.no_grad(), _full_precision(rows.device):
-            for part in rows.detach().float().split(QUANTISE_ROWS):
-                distance = part.square().sum(dim=1, keepdim=True) + squares - 2.0 * part @ codebook.t()
-                found.append(distance.argmin(dim=1))
-        return torch.cat(found)
-
-    def codes(self, indices: Tensor) -> Tensor:
-        """Codebook entries by index: int64 (B, h, w) to (B, c, h, w)."""
-        return self.embedding(indices).permute(0, 3, 1, 2).contiguous()
-
-    def forward(self, z: Tensor) -> Quantized:
-        z = z.float()
-        batch, channels, height, width = z.shape
-        rows = z.permute(0, 2, 3, 1).reshape(-1, channels)
-        indices = self.nearest(rows).view(batch, height, width)
-        entries = self.codes(indices).float()
-        loss = self.commitment_weight * F.mse_loss(z, entries.detach())
-        loss = loss + self.codebook_weight * F.mse_loss(entries, z.detach())
-        return Quantized(z + (entries - z).detach(), indices, loss)
 
 
 class ResnetBlock(nn.Module):
@@ -233,8 +166,8 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+            if isinstance(resample := getattr(level, "downsample", None), Downsample):
+                h = resample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -265,8 +198,8 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            if isinstance(resample := getattr(level, "upsample", None), Upsample):
+                h = resample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -274,6 +207,7 @@ def _conv(in_width: int, out_width: int, kernel: int, gain: float = 1.0) -> nn.C
     """Convolution that keeps the variance times gain²: without norms the signal's size is set here."""
     conv = nn.Conv2d(in_width, out_width, kernel, padding=kernel // 2)
     nn.init.normal_(conv.weight, std=gain * (in_width * kernel**2) ** -0.5)
+    assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
 
@@ -360,6 +294,11 @@ class Autoencoder(nn.Module):
     that does not reduce, as one converted from elsewhere can be.
     VQ models hold the quantiser as `quantize`: `ae.quantize(z)` gives a `Quantized`.
     """
+
+    encoder: Encoder | FastEncoder
+    decoder: Decoder | FastDecoder
+    quant_conv: nn.Conv2d | nn.Identity
+    post_quant_conv: nn.Conv2d | nn.Identity
 
     def __init__(self, settings: AutoencoderSettings):
         super().__init__()

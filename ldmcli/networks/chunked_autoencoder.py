@@ -20,7 +20,7 @@ and 6 GiB in files; at 4096 px 60 GiB, or the bound and 24 GiB in files. Keys an
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,17 @@ from torch import Tensor, nn
 
 from ldmcli.core.console import warn_once
 from ldmcli.core.errors import ResourceError
-from ldmcli.networks.autoencoder import AttnBlock, Autoencoder, Decoder, Encoder, Level, Middle, ResnetBlock
+from ldmcli.networks.autoencoder import (
+    AttnBlock,
+    Autoencoder,
+    Decoder,
+    Downsample,
+    Encoder,
+    Level,
+    Middle,
+    ResnetBlock,
+    Upsample,
+)
 from ldmcli.networks.blocks import attention
 
 Pointwise = Callable[[Tensor], Tensor]
@@ -54,12 +64,14 @@ class Pieces:
     @torch.no_grad()
     def moments(self, network: Autoencoder, x: Tensor) -> Tensor:
         """`Autoencoder.moments` of a network of family "paper"."""
+        assert isinstance(network.encoder, Encoder) and isinstance(network.quant_conv, nn.Conv2d)
         h = self._encoder(network.encoder, x)
         return network.quant_conv(h.to(network.quant_conv.weight.device))
 
     @torch.no_grad()
     def decode(self, network: Autoencoder, z: Tensor) -> Tensor:
         """`Autoencoder.decode` of a network of family "paper"."""
+        assert isinstance(network.decoder, Decoder)
         z = network.quantize(z).z if network.is_vq else z
         return self._decoder(network.decoder, network.post_quant_conv(z)).to(z.device)
 
@@ -67,8 +79,8 @@ class Pieces:
         h = self._conv(encoder.conv_in, x)
         for level in encoder.down:
             h = self._level(level, h)
-            if hasattr(level, "downsample"):
-                h = self._conv(level.downsample.conv, h)
+            if isinstance(resample := getattr(level, "downsample", None), Downsample):
+                h = self._conv(resample.conv, h)
         h = self._middle(encoder.mid, h)
         return self._conv(encoder.conv_out, h, self._norm(encoder.norm_out, h, F.silu))
 
@@ -76,11 +88,12 @@ class Pieces:
         h = self._middle(decoder.mid, self._conv(decoder.conv_in, z))
         for level in reversed(decoder.up):
             h = self._level(level, h)
-            if hasattr(level, "upsample"):
-                h = self._conv(level.upsample.conv, h, up=2)
+            if isinstance(resample := getattr(level, "upsample", None), Upsample):
+                h = self._conv(resample.conv, h, up=2)
         return self._conv(decoder.conv_out, h, self._norm(decoder.norm_out, h, F.silu))
 
-    def _level(self, level: Level, h: Tensor) -> Tensor:
+    def _level(self, level: nn.Module, h: Tensor) -> Tensor:
+        assert isinstance(level, Level)
         for i, block in enumerate(level.block):
             h = self._block(block, h)
             if len(level.attn):
@@ -93,8 +106,9 @@ class Pieces:
             h = self._attention(middle.attn_1, h)
         return self._block(middle.block_2, h)
 
-    def _block(self, block: ResnetBlock, x: Tensor) -> Tensor:
+    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
         """Where the width doesn't grow the result takes the place of x, each piece after it was read."""
+        assert isinstance(block, ResnetBlock)
         h = self._conv(block.conv1, x, self._norm(block.norm1, x, F.silu))
         out = x[:, : h.shape[1]] if h.shape[1] <= x.shape[1] else self._map(h.shape, h)
         norm = self._norm(block.norm2, h, F.silu)
@@ -105,7 +119,8 @@ class Pieces:
 
         return self._conv(block.conv2, h, norm, out=out, added=shortcut)
 
-    def _attention(self, block: AttnBlock, x: Tensor) -> Tensor:
+    def _attention(self, block: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(block, AttnBlock)
         norm, device = self._norm(block.norm, x), block.q.weight.device
         height, width = x.shape[-2:]
         step = math.ceil(math.sqrt(height * width / ATTENDED))
@@ -117,11 +132,11 @@ class Pieces:
             )
         seen = x[..., ::step, ::step]
         k, v = (block.q.weight.new_empty(len(x), *seen.shape[-2:], x.shape[1]) for _ in range(2))
-        for place in self._places(*seen.shape[-2:], x.shape[:2]):
+        for place in self._places(seen.shape[-2:], x.shape[:2]):
             piece = norm(seen[(..., *place)].to(device))
             k[:, *place], v[:, *place] = (conv(piece).permute(0, 2, 3, 1) for conv in (block.k, block.v))
         k, v = (part.flatten(1, 2).unsqueeze(1) for part in (k, v))  # (B, 1, positions, width)
-        for place in self._places(height, width, x.shape[:2]):
+        for place in self._places((height, width), x.shape[:2]):
             piece = x[(..., *place)].to(device)
             q = block.q(norm(piece)).flatten(2).mT.unsqueeze(1).contiguous()
             parts = [attention(part, k, v) for part in q.split(max(1, SCORES // k.shape[2]), dim=2)]
@@ -132,7 +147,7 @@ class Pieces:
     def _norm(self, norm: nn.GroupNorm, x: Tensor, then: Pointwise = SAME) -> Pointwise:
         """then(norm(·)) for pieces of x, with the averages over all of x."""
         device, counts, found = norm.weight.device, [], []
-        for place in self._places(*x.shape[-2:], x.shape[:2]):
+        for place in self._places(x.shape[-2:], x.shape[:2]):
             piece = x[(..., *place)].to(device).float().unflatten(1, (norm.num_groups, -1)).flatten(2)
             counts.append(piece.shape[2])
             found.append(torch.stack(torch.var_mean(piece, 2, correction=0)))
@@ -162,7 +177,7 @@ class Pieces:
         if out is None:
             out = self._map((x.shape[0], conv.out_channels, *size), conv.weight)
         around = (0, 0) if conv.kernel_size == (1, 1) else (0, 1) if stride == 2 else (1, 1)
-        for place in self._places(*size, (x.shape[0], max(conv.in_channels, conv.out_channels)), even=up):
+        for place in self._places(size, (x.shape[0], max(conv.in_channels, conv.out_channels)), even=up):
             window = _window(
                 x, [(p.start * stride // up, p.stop * stride // up) for p in place], around, before, device
             )
@@ -172,10 +187,12 @@ class Pieces:
             out[(..., *place)] = piece if added is None else piece + added(place)
         return out
 
-    def _places(self, height: int, width: int, maps: tuple[int, ...], even: int = 1) -> Iterator[Place]:
-        """Pieces that cover height x width once, for maps of (B, channels); corners are multiples of `even`."""
+    def _places(self, size: Sequence[int], maps: Sequence[int], even: int = 1) -> Iterator[Place]:
+        """Pieces that cover `size` = (height, width) once, for maps of (B, channels); corners are multiples of
+        `even`."""
         side = math.isqrt(self.memory // (2 * COPIES * 4 * math.prod(maps)))
         side = max(8, min(self.side, side)) // even * even
+        height, width = size
         for top in range(0, height, side):
             for left in range(0, width, side):
                 yield slice(top, min(top + side, height)), slice(left, min(left + side, width))
@@ -201,9 +218,11 @@ def _window(
     x: Tensor, ranges: list[tuple[int, int]], around: tuple[int, int], before: Pointwise, device: torch.device
 ) -> Tensor:
     """before(x) in rows and columns `ranges` and `around` = (before, after) them, zero outside of x."""
-    places, pads = [], []
+    places: list[slice] = []
+    pads: list[tuple[int, int]] = []
     for (start, stop), length in zip(ranges, x.shape[-2:]):
         start, stop = start - around[0], stop + around[1]
         places.append(slice(max(start, 0), min(stop, length)))
         pads.append((max(-start, 0), max(stop - length, 0)))
-    return F.pad(before(x[(..., *places)].to(device)), (*pads[1], *pads[0]))
+    rows, columns = places
+    return F.pad(before(x[..., rows, columns].to(device)), (*pads[1], *pads[0]))

@@ -36,6 +36,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)
+        assert self.running_mean is not None
         x = input.to(self.running_mean.dtype)
         mean, var, count = _global_moments(x)
         self._update_running(mean.detach(), var.detach(), count.detach())
@@ -45,6 +46,8 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None and self.running_var is not None
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var * count / (count - 1), self.momentum)

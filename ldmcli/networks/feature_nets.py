@@ -83,7 +83,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: dict = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model"):
@@ -197,6 +197,9 @@ class EfficientNetLite0(nn.Module):
 
 class SqueezeNet(nn.Module):
     """torchvision's SqueezeNet 1.1. x: (B, 3, 224, 224) in [0, 255] → features (B, 512) and logits (B, 1000)."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self):
         super().__init__()

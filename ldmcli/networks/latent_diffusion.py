@@ -1,4 +1,4 @@
-"""The trained part of a latent diffusion model as one module, and the scale of the latents it works in.
+"""The trained part of a latent diffusion model as one module.
 
 A whole training step by hand, for research code:
 
@@ -12,7 +12,6 @@ A whole training step by hand, for research code:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,45 +20,6 @@ from torch import Tensor, nn
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
 from ldmcli.networks.conditioners import Conditioning, Conditions
 from ldmcli.networks.unet import UNet
-
-
-@dataclass(frozen=True)
-class LatentScale:
-    """Affine map between the autoencoder's latents and those the diffusion model sees: (z - mean) / std a channel.
-
-    The paper's single `scale_factor` s is mean 0 and std 1/s on every channel.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @staticmethod
-    def identity(channels: int) -> "LatentScale":
-        """No change."""
-        return LatentScale((0.0,) * channels, (1.0,) * channels)
-
-    @staticmethod
-    def measured(mean: Tensor, variance: Tensor, kind: str) -> "LatentScale":
-        """From per-channel mean and variance (c,) of latents. kind: per_channel | global | none (Sec. G)."""
-        if kind == "none":
-            return LatentScale.identity(len(mean))
-        if kind == "global":  # one number, the mean left in, as the original's scale_by_std does
-            second = variance + mean**2
-            spread = float((second.mean() - mean.mean() ** 2).clamp(min=1e-12).sqrt())
-            return LatentScale((0.0,) * len(mean), (spread,) * len(mean))
-        return LatentScale(tuple(mean.tolist()), tuple(variance.clamp(min=1e-12).sqrt().tolist()))
-
-    def normalise(self, z: Tensor) -> Tensor:
-        """(B, c, h, w) from the autoencoder -> as the diffusion model sees it."""
-        return (z - self._column(self.mean, z)) / self._column(self.std, z)
-
-    def restore(self, z: Tensor) -> Tensor:
-        """Inverse of `normalise`."""
-        return z * self._column(self.std, z) + self._column(self.mean, z)
-
-    @staticmethod
-    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
 
 
 class DiffusionModel(nn.Module):
@@ -79,7 +39,7 @@ class DiffusionModel(nn.Module):
         kinds: Sequence[str] | None = None,
     ):
         super().__init__()
-        self.settings, self.latent_shape = settings, tuple(latent_shape)
+        self.settings, self.latent_shape = settings, latent_shape
         self.conditions = Conditions(condition.kinds if kinds is None else kinds, condition, facts, tokenizer)
         channels, height, width = latent_shape
         self.unet = UNet(
@@ -102,4 +62,5 @@ class DiffusionModel(nn.Module):
         return self.unet(x, t, context=conditioning.context, vector=conditioning.vector)
 
     def forward(self, z_t: Tensor, t: Tensor, inputs: dict[str, Tensor] | None = None) -> Tensor:
-        return self.predict(z_t, t, self.embed(inputs, tuple(z_t.shape[-2:])))
+        """`predict` for prepared inputs (`Conditions.prepare`): ε_θ(z_t, t, τ_θ(y)) of Eq. 3, (B, c, h, w)."""
+        return self.predict(z_t, t, self.embed(inputs, (z_t.shape[-2], z_t.shape[-1])))

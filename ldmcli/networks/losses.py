@@ -1,4 +1,8 @@
-"""First-stage losses (Rombach et al. 2022, Sec. 3.1 and App. G), as functions of tensors.
+"""First-stage losses (Rombach et al. 2022, Sec. 3.1; App. G, Eq. 25), as functions of tensors.
+
+Eq. 25 is min over encoder and decoder, max over the discriminator of L_rec - L_adv(D(E(x))) + log D(x) + L_reg:
+`generator_loss` is the first side with L_rec by `reconstruction_terms` and L_reg the KL of the posterior or the loss of
+the quantiser; `discriminator_loss` is the second.
 
 Two styles, one balance. "paper" sums the loss of a KL model over the C·H·W values of an image, as the original
 does; "mean" is exactly that divided by C·H·W, so every weight, `kl_weight` included, keeps its meaning: the KL of
@@ -36,7 +40,10 @@ def disc_factor(step: int, settings: LossSettings) -> float:
 def reconstruction_terms(
     x: Tensor, rec: Tensor, settings: LossSettings, perceptual: Perceptual | None = None
 ) -> dict[str, Tensor]:
-    """Unweighted means of the terms whose weight is not 0. x, rec: (B, C, H, W) in [-1, 1]."""
+    """L_rec of Eq. 25 in parts: unweighted scalar means of the terms whose weight is not 0 (l1, l2, edge, perceptual).
+
+    x, rec: (B, C, H, W) in [-1, 1]. perceptual: LPIPS of two such batches, needed where its weight is not 0.
+    """
     terms: dict[str, Tensor] = {}
     x, rec = x.float(), rec.float()
     if settings.l1:
@@ -52,14 +59,17 @@ def reconstruction_terms(
 
 
 def edge_distance(x: Tensor, rec: Tensor) -> Tensor:
-    """L1 distance of the differences between neighbouring pixels, mean of the two directions."""
+    """L1 distance of the differences between neighbouring pixels, mean of the two directions: a scalar.
+
+    x, rec: (B, C, H, W), of one range.
+    """
     error = x - rec  # differencing is linear
     sides = [error.diff(dim=axis).abs().mean() for axis in (-1, -2) if error.shape[axis] > 1]
     return sum(sides, error.new_zeros(())) / 2
 
 
 def weighted_sum(terms: dict[str, Tensor], settings: LossSettings) -> Tensor | None:
-    """Reconstruction error per pixel value; None where every weight is 0."""
+    """Reconstruction error per pixel value, a scalar, of `reconstruction_terms`; None where every weight is 0."""
     weights = {"l1": settings.l1, "l2": settings.l2, "edge": settings.edge, "perceptual": settings.perceptual_weight}
     parts = [weights[name] * value for name, value in terms.items()]
     return sum(parts[1:], parts[0]) if parts else None
@@ -78,9 +88,10 @@ def generator_loss(
     logvar: Tensor | None = None,
     norms: bool = False,
 ) -> tuple[Tensor, Stats]:
-    """Loss of the autoencoder, and its parts as detached tensors under the original's names.
+    """The encoder's and decoder's side of Eq. 25, a scalar, and its parts, detached, under the original's names.
 
-    reg "kl": regulariser (B,), nats summed over the latent; "vq": the quantiser's loss.
+    x, rec: (B, C, H, W) in [-1, 1]. reg "kl": regulariser (B,), nats summed over the latent; "vq": the scalar loss of
+    the quantiser.
     last_layer: weight of the decoder's last convolution, for the adaptive weight and, with `norms`, for the
     gradient norm of each term (`grad_nll`, `grad_perceptual`, `grad_g`).
     logvar: scalar of the original's likelihood, which no optimiser ever saw; None stands for its value 0.
@@ -89,12 +100,13 @@ def generator_loss(
     scale = values if (reg, settings.style) == ("kl", "paper") else 1
     terms = reconstruction_terms(x, rec, settings, perceptual)
     nll, stats = _likelihood(terms, settings, scale, logvar)
-    named = {"nll": nll, "perceptual": terms.get("perceptual")}
+    named: dict[str, Tensor | None] = {"nll": nll, "perceptual": terms.get("perceptual")}
     # the zero term keeps the decoder in the graph: DistributedDataParallel waits for each parameter's gradient
     total = rec.float().sum() * 0 if nll is None else nll
     if adversary is not None:
-        named["g"], weight, parts = _adversarial_term(nll, adversary, settings, last_layer)
-        total, stats = total + weight * named["g"], stats | parts
+        g_loss, weight, parts = _adversarial_term(nll, adversary, settings, last_layer)
+        named["g"] = g_loss
+        total, stats = total + weight * g_loss, stats | parts
     term, parts = _regularisation(reg, regulariser, settings, scale / values)
     total, stats = total + term, stats | parts
     if norms:
@@ -136,7 +148,9 @@ def _adversarial_term(
 
 
 def adversarial_weight(nll: Tensor | None, g_loss: Tensor, settings: LossSettings, last_layer: Tensor) -> Tensor:
-    """λ = clamp(‖∇nll‖ / (‖∇g‖ + 1e-4), 0, 1e4) · disc_weight, gradients with respect to the last layer.
+    """The adaptive weight λ = clamp(‖∇nll‖ / (‖∇g‖ + 1e-4), 0, 1e4) · disc_weight, a scalar (Esser et al. 2021, Eq. 7).
+
+    nll, g_loss: scalars. Gradients are with respect to `last_layer`, the weight of the decoder's last convolution.
 
     Without a reconstruction term there is nothing to balance against and λ = disc_weight; without a graph
     (validation) λ = 0, as in the original.
@@ -159,7 +173,10 @@ def gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str = "hinge", factor: float = 1.0) -> Tensor:
-    """Loss of D from its logits on images and on detached reconstructions; factor 0 gives a zero gradient."""
+    """The discriminator's side of Eq. 25, a scalar; factor 0 gives a zero gradient.
+
+    logits_real, logits_fake: of any one shape, D's on images and on detached reconstructions. kind: hinge | vanilla.
+    """
     penalty = GAN_LOSSES[kind]
     return factor * 0.5 * (penalty(-logits_real.float()).mean() + penalty(logits_fake.float()).mean())
 
@@ -172,7 +189,10 @@ GAN_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"hinge": _hinge, "vanilla":
 
 
 def codebook_stats(indices: Tensor, size: int) -> Stats:
-    """Perplexity exp(-Σ p log p), number of codes in use and their share, over all processes (a collective)."""
+    """Perplexity exp(-Σ p log p), number of codes in use and their share, scalars, over all processes (a collective).
+
+    indices: int64 of any shape, in 0 … size - 1.
+    """
     counts = torch.bincount(indices.flatten(), minlength=size).float()
     if world_size() > 1:
         torch.distributed.all_reduce(counts)

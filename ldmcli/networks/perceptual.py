@@ -38,6 +38,9 @@ BACKBONES = {
 class PerceptualNet(nn.Module):
     """Distance of two image batches in [-1, 1], (B, 1, 1, 1). Parameters are frozen; gradients flow to the images."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, kind: str, trunk: dict[str, Tensor], heads: list[Tensor], origin: str = ""):
         super().__init__()
         self.kind, self.origin = kind, origin
@@ -72,7 +75,7 @@ class PerceptualNet(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.dtype == torch.uint8:
             raise InputError(f"LPIPS ({self.kind}): takes float images in [-1, 1], got {x.dtype}")
-        self.check_size(tuple(x.shape[-2:]))
+        self.check_size((x.shape[-2], x.shape[-1]))
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises InputError for images of `size` (height, width) px, which are too small."""

@@ -48,7 +48,9 @@ class Layers(nn.Module):
             self.layers.append(nn.ModuleList([nn.LayerNorm(width), FeedForward(width)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        for norm, layer in self.layers:
+        for pair in self.layers:
+            assert isinstance(pair, nn.ModuleList)
+            norm, layer = pair
             x = x + layer(norm(x))
         return x
 
@@ -115,17 +117,6 @@ class TextTransformer(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, M, vocab_size) of the head that only converted checkpoints have."""
         return self.transformer.to_logits(self(tokens))
-
-
-class ClassEmbedder(nn.Module):
-    """One token a class: labels (B,) int64 to (B, 1, width). The null class, where there is one, is the last."""
-
-    def __init__(self, classes: int, width: int):
-        super().__init__()
-        self.embedding = nn.Embedding(classes, width)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding(labels)[:, None]
 
 
 class SpatialRescaler(nn.Module):

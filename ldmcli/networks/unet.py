@@ -25,7 +25,7 @@ from ldmcli.networks.blocks import (
 
 NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
-POSITION_STD = 0.3  # of the code inside attention; smaller ones left "left of" unlearned in the demo's minutes
+POSITION_STD = 0.3  # of the code inside attention; large enough that relations are learned soon (docs/experiments.md)
 INPUT_POSITION_STD = 0.02  # of the map added after the first convolution
 
 
@@ -43,7 +43,7 @@ class TakesTimestep(nn.Module):
 
 
 class TimestepSequential(nn.ModuleList):
-    """Layers in a row; those that are `TakesTimestep` also get the step's inputs."""
+    """Layers in a row, (B, c, h, w) to (B, c', h', w'); those that are `TakesTimestep` also get the step's inputs."""
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         for layer in self:
@@ -275,8 +275,9 @@ class UNet(nn.Module):
         )
         if settings.position != "none":
             self._add_position("input", widths[0], 1, INPUT_POSITION_STD)
-        mixed = vector_dim is not None and settings.vector_mlp
-        self.vector_embed = _two_layers(vector_dim, embedding_width) if mixed else None
+        self.vector_embed = None
+        if vector_dim is not None and settings.vector_mlp:
+            self.vector_embed = _two_layers(vector_dim, embedding_width)
 
     @property
     def size_factor(self) -> int:
@@ -284,6 +285,8 @@ class UNet(nn.Module):
         return self.settings.patch * 2 ** (len(self.settings.channel_mult) - 1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+        """The raw prediction, (B, out_channels, h, w); shapes as above. Raises UsageError where `size_factor` does not
+        divide h and w."""
         check_divisible(x.shape[-2], x.shape[-1], self.size_factor, "a latent")
         inputs = BlockInputs(self._embed(t, vector), context, self._position_codes())
         h = F.pixel_unshuffle(x, self.settings.patch) if self.settings.patch > 1 else x
@@ -302,7 +305,7 @@ class UNet(nn.Module):
 
     def _embed(self, t: Tensor, vector: Tensor | None) -> Tensor:
         # the angles need fp32: bf16 cannot tell t = 998 from 999
-        code = timestep_embedding(t, self.settings.channels).to(self.time_embed[0].weight.dtype)
+        code = timestep_embedding(t, self.settings.channels).to(next(self.time_embed.parameters()).dtype)
         embedding = self.time_embed(code)
         if vector is None:
             return embedding
@@ -321,7 +324,7 @@ class UNet(nn.Module):
 
         return position
 
-    def _run(self, block: TimestepSequential, x: Tensor, inputs: BlockInputs) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, inputs: BlockInputs) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, inputs, use_reentrant=False)
         return block(x, inputs)

@@ -9,7 +9,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings
 from ldmcli.data.arrays import latents, to_pixels
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_scale import LatentScale
 
 
 def default_device() -> torch.device:

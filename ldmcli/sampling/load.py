@@ -11,7 +11,8 @@ from ldmcli.formats.open_model import format_of, read
 from ldmcli.formats.run_folder import fingerprint_of, read_autoencoder
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import load_tokenizer
-from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.sampling.first_stage import LoadedAutoencoder, default_device, pixel_autoencoder
 from ldmcli.sampling.model import LoadedDiffusion
 

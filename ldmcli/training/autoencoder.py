@@ -16,10 +16,11 @@ from ldmcli.evaluation.features import open_extractor
 from ldmcli.evaluation.metrics import reconstruction_metrics
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
-from ldmcli.networks.autoencoder import Autoencoder, restart_dead_codes
+from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.losses import Adversary, codebook_stats, disc_factor, discriminator_loss, generator_loss
 from ldmcli.networks.perceptual import perceptual_net
+from ldmcli.networks.vector_quantizer import restart_dead_codes
 from ldmcli.sampling.contact_sheets import save_grid
 from ldmcli.training import checks, cost
 from ldmcli.training.data import open_data

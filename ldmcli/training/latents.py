@@ -15,7 +15,7 @@ from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.formats.run_folder import read_scale
 from ldmcli.maths.pixels import pixels_to_tensor
 from ldmcli.networks.autoencoder import posterior_sample, posterior_second_moments
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.training.distributed import Distributed
 

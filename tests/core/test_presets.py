@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golden_cases import shared
+from golden_cases import ClassEmbedder, shared
 
 from ldmcli.core.presets import FIRST_STAGES, MODELS, PRESETS, Preset
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig, DiffusionSettings
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.text_encoder import ClassEmbedder, SpatialRescaler, TextTransformer
+from ldmcli.networks.text_encoder import SpatialRescaler, TextTransformer
 from ldmcli.networks.unet import UNet
 
 CONFIGS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}

@@ -17,7 +17,8 @@ from ldmcli.diffusion.sample import draw_latents
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import make_schedule, sampling_levels
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 
 SCHEDULE = make_schedule(DiffusionSettings(prediction="eps"))

@@ -19,7 +19,8 @@ from ldmcli.formats import compvis, compvis_config, compvis_shapes
 from ldmcli.formats.bundle import Reading
 from ldmcli.formats.compvis_write import KEPT, folded
 from ldmcli.networks.autoencoder import Autoencoder, split_moments
-from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.latent_scale import LatentScale
 
 # config.yaml of the published models, in short: unet, first stage, conditioner, betas, and the heads of the last level
 VQ4 = ("vq", 3, 3, 8192, [1, 2, 4], [], "vanilla")

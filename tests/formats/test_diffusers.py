@@ -29,7 +29,8 @@ from ldmcli.formats.bundle import AutoencoderBundle, DiffusionBundle
 from ldmcli.formats.diffusers_files import read_config
 from ldmcli.networks.autoencoder import Autoencoder, kl_divergence, split_moments
 from ldmcli.networks.conditioners import Conditioning, load_tokenizer, train_vocabulary
-from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.latent_scale import LatentScale
 
 CLOSE = 1e-5  # of the largest value, as the cases' README has it
 

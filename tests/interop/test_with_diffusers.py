@@ -40,7 +40,7 @@ from ldmcli.formats import schedulers  # noqa: E402
 from ldmcli.formats.diffusers_files import read_config  # noqa: E402
 from ldmcli.networks.autoencoder import split_moments  # noqa: E402
 from ldmcli.networks.conditioners import Conditioning  # noqa: E402
-from ldmcli.networks.latent_diffusion import LatentScale  # noqa: E402
+from ldmcli.networks.latent_scale import LatentScale  # noqa: E402
 
 CLOSE = 1e-4
 KL8 = dict(f=8, channels=8, channel_mult=(1, 1, 2, 2), z_channels=4, embed_dim=4, attn_resolutions=(2,))

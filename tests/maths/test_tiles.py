@@ -24,7 +24,7 @@ from ldmcli.maths.tiles import (
 from ldmcli.networks import chunked_autoencoder
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.chunked_autoencoder import Pieces
-from ldmcli.networks.latent_diffusion import LatentScale
+from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.sampling import memory as memory_module
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 

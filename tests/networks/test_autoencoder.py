@@ -6,14 +6,8 @@ from golden_cases import decided, golden, randomised, relative
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import FACTORS, AutoencoderSettings
-from ldmcli.networks.autoencoder import (
-    Autoencoder,
-    VectorQuantizer,
-    kl_divergence,
-    posterior_sample,
-    restart_dead_codes,
-    split_moments,
-)
+from ldmcli.networks.autoencoder import Autoencoder, kl_divergence, posterior_sample, split_moments
+from ldmcli.networks.vector_quantizer import VectorQuantizer, restart_dead_codes
 
 EXACT, THROUGH_QUANTISER = 5e-6, 2e-5
 # 34 channels make 17 groups of two: one channel a group would cancel the biases before it

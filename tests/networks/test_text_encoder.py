@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldmcli.core.errors import UsageError
-from ldmcli.networks.text_encoder import ClassEmbedder, SpatialRescaler, TextTransformer, pooled
+from ldmcli.networks.text_encoder import SpatialRescaler, TextTransformer, pooled
 
 
 def text(**changes) -> TextTransformer:
@@ -59,12 +59,6 @@ def test_every_parameter_gets_a_finite_gradient_and_rows_beyond_the_text_none():
 def test_a_text_that_is_too_long_is_refused():
     with pytest.raises(UsageError, match="10 tokens: this model reads at most 9"):
         text()(torch.zeros(1, 10, dtype=torch.int64))
-
-
-def test_a_class_becomes_one_token():
-    embedder = ClassEmbedder(4, 6)
-    out = embedder(torch.tensor([3, 0]))
-    assert out.shape == (2, 1, 6) and torch.equal(out[0, 0], embedder.embedding.weight[3])
 
 
 @torch.no_grad()

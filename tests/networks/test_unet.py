@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_cases import golden, randomised, relative, shared, strip_prefix
+from golden_cases import ClassEmbedder, golden, randomised, relative, shared, strip_prefix
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
 from ldmcli.networks.blocks import attention, group_norm, timestep_embedding
-from ldmcli.networks.text_encoder import ClassEmbedder, SpatialRescaler, TextTransformer
+from ldmcli.networks.text_encoder import SpatialRescaler, TextTransformer
 from ldmcli.networks.unet import UNet, head_count, level_widths
 
 EXACT = 5e-6

@@ -43,7 +43,8 @@ from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import CONDITIONERS, load_tokenizer, train_vocabulary
 from ldmcli.networks.discriminator import PatchDiscriminator
-from ldmcli.networks.latent_diffusion import DiffusionModel, LatentScale
+from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.networks.perceptual import PerceptualNet, read_heads
 from ldmcli.reports import cost_estimate as planning
 from ldmcli.sampling import editing, load, memory
