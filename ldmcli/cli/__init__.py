@@ -54,7 +54,9 @@ def load(name: str) -> Command:
     function = getattr(import_module(f"ldmcli.cli.{COMMANDS[name][0]}"), name.replace("-", "_"))
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name, cls=Command, context_settings={"token_normalize_func": plain_name})(function)
-    return typer.main.get_command(app)
+    made = typer.main.get_command(app)
+    assert isinstance(made, Command)
+    return made
 
 
 def _show_version(value: bool) -> None:
@@ -75,7 +77,9 @@ def command_line() -> LazyGroup:
     ) -> None:
         pass
 
-    return typer.main.get_command(app)
+    made = typer.main.get_command(app)
+    assert isinstance(made, LazyGroup)
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,7 +208,7 @@ def _usage_line(error: TyperException) -> str:
 
 def _bad_value(error: TyperException, param) -> str:
     name = param.opts[0] if param.opts else param.name
-    details = getattr(error.__cause__, "errors", lambda: [])()
+    details: list[dict] = getattr(error.__cause__, "errors", list)()
     if not details:
         return f"{name}: {error.message}"
     first = details[0]

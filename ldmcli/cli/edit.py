@@ -177,7 +177,7 @@ def upscale(given: ParsedOptions) -> None:
 
 
 def _request(given: ParsedOptions, **more) -> EditRequest:
-    files = {"layouts": _one(given.layout), "maps": _one(given.map)}
+    files: dict[str, Any] = {"layouts": _one(given.layout), "maps": _one(given.map)}
     for path in (given.image, *more.get("masks", ()), *files["layouts"], *files["maps"]):
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")

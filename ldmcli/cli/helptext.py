@@ -74,11 +74,11 @@ class Command(TyperCommand):
             if getattr(param, "hidden", False):
                 continue
             argument = param.param_type_name == "argument"
-            panel = "Arguments" if argument else param.rich_help_panel or "Output"
+            panel = "Arguments" if argument else getattr(param, "rich_help_panel", "") or "Output"
             panels.setdefault(panel, []).append(_argument_row(param) if argument else _option_row(param))
         for panel in sorted(panels, key=PANELS.index):
             lines += [_heading(panel), *panels[panel], ""]
-        lines += [_heading("Example"), *(f"  {line}" for line in _continued(example_line(self.name)))]
+        lines += [_heading("Example"), *(f"  {line}" for line in _continued(example_line(str(self.name))))]
         formatter.write("\n".join(lines) + "\n")
 
 
@@ -106,7 +106,7 @@ class Group(TyperGroup):
         for panel, rows in panels.items():
             lines += [_heading(panel), *rows, ""]
         rows = [
-            _row(", ".join(reversed(param.opts)), param.help or "", _INDENT)
+            _row(", ".join(reversed(param.opts)), getattr(param, "help", "") or "", _INDENT)
             for param in self.get_params(ctx)
             if not getattr(param, "hidden", False)
         ]

@@ -15,6 +15,7 @@ from ldmcli.cli.train import data_name, require_folder
 from ldmcli.core import config, console
 from ldmcli.core.errors import ModelError
 from ldmcli.core.outputs import CONTACT, refuse_foreign
+from ldmcli.core.settings import DiffusionConfig
 
 Minutes = option(
     float,
@@ -221,6 +222,7 @@ def _recipe_group(kind: str, path: Path) -> str:
     if kind == "autoencoder":
         return kind
     settings = config.resolve(kind, config.recipe_layers(kind, path)).config
+    assert isinstance(settings, DiffusionConfig)
     if settings.task.name != "generate":
         return settings.task.name
     return next((kind for kind in reversed(list(RECIPE_GROUPS)) if kind in settings.condition.kinds), "")

@@ -30,7 +30,8 @@ def read_prompts(path: Path) -> Asked:
     """
     name = "--prompts (stdin)" if str(path) == "-" else f"--prompts {path}"
     found: list[tuple[str | None, str | None]] = []
-    comments, unread = 0, set()
+    comments = 0
+    unread: set[str] = set()
     for where, value in _values(_text(path, name), name):
         if value is None:
             comments += 1

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -11,6 +12,7 @@ from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import ParsedOptions, command
 from ldmcli.core import config, console, launch
 from ldmcli.core.errors import DivergedError, Interrupted, ModelError, UsageError
+from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 
 _AE_MODEL = {
     **opt.CONFIGURATION,
@@ -39,6 +41,7 @@ def train_ae(given: ParsedOptions) -> None:
     Without --preset a small network is taken that trains on any machine.
     """
     resolved = resolve("autoencoder", given, given.layers())
+    assert isinstance(resolved.config, AutoencoderConfig)
     autoencoder = resolved.config.autoencoder
     network = f"preset {given.preset}" if given.preset else f"the {autoencoder.family} network"
     named = f"{network}, f = {autoencoder.f}, {autoencoder.reg}"
@@ -64,6 +67,7 @@ def train_ldm(given: ParsedOptions) -> None:
     if given.snr_gamma is not None:
         layers.append(("--snr-gamma", {"diffusion.loss_weight": "min_snr"}))
     resolved = resolve("diffusion", given, layers)
+    assert isinstance(resolved.config, DiffusionConfig)
     begun = given.init_from
     autoencoder = given.autoencoder or (
         _autoencoder_of(Path(begun)) if begun else _newest_autoencoder(needed=not given.plan)
@@ -134,7 +138,7 @@ def data_name(source: str) -> str:
 
 def run_name(resolved: config.Resolved) -> str:
     """The stated name of a run where --out gives none: its data and what it is, as in shapes-ae, photos-text."""
-    if resolved.kind == "autoencoder":
+    if not isinstance(resolved.config, DiffusionConfig):
         return f"{data_name(resolved.config.data.source)}-ae"
     task = resolved.config.task.name
     told = [*resolved.config.condition.kinds, *([task] if task != "generate" else [])]
@@ -178,7 +182,7 @@ def _write_pages(out: Path) -> None:
     write_pages(out)
 
 
-def _show_plan(given: ParsedOptions, resolved: config.Resolved, models: dict[str, str]) -> None:
+def _show_plan(given: ParsedOptions, resolved: config.Resolved, models: dict[str, Any]) -> None:
     from ldmcli.core.presets import PRESETS
     from ldmcli.reports.cost_estimate import plan, plan_text
 

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ldmcli.core import settings
 from ldmcli.core.errors import UsageError
@@ -40,13 +41,18 @@ class Resolved:
     origins: dict[str, str]
 
 
-def paths(kind: str) -> dict[str, object]:
+def paths(kind: str) -> dict[str, Any]:
     """Every setting of a kind, "section.name" to its type, in the order of the settings."""
-    found = {}
-    for section in fields(KINDS[kind]):
-        hints = typing.get_type_hints(section.type)
-        found |= {f"{section.name}.{setting.name}": hints[setting.name] for setting in fields(section.type)}
+    found: dict[str, Any] = {}
+    for name, section in _sections(KINDS[kind]):
+        hints = typing.get_type_hints(section)
+        found |= {f"{name}.{setting.name}": hints[setting.name] for setting in fields(section)}
     return found
+
+
+def _sections(config: Any) -> list[tuple[str, Any]]:
+    """(name, class) of the sections of a configuration or of its class."""
+    return [(section.name, section.type) for section in fields(config)]
 
 
 def defaults(kind: str) -> dict[str, object]:
@@ -120,7 +126,7 @@ def _scalar(kind: type, value: object) -> object:
     return float(number)
 
 
-def _coerce(kind: object, value: object) -> object:
+def _coerce(kind: Any, value: object) -> object:
     """`value` in the type that a setting declares; ValueError where it doesn't fit."""
     if typing.get_origin(kind) is not tuple:
         return _scalar(kind, value)
@@ -140,7 +146,7 @@ def _coerce(kind: object, value: object) -> object:
     return tuple(_scalar(member, item) for member, item in zip(members, value))
 
 
-def _describe_type(path: str, kind: object) -> str:
+def _describe_type(path: str, kind: Any) -> str:
     if path == "data.size":
         return "pixels, as 64 or 48x64"
     if typing.get_origin(kind) is not tuple:
@@ -272,7 +278,7 @@ def _document(text: str, name: str) -> dict[str, object]:
 
 
 def _flatten(document: Mapping[str, object], name: str) -> dict[str, object]:
-    found = {}
+    found: dict[str, object] = {}
     for section, content in document.items():
         if not isinstance(content, dict):
             raise UsageError(f"{name}: {section}: settings stand in sections, as in [train]")
@@ -298,7 +304,7 @@ def recipe_layers(kind: str, name: str | Path) -> list[Layer]:
 
 def environment_layers(kind: str, environ: Mapping[str, str]) -> list[Layer]:
     """LDM_SECTION_KEY variables, each its own origin."""
-    found = []
+    found: list[Layer] = []
     sections = {each.name for config_class in KINDS.values() for each in fields(config_class)}
     elsewhere = {path for other in KINDS if other != kind for path in paths(other)} - set(paths(kind))
     for variable in sorted(environ):
@@ -312,7 +318,7 @@ def environment_layers(kind: str, environ: Mapping[str, str]) -> list[Layer]:
 
 def set_layers(assignments: Iterable[str]) -> list[Layer]:
     """`--set section.name=value`, in the order given."""
-    found = []
+    found: list[Layer] = []
     for text in assignments:
         path, equals, value = text.partition("=")
         if not equals:
@@ -366,13 +372,13 @@ def _build(kind: str, values: Mapping[str, object], origins: Mapping[str, str]) 
     try:
         return config_class(
             **{
-                section.name: section.type(
+                name: section(
                     **{
-                        setting.name: _coerce(known[path := f"{section.name}.{setting.name}"], values[path])
-                        for setting in fields(section.type)
+                        setting.name: _coerce(known[path := f"{name}.{setting.name}"], values[path])
+                        for setting in fields(section)
                     }
                 )
-                for section in fields(config_class)
+                for name, section in _sections(config_class)
             }
         )
     except UsageError as error:
@@ -387,9 +393,9 @@ def _build(kind: str, values: Mapping[str, object], origins: Mapping[str, str]) 
 def flat(config: Config) -> dict[str, object]:
     """{"section.name": value} of a configuration."""
     return {
-        f"{section.name}.{setting.name}": getattr(getattr(config, section.name), setting.name)
-        for section in fields(config)
-        for setting in fields(section.type)
+        f"{name}.{setting.name}": getattr(getattr(config, name), setting.name)
+        for name, section in _sections(config)
+        for setting in fields(section)
     }
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -161,7 +162,7 @@ def _plain(value):
     return value
 
 
-def table(rows: list[list | tuple], headers: list[str]) -> str:
+def table(rows: Sequence[Sequence], headers: list[str]) -> str:
     """Plain aligned columns, numbers to the right; each cell on one line."""
     cells = [["" if cell is None else _one_line(clean(cell)) for cell in row] for row in rows]
     columns = range(len(headers))

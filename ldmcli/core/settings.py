@@ -129,18 +129,8 @@ class AutoencoderSettings:
                 f"autoencoder.channel_mult = {list(self.channel_mult)}: f = {self.f} needs "
                 f"{self.f.bit_length()} entries, one a resolution"
             )
-        _at_least(
-            "autoencoder",
-            1,
-            self,
-            "in_channels",
-            "z_channels",
-            "embed_dim",
-            "channels",
-            "codebook_size",
-            "groups",
-            "num_res_blocks",
-        )
+        names = "in_channels z_channels embed_dim channels codebook_size groups num_res_blocks"
+        _at_least("autoencoder", 1, self, *names.split())
         _at_least("autoencoder", 0, self, "beta", "revive_codes")
         _share("autoencoder", self, "dropout")
         if not self.channel_mult or min(self.channel_mult) * self.channels < 1:
@@ -173,20 +163,8 @@ class LossSettings:
     def __post_init__(self):
         _choice("loss", "style", self.style, ("mean", "paper"))
         _choice("loss", "gan", self.gan, ("hinge", "vanilla"))
-        _at_least(
-            "loss",
-            0,
-            self,
-            "l1",
-            "l2",
-            "edge",
-            "perceptual_weight",
-            "kl_weight",
-            "codebook_weight",
-            "disc_weight",
-            "disc_start",
-            "disc_lr",
-        )
+        names = "l1 l2 edge perceptual_weight kl_weight codebook_weight disc_weight disc_start disc_lr"
+        _at_least("loss", 0, self, *names.split())
         _at_least("loss", 1, self, "disc_channels", "disc_layers")
 
 
@@ -365,20 +343,8 @@ class TrainSettings:
                 "gradient_timeout": self.gradient_timeout,
             },
         )
-        _at_least(
-            "train",
-            0,
-            self,
-            "micro_batch",
-            "clip",
-            "weight_decay",
-            "warmup",
-            "sample_every",
-            "eval_every",
-            "eval_images",
-            "max_hours",
-            "max_minutes",
-        )
+        names = "micro_batch clip weight_decay warmup sample_every eval_every eval_images max_hours max_minutes"
+        _at_least("train", 0, self, *names.split())
         _at_least("train", 1, self, "muon_every")
         _positive("train", {"adam_lr": self.adam_lr})
         _share("train", self, "ema_decay")

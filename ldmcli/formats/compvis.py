@@ -14,7 +14,7 @@ from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DataSettings, DiffusionConfig
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.formats import compvis_config as cc
-from ldmcli.formats import compvis_shapes, pickles
+from ldmcli.formats import compvis_shapes, compvis_yaml, pickles
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading, checkpoint_in
 from ldmcli.formats.compvis_write import KEPT
 from ldmcli.networks.autoencoder import Autoencoder
@@ -63,7 +63,7 @@ def read(path: Path, reading: Reading) -> Bundle:
         path = checkpoint_in(path) or path
     state = read_tensors(path)
     yaml = reading.config or config_beside(path)
-    root = cc.read_yaml(yaml) if yaml else None
+    root = compvis_yaml.read_yaml(yaml) if yaml else None
     has_unet = any(name.startswith(UNET) for name in state)
     clip = next((mark for mark in SD_MARKS if any(name.startswith(mark) for name in state)), "")
     if not has_unet or reading.part == "first-stage" or clip:
@@ -116,7 +116,7 @@ def config_beside(path: Path) -> Path | None:
     return found[0] if found else others[0] if alone else None
 
 
-def _stage_of(root: cc.Section) -> cc.FirstStage:
+def _stage_of(root: compvis_yaml.Section) -> cc.FirstStage:
     """The first stage that a configuration describes, of a diffusion model, too."""
     model = root.sub("model")
     params = model.sub("params")
@@ -208,9 +208,10 @@ def _first_stage(
         if weights.averaged:
             notes.append("averaged weights (model_ema)")
     weights.finish()
-    factor = state.get("scale_factor") if inside else None
-    scale = None if factor is None else _scale(_finite(path, factor), stage.settings.embed_dim)
-    scale = scale or _own_scale(own, stage.settings.embed_dim, None)
+    assert stage.settings is not None
+    factor, channels = state.get("scale_factor") if inside else None, stage.settings.embed_dim
+    scale = None if factor is None else _scale(_finite(path, factor), channels)
+    scale = scale or _own_scale(own, channels, None)
     return AutoencoderBundle(cc.autoencoder_config(stage), found, scale, notes)
 
 
@@ -218,6 +219,7 @@ def take_first_stage(
     weights: _Weights, stage: cc.FirstStage, prefix: str, average: Callable[[str], str] | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a first stage as our network names them: the original's names."""
+    assert stage.settings is not None, "pixels have no tensors"
     with torch.device("meta"):
         network = Autoencoder(stage.settings)
     return _fitting(weights.path, weights.take(prefix, network.state_dict(), average), network)
@@ -343,7 +345,7 @@ def _factor(path: Path, state: dict[str, Tensor], plan: cc.Plan, notes: list[str
 
 def _own_scale(own: Mapping[str, Any], channels: int, near: LatentScale | None) -> LatentScale | None:
     """The scale that a YAML written here gives in full, where it is that of the checkpoint (`near`; None: any)."""
-    mean, std = own.get("latent_mean"), own.get("latent_std")
+    mean, std = own.get("latent_mean", ()), own.get("latent_std", ())
     if not all(
         isinstance(v, list) and len(v) == channels and all(isinstance(n, float) for n in v) for v in (mean, std)
     ):

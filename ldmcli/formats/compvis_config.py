@@ -1,8 +1,7 @@
 """Configurations of CompVis/latent-diffusion (YAML) as our settings. `target:` texts are looked up, never imported."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ldmcli.core.errors import LdmError, ModelError
@@ -18,18 +17,24 @@ from ldmcli.core.settings import (
     SampleSettings,
     TaskSettings,
 )
+from ldmcli.formats.compvis_heads import published, with_heads
+from ldmcli.formats.compvis_yaml import Section
 
-LARGEST_CONFIG = 2**18  # bytes; the reader in Python, which no nesting can crash, takes seconds for as many
 DEEPEST = 64  # layers, blocks, stages of one kind
-ONE_HEAD = ("cin256", "text2img256", "layout2img-openimages256")
-CLIP = (
-    "FrozenCLIPEmbedder",
-    "FrozenOpenCLIPEmbedder",
-    "FrozenClipImageEmbedder",
-    "GeneralConditioner",
-    "FrozenCLIPTextEmbedder",
-    "FrozenClipMultiTextEmbedder",
-)
+CLIP = """
+    FrozenCLIPEmbedder FrozenOpenCLIPEmbedder FrozenClipImageEmbedder GeneralConditioner FrozenCLIPTextEmbedder
+    FrozenClipMultiTextEmbedder
+""".split()
+_FIRST_STAGE_KEYS = """
+    double_z z_channels resolution in_channels out_ch ch ch_mult num_res_blocks attn_resolutions dropout attn_type
+    resamp_with_conv use_linear_attn tanh_out give_pre_end
+""".split()
+_UNET_KEYS = """
+    image_size in_channels model_channels out_channels num_res_blocks dropout attention_resolutions channel_mult
+    conv_resample dims num_classes use_checkpoint use_fp16 num_heads num_head_channels num_heads_upsample
+    use_scale_shift_norm resblock_updown use_new_attention_order use_spatial_transformer transformer_depth
+    context_dim n_embed legacy
+""".split()
 OWN = "ldm"  # section of a YAML that we wrote: what the original's has no place for
 
 
@@ -70,88 +75,6 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-class Section:
-    """A mapping of a YAML with its place, for errors."""
-
-    def __init__(self, path: Path, place: str, values: Any):
-        if not isinstance(values, dict):
-            raise ModelError(f"{path}: {place or 'the file'} is no mapping, as a configuration of CompVis has it")
-        self.path, self.place, self.values = path, place, values
-
-    def error(self, key: str, why: str) -> ModelError:
-        """The error for a value that cannot be used."""
-        return ModelError(f"{self.path}: {self.place}.{key} = {str(self.values.get(key))[:80]!r}: {why}")
-
-    def sub(self, key: str) -> "Section":
-        """The mapping below a key."""
-        return Section(self.path, f"{self.place}.{key}".lstrip("."), self.values.get(key))
-
-    def whole(self, key: str, default: int | None = None, most: int = 2**20) -> int:
-        """A whole number from 1 to `most`."""
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            raise self.error(key, f"a whole number from 1 to {most:,} is expected")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A finite number."""
-        value = self.values.get(key, default)
-        try:
-            found = float(value)  # YAML 1.1 takes 1e-4 for text
-        except (TypeError, ValueError):
-            raise self.error(key, "a number is expected") from None
-        if not abs(found) < 1e30:
-            raise self.error(key, "a finite number is expected")
-        return found
-
-    def wholes(self, key: str, default: Sequence[int] | None = None) -> tuple[int, ...]:
-        """A list of positive whole numbers, perhaps empty."""
-        value = self.values.get(key, default)
-        if (
-            not isinstance(value, (list, tuple))
-            or len(value) > 16
-            or not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**16 for n in value)
-        ):
-            raise self.error(key, "a list of positive whole numbers is expected")
-        return tuple(value)
-
-    def only(self, **allowed: tuple) -> None:
-        """Raises ModelError where a key that is there has another value than those that these networks know."""
-        for key, values in allowed.items():
-            if key in self.values and self.values[key] not in values:
-                known = " or ".join("none" if v is None else str(v).lower() for v in values)
-                raise self.error(key, f"these networks know {known}")
-
-    def known(self, *names: str) -> None:
-        """Raises ModelError for keys that nobody here knows: they may change what the network is."""
-        unknown = sorted(str(key) for key in self.values.keys() - set(names))
-        if unknown:
-            raise ModelError(f"{self.path}: {self.place}: unknown {', '.join(unknown[:5])}")
-
-    def target(self) -> str:
-        """The last part of `target`."""
-        return str(self.values.get("target", "")).rpartition(".")[2]
-
-
-def read_yaml(path: Path) -> Section:
-    """The `model` section of a configuration. Raises ModelError for anything that is no plain YAML."""
-    import yaml
-
-    try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise ModelError(f"{path}: too large for a configuration")
-        text = path.read_text(encoding="utf-8")
-        if text.count("&") > 64 or text.count("[") + text.count("{") > 2000:  # anchors of anchors grow without end
-            raise ModelError(f"{path}: too many anchors or brackets for a configuration")
-        values = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such configuration") from None
-    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError) as error:
-        lines = str(error).strip().splitlines()
-        raise ModelError(f"{path}: no plain YAML ({lines[0][:120] if lines else type(error).__name__})") from None
-    return Section(path, "", values)
-
-
 # ---------------------------------------------------------------- first stages
 
 
@@ -165,23 +88,7 @@ def first_stage(section: Section) -> FirstStage:
     params, vq = section.sub("params"), name != "AutoencoderKL"
     params.only(remap=(None,))
     network = params.sub("ddconfig")
-    network.known(
-        "double_z",
-        "z_channels",
-        "resolution",
-        "in_channels",
-        "out_ch",
-        "ch",
-        "ch_mult",
-        "num_res_blocks",
-        "attn_resolutions",
-        "dropout",
-        "attn_type",
-        "resamp_with_conv",
-        "use_linear_attn",
-        "tanh_out",
-        "give_pre_end",
-    )
+    network.known(*_FIRST_STAGE_KEYS)
     network.only(
         double_z=(not vq,),
         attn_type=("vanilla", "none", "vanilla-xformers"),
@@ -335,32 +242,7 @@ def unet_settings(section: Section) -> tuple[DiffusionSettings, int, int, int | 
     if section.target() not in ("UNetModel", ""):
         raise section.error("target", "a network that is not known here")
     params = section.sub("params")
-    params.known(
-        "image_size",
-        "in_channels",
-        "model_channels",
-        "out_channels",
-        "num_res_blocks",
-        "dropout",
-        "attention_resolutions",
-        "channel_mult",
-        "conv_resample",
-        "dims",
-        "num_classes",
-        "use_checkpoint",
-        "use_fp16",
-        "num_heads",
-        "num_head_channels",
-        "num_heads_upsample",
-        "use_scale_shift_norm",
-        "resblock_updown",
-        "use_new_attention_order",
-        "use_spatial_transformer",
-        "transformer_depth",
-        "context_dim",
-        "n_embed",
-        "legacy",
-    )
+    params.known(*_UNET_KEYS)
     heads = params.values.get("num_heads", -1)
     params.only(
         conv_resample=(True,),
@@ -402,54 +284,6 @@ def unet_settings(section: Section) -> tuple[DiffusionSettings, int, int, int | 
             raise params.error(key, f"does not divide a width of {width}")
     context = params.whole("context_dim") if transformer else None
     return settings, params.whole("in_channels"), params.whole("out_channels"), context
-
-
-def published(settings: DiffusionSettings, in_channels: int, context_dim: int | None) -> list[str]:
-    """Names of the published models whose UNet has these shapes."""
-    names = (
-        "channels",
-        "channel_mult",
-        "num_res_blocks",
-        "spatial_transformer",
-        "scale_shift",
-        "resblock_updown",
-        "transformer_depth",
-    )
-    found = []
-    for name, preset in MODELS.items():
-        own = DiffusionSettings(
-            **{key.partition(".")[2]: value for key, value in preset.values.items() if key.startswith("diffusion.")}
-        )
-        attends = [{2**k for k in range(len(own.channel_mult))} & set(s.attention_resolutions) for s in (own, settings)]
-        if (
-            all(getattr(own, key) == getattr(settings, key) for key in names)
-            and attends[0] == attends[1]
-            and (preset.extra["in_channels"], preset.extra["context_dim"]) == (in_channels, context_dim)
-        ):
-            found.append(name)
-    return found
-
-
-def with_heads(
-    settings: DiffusionSettings, asked: str, models: Sequence[str], is_open: bool
-) -> tuple[DiffusionSettings, list[str]]:
-    """The settings with the heads asked for ("", "legacy", "config", a number), and what to say about it.
-
-    is_open: the configuration gives the width of heads to a spatial transformer, which the code of the first release
-    ignored (one head) and later code obeys, with weights of the same shapes.
-    """
-    wide = f"heads of {settings.head_channels} channels"
-    as_configured = f"{settings.num_heads} heads" if settings.num_heads else wide
-    if asked not in ("", "legacy", "config") and not (asked.isdecimal() and int(asked) > 0):
-        raise ModelError(f"--heads {asked}: legacy (one head), config (as the YAML says) or a number is expected")
-    trap = [name for name in models if name in ONE_HEAD]
-    count = int(asked) if asked.isdecimal() else 1 if asked == "legacy" or (not asked and is_open and trap) else 0
-    if not count:
-        other = "; weights of the first release (December 2021) want one: --heads legacy" if is_open else ""
-        note = [f"attention: {as_configured}, as the configuration says{other}"] if is_open or asked else []
-        return settings, note
-    why = f"as {trap[0]} was trained; --heads config takes {as_configured}" if trap and not asked else "as asked for"
-    return replace(settings, num_heads=count), [f"attention: {count} head{'s' * (count > 1)}, {why}"]
 
 
 def plan(root: Section, heads: str = "") -> Plan | FirstStage:

@@ -12,6 +12,7 @@ from ldmcli.core.errors import LdmError, ModelError
 from ldmcli.core.presets import FIRST_STAGES, MODELS, Preset
 from ldmcli.core.settings import AutoencoderSettings, DiffusionSettings
 from ldmcli.formats import compvis_config as cc
+from ldmcli.formats import compvis_heads
 from ldmcli.networks.unet import UNet
 
 UNET, COND = "model.diffusion_model.", "cond_stage_model."
@@ -75,8 +76,8 @@ def plan(path: Path, state: dict[str, Tensor], heads: str) -> cc.Plan:
     betas = state.get("betas")
     if betas is not None and len(betas):
         settings = replace(settings, beta_start=round(float(betas[0]), 6), beta_end=round(float(betas[-1]), 6))
-    settings, notes = cc.with_heads(settings, heads, found, False)
-    if not notes and found[0] in cc.ONE_HEAD:
+    settings, notes = compvis_heads.with_heads(settings, heads, found, False)
+    if not notes and found[0] in compvis_heads.ONE_HEAD:
         notes = [
             f"attention: 1 head, as {found[0]} was trained; its configuration reads as heads of 32 channels to "
             "later code (--heads to choose)"

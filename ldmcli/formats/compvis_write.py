@@ -270,63 +270,31 @@ def _unet_document(bundle: DiffusionBundle, s: DiffusionSettings) -> dict[str, A
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
 
 
+_MODULES = "ldm.modules.encoders.modules."
+
+
 def _conditioning(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The entries of a LatentDiffusion that say what it is told."""
-    facts, condition = bundle.facts.get(kind, {}), bundle.config.condition
-    modules = "ldm.modules.encoders.modules."
+    facts = bundle.facts.get(kind, {})
     match kind:
         case "":
             return {"cond_stage_key": "image", "cond_stage_config": "__is_unconditional__"}
         case "class":
             rows = len(bundle.tensors["conditions.entries.class.embedding.weight"])
             own["names"] = list(facts["class_names"])
-            return {
-                "cond_stage_key": "class_label",
-                "conditioning_key": "crossattn",
-                "cond_stage_trainable": True,
-                "cond_stage_config": {
-                    "target": modules + "ClassEmbedder",
-                    "params": {"embed_dim": condition.context_dim, "n_classes": rows, "key": "class_label"},
-                },
-            }
+            params = {"embed_dim": bundle.config.condition.context_dim, "n_classes": rows, "key": "class_label"}
+            return _trained("class_label", "crossattn", "ClassEmbedder", params)
         case "text" | "layout":
-            own["logits"] = bool(facts.get("logits", False))
-            params = {
-                "n_embed": condition.context_dim,
-                "n_layer": condition.text_layers,
-                "vocab_size": facts["vocabulary"],
-                "max_seq_len": facts["length"],
-            }
-            if kind == "layout":
-                params["use_tokenizer"] = False
-                if facts["categories"] != [str(k) for k in range(facts["vocabulary"] - 1)]:
-                    own["names"] = list(facts["categories"])
-            elif facts["vocabulary"] != 30522:
-                notes.append(
-                    "the original reads captions with the vocabulary of bert-base-uncased; this model has its "
-                    "own, written beside it"
-                )
-            return {
-                "cond_stage_key": "caption" if kind == "text" else "coordinates_bbox",
-                "conditioning_key": "crossattn",
-                "cond_stage_trainable": True,
-                "cond_stage_config": {"target": modules + "BERTEmbedder", "params": params},
-            }
+            key = "caption" if kind == "text" else "coordinates_bbox"
+            return _trained(key, "crossattn", "BERTEmbedder", _transformer(bundle, kind, own, notes))
         case "map":
             own["names"], own["void"] = list(facts["names"]), bool(facts.get("void", False))
-            return {
-                "cond_stage_key": "segmentation",
-                "conditioning_key": "concat",
-                "cond_stage_trainable": True,
-                "cond_stage_config": {
-                    "target": modules + "SpatialRescaler",
-                    "params": {
-                        "n_stages": facts["stages"],
-                        "in_channels": facts["classes"],
-                        "out_channels": facts["out_channels"],
-                    },
-                },
+            params = {
+                "n_stages": facts["stages"],
+                "in_channels": facts["classes"],
+                "out_channels": facts["out_channels"],
             }
+            return _trained("segmentation", "concat", "SpatialRescaler", params)
         case "lowres":
             return {
                 "cond_stage_key": "LR_image",
@@ -335,3 +303,35 @@ def _conditioning(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes
             }
     own["fill"] = facts.get("fill", "black")
     return {"cond_stage_key": "masked_image", "conditioning_key": "concat", "cond_stage_config": "__is_first_stage__"}
+
+
+def _trained(key: str, enters: str, target: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The entries for a conditioner that was trained with the UNet."""
+    return {
+        "cond_stage_key": key,
+        "conditioning_key": enters,
+        "cond_stage_trainable": True,
+        "cond_stage_config": {"target": _MODULES + target, "params": params},
+    }
+
+
+def _transformer(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Parameters of the transformer that reads captions or layouts."""
+    facts, condition = bundle.facts.get(kind, {}), bundle.config.condition
+    own["logits"] = bool(facts.get("logits", False))
+    params = {
+        "n_embed": condition.context_dim,
+        "n_layer": condition.text_layers,
+        "vocab_size": facts["vocabulary"],
+        "max_seq_len": facts["length"],
+    }
+    if kind == "layout":
+        params["use_tokenizer"] = False
+        if facts["categories"] != [str(k) for k in range(facts["vocabulary"] - 1)]:
+            own["names"] = list(facts["categories"])
+    elif facts["vocabulary"] != 30522:
+        notes.append(
+            "the original reads captions with the vocabulary of bert-base-uncased; this model has its "
+            "own, written beside it"
+        )
+    return params

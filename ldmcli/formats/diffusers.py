@@ -23,8 +23,8 @@ from ldmcli.core.settings import (
 from ldmcli.formats import diffusers_custom as custom
 from ldmcli.formats import diffusers_text as text
 from ldmcli.formats import diffusers_unet as unets
+from ldmcli.formats import diffusers_unet_write, schedulers
 from ldmcli.formats import diffusers_vae as vaes
-from ldmcli.formats import schedulers
 from ldmcli.formats.bundle import AutoencoderBundle, DiffusionBundle
 from ldmcli.formats.diffusers_card import write_card
 from ldmcli.formats.diffusers_files import Config, read_config, read_weights, translate, write_model
@@ -114,7 +114,8 @@ def _bundle(
     channels, height, width = config.integer("out_channels"), *config.side("sample_size", 32)
     planes = config.integer("in_channels") - channels
     condition: dict[str, Any] = {"context_dim": 4 * settings.channels, "drop": 0.0, "text_pooled": False}
-    task, facts, tokenizer = TaskSettings(), {}, None
+    task, tokenizer = TaskSettings(), None
+    facts: dict[str, dict[str, Any]] = {}
     sample, notes = PAPER_SAMPLING, [*(autoencoder.notes if autoencoder else []), *read]
     f = autoencoder.config.autoencoder.f if autoencoder else 1
     if planes:
@@ -298,7 +299,9 @@ def _why_not_unet(bundle: DiffusionBundle) -> str:
     if vector and not _single(bundle):
         return "a vector beside the time embedding"
     channels = bundle.latent_shape[0]
-    return unets.why_not(bundle.config.diffusion, _in_channels(bundle), channels, _context_dim(bundle), None)
+    return diffusers_unet_write.why_not(
+        bundle.config.diffusion, _in_channels(bundle), channels, _context_dim(bundle), None
+    )
 
 
 def _in_channels(bundle: DiffusionBundle) -> int:
@@ -334,7 +337,7 @@ def _unet_parts(bundle: DiffusionBundle) -> tuple[dict[str, Any], dict[str, Tens
     if _single(bundle) and bundle.config.kinds == ("class",):
         table = bundle.tensors["conditions.entries.class.embedding.weight"]
     channels, height, width = bundle.latent_shape
-    return unets.write_unet(
+    return diffusers_unet_write.write_unet(
         bundle.config.diffusion,
         own,
         in_channels=_in_channels(bundle),
@@ -347,7 +350,8 @@ def _unet_parts(bundle: DiffusionBundle) -> tuple[dict[str, Any], dict[str, Tens
 
 def _write_stock(bundle: DiffusionBundle, path: Path) -> list[str]:
     kinds = bundle.config.kinds
-    pipeline = {("text",): TEXT, ("lowres",): UPSCALE}.get(kinds, LATENT if bundle.autoencoder else PIXELS[1])
+    stock: dict[tuple[str, ...], str] = {("text",): TEXT, ("lowres",): UPSCALE}
+    pipeline = stock.get(kinds, LATENT if bundle.autoencoder else PIXELS[1])
     config, tensors = _unet_parts(bundle)
     write_model(path / "unet", config, tensors)
     scheduler = schedulers.write_scheduler(bundle.config.diffusion, bundle.config.sample)

@@ -157,7 +157,7 @@ def write_model(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     if len(shards) == 1:
         files.save_tensors(folder / f"{stem}.safetensors", tensors)
         return
-    table = {}
+    table: dict[str, str] = {}
     for k, shard in enumerate(shards, 1):
         name = f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors"
         files.save_tensors(folder / name, shard)

@@ -1,14 +1,14 @@
-"""UNet2DModel and UNet2DConditionModel of diffusers <-> our UNet."""
+"""UNet2DModel and UNet2DConditionModel of diffusers read as our UNet; `diffusers_unet_write` is the way back."""
 
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import DiffusionSettings
-from ldmcli.formats.diffusers_files import MOST_LAYERS, Config, Names, translate, translate_back
+from ldmcli.formats.diffusers_files import MOST_LAYERS, Config, Names, translate
 from ldmcli.networks.unet import UNet, head_count, level_widths
 
 PLAIN, CROSS = "UNet2DModel", "UNet2DConditionModel"
@@ -77,12 +77,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "cross_attention_norm": None,
     },
 }
+_BlockTypes = dict[str, dict[str, tuple[bool, bool | None]]]
 # block type -> (attention, resampling by residual blocks; None: as downsample_type or upsample_type say)
-_DOWN = {
+_DOWN: _BlockTypes = {
     PLAIN: {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)},
     CROSS: {"DownBlock2D": (False, False), "CrossAttnDownBlock2D": (True, False)},
 }
-_UP = {
+_UP: _BlockTypes = {
     PLAIN: {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)},
     CROSS: {"UpBlock2D": (False, False), "CrossAttnUpBlock2D": (True, False)},
 }
@@ -217,6 +218,46 @@ def _head_counts(config: Config, key: str, widths: list[int], used: list[int], a
     return {"level_heads": tuple(counts)}
 
 
+def _plain_only(config: Config, groups: int, scale_shift: bool) -> dict[str, Any]:
+    """Settings that only a UNet2DModel has."""
+    config.only(downsample_type=("conv", "resnet"), upsample_type=("conv", "resnet"))
+    own = config["attn_norm_num_groups"]
+    if config["add_attention"] and own != groups and (scale_shift or own is not None):
+        raise config.refuse(
+            "attn_norm_num_groups",
+            "the middle attention is normalised like the rest, by "
+            f"norm_num_groups = {groups}; null with scale_shift is not",
+        )
+    return {"middle_attention": bool(config["add_attention"])}
+
+
+def _cross_only(config: Config) -> dict[str, Any]:
+    """Settings that only a UNet2DConditionModel has."""
+    config.only(
+        only_cross_attention=(False,),
+        reverse_transformer_layers_per_block=(None,),
+        encoder_hid_dim=(None,),
+        encoder_hid_dim_type=(None,),
+        dual_cross_attention=(False,),
+        addition_embed_type=(None,),
+        resnet_skip_time_act=(False,),
+        resnet_out_scale_factor=(1.0,),
+        time_embedding_act_fn=(None,),
+        timestep_post_act=(None,),
+        time_cond_proj_dim=(None,),
+        conv_in_kernel=(3,),
+        conv_out_kernel=(3,),
+        class_embeddings_concat=(False,),
+        attention_type=("default",),
+        cross_attention_norm=(None,),
+        mid_block_only_cross_attention=(None, False),
+    )
+    layers = config["transformer_layers_per_block"]
+    if isinstance(layers, list) and len(set(config.integers("transformer_layers_per_block"))) == 1:
+        config.values["transformer_layers_per_block"] = layers[0]
+    return {"transformer_depth": config.integer("transformer_layers_per_block", MOST_LAYERS)}
+
+
 def read_settings(config: Config, kind: str) -> DiffusionSettings:
     """The settings of the network that a configuration describes. Raises ModelError, naming a key that is beyond it."""
     config.only(
@@ -245,41 +286,7 @@ def read_settings(config: Config, kind: str) -> DiffusionSettings:
     if any(width % groups for width in widths):
         raise config.refuse("norm_num_groups", f"does not divide {widths}")
     scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
-    more: dict[str, Any] = {}
-    if kind == PLAIN:
-        config.only(downsample_type=("conv", "resnet"), upsample_type=("conv", "resnet"))
-        own = config["attn_norm_num_groups"]
-        if config["add_attention"] and own != groups and (scale_shift or own is not None):
-            raise config.refuse(
-                "attn_norm_num_groups",
-                "the middle attention is normalised like the rest, by "
-                f"norm_num_groups = {groups}; null with scale_shift is not",
-            )
-        more["middle_attention"] = bool(config["add_attention"])
-    else:
-        config.only(
-            only_cross_attention=(False,),
-            reverse_transformer_layers_per_block=(None,),
-            encoder_hid_dim=(None,),
-            encoder_hid_dim_type=(None,),
-            dual_cross_attention=(False,),
-            addition_embed_type=(None,),
-            resnet_skip_time_act=(False,),
-            resnet_out_scale_factor=(1.0,),
-            time_embedding_act_fn=(None,),
-            timestep_post_act=(None,),
-            time_cond_proj_dim=(None,),
-            conv_in_kernel=(3,),
-            conv_out_kernel=(3,),
-            class_embeddings_concat=(False,),
-            attention_type=("default",),
-            cross_attention_norm=(None,),
-            mid_block_only_cross_attention=(None, False),
-        )
-        layers = config["transformer_layers_per_block"]
-        if isinstance(layers, list) and len(set(config.integers("transformer_layers_per_block"))) == 1:
-            config.values["transformer_layers_per_block"] = layers[0]
-        more["transformer_depth"] = config.integer("transformer_layers_per_block", MOST_LAYERS)
+    more = _plain_only(config, groups, scale_shift) if kind == PLAIN else _cross_only(config)
     attends, by_residuals = _levels(config, kind)
     try:
         settings = DiffusionSettings(
@@ -331,125 +338,3 @@ def read_unet(
 def _shapes(settings: DiffusionSettings, in_channels: int, out_channels: int, context_dim: int | None) -> dict:
     with torch.device("meta"):
         return UNet(settings, in_channels, out_channels, context_dim=context_dim).state_dict()
-
-
-def why_not(
-    settings: DiffusionSettings, in_channels: int, out_channels: int, context_dim: int | None, vector_dim: int | None
-) -> str:
-    """ "" where a stock class computes the same, else the reason for which none does."""
-    if settings.position != "none":
-        return "position codes inside attention"
-    if settings.patch != 1:
-        return "folded latent patches"
-    if vector_dim and settings.vector_mlp:
-        return "a vector that goes through layers of its own"
-    if settings.spatial_transformer:
-        if context_dim is None:
-            return "transformer blocks without tokens to look at"
-        if not settings.middle_attention:
-            return "no attention in the middle"
-        if settings.resblock_updown:
-            return "residual resampling beside cross-attention"
-    elif _head_width(settings) is None:
-        return "a number of heads that leaves widths of heads unequal"
-    with torch.device("meta"):
-        net = UNet(settings, in_channels, out_channels, context_dim=context_dim)
-    groups = {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
-    if len(groups) > 1:
-        return f"GroupNorm of {' and '.join(map(str, sorted(groups)))} groups"
-    return ""
-
-
-def _used_levels(settings: DiffusionSettings) -> list[tuple[int, int]]:
-    """(width, heads) of the levels that have attention, the middle's last."""
-    widths = level_widths(settings)
-    on = [2**level in settings.attention_resolutions for level in range(len(widths))]
-    on[-1] = on[-1] or settings.middle_attention
-    return [(width, head_count(width, settings, level)) for level, width in enumerate(widths) if on[level]]
-
-
-def _head_width(settings: DiffusionSettings) -> int | None:
-    """The width of a head on all levels; None where there is no such number."""
-    widths = {width // heads for width, heads in _used_levels(settings)} or {8}
-    return widths.pop() if len(widths) == 1 else None
-
-
-def write_unet(
-    settings: DiffusionSettings,
-    tensors: dict[str, Tensor],
-    *,
-    in_channels: int,
-    out_channels: int,
-    context_dim: int | None,
-    sample_size: tuple[int, int],
-    table: Tensor | None = None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors) of the stock class; `why_not` must have found nothing."""
-    kind = CROSS if settings.spatial_transformer else PLAIN
-    widths = level_widths(settings)
-    on = [2**level in settings.attention_resolutions for level in range(len(widths))]
-    by = settings.resblock_updown
-    cross = "Cross" if kind == CROSS else ""
-
-    def block(attends: bool, way: str, sampling: str) -> str:
-        return f"{cross}Attn{way}Block2D" if attends else f"Resnet{sampling}Block2D" if by else f"{way}Block2D"
-
-    with torch.device("meta"):
-        groups = next(
-            m.num_groups
-            for m in UNet(settings, in_channels, out_channels, context_dim=context_dim).modules()
-            if isinstance(m, nn.GroupNorm)
-        )
-    height, width = sample_size
-    config: dict[str, Any] = {
-        "_class_name": kind,
-        "_diffusers_version": "0.42.1",
-        "act_fn": "silu",
-        "sample_size": height if height == width else [height, width],
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "block_out_channels": widths,
-        "down_block_types": [block(a, "Down", "Downsample") for a in on],
-        "up_block_types": [block(a, "Up", "Upsample") for a in reversed(on)],
-        "layers_per_block": settings.num_res_blocks,
-        "mid_block_type": DEFAULTS[kind]["mid_block_type"],
-        "norm_num_groups": groups,
-        "norm_eps": 1e-5,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-        "dropout": settings.dropout,
-        "resnet_time_scale_shift": "scale_shift" if settings.scale_shift else "default",
-        "class_embed_type": None,
-        "num_class_embeds": None if table is None else len(table),
-        "time_embedding_type": "positional",
-        "center_input_sample": False,
-    }
-    if kind == PLAIN:
-        way = "resnet" if by else "conv"
-        config |= {
-            "attention_head_dim": _head_width(settings),
-            "attn_norm_num_groups": groups,
-            "add_attention": settings.middle_attention,
-            "downsample_type": way,
-            "upsample_type": way,
-        }
-    else:
-        counts = [
-            head_count(w, settings, level) if a or level == len(widths) - 1 else 1
-            for level, (w, a) in enumerate(zip(widths, on))
-        ]
-        config |= {
-            "attention_head_dim": counts[0] if len(set(counts)) == 1 else counts,
-            "cross_attention_dim": context_dim,
-            "transformer_layers_per_block": settings.transformer_depth,
-            "use_linear_projection": False,
-            "only_cross_attention": False,
-            "dual_cross_attention": False,
-            "upcast_attention": False,
-        }
-    theirs = translate_back(unet_names(settings), tensors)
-    if table is not None:
-        theirs["class_embedding.weight"] = table
-    return config, theirs

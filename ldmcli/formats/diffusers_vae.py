@@ -163,20 +163,23 @@ def read_vae(folder: Path, values: dict[str, Any], kind: str) -> AutoencoderBund
         ours = Autoencoder(settings).state_dict()
     notes: list[str] = []
     weights = read_weights(folder, notes=notes)
-    for key, layer, size in (
+    for key, layer, width in (
         ("use_quant_conv", "quant_conv", 2 * settings.embed_dim),
         ("use_post_quant_conv", "post_quant_conv", settings.embed_dim),
     ):
         if kind == KL and config[key] is False:
-            weights[f"{layer}.weight"], weights[f"{layer}.bias"] = torch.eye(size)[:, :, None, None], torch.zeros(size)
+            weights[f"{layer}.weight"], weights[f"{layer}.bias"] = (
+                torch.eye(width)[:, :, None, None],
+                torch.zeros(width),
+            )
             notes.append(f"{key} = false: {layer} became the identity, which changes nothing")
     weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
     tensors = translate(vae_names(settings), weights, ours, folder)
     scale = read_scale(config, kind, settings.embed_dim)
     if (folder / UNFOLDED).is_file():
         tensors, scale = _unfold(folder / UNFOLDED, tensors, scale, settings)
-    size = config.side("sample_size", 256)
-    whole = AutoencoderConfig(autoencoder=settings, data=DataSettings(size=size))
+    data = DataSettings(size=config.side("sample_size", 256))
+    whole = AutoencoderConfig(autoencoder=settings, data=data)
     return AutoencoderBundle(whole, tensors, scale, notes)
 
 
@@ -230,6 +233,18 @@ def write_vae(
             "latent_std": torch.tensor(scale.std, dtype=torch.float64),
         }
     )
+    config = _stock_config(settings, side, 1.0 / scale.std[0] if keep else 1.0)
+    theirs = translate_back(vae_names(settings), written)
+    if settings.reg == "kl":
+        for key, layer in (("use_quant_conv", "quant_conv"), ("use_post_quant_conv", "post_quant_conv")):
+            if _is_identity(theirs[f"{layer}.weight"], theirs[f"{layer}.bias"]):
+                config[key] = False
+                del theirs[f"{layer}.weight"], theirs[f"{layer}.bias"]
+    return config, theirs, kept
+
+
+def _stock_config(settings: AutoencoderSettings, side: int, scaling_factor: float) -> dict[str, Any]:
+    """config.json of the stock class."""
     widths = _widths(settings)
     on = [settings.resolution // 2**i in settings.attn_resolutions for i in range(len(widths))]
     kind = VQ if settings.reg == "vq" else KL
@@ -247,7 +262,7 @@ def write_vae(
         "latent_channels": settings.z_channels,
         "norm_num_groups": min(settings.groups, min(widths)),
         "mid_block_add_attention": settings.mid_attention,
-        "scaling_factor": 1.0 / scale.std[0] if keep else 1.0,
+        "scaling_factor": scaling_factor,
     }
     if kind == VQ:
         config |= {
@@ -266,13 +281,7 @@ def write_vae(
             "use_quant_conv": True,
             "use_post_quant_conv": True,
         }
-    theirs = translate_back(vae_names(settings), written)
-    if kind == KL:
-        for key, layer in (("use_quant_conv", "quant_conv"), ("use_post_quant_conv", "post_quant_conv")):
-            if _is_identity(theirs[f"{layer}.weight"], theirs[f"{layer}.bias"]):
-                config[key] = False
-                del theirs[f"{layer}.weight"], theirs[f"{layer}.bias"]
-    return config, theirs, kept
+    return config
 
 
 def _is_identity(weight: Tensor, bias: Tensor) -> bool:

@@ -15,7 +15,7 @@ import ldmcli
 from ldmcli.core.errors import ModelError
 from ldmcli.core.presets import MODELS
 from ldmcli.core.settings import FILLS, DiffusionSettings
-from ldmcli.formats import compvis, compvis_config, compvis_shapes
+from ldmcli.formats import compvis, compvis_config, compvis_shapes, compvis_yaml
 from ldmcli.formats.bundle import Reading
 from ldmcli.formats.compvis_write import KEPT, folded
 from ldmcli.networks.autoencoder import Autoencoder, split_moments
@@ -277,7 +277,7 @@ def whole(name: str, **changes) -> dict:
 
 
 def plan(name: str, heads: str = "", **changes) -> compvis_config.Plan:
-    return compvis_config.plan(compvis_config.Section(Path("x.yaml"), "", whole(name, **changes)), heads)
+    return compvis_config.plan(compvis_yaml.Section(Path("x.yaml"), "", whole(name, **changes)), heads)
 
 
 def shapes(group: str, name: str) -> dict[str, tuple[int, ...]]:
@@ -359,7 +359,7 @@ def test_heads_can_be_chosen_and_are_told():
 @pytest.mark.parametrize("name", STAGES)
 def test_first_stages_with_and_without_configuration(name):
     state_dict = zeros(shapes("first_stage", name), "")
-    by_yaml = compvis_config.first_stage(compvis_config.Section(Path("x.yaml"), "", stage_document(name)))
+    by_yaml = compvis_config.first_stage(compvis_yaml.Section(Path("x.yaml"), "", stage_document(name)))
     by_shape = compvis_shapes.first_stage(Path("x.ckpt"), state_dict, "")
     assert by_yaml == by_shape
     with torch.device("meta"):

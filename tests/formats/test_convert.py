@@ -13,7 +13,7 @@ from test_compvis import MODULES, target
 from tiny import ldm, same, state, weights
 
 import ldmcli
-from ldmcli.formats import compvis_config, run_folder
+from ldmcli.formats import compvis_config, compvis_yaml, run_folder
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.latent_diffusion import DiffusionModel
 
@@ -87,7 +87,7 @@ def random_checkpoint(folder: Path, kind: str, suffix: str = ".ckpt", stage: dic
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     path, made = folder / f"model{suffix}", document(kind, stage)
-    plan = compvis_config.plan(compvis_config.Section(path, "", made))
+    plan = compvis_config.plan(compvis_yaml.Section(path, "", made))
     _, facts = compvis_config.task_of(plan)
     model = DiffusionModel(plan.diffusion, compvis_config.condition_of(plan), facts, None, plan.latent_shape, facts)
     first = Autoencoder(plan.first_stage.settings).state_dict()
