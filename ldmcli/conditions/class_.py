@@ -7,7 +7,7 @@ from ldmcli.conditions.condition import Condition, FitData, Spec, View
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.conditioners import ClassCondition, Conditions
+from ldmcli.networks.conditioners import ClassConditioner, Conditions
 from ldmcli.networks.names import place_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ ALL = "all"  # stands for every class
 class Class(Condition):
     """The class of a picture, by index or name. τ_θ is a table with a row a class; the null is a class of its own."""
 
-    name, conditioner = "class", ClassCondition
+    name, conditioner = "class", ClassConditioner
     option, argument = "--class", "classes"
     column = "label"
     static = True
@@ -52,7 +52,7 @@ class Class(Condition):
 
     def fit(self, data: FitData) -> Spec:
         """The names of the classes."""
-        return ClassCondition.learn(data.config.condition, [], data.rows, data.run)
+        return ClassConditioner.learn(data.config.condition, [], data.rows, data.run)
 
     def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
         """As many classes as ImageNet has."""
@@ -66,19 +66,19 @@ class Class(Condition):
         found = [] if found is None else [found] if isinstance(found, (str, int, float)) else list(found)
         return [_label(one.item() if hasattr(one, "item") else one) for one in found]
 
-    def expand(self, values: list, conditioner: ClassCondition | None) -> list:
+    def expand(self, values: list, conditioner: ClassConditioner | None) -> list:
         """Every class for "all"."""
         if values != [ALL]:
             return values
         return [] if conditioner is None else list(range(len(conditioner.names)))
 
-    def default(self, values: dict[str, list], conditioner: ClassCondition) -> list[int]:
+    def default(self, values: dict[str, list], conditioner: ClassConditioner) -> list[int]:
         """All classes, unless a prompt was given. Else raises UsageError."""
         if values.get("text"):
             raise UsageError(f"{self.option}: {self.missing}")
         return list(range(len(conditioner.names)))
 
-    def check_left_out(self, conditioner: ClassCondition) -> None:
+    def check_left_out(self, conditioner: ClassConditioner) -> None:
         """Raises UsageError where the model has no null class."""
         if not conditioner.has_null:
             raise UsageError("--class: this model has no class that means none; name one with --class")

@@ -19,7 +19,7 @@ from ldmcli.data.pictures import first_few
 from ldmcli.maths import rng
 from ldmcli.maths.tiles import center_corner, reframe_boxes
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.layout import MAX_OBJECTS, LayoutCondition
+from ldmcli.networks.layout import MAX_OBJECTS, LayoutConditioner
 
 if TYPE_CHECKING:
     from ldmcli.conditions.dataset import ConditionDataset
@@ -34,7 +34,7 @@ class BoxLayout(Condition):
     """Boxes with categories. τ_θ is the transformer of text over three tokens a box, and planes of the boxes beside
     z_t; the null is an empty layout."""
 
-    name, conditioner = "layout", LayoutCondition
+    name, conditioner = "layout", LayoutConditioner
     option, argument = "--layout", "layout"
     takes_ids = True
     whole = True
@@ -79,7 +79,7 @@ class BoxLayout(Condition):
             found = {"bbox": found["bbox"], "category": found["category"]}
         return found
 
-    def align_categories(self, rows: Any, conditioner: LayoutCondition) -> np.ndarray:
+    def align_categories(self, rows: Any, conditioner: LayoutConditioner) -> np.ndarray:
         """The model's categories: those that it does not have are left out, and counted."""
         own, names = rows.category_names, conditioner.names
         found = np.array([names.index(name) if name in names else -1 for name in own], np.int64)
@@ -95,7 +95,7 @@ class BoxLayout(Condition):
         """Categories, and places for as many objects as rows have; as in the run begun with where its categories cover
         those of the data."""
         count = [len(data.rows.boxes(i, data.size, "center", (0.5, 0.5))["category"]) for i in range(len(data.rows))]
-        learned = LayoutCondition.learn(data.config.condition, max(count, default=0), data.rows.category_names)
+        learned = LayoutConditioner.learn(data.config.condition, max(count, default=0), data.rows.category_names)
         earlier = data.earlier(self.name)
         if earlier and set(learned["categories"]) <= set(earlier["categories"]):
             return earlier
@@ -104,18 +104,18 @@ class BoxLayout(Condition):
     def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
         """As many categories as OpenImages has, and places as there can be."""
         names = [str(k) for k in range(ASSUMED_CATEGORIES)]
-        spec = LayoutCondition.learn(config.condition, MAX_OBJECTS, names)
+        spec = LayoutConditioner.learn(config.condition, MAX_OBJECTS, names)
         return spec, f"layout: up to {MAX_OBJECTS} objects assumed; the data may need fewer"
 
     def as_list(self, given: Any) -> list:
         """One, or several."""
         return as_list(given)
 
-    def parse(self, values: list, conditioner: LayoutCondition, size: Size | None = None) -> list[dict]:
+    def parse(self, values: list, conditioner: LayoutConditioner, size: Size | None = None) -> list[dict]:
         """Layouts, files of them, or both as {"bbox", "category"}."""
         return parse_layouts(values, conditioner)
 
-    def parse_one(self, value: Any, conditioner: LayoutCondition, size: Size) -> dict[str, np.ndarray]:
+    def parse_one(self, value: Any, conditioner: LayoutConditioner, size: Size) -> dict[str, np.ndarray]:
         """The one layout of a file. Raises InputError where it holds several."""
         found = parse_layouts(value, conditioner)
         if len(found) != 1:
@@ -145,7 +145,7 @@ class BoxLayout(Condition):
         """Boxes and categories."""
         return list(value.values())
 
-    def inputs_of_ids(self, ids: Any, conditioner: LayoutCondition) -> dict[str, Tensor]:
+    def inputs_of_ids(self, ids: Any, conditioner: LayoutConditioner) -> dict[str, Tensor]:
         """{"ids"} (n, L)."""
         return {"ids": checked_ids(ids, conditioner.encoder, conditioner.layout.length)}
 
@@ -161,7 +161,7 @@ class BoxLayout(Condition):
         return value | {"bbox": reframe_boxes(np.asarray(value["bbox"]), size, whole)}
 
 
-def parse_layouts(given: Any, entry: LayoutCondition) -> list[dict]:
+def parse_layouts(given: Any, entry: LayoutConditioner) -> list[dict]:
     """Values of layouts from Python: a layout, a path, or a list of these."""
     found: list[dict] = []
     for one in as_list(given):
@@ -191,7 +191,7 @@ def read_layouts(path: Path) -> list[dict]:
     return layouts
 
 
-def parse_layout(given: Any, entry: LayoutCondition, name: str = "layout") -> dict[str, np.ndarray]:
+def parse_layout(given: Any, entry: LayoutConditioner, name: str = "layout") -> dict[str, np.ndarray]:
     """{"bbox": (n, 4) x, y, w, h as shares of the picture, "category": (n,) indices} of a layout.
 
     given: {"size": [w, h], "objects": [{"bbox", "category"}, …]} with boxes in pixels of that size, or as shares

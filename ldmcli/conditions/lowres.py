@@ -10,7 +10,7 @@ from ldmcli.conditions.pictures import enlarged
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.degradations import degrade
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.spatial_conditioners import LowresCondition
+from ldmcli.networks.spatial_conditioners import LowResConditioner
 
 if TYPE_CHECKING:
     from ldmcli.conditions.dataset import ConditionDataset
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class LowRes(Condition):
     """A small image, uint8 (h, w, 3), which stands beside z_t; no null."""
 
-    name, conditioner = "lowres", LowresCondition
+    name, conditioner = "lowres", LowResConditioner
     option = "image"
     column = "image"
     user_given = False

@@ -15,7 +15,7 @@ from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.decode import decode_alpha
 from ldmcli.data.masks import random_mask
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.spatial_conditioners import MaskedCondition
+from ldmcli.networks.spatial_conditioners import MaskedConditioner
 
 if TYPE_CHECKING:
     from ldmcli.conditions.dataset import ConditionDataset
@@ -27,7 +27,7 @@ OPAQUE = 250  # of 255: lossy formats round
 class Masked(Condition):
     """An image with a hole, (uint8 (H, W, 3), bool (H, W)). Its latent and the mask stand beside z_t; no null."""
 
-    name, conditioner = "masked", MaskedCondition
+    name, conditioner = "masked", MaskedConditioner
     option = "image"
     column = "image"
     user_given = False

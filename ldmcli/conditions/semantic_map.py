@@ -18,7 +18,7 @@ from ldmcli.data.pictures import first_few
 from ldmcli.data.rows import class_map, parallel_map
 from ldmcli.maths.tiles import pad_edge, pad_reflect
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.spatial_conditioners import MapCondition
+from ldmcli.networks.spatial_conditioners import SemanticMapConditioner
 
 if TYPE_CHECKING:
     from ldmcli.conditions.dataset import ConditionDataset
@@ -33,7 +33,7 @@ class SemanticMap(Condition):
     """A class for each pixel. τ_θ brings one plane a class to the size of z_t, beside which they stand; the null is a
     map without classes."""
 
-    name, conditioner = "map", MapCondition
+    name, conditioner = "map", SemanticMapConditioner
     option, argument = "--map", "map"
     sized = True
     spatial = True
@@ -65,7 +65,7 @@ class SemanticMap(Condition):
         """Classes, by the indices that occur and the names that there are; as in the run begun with where its classes
         cover those of the data."""
         seen = np.flatnonzero(sum(data.found[self.name])).tolist()
-        learned = MapCondition.learn(seen, map_names(data.rows), data.stage.f)
+        learned = SemanticMapConditioner.learn(seen, map_names(data.rows), data.stage.f)
         earlier = data.earlier(self.name)
         if (
             earlier
@@ -77,14 +77,14 @@ class SemanticMap(Condition):
 
     def assumed_spec(self, config: DiffusionConfig, stage: Autoencoder) -> tuple[Spec, str]:
         """As many classes as COCO stuff has."""
-        spec = MapCondition.learn([ASSUMED_MAP_CLASSES - 1], [], stage.f)
+        spec = SemanticMapConditioner.learn([ASSUMED_MAP_CLASSES - 1], [], stage.f)
         return spec, f"map: {ASSUMED_MAP_CLASSES} classes assumed; the data say how many there are"
 
     def as_list(self, given: Any) -> list:
         """One, or several."""
         return as_list(given)
 
-    def parse(self, values: list, conditioner: MapCondition, size: Size | None = None) -> list[np.ndarray]:
+    def parse(self, values: list, conditioner: SemanticMapConditioner, size: Size | None = None) -> list[np.ndarray]:
         """Maps (H, W) of files, pictures or arrays, at `size`."""
         return parse_maps(values, conditioner, size)
 
@@ -101,7 +101,7 @@ class SemanticMap(Condition):
         """The map's hash."""
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
 
-    def check_left_out(self, conditioner: MapCondition) -> None:
+    def check_left_out(self, conditioner: SemanticMapConditioner) -> None:
         """Raises UsageError: nobody asks for what none of the classes is drawn like."""
         raise UsageError(f"{self.option}: {self.missing}")
 
@@ -123,7 +123,7 @@ class SemanticMap(Condition):
         return height, width
 
 
-def parse_maps(given: Any, entry: MapCondition, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+def parse_maps(given: Any, entry: SemanticMapConditioner, size: tuple[int, int] | None = None) -> list[np.ndarray]:
     """Class maps from Python: files, PIL pictures of mode L or P, or arrays (H, W); one or several.
 
     size: (height, width) to bring them to (nearest pixel); None leaves them. Raises InputError for colours, an index
@@ -156,7 +156,9 @@ def _map(one: Any, name: str) -> tuple[np.ndarray, str]:
     return index, name
 
 
-def validate_map(index: np.ndarray, name: str, entry: MapCondition, size: tuple[int, int] | None) -> np.ndarray:
+def validate_map(
+    index: np.ndarray, name: str, entry: SemanticMapConditioner, size: tuple[int, int] | None
+) -> np.ndarray:
     void = 255 if entry.void else -1
     wrong = np.unique(index[(index >= entry.classes) & (index != void)])
     if len(wrong):

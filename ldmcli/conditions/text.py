@@ -15,7 +15,7 @@ from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.arrays import whole_numbers
 from ldmcli.data.decode import sanitise
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.conditioners import MAX_TEXT_LENGTH, Conditions, TextCondition, load_tokenizer, load_vocabulary
+from ldmcli.networks.conditioners import MAX_TEXT_LENGTH, Conditions, TextConditioner, load_tokenizer, load_vocabulary
 
 if TYPE_CHECKING:
     from ldmcli.conditions.dataset import ConditionDataset
@@ -26,7 +26,7 @@ TOKENIZER = "tokenizer"  # folder of a run
 class Text(Condition):
     """A caption. τ_θ is the paper's transformer over its tokens, or a frozen encoder; the null is the empty caption."""
 
-    name, conditioner = "text", TextCondition
+    name, conditioner = "text", TextConditioner
     option, argument = "--prompt", "prompt"
     takes_ids = True
     static = True
@@ -58,7 +58,7 @@ class Text(Condition):
         """The caption."""
         return dataset.rows.caption(view.row)
 
-    def tell_of_rows(self, rows: Any, inputs: dict[str, Tensor], conditioner: TextCondition) -> None:
+    def tell_of_rows(self, rows: Any, inputs: dict[str, Tensor], conditioner: TextConditioner) -> None:
         """Says which captions are cut: of those that fill the places that the model has."""
         full = inputs["mask"].all(1).nonzero()[:, 0].tolist()
         cut = conditioner.cut([rows.caption(i) for i in full])
@@ -74,7 +74,7 @@ class Text(Condition):
         if inherited is not None:
             return inherited
         captions = [data.rows.caption(i) for i in range(len(data.rows))]
-        return TextCondition.learn(data.config.condition, captions, data.rows, data.run / TOKENIZER)
+        return TextConditioner.learn(data.config.condition, captions, data.rows, data.run / TOKENIZER)
 
     def inherit_vocabulary(self, data: FitData) -> Spec | None:
         """The vocabulary of the run that this one begins with: its word vectors mean nothing under another."""
@@ -125,11 +125,11 @@ class Text(Condition):
             raise UsageError(f"prompt: {wrong!r} is no text")
         return [str(one) for one in found]
 
-    def warn(self, values: Sequence[str], conditioner: TextCondition) -> None:
+    def warn(self, values: Sequence[str], conditioner: TextConditioner) -> None:
         """Says which prompts are cut."""
         warn_of_cut(conditioner, values, "prompts")
 
-    def inputs_of_ids(self, ids: Any, conditioner: TextCondition) -> dict[str, Tensor]:
+    def inputs_of_ids(self, ids: Any, conditioner: TextConditioner) -> dict[str, Tensor]:
         """{"ids", "mask"} (n, L), all of them seen."""
         found = checked_ids(ids, conditioner.encoder, conditioner.length)
         return {"ids": found, "mask": torch.ones_like(found, dtype=torch.bool)}
@@ -142,11 +142,13 @@ def negative_inputs(conditions: Conditions, text: str, n: int) -> dict[str, Tens
         return None
     if Text.name not in conditions.entries:
         raise UsageError("--negative-prompt: this model takes no prompt")
-    warn_of_cut(cast(TextCondition, conditions.entries[Text.name]), [text], "negative prompts")
+    warn_of_cut(cast(TextConditioner, conditions.entries[Text.name]), [text], "negative prompts")
     return conditions.prepare_one(Text.name, [text] * n)
 
 
-def warn_of_cut(conditioner: TextCondition, texts: Sequence[str], what: str, remedy: str = "", total: int = 0) -> None:
+def warn_of_cut(
+    conditioner: TextConditioner, texts: Sequence[str], what: str, remedy: str = "", total: int = 0
+) -> None:
     """Says once how many prompts or captions are longer than a model reads, and the first of them. `remedy` ends the
     line; total: how many there are, where `texts` are those that may be too long."""
     if cut := conditioner.cut(texts):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.networks.conditioning import Conditioner, Conditioning
-from ldmcli.networks.layout import LayoutCondition
+from ldmcli.networks.layout import LayoutConditioner
 from ldmcli.networks.names import hint, place_of
-from ldmcli.networks.spatial_conditioners import LowresCondition, MapCondition, MaskedCondition
+from ldmcli.networks.spatial_conditioners import LowResConditioner, MaskedConditioner, SemanticMapConditioner
 from ldmcli.networks.text_encoder import TextTransformer, pooled, vector_of_tokens
 
 MAX_TEXT_LENGTH = 77
@@ -91,7 +91,7 @@ def load_vocabulary(source: str):
         ) from error
 
 
-class TextCondition(Conditioner):
+class TextConditioner(Conditioner):
     """Captions -> tokens, by the paper's transformer trained along ("joint") or a frozen encoder of transformers.
 
     The null is the empty caption. `facts` keeps what use needs beside the weights: length, vocabulary size, "logits"
@@ -220,7 +220,7 @@ def _load_frozen(name: str):
     return model.eval().requires_grad_(False)
 
 
-class ClassCondition(Conditioner):
+class ClassConditioner(Conditioner):
     """Labels -> one token, and by default a vector, too. The null is one class more (index n), except where a fact
     "null" says that there is none, as in models of others that were not trained for guidance."""
 
@@ -276,7 +276,7 @@ class ClassCondition(Conditioner):
         return Conditioning(context=token[:, None], vector=self.vector(token) if self.vector is not None else None)
 
 
-class GivenTokens(Conditioner):
+class PrecomputedTokens(Conditioner):
     """Tokens as they are, made by an encoder that is not part of the model: values are tensors (M, d). No null."""
 
     droppable = False
@@ -294,13 +294,13 @@ class GivenTokens(Conditioner):
 
 
 CONDITIONERS: dict[str, type[Conditioner]] = {
-    "class": ClassCondition,
-    "text": TextCondition,
-    "layout": LayoutCondition,
-    "map": MapCondition,
-    "lowres": LowresCondition,
-    "masked": MaskedCondition,
-    "tokens": GivenTokens,
+    "class": ClassConditioner,
+    "text": TextConditioner,
+    "layout": LayoutConditioner,
+    "map": SemanticMapConditioner,
+    "lowres": LowResConditioner,
+    "masked": MaskedConditioner,
+    "tokens": PrecomputedTokens,
 }
 
 

@@ -20,7 +20,7 @@ MAX_OBJECTS = 30
 VOCABULARY = 8192
 
 
-class LayoutCondition(Conditioner):
+class LayoutConditioner(Conditioner):
     """Layouts -> tokens. A layout is {"bbox": (n, 4) x, y, w, h as shares of the picture, "category": n names or
     indices}; the null is one without objects.
 

@@ -21,7 +21,7 @@ MAP_PLANES = 3
 FILLERS = 4  # pictures that are filled at a time
 
 
-class MapCondition(Conditioner):
+class SemanticMapConditioner(Conditioner):
     """Class maps, uint8 (H, W) at the picture's size -> planes: one plane a class, halved to the latent's size, mixed.
 
     The null is a map on which no pixel has a class. facts: "classes", "names", "out_channels", "stages" (halvings),
@@ -77,7 +77,7 @@ class MapCondition(Conditioner):
         return Conditioning(concat=self.encoder(planes.to(self.encoder.channel_mapper.weight.dtype)))
 
 
-class LowresCondition(Conditioner):
+class LowResConditioner(Conditioner):
     """Low-resolution images, uint8 (S / scale, S / scale, 3) -> planes at the latent's size S / f, in [-1, 1].
 
     Where scale = f, as in the paper, they stand beside z_t as they are; larger ones are folded into channels, smaller
@@ -116,7 +116,7 @@ class LowresCondition(Conditioner):
         return Conditioning(concat=planes)
 
 
-class MaskedCondition(Conditioner):
+class MaskedConditioner(Conditioner):
     """Images with holes -> [latent of the image without them, mask]: the c + 1 planes of the published model.
 
     A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in

@@ -13,7 +13,7 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.augment import crop_and_flip
 from ldmcli.data.sources import open_rows
-from ldmcli.networks.layout import LayoutCondition
+from ldmcli.networks.layout import LayoutConditioner
 
 BOXES = [[[8, 6, 40, 30], [40, 30, 40, 30]], [[0, 0, 80, 60]], [[10, 10, 2, 2], [20, 20, 20, 20], [0, 0, 8, 6]]]
 
@@ -49,9 +49,9 @@ def source(where, *, training: bool = True, **values) -> ConditionDataset:
     return ConditionDataset(rows, found, (32, 32), training=training)
 
 
-def condition() -> LayoutCondition:
+def condition() -> LayoutConditioner:
     settings = config.resolve("diffusion", []).config.condition
-    return LayoutCondition(settings, {"categories": ["c0", "c1", "c2"], "length": 92, "vocabulary": 8192})
+    return LayoutConditioner(settings, {"categories": ["c0", "c1", "c2"], "length": 92, "vocabulary": 8192})
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -10,10 +10,15 @@ from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import push_pull_fill, thin_plate_fill
-from ldmcli.networks.conditioners import CONDITIONERS, ClassCondition, Conditions, load_tokenizer, train_vocabulary
+from ldmcli.networks.conditioners import CONDITIONERS, ClassConditioner, Conditions, load_tokenizer, train_vocabulary
 from ldmcli.networks.latent_diffusion import DiffusionModel
-from ldmcli.networks.layout import LayoutCondition
-from ldmcli.networks.spatial_conditioners import LowresCondition, MapCondition, MaskedCondition, masked_planes
+from ldmcli.networks.layout import LayoutConditioner
+from ldmcli.networks.spatial_conditioners import (
+    LowResConditioner,
+    MaskedConditioner,
+    SemanticMapConditioner,
+    masked_planes,
+)
 
 SMALL = ConditionSettings(context_dim=16, text_heads=2, text_head_channels=8)
 FACTS = {
@@ -56,7 +61,7 @@ def test_masked_planes_are_those_of_the_recorded_inpainting():
     _, _, io = golden("unet_concat_inpaint")
     hole = io["mask_pixels"][:, 0] > 0
     assert torch.equal(masked_planes(io["masked_latent"], hole), io["c_concat"])
-    entry = MaskedCondition(SMALL, {"channels": io["masked_latent"].shape[1]})
+    entry = MaskedConditioner(SMALL, {"channels": io["masked_latent"].shape[1]})
     entry.first_stage = lambda x: io["masked_latent"]
     pixels = np.zeros((*hole.shape, 3), np.uint8)
     assert torch.equal(entry(entry.prepare(list(zip(pixels, hole.numpy())))).concat, io["c_concat"])
@@ -69,7 +74,7 @@ def test_maps_are_rescaled_as_in_the_recorded_semantic_model():
     weight = next(value for key, value in state.items() if key.endswith("channel_mapper.weight"))
     factor = io["seg_indices"].shape[-1] // io["context"].shape[-1]
     facts = {"classes": weight.shape[1], "out_channels": weight.shape[0], "stages": factor.bit_length() - 1}
-    entry = MapCondition(SMALL, facts)
+    entry = SemanticMapConditioner(SMALL, facts)
     entry.load_state_dict({"encoder.channel_mapper.weight": weight})
     maps = io["seg_indices"].numpy().astype(np.uint8)
     assert relative(entry(entry.prepare(list(maps.reshape(-1, *maps.shape[-2:])))).concat, io["context"]) < 5e-6
@@ -94,7 +99,7 @@ def test_the_unet_reads_the_latent_and_the_planes_and_writes_the_latent(kinds, p
 
 @pytest.mark.parametrize(("scale", "f", "channels"), [(4, 4, 3), (2, 4, 12), (2, 8, 48), (8, 4, 3), (4, 1, 3)])
 def test_low_images_stand_at_the_latents_size(scale, f, channels):
-    entry = LowresCondition(SMALL, {"scale": scale, "f": f})
+    entry = LowResConditioner(SMALL, {"scale": scale, "f": f})
     low = [picture(k, 32 // scale, 64 // scale, 3) for k in range(2)]
     planes = entry(entry.prepare(low)).concat
     assert entry.channels == channels and planes.shape == (2, channels, 32 // f, 64 // f)
@@ -103,21 +108,21 @@ def test_low_images_stand_at_the_latents_size(scale, f, channels):
 
 def test_a_low_image_of_the_latents_size_is_told_as_it_is():
     low = picture(0, 8, 8, 3)
-    entry = LowresCondition(SMALL, {"scale": 4, "f": 4})
+    entry = LowResConditioner(SMALL, {"scale": 4, "f": 4})
     found = entry(entry.prepare([low])).concat[0].permute(1, 2, 0).numpy()
     assert np.abs(found - (low / 127.5 - 1)).max() < 1e-6
 
 
 def test_folding_keeps_every_pixel_of_a_larger_low_image():
     low = picture(0, 16, 16, 3)
-    entry = LowresCondition(SMALL, {"scale": 2, "f": 4})
+    entry = LowResConditioner(SMALL, {"scale": 2, "f": 4})
     unfolded = F.pixel_shuffle(entry(entry.prepare([low])).concat, 2)[0].permute(1, 2, 0).numpy()
     assert np.abs(unfolded - (low / 127.5 - 1)).max() < 1e-6
 
 
 def test_the_first_stage_sees_black_holes_and_the_known_rest():
     seen = {}
-    entry = MaskedCondition(SMALL, {"channels": 3})
+    entry = MaskedConditioner(SMALL, {"channels": 3})
     entry.first_stage = lambda x: seen.setdefault("x", x)
     image, hole = np.full((4, 4, 3), 255, np.uint8), np.zeros((4, 4), bool)
     hole[0] = True
@@ -127,25 +132,25 @@ def test_the_first_stage_sees_black_holes_and_the_known_rest():
 
 
 def test_holes_need_a_first_stage():
-    entry = MaskedCondition(SMALL, {"channels": 3})
+    entry = MaskedConditioner(SMALL, {"channels": 3})
     with pytest.raises(ModelError, match="no first stage was lent"):
         entry(entry.prepare(values()["masked"]))
 
 
 def test_a_pixel_without_a_class_adds_nothing():
-    facts = MapCondition.learn([0, 1, 2, 255], [], 4)
+    facts = SemanticMapConditioner.learn([0, 1, 2, 255], [], 4)
     assert facts["classes"] == 3 and facts["stages"] == 2 and facts["void"]
-    entry = MapCondition(SMALL, facts)
+    entry = SemanticMapConditioner(SMALL, facts)
     assert not entry(entry.prepare([np.full((8, 8), 255, np.uint8)])).concat.any()
 
 
 def test_names_decide_how_many_classes_there_are_where_the_data_show_fewer():
-    assert MapCondition.learn([0, 1], ["a", "b", "c"], 8)["classes"] == 3
-    assert MapCondition.learn([0, 4], ["a", "b"], 8)["names"] == ["a", "b", "2", "3", "4"]
+    assert SemanticMapConditioner.learn([0, 1], ["a", "b", "c"], 8)["classes"] == 3
+    assert SemanticMapConditioner.learn([0, 4], ["a", "b"], 8)["names"] == ["a", "b", "2", "3", "4"]
 
 
 def test_an_index_that_the_model_does_not_know_is_named():
-    entry = MapCondition(SMALL, FACTS["map"])
+    entry = SemanticMapConditioner(SMALL, FACTS["map"])
     with pytest.raises(InputError, match=r"index 7; this model knows 0 … 2"):
         entry.prepare([np.full((8, 8), 7, np.uint8)])
 
@@ -155,19 +160,19 @@ def test_an_index_that_the_model_does_not_know_is_named():
 
 def test_places_are_as_many_as_objects_were_seen_and_at_most_thirty():
     def length(most: int) -> int:
-        return LayoutCondition.learn(SMALL, most, ["a"])["length"]
+        return LayoutConditioner.learn(SMALL, most, ["a"])["length"]
 
     assert [length(most) for most in (0, 1, 7, 30, 40)] == [5, 5, 23, 92, 92]
 
 
 def test_near_points_begin_with_near_codes_and_categories_apart():
     torch.manual_seed(0)
-    entry = LayoutCondition(ConditionSettings(context_dim=64), FACTS["layout"])
+    entry = LayoutConditioner(ConditionSettings(context_dim=64), FACTS["layout"])
     weight = F.normalize(entry.encoder.transformer.token_emb.weight.detach(), dim=1)
     here, beside, far = 40 * 90 + 40, 40 * 90 + 41, 80 * 90 + 5
     assert weight[here] @ weight[beside] > 0.8 and weight[here] @ weight[far] < 0.5
     assert abs(float(weight[0] @ weight[1])) < 0.5
-    plain = LayoutCondition(ConditionSettings(context_dim=64, smooth_places=False), FACTS["layout"])
+    plain = LayoutConditioner(ConditionSettings(context_dim=64, smooth_places=False), FACTS["layout"])
     weight = F.normalize(plain.encoder.transformer.token_emb.weight.detach(), dim=1)
     assert abs(float(weight[here] @ weight[beside])) < 0.5
 
@@ -177,7 +182,7 @@ GRID_OF_FIVE = {"categories": ["cat", "dog"], "length": 8, "vocabulary": 26, "pl
 
 def drawn_boxes(size, *objects, facts=GRID_OF_FIVE) -> torch.Tensor:
     """Planes [coverage, coverage · u, coverage · v] (3, *size); those of dogs count ten times."""
-    entry = LayoutCondition(SMALL, facts)
+    entry = LayoutConditioner(SMALL, facts)
     with torch.no_grad():
         entry.boxes.codes.weight.copy_(torch.eye(3).reshape(1, 9) * torch.tensor([[1.0], [10.0]]))
     bbox, category = zip(*objects) if objects else (np.zeros((0, 4)), [])
@@ -198,14 +203,14 @@ def test_cells_are_covered_in_part_and_boxes_add_up():
 
 def test_no_objects_and_unknown_categories_draw_nothing():
     assert not drawn_boxes((3, 5)).any()
-    entry = LayoutCondition(SMALL, GRID_OF_FIVE)
+    entry = LayoutConditioner(SMALL, GRID_OF_FIVE)
     ids = entry.prepare([{"bbox": [[0, 0, 1, 1]], "category": ["dog"]}])["ids"]
     ids[0, 0] = 7
     assert not entry({"ids": ids}, (4, 4)).concat.any()
 
 
 def test_boxes_are_drawn_in_the_frame_of_the_crop():
-    entry = LayoutCondition(SMALL, GRID_OF_FIVE)
+    entry = LayoutConditioner(SMALL, GRID_OF_FIVE)
     whole, half = (
         torch.from_numpy(entry.layout.tokens([[0.5, 0, 0.25, 1]], [0], crop=crop))[None]
         for crop in ((0, 0, 1, 1), (0.5, 0, 0.5, 1))
@@ -215,15 +220,15 @@ def test_boxes_are_drawn_in_the_frame_of_the_crop():
 
 
 def test_without_planes_a_layout_is_tokens_alone():
-    entry = LayoutCondition(SMALL, FACTS["layout"])
+    entry = LayoutConditioner(SMALL, FACTS["layout"])
     assert entry.channels == 0 and entry(entry.prepare(values()["layout"]), (4, 4)).concat is None
-    assert LayoutCondition.learn(ConditionSettings(layout_planes=5), 1, ["a"])["planes"] == 5
+    assert LayoutConditioner.learn(ConditionSettings(layout_planes=5), 1, ["a"])["planes"] == 5
 
 
 def entries(names: list[str]) -> list:
     return [
-        LayoutCondition(SMALL, {**FACTS["layout"], "categories": names}),
-        ClassCondition(SMALL, {"class_names": names}),
+        LayoutConditioner(SMALL, {**FACTS["layout"], "categories": names}),
+        ClassConditioner(SMALL, {"class_names": names}),
     ]
 
 
@@ -257,7 +262,7 @@ def test_of_many_names_a_few_are_listed():
 
 def test_an_unknown_category_names_near_ones():
     with pytest.raises(InputError, match="'dogg': no such category among 2; did you mean dog?"):
-        LayoutCondition(SMALL, FACTS["layout"]).index("dogg")
+        LayoutConditioner(SMALL, FACTS["layout"]).index("dogg")
 
 
 # --- together ---------------------------------------------------------------------------------------------------------
@@ -386,7 +391,7 @@ def test_fillings_are_what_the_first_stage_sees():
     hole[24:40, 24:40] = True
     seen = {}
     for fill in ("black", "smooth", "patches"):
-        condition = MaskedCondition(SMALL, {"channels": 4, "fill": fill})
+        condition = MaskedConditioner(SMALL, {"channels": 4, "fill": fill})
         condition.first_stage = lambda x, fill=fill: F.avg_pool2d(seen.setdefault(fill, x), 4)
         condition(condition.prepare([(image, hole)]))
     inside = torch.from_numpy(hole)
@@ -401,7 +406,7 @@ def test_fillings_are_what_the_first_stage_sees():
 
 def test_the_latent_of_the_enlarged_image_stands_beside_the_small_one():
     seen = []
-    entry = LowresCondition(SMALL, {"scale": 4, "f": 4, "latent": 4})
+    entry = LowResConditioner(SMALL, {"scale": 4, "f": 4, "latent": 4})
     entry.first_stage = lambda x: F.avg_pool2d(seen.append(x) or x, 4)[:, [0, 1, 2, 0]]
     flat = np.full((4, 6, 3), (255, 0, 51), np.uint8)
     planes = entry(entry.prepare([flat])).concat

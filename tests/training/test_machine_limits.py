@@ -17,7 +17,7 @@ from processes import ranks
 from ldmcli.core.errors import ResourceError
 from ldmcli.data.cache import LatentCache
 from ldmcli.networks.conditioners import train_vocabulary
-from ldmcli.networks.layout import LayoutCondition
+from ldmcli.networks.layout import LayoutConditioner
 
 # --- a control group beside that of gradients ------------------------------------------------------------------
 
@@ -195,8 +195,8 @@ def test_a_cut_shard_is_encoded_again(tmp_path):
 
 def heads_in_layouts() -> None:
     """Layout models as they come from a published checkpoint: with the head of their transformer."""
-    learn = LayoutCondition.learn
-    LayoutCondition.learn = staticmethod(lambda *given: {**learn(*given), "logits": True})
+    learn = LayoutConditioner.learn
+    LayoutConditioner.learn = staticmethod(lambda *given: {**learn(*given), "logits": True})
 
 
 HEAD = "conditions.entries.{}.encoder.transformer.to_logits.weight"
