@@ -228,6 +228,8 @@ def _model(
         "train.steps": train[2],
         **{key.replace("__", "."): value for key, value in more.items()},
     }
+    if conditioner is not None:
+        values["condition.kinds"] = (conditioner["kind"],)
     if shape.context_dim is not None:
         values["condition.context_dim"] = shape.context_dim
     channels = shape.latent[0]
@@ -266,7 +268,6 @@ Z4, Z8 = (3, 64, 64), (4, 32, 32)
 UNCONDITIONAL = _Shape(274_056_163, 368, "vq-f4", Z4)
 UNCONDITIONAL_UNET = (224, (1, 2, 3, 4), (8, 4, 2))
 TEXT_SETTINGS: dict[str, Any] = {
-    "condition__kinds": ("text",),
     "condition__text_layers": 32,
     "condition__text_length": 77,
     "condition__vocabulary": "bert-base-uncased",
@@ -294,12 +295,12 @@ MODELS: dict[str, Preset] = {
     "cin256": _model(
         "ImageNet classes, LDM-8", _Shape(394_984_196, 626, "vq-f8", Z8, context_dim=512),
         (256, (1, 2, 4), (4, 2, 1)), (6.4e-5, 64, 2_900_000), conditioner=_classes(1000, 512),
-        diffusion__num_heads=1, condition__kinds=("class",), data__crop="random", sample__steps=200),
+        diffusion__num_heads=1, data__crop="random", sample__steps=200),
     "cin256-v2": _model(
         "ImageNet classes, LDM-4, with a null class for guidance",
         _Shape(400_920_579, 688, "vq-f4", Z4, context_dim=512), (192, (1, 2, 3, 5), (8, 4, 2)),
         (1e-4, 1200, 178_000), conditioner=_classes(1001, 512), diffusion__num_heads=1,
-        condition__kinds=("class",), condition__drop=0.1, data__crop="random", sample__steps=20,
+        condition__drop=0.1, data__crop="random", sample__steps=20,
         sample__guidance=3.0),
     "text2img256": _model(
         "captions (LAION, then Conceptual Captions), LDM-4",
@@ -317,7 +318,7 @@ MODELS: dict[str, Preset] = {
         (128, (1, 2, 3, 4), (8, 4, 2)), (4.8e-5, 24, 4_400_000),
         conditioner=_text(8192, 16, 512, 92, 58_858_496) | {"kind": "layout"}, diffusion__num_heads=1,
         diffusion__transformer_depth=3, diffusion__loss="l1", diffusion__beta_end=0.0205,
-        condition__kinds=("layout",), condition__text_layers=16, condition__crop_tokens=True, sample__steps=200,
+        condition__text_layers=16, condition__crop_tokens=True, sample__steps=200,
         data__crop="random", data__crop_min=0.375, data__min_objects=2, data__max_objects=30,
         data__min_box_area=1e-4),
     "semantic_synthesis256": _model(
@@ -325,7 +326,7 @@ MODELS: dict[str, Preset] = {
         (128, (1, 4, 8), (32, 16, 8)), (4.8e-5, 48, 360_000),
         conditioner={"kind": "map", "in_channels": 182, "out_channels": 3, "stages": 2, "parameters": 546,
                      "tensors": 1},
-        diffusion__num_heads=8, diffusion__loss="l1", diffusion__beta_end=0.0205, condition__kinds=("map",),
+        diffusion__num_heads=8, diffusion__loss="l1", diffusion__beta_end=0.0205,
         sample__steps=200, data__crop="random", **CUT_OF_384),
     "inpainting_big": _model(
         "fills holes in photographs of Places", _Shape(387_245_827, 416, "vq-f4-noattn", Z4, planes=4),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from golden_cases import shared
 
-from ldmcli.networks.layout_tokens import WHOLE, Layout, flagged
+from ldmcli.networks.layout import WHOLE, Layout, flagged
 
 CASES = [
     f"{name}.{form}"
