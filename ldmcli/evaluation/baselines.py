@@ -3,8 +3,8 @@
 Super-resolution is given rows made small by the degradation that the model was trained on, inpainting rows with a
 random mask, both by (seed, row). What is compared is the enlarged picture, and the filled one with all known pixels in
 their place. The plain methods: bicubic interpolation of the same small picture (a = -0.5); the biharmonic filling of
-scikit-image where that is installed, and the filling that the model itself is told (`task.fill`): what the network adds
-is what it is better than that. A model without a task can be guided to rows made small (Sec. 4.4, Tab. 4);
+scikit-image where that is installed, and the filling that the model itself is given (`task.fill`): what the network
+adds is what it is better than that. A model without a task can be guided to rows made small (Sec. 4.4, Tab. 4);
 beside it stand the same samples without the guide.
 """
 
@@ -52,7 +52,7 @@ def task_sources(
     """(the model's answers for rows `ids`, plain methods by name, facts), in the order of `ids`.
 
     Answer k is drawn with the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their facts.
-    Raises InputError where the data lack what the model is told.
+    Raises InputError where the data lack what the model is conditioned on.
     """
     task = task_of(model)
     check_columns(rows, tuple(model.model.conditions.kinds))

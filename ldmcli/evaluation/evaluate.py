@@ -89,7 +89,7 @@ def evaluate(
     model, autoencoder: a run folder or what `load` gave. images: a folder or .npz. pairs: two folders (or .npz).
     data: reference; `DataSettings`, a data set's name, an .npz of samples or of statistics (mu, sigma); None = the
     data that the model was trained on. metrics: of `METRICS`; None = fid, of pairs psnr and ssim, of an autoencoder
-    and of models of task sr and inpaint all three. layout and map: of models that are told those. weights: "ema" or
+    and of models of task sr and inpaint all three. layout and map: of models conditioned on those. weights: "ema" or
     "raw", of a model named by its run. guide_factor: lead sample k to row k made this many times smaller and compare
     the two (Tab. 4); for models without a task. n: images to measure; None = all, of a model at most 1,000. compare: an
     earlier result.

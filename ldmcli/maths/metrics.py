@@ -16,7 +16,7 @@ from ldmcli.core.errors import InputError, UsageError
 
 Array = np.ndarray
 
-METRICS = ("fid", "kid", "pr", "is")
+FEATURE_METRICS = ("fid", "kid", "pr", "is")  # of features alone, in the order of `metrics_from_features`
 BLOCK = 2**22  # numbers in a block of distances: 32 MiB
 
 
@@ -112,7 +112,9 @@ def _frechet(mu1: Array, mu2: Array, factor1: Array, factor2: Array, traces: flo
 
 
 def frechet(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
-    """Fréchet distance ‖μ₁−μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½ of two Gaussians; mu: (D,), sigma: (D, D).
+    """Fréchet distance ‖μ₁−μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½ of two Gaussians (Heusel et al. 2017, Eq. 6).
+
+    mu: (D,), sigma: (D, D). Raises InputError for other shapes, NaN and Inf.
 
     Not clamped: equal Gaussians give ±1e-14 or so. Exact to rounding for singular covariances, too.
     """
@@ -147,7 +149,8 @@ def frechet_from_features(generated: ArrayLike, reference: ArrayLike) -> float:
 def kid(
     generated: ArrayLike, reference: ArrayLike, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> tuple[float, float]:
-    """Kernel Inception Distance: mean and population deviation over random subsets of the unbiased MMD² (may be < 0).
+    """Kernel Inception Distance (Bińkowski et al. 2018): mean and population deviation over random subsets of the
+    unbiased MMD², which may be negative. generated, reference: (N, D) each.
 
     Kernel (x·y/D + 1)³; a subset of generated, then one of the reference rows, without replacement, from
     RandomState(seed): the subsets of torch-fidelity. InputError when a set is smaller than a subset.
@@ -211,7 +214,8 @@ def _share_covered(points: Array, centres: Array, squared_radii: Array) -> float
 
 
 def precision_recall(generated: ArrayLike, reference: ArrayLike, k: int = 3) -> tuple[float, float] | tuple[None, None]:
-    """Precision and recall (Kynkäänniemi et al. 2019), or None twice where a set has no k-th neighbour (n ≤ k).
+    """Precision and recall (Kynkäänniemi et al. 2019, Eq. 2), in [0, 1], or None twice where a set has no k-th
+    neighbour (n ≤ k). generated, reference: (N, D) each.
 
     Precision: share of generated rows within the k-neighbour ball of a reference row; recall the other way round.
     """
@@ -226,7 +230,8 @@ def precision_recall(generated: ArrayLike, reference: ArrayLike, k: int = 3) -> 
 def inception_score(
     logits: ArrayLike, *, splits: int = 10, shuffle: bool = True, seed: int = 2020
 ) -> tuple[float, float]:
-    """Inception Score (Salimans et al. 2016): mean and population deviation over splits of exp E[KL(p(y|x) ‖ p(y))].
+    """Inception Score (Salimans et al. 2016): mean and population deviation over splits of exp E[KL(p(y|x) ‖ p(y))],
+    at least 1 and at most the number of classes.
 
     logits: (N, classes). Rows are shuffled by RandomState(seed); split i is rows ⌊iN/splits⌋ … (torch-fidelity).
     """
@@ -265,10 +270,10 @@ def metrics_from_features(
     images are given. precision and recall are None when a set has three images or fewer.
     """
     if metrics is None:
-        metrics = METRICS if logits is not None else METRICS[:-1]
-    unknown = [name for name in metrics if name not in METRICS]
+        metrics = FEATURE_METRICS if logits is not None else FEATURE_METRICS[:-1]
+    unknown = [name for name in metrics if name not in FEATURE_METRICS]
     if unknown:
-        raise UsageError(f"no metric {unknown[0]!r}: choose among {', '.join(METRICS)}")
+        raise UsageError(f"no metric {unknown[0]!r}: choose among {', '.join(FEATURE_METRICS)}")
     values: dict[str, float | None] = {}
     if set(metrics) != {"is"}:
         if reference is None:
@@ -305,14 +310,14 @@ def _images(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
 
 
 def psnr(a: ArrayLike, b: ArrayLike) -> float:
-    """Peak signal-to-noise ratio of two uint8 (H, W, C) images, dB, peak 255; inf for equal images."""
+    """Peak signal-to-noise ratio 10 log₁₀(255² / MSE) of two uint8 (H, W, C) images, in dB; inf for equal images."""
     x, y = _images(a, b)
     mse = float(((x - y) ** 2).mean())
     return 10 * log10(255**2 / mse) if mse > 0 else inf
 
 
 def ssim(a: ArrayLike, b: ArrayLike) -> float:
-    """Structural similarity of two uint8 (H, W, C) images in the form of Wang et al. 2004, in [−1, 1].
+    """Structural similarity of two uint8 (H, W, C) images (Wang et al. 2004, Eq. 13), in [−1, 1].
 
     Gaussian window of 11 × 11, σ 1.5, divisor N; only positions that the window covers fully; mean over positions
     and channels. InputError below 11 × 11 pixels.

@@ -197,7 +197,9 @@ class TaskModel:
     def __init__(self, task: str, level: int = 1):
         self.config = config(f"shapes:{level}", task)
         kinds = {"sr": ("lowres",), "inpaint": ("masked",)}[task]
-        self.model = SimpleNamespace(conditions=SimpleNamespace(kinds=kinds, entries={}), latent_shape=(3, 16, 16))
+        self.model = SimpleNamespace(
+            conditions=SimpleNamespace(kinds=kinds, droppable=(), entries={}), latent_shape=(3, 16, 16)
+        )
         self.autoencoder = SimpleNamespace(network=SimpleNamespace(f=4))
 
 
