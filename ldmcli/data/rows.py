@@ -242,26 +242,19 @@ class Rows:
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Rows":
         """These rows alone, in this order; what has been read already is shared."""
-        chosen = type(self)(
-            self._columns,
-            self._ids[np.asarray(indices, dtype=np.int64)],
-            self._settings,
-            source=self.source,
-            split=self.split,
-        )
+        ids = self._ids[np.asarray(indices, dtype=np.int64)]
+        chosen = type(self)(self._columns, ids, self._settings, source=self.source, split=self.split)
         chosen.notes, chosen.validation_is_train = list(self.notes), self.validation_is_train
         chosen.boxes_are_shares = self.boxes_are_shares
         chosen._hashes, chosen._kept, chosen._kept_as = self._hashes, self._kept, self._kept_as
-        chosen.readable, chosen.room = self.readable, self.room
-        chosen.transparent_rows = self.transparent_rows
+        chosen.readable, chosen.room, chosen.transparent_rows = self.readable, self.room, self.transparent_rows
         return chosen
 
     def describe(self) -> str:
         """One line for people: source, split, count, columns, what was left out."""
         roles = ", ".join(f"{role} = {sanitise(column, 40)}" for role, column in self.columns.items())
         classes = f"; {len(self.class_names)} classes" if self.has("label") else ""
-        notes = "".join(f"; {note}" for note in self.notes)
-        return f"{sanitise(self.source)}, {self.split}: {len(self):,} rows; {roles}{classes}{notes}"
+        return "; ".join([f"{sanitise(self.source)}, {self.split}: {len(self):,} rows", roles + classes, *self.notes])
 
     def preload(
         self, size: tuple[int, int], crop: str = "center", *, indices=None, progress=None, workers: int = WORKERS

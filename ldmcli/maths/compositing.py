@@ -1,4 +1,4 @@
-"""What is done to drawn pictures so that they agree with those they were made from (Sec. 4.4, 4.5): arrays in, arrays
+"""What is done to sampled pictures so that they agree with those they were made from (Sec. 4.4, 4.5): arrays in, arrays
 out. A hole is True in a bool array (H, W)."""
 
 import numpy as np

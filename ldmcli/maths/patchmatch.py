@@ -25,7 +25,7 @@ def patchmatch_fill(image: Tensor, hole: Tensor) -> Tensor:
     """A picture (c, H, W), float, whose hole, bool (H, W), is filled with texture from around it; a smooth filling
     (`thin_plate_fill`) where no patch is known. Known pixels stay. The same picture gives the same filling.
 
-    On 43 photographs of 256 px with a quarter masked: LPIPS (SqueezeNet) 0.112, 29.3 dB; the smooth one 0.126, 29.7.
+    Source: Wexler et al. 2007; Barnes et al. 2009. docs/experiments.md compares the two fillings.
     """
     height, width = hole.shape
     generator = torch.Generator().manual_seed(0)

@@ -13,17 +13,6 @@ import torch
 from torch import Tensor
 
 
-def positions(length: int, tile: int, stride: int) -> list[int]:
-    """Where tiles begin so that all of `length` is covered, rising: every `stride`, the last one moved back to the end.
-
-    A length of at most one tile has one, at 0. The original leaves what does not fit uncovered (and divides by 0).
-    """
-    if length <= tile:
-        return [0]
-    count = ceil((length - tile) / stride) + 1
-    return [min(k * stride, length - tile) for k in range(count)]
-
-
 def even_positions(length: int, tile: int, overlap: int, unit: int = 1) -> list[int]:
     """As few tiles as cover `length` and overlap by at least `overlap`, spread evenly, at multiples of `unit`.
 
@@ -34,13 +23,6 @@ def even_positions(length: int, tile: int, overlap: int, unit: int = 1) -> list[
     rest, stride = (length - tile) // unit, max(1, (tile - overlap) // unit)
     count = ceil(rest / stride) + 1
     return [k * rest // (count - 1) * unit for k in range(count)]
-
-
-def edge_weights(height: int, width: int, low: float = 0.01, high: float = 0.5) -> Tensor:
-    """The original's weight of a tile's positions, (height, width): distance from the nearest of the four edges as a
-    share of the tile's side, held between `low` and `high`."""
-    y, x = (torch.linspace(0, 1, side) for side in (height, width))
-    return torch.minimum(torch.minimum(y, 1 - y)[:, None], torch.minimum(x, 1 - x)[None]).clamp(low, high)
 
 
 def ramp_weights(length: int, before: int, after: int) -> Tensor:
@@ -88,31 +70,6 @@ class TilePlan:
         """The tile at a corner of x (…, H, W)."""
         (top, left), (height, width) = corner, self.tile
         return x[..., top : top + height, left : left + width]
-
-
-def original_plan(
-    size: tuple[int, int],
-    tile: tuple[int, int],
-    stride: tuple[int, int],
-    *,
-    up: int = 1,
-    down: int = 1,
-    clip: tuple[float, float] = (0.01, 0.5),
-    tie: tuple[float, float] | None = None,
-) -> TilePlan:
-    """Tiles and weights of the original's `split_input_params`, at every size (see `positions`).
-
-    tie: clips of the "tie breaker", which weights a tile by its place in the grid of tiles as its positions are
-    weighted in it; it needs two tiles an axis, and has no effect along an axis of one.
-    """
-    tile = (min(tile[0], size[0]), min(tile[1], size[1]))
-    tops, lefts = (positions(*lengths) for lengths in zip(size, tile, stride))
-    weight = edge_weights(tile[0] * up // down, tile[1] * up // down, *clip)
-    of_tile = torch.ones(len(tops), len(lefts))
-    if tie is not None and len(tops) > 1 and len(lefts) > 1:
-        of_tile = edge_weights(len(tops), len(lefts), *tie)
-    corners = [(top, left) for top in tops for left in lefts]
-    return TilePlan(size, tile, corners, [weight * share for share in of_tile.flatten()], up, down)
 
 
 def overlapping_tiles(

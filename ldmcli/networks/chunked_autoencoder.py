@@ -6,15 +6,8 @@ the one position around them that a 3x3 convolution sees, and writes pieces of t
 of the pieces in float64. The result is that of the network itself but for rounding, whatever the size of the pieces:
 1e-5 to 7e-5 of 255 grey levels on average, 1e-3 at most, for trained and random networks at 160 to 1024 px.
 
-Activations at f = 4 with widths c, 2c, 4c and one picture, measured (decoding, resident memory, files apart):
-
-    c = 32, 1024 px, with attention: 0.88 GiB at once; 0.53 with a bound of 1 GiB; 0.26 and 0.4 in files with 0.25
-    c = 128, 512 px, with: 0.39 GiB and 0.4 in files with a bound of 0.5
-    c = 16, 2048 px, without: 1.75 GiB at once; 0.32 and 0.8 in files with 0.25
-
-The result itself (48 MiB at 2048 px) and, while attention runs, its keys and values come on top of the bound's halves.
-For the published c = 128 that makes, by shapes: 3.8 GiB at once at 1024 px; at 2048 px 15 GiB at once, or the bound
-and 6 GiB in files; at 4096 px 60 GiB, or the bound and 24 GiB in files. Keys and values take at most 1 GiB.
+The result itself and, while attention runs, its keys and values (at most 1 GiB) come on top of the bound's halves.
+docs/experiments.md has the memory that was measured.
 """
 
 import math

@@ -1,26 +1,18 @@
 """Tiles: positions that cover, weights without a seam, and the original's tiles as recorded."""
 
 import tempfile
+from math import ceil
 
 import numpy as np
 import pytest
 import torch
 from golden_cases import decided, golden, randomised, relative
 from test_unet import loaded as recorded_unet
+from torch import Tensor
 
 from ldmcli.core.errors import ResourceError
 from ldmcli.core.settings import AutoencoderSettings
-from ldmcli.maths.tiles import (
-    blend,
-    coverage,
-    edge_weights,
-    even_positions,
-    original_plan,
-    overlapping_tiles,
-    pad_reflect,
-    positions,
-    ramp_weights,
-)
+from ldmcli.maths.tiles import TilePlan, blend, coverage, even_positions, overlapping_tiles, pad_reflect, ramp_weights
 from ldmcli.networks import chunked_autoencoder
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.chunked_autoencoder import Pieces
@@ -29,6 +21,52 @@ from ldmcli.sampling import memory as memory_module
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 
 EXACT, QUANTISED = 5e-6, 2e-5
+
+
+# --- the original's tiles, which the recorded cases were made with
+
+
+def stride_positions(length: int, tile: int, stride: int) -> list[int]:
+    """Where tiles begin so that all of `length` is covered, rising: every `stride`, the last one moved back to the end.
+
+    A length of at most one tile has one, at 0. The original leaves what does not fit uncovered (and divides by 0).
+    """
+    if length <= tile:
+        return [0]
+    count = ceil((length - tile) / stride) + 1
+    return [min(k * stride, length - tile) for k in range(count)]
+
+
+def edge_weights(height: int, width: int, low: float = 0.01, high: float = 0.5) -> Tensor:
+    """The original's weight of a tile's positions, (height, width): distance from the nearest of the four edges as a
+    share of the tile's side, held between `low` and `high`."""
+    y, x = (torch.linspace(0, 1, side) for side in (height, width))
+    return torch.minimum(torch.minimum(y, 1 - y)[:, None], torch.minimum(x, 1 - x)[None]).clamp(low, high)
+
+
+def original_plan(
+    size: tuple[int, int],
+    tile: tuple[int, int],
+    stride: tuple[int, int],
+    *,
+    up: int = 1,
+    down: int = 1,
+    clip: tuple[float, float] = (0.01, 0.5),
+    tie: tuple[float, float] | None = None,
+) -> TilePlan:
+    """Tiles and weights of the original's `split_input_params`, at every size (see `stride_positions`).
+
+    tie: clips of the "tie breaker", which weights a tile by its place in the grid of tiles as its positions are
+    weighted in it; it needs two tiles an axis, and has no effect along an axis of one.
+    """
+    tile = (min(tile[0], size[0]), min(tile[1], size[1]))
+    tops, lefts = (stride_positions(*lengths) for lengths in zip(size, tile, stride))
+    weight = edge_weights(tile[0] * up // down, tile[1] * up // down, *clip)
+    of_tile = torch.ones(len(tops), len(lefts))
+    if tie is not None and len(tops) > 1 and len(lefts) > 1:
+        of_tile = edge_weights(len(tops), len(lefts), *tie)
+    corners = [(top, left) for top in tops for left in lefts]
+    return TilePlan(size, tile, corners, [weight * share for share in of_tile.flatten()], up, down)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +81,7 @@ EXACT, QUANTISED = 5e-6, 2e-5
     ],
 )
 def test_tiles_begin_every_stride_and_the_last_ends_with_the_length(length, tile, stride, expected):
-    assert positions(length, tile, stride) == expected
+    assert stride_positions(length, tile, stride) == expected
 
 
 @pytest.mark.parametrize("unit", [1, 4])
