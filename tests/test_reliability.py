@@ -70,8 +70,8 @@ def test_samples_that_were_stopped_are_whole_and_the_same_command_completes_them
 def slowly_drawn() -> None:
     from ldmcli.sampling import commands
 
-    draw = commands._draw
-    commands._draw = lambda *args: (time.sleep(0.05), draw(*args))[1]
+    draw = commands.draw_images
+    commands.draw_images = lambda *args: (time.sleep(0.05), draw(*args))[1]
 
 
 def test_two_processes_of_a_launcher_leave_the_samples_of_one(text_model, tmp_path):

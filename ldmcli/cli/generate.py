@@ -74,7 +74,7 @@ def reconstruct(given: ParsedOptions) -> None:
         raise InputError(f"{missing[0]}: no such file or folder")
     out = given.out or Path("outputs") / f"{slug(given.images[0].stem)}-reconstructed"
     require_folder(out)
-    from ldmcli.sampling.commands import reconstruct_to_folder
+    from ldmcli.sampling.reconstruct import reconstruct_to_folder
 
     result = reconstruct_to_folder(
         given.images,

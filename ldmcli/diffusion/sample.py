@@ -71,7 +71,7 @@ def with_overrides(settings: SampleSettings, **values) -> SampleSettings:
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
-def draw_latents(
+def sample_conditioned(
     model: DiffusionModel,
     schedule: Schedule,
     settings: SampleSettings,

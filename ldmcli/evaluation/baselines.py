@@ -26,7 +26,8 @@ from ldmcli.diffusion.sample import Guide
 from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, drawn_for
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
-from ldmcli.sampling.editing import inpaint_images, upscale_images
+from ldmcli.sampling.inpainting import inpaint_images
+from ldmcli.sampling.super_resolution import upscale_images
 
 FILLINGS = {"smooth": lambda x, hole: thin_plate_fill(x[None], hole[None])[0], "patches": patchmatch_fill}
 PLAIN_METHODS = ("bicubic", "biharmonic", *FILLINGS)  # they say how much a model's number is worth
@@ -35,7 +36,7 @@ UNGUIDED = "unguided"  # the model's own samples without the guide
 
 def task_of(model) -> str:
     """Of a diffusion model: "sr", "inpaint" or "generate"."""
-    return next((task for task, name in TASK_CONDITIONS.items() if name in model.model.conditions.kinds), "generate")
+    return next((task for task, name in TASK_CONDITIONS.items() if name in model.conditions.kinds), "generate")
 
 
 def task_sources(
@@ -55,7 +56,7 @@ def task_sources(
     Raises InputError where the data lack what the model is conditioned on.
     """
     task = task_of(model)
-    check_columns(rows, tuple(model.model.conditions.kinds))
+    check_columns(rows, tuple(model.conditions.kinds))
     told = condition_source(model, rows, size, seed)
     how = (model, told, ids, seed, batch_size, settings)
     facts = {**truth.facts, "fingerprint": model.fingerprint, "task": task}
@@ -98,7 +99,7 @@ def guided_sources(
             f"--guide-factor {factor}: pictures of {size[1]}x{size[0]} px can't be made {factor} times "
             "smaller; name a factor that divides both sides"
         )
-    check_columns(rows, tuple(model.model.conditions.kinds))
+    check_columns(rows, tuple(model.conditions.kinds))
     told = condition_source(model, rows, size, seed)
     low = _made_small(rows, ids, size, factor)
 
@@ -106,7 +107,7 @@ def guided_sources(
         def stream() -> Iterator[np.ndarray]:
             for numbers, block in _blocks(ids, batch_size):
                 guide = _to_low(model, [low(i) for i in block]) if guided else None
-                yield from drawn_for(model, told, block, numbers[0], seed, size, {**settings, "guide": guide})
+                yield from drawn_for(model, told, block, numbers[0], seed, size, settings, guide)
 
         return stream
 
@@ -150,7 +151,7 @@ def _enlarged(model, told, ids, seed, batch_size, settings):
     def stream() -> Iterator[np.ndarray]:
         for numbers, block in _blocks(ids, batch_size):
             low = np.stack(told.values(TASK_CONDITIONS["sr"], block, block))
-            yield from upscale_images(model, low, seed=seed, ids=numbers, told=_said(model, told, block), **settings)
+            yield from upscale_images(model, low, seed=seed, ids=numbers, values=_said(model, told, block), **settings)
 
     return stream
 
@@ -160,7 +161,7 @@ def _filled(model, told, ids, seed, batch_size, settings):
         for numbers, block in _blocks(ids, batch_size):
             images, holes = (np.stack(part) for part in zip(*told.values(TASK_CONDITIONS["inpaint"], block, block)))
             made = inpaint_images(
-                model, images, holes, seed=seed, ids=numbers, told=_said(model, told, block), **settings
+                model, images, holes, seed=seed, ids=numbers, values=_said(model, told, block), **settings
             )
             yield from np.where(holes[..., None], made, images)
 
@@ -169,7 +170,7 @@ def _filled(model, told, ids, seed, batch_size, settings):
 
 def _said(model, told, ids: list[int]) -> dict[str, list]:
     """What rows tell a model beside the picture of its task."""
-    return {name: told.foreign_values(name, ids) for name in model.model.conditions.droppable}
+    return {name: told.foreign_values(name, ids) for name in model.conditions.droppable}
 
 
 def _each(told, ids, task: str, method):

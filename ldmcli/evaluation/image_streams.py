@@ -17,8 +17,10 @@ from ldmcli.core.settings import DataSettings
 from ldmcli.data import pictures
 from ldmcli.data.decode import decode
 from ldmcli.data.pictures import by_pair_name, pair_name
+from ldmcli.diffusion.sample import Guide
 from ldmcli.evaluation.features import in_blocks
 from ldmcli.maths.pixels import tensor_to_pixels
+from ldmcli.sampling.draw import Draw, draw_images
 from ldmcli.sampling.load import load
 from ldmcli.sampling.request import SAMPLING
 
@@ -185,7 +187,7 @@ def model_source(
     model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int], settings: dict[str, Any]
 ) -> ImageStream:
     """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
-    kinds = tuple(model.model.conditions.kinds)
+    kinds = tuple(model.conditions.kinds)
     check_columns(rows, kinds)
     ids = evenly_spaced(len(rows), n) if kinds else []
     told = condition_source(model, rows, size, seed) if kinds else None
@@ -232,21 +234,19 @@ def condition_source(model, rows, size: tuple[int, int], seed: int):
     (seed, row)."""
     config = replace(model.config, train=replace(model.config.train, seed=seed))
     source = ConditionDataset(rows, config, size, training=False)
-    for name in model.model.conditions.kinds:
+    for name in model.conditions.kinds:
         CONDITIONS[name].validate(rows)
-    source.align_categories(model.model.conditions)
+    source.align_categories(model.conditions)
     return source
 
 
-def drawn_for(model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any]) -> np.ndarray:
+def drawn_for(
+    model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any], guide: Guide | None = None
+) -> np.ndarray:
     """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
-    numbers, values = range(first, first + len(ids)), {}
-    for kind in model.model.conditions.kinds:
-        own = told.foreign_values(kind, ids)
-        values[kind] = [own[(k - first) % len(ids)] for k in range(len(ids))]  # sample k takes entry k mod their number
-    return tensor_to_pixels(
-        model.autoencoder.decode(model.latents_for(numbers, values, seed=seed, size=size, **settings))
-    )
+    values = {name: told.foreign_values(name, ids) for name in model.conditions.kinds}
+    numbers = range(first, first + len(ids))
+    return draw_images(model, Draw(ids=numbers, seed=seed, values=values, size=size, settings=settings, guide=guide))
 
 
 def reconstructions(autoencoder, source: ImageStream, batch_size: int) -> Callable[[], Iterator[np.ndarray]]:
@@ -272,9 +272,7 @@ def loaded(run: Any, kind: str, weights: str = "ema"):
 def trained_size(run) -> tuple[int, int]:
     """(height, width) in pixels that a run was trained at."""
     if run.kind == "diffusion":
-        _, height, width = run.model.latent_shape
-        f = run.autoencoder.network.f
-        return height * f, width * f
+        return run.trained_size
     height, width = run.config.data.size if run.config is not None else (0, 0)
     return (height, width) if height or width else (64, 64)
 

@@ -87,7 +87,7 @@ class EvaluationRequest:
     @property
     def conditions(self) -> tuple[str, ...]:
         """Conditions of the model, () without one."""
-        return () if self.model is None else tuple(self.model.model.conditions.kinds)
+        return () if self.model is None else tuple(self.model.conditions.kinds)
 
 
 def opened(request: EvaluationRequest) -> EvaluationRequest:

@@ -1,11 +1,9 @@
-"""Conditioners τ_θ (Sec. 3.3): values of conditions become tokens, planes and vectors.
+"""What the diffusion model is told (Sec. 3.3): rows and requests become tokens, planes and vectors.
 
 The UNet knows three things: `context` (B, M, d) for cross-attention, `concat` (B, c, h, w) beside z_t on the input,
 and `vector` (B, v) added to the time embedding. Several conditions at once: tokens join, planes stack, vectors add.
-Each has its own null, which takes its place at random while training (condition dropout, `Conditions.drop`) and in the
-unconditional half of guidance. Here are those of text, classes and ready-made tokens; those of layouts are in
-`layout.py`, those of semantic maps, super-resolution and inpainting in `spatial_conditioners.py`. What the program
-around the networks must know of a condition is in `ldmcli.conditions`.
+Each has its own null, which takes its place at random while training and in the unconditional half of guidance.
+A condition is one class and one line in `CONDITIONERS`.
 """
 
 import threading
@@ -96,7 +94,7 @@ def load_vocabulary(source: str):
 class TextConditioner(Conditioner):
     """Captions -> tokens, by the paper's transformer trained along ("joint") or a frozen encoder of transformers.
 
-    The null is the empty caption. `spec` keeps what use needs beside the weights: length, vocabulary size, "logits"
+    The null is the empty caption. `facts` keeps what use needs beside the weights: length, vocabulary size, "logits"
     where a converted transformer brings its unused head along. tokenizer None: only tokens can be given.
     """
 
@@ -104,21 +102,21 @@ class TextConditioner(Conditioner):
     gives_tokens = True
     _frozen: nn.Module
 
-    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer):
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer):
         super().__init__()
-        self.length, self.tokenizer = spec["length"], tokenizer
+        self.length, self.tokenizer = facts["length"], tokenizer
         self._one_at_a_time = threading.Lock()  # fast tokenisers refuse two threads
         self.joint = settings.text_encoder == "joint"
         if self.joint:
             width = settings.context_dim
             self.encoder: nn.Module = TextTransformer(
-                spec["vocabulary"],
+                facts["vocabulary"],
                 width,
                 settings.text_layers,
                 self.length,
                 settings.text_heads,
                 settings.text_head_channels,
-                spec.get("logits", False),
+                facts.get("logits", False),
                 settings.embedding_std,
             )
         else:
@@ -135,7 +133,7 @@ class TextConditioner(Conditioner):
 
     @staticmethod
     def learn(settings: ConditionSettings, captions: list[str], rows, folder: Path) -> dict[str, Any]:
-        """Spec from the captions of the training rows; saves the tokeniser into `folder`."""
+        """Facts from the captions of the training rows; saves the tokeniser into `folder`."""
         distinct = sorted({caption[:READ_CHARACTERS] for caption in captions})
         if settings.text_encoder != "joint":
             tokenizer = load_tokenizer(settings.text_encoder)
@@ -223,18 +221,18 @@ def _load_frozen(name: str):
 
 
 class ClassConditioner(Conditioner):
-    """Labels -> one token, and by default a vector, too. The null is one class more (index n), except where an entry
+    """Labels -> one token, and by default a vector, too. The null is one class more (index n), except where a fact
     "null" says that there is none, as in models of others that were not trained for guidance."""
 
     guidance_rank = 2
     gives_tokens = True
 
-    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.names: list[str] = list(spec["class_names"])
-        self.has_null = spec.get("null", True)
+        self.names: list[str] = list(facts["class_names"])
+        self.has_null = facts.get("null", True)
         # code that uses a model of others asks for its null by the number that was published (1000 of cin256-v2)
-        self.numbered_null = spec.get("null") is True
+        self.numbered_null = facts.get("null") is True
         self.embedding = nn.Embedding(len(self.names) + self.has_null, settings.context_dim)
         self.vector = nn.Linear(settings.context_dim, settings.context_dim) if settings.class_vector else None
 
@@ -245,7 +243,7 @@ class ClassConditioner(Conditioner):
 
     @staticmethod
     def learn(settings: ConditionSettings, labels: list[int], rows, folder: Path) -> dict[str, Any]:
-        """Spec from the training rows: the names of the classes, in order."""
+        """Facts from the training rows: the names of the classes, in order."""
         return {"class_names": list(rows.class_names)}
 
     def index(self, value: str | int) -> int:
@@ -284,7 +282,7 @@ class PrecomputedTokens(Conditioner):
     droppable = False
     gives_tokens = True
 
-    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
 
     def prepare(self, tokens: list[Tensor]) -> dict[str, Tensor]:
@@ -316,16 +314,16 @@ def guidance_order(kinds: Sequence[str]) -> list[str]:
 class Conditions(nn.Module):
     """All conditions of a model, in the order of `kinds` (`DiffusionConfig.kinds`).
 
-    `specs` has an entry a kind. `first_stage` must be lent to a model whose planes are latents before it is used:
+    `facts` has an entry a kind. `first_stage` must be lent to a model whose planes are latents before it is used:
     a function from pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, c, h, w).
     """
 
     def __init__(
-        self, kinds: Sequence[str], settings: ConditionSettings, specs: dict[str, dict[str, Any]], tokenizer=None
+        self, kinds: Sequence[str], settings: ConditionSettings, facts: dict[str, dict[str, Any]], tokenizer=None
     ):
         super().__init__()
         self.settings = settings
-        self.entries = nn.ModuleDict({kind: CONDITIONERS[kind](settings, specs[kind], tokenizer) for kind in kinds})
+        self.entries = nn.ModuleDict({kind: CONDITIONERS[kind](settings, facts[kind], tokenizer) for kind in kinds})
 
     @property
     def conditioners(self) -> dict[str, Conditioner]:
@@ -413,8 +411,7 @@ class Conditions(nn.Module):
         return out
 
     def drop(self, inputs: dict[str, Tensor], dropped: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Condition dropout: replaces rows by the null where dropped[kind] (n,) is true; kinds that `dropped` does not
-        name stay."""
+        """Replaces rows by the null where dropped[kind] (n,) is true; kinds that `dropped` does not name stay."""
         out = dict(inputs)
         for kind, rows in dropped.items():
             own = _own(kind, inputs)

@@ -134,7 +134,7 @@ class LayoutConditioner(Conditioner):
     """Layouts -> tokens. A layout is {"bbox": (n, 4) x, y, w, h as shares of the picture, "category": n names or
     indices}; the null is one without objects.
 
-    spec: "categories" (names in order), "length" (tokens of a sequence: three an object and two of the crop),
+    facts: "categories" (names in order), "length" (tokens of a sequence: three an object and two of the crop),
     "vocabulary", "planes" (`BoxPlanes`; 0 or absent: tokens alone, as in the paper), "logits" where a converted
     transformer brings its unused head along.
     """
@@ -143,10 +143,10 @@ class LayoutConditioner(Conditioner):
     gives_tokens = True
     takes_size = True
 
-    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.names: list[str] = list(spec["categories"])
-        self.layout = Layout(slots=(spec["length"] - 2) // 3, vocabulary=spec["vocabulary"])
+        self.names: list[str] = list(facts["categories"])
+        self.layout = Layout(slots=(facts["length"] - 2) // 3, vocabulary=facts["vocabulary"])
         width = settings.context_dim
         self.encoder = TextTransformer(
             self.layout.vocabulary,
@@ -155,13 +155,13 @@ class LayoutConditioner(Conditioner):
             self.layout.length,
             settings.text_heads,
             settings.text_head_channels,
-            spec.get("logits", False),
+            facts.get("logits", False),
             settings.embedding_std,
         )
         if settings.smooth_places:
             self._smooth_places(settings.embedding_std)
         self.pool = vector_of_tokens(width) if settings.text_pooled else None
-        self.channels = spec.get("planes", 0)
+        self.channels = facts.get("planes", 0)
         self.boxes = BoxPlanes(self.layout, len(self.names), self.channels) if self.channels else None
 
     @torch.no_grad()

@@ -1,5 +1,4 @@
-"""Conditioners that give planes beside z_t (concatenation): semantic maps (Sec. 4.3.2), low-resolution images for
-super-resolution (Sec. 4.4, App. D.6), images with holes for inpainting (Sec. 4.5)."""
+"""Conditions that are planes beside z_t: class maps, low-resolution images, images with holes (Sec. 4.3.2-4.5, D.6)."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,24 +22,24 @@ FILLERS = 4  # pictures that are filled at a time
 
 
 class SemanticMapConditioner(Conditioner):
-    """Semantic maps, uint8 (H, W) at the picture's size -> planes: one a class, halved to the latent's size, mixed.
+    """Class maps, uint8 (H, W) at the picture's size -> planes: one plane a class, halved to the latent's size, mixed.
 
-    The null is a map on which no pixel has a class. spec: "classes", "names", "out_channels", "stages" (halvings),
+    The null is a map on which no pixel has a class. facts: "classes", "names", "out_channels", "stages" (halvings),
     "void" (whether 255 stands for no class).
     """
 
     guidance_rank = 0
 
-    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.classes, self.channels, self.void = spec["classes"], spec["out_channels"], spec.get("void", False)
-        self.names: list[str] = list(spec.get("names") or map(str, range(self.classes)))
-        self.stages = spec["stages"]
+        self.classes, self.channels, self.void = facts["classes"], facts["out_channels"], facts.get("void", False)
+        self.names: list[str] = list(facts.get("names") or map(str, range(self.classes)))
+        self.stages = facts["stages"]
         self.encoder = SpatialRescaler(self.classes, self.channels, self.stages)
 
     @staticmethod
     def learn(found: list[int], names: list[str], f: int) -> dict[str, Any]:
-        """Spec from the class indices that occur in the data: as many classes as the largest index says, or as have
+        """Facts from the class indices that occur in the data: as many classes as the largest index says, or as have
         names."""
         void = NO_CLASS in found and len(names) <= NO_CLASS
         classes = max([len(names), *(index + 1 for index in found if not (void and index == NO_CLASS))])
@@ -82,19 +81,19 @@ class LowResConditioner(Conditioner):
     """Low-resolution images, uint8 (S / scale, S / scale, 3) -> planes at the latent's size S / f, in [-1, 1].
 
     Where scale = f, as in the paper, they stand beside z_t as they are; larger ones are folded into channels, smaller
-    ones enlarged (bilinear). With an entry "latent" the latent of their bicubic enlargement stands there, too: it tells
-    in the language of z_t what is already known. spec: "scale", "f", "latent" (channels of a latent; 0 or absent: the
+    ones enlarged (bilinear). With a fact "latent" the latent of their bicubic enlargement stands there, too: it tells
+    in the language of z_t what is already known. facts: "scale", "f", "latent" (channels of a latent; 0 or absent: the
     small image alone, as in the paper).
     """
 
     droppable = False
     encodes = True
 
-    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.scale, self.f = spec["scale"], spec["f"]
+        self.scale, self.f = facts["scale"], facts["f"]
         self.fold, self.enlarge = max(1, self.f // self.scale), max(1, self.scale // self.f)
-        self.latent = spec.get("latent", 0)
+        self.latent = facts.get("latent", 0)
         self.channels = 3 * self.fold**2 + self.latent
         self.first_stage: Callable[[Tensor], Tensor] | None = None
 
@@ -121,19 +120,19 @@ class MaskedConditioner(Conditioner):
     """Images with holes -> [latent of the image without them, mask]: the c + 1 planes of the published model.
 
     A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in
-    holes and -1 elsewhere. The published model sees black holes. With spec "fill" = "smooth" what lies around goes on
+    holes and -1 elsewhere. The published model sees black holes. With facts "fill" = "smooth" what lies around goes on
     into them first (`thin_plate_fill`), so that latents beside a hole are those of the picture and latents in it
     already have about the right brightness and colour; with "patches" they also have the texture of the most similar
-    surroundings (`patchmatch_fill`), which is done on the CPU while batches are made. spec: "channels" (of a latent),
+    surroundings (`patchmatch_fill`), which is done on the CPU while batches are made. facts: "channels" (of a latent),
     "fill".
     """
 
     droppable = False
     encodes = True
 
-    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.channels, self.fill = spec["channels"] + 1, spec.get("fill", "black")
+        self.channels, self.fill = facts["channels"] + 1, facts.get("fill", "black")
         self.first_stage: Callable[[Tensor], Tensor] | None = None
 
     def prepare(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """`ldm inpaint` and `ldm upscale`: picture files to picture files, with what was asked for inside them."""
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +17,17 @@ from ldmcli.conditions.pictures import holed
 from ldmcli.core import console, runs
 from ldmcli.core.config import from_toml
 from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
-from ldmcli.core.outputs import SHEET, Results
-from ldmcli.core.signals import StopRequest
 from ldmcli.data.decode import decode, decode_alpha, probe
 from ldmcli.data.pictures import by_pair_name, image_files
 from ldmcli.maths.compositing import fill_smoothly
 from ldmcli.sampling import memory
-from ldmcli.sampling.commands import batches, contents, end_if_asked, image_bytes, output_names
-from ldmcli.sampling.contact_sheets import grid, png_bytes
-from ldmcli.sampling.editing import check_edit, inpaint_images, trained_size, upscale_images
+from ldmcli.sampling.api import LoadedDiffusion
+from ldmcli.sampling.editing import check_edit
+from ldmcli.sampling.image_folder import ImageFolder, Images, contents, in_batches
+from ldmcli.sampling.inpainting import inpaint_images
 from ldmcli.sampling.load import load
-from ldmcli.sampling.model import LoadedDiffusion
 from ldmcli.sampling.request import EditRequest, document_of, sampling_of, sampling_used
+from ldmcli.sampling.super_resolution import upscale_images
 
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
 LARGEST_BATCH = 8
@@ -78,7 +76,7 @@ class _Source:
             )
         return found
 
-    def told(self, loaded: LoadedDiffusion, request: EditRequest, size: tuple[int, int]) -> dict[str, Any]:
+    def values(self, loaded: LoadedDiffusion, request: EditRequest, size: tuple[int, int]) -> dict[str, Any]:
         """Values of conditions by kind, for a result of `size` = (height, width) px. Raises UsageError for a kind that
         the model does not take, InputError for a layout or map that is wrong."""
         given = list_values(
@@ -88,7 +86,7 @@ class _Source:
             layout=self.layout,
             map=self.map,
         )
-        return parse_each(loaded.model.conditions, given, size)
+        return parse_each(loaded.conditions, given, size)
 
 
 def _boxed(box: tuple[int, int, int, int] | None, size: tuple[int, int], image: Path) -> np.ndarray:
@@ -222,7 +220,7 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
             ids=ids,
             blend=request.blend,
             resample=request.resample,
-            told=_told(loaded, request, which, images.shape[1:3]),
+            values=_values(loaded, request, which, images.shape[1:3]),
             **_drawing(request),
         )
         made = np.where(holes[..., None], made, images)
@@ -232,8 +230,8 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
         image = np.asarray(decode(source.image))
         return [image, holed(image, source.hole(image.shape[:2]))]
 
-    size = trained_size(loaded)
-    return _to_folder("inpaint", path, loaded, request, sources, sizes, size, draw, shown, out, **how)
+    edit = _Edit("inpaint", loaded.trained_size, draw, shown)
+    return _to_folder(edit, path, loaded, request, sources, sizes, out, **how)
 
 
 def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how) -> dict[str, Any]:
@@ -253,7 +251,7 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
             seed=request.seed,
             ids=ids,
             tone=request.tone,
-            told=_told(loaded, request, which, large),
+            values=_values(loaded, request, which, large),
             **_drawing(request),
         )
         return [_with_alpha(one, _enlarged(source.alpha(), large)) for one, source in zip(made, which)]
@@ -261,7 +259,8 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
     def shown(source: _Source) -> list[np.ndarray]:
         return [np.asarray(decode(source.image))]
 
-    return _to_folder("upscale", path, loaded, request, sources, sizes, size, draw, shown, out, **how)
+    edit = _Edit("upscale", size, draw, shown)
+    return _to_folder(edit, path, loaded, request, sources, sizes, out, **how)
 
 
 def _drawing(request: EditRequest) -> dict[str, Any]:
@@ -272,11 +271,11 @@ def _drawing(request: EditRequest) -> dict[str, Any]:
     }
 
 
-def _told(
+def _values(
     loaded: LoadedDiffusion, request: EditRequest, which: list[_Source], size: tuple[int, int]
 ) -> dict[str, list]:
     """Values by kind, one a picture."""
-    each = [source.told(loaded, request, size) for source in which]
+    each = [source.values(loaded, request, size) for source in which]
     return {kind: [told[kind] for told in each] for kind in each[0]}
 
 
@@ -306,71 +305,82 @@ def _enlarged(alpha: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | N
     return np.asarray(Image.fromarray(alpha).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
+@dataclass(frozen=True)
+class _Edit:
+    """What `ldm inpaint` and `ldm upscale` differ in. largest: what goes through the networks at once, (h, w) px; make:
+    results of sources by number; before: what a sheet shows of a source."""
+
+    command: str
+    largest: tuple[int, int]
+    make: Callable[[list[int], list[_Source]], list[np.ndarray]]
+    before: Callable[[_Source], list[np.ndarray]]
+
+
 def _to_folder(
-    command: str,
+    edit: _Edit,
     path: Path,
     loaded: LoadedDiffusion,
     request: EditRequest,
     sources: list[_Source],
     sizes: list[tuple[int, int]],
-    largest: tuple[int, int],
-    draw: Callable[[list[int], list[_Source]], list[np.ndarray]],
-    shown: Callable[[_Source], list[np.ndarray]],
     out: Path,
     *,
     overwrite: bool = False,
     fmt: str = "png",
     metadata: bool = True,
 ) -> dict[str, Any]:
-    """Draws what is missing of n results a source. largest: what goes through the networks at once, (h, w) px."""
+    """Makes what is missing of n results a source."""
     _check(loaded, request, sources, sizes)
-    total = request.n * len(sources)
-    names = output_names(out, total, fmt)
     read = [file for source in sources for file in source.files]
-    wanted = {
-        "model": loaded.fingerprint,
-        "command": command,
-        **document_of(request),
-        "total": total,
-        "format": fmt,
-        "pictures": contents(read),
-    }
-    results = Results(out, names, wanted, inputs=read, overwrite=overwrite)
-    todo = results.todo
-    if todo and fmt == "jpg" and command == "inpaint":
+    folder = ImageFolder(out, _record(edit, loaded, request, sources, read, fmt), inputs=read, overwrite=overwrite)
+    if folder.todo and fmt == "jpg" and edit.command == "inpaint":
         console.warn("--format jpg: known pixels change a little as the file is packed; png keeps them")
-    size = request.batch_size or memory.batch_within(loaded, largest, request.max_memory, LARGEST_BATCH)
-    used = sampling_used(loaded.config.sample, request)
+    most = request.batch_size or memory.largest_batch(loaded, edit.largest, request.max_memory, LARGEST_BATCH)
     describe = {
-        "command": command,
+        "command": edit.command,
         "weights": request.weights,
         "model_sha256": loaded.fingerprint,
         "ldm_version": __version__,
-        **_plain(used),
+        **_plain(sampling_used(loaded.config.sample, request)),
     }
-    started = time.perf_counter()
-    with results, StopRequest() as stop, console.progress(len(todo), command) as bar:
-        for batch in _of_one_size(todo, sizes, size):
-            which = [sources[k % len(sources)] for k in batch]
-            for k, source, image in zip(batch, which, draw(batch, which)):
-                facts = {**_about(source, request), "seed": request.seed, "sample": k, **describe} if metadata else None
-                results.write(names[k], image_bytes(_fit_for(fmt, image), fmt, facts))
-            bar.advance(len(batch))
-            end_if_asked(stop, names)
-        seconds = time.perf_counter() - started
-        rows = _sheet([shown(source) for source in sources[:SHEET_ROWS]], names, len(sources))
-        results.write(out / SHEET, png_bytes(grid(rows)))
-    console.say(f"{total} pictures in {out} ({len(todo)} drawn in {seconds:.1f} s)")
-    images = [str(name) for name in names]
+
+    def make(ids: list[int]) -> Images:
+        for image in edit.make(ids, [sources[k % len(sources)] for k in ids]):
+            yield _fit_for(fmt, image), {}
+
+    def facts(k: int) -> dict[str, Any]:
+        return {**_about(sources[k % len(sources)], request), "seed": request.seed, "sample": k, **describe}
+
+    folder.write(
+        _of_one_size(folder.todo, sizes, most),
+        make,
+        facts if metadata else None,
+        lambda: _sheet([edit.before(source) for source in sources[:SHEET_ROWS]], folder.names, len(sources)),
+        action=edit.command,
+    )
+    made, total, seconds = len(folder.todo), len(folder.names), folder.seconds
+    console.say(f"{total} pictures in {out} ({made} drawn in {seconds:.1f} s)")
     return {
         "model": str(path),
-        "out": str(out),
-        "images": images,
-        "grid": str(out / SHEET),
+        **folder.document(),
         "sources": [str(sources[k % len(sources)].image) for k in range(total)],
-        "drawn": len(todo),
+        "drawn": made,
         "seconds": seconds,
         **describe,
+    }
+
+
+def _record(
+    edit: _Edit, loaded: LoadedDiffusion, request: EditRequest, sources: list[_Source], read: list[Path], fmt: str
+) -> dict[str, Any]:
+    """What request.json keeps: all that changes the images."""
+    return {
+        "model": loaded.fingerprint,
+        "command": edit.command,
+        **document_of(request),
+        "total": request.n * len(sources),
+        "format": fmt,
+        "pictures": contents(read),
     }
 
 
@@ -381,7 +391,7 @@ def _check(loaded: LoadedDiffusion, request: EditRequest, sources: list[_Source]
         if (about := (size, source.map, source.layout)) not in seen:
             seen.add(about)
             whole = (size[0] * scale, size[1] * scale)
-            told = {kind: [value] for kind, value in source.told(loaded, request, whole).items()}
+            told = {kind: [value] for kind, value in source.values(loaded, request, whole).items()}
             try:
                 check_edit(loaded, whole, request.tile, settings, told, request.negative_prompt)
             except InputError as error:
@@ -393,7 +403,7 @@ def _of_one_size(todo: list[int], sizes: Sequence[tuple[int, int]], most: int) -
     groups: dict[tuple[int, int], list[int]] = {}
     for k in todo:
         groups.setdefault(sizes[k % len(sizes)], []).append(k)
-    return [batch for group in groups.values() for batch in batches(group, most)]
+    return [batch for group in groups.values() for batch in in_batches(group, most)]
 
 
 def _fit_for(fmt: str, image: np.ndarray) -> Image.Image:

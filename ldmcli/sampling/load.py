@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldmcli.core import console, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading
 from ldmcli.formats.open_model import format_of, read
@@ -13,8 +14,8 @@ from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.latent_scale import LatentScale
+from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.first_stage import LoadedAutoencoder, default_device, pixel_autoencoder
-from ldmcli.sampling.model import LoadedDiffusion
 
 
 def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
@@ -115,3 +116,12 @@ def load(
     if isinstance(bundle, AutoencoderBundle):
         return build_autoencoder(bundle, chosen, path)
     return build_diffusion(bundle, chosen, path)
+
+
+def find_model(model: str | None, kind: str) -> Path:
+    """The run named, else the newest of its kind, which is then said."""
+    if model:
+        return Path(model)
+    path = runs.newest_run(kind)
+    console.say(f"model: {path} (the newest {kind} run)")
+    return path

@@ -6,10 +6,7 @@ family "paper" average over the whole map and attend to all of it, which tiles w
 were): theirs run operation by operation (`networks.chunked_autoencoder`) and give the untiled picture but for rounding.
 """
 
-from __future__ import annotations
-
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +19,8 @@ from ldmcli.core.errors import ResourceError
 from ldmcli.data.arrays import to_pixels
 from ldmcli.maths.tiles import blend, overlapping_tiles
 from ldmcli.networks.chunked_autoencoder import Pieces
-
-if TYPE_CHECKING:
-    from ldmcli.sampling.first_stage import LoadedAutoencoder
-    from ldmcli.sampling.model import LoadedDiffusion
+from ldmcli.sampling.first_stage import LoadedAutoencoder
+from ldmcli.sampling.model import TrainedDiffusion
 
 MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine
 MEMORY_MARGIN = 1.25  # what a pass really takes, over what its tensors do: workspaces, fragmentation
@@ -67,7 +62,7 @@ def _pieces(side: int, gib: float) -> Pieces:
     return Pieces(side, int(gib * 2**30))
 
 
-class _Live(TorchDispatchMode):
+class _LiveTensorMeter(TorchDispatchMode):
     """Counts the bytes of tensors that exist at the same time."""
 
     def __init__(self) -> None:
@@ -95,7 +90,7 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-class _Fused(TorchFunctionMode):
+class _FusedAttentionShapes(TorchFunctionMode):
     """Attention as the fused kernels do it, without a matrix of scores; the meta device has none of them."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -110,24 +105,24 @@ def peak_bytes(network: nn.Module, *shapes: tuple[int, ...], **more) -> int:
     The pass runs on the meta device: shapes only, nothing is computed.
     """
     weights = {name: tensor.to("meta") for name, tensor in network.state_dict().items()}
-    with torch.no_grad(), _Fused(), _Live() as live:
+    with torch.no_grad(), _FusedAttentionShapes(), _LiveTensorMeter() as live:
         inputs = [torch.empty(shape, device="meta") for shape in shapes]
         torch.func.functional_call(network, weights, tuple(inputs), more)
     return int(live.peak * MEMORY_MARGIN)
 
 
-def tile_within(model: LoadedDiffusion, size: tuple[int, int], gib: float, *, halves: int = 2) -> int:
+def largest_tile(model: TrainedDiffusion, size: tuple[int, int], gib: float, *, halves: int = 2) -> int:
     """Latent positions a side of the largest tile that UNet and autoencoder take within `gib` GiB; 0 where the whole
     picture of `size` = (height, width) px fits, one at a time.
 
     halves: evaluations of the UNet that go in one call (guidance). Raises ResourceError where even the smallest tile
     is too much.
     """
-    unit, f = model.model.unet.size_factor, model.autoencoder.network.f
+    unit, f = model.network.unet.size_factor, model.autoencoder.network.f
     latent = [-(-side // (f * unit)) * unit for side in size]
 
     def fits(height: int, width: int) -> bool:
-        return passes_bytes(model, height, width, halves) <= gib * 2**30
+        return peak_activation_bytes(model, height, width, halves) <= gib * 2**30
 
     if fits(*latent):
         return 0
@@ -136,23 +131,23 @@ def tile_within(model: LoadedDiffusion, size: tuple[int, int], gib: float, *, ha
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle * unit, middle * unit) else (low, middle)
     if low == 0:
-        need = passes_bytes(model, unit, unit, halves) / 2**30
+        need = peak_activation_bytes(model, unit, unit, halves) / 2**30
         raise ResourceError(f"--max-memory {gib:g}: the smallest tile of this model needs {need:.2g} GiB")
     return low * unit
 
 
-def batch_within(model: LoadedDiffusion, size: tuple[int, int], gib: float, most: int) -> int:
+def largest_batch(model: TrainedDiffusion, size: tuple[int, int], gib: float, most: int) -> int:
     """How many pictures of `size` px go through the networks at once within `gib` GiB: 1 to `most`."""
-    unit, f = model.model.unet.size_factor, model.autoencoder.network.f
+    unit, f = model.network.unet.size_factor, model.autoencoder.network.f
     height, width = (-(-side // (f * unit)) * unit for side in size)
-    one = passes_bytes(model, height, width, 2)
+    one = peak_activation_bytes(model, height, width, 2)
     return int(min(most, max(1, gib * 2**30 // one)))
 
 
-def passes_bytes(model: LoadedDiffusion, height: int, width: int, halves: int) -> int:
+def peak_activation_bytes(model: TrainedDiffusion, height: int, width: int, halves: int) -> int:
     """Activations of the larger of two passes at a latent of height x width: UNet (`halves` at once), autoencoder."""
-    conditions, unet, network = model.model.conditions, model.model.unet, model.autoencoder.network
-    channels = model.model.latent_shape[0] + conditions.concat_channels
+    conditions, unet, network = model.conditions, model.network.unet, model.autoencoder.network
+    channels = model.network.latent_shape[0] + conditions.concat_channels
     more = {}
     if conditions.context_dim:
         more["context"] = torch.empty(halves, 77, conditions.context_dim, device="meta")

@@ -1,76 +1,67 @@
-"""A trained model in use: on a device, with the calls of the Python interface."""
+"""A trained diffusion model: its parts, on a device, checked against what callers give."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ldmcli.conditions.class_ import class_names
-from ldmcli.conditions.masked import parse_masks
-from ldmcli.conditions.parse import (
-    centred,
-    embed_inputs,
-    inputs_size,
-    list_values,
-    only_given,
-    parse_conditions,
-    parse_unsized,
-    warn_of_values,
-)
-from ldmcli.conditions.text import negative_inputs
+from ldmcli.conditions.parse import embed_inputs, inputs_size, list_values
 from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig
-from ldmcli.data.arrays import batch_of, floats, latents, pictures_of, to_pil
+from ldmcli.data.arrays import batch_of, floats, latents
 from ldmcli.diffusion.guidance import GuidancePath
-from ldmcli.diffusion.sample import (
-    Guide,
-    InitLatents,
-    KeyedNoise,
-    KnownRegion,
-    check_sampling,
-    draw_latents,
-    sample_latents,
-    with_overrides,
-)
+from ldmcli.diffusion.sample import KeyedNoise, sample_latents, with_overrides
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.maths import rng
-from ldmcli.maths.tiles import center_slices
-from ldmcli.networks.conditioners import Conditioning
+from ldmcli.networks.conditioners import Conditioning, Conditions
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 
-TASK_WORDS = {
-    "generate": "draws images from nothing; `inpaint(image, mask)` fills a hole with it",
-    "sr": "makes images larger; use `upscale(image)`",
-    "inpaint": "fills holes; use `inpaint(image, mask)`",
-}
 
+class TrainedDiffusion:
+    """A diffusion model with its first stage, noise schedule and sampling defaults: the parts that research code calls.
 
-class LoadedDiffusion:
-    """A diffusion model in use, with its autoencoder, noise schedule and sampling defaults."""
+    network: ε_θ and τ_θ. The calls that make images are those of `api.LoadedDiffusion`.
+    """
 
     kind = "diffusion"
 
     def __init__(
-        self, model: DiffusionModel, autoencoder: LoadedAutoencoder, config: DiffusionConfig, fingerprint: str
+        self, network: DiffusionModel, autoencoder: LoadedAutoencoder, config: DiffusionConfig, fingerprint: str
     ):
-        self.model, self.autoencoder, self.config, self.fingerprint = model, autoencoder, config, fingerprint
+        self.network, self.autoencoder, self.config, self.fingerprint = network, autoencoder, config, fingerprint
         self.schedule = make_schedule(config.diffusion)
-        model.conditions.first_stage = autoencoder.encode
+        network.conditions.first_stage = autoencoder.encode
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        return next(self.network.parameters()).device
+
+    @property
+    def conditions(self) -> Conditions:
+        """τ_θ of each condition."""
+        return self.network.conditions
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that both sides of an image must be a multiple of: the first stage's f times the UNet's factor."""
+        return self.autoencoder.network.f * self.network.unet.size_factor
+
+    @property
+    def trained_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the model was trained on."""
+        _, height, width = self.network.latent_shape
+        return height * self.autoencoder.network.f, width * self.autoencoder.network.f
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes of a class-conditional model, else []."""
-        return class_names(self.model.conditions)
+        return class_names(self.conditions)
 
     @torch.no_grad()
     def predict(self, z_t: Any, t: Any, context: Any = None, concat: Any = None, classes: Any = None) -> Tensor:
@@ -85,10 +76,10 @@ class LoadedDiffusion:
             conditioning = Conditioning(
                 *(None if part is None else batch_of(part, len(z), "classes") for part in astuple_of(told))
             ).joined(conditioning)
-        return self.model.predict(z, times, self._checked(conditioning, z))
+        return self.network.predict(z, times, self._checked(conditioning, z))
 
     def _z(self, value: Any, name: str) -> Tensor:
-        z, factor = latents(value, name, self.model.latent_shape[0]), self.model.unet.size_factor
+        z, factor = latents(value, name, self.network.latent_shape[0]), self.network.unet.size_factor
         if z.shape[-2] % factor or z.shape[-1] % factor:
             raise UsageError(f"{name}: {z.shape[-1]}x{z.shape[-2]} positions; this UNet needs multiples of {factor}")
         return z.to(self.device)
@@ -102,7 +93,7 @@ class LoadedDiffusion:
         )
         planes = concat.concat if isinstance(concat, Conditioning) else concat
         if planes is not None:
-            planes, wanted = floats(planes, "concat", 4), self.model.conditions.concat_channels
+            planes, wanted = floats(planes, "concat", 4), self.conditions.concat_channels
             lacking = wanted - (0 if given.concat is None else given.concat.shape[1])
             if planes.shape[1] == lacking and given.concat is not None:
                 planes = torch.cat([batch_of(given.concat.to(planes), len(planes), "context"), planes], dim=1)
@@ -111,7 +102,7 @@ class LoadedDiffusion:
 
     def _checked(self, given: Conditioning, z: Tensor) -> Conditioning:
         """The conditioning with as many rows as z. Raises UsageError where the network could not take it."""
-        conditions, shapes = self.model.conditions, {}
+        conditions = self.conditions
         width, planes = conditions.context_dim, conditions.concat_channels
         if given.context is not None and given.context.shape[-1] != width:
             raise UsageError(
@@ -151,202 +142,33 @@ class LoadedDiffusion:
         return found.context if found.vector is None and found.concat is None else found
 
     def _embed(self, values: dict[str, list], tokens: Any = None) -> Conditioning:
-        inputs = embed_inputs(self.model.conditions, values, tokens)
-        pixels = inputs_size(self.model.conditions, inputs)
+        inputs = embed_inputs(self.conditions, values, tokens)
+        pixels = inputs_size(self.conditions, inputs)
         size = None if pixels is None else self.latent_shape(pixels)[1:]
-        return self.model.embed({name: tensor.to(self.device) for name, tensor in inputs.items()}, size)
+        return self.network.embed({name: tensor.to(self.device) for name, tensor in inputs.items()}, size)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompt: str | list[str] | None = None,
-        *,
-        classes: Sequence[int | str] | None = None,
-        layout: Any = None,
-        map: Any = None,
-        values: Mapping[str, Any] | None = None,
-        image: Any = None,
-        mask: Any = None,
-        n: int = 1,
-        negative_prompt: str = "",
-        seed: int = 0,
-        batch_size: int = 16,
-        size: tuple[int, int] | None = None,
-        first: int = 0,
-        **settings,
-    ) -> list:
-        """PIL images, n for each prompt, class, layout, map or image; sample k takes entry k mod their number of each.
-
-        layout: {"size": [w, h], "objects": [{"bbox": [x, y, w, h], "category": name}]} (shares without size), a JSON
-        file, or a list. map: class indices (H, W), a PIL picture or file, or a list. values: of further conditions, by
-        name. image: what a model of task sr enlarges, or of task inpaint fills where mask (bool, or a picture with
-        holes of luminance ≥ 128) says so; known pixels stay. size: (height, width) in pixels, or one number, as
-        `drawn_size` draws it. settings: steps, guidance (a number, or one a condition), guidance_interval, sampler,
-        eta, spacing; with an image those of `sampling.editing` as well.
-        """
-        if image is not None:
-            if size is not None:
-                raise UsageError("size: a result from an image has the size that the image asks for")
-            return self._edited(
-                self.config.task.name,
-                image,
-                mask,
-                list_values(values, prompt=prompt, classes=classes, layout=layout, map=map),
-                n=n,
-                first=first,
-                seed=seed,
-                batch_size=batch_size,
-                negative_prompt=negative_prompt,
-                **settings,
-            )
-        if n < 1 or batch_size < 1:
-            raise UsageError(f"n: {n} images, {batch_size} at a time; both must be at least 1")
-        size = (size, size) if isinstance(size, int) else size
-        values = self.request_values(prompt, classes, layout=layout, map=map, values=values, size=size)
-        ids, images = range(first, n * _groups(values)), []
-        whole = self.drawn_size(size)
-        from ldmcli.sampling import editing, memory
-
-        tile = editing.tile_side(self, whole, 0, memory.MAX_MEMORY, settings) if whole else 0
-        for start in range(0, len(ids), batch_size):
-            z = self.latents_for(
-                ids[start : start + batch_size],
-                values,
-                seed=seed,
-                negative_prompt=negative_prompt,
-                size=whole,
-                inside=size,
-                tile=tile,
-                **settings,
-            )
-            drawn = memory.decode(self.autoencoder, z, tile)
-            images += to_pil(drawn[(..., *center_slices(whole, size))] if whole and size else drawn)
-        return images
-
-    def inpaint(
-        self,
-        image: Any,
-        mask: Any,
-        prompt: Any = None,
-        *,
-        classes: Any = None,
-        layout: Any = None,
-        map: Any = None,
-        values: Mapping[str, Any] | None = None,
-        n: int = 1,
-        **how,
-    ) -> list:
-        """PIL images: holes filled, known pixels as they were; by a model of task inpaint, or any that generates.
-
-        image: a PIL image, file or array, or several; mask: where to repaint (bool (H, W), or a picture whose luminance
-        is at least 128 there), one or one an image. prompt, classes, layout, map: one or one an image, of the picture
-        as a whole, where the model takes them; a map is needed, the others may be left out. how: seed, batch_size,
-        negative_prompt, steps and other settings of sampling, and those of `sampling.editing.inpaint_images`.
-        """
-        given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
-        return self._edited("inpaint", image, mask, given, n=n, **how)
-
-    def upscale(
-        self,
-        image: Any,
-        prompt: Any = None,
-        *,
-        classes: Any = None,
-        layout: Any = None,
-        map: Any = None,
-        values: Mapping[str, Any] | None = None,
-        n: int = 1,
-        **how,
-    ) -> list:
-        """PIL images, `config.task.scale` times as large, by a model of task sr; arguments as `inpaint`."""
-        given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
-        return self._edited("sr", image, None, given, n=n, **how)
-
-    def _edited(self, task: str, image: Any, mask: Any, given: dict[str, list], **how) -> list:
-        own = self.config.task.name
-        if task == "generate" or (task == "sr") != (own == "sr"):
-            raise UsageError(f"image: this model {TASK_WORDS[own]}")
-        pictures = pictures_of(image)
-        if (task == "inpaint") != (mask is not None):
-            raise UsageError(
-                "mask: says what to repaint; give one"
-                if mask is None
-                else "mask: this model makes images larger; it takes none"
-            )
-        holes = None if mask is None else [hole for _, hole in _pairs(pictures, parse_masks(mask))]
-        conditions = self.model.conditions
-        told = only_given(conditions, given)
-        warn_of_values(conditions, told)
-        told = parse_unsized(conditions, told)
-        from ldmcli.sampling import editing
-
-        return editing.edited(self, pictures, holes, told, **how)
-
-    @torch.no_grad()
-    def latents_for(
-        self,
-        ids: Sequence[int],
-        values: dict[str, list],
-        *,
-        seed: int = 0,
-        negative_prompt: str = "",
-        size: tuple[int, int] | None = None,
-        inside: tuple[int, int] | None = None,
-        init: InitLatents | None = None,
-        known: KnownRegion | None = None,
-        guide: Guide | None = None,
-        tile: int = 0,
-        **settings,
-    ) -> Tensor:
-        """Final latents of samples `ids` of a call; sample k is told values[kind][k mod their number].
-
-        inside: (height, width) px of the middle of `size` (multiples of the model's unit) that is wanted: what maps and
-        layouts speak of.
-        """
-        chosen = with_overrides(self.config.sample, **settings)
-        check_sampling(chosen, self.schedule)
-        self._warn_about_guidance(chosen.guidance, negative_prompt)
-        rows = {kind: [given[k % len(given)] for k in ids] for kind, given in values.items()}
-        rows = centred(rows, size, inside)
-        return draw_latents(
-            self.model,
-            self.schedule,
-            chosen,
-            ids=ids,
-            seed=seed,
-            inputs=self.model.conditions.prepare(rows) if rows else None,
-            negative=self._negative(negative_prompt, len(ids)),
-            shape=self.latent_shape(size),
-            init=init,
-            known=known,
-            guide=guide,
-            tile=tile,
-        )
-
-    def request_values(
-        self,
-        prompt=None,
-        classes=None,
-        *,
-        layout: Any = None,
-        map: Any = None,
-        values: Mapping[str, Any] | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> dict[str, list]:
-        """What the model is told, checked against what it takes. Raises UsageError, or InputError for what is wrong
-        with a layout or map. size: of the pictures to draw, in pixels; maps are brought to it."""
-        _, height, width = self.model.latent_shape
-        f = self.autoencoder.network.f
-        given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
-        return parse_conditions(self.model.conditions, given, size or (height * f, width * f))
-
-    def drawn_size(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
         """What pictures of `size` (height, width) px are cut from the middle of: sides are whole units, the
         autoencoder's f times the UNet's factor. None (as trained) stays. Says so where the two differ. Raises
         UsageError below one latent."""
         if size is None:
             return None
-        f, factor = self.autoencoder.network.f, self.autoencoder.network.f * self.model.unet.size_factor
+        f, factor = self.autoencoder.network.f, self.size_multiple
+        if min(size) < f:
+            raise UsageError(
+                f"--size {size[0]}x{size[1]}: smaller than one latent of this model ({f} px); "
+                f"take {max(size[0], factor)}x{max(size[1], factor)} or more"
+            )
+        whole = (-(-size[0] // factor) * factor, -(-size[1] // factor) * factor)
+        if whole != tuple(size):
+            say(f"--size {size[0]}x{size[1]}: drawn at {whole[0]}x{whole[1]} (multiples of {factor}), the middle kept")
+        return whole
+
+    def round_up_size(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """What images of `size` (height, width) px are the middle of: sides are multiples of `size_multiple`. None (as
+        trained) stays. Says so where the two differ. Raises UsageError below one latent."""
+        if size is None:
+            return None
+        f, factor = self.autoencoder.network.f, self.size_multiple
         if min(size) < f:
             raise UsageError(
                 f"--size {size[0]}x{size[1]}: smaller than one latent of this model ({f} px); "
@@ -360,32 +182,19 @@ class LoadedDiffusion:
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(c, h, w) for an image size in pixels (None: as trained). Raises UsageError, naming the nearest sizes."""
         if size is None:
-            return self.model.latent_shape
-        factor = self.autoencoder.network.f * self.model.unet.size_factor
+            return self.network.latent_shape
+        factor = self.size_multiple
         wrong = [side for side in size if side < factor or side % factor]
         if wrong:
             near = "x".join(str(max(factor, round(side / factor) * factor)) for side in size)
             raise UsageError(f"--size {size[0]}x{size[1]}: both sides must be multiples of {factor}; nearest: {near}")
         return self.autoencoder.network.latent_shape(*size)
 
-    def _negative(self, text: str, n: int) -> dict[str, Tensor] | None:
-        return negative_inputs(self.model.conditions, text, n)
-
-    def warn_of_idle_guidance(self, scale: float | Mapping[str, float] | None) -> None:
-        """Says that a scale that was asked for does nothing, where nothing can be left out of what the model is
-        told."""
-        if scale not in (None, 1) and not self.model.conditions.droppable:
-            warn_once("idle-guidance", "--guidance has no effect: this model takes no prompt, class, layout or map")
-
-    def _warn_about_guidance(self, scale: float | Mapping[str, float], negative: str) -> None:
-        if scale == 1 and negative:
-            warn_once("negative", "--negative-prompt has no effect at --guidance 1")
-        if scale != 1 and self.model.conditions.droppable and self.config.condition.drop == 0:
-            warn_once(
-                "no-dropout",
-                "this model was trained without condition dropout, so guidance has nothing sound to "
-                "push away from; use --guidance 1",
-            )
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises InputError for images of `size` px that are smaller than one latent."""
+        f = self.autoencoder.network.f
+        if min(size) < f:
+            raise InputError(f"a picture of {size[1]}x{size[0]} px is smaller than one latent ({f} px)")
 
     @torch.no_grad()
     def sample_latents(
@@ -409,7 +218,7 @@ class LoadedDiffusion:
         chosen = with_overrides(self.config.sample, **settings)
         if context is None and uncond is None and "guidance" not in settings:
             chosen = replace(chosen, guidance=1.0)
-        z_T = rng.normal(seed, range(n or 1), self.model.latent_shape, "z_T") if z_T is None else z_T
+        z_T = rng.normal(seed, range(n or 1), self.network.latent_shape, "z_T") if z_T is None else z_T
         z_T = self._z(z_T, "z_T")
         if uncond is None and context is not None and chosen.guidance != 1:
             warn_once("no-uncond", "guidance has no effect without uncond=…, which it leads away from")
@@ -420,7 +229,7 @@ class LoadedDiffusion:
         ids = range(len(z_T))
         keyed = KeyedNoise(seed, ids, tuple(z_T.shape[1:]), self.device)
         return sample_latents(
-            self.model.predict,
+            self.network.predict,
             self.schedule,
             replace(chosen, temperature=1.0),
             path,
@@ -434,20 +243,3 @@ class LoadedDiffusion:
 def astuple_of(given: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(context, concat, vector), not copied."""
     return given.context, given.concat, given.vector
-
-
-def _groups(values: dict[str, list]) -> int:
-    return max([len(given) for given in values.values()], default=1)
-
-
-def _pairs(images: list[np.ndarray], holes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    if len(holes) not in (1, len(images)):
-        raise UsageError(f"{len(images)} images and {len(holes)} masks: give one mask, or one an image")
-    pairs = list(zip(images, holes * (len(images) // len(holes))))
-    for image, hole in pairs:
-        if image.shape[:2] != hole.shape:
-            raise InputError(
-                f"a mask of {hole.shape[1]}x{hole.shape[0]} px for an image of "
-                f"{image.shape[1]}x{image.shape[0]}; they must be of one size"
-            )
-    return pairs

@@ -21,10 +21,10 @@ from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.maths import rng
 from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.load import load_autoencoder
 from ldmcli.sampling.memory import peak_bytes
-from ldmcli.sampling.model import LoadedDiffusion
 from ldmcli.training import checks, cost
 from ldmcli.training.data import open_data
 from ldmcli.training.distributed import Distributed

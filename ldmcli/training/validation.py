@@ -17,10 +17,10 @@ from ldmcli.conditions.pictures import enlarged
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import rank_slice
 from ldmcli.maths import rng
-from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.networks.conditioners import Conditions
+from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
-from ldmcli.sampling.model import LoadedDiffusion
+from ldmcli.sampling.draw import Draw, draw_images
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.latents import LatentStore
 
@@ -89,8 +89,8 @@ class DiffusionValidation:
             return
         values = {name: self.dataset.values(name, ids, ids) for name in self._spatial()} | request_values(request)
         parts = [range(k, min(k + 16, len(ids))) for k in range(0, len(ids), 16)]
-        z = torch.cat([model.latents_for(part, values, seed=seed) for part in parts])
-        samples = tensor_to_pixels(torch.cat([model.autoencoder.decode(part) for part in z.split(16)]))
+        request_draw = Draw(ids=ids, seed=seed, values=values)
+        samples = np.concatenate([draw_images(model, request_draw.of(part)) for part in parts])
         save_grid(path, self._sheet(model, ids, values, samples))
 
     def _sheet(
@@ -102,7 +102,7 @@ class DiffusionValidation:
         for start in range(0, len(ids), 8):
             columns = range(start, min(start + 8, len(ids)))
             for name in self._spatial():
-                sheet.append([picture(name, values[name][k], large, model.model.conditions) for k in columns])
+                sheet.append([picture(name, values[name][k], large, model.conditions) for k in columns])
             sheet.append([enlarged(samples[k], large) for k in columns])
             sheet.append([enlarged(self.rows.pixels(ids[k], self.size), large) for k in columns])
         return sheet

@@ -13,10 +13,11 @@ import ldmcli
 from ldmcli.core.errors import UsageError
 from ldmcli.maths.compositing import hole_windows
 from ldmcli.maths.tiles import reframe_boxes
-from ldmcli.sampling import editing
+from ldmcli.sampling import draw
 from ldmcli.sampling.edit_commands import paired
-from ldmcli.sampling.editing import inpaint_images, trained_size, unit_of, upscale_images
+from ldmcli.sampling.inpainting import inpaint_images
 from ldmcli.sampling.request import EditRequest
+from ldmcli.sampling.super_resolution import upscale_images
 
 KINDS = "class+text+layout+map"
 FAST = ("--steps", 1)
@@ -38,13 +39,13 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def seen(monkeypatch):
     """The prepared inputs of each draw, and the size of its latents."""
-    found, draw = [], editing.draw_latents
+    found, sample = [], draw.sample_conditioned
 
     def recorded(*arguments, inputs, shape, **how):
         found.append({**inputs, "shape": shape})
-        return draw(*arguments, inputs=inputs, shape=shape, **how)
+        return sample(*arguments, inputs=inputs, shape=shape, **how)
 
-    monkeypatch.setattr(editing, "draw_latents", recorded)
+    monkeypatch.setattr(draw, "sample_conditioned", recorded)
     return found
 
 
@@ -73,7 +74,7 @@ def told(index: np.ndarray, **more) -> dict:
 
 def corners(model, ids) -> np.ndarray:
     """Box corners x0, y0, x1, y1 that layout tokens say, as shares of the picture that was told."""
-    layout = model.model.conditions.entries["layout"].layout
+    layout = model.network.conditions.entries["layout"].layout
     _, first, last = ids[0, :3].tolist()
     grid = layout.grid - 1
     return np.array([first % layout.grid, first // layout.grid, last % layout.grid, last // layout.grid]) / grid
@@ -88,7 +89,7 @@ def test_boxes_of_a_part_are_shares_of_the_whole():
 def test_an_enlarged_picture_is_told_map_and_layout_where_they_lie(size, runs, seen):
     model, large = ldmcli.load(runs / "sr"), (2 * size[0], 2 * size[1])
     index = map_of(*large)
-    made = upscale_images(model, picture(*size)[None], told=told(index), steps=1)
+    made = upscale_images(model, picture(*size)[None], values=told(index), steps=1)
     assert made.shape == (1, *large, 3)
     (inputs,) = seen
     whole = [4 * side for side in inputs["shape"][1:]]  # latents of 4 px
@@ -104,8 +105,8 @@ def test_a_window_around_a_hole_is_told_its_part_of_the_map(runs, seen):
     index = np.random.default_rng(3).integers(0, 7, size, dtype=np.uint8)  # no part is like another
     hole = np.zeros(size, bool)
     hole[30:38, 41:49] = True
-    inpaint_images(model, picture(*size)[None], hole[None], told={"map": [index]}, steps=1, resample=1)
-    (inputs,), ((rows, columns),) = seen, hole_windows(hole, trained_size(model), (5, 5), unit_of(model))
+    inpaint_images(model, picture(*size)[None], hole[None], values={"map": [index]}, steps=1, resample=1)
+    (inputs,), ((rows, columns),) = seen, hole_windows(hole, model.trained_size, (5, 5), model.size_multiple)
     assert 0 < rows.start <= 30 and 0 < columns.start <= 41
     assert (inputs["map.index"][0].numpy() == index[rows, columns]).all()
 
@@ -114,7 +115,7 @@ def test_with_a_layout_the_whole_picture_is_looked_at(runs, seen):
     model, size = ldmcli.load(runs / "inpaint"), (41, 58)
     hole = np.zeros(size, bool)
     hole[3:9, 4:9] = True
-    inpaint_images(model, picture(*size)[None], hole[None], told=told(map_of(*size)), steps=1)
+    inpaint_images(model, picture(*size)[None], hole[None], values=told(map_of(*size)), steps=1)
     (inputs,) = seen
     assert tuple(inputs["shape"][1:]) == (11, 15)
     expected = [0.25 * 58 / 60, 0.5 * 41 / 44, 0.75 * 58 / 60, 0.75 * 41 / 44]
@@ -123,21 +124,19 @@ def test_with_a_layout_the_whole_picture_is_looked_at(runs, seen):
 
 def test_large_pictures_in_tiles_are_told_everything(runs):
     model, size = ldmcli.load(runs / "sr"), (40, 60)
-    made = upscale_images(model, picture(*size)[None], told=told(map_of(80, 120)), steps=1, tile=24)
+    made = upscale_images(model, picture(*size)[None], values=told(map_of(80, 120)), steps=1, tile=24)
     assert made.shape == (1, 80, 120, 3)
     model, hole = ldmcli.load(runs / "inpaint"), np.ones((80, 120), bool)
     hole[:4] = False
     image = picture(80, 120)
-    made = inpaint_images(model, image[None], hole[None], told=told(map_of(80, 120)), steps=1, tile=24)
+    made = inpaint_images(model, image[None], hole[None], values=told(map_of(80, 120)), steps=1, tile=24)
     assert (made[0][~hole] == image[~hole]).all()
 
 
 def test_samples_of_any_size_are_told_their_layout_in_the_middle(runs, tmp_path, monkeypatch):
-    from ldmcli.sampling import model as model_module
-
-    found, draw = [], model_module.draw_latents
+    found, sample = [], draw.sample_conditioned
     monkeypatch.setattr(
-        model_module, "draw_latents", lambda *a, inputs, **k: found.append(inputs) or draw(*a, inputs=inputs, **k)
+        draw, "sample_conditioned", lambda *a, inputs, **k: found.append(inputs) or sample(*a, inputs=inputs, **k)
     )
     tiny.train_ldm(tmp_path / "layout", runs / "ae", "--condition", "layout", steps=1)
     model = ldmcli.load(tmp_path / "layout")

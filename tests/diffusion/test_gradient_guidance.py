@@ -13,7 +13,7 @@ from ldmcli.diffusion.gradient_guidance import (
     latent_decoder,
 )
 from ldmcli.diffusion.guidance import GuidancePath, denoiser
-from ldmcli.diffusion.sample import draw_latents
+from ldmcli.diffusion.sample import sample_conditioned
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import make_schedule, sampling_levels
 from ldmcli.networks.autoencoder import Autoencoder
@@ -77,7 +77,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def drawn(model, wrap=None, scale=2.0, ids=(0, 1), sampler="ddim"):
     settings = SampleSettings(steps=8, sampler=sampler, guidance=scale)
     with torch.no_grad():
-        return draw_latents(
+        return sample_conditioned(
             model,
             SCHEDULE,
             settings,

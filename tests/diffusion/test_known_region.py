@@ -8,7 +8,7 @@ from test_unet import loaded as recorded_unet
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings, SampleSettings
 from ldmcli.diffusion.guidance import GuidancePath, denoiser, guidance_steps
-from ldmcli.diffusion.sample import KnownRegion, draw_latents, replace_known_region
+from ldmcli.diffusion.sample import KnownRegion, replace_known_region, sample_conditioned
 from ldmcli.diffusion.samplers import SAMPLERS, ddim, repaint
 from ldmcli.diffusion.schedule import make_schedule, sampling_levels, to_x0_eps
 from ldmcli.networks.latent_diffusion import DiffusionModel
@@ -159,7 +159,7 @@ SCHEDULE = make_schedule(DiffusionSettings(prediction="eps"))
 
 def drawn(model, inputs, guidance=2.0, **more):
     settings = SampleSettings(steps=4, sampler=more.pop("sampler", "ddim"), guidance=guidance)
-    return draw_latents(model, SCHEDULE, settings, ids=more.pop("ids", [0, 1]), seed=0, inputs=inputs, **more)
+    return sample_conditioned(model, SCHEDULE, settings, ids=more.pop("ids", [0, 1]), seed=0, inputs=inputs, **more)
 
 
 @torch.no_grad()

@@ -197,10 +197,8 @@ class TaskModel:
     def __init__(self, task: str, level: int = 1):
         self.config = config(f"shapes:{level}", task)
         kinds = {"sr": ("lowres",), "inpaint": ("masked",)}[task]
-        self.model = SimpleNamespace(
-            conditions=SimpleNamespace(kinds=kinds, droppable=(), entries={}), latent_shape=(3, 16, 16)
-        )
-        self.autoencoder = SimpleNamespace(network=SimpleNamespace(f=4))
+        self.conditions = SimpleNamespace(kinds=kinds, droppable=(), entries={})
+        self.trained_size = (64, 64)
 
 
 @pytest.fixture
@@ -229,7 +227,7 @@ def test_super_resolution_beside_bicubic(answers, monkeypatch):
     assert values["psnr"] == float("inf") and values["ssim"] == pytest.approx(1)
     assert 15 < values["psnr_bicubic"] < 40 and 0.5 < values["ssim_bicubic"] < 0.99
     assert (result["task"], result["scale"], result["degradation"]) == ("sr", 4, "bicubic")
-    assert [ids for _, ids, _ in answers] == [[0, 1, 2, 3], [4, 5]] and answers[0][2] == {"steps": 3, "told": {}}
+    assert [ids for _, ids, _ in answers] == [[0, 1, 2, 3], [4, 5]] and answers[0][2] == {"steps": 3, "values": {}}
     low = answers[0][0]
     rows = open_rows(config("shapes").data, split="validation")
     assert low.shape == (4, 16, 16, 3) and np.array_equal(low[1], degrade(rows.pixels(1, SIZE), 4, "bicubic", 0))

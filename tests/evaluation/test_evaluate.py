@@ -116,8 +116,7 @@ class Model:
 
     def __init__(self, kinds=("text",)):
         self.config = DiffusionConfig()
-        self.model = SimpleNamespace(conditions=SimpleNamespace(kinds=kinds, entries={}), latent_shape=(4, 4, 4))
-        self.autoencoder = SimpleNamespace(network=SimpleNamespace(f=4))
+        self.conditions, self.trained_size = SimpleNamespace(kinds=kinds, entries={}), (16, 16)
         self.calls = []
 
     def sample(self, prompt=None, *, classes=None, n, first, seed, size, batch_size, **settings):

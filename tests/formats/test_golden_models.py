@@ -161,7 +161,7 @@ def test_text(models, way):
     model, io = models("unet_text_bert", way), recorded("unet_text_bert")
     context, none = model.embed(tokens=io["tokens"]), model.embed(tokens=io["uncond_tokens"])
     assert relative(context, io["context"]) < FORWARD and relative(none, io["uncond_context"]) < FORWARD
-    assert relative(model.model.conditions.entries["text"].encoder.logits(io["tokens"]), io["logits"]) < FORWARD
+    assert relative(model.network.conditions.entries["text"].encoder.logits(io["tokens"]), io["logits"]) < FORWARD
     assert relative(model.predict(io["x"], io["t"], context=context), io["eps"]) < FORWARD
     for sampler in ("ddim", "plms"):
         got = model.sample_latents(

@@ -295,9 +295,9 @@ def test_the_smallest_tile_over_the_bound_is_refused():
         conditions=SimpleNamespace(concat_channels=0, context_dim=None, vector_dim=None),
     )
     model = SimpleNamespace(model=inner, autoencoder=autoencoder("fast"))
-    assert memory_module.tile_within(model, (64, 64), 1.0) == 0
-    tile = memory_module.tile_within(model, (4096, 3000), 0.05)
+    assert memory_module.largest_tile(model, (64, 64), 1.0) == 0
+    tile = memory_module.largest_tile(model, (4096, 3000), 0.05)
     assert 8 <= tile < 1024 and tile % unet.size_factor == 0
-    assert memory_module.passes_bytes(model, tile, tile, 2) <= 0.05 * 2**30
+    assert memory_module.peak_activation_bytes(model, tile, tile, 2) <= 0.05 * 2**30
     with pytest.raises(ResourceError, match="--max-memory"):
-        memory_module.tile_within(model, (64, 64), 1e-6)
+        memory_module.largest_tile(model, (64, 64), 1e-6)

@@ -16,7 +16,8 @@ import ldmcli
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.maths.compositing import composite, fill_smoothly, hole_windows, match_border, match_low_frequencies
 from ldmcli.maths.patchmatch import patchmatch_fill
-from ldmcli.sampling.editing import inpaint_images, trained_size, unit_of, upscale_images
+from ldmcli.sampling.inpainting import inpaint_images
+from ldmcli.sampling.super_resolution import upscale_images
 
 FAST = ("--steps", 3, "--sampler", "ddim")
 
@@ -219,13 +220,13 @@ def test_what_the_first_stage_loses_of_patches_is_put_back(patches, monkeypatch)
     """A model that draws the latent of what it is told gives the patches themselves, to the last bit of texture."""
     model = ldmcli.load(patches)
     image, hole = image_of(40, 40, 1), hole_of(40, 40, 10, 14, 12, 12)
-    ((rows, columns),) = hole_windows(hole, trained_size(model), (5, 5), unit_of(model))  # what is looked at
+    ((rows, columns),) = hole_windows(hole, model.trained_size, (5, 5), model.size_multiple)  # what is looked at
     part = torch.from_numpy(image[rows, columns]).permute(2, 0, 1).float()
     wanted = image.copy()
     told = patchmatch_fill(part, torch.from_numpy(hole[rows, columns])).round().clamp(0, 255).byte()
     wanted[rows, columns] = told.permute(1, 2, 0).numpy()
     monkeypatch.setattr(
-        "ldmcli.sampling.editing.draw_latents",
+        "ldmcli.sampling.draw.sample_conditioned",
         lambda *a, inputs, **k: model.autoencoder.encode(inputs["masked.image"].permute(0, 2, 3, 1).numpy()),
     )
     assert np.array_equal(inpaint_images(model, image[None], hole[None], blend=0)[0], wanted)
@@ -247,7 +248,7 @@ def test_tiles_draw_large_holes_without_gaps(inpainter, plain):
         model = ldmcli.load(run)
         tiled = inpaint_images(model, image[None], hole[None], steps=2, tile=24)[0]
         assert np.array_equal(tiled[~hole], image[~hole])
-        assert model.model.conditions.first_stage in (None, model.autoencoder.encode)  # given back
+        assert model.network.conditions.first_stage in (None, model.autoencoder.encode)  # given back
 
 
 def test_resampling_and_blending_change_the_hole_only(plain):
@@ -261,8 +262,8 @@ def test_resampling_and_blending_change_the_hole_only(plain):
 def test_a_prompt_reaches_the_hole_and_no_prompt_is_the_null(text):
     model, image, hole = ldmcli.load(text), image_of(20, 20)[None], hole_of(20, 20, 4, 4, 10, 10)[None]
     none, empty, said = (
-        inpaint_images(model, image, hole, steps=2, told={"text": prompts}, guidance=3.0)
-        for prompts in (None, [""], ["a red circle"])
+        inpaint_images(model, image, hole, steps=2, values=values, guidance=3.0)
+        for values in ({}, {"text": [""]}, {"text": ["a red circle"]})
     )
     assert np.array_equal(none, empty) and not np.array_equal(none, said)
 
@@ -291,7 +292,7 @@ def test_an_upscaled_picture_depends_on_its_number_alone(sr):
         lambda sr, plain: upscale_images(plain, image_of(5, 5)[None]),
         lambda sr, plain: inpaint_images(sr, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None]),
         lambda sr, plain: inpaint_images(
-            plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], told={"text": ["x"]}
+            plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], values={"text": ["x"]}
         ),
         lambda sr, plain: inpaint_images(plain, image_of(20, 20)[None], hole_of(20, 20, 1, 1, 4, 4)[None], tile=2),
     ],
@@ -541,7 +542,9 @@ def test_samples_too_large_for_memory_are_drawn_in_tiles(plain, tmp_path, monkey
     asked = []
     monkeypatch.setattr(commands, "MAX_MEMORY", 0.002)
     decode = memory.decode
-    monkeypatch.setattr(memory, "decode", lambda ae, z, tile=0: asked.append((z.shape, tile)) or decode(ae, z, tile))
+    monkeypatch.setattr(
+        memory, "decode", lambda ae, z, tile=0, *gib: asked.append((z.shape, tile)) or decode(ae, z, tile, *gib)
+    )
     ending = ldm("sample", "--model", plain, "-n", 2, *FAST, "--size", "120x200", "--out", tmp_path / "out")
     assert ending.code == 0, ending.stderr
     assert [one.shape for one in pictures(tmp_path / "out")] == [(120, 200, 3)] * 2

@@ -12,6 +12,7 @@ from tiny import ADAM, SHAPES, ldm, pictures, train_ae, train_ldm
 import ldmcli
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.sampling.draw import Draw, draw_latents
 
 V_COSINE = (
     "--set",
@@ -127,15 +128,16 @@ def asked(monkeypatch):
 
 
 def draw(model, prompt="a red circle", **settings):
-    values = model.request_values(prompt, None)
-    return model.latents_for(range(3), values, steps=4, sampler="ddim", **settings)
+    negative_prompt, settings = settings.pop("negative_prompt", ""), {"steps": 4, "sampler": "ddim", **settings}
+    request = Draw(ids=(), values={"text": [prompt]}, settings=settings, negative_prompt=negative_prompt)
+    return draw_latents(model, request.of(range(3)))
 
 
 def test_temperature_scales_the_noise_that_is_drawn(text_model):
     model = ldmcli.load(text_model)
     from ldmcli.maths import rng
 
-    z_T, context = rng.normal(0, range(3), model.model.latent_shape, "z_T"), model.embed(["a red circle"] * 3)
+    z_T, context = rng.normal(0, range(3), model.network.latent_shape, "z_T"), model.embed(["a red circle"] * 3)
     calm = draw(model, guidance=1.0, temperature=0.5)
     assert torch.equal(calm, model.sample_latents(0.5 * z_T, steps=4, sampler="ddim", context=context, guidance=1.0))
     assert torch.equal(draw(model, temperature=1.0), draw(model))
@@ -152,7 +154,7 @@ def test_guidance_1_is_the_conditional_model_bit_for_bit_in_one_call_a_step(text
     context = model.embed(["a red circle"] * 3)
     from ldmcli.maths import rng
 
-    z_T = rng.normal(0, range(3), model.model.latent_shape, "z_T")
+    z_T = rng.normal(0, range(3), model.network.latent_shape, "z_T")
     plain = model.sample_latents(z_T, steps=4, sampler="ddim", context=context, guidance=1.0)
     assert torch.equal(guided, plain)
 
@@ -171,11 +173,11 @@ def test_guidance_pushes_every_latent_channel_away_from_the_null(text_model, ask
     from ldmcli.diffusion.guidance import GuidancePath, denoiser
 
     given, null = model.embed(["a red circle"] * 2), model.embed([""] * 2)
-    z, t = torch.randn(2, *model.model.latent_shape, generator=torch.Generator().manual_seed(0)), 500.0
+    z, t = torch.randn(2, *model.network.latent_shape, generator=torch.Generator().manual_seed(0)), 500.0
 
     def output(conditionings, *scales):
         path = GuidancePath(conditionings, scales)
-        return denoiser(model.model.predict, model.schedule, path)(z, t, 0.5, 0.5)
+        return denoiser(model.network.predict, model.schedule, path)(z, t, 0.5, 0.5)
 
     del asked[:]
     with torch.no_grad():
@@ -344,7 +346,7 @@ def test_an_interrupt_leaves_whole_pictures_and_the_same_command_draws_the_rest(
 
     asked = ("--prompt", "a star", "-n", 6, "--batch-size", 2, "--steps", 2)
     sample(text_model, tmp_path / "whole", *asked)
-    out, drawn, draw_batch = tmp_path / "out", [], commands._draw
+    out, drawn, draw_batch = tmp_path / "out", [], commands.draw_images
 
     def interrupted(*args):
         drawn.append(1)
@@ -352,7 +354,7 @@ def test_an_interrupt_leaves_whole_pictures_and_the_same_command_draws_the_rest(
             os.kill(os.getpid(), signal.SIGINT)
         return draw_batch(*args)
 
-    monkeypatch.setattr(commands, "_draw", interrupted)
+    monkeypatch.setattr(commands, "draw_images", interrupted)
     ending = sample(text_model, out, *asked, code=130)
     assert "2 of 6 images missing" in ending.line and len(drawn) == 2
     assert sorted(path.name for path in out.iterdir()) == [*(f"00000{k}.png" for k in range(4)), "request.json"]
@@ -405,7 +407,7 @@ def test_a_run_is_used_where_it_was_moved_to_and_read_only(text_model, tmp_path)
 @pytest.mark.parametrize(("size", "whole"), [("16x32", None), ("17x32", "20x32"), ("5x5", "8x8"), ("4x21", "4x24")])
 def test_any_size_from_one_latent_on_is_drawn_and_the_middle_of_whole_units_kept(v_model, tmp_path, size, whole):
     """Whole units are multiples of f times what the UNet halves."""
-    unit = ldmcli.load(v_model).autoencoder.network.f * ldmcli.load(v_model).model.unet.size_factor
+    unit = ldmcli.load(v_model).autoencoder.network.f * ldmcli.load(v_model).network.unet.size_factor
     assert unit == 4
     ending = sample(v_model, tmp_path / "out", "-n", 1, "--steps", 2, "--size", size)
     height, width = map(int, size.split("x"))

@@ -16,7 +16,8 @@ from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.conditions.pictures import box_pixels, boxed, colour, coloured, with_legend
 from ldmcli.core.settings import DataSettings, DiffusionConfig, TaskSettings
 from ldmcli.data.sources import open_rows
-from ldmcli.sampling.editing import inpaint_images, upscale_images
+from ldmcli.sampling.inpainting import inpaint_images
+from ldmcli.sampling.super_resolution import upscale_images
 
 WAYS = {
     "layout": ("--condition", "layout"),
@@ -86,7 +87,7 @@ def test_every_condition_changes_what_the_trained_network_says(way, trained):
     model = ldmcli.load(trained(way))
     rows = open_rows(model.config.data, split="validation")
     source = ConditionDataset(rows, model.config, (20, 20), training=False)
-    kinds, z = model.model.conditions.kinds, torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    kinds, z = model.network.conditions.kinds, torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
     def output(**picked: int) -> torch.Tensor:
         values = {kind: source.values(kind, [picked.get(kind, 0)], [picked.get(kind, 0)]) for kind in kinds}
@@ -413,7 +414,7 @@ def test_an_image_goes_with_the_other_conditions(trained):
 def test_tokens_and_layouts_embed_alike_and_planes_reach_the_network(trained):
     model = ldmcli.load(trained("layout"))
     layout = {"objects": [{"bbox": [0, 0, 0.5, 0.5], "category": "star"}]}
-    entry = model.model.conditions.entries["layout"]
+    entry = model.network.conditions.entries["layout"]
     ids = entry.prepare([{"bbox": [[0, 0, 0.5, 0.5]], "category": [3]}])["ids"]
     by_layout, by_tokens = model.embed(layout=layout), model.embed(tokens=ids)
     assert torch.equal(by_layout.context, by_tokens.context) and by_layout.context.shape == (1, ids.shape[1], 16)

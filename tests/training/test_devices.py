@@ -34,12 +34,11 @@ from ldmcli.core.settings import (
 )
 from ldmcli.diffusion import gradient_guidance
 from ldmcli.diffusion.loss import diffusion_loss
-from ldmcli.diffusion.sample import KnownRegion, draw_latents
+from ldmcli.diffusion.sample import KnownRegion, sample_conditioned
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.evaluation import features
 from ldmcli.maths import rng
-from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import CONDITIONERS, load_tokenizer, train_vocabulary
 from ldmcli.networks.discriminator import PatchDiscriminator
@@ -47,9 +46,12 @@ from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.networks.perceptual import PerceptualNet, read_heads
 from ldmcli.reports import cost_estimate as planning
-from ldmcli.sampling import editing, load, memory
+from ldmcli.sampling import load, memory
+from ldmcli.sampling.api import LoadedDiffusion
+from ldmcli.sampling.draw import Draw, draw_images
 from ldmcli.sampling.first_stage import LoadedAutoencoder, pixel_autoencoder
-from ldmcli.sampling.model import LoadedDiffusion
+from ldmcli.sampling.inpainting import inpaint_images
+from ldmcli.sampling.super_resolution import upscale_images
 from ldmcli.training import cost
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
@@ -279,7 +281,7 @@ def tiny_model(stage: str, words=None, kinds=(), task: str = "generate", **diffu
 
 def moved(model: LoadedDiffusion, device: torch.device) -> None:
     """Brings a model to a device, as `load` does."""
-    model.model.to(device), model.autoencoder.network.to(device)
+    model.network.to(device), model.autoencoder.network.to(device)
     model.autoencoder.place = device
 
 
@@ -290,7 +292,7 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
     objective.latents = LatentStore(model.autoencoder, model.config.data, objective.dist, PIXELS.shape[1:3])
     objective.latents.scale = model.autoencoder.scale
     objective.schedule = make_schedule(model.config.diffusion)
-    shape = model.model.latent_shape
+    shape = model.network.latent_shape
     batch = {
         "row": torch.arange(2),
         "noise": rng.normal(0, [0, 1], shape, "noise"),
@@ -299,14 +301,14 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
     }
     if not objective.latents.deterministic:
         batch["posterior"] = rng.normal(0, [0, 1], shape, "posterior")
-    conditions = model.model.conditions
+    conditions = model.network.conditions
     inputs = conditions.prepare({kind: VALUES[kind] for kind in conditions.kinds}) if conditions.kinds else {}
     dropped = {kind: torch.tensor([False, True]) for kind in conditions.droppable}
     batch |= {f"condition.{name}": value for name, value in conditions.drop(inputs, dropped).items()}
     there = Distributed.on_device(objective.dist, batch)
-    loss, _ = objective.loss("model", {"model": model.model}, there, 0, False)
+    loss, _ = objective.loss("model", {"model": model.network}, there, 0, False)
     with torch.no_grad():
-        unmoved, _ = objective.loss("model", {"model": model.model}, batch, 0, False)
+        unmoved, _ = objective.loss("model", {"model": model.network}, batch, 0, False)
     assert float(unmoved) == float(loss.detach())
     return loss
 
@@ -316,11 +318,10 @@ def use_of(model: LoadedDiffusion, kinds) -> np.ndarray:
     told = {kind: VALUES[kind] for kind in kinds}
     match model.config.task.name:
         case "sr":
-            return editing.upscale_images(model, PIXELS[:, ::2, ::2], told=told, steps=1)
+            return upscale_images(model, PIXELS[:, ::2, ::2], values=told, steps=1)
         case "inpaint":
-            return editing.inpaint_images(model, PIXELS, HOLES, told=told, steps=1)
-    drawn = model.latents_for([0, 1], told, steps=1)
-    return tensor_to_pixels(model.autoencoder.decode(drawn))
+            return inpaint_images(model, PIXELS, HOLES, values=told, steps=1)
+    return draw_images(model, Draw(ids=[0, 1], values=told, settings={"steps": 1}))
 
 
 @pytest.mark.parametrize("stage", ("kl", "vq", "none"))
@@ -336,7 +337,7 @@ def test_first_step_and_use_with_every_condition(stage, task, words):
             loss = loss_of(model, device)
             loss.backward()
             assert float(loss.detach()) == expected, combined
-            without = [n for n, p in model.model.named_parameters() if p.requires_grad and p.grad is None]
+            without = [n for n, p in model.network.named_parameters() if p.requires_grad and p.grad is None]
             assert not without, (combined, without)
             assert (use_of(model, kinds) == drawn).all(), combined
 
@@ -385,9 +386,9 @@ STEERINGS = ("plain", "known", "tiles", "picture", "known twice", "picture, plai
 
 def drawn_latents(model, sampler: str, steering: str, device) -> torch.Tensor:
     settings = SampleSettings(sampler=sampler, steps=2, guidance=2.0, eta=0.5 if sampler == "ddim" else 0.0)
-    inputs = model.model.conditions.prepare({"class": [0, 1]})
-    return draw_latents(
-        model.model, model.schedule, settings, ids=[0, 1], seed=0, inputs=inputs, **steered(steering, model, device)
+    inputs = model.network.conditions.prepare({"class": [0, 1]})
+    return sample_conditioned(
+        model.network, model.schedule, settings, ids=[0, 1], seed=0, inputs=inputs, **steered(steering, model, device)
     ).cpu()
 
 
@@ -562,12 +563,12 @@ def test_autocast_on_cuda_leaves_regularisers_in_float32(stage):
 @pytest.mark.parametrize("kinds", COMBINED)
 def test_a_step_with_autocast_on_cuda(kinds, words):
     model = tiny_model("vq", words, [kind for kind in kinds.split("+") if kind])
-    conditions = model.model.conditions
+    conditions = model.network.conditions
     inputs = conditions.prepare({kind: VALUES[kind] for kind in conditions.kinds}) if conditions.kinds else {}
     with bf16_of_cuda() as device:
         moved(model, device)
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        z = torch.empty(2, *model.model.latent_shape, device=device)
+        z = torch.empty(2, *model.network.latent_shape, device=device)
         schedule, u = make_schedule(model.config.diffusion), rng.uniform(0, [0, 1], "t")
-        each = diffusion_loss(model.model, schedule, model.config.diffusion, z, torch.empty_like(z), u, inputs)
+        each = diffusion_loss(model.network, schedule, model.config.diffusion, z, torch.empty_like(z), u, inputs)
         assert each.device.type == "cuda" and each.dtype == torch.float32

@@ -618,7 +618,7 @@ def test_every_condition_has_an_example_here():
 def test_a_condition_prepares_rows_alone_as_together_and_has_a_null_of_its_own(told, kind):
     """The contract of what --condition names: n rows in, n rows out, the same whoever stands beside them; the null
     has the same form and another meaning."""
-    entry, values = told.model.conditions.entries[kind], EXAMPLES[kind][:2]
+    entry, values = told.network.conditions.entries[kind], EXAMPLES[kind][:2]
     together, alone = entry.prepare(values), entry.prepare(values[1:])
     null = entry.null(2, together)
     assert together.keys() == null.keys() and entry.columns and entry.request
@@ -637,7 +637,7 @@ def test_a_condition_prepares_rows_alone_as_together_and_has_a_null_of_its_own(t
 @pytest.mark.parametrize("kind", ASKED)
 def test_a_condition_that_is_dropped_is_its_null_and_the_others_stay(told, kind):
     """Dropping acts on one kind and on the rows that are marked."""
-    conditions = told.model.conditions
+    conditions = told.network.conditions
     inputs = conditions.prepare({name: values[:2] for name, values in EXAMPLES.items()})
     null = conditions.null(2, inputs)
     dropped = {name: torch.tensor([name == kind, False]) for name in ASKED}
