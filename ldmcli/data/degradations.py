@@ -156,9 +156,12 @@ def _shrink(planes: np.ndarray, scale: int, pipeline: Pipeline, draw: np.random.
 
 
 def add_noise(planes: np.ndarray, levels: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
-    """Gaussian noise, clipped to [0, 1]: 40 % for each channel, 40 % the same in all, their deviation a whole number
-    of grey levels in `levels`; 20 % correlated between channels, of covariance |L^2 Q^T diag(u) Q| with L the highest
-    level, Q orthogonal and u uniform in [0, 1]."""
+    """Planes (3, H, W) in [0, 1] with Gaussian noise, clipped to [0, 1].
+
+    40 % have noise for each channel, 40 % the same in all, of a deviation that is a whole number of grey levels in
+    `levels`; 20 % correlated between channels, of covariance |L^2 Q^T diag(u) Q| with L the highest level, Q orthogonal
+    and u uniform in [0, 1].
+    """
     level, u = _whole(draw, *levels) / 255, draw.random()
     shape = planes.shape
     if u < GREY:
@@ -175,7 +178,7 @@ def add_noise(planes: np.ndarray, levels: tuple[int, int], draw: np.random.Gener
 
 
 def jpeg(planes: np.ndarray, quality: int) -> np.ndarray:
-    """Through a JPEG file (colour halved both ways) and back; [0, 1]."""
+    """Planes (3, H, W) in [0, 1] through a JPEG file of `quality` 1 … 100 (colour halved both ways) and back."""
     file = BytesIO()
     Image.fromarray(to_uint8(planes)).save(file, "JPEG", quality=quality)
     with Image.open(file) as image:
@@ -183,7 +186,7 @@ def jpeg(planes: np.ndarray, quality: int) -> np.ndarray:
 
 
 def clipped(planes: np.ndarray) -> np.ndarray:
-    """Cut to [0, 1]."""
+    """Planes of any shape and range, cut to [0, 1]."""
     return np.clip(planes, 0.0, 1.0)
 
 
@@ -215,7 +218,7 @@ def _of_exponents(exponents: np.ndarray) -> np.ndarray:
 
 
 def shifted(kernel: np.ndarray, by: float) -> np.ndarray:
-    """A kernel of one dimension moved `by` positions towards its start, linearly interpolated; sum 1."""
+    """A kernel (k,) of one dimension moved `by` positions towards its start, linearly interpolated; sum 1."""
     found = np.interp(np.minimum(np.arange(len(kernel)) + by, len(kernel) - 1), np.arange(len(kernel)), kernel)
     return found / found.sum()
 
@@ -229,14 +232,14 @@ def separable(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.n
 
 
 def blur_matrix(n: int, kernel: np.ndarray) -> np.ndarray:
-    """(n, n): convolution with a kernel of k taps, position i reading i + k // 2 - tap, mirrored at the first and last
+    """(n, n): convolution with a kernel (k,), position i reading i + k // 2 - tap, mirrored at the first and last
     position (which stand once)."""
     i = np.arange(n)[:, None]
     return _scatter(n, _mirrored(i + len(kernel) // 2 - np.arange(len(kernel)), n), np.tile(kernel, (n, 1)))
 
 
 def convolve(planes: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Planes (c, H, W) with a square kernel, borders as `blur_matrix`."""
+    """Planes (c, H, W) with a square kernel (k, k), borders as `blur_matrix`: (c, H, W) float32."""
     height, width, k = *planes.shape[1:], len(kernel)
     before, after = k - 1 - k // 2, k // 2
     rows, columns = (_mirrored(np.arange(-before, n + after), n) for n in (height, width))
@@ -247,7 +250,10 @@ def convolve(planes: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def resize(planes: np.ndarray, height: int, width: int, method: str) -> np.ndarray:
-    """Planes (c, H, W) at another size, not clipped: "antialiased" (cubic, widened), or one of `RESAMPLING`."""
+    """Planes (c, H, W) at another size, (c, height, width) float32, not clipped.
+
+    method: "antialiased" (cubic, widened), or one of `RESAMPLING`.
+    """
     sizes = list(zip(planes.shape[1:], (height, width)))
     if method == "area" and any(n < m for n, m in sizes):
         method = "area enlarged"  # where one side grows, both are interpolated

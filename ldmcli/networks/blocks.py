@@ -94,6 +94,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, width))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, L, width); shapes as above."""
         source = x if context is None else context
         q, k, v = (split_heads(part, self.heads) for part in (self.to_q(x), self.to_k(source), self.to_v(source)))
         return self.to_out(join_heads(attention(q, k, v)))
@@ -119,6 +120,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, L, width) to the same."""
         return self.net(x)
 
 
@@ -138,6 +140,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """x (B, L, width), context (B, M, context_dim) or None: (B, L, width)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))

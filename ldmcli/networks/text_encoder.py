@@ -20,6 +20,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, M, width) to the same."""
         q, k, v = (split_heads(linear(x), self.heads) for linear in (self.to_q, self.to_k, self.to_v))
         return self.to_out(join_heads(attention(q, k, v)))
 
@@ -48,6 +49,7 @@ class Layers(nn.Module):
             self.layers.append(nn.ModuleList([nn.LayerNorm(width), FeedForward(width)]))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, M, width) to the same."""
         for pair in self.layers:
             assert isinstance(pair, nn.ModuleList)
             norm, layer = pair

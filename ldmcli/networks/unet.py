@@ -59,6 +59,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) to (B, width, h/2, w/2), rounded up."""
         return self.op(x)
 
 
@@ -70,6 +71,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) to (B, width, 2h, 2w)."""
         return self.conv(upsample_2(x))
 
 
@@ -115,6 +117,7 @@ class ResBlock(TakesTimestep):
         self.skip_connection = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """(B, in_width, h, w) to (B, out_width, h', w'), where h' and w' are h and w but for resampling."""
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample is not None:
@@ -156,6 +159,7 @@ class AttentionBlock(TakesTimestep):
         self.proj_out = zero_init(nn.Conv1d(width, width, 1))
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """(B, width, h, w) to the same."""
         h = self.norm(x)
         code = inputs.position(self.position_key, x)
         h = h if code is None else h + code
@@ -180,6 +184,7 @@ class SpatialTransformer(TakesTimestep):
         self.proj_out = zero_init(nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """(B, width, h, w) to the same; positions attend to each other, then to the tokens."""
         h = self.norm(x)
         code = inputs.position(self.position_key, x)
         h = h if code is None else h + code
@@ -197,6 +202,7 @@ class LearnedPosition(nn.Module):
         self.map = nn.Parameter(std * torch.randn(width, *size))
 
     def forward(self, size: tuple[int, int]) -> Tensor:
+        """The code at `size` = (h, w): (1, width, h, w)."""
         if tuple(self.map.shape[1:]) == size:
             return self.map[None]
         return F.interpolate(self.map[None], size=size, mode="bilinear", align_corners=False)
@@ -215,6 +221,7 @@ class SinusoidalPosition(nn.Module):
         self.weight = nn.Parameter(std * (2 / features) ** 0.5 * torch.randn(width, features))
 
     def forward(self, size: tuple[int, int]) -> Tensor:
+        """The code at `size` = (h, w): (1, width, h, w)."""
         return F.conv2d(sinusoidal_map(size, self.waves).to(self.weight), self.weight[:, :, None, None])
 
 
