@@ -11,9 +11,12 @@ from PIL import Image
 from scipy import ndimage
 
 from ldmcli import __version__
+from ldmcli.conditions.class_ import Class
+from ldmcli.conditions.layout import BoxLayout
 from ldmcli.conditions.masked import hole_in, transparent_hole
 from ldmcli.conditions.parse import list_values, option_values, parse_each
 from ldmcli.conditions.pictures import holed
+from ldmcli.conditions.semantic_map import SemanticMap
 from ldmcli.core import console, runs
 from ldmcli.core.config import from_toml
 from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
@@ -114,7 +117,7 @@ def paired(request: EditRequest) -> list[_Source]:
     if request.masks and root.is_dir() != request.masks[0].is_dir():
         raise UsageError("IMAGE and MASK: two files, or two folders whose files pair up by name")
     sources = [_Source(image, box=request.box) for image in images]
-    for what, given in (("mask", request.masks), ("map", request.maps), ("layout", request.layouts)):
+    for what, given in (("mask", request.masks), (SemanticMap.name, request.maps), (BoxLayout.name, request.layouts)):
         if given:
             partners = _partners(images, root, given[0], what)
             sources = [replace(source, **{what: partner}) for source, partner in zip(sources, partners)]
@@ -125,7 +128,7 @@ def _partners(images: list[Path], root: Path, given: Path, what: str) -> list[Pa
     """What belongs to each picture: a file for all, or the one of its name in a folder."""
     if not given.is_dir():
         return [given] * len(images)
-    found = sorted(given.rglob("*.json")) if what == "layout" else image_files([given])
+    found = sorted(given.rglob("*.json")) if what == BoxLayout.name else image_files([given])
     folder = root if root.is_dir() else root.parent
     pictures, partners = by_pair_name(folder, images), by_pair_name(given, found)
     lost = [image for name, image in pictures.items() if name not in partners]
@@ -421,10 +424,10 @@ def _about(source: _Source, request: EditRequest) -> dict[str, Any]:
         "box": source.box,
         "scale": request.scale or None,
         "prompt": next(iter(request.prompts), None),
-        "class": next(iter(request.classes), None),
+        Class.name: next(iter(request.classes), None),
         "negative_prompt": request.negative_prompt or None,
         "given": list(request.given) or None,
-        **{kind: file.name for kind, file in (("layout", source.layout), ("map", source.map)) if file},
+        **{kind: file.name for kind, file in ((BoxLayout.name, source.layout), (SemanticMap.name, source.map)) if file},
     }
     return {name: value for name, value in told.items() if value is not None}
 
