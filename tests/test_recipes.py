@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ldmcli import cli
-from ldmcli.cli.manage import RECIPE_GROUPS, recipe_facts
+from ldmcli.cli.manage import RECIPE_GROUPS, recipe_summary
 from ldmcli.core import config
 from ldmcli.core.errors import UsageError
 from ldmcli.core.presets import PRESETS
@@ -102,13 +102,13 @@ STUDIES = [[f"ldm{f}-{data}" for f in (1, 2, 4, 8, 16, 32)] for data in ("imagen
 
 
 def resolved(name: str) -> config.Resolved:
-    kind = {command: kind for kind, command in config.COMMAND_OF.items()}[recipe_facts(RECIPES[name])["command"]]
+    kind = {command: kind for kind, command in config.COMMAND_OF.items()}[recipe_summary(RECIPES[name])["command"]]
     return config.resolve(kind, config.recipe_layers(kind, name))
 
 
 @functools.cache
 def command(name: str) -> list[str]:
-    return recipe_facts(RECIPES[name])["head"]["command"].split()
+    return recipe_summary(RECIPES[name])["head"]["command"].split()
 
 
 def writer_of(run: str) -> str:
@@ -156,7 +156,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 def stated_size(name: str) -> int:
-    return int(recipe_facts(RECIPES[name])["head"]["size"].split()[0].replace(",", ""))
+    return int(recipe_summary(RECIPES[name])["head"]["size"].split()[0].replace(",", ""))
 
 
 # --- what they build -------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_model_has_the_published_count(name):
     gap = abs((parameters + source.beside) / 1e6 - source.printed)
     assert (gap < 1) == source.reached, "the paper prints whole millions, some rounded and some cut off"
     if not source.reached:  # the head says what the paper prints
-        assert f"{source.printed}M" in recipe_facts(RECIPES[name])["head"]["size"]
+        assert f"{source.printed}M" in recipe_summary(RECIPES[name])["head"]["size"]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -259,7 +259,7 @@ def test_what_sets_a_variant_apart(name, path, value):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_head_says_command_hardware_time_and_expectation(name):
-    facts = recipe_facts(RECIPES[name])
+    facts = recipe_summary(RECIPES[name])
     assert facts["summary"]
     assert all(facts["head"].get(field) for field in ("command", "hardware", "time", "expected"))
     if name in OURS:
@@ -273,7 +273,7 @@ def test_head_says_command_hardware_time_and_expectation(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_command_is_one_that_ldm_takes(name):
     program, sub, *rest = command(name)
-    assert f"{program} {sub}" == recipe_facts(RECIPES[name])["command"]
+    assert f"{program} {sub}" == recipe_summary(RECIPES[name])["command"]
     context = cli.load(sub).make_context(f"ldm {sub}", rest)
     assert context.params["recipe"] == name
     for option in ("autoencoder", "init_from"):
@@ -297,7 +297,7 @@ def test_a_recipe_knows_its_kind_where_its_settings_say_it(tmp_path, text, expec
 
 def test_where_both_commands_read_all_settings_the_head_decides(tmp_path):
     (tmp_path / "mine.toml").write_text("# Mine\n#\n# Command: ldm train-ae \\\n#   --recipe mine\n\n[train]\nlr = 1\n")
-    facts = recipe_facts(tmp_path / "mine.toml")
+    facts = recipe_summary(tmp_path / "mine.toml")
     assert facts["command"] == "ldm train-ae" and facts["head"] == {"command": "ldm train-ae --recipe mine"}
 
 

@@ -153,11 +153,11 @@ def recipes(given: ParsedOptions) -> None:
     if given.recipe:
         path = config.recipe_path(given.recipe, "recipes")
         if given.json:
-            console.emit_json(recipe_facts(path))
+            console.emit_json(recipe_summary(path))
         else:
             console.out(path.read_text(encoding="utf-8-sig").rstrip("\n"))
         return
-    found = [recipe_facts(path) for path in sorted(config.RECIPES.glob("*.toml"), key=_by_number)]
+    found = [recipe_summary(path) for path in sorted(config.RECIPES.glob("*.toml"), key=_by_number)]
     if given.json:
         console.emit_json({"recipes": found})
     elif not found:
@@ -196,7 +196,7 @@ def presets(given: ParsedOptions) -> None:
     _show_list(given, "presets", found)
 
 
-def recipe_facts(path: Path) -> dict[str, object]:
+def recipe_summary(path: Path) -> dict[str, object]:
     """Name, command, group and summary of a recipe, and the fields of its head as {"hardware": text, …}.
 
     The head is the comment that begins the file: a line that says what it is, then fields as in "# Time: 3 minutes",
@@ -247,14 +247,14 @@ def _show_list(given: ParsedOptions, name: str, found: list[dict[str, str]]) -> 
 @command(opt.TALK)
 def doctor(given: ParsedOptions) -> None:
     """Check this machine: versions, devices, cores, memory and disk, and what is missing."""
-    facts = machine_facts()
+    facts = machine_summary()
     if given.json:
         console.emit_json(facts)
     else:
-        console.out(console.facts(facts))
+        console.out(console.key_values(facts))
 
 
-def machine_facts() -> dict[str, object]:
+def machine_summary() -> dict[str, object]:
     """What decides whether and how fast training runs here."""
     import psutil
     import torch

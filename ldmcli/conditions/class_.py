@@ -40,7 +40,7 @@ class Class(Condition):
         return list(spec.get("class_names") or [])
 
     def preview_values(self, dataset: "ConditionDataset", ids: Sequence[int], spec: Spec) -> list[int]:
-        """The classes one after the other where nothing else is told, else those of the rows."""
+        """The classes one after the other of a model with no other condition, else those of the rows."""
         if dataset.config.kinds != (self.name,):
             return super().preview_values(dataset, ids, spec)
         return [k % len(self.names_of(spec)) for k in range(max(len(ids), 1))]

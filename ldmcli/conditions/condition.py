@@ -97,8 +97,8 @@ class Condition:
     static = False  # neither crops nor flips change it, so that all rows are prepared once
     streamable = True  # --streaming: nothing has to be known of all rows beforehand
     image_sized = False  # whether inputs are as large as the picture
-    sized = False  # whether values have the size of the picture, so that parsing asks for it
-    whole = False  # whether a value speaks of the picture as a whole, so that no window of that can be drawn alone
+    sized = False  # whether values have the size of the picture, so that parsing needs it
+    whole = False  # whether a value describes the picture as a whole, so that no window of it can be sampled alone
 
     # rows of a data set
 
@@ -132,7 +132,7 @@ class Condition:
         """The model's number of each category of the rows, -1 = it has none; None where there is nothing to align."""
         return None
 
-    def tell_of_rows(self, rows: Any, inputs: dict[str, Any], conditioner: Any) -> None:
+    def report_unseen(self, rows: Any, inputs: dict[str, Any], conditioner: Any) -> None:
         """Says what the model will not see of the rows. inputs: of all of them."""
 
     # what is learned of data before the network is built

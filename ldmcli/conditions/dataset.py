@@ -104,10 +104,10 @@ class ConditionInputs:
             for name in [name for name in CONDITIONS if name in conditions.kinds and CONDITIONS[name].static]:
                 self.tables[name] = conditions.conditioners[name].prepare(dataset.values(name, everything, everything))
 
-    def tell_of_rows(self) -> None:
+    def report_unseen(self) -> None:
         """Says what the model will not see of the rows."""
         for name, inputs in self.tables.items():
-            CONDITIONS[name].tell_of_rows(self.dataset.rows, inputs, self.conditions.entries[name])
+            CONDITIONS[name].report_unseen(self.dataset.rows, inputs, self.conditions.entries[name])
 
     def batch(self, ids: np.ndarray, positions: np.ndarray, pixels: np.ndarray | None) -> dict[str, Tensor]:
         """Inputs of rows `ids` at `positions`, as `Conditions.prepare` gives them. pixels: as `ConditionDataset.values`

@@ -57,7 +57,7 @@ class BoxLayout(Condition):
         """{"bbox": (n, 4) shares of the crop, "category": (n,) indices of the model's names}.
 
         With condition.crop_tokens beside them "whole" (n, 4), shares of the whole picture, and "crop" (4,), where the
-        crop lies in it. In training the order is drawn by position: the original shuffles objects, too.
+        crop lies in it. In training the order is random by position: the original shuffles objects, too.
         """
         found = dict(dataset.kept(self.name, view, lambda: self._cut(dataset, view)))
         if view.mirrored:
@@ -218,12 +218,16 @@ def parse_layout(given: Any, entry: LayoutConditioner, name: str = "layout") -> 
     return {"bbox": boxes[:slots], "category": np.array(kinds[:slots], np.int64)}
 
 
-def _objects(boxes: Any, kinds: Any, name: str) -> list[dict[str, Any]]:
+def _objects(boxes: Any, categories: Any, name: str) -> list[dict[str, Any]]:
     """Objects of two lists, arrays or tensors."""
-    boxes, kinds = (part.tolist() if hasattr(part, "tolist") else part for part in (boxes, kinds))
-    if not isinstance(boxes, (list, tuple)) or not isinstance(kinds, (list, tuple)) or len(boxes) != len(kinds):
+    boxes, categories = (part.tolist() if hasattr(part, "tolist") else part for part in (boxes, categories))
+    if (
+        not isinstance(boxes, (list, tuple))
+        or not isinstance(categories, (list, tuple))
+        or len(boxes) != len(categories)
+    ):
         raise InputError(f'{name}: "bbox" and "category" are two lists, equally long')
-    return [{"bbox": box, "category": kind} for box, kind in zip(boxes, kinds)]
+    return [{"bbox": box, "category": category} for box, category in zip(boxes, categories)]
 
 
 def _category(value: Any) -> str:

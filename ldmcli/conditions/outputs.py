@@ -19,7 +19,7 @@ def spatial(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
 
 
 def metadata(values: Mapping[str, Sequence], k: int) -> dict[str, Any]:
-    """What sample k was told, as JSON; sample k takes entry k mod their number."""
+    """The values of sample k, as JSON; sample k takes entry k mod their number."""
     return {
         CONDITIONS[name].metadata_key or name: CONDITIONS[name].metadata(given[k % len(given)])
         for name, given in values.items()
@@ -67,8 +67,8 @@ def preview_values(dataset: ConditionDataset, ids: Sequence[int], specs: Mapping
 
 
 def preview_captions(request: Mapping[str, Any], names: Sequence[str], specs: Mapping[str, Spec]) -> list[str]:
-    """What each picture of a preview was told, of the request in stats.json; [] where the sheet itself shows it, as of
-    boxes. names: the model's conditions."""
+    """The values that each sample of a preview is conditioned on, of the request in stats.json; [] where the sheet
+    itself shows them, as boxes. names: the model's conditions."""
     if any(name not in CONDITIONS or not CONDITIONS[name].static for name in names):
         return []
     described = []

@@ -106,7 +106,7 @@ def warn_of_values(conditions: Conditions, values: Mapping[str, Sequence]) -> No
 
 
 def parse_unsized(conditions: Conditions, values: Values) -> Values:
-    """Raw values as the model takes them, but those that ask for the size of a picture: they stay raw."""
+    """Raw values as the model takes them, but those that need the size of a picture: they stay raw."""
     return {
         name: given if CONDITIONS[name].sized else CONDITIONS[name].parse(given, conditions.entries[name])
         for name, given in values.items()
@@ -173,8 +173,8 @@ def on_padded(values: Mapping[str, Sequence], size: Size, unit: int) -> Values:
 
 
 def check_missing(conditions: Conditions, missing: Sequence[str], drop: float) -> None:
-    """Raises UsageError where an edit is not told a condition that has no null, or a class map: what none of its
-    classes is drawn like, nobody asks for. Says so where training never left the condition out (drop = 0)."""
+    """Raises UsageError where an edit lacks values for a condition that has no null, or a class map: nobody
+    wants an image of none of its classes. Says so where training never left the condition out (drop = 0)."""
     for name in missing:
         CONDITIONS[name].check_left_out(conditions.entries[name])
     if missing and not drop:

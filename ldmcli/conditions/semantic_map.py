@@ -102,7 +102,7 @@ class SemanticMap(Condition):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
 
     def check_left_out(self, conditioner: SemanticMapConditioner) -> None:
-        """Raises UsageError: nobody asks for what none of the classes is drawn like."""
+        """Raises UsageError: nobody wants an image of none of the classes."""
         raise UsageError(f"{self.option}: {self.missing}")
 
     def centred(self, value: np.ndarray, size: Size, inside: Size | None) -> np.ndarray:
@@ -182,7 +182,7 @@ def validate_maps(rows, indices: Sequence[int], workers: int) -> tuple[list[BadI
     """(maps among those of `indices` that are not as large as their picture, how often each class index occurs)."""
     bad: list[BadImage] = []
     seen = np.zeros(256, np.int64)
-    for i, found in zip(indices, parallel_map(lambda i: _map_facts(rows, i), indices, workers or 1)):
+    for i, found in zip(indices, parallel_map(lambda i: _class_counts(rows, i), indices, workers or 1)):
         if isinstance(found, BadImage):
             found.index = i
             bad.append(found)
@@ -205,7 +205,7 @@ def with_fitting_maps(rows, bad: list[BadImage], skip_bad: bool):
     return rows
 
 
-def _map_facts(rows, i: int) -> np.ndarray | BadImage:
+def _class_counts(rows, i: int) -> np.ndarray | BadImage:
     try:
         found, shape = rows.map(i), rows.shape(i)
     except BadImage as error:

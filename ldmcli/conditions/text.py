@@ -37,7 +37,7 @@ class Text(Condition):
     missing = 'this model draws what a prompt says; give one with --prompt "…"'
 
     def check_sources(self, config: DiffusionConfig) -> None:
-        """A tokeniser on this machine can be opened; one of a hub is not asked for here."""
+        """A tokeniser on this machine can be opened; one of a hub is not looked up here."""
         settings = config.condition
         joint = settings.text_encoder == "joint"
         source = settings.vocabulary if joint else settings.text_encoder
@@ -58,7 +58,7 @@ class Text(Condition):
         """The caption."""
         return dataset.rows.caption(view.row)
 
-    def tell_of_rows(self, rows: Any, inputs: dict[str, Tensor], conditioner: TextConditioner) -> None:
+    def report_unseen(self, rows: Any, inputs: dict[str, Tensor], conditioner: TextConditioner) -> None:
         """Says which captions are cut: of those that fill the places that the model has."""
         full = inputs["mask"].all(1).nonzero()[:, 0].tolist()
         cut = conditioner.cut([rows.caption(i) for i in full])
@@ -69,7 +69,7 @@ class Text(Condition):
             )
 
     def fit(self, data: FitData) -> Spec:
-        """Length and size of the vocabulary: that of the run begun with, or what captions ask for."""
+        """Length and size of the vocabulary: that of the run begun with, or what captions need."""
         inherited = self.inherit_vocabulary(data)
         if inherited is not None:
             return inherited

@@ -183,7 +183,7 @@ def width() -> int:
     return max(60, min(shutil.get_terminal_size((80, 24)).columns, 120))
 
 
-def facts(document: dict) -> str:
+def key_values(document: dict) -> str:
     """A document as lines for people: `name: value`, lists and inner documents on their line."""
     return "\n".join(f"{key}: {_cell(value)}" for key, value in document.items() if value is not None)
 

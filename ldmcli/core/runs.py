@@ -246,11 +246,11 @@ def problems(checkpoint: Path) -> str:
     """'' when a checkpoint is complete and its hashes agree, else what is wrong with it."""
     try:
         manifest = files.read_json(checkpoint / "manifest.json")
-        for name, facts in manifest["files"].items():
+        for name, entry in manifest["files"].items():
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != facts["size"] or files.sha256_file(path) != facts["sha256"]:
+            if path.stat().st_size != entry["size"] or files.sha256_file(path) != entry["sha256"]:
                 return f"{name} is damaged"
     except (LdmError, KeyError, TypeError, AttributeError) as error:
         return f"no valid manifest ({error})"

@@ -65,9 +65,9 @@ def cache_root(setting: str) -> Path | None:
         return None
 
 
-def cache_key(*facts: str) -> str:
+def cache_key(*parts: str) -> str:
     """Folder name for everything but the image that a latent depends on."""
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
 class _File:

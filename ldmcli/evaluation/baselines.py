@@ -23,7 +23,7 @@ from ldmcli.data.degradations import degrade, resize, to_uint8
 from ldmcli.data.masks import masked_share
 from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
 from ldmcli.diffusion.sample import Guide
-from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, drawn_for
+from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, sample_for_rows
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
 from ldmcli.sampling.inpainting import inpaint_images
@@ -50,29 +50,32 @@ def task_sources(
     batch_size: int,
     settings: dict[str, Any],
 ) -> tuple[ImageStream, dict[str, ImageStream], dict[str, Any]]:
-    """(the model's answers for rows `ids`, plain methods by name, facts), in the order of `ids`.
+    """(the model's answers for rows `ids`, plain methods by name, protocol), in the order of `ids`.
 
-    Answer k is drawn with the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their facts.
+    Answer k is sampled from the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their
+    protocol.
     Raises InputError where the data lack what the model is conditioned on.
     """
     task = task_of(model)
     check_columns(rows, tuple(model.conditions.kinds))
-    told = condition_source(model, rows, size, seed)
-    how = (model, told, ids, seed, batch_size, settings)
-    facts = {**truth.facts, "fingerprint": model.fingerprint, "task": task}
-    answers = _enlarged(*how) if task == "sr" else _filled(*how)
-    made = ImageStream(name="model", count=len(ids), stream=answers, facts={**facts, "source": "model"})
+    dataset = condition_source(model, rows, size, seed)
+    shared = (model, dataset, ids, seed, batch_size, settings)
+    protocol = {**truth.protocol, "fingerprint": model.fingerprint, "task": task}
+    answers = _enlarged(*shared) if task == "sr" else _filled(*shared)
+    answers_stream = ImageStream(name="model", count=len(ids), stream=answers, protocol={**protocol, "source": "model"})
     plain = {"bicubic": _bicubic} if task == "sr" else _fillings(model.config.task.fill)
     baselines = {
-        name: replace(made, name=name, facts={**facts, "source": name}, stream=_each(told, ids, task, method))
+        name: replace(
+            answers_stream, name=name, protocol={**protocol, "source": name}, stream=_each(dataset, ids, task, method)
+        )
         for name, method in plain.items()
     }
     stated: dict[str, Any] = {"task": task, "baselines": list(baselines)}
     if task == "sr":
         stated |= {"scale": model.config.task.scale, "degradation": model.config.task.degradation}
     else:
-        stated["masked_share"] = masked_share(hole for _, hole in _pairs(told, ids))
-    return made, baselines, stated
+        stated["masked_share"] = masked_share(hole for _, hole in _pairs(dataset, ids))
+    return answers_stream, baselines, stated
 
 
 def guided_sources(
@@ -89,8 +92,9 @@ def guided_sources(
 ) -> tuple[ImageStream, dict[str, ImageStream], dict[str, Any]]:
     """Samples of a model without a task, each led to its row made `factor` times smaller (antialiased bicubic).
 
-    (guided, {"unguided": the same noise and words without a guide, "bicubic": the small picture enlarged}, facts), in
-    the order of `ids`. Raises UsageError for a model with a task, InputError where `size` is no multiple of the factor.
+    (guided, {"unguided": the same noise and words without a guide, "bicubic": the small picture enlarged},
+    protocol), in the order of `ids`. Raises UsageError for a model with a task, InputError where `size` is no multiple
+    of the factor.
     """
     if task_of(model) != "generate":
         raise UsageError(f"--guide-factor: leads models that generate; this one is for {task_of(model)}")
@@ -100,25 +104,25 @@ def guided_sources(
             "smaller; name a factor that divides both sides"
         )
     check_columns(rows, tuple(model.conditions.kinds))
-    told = condition_source(model, rows, size, seed)
+    dataset = condition_source(model, rows, size, seed)
     low = _made_small(rows, ids, size, factor)
 
-    def drawn(guided: bool):
+    def samples(guided: bool):
         def stream() -> Iterator[np.ndarray]:
             for numbers, block in _blocks(ids, batch_size):
                 guide = _to_low(model, [low(i) for i in block]) if guided else None
-                yield from drawn_for(model, told, block, numbers[0], seed, size, settings, guide)
+                yield from sample_for_rows(model, dataset, block, numbers[0], seed, size, settings, guide)
 
         return stream
 
-    facts = {**truth.facts, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
-    made = ImageStream(name="guided", count=len(ids), stream=drawn(True), facts=facts)
-    others = {UNGUIDED: drawn(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
+    protocol = {**truth.protocol, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
+    guided_stream = ImageStream(name="guided", count=len(ids), stream=samples(True), protocol=protocol)
+    others = {UNGUIDED: samples(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
     plain = {
-        name: replace(made, name=name, facts={**facts, "source": name}, stream=stream)
+        name: replace(guided_stream, name=name, protocol={**protocol, "source": name}, stream=stream)
         for name, stream in others.items()
     }
-    return made, plain, {"task": "guided", "baselines": list(plain), "guide_factor": factor}
+    return guided_stream, plain, {"task": "guided", "baselines": list(plain), "guide_factor": factor}
 
 
 def _made_small(rows, ids: list[int], size: tuple[int, int], factor: int):
@@ -147,45 +151,53 @@ def _blocks(ids: list[int], batch_size: int) -> Iterator[tuple[range, list[int]]
         yield range(start, start + len(block)), block
 
 
-def _enlarged(model, told, ids, seed, batch_size, settings):
+def _enlarged(model, dataset, ids, seed, batch_size, settings):
     def stream() -> Iterator[np.ndarray]:
         for numbers, block in _blocks(ids, batch_size):
-            low = np.stack(told.values(TASK_CONDITIONS["sr"], block, block))
-            yield from upscale_images(model, low, seed=seed, ids=numbers, values=_said(model, told, block), **settings)
-
-    return stream
-
-
-def _filled(model, told, ids, seed, batch_size, settings):
-    def stream() -> Iterator[np.ndarray]:
-        for numbers, block in _blocks(ids, batch_size):
-            images, holes = (np.stack(part) for part in zip(*told.values(TASK_CONDITIONS["inpaint"], block, block)))
-            made = inpaint_images(
-                model, images, holes, seed=seed, ids=numbers, values=_said(model, told, block), **settings
+            low = np.stack(dataset.values(TASK_CONDITIONS["sr"], block, block))
+            yield from upscale_images(
+                model, low, seed=seed, ids=numbers, values=_droppable_values(model, dataset, block), **settings
             )
-            yield from np.where(holes[..., None], made, images)
 
     return stream
 
 
-def _said(model, told, ids: list[int]) -> dict[str, list]:
-    """What rows tell a model beside the picture of its task."""
-    return {name: told.foreign_values(name, ids) for name in model.conditions.droppable}
+def _filled(model, dataset, ids, seed, batch_size, settings):
+    def stream() -> Iterator[np.ndarray]:
+        for numbers, block in _blocks(ids, batch_size):
+            images, holes = (np.stack(part) for part in zip(*dataset.values(TASK_CONDITIONS["inpaint"], block, block)))
+            filled = inpaint_images(
+                model,
+                images,
+                holes,
+                seed=seed,
+                ids=numbers,
+                values=_droppable_values(model, dataset, block),
+                **settings,
+            )
+            yield from np.where(holes[..., None], filled, images)
+
+    return stream
 
 
-def _each(told, ids, task: str, method):
+def _droppable_values(model, dataset, ids: list[int]) -> dict[str, list]:
+    """Values of rows for the conditions beside that of the model's task."""
+    return {name: dataset.foreign_values(name, ids) for name in model.conditions.droppable}
+
+
+def _each(dataset, ids, task: str, method):
 
     def stream() -> Iterator[np.ndarray]:
         for i in ids:
-            given = told.values(TASK_CONDITIONS[task], [i], [i])[0]
-            yield method(given, told.size)
+            value = dataset.values(TASK_CONDITIONS[task], [i], [i])[0]
+            yield method(value, dataset.size)
 
     return stream
 
 
-def _pairs(told, ids) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pairs(dataset, ids) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for i in ids:
-        yield told.values(TASK_CONDITIONS["inpaint"], [i], [i])[0]
+        yield dataset.values(TASK_CONDITIONS["inpaint"], [i], [i])[0]
 
 
 def _bicubic(low: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -193,22 +205,22 @@ def _bicubic(low: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return to_uint8(resize(planes, *size, "antialiased"))  # enlarging widens nothing
 
 
-def _fillings(told: str) -> dict[str, Callable]:
+def _fillings(fill_name: str) -> dict[str, Callable]:
     """Plain fillings by name."""
     found = {"biharmonic": _biharmonic} if has_biharmonic() else {}
-    return found | {name: partial(_told, fill) for name, fill in FILLINGS.items() if name == told}
+    return found | {name: partial(_apply_fill, fill) for name, fill in FILLINGS.items() if name == fill_name}
 
 
-def _told(fill: Callable, pair: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def _apply_fill(fill: Callable, pair: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     image, hole = pair
     pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
-    made = fill(pixels, torch.from_numpy(hole)).permute(1, 2, 0).round().clamp(0, 255)
-    return np.where(hole[..., None], made.to(torch.uint8).numpy(), image)
+    filled = fill(pixels, torch.from_numpy(hole)).permute(1, 2, 0).round().clamp(0, 255)
+    return np.where(hole[..., None], filled.to(torch.uint8).numpy(), image)
 
 
 def _biharmonic(pair: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     from skimage.restoration import inpaint_biharmonic
 
     image, hole = pair
-    made = inpaint_biharmonic(np.where(hole[..., None], 0, image) / 255.0, hole, channel_axis=-1)
-    return np.where(hole[..., None], (np.clip(made, 0, 1) * 255).round().astype(np.uint8), image)
+    filled = inpaint_biharmonic(np.where(hole[..., None], 0, image) / 255.0, hole, channel_axis=-1)
+    return np.where(hole[..., None], (np.clip(filled, 0, 1) * 255).round().astype(np.uint8), image)

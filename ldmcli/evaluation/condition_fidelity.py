@@ -256,7 +256,7 @@ def condition_fidelity(
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionedSamples:
-    """Samples, uint8 (H, W, 3) each, and the rows whose conditions they were drawn for: sample k for row ids[k].
+    """Samples, uint8 (H, W, 3) each, and the rows whose values they are conditioned on: sample k on row ids[k].
 
     training: rows that a segmenter learns from. size: (height, width) of the samples in pixels.
     """
@@ -277,11 +277,11 @@ def measure(condition: str, samples: ConditionedSamples) -> Scores:
     CONDITIONS[condition].validate(rows)
     reader = open_reader(condition, rows, samples.training, config, size, samples.progress)
     conditions = ConditionDataset(rows, config, size, training=False).values(condition, ids, ids)
-    drawn = condition_fidelity(condition, samples.images, conditions, reader)
+    scores = condition_fidelity(condition, samples.images, conditions, reader)
     images = [rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids]
     real = condition_fidelity(condition, images, conditions, reader)
     values: dict[str, float | None] = {}
     for key in LABELS:
-        if key in drawn:
-            values |= {key: drawn[key], f"{key}_shuffled": drawn[f"{key}_shuffled"], f"{key}_real": real[key]}
+        if key in scores:
+            values |= {key: scores[key], f"{key}_shuffled": scores[f"{key}_shuffled"], f"{key}_real": real[key]}
     return Scores(values, {f"{condition}_obedience": {**reader.protocol, "n": len(samples.images)}})

@@ -34,7 +34,7 @@ from ldmcli.evaluation.image_streams import (
     paired_sources,
     reconstructions,
     rows_source,
-    sampling_facts,
+    sampling_protocol,
     trained_size,
 )
 from ldmcli.evaluation.measure import (
@@ -55,7 +55,7 @@ from ldmcli.networks.perceptual import perceptual_net
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup"]
 
-GENERATED_LIMIT = 1_000  # images that a model draws where nobody says how many
+GENERATED_LIMIT = 1_000  # samples of a model where nobody says how many
 
 Measured = tuple[FeatureSet, FeatureSet | Statistics | None]  # what is measured, and the reference
 
@@ -150,14 +150,14 @@ def autoencoder_images(request: EvaluationRequest, instruments: Instruments, res
         rows, settings = _rows(instruments, result, data, request.split, size, autoencoder)
         count = _limited(result, rows) if request.n is None else _count(rows, request.n)
         original = rows_source(rows, settings, evenly_spaced(len(rows), count))
-    facts = {
-        **original.facts,
+    protocol = {
+        **original.protocol,
         "autoencoder": autoencoder.fingerprint,
         "float_to_uint8": "clamp, round half to even",
         "latent": "mode of the posterior",
     }
     stream = reconstructions(autoencoder, original, request.batch_size or BATCH)
-    made = replace(original, name="reconstructions", facts=facts, key="", stream=stream)
+    made = replace(original, name="reconstructions", protocol=protocol, key="", stream=stream)
     return paired(instruments, result, made, original)
 
 
@@ -177,7 +177,7 @@ def task(request: EvaluationRequest, instruments: Instruments, result: Evaluatio
     sources = task_sources if request.guide_factor is None else partial(guided_sources, factor=request.guide_factor)
     made, baselines, stated = sources(model, rows, ids, truth, size=size, **draw)
     measured = paired(instruments, result, made, truth)
-    result.protocol |= {**stated, "sampling": sampling_facts(model, draw)}
+    result.protocol |= {**stated, "sampling": sampling_protocol(model, draw)}
     if stated["task"] == "inpaint" and "biharmonic" not in baselines:
         result.warnings.append("no biharmonic filling beside it: install scikit-image for that")
     for name, stream in baselines.items():
@@ -203,7 +203,7 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
     if model is not None:
         n = request.n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
         source = model_source(model, rows, n, size=size, **request.draw)
-        result.protocol["sampling"] = sampling_facts(model, request.draw)
+        result.protocol["sampling"] = sampling_protocol(model, request.draw)
     reference = _reference(instruments, result, rows, settings, data)
     generated, images = measure_stream(instruments, result, source)
     if needing(instruments.metrics, CONDITION):
@@ -212,7 +212,7 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
         how = {"config": model.config, "size": size, "progress": instruments.progress}
         samples = ConditionedSamples(images=images, rows=rows, training=training, ids=ids, **how)
         condition_metrics(instruments, result, samples)
-    result.protocol["generated"] = source.facts
+    result.protocol["generated"] = source.protocol
     warn_of_lossy(result, source, reference.lossy if isinstance(reference, ImageStream) else False)
     found = measure_reference(instruments, result, reference)
     set_metrics(instruments, result, generated, found)
@@ -232,7 +232,7 @@ MEASURES: dict[str, Callable[[EvaluationRequest, Instruments, EvaluationResult],
 
 
 def _limited(result: EvaluationResult, rows: Any) -> int:
-    """How many rows of a data set are read where nobody says how many; all where `all` were asked for."""
+    """How many rows of a data set are read where nobody says how many; all for the split `all`."""
     if rows.split == ALL or len(rows) <= REFERENCE_LIMIT:
         return len(rows)
     result.warnings.append(
@@ -314,7 +314,7 @@ def report(
         "n_generated": len(generated),
         "n_reference": count,
         "reliable": len(generated) > dim and (count is None or count > dim or reference is None),
-        "extractor": extractor.facts if extractor else None,
+        "extractor": extractor.protocol if extractor else None,
         **result.protocol,
         "versions": {"ldm": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "seconds": round(seconds, 2),

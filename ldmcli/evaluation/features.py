@@ -126,7 +126,7 @@ class Extractor:
         return "Inception" if self.display == "FID" else self.display.split("(")[1].rstrip(")")
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def protocol(self) -> dict[str, Any]:
         """What a number is worth nothing without."""
         net = self.network
         return {
@@ -219,13 +219,13 @@ def open_extractor(name: str | None = None, device: torch.device | None = None) 
     return _opened(kinds[0], path, device)
 
 
-def _opened(kind: str, path: Path, device: torch.device) -> Extractor:
-    return _cached(kind, path.resolve(), path.stat().st_mtime_ns, str(device))
+def _opened(name: str, path: Path, device: torch.device) -> Extractor:
+    return _cached(name, path.resolve(), path.stat().st_mtime_ns, str(device))
 
 
 @lru_cache(maxsize=2)
-def _cached(kind: str, path: Path, changed: int, device: str) -> Extractor:
-    return Extractor(kind, NETWORKS[kind], path, sha256_file(path), torch.device(device))
+def _cached(name: str, path: Path, changed: int, device: str) -> Extractor:
+    return Extractor(name, NETWORKS[name], path, sha256_file(path), torch.device(device))
 
 
 # --- a set of images through an extractor ----------------------------------------------------------------------

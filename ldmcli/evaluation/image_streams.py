@@ -29,12 +29,13 @@ LOSSY = (".jpg", ".jpeg")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStream:
-    """`stream()` starts the images from the beginning. `key` names their content, "" where it is not known ahead."""
+    """`stream()` starts the images from the beginning. `key` names their content, "" where it is not known ahead.
+    protocol: where they come from and how they were made, JSON."""
 
     name: str
     count: int
     stream: Callable[[], Iterator[np.ndarray]]
-    facts: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
     lossy: bool = False
     key: str = ""
 
@@ -71,7 +72,7 @@ def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = 
         name=str(folder),
         count=len(files),
         stream=lambda: (read_image(path) for path in files),
-        facts={"source": str(folder), "resize": "none"},
+        protocol={"source": str(folder), "resize": "none"},
         lossy=lossy,
     )
 
@@ -93,7 +94,7 @@ def npz_source(path: Path, n: int | None = None) -> ImageStream:
 
     key = f"{sha256_file(path)}:{count}"
     return ImageStream(
-        name=str(path), count=count, stream=stream, facts={"source": str(path), "resize": "none"}, key=key
+        name=str(path), count=count, stream=stream, protocol={"source": str(path), "resize": "none"}, key=key
     )
 
 
@@ -165,7 +166,7 @@ def evenly_spaced(count: int, n: int) -> list[int]:
 def rows_source(rows, settings: DataSettings, ids: list[int]) -> ImageStream:
     """Rows of a data set, scaled to cover `settings.size` and cropped at the centre."""
     size = settings.size
-    facts = {
+    protocol = {
         "source": rows.source,
         "split": rows.split,
         "rows": len(rows),
@@ -173,11 +174,11 @@ def rows_source(rows, settings: DataSettings, ids: list[int]) -> ImageStream:
         "resize": f"{settings.resize} (antialiased) to cover {size[0]}x{size[1]}, centre crop",
         "background": settings.background,
     }
-    key = ":".join(map(str, (rows.fingerprint, len(ids), facts["resize"], settings.background)))
+    key = ":".join(map(str, (rows.fingerprint, len(ids), protocol["resize"], settings.background)))
     return ImageStream(
         name=f"{rows.source} ({rows.split})",
         count=len(ids),
-        facts=facts,
+        protocol=protocol,
         key=key,
         stream=lambda: (rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids),
     )
@@ -187,22 +188,22 @@ def model_source(
     model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int], settings: dict[str, Any]
 ) -> ImageStream:
     """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
-    kinds = tuple(model.conditions.kinds)
-    check_columns(rows, kinds)
-    ids = evenly_spaced(len(rows), n) if kinds else []
-    told = condition_source(model, rows, size, seed) if kinds else None
-    spatial = any(not CONDITIONS[name].static for name in kinds)
+    conditions = tuple(model.conditions.kinds)
+    check_columns(rows, conditions)
+    ids = evenly_spaced(len(rows), n) if conditions else []
+    dataset = condition_source(model, rows, size, seed) if conditions else None
+    spatial = any(not CONDITIONS[name].static for name in conditions)
 
     def stream() -> Iterator[np.ndarray]:
         for start in range(0, n, batch_size):
             end = min(start + batch_size, n)
             if spatial:
-                yield from drawn_for(model, told, ids[start:end], start, seed, size, settings)
+                yield from sample_for_rows(model, dataset, ids[start:end], start, seed, size, settings)
                 continue
-            values = {name: told.foreign_values(name, ids[:end]) for name in kinds} if told else {}
+            values = {name: dataset.foreign_values(name, ids[:end]) for name in conditions} if dataset else {}
             made = model.sample(
                 **arguments_of(values),
-                n=1 if kinds else end,
+                n=1 if conditions else end,
                 first=start,
                 seed=seed,
                 size=size,
@@ -211,27 +212,28 @@ def model_source(
             )
             yield from (np.asarray(image) for image in made)
 
-    facts = {
+    protocol = {
         "source": "model",
         "fingerprint": model.fingerprint,
-        "conditions": list(kinds),
+        "conditions": list(conditions),
         "seed": seed,
         "float_to_uint8": "clamp, round half to even",
         "resize": "none",
     }
-    return ImageStream(name="model", count=n, stream=stream, facts=facts)
+    return ImageStream(name="model", count=n, stream=stream, protocol=protocol)
 
 
-def check_columns(rows, kinds: tuple[str, ...]) -> None:
-    for kind in kinds:
-        column = CONDITIONS[kind].column
+def check_columns(rows, conditions: tuple[str, ...]) -> None:
+    for condition in conditions:
+        column = CONDITIONS[condition].column
         if rows is None or not rows.has(column):
-            raise InputError(f"this model is conditioned on {kind}: name a data set with a {column} column (--data)")
+            raise InputError(
+                f"this model is conditioned on {condition}: name a data set with a {column} column (--data)"
+            )
 
 
 def condition_source(model, rows, size: tuple[int, int], seed: int):
-    """What rows tell a model when they are measured (`ConditionDataset`): cut in the middle, degraded and masked by
-    (seed, row)."""
+    """Values of rows in an evaluation (`ConditionDataset`): cut in the middle, degraded and masked by (seed, row)."""
     config = replace(model.config, train=replace(model.config.train, seed=seed))
     source = ConditionDataset(rows, config, size, training=False)
     for name in model.conditions.kinds:
@@ -240,11 +242,11 @@ def condition_source(model, rows, size: tuple[int, int], seed: int):
     return source
 
 
-def drawn_for(
-    model, told, ids: list[int], first: int, seed: int, size, settings: dict[str, Any], guide: Guide | None = None
+def sample_for_rows(
+    model, dataset, ids: list[int], first: int, seed: int, size, settings: dict[str, Any], guide: Guide | None = None
 ) -> np.ndarray:
     """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
-    values = {name: told.foreign_values(name, ids) for name in model.conditions.kinds}
+    values = {name: dataset.foreign_values(name, ids) for name in model.conditions.kinds}
     numbers = range(first, first + len(ids))
     return draw_images(model, Draw(ids=numbers, seed=seed, values=values, size=size, settings=settings, guide=guide))
 
@@ -260,12 +262,12 @@ def reconstructions(autoencoder, source: ImageStream, batch_size: int) -> Callab
     return stream
 
 
-def loaded(run: Any, kind: str, weights: str = "ema"):
+def loaded(run: Any, run_kind: str, weights: str = "ema"):
     """A run of this kind, from its folder (weights "ema" or "raw") or as it is. Raises UsageError for another kind."""
     if isinstance(run, (str, Path)):
         run = load(run, weights=weights)
-    if run.kind != kind:
-        raise UsageError(f"this is a run of kind {run.kind}; evaluation asked for {kind}")
+    if run.kind != run_kind:
+        raise UsageError(f"this is a run of kind {run.kind}; evaluation asked for {run_kind}")
     return run
 
 
@@ -277,7 +279,7 @@ def trained_size(run) -> tuple[int, int]:
     return (height, width) if height or width else (64, 64)
 
 
-def sampling_facts(model, draw: dict[str, Any]) -> dict[str, Any]:
+def sampling_protocol(model, draw: dict[str, Any]) -> dict[str, Any]:
     """Sampler and its settings in effect."""
     chosen = {**asdict(model.config.sample), **draw["settings"]}
     return {key: chosen[key] for key in SAMPLING} | {"seed": draw["seed"]}

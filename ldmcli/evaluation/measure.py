@@ -33,7 +33,7 @@ REFERENCE_LIMIT = 10_000  # rows of a data set that a reference takes
 
 @dataclass(frozen=True)
 class Instruments:
-    """What measures: the metrics that are asked for, and the networks that they need."""
+    """What measures: the requested metrics, and the networks that they need."""
 
     metrics: tuple[str, ...]
     extractor: Extractor | None
@@ -74,7 +74,7 @@ def measure_reference(
     """The features of a stream; what is no stream is known already."""
     if not isinstance(reference, ImageStream) or instruments.extractor is None:
         return None if isinstance(reference, ImageStream) else reference
-    result.protocol["reference"] = reference.facts
+    result.protocol["reference"] = reference.protocol
     with instruments.progress(reference.count, "reference") as bar:
         return reference_features(instruments.extractor, reference, bar.advance, REFERENCE_LIMIT)
 
@@ -82,7 +82,7 @@ def measure_reference(
 def paired(
     instruments: Instruments, result: EvaluationResult, generated: ImageStream, reference: ImageStream
 ) -> tuple[FeatureSet, FeatureSet]:
-    """Measures two streams of the same length image by image, and where a metric of sets is asked for, set by set."""
+    """Measures two streams of the same length image by image, and for metrics of sets, set by set."""
     values: dict[str, list[float]] = {name: [] for name in instruments.needing(*OF_EACH)}
     sides = Collector(instruments.extractor), Collector(instruments.extractor)
     with instruments.progress(reference.count, "pairs") as bar:
@@ -93,7 +93,7 @@ def paired(
             sides[0].add(made)
             sides[1].add(real)
             bar.advance(len(block))
-    result.protocol |= {"generated": generated.facts, "reference": reference.facts}
+    result.protocol |= {"generated": generated.protocol, "reference": reference.protocol}
     warn_of_lossy(result, generated, reference.lossy)
     for name in values:
         _add_mean(instruments, result, name, values[name])

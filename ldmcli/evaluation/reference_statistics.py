@@ -20,7 +20,7 @@ from ldmcli.evaluation.features import Extractor, FeatureSet, extract
 from ldmcli.evaluation.image_streams import ImageStream
 from ldmcli.maths.metrics import Gaussian
 
-SAME = ("weights_sha256", "layer", "resize")  # facts of an extractor without which numbers do not compare
+SAME = ("weights_sha256", "layer", "resize")  # what two extractors must share for their numbers to compare
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ def gaussian(features: np.ndarray) -> Gaussian:
     return found
 
 
-def write_statistics(path: Path, features: np.ndarray, extractor: Extractor, facts: dict[str, Any]) -> None:
+def write_statistics(path: Path, features: np.ndarray, extractor: Extractor, protocol: dict[str, Any]) -> None:
     """mu, sigma (float64, divisor n - 1), n and the protocol as JSON text, in an .npz that `data=` takes."""
     found = gaussian(features)
-    protocol = json.dumps({"extractor": extractor.facts, **facts})
+    text = json.dumps({"extractor": extractor.protocol, **protocol})
     with atomic_path(path) as part, open(part, "wb") as file:
-        np.savez(file, mu=found.mean, sigma=found.covariance, n=found.n, protocol=protocol)
+        np.savez(file, mu=found.mean, sigma=found.covariance, n=found.n, protocol=text)
 
 
 def read_statistics(path: Path, extractor: Extractor) -> Statistics | None:
@@ -93,7 +93,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics | None:
     for name, values in (("mu", mu), ("sigma", sigma)):
         if not np.isfinite(values).all():
             raise InputError(f"{path}: {name} holds NaN or Inf; compute the statistics again")
-    wrong = [key for key in SAME if key in stored and stored[key] != extractor.facts[key]]
+    wrong = [key for key in SAME if key in stored and stored[key] != extractor.protocol[key]]
     if mu.shape != (extractor.dim,) or sigma.shape != (extractor.dim, extractor.dim) or wrong:
         raise InputError(
             f"{path}: statistics of another extractor ({', '.join(wrong) or f'shape {mu.shape}'}), "
@@ -122,9 +122,9 @@ def reference_features(
 def _cache_path(extractor: Extractor, source: ImageStream) -> Path | None:
     if not source.key:
         return None
-    facts = [str(extractor.facts[key]) for key in SAME]
+    identity = [str(extractor.protocol[key]) for key in SAME]
     root = cache_root("")
-    return None if root is None else root / "features" / f"{cache_key('reference-1', source.key, *facts)}.npz"
+    return None if root is None else root / "features" / f"{cache_key('reference-1', source.key, *identity)}.npz"
 
 
 def _read(path: Path) -> FeatureSet | None:

@@ -27,7 +27,7 @@ def no_progress(total: int, label: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """What `evaluate` is asked for; its parameters are explained there. Raises UsageError for more or less than one
+    """The arguments of `evaluate`, which explains them. Raises UsageError for more or less than one
     subject, and for a metric that there is none of."""
 
     model: Any = None
@@ -79,7 +79,7 @@ class EvaluationRequest:
 
     @property
     def draw(self) -> dict[str, Any]:
-        """How samples are drawn: seed, batch_size, and the settings that are given."""
+        """How samples are made: seed, batch_size, and the settings that are given."""
         settings = {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "temperature")}
         settings = {name: value for name, value in settings.items() if value is not None}
         return {"seed": self.seed or 0, "batch_size": self.batch_size or BATCH, "settings": settings}

@@ -32,7 +32,7 @@ class DiffusionBundle:
     """A diffusion model. tensors: as `networks.diffusion.DiffusionModel` names them (`unet.…`,
     `conditions.entries.KIND.…`).
 
-    autoencoder: None for pixel space; latent_shape: (c, h, w) at the training size; facts: of each condition, as
+    autoencoder: None for pixel space; latent_shape: (c, h, w) at the training size; specs: of each condition as
     stats.json keeps them; tokenizer: a folder, None where the model takes no text or its vocabulary is not at hand.
     """
 
@@ -41,7 +41,7 @@ class DiffusionBundle:
     autoencoder: AutoencoderBundle | None
     scale: LatentScale
     latent_shape: tuple[int, int, int]
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    specs: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizer: Path | None = None
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""

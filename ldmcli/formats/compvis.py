@@ -241,7 +241,7 @@ def _finite(path: Path, factor: Tensor) -> float:
 def _diffusion(path: Path, state: dict[str, Tensor], plan: cc.Plan, reading: Reading) -> DiffusionBundle:
     notes = [*plan.notes, *_dtype_notes(state)]
     weights = _Weights(path, state, reading.weights)
-    task, facts = cc.task_of(plan)
+    task, specs = cc.task_of(plan)
     condition = cc.condition_of(plan)
     channels, height, width = plan.latent_shape
     stage = plan.first_stage
@@ -253,9 +253,9 @@ def _diffusion(path: Path, state: dict[str, Tensor], plan: cc.Plan, reading: Rea
         task=task,
         sample=cc.sample_of(plan),
     )
-    facts = _own_facts(facts, plan)
+    specs = _own_specs(specs, plan)
     with torch.device("meta"):
-        model = DiffusionModel(plan.diffusion, condition, facts, None, plan.latent_shape, config.kinds)
+        model = DiffusionModel(plan.diffusion, condition, specs, None, plan.latent_shape, config.kinds)
     reads = channels + model.conditions.concat_channels
     if reads != plan.in_channels:
         raise ModelError(f"{path}: the network reads {plan.in_channels} channels; latents and conditions give {reads}")
@@ -281,20 +281,20 @@ def _diffusion(path: Path, state: dict[str, Tensor], plan: cc.Plan, reading: Rea
     _check_schedule(path, state, plan)
     scale = _scale(_factor(path, state, plan, notes), channels)
     scale = _own_scale(plan.own, channels, None if unfolded else scale) or scale
-    tokenizer = _tokenizer(path, reading, facts, notes)
+    tokenizer = _tokenizer(path, reading, specs, notes)
     kind = "none" if scale == LatentScale.identity(channels) else "per_channel" if any(scale.mean) else "global"
     config = replace(config, diffusion=replace(config.diffusion, latent_scale=kind))
     if autoencoder is not None:
         autoencoder.scale = scale
-    return DiffusionBundle(config, tensors, autoencoder, scale, plan.latent_shape, facts, tokenizer, notes)
+    return DiffusionBundle(config, tensors, autoencoder, scale, plan.latent_shape, specs, tokenizer, notes)
 
 
-def _own_facts(facts: dict[str, dict], plan: cc.Plan) -> dict[str, dict]:
+def _own_specs(specs: dict[str, dict], plan: cc.Plan) -> dict[str, dict]:
     """Facts with what a YAML written here keeps of them: names, whether 255 is a class of maps, the unused head."""
     kind, kept = plan.conditioner.kind, plan.own.get("names")
     key = {"class": "class_names", "layout": "categories", "map": "names"}.get(kind)
     if key and isinstance(kept, list) and all(isinstance(name, str) for name in kept):
-        found = facts[kind]
+        found = specs[kind]
         rows = len(found[key]) + (found["null"] if kind == "class" else 0)
         fits = {"class": len(kept) in (rows, rows - 1), "map": len(kept) == rows, "layout": len(kept) <= rows}
         if fits[kind]:
@@ -302,10 +302,10 @@ def _own_facts(facts: dict[str, dict], plan: cc.Plan) -> dict[str, dict]:
             if kind == "class":
                 found["null"] = len(kept) < rows
     if kind == "map" and plan.own.get("void") is True:
-        facts[kind]["void"] = True
+        specs[kind]["void"] = True
     if kind in ("text", "layout") and plan.own.get("logits") is False:
-        facts[kind].pop("logits", None)
-    return facts
+        specs[kind].pop("logits", None)
+    return specs
 
 
 def _conditioner(weights: _Weights, plan: cc.Plan, model: DiffusionModel) -> dict[str, Tensor]:
@@ -382,11 +382,11 @@ def _check_schedule(path: Path, state: dict[str, Tensor], plan: cc.Plan) -> None
         raise ModelError(f"{path}: the noise schedule in it (betas {ends}) is not that of the configuration")
 
 
-def _tokenizer(path: Path, reading: Reading, facts: dict, notes: list[str]) -> Path | None:
+def _tokenizer(path: Path, reading: Reading, specs: dict, notes: list[str]) -> Path | None:
     """The folder of a text model's tokeniser: as asked, beside the checkpoint, or the published one from the hub."""
-    if "text" not in facts:
+    if "text" not in specs:
         return None
-    vocabulary = facts["text"]["vocabulary"]
+    vocabulary = specs["text"]["vocabulary"]
     near = [path.parent / f"{path.stem}-tokenizer", path.parent / "tokenizer", path.parent]
     near = [folder for folder in near if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json"))]
     found = reading.tokenizer or next(iter(near), None)

@@ -48,13 +48,13 @@ class FirstStage:
 
 @dataclass(frozen=True)
 class Conditioner:
-    """What the model is told: the kind of condition, "" for none, facts, and settings beside kinds.
+    """The condition of a model: its name as `kind`, "" for none, its spec, and settings beside kinds.
 
     shared: the conditioner is the first stage, whose weights a checkpoint then holds twice.
     """
 
     kind: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     shared: bool = False
 
@@ -173,10 +173,10 @@ def bert_conditioner(layout: bool, width: int, layers: int, vocabulary: int, len
         "layout_planes": 0,
         "drop": 0.0 if layout else 0.1,
     }
-    facts: dict[str, Any] = {"length": length, "vocabulary": vocabulary, "logits": True}
+    spec: dict[str, Any] = {"length": length, "vocabulary": vocabulary, "logits": True}
     if layout:
-        facts["categories"] = [str(k) for k in range(vocabulary - 1)]
-    return Conditioner("layout" if layout else "text", facts, settings)
+        spec["categories"] = [str(k) for k in range(vocabulary - 1)]
+    return Conditioner("layout" if layout else "text", spec, settings)
 
 
 def _rescaler(params: Section) -> Conditioner:
@@ -187,14 +187,14 @@ def _rescaler(params: Section) -> Conditioner:
 
 def map_conditioner(classes: int, planes: int, stages: int) -> Conditioner:
     """Maps of classes, halved `stages` times and mixed."""
-    facts = {
+    spec = {
         "classes": classes,
         "names": [str(k) for k in range(classes)],
         "out_channels": planes,
         "stages": stages,
         "void": False,
     }
-    return Conditioner("map", facts, {"drop": 0.0})
+    return Conditioner("map", spec, {"drop": 0.0})
 
 
 _CONDITIONERS: dict[str, Callable[[Section], Conditioner]] = {
@@ -354,18 +354,18 @@ def _diffusion_plan(params: Section, name: str, heads: str, own: Any) -> Plan:
 
 
 def task_of(plan: Plan) -> tuple[TaskSettings, dict[str, dict[str, Any]]]:
-    """The task, and the facts of all conditions."""
+    """The task, and the specs of all conditions."""
     f, kind = plan.first_stage.settings.f if plan.first_stage.settings else 1, plan.conditioner.kind
-    facts = {kind: dict(plan.conditioner.facts)} if kind else {}
+    specs = {kind: dict(plan.conditioner.spec)} if kind else {}
     if kind == "lowres":
         scale = f if f in (2, 4, 8) else 4
-        facts["lowres"] = {"scale": scale, "f": f}
-        return TaskSettings(name="sr", scale=scale, degradation="bsr-light", enlarged=False, tone=0.0), facts
+        specs["lowres"] = {"scale": scale, "f": f}
+        return TaskSettings(name="sr", scale=scale, degradation="bsr-light", enlarged=False, tone=0.0), specs
     if kind == "masked":
         fill = plan.own["fill"] if plan.own.get("fill") in FILLS else "black"
-        facts["masked"] = {"channels": plan.latent_shape[0], "fill": fill}
-        return TaskSettings(name="inpaint", fill=fill), facts
-    return TaskSettings(), facts
+        specs["masked"] = {"channels": plan.latent_shape[0], "fill": fill}
+        return TaskSettings(name="inpaint", fill=fill), specs
+    return TaskSettings(), specs
 
 
 def condition_of(plan: Plan) -> ConditionSettings:

@@ -68,11 +68,11 @@ def why_not(bundle: Bundle) -> str:
         return "a text transformer of other than 8 heads of 64 channels"
     if kind == "text" and condition.text_encoder != "joint":
         return f"the text encoder {condition.text_encoder}"
-    if kind == "layout" and bundle.facts[kind].get("planes"):
+    if kind == "layout" and bundle.specs[kind].get("planes"):
         return "boxes drawn as planes (condition.layout_planes)"
-    if kind == "lowres" and bundle.facts[kind]["scale"] != bundle.facts[kind]["f"]:
-        return f"enlarging by {bundle.facts[kind]['scale']} in latents of f = {bundle.facts[kind]['f']}"
-    if kind == "lowres" and bundle.facts[kind].get("latent"):
+    if kind == "lowres" and bundle.specs[kind]["scale"] != bundle.specs[kind]["f"]:
+        return f"enlarging by {bundle.specs[kind]['scale']} in latents of f = {bundle.specs[kind]['f']}"
+    if kind == "lowres" and bundle.specs[kind].get("latent"):
         return "the latent of the enlarged image beside the small one (task.enlarged)"
     return _why_not_unet(settings, kind)
 
@@ -275,25 +275,21 @@ _MODULES = "ldm.modules.encoders.modules."
 
 def _conditioning(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The entries of a LatentDiffusion that say what it is told."""
-    facts = bundle.facts.get(kind, {})
+    spec = bundle.specs.get(kind, {})
     match kind:
         case "":
             return {"cond_stage_key": "image", "cond_stage_config": "__is_unconditional__"}
         case "class":
             rows = len(bundle.tensors["conditions.entries.class.embedding.weight"])
-            own["names"] = list(facts["class_names"])
+            own["names"] = list(spec["class_names"])
             params = {"embed_dim": bundle.config.condition.context_dim, "n_classes": rows, "key": "class_label"}
             return _trained("class_label", "crossattn", "ClassEmbedder", params)
         case "text" | "layout":
             key = "caption" if kind == "text" else "coordinates_bbox"
             return _trained(key, "crossattn", "BERTEmbedder", _transformer(bundle, kind, own, notes))
         case "map":
-            own["names"], own["void"] = list(facts["names"]), bool(facts.get("void", False))
-            params = {
-                "n_stages": facts["stages"],
-                "in_channels": facts["classes"],
-                "out_channels": facts["out_channels"],
-            }
+            own["names"], own["void"] = list(spec["names"]), bool(spec.get("void", False))
+            params = {"n_stages": spec["stages"], "in_channels": spec["classes"], "out_channels": spec["out_channels"]}
             return _trained("segmentation", "concat", "SpatialRescaler", params)
         case "lowres":
             return {
@@ -301,7 +297,7 @@ def _conditioning(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes
                 "conditioning_key": "concat",
                 "cond_stage_config": {"target": "torch.nn.Identity"},
             }
-    own["fill"] = facts.get("fill", "black")
+    own["fill"] = spec.get("fill", "black")
     return {"cond_stage_key": "masked_image", "conditioning_key": "concat", "cond_stage_config": "__is_first_stage__"}
 
 
@@ -317,19 +313,19 @@ def _trained(key: str, enters: str, target: str, params: dict[str, Any]) -> dict
 
 def _transformer(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """Parameters of the transformer that reads captions or layouts."""
-    facts, condition = bundle.facts.get(kind, {}), bundle.config.condition
-    own["logits"] = bool(facts.get("logits", False))
+    spec, condition = bundle.specs.get(kind, {}), bundle.config.condition
+    own["logits"] = bool(spec.get("logits", False))
     params = {
         "n_embed": condition.context_dim,
         "n_layer": condition.text_layers,
-        "vocab_size": facts["vocabulary"],
-        "max_seq_len": facts["length"],
+        "vocab_size": spec["vocabulary"],
+        "max_seq_len": spec["length"],
     }
     if kind == "layout":
         params["use_tokenizer"] = False
-        if facts["categories"] != [str(k) for k in range(facts["vocabulary"] - 1)]:
-            own["names"] = list(facts["categories"])
-    elif facts["vocabulary"] != 30522:
+        if spec["categories"] != [str(k) for k in range(spec["vocabulary"] - 1)]:
+            own["names"] = list(spec["categories"])
+    elif spec["vocabulary"] != 30522:
         notes.append(
             "the original reads captions with the vocabulary of bert-base-uncased; this model has its "
             "own, written beside it"

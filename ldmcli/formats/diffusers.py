@@ -115,11 +115,11 @@ def _bundle(
     planes = config.integer("in_channels") - channels
     condition: dict[str, Any] = {"context_dim": 4 * settings.channels, "drop": 0.0, "text_pooled": False}
     task, tokenizer = TaskSettings(), None
-    facts: dict[str, dict[str, Any]] = {}
+    specs: dict[str, dict[str, Any]] = {}
     sample, notes = PAPER_SAMPLING, [*(autoencoder.notes if autoencoder else []), *read]
     f = autoencoder.config.autoencoder.f if autoencoder else 1
     if planes:
-        task, facts = _planes(config, planes, channels, f if autoencoder else 4, notes)
+        task, specs = _planes(config, planes, channels, f if autoencoder else 4, notes)
     if kind == unets.CROSS:
         condition["context_dim"] = config.integer("cross_attention_dim")
         if table is not None:
@@ -127,18 +127,18 @@ def _bundle(
         if pipeline == TEXT:
             condition["kinds"], sample = ("text",), replace(sample, guidance=5.0)
             encoder = path / "bert"
-            more, facts["text"], weights = text.read_text(encoder, read_config(encoder / "config.json"))
+            more, specs["text"], weights = text.read_text(encoder, read_config(encoder / "config.json"))
             if more["context_dim"] != condition["context_dim"]:
                 raise config.refuse("cross_attention_dim", f"the text encoder's width is {more['context_dim']}")
-            condition |= more | {"drop": 0.1, "vocabulary_size": facts["text"]["vocabulary"]}
+            condition |= more | {"drop": 0.1, "vocabulary_size": specs["text"]["vocabulary"]}
             tensors |= {f"conditions.entries.text.encoder.{name}": tensor for name, tensor in weights.items()}
             tokenizer = _tokenizer(path / "tokenizer", notes)
         else:
-            condition["kinds"], facts["tokens"] = ("tokens",), {}
+            condition["kinds"], specs["tokens"] = ("tokens",), {}
             notes.append("no text encoder is read with this network; its tokens are given from Python (context=)")
     if table is not None:
         condition |= {"kinds": ("class",), "class_vector": True}
-        facts["class"] = {"class_names": [str(k) for k in range(len(table))], "null": False}
+        specs["class"] = {"class_names": [str(k) for k in range(len(table))], "null": False}
         tensors |= _class_tensors(table)
     settings, sample = _scheduled(path, settings, sample, notes)
     if pipeline == UPSCALE and autoencoder:
@@ -155,7 +155,7 @@ def _bundle(
     )
     if autoencoder and autoencoder.config.autoencoder.embed_dim != channels:
         raise config.refuse("out_channels", f"latents have {autoencoder.config.autoencoder.embed_dim} channels")
-    return DiffusionBundle(whole, tensors, autoencoder, scale, (channels, height, width), facts, tokenizer, notes)
+    return DiffusionBundle(whole, tensors, autoencoder, scale, (channels, height, width), specs, tokenizer, notes)
 
 
 def _class_tensors(table: Tensor) -> dict[str, Tensor]:
@@ -226,7 +226,7 @@ def _read_custom(path: Path, index: dict[str, Any]) -> DiffusionBundle:
 
 def _model_of(bundle: DiffusionBundle):
     return DiffusionModel(
-        bundle.config.diffusion, bundle.config.condition, bundle.facts, None, bundle.latent_shape, bundle.config.kinds
+        bundle.config.diffusion, bundle.config.condition, bundle.specs, None, bundle.latent_shape, bundle.config.kinds
     )
 
 
@@ -310,16 +310,16 @@ def _in_channels(bundle: DiffusionBundle) -> int:
 
 def _why_not_stock(bundle: DiffusionBundle) -> str:
     """ "" where a pipeline of diffusers computes the same, else the first reason for which none does."""
-    config, kinds, facts = bundle.config, bundle.config.kinds, bundle.facts
+    config, kinds, specs = bundle.config, bundle.config.kinds, bundle.specs
     channels, height, width = bundle.latent_shape
     stage = bundle.autoencoder.config.autoencoder if bundle.autoencoder else None
     reasons = [schedulers.why_not(config.diffusion)]
     if kinds not in ((), ("text",), ("lowres",)):
         reasons.append(f"conditioning on {' + '.join(kinds)}, which no pipeline has")
-    if kinds == ("text",) and (config.condition.text_encoder != "joint" or facts["text"]["length"] != TEXT_LENGTH):
+    if kinds == ("text",) and (config.condition.text_encoder != "joint" or specs["text"]["length"] != TEXT_LENGTH):
         reasons.append(f"another text encoder, or another length than {TEXT_LENGTH} tokens")
     if kinds == ("lowres",):
-        if stage is None or facts["lowres"]["scale"] != stage.f or channels != 3 or facts["lowres"].get("latent"):
+        if stage is None or specs["lowres"]["scale"] != stage.f or channels != 3 or specs["lowres"].get("latent"):
             reasons.append("super-resolution other than LDM's: three latent channels, scale = f")
     if height != width:
         reasons.append("latents that are not square")
@@ -370,7 +370,7 @@ def _write_stock(bundle: DiffusionBundle, path: Path) -> list[str]:
     if pipeline == TEXT:
         prefix = "conditions.entries.text.encoder."
         own = {name.removeprefix(prefix): t for name, t in bundle.tensors.items() if name.startswith(prefix)}
-        write_model(path / "bert", *text.write_text(bundle.config.condition, bundle.facts["text"], own), stem="model")
+        write_model(path / "bert", *text.write_text(bundle.config.condition, bundle.specs["text"], own), stem="model")
         index |= {"bert": ["latent_diffusion", text.BERT], "tokenizer": _copy_tokenizer(bundle, path, "BertTokenizer")}
     files.write_json(path / "model_index.json", index)
     return lines

@@ -140,7 +140,7 @@ def write_component(bundle: DiffusionBundle, folder: Path, *, own_unet: bool, ow
         "_diffusers_version": "0.42.1",
         "settings": settings,
         "kinds": list(config.kinds),
-        "facts": bundle.facts,
+        "facts": bundle.specs,
         "latent_shape": list(bundle.latent_shape),
         "own_unet": own_unet,
         "own_autoencoder": own_autoencoder,
@@ -178,7 +178,7 @@ def read_component(folder: Path) -> tuple[DiffusionBundle, dict[str, Any]]:
         settings, shape = described["settings"], tuple(map(int, described["latent_shape"]))
         sections = {name: _made(kind, settings[name], path) for name, kind in SECTIONS.items()}
         stage = _made(AutoencoderSettings, settings["autoencoder"], path)
-        facts, kinds = dict(described["facts"]), described["kinds"]
+        specs, kinds = dict(described["facts"]), described["kinds"]
         own = bool(described["own_autoencoder"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not written by `ldm convert` ({error})") from error
@@ -195,7 +195,7 @@ def read_component(folder: Path) -> tuple[DiffusionBundle, dict[str, Any]]:
         whole = AutoencoderConfig(autoencoder=stage, data=DataSettings(size=size))
         autoencoder = AutoencoderBundle(whole, named, scale)
     notes = [note for note in described.get("_notes") or [] if isinstance(note, str)]
-    bundle = DiffusionBundle(config, tensors, autoencoder, scale, (shape[0], shape[1], shape[2]), facts, None, notes)
+    bundle = DiffusionBundle(config, tensors, autoencoder, scale, (shape[0], shape[1], shape[2]), specs, None, notes)
     return bundle, described
 
 

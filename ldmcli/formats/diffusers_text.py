@@ -47,7 +47,7 @@ def text_names(layers: int) -> Names:
 
 
 def read_text(folder: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """(condition settings, facts, tensors of the encoder) of a text encoder's folder. Raises ModelError."""
+    """(condition settings, spec, tensors of the encoder) of a text encoder's folder. Raises ModelError."""
     config = Config(folder / "config.json", values, DEFAULTS)
     config.only(activation_function=("gelu",), scale_embedding=(False,))
     width, layers = config.integer("d_model"), config.integer("encoder_layers", MOST_LAYERS)
@@ -77,10 +77,10 @@ def read_text(folder: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dic
 
 
 def write_text(
-    condition: ConditionSettings, facts: dict[str, Any], tensors: dict[str, Tensor]
+    condition: ConditionSettings, spec: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config.json, tensors) of an LDMBertModel; its output layer, which nothing reads, may be zeros."""
-    width, layers, vocabulary = condition.context_dim, condition.text_layers, facts["vocabulary"]
+    width, layers, vocabulary = condition.context_dim, condition.text_layers, spec["vocabulary"]
     config = {
         "_name_or_path": "",
         "architectures": [BERT],
@@ -97,7 +97,7 @@ def write_text(
         "encoder_attention_heads": condition.text_heads,
         "head_dim": condition.text_head_channels,
         "init_std": 0.02,
-        "max_position_embeddings": facts["length"],
+        "max_position_embeddings": spec["length"],
         "num_hidden_layers": layers,
         "pad_token_id": 0,
         "scale_embedding": False,

@@ -177,7 +177,7 @@ def _write_diffusion(bundle: DiffusionBundle, path: Path) -> str:
             "latent_scale": _scale_facts(bundle.scale, bundle.config.diffusion.latent_scale),
             "latent_shape": list(bundle.latent_shape),
             "size": list(bundle.config.data.size),
-            "conditions": bundle.facts,
+            "conditions": bundle.specs,
             "autoencoder": own,
         },
     )

@@ -143,10 +143,10 @@ class LayoutConditioner(Conditioner):
     gives_tokens = True
     takes_size = True
 
-    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.names: list[str] = list(facts["categories"])
-        self.layout = Layout(slots=(facts["length"] - 2) // 3, vocabulary=facts["vocabulary"])
+        self.names: list[str] = list(spec["categories"])
+        self.layout = Layout(slots=(spec["length"] - 2) // 3, vocabulary=spec["vocabulary"])
         width = settings.context_dim
         self.encoder = TextTransformer(
             self.layout.vocabulary,
@@ -155,13 +155,13 @@ class LayoutConditioner(Conditioner):
             self.layout.length,
             settings.text_heads,
             settings.text_head_channels,
-            facts.get("logits", False),
+            spec.get("logits", False),
             settings.embedding_std,
         )
         if settings.smooth_places:
             self._smooth_places(settings.embedding_std)
         self.pool = vector_of_tokens(width) if settings.text_pooled else None
-        self.channels = facts.get("planes", 0)
+        self.channels = spec.get("planes", 0)
         self.boxes = BoxPlanes(self.layout, len(self.names), self.channels) if self.channels else None
 
     @torch.no_grad()

@@ -101,13 +101,13 @@ def _diffusion_costs(
     notes += checks.notes_of(config)
     stage = cost.meta_autoencoder(settings)
     known = files.read_json(Path(init_from) / "stats.json").get("conditions") or {} if init_from else {}
-    facts = assumed_specs(config, stage, known, notes)
+    specs = assumed_specs(config, stage, known, notes)
     latent = stage.latent_shape(*image)
     notes += cost_notes(config)
     if config.task.name == "inpaint" or (config.task.name == "sr" and config.task.enlarged):
         what = "with its hole" if config.task.name == "inpaint" else "reduced and enlarged"
         notes.append(f"the first stage, which encodes each image {what}, is not counted")
-    return image, latent, {"model": cost.diffusion_cost(config, facts, latent, image)}
+    return image, latent, {"model": cost.diffusion_cost(config, specs, latent, image)}
 
 
 def _first_stage(
@@ -234,10 +234,10 @@ def _best_rate(device: torch.device, dtype: torch.dtype | None, size: int) -> fl
 # ---------------------------------------------------------------- for people
 
 
-def plan_text(facts: dict[str, Any], width: int = 80) -> str:
+def plan_text(plan: dict[str, Any], width: int = 80) -> str:
     """The plan for a terminal: settings with their origins, then what the run takes."""
-    parts = [_settings_text(facts["settings"], width), *_sizes(facts), *_memory_lines(facts)]
-    took = facts["time"]
+    parts = [_settings_text(plan["settings"], width), *_sizes(plan), *_memory_lines(plan)]
+    took = plan["time"]
     if isinstance(took, dict):
         parts.append(
             f"time        from {rough_duration(took['seconds'])} on ({took['seconds_per_step']:.3g} s a step), "
@@ -246,7 +246,7 @@ def plan_text(facts: dict[str, Any], width: int = 80) -> str:
         parts += _wrapped("", took["how"], width)
     else:
         parts.append(f"time        {took}")
-    for note in facts["notes"]:
+    for note in plan["notes"]:
         parts += _wrapped("note", note, width)
     return "\n".join(parts)
 
@@ -263,23 +263,23 @@ def _clipped(text: str, room: int) -> str:
     return text if len(text) <= room else text[: room - 1] + "…"
 
 
-def _sizes(facts: dict[str, Any]) -> list[str]:
-    batch, flops = facts["batch"], facts["flops"]
-    shape = "x".join(map(str, facts["latent"]))
-    image = "x".join(map(str, facts["image"]))
-    lines = [f"command     {facts['command']}", f"images      {image} px, latents {shape}"]
-    lines += [f"parameters  {count:,} ({name})" for name, count in facts["parameters"].items()]
+def _sizes(plan: dict[str, Any]) -> list[str]:
+    batch, flops = plan["batch"], plan["flops"]
+    shape = "x".join(map(str, plan["latent"]))
+    image = "x".join(map(str, plan["image"]))
+    lines = [f"command     {plan['command']}", f"images      {image} px, latents {shape}"]
+    lines += [f"parameters  {count:,} ({name})" for name, count in plan["parameters"].items()]
     processes = f", {batch['processes']} processes" if batch["processes"] > 1 else ""
     lines.append(f"batch       {batch['global']} images a step, {batch['per_pass']} a pass{processes}")
-    if facts["epochs"]:
-        lines.append(f"epochs      {facts['epochs']:.3g}")
+    if plan["epochs"]:
+        lines.append(f"epochs      {plan['epochs']:.3g}")
     forward, step = _si(flops["forward_per_image"]), _si(flops["per_step"])
     return [*lines, f"work        {forward}FLOP forward an image, {step}FLOP a step"]
 
 
-def _memory_lines(facts: dict[str, Any]) -> list[str]:
-    memory, size = facts["memory"], files.human_bytes
-    share = "for each process" if facts["batch"]["processes"] > 1 else "free"
+def _memory_lines(plan: dict[str, Any]) -> list[str]:
+    memory, size = plan["memory"], files.human_bytes
+    share = "for each process" if plan["batch"]["processes"] > 1 else "free"
     parts = ("weights", "gradients", "optimizer", "ema", "activations", "runtime")
     named = [f"{name} {size(memory[name])}" for name in parts]
     verdict = "fits" if memory["fits"] else "does not fit"

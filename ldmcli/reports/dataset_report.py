@@ -138,7 +138,7 @@ def _look(row: Row, split: str) -> Look:
         return Look(row, error.name, split, None, "", error.reason)
 
 
-# ---------------------------------------------------------------- facts
+# ---------------------------------------------------------------- sizes
 
 
 def _sizes(good: Sequence[Look], settings: DataSettings) -> dict[str, Any] | None:
@@ -147,7 +147,7 @@ def _sizes(good: Sequence[Look], settings: DataSettings) -> dict[str, Any] | Non
     shapes = [look.shape for look in good if look.shape is not None]
     by_area = sorted(shapes, key=lambda shape: shape[0] * shape[1])
     counted = Counter(shapes).most_common(EXAMPLES)
-    facts = {
+    sizes = {
         "smallest": _by(by_area[0]),
         "median": _by(by_area[len(by_area) // 2]),
         "largest": _by(by_area[-1]),
@@ -156,8 +156,8 @@ def _sizes(good: Sequence[Look], settings: DataSettings) -> dict[str, Any] | Non
     }
     if any(settings.size):
         small = sum(h < settings.size[0] or w < settings.size[1] for h, w in shapes)
-        facts["enlarged_at_size"] = small
-    return facts
+        sizes["enlarged_at_size"] = small
+    return sizes
 
 
 def _by(shape: tuple[int, int]) -> str:
@@ -244,18 +244,18 @@ def _contact_sheet(good: Sequence[Look], settings: DataSettings, out: Path) -> P
 # ---------------------------------------------------------------- for people
 
 
-def inspect_text(facts: dict[str, Any], width: int = 80) -> str:
-    """The facts for a terminal."""
-    lines = [_line("data", facts["source"])]
-    lines.append(_line("rows", ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())))
-    lines.append(_line("columns", ", ".join(f"{role} = {name}" for role, name in facts["columns"].items())))
-    lines += _size_lines(facts["sizes"]) + _caption_lines(facts["captions"])
-    if facts["classes"] is not None:
-        named = ", ".join(f"{name} {count:,}" for name, count in list(facts["classes"].items())[:20])
-        more = f", and {len(facts['classes']) - 20} more" if len(facts["classes"]) > 20 else ""
-        lines.append(_line("classes", f"{len(facts['classes'])}: {named}{more}"))
-    if facts["objects"] is not None:
-        found = facts["objects"]
+def inspect_text(report: dict[str, Any], width: int = 80) -> str:
+    """The report for a terminal."""
+    lines = [_line("data", report["source"])]
+    lines.append(_line("rows", ", ".join(f"{count:,} {split}" for split, count in report["rows"].items())))
+    lines.append(_line("columns", ", ".join(f"{role} = {name}" for role, name in report["columns"].items())))
+    lines += _size_lines(report["sizes"]) + _caption_lines(report["captions"])
+    if report["classes"] is not None:
+        named = ", ".join(f"{name} {count:,}" for name, count in list(report["classes"].items())[:20])
+        more = f", and {len(report['classes']) - 20} more" if len(report["classes"]) > 20 else ""
+        lines.append(_line("classes", f"{len(report['classes'])}: {named}{more}"))
+    if report["objects"] is not None:
+        found = report["objects"]
         lines.append(
             _line(
                 "objects",
@@ -263,10 +263,10 @@ def inspect_text(facts: dict[str, Any], width: int = 80) -> str:
                 f"{found['per_image_most']}, {found['categories']} categories",
             )
         )
-    lines += _trouble_lines(facts)
-    lines += [_line("note", note) for note in facts["notes"]]
-    if facts["contact_sheet"]:
-        lines.append(_line("pictures", facts["contact_sheet"]))
+    lines += _trouble_lines(report)
+    lines += [_line("note", note) for note in report["notes"]]
+    if report["contact_sheet"]:
+        lines.append(_line("pictures", report["contact_sheet"]))
     wrap = textwrap.TextWrapper(width, subsequent_indent=" " * 12, break_on_hyphens=False, drop_whitespace=True)
     return "\n".join("\n".join(wrap.wrap(line)) for line in lines)
 
@@ -299,8 +299,8 @@ def _caption_lines(captions: dict[str, Any] | None) -> list[str]:
     return lines + [_line("", f"“{text}”") for text in captions["examples"]]
 
 
-def _trouble_lines(facts: dict[str, Any]) -> list[str]:
-    bad, copies = facts["bad"], facts["duplicates"]
+def _trouble_lines(report: dict[str, Any]) -> list[str]:
+    bad, copies = report["bad"], report["duplicates"]
     lines = [_line("bad", f"{len(bad)} files; --skip-bad leaves them out" if bad else "no file")]
     lines += [_line("", f"{one['file']}: {one['reason']}") for one in bad]
     if copies["groups"]:

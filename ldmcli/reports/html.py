@@ -55,7 +55,7 @@ def _value(text: str) -> str:
     return f"{safe(number)}<small> {safe(unit)}</small>" if unit else safe(number)
 
 
-def facts(entries: Iterable[tuple[str, object]]) -> str:
+def definition_list(entries: Iterable[tuple[str, object]]) -> str:
     """Names and values that a reader looks up, values that wrap anywhere."""
     rows = "".join(f"<dt>{safe(name)}</dt><dd>{safe(value)}</dd>" for name, value in entries if value not in ("", None))
     return f'<dl class="facts">{rows}</dl>' if rows else ""

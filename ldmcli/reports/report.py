@@ -178,7 +178,9 @@ def _part(view: RunView) -> str:
     """One of the runs: figures, pictures, curves, settings."""
     title = run_report.KINDS.get(view.kind, view.name)
     inside = run_report.key_figures(view) + run_report.previews(view) + run_report.curves(view)
-    more = html.folded("How it was run", html.facts(run_report.identity(view)) + run_report.setting_tables(view))
+    more = html.folded(
+        "How it was run", html.definition_list(run_report.identity(view)) + run_report.setting_tables(view)
+    )
     return f'<section class="part"><h2>{safe(title)}</h2>{inside}{more}</section>'
 
 

@@ -22,7 +22,7 @@ from ldmcli.reports.run_view import (
     evaluation_files,
     latest_metrics,
     logged_values,
-    metric_facts,
+    metric_label,
     preview_texts,
     sample_files,
     validation_count,
@@ -61,14 +61,15 @@ _NOT_DRAWN = {
 
 
 def header(run: RunView) -> str:
-    """Name, state, and the facts that identify the run."""
+    """Name, state, and what identifies the run."""
     state = str(run.state.get("state") or "unknown")
     badge = f'<span class="state {state if state in STATES else "unknown"}">{safe(state)}</span>'
     reason = run.state.get("reason")
     reason = f'<p class="reason">{safe(reason)}</p>' if reason and state != "finished" else ""
     reason += "".join(f'<p class="reason">{safe(text)}</p>' for text in run.state.get("warnings") or [])
     title = f"<h1>{safe(run.name)}{badge}</h1>"
-    return f'<header>{title}<p class="lead">{safe(headline(run))}</p>{reason}{html.facts(identity(run))}</header>\n'
+    identifying = html.definition_list(identity(run))
+    return f'<header>{title}<p class="lead">{safe(headline(run))}</p>{reason}{identifying}</header>\n'
 
 
 def headline(run: RunView) -> str:
@@ -160,7 +161,7 @@ def _images(run: RunView) -> object:
 
 def tile(key: str, value: float, remark: str) -> tuple[str, str, str]:
     """A metric as a key figure."""
-    name, unit, better = metric_facts(key)
+    name, unit, better = metric_label(key)
     return name, f"{figure(value)} {unit}".strip(), "; ".join(part for part in (remark, better) if part)
 
 
@@ -188,7 +189,7 @@ def curves(run: RunView) -> str:
         chart("Loss", "", {"loss_autoencoder": "autoencoder"}),
     ]
     for key in [key for key in values if key.startswith("val/") and key not in used]:
-        name, unit, better = metric_facts(key[4:])
+        name, unit, better = metric_label(key[4:])
         charts.append(chart(f"{name} on validation", unit, {key: name}, better))
     charts += [chart(*group) for group in GROUPS]
     rest = [chart(key, "", {key: key}) for key in values if key not in used | _NOT_DRAWN]

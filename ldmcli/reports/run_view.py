@@ -86,7 +86,7 @@ def latest_metrics(run: RunView) -> dict[str, float]:
     return {k: v for k, v in found.items() if finite([(0, v)])}
 
 
-def metric_facts(key: str) -> tuple[str, str, str]:
+def metric_label(key: str) -> tuple[str, str, str]:
     """(name, unit, which way is better) of a metric; its key may carry an extractor, as fd_effnet_lite0."""
     if key in TRAINING_FIGURES:
         return TRAINING_FIGURES[key], "", "lower is better"

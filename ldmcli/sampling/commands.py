@@ -65,8 +65,8 @@ def sample_to_folder(
             yield (
                 image,
                 {
-                    kind: outputs.beside(kind, pixels, values[kind][k % len(values[kind])], loaded.conditions)
-                    for kind in shown
+                    name: outputs.beside(name, pixels, values[name][k % len(values[name])], loaded.conditions)
+                    for name in shown
                 },
             )
 
@@ -74,7 +74,7 @@ def sample_to_folder(
     folder.write(
         in_batches(folder.todo, request.batch_size or _batch_size(loaded, draw)),
         make,
-        (lambda k: _facts(k, values, request, describe)) if metadata else None,
+        (lambda k: _metadata(k, values, request, describe)) if metadata else None,
         lambda: _sheet(folder.names, n, groups, values, loaded),
         action="sampling",
     )
@@ -200,7 +200,7 @@ def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> di
     }
 
 
-def _facts(k: int, values: dict[str, list], request: SampleRequest, describe: dict[str, Any]) -> dict[str, Any]:
+def _metadata(k: int, values: dict[str, list], request: SampleRequest, describe: dict[str, Any]) -> dict[str, Any]:
     return {**outputs.metadata(values, k), "seed": request.seed, "sample": k, **describe}
 
 
@@ -217,11 +217,11 @@ def _sheet(
         labelled(one, text) if (text := outputs.caption(values, conditions, k)) else one
         for k, one in enumerate(pictures)
     ]
-    if kinds := outputs.spatial(values):
+    if spatial := outputs.spatial(values):
         rows = []
         for group in range(min(groups, len(pictures))):
-            told = [(kind, values[kind][group % len(values[kind])]) for kind in kinds]
-            shown = [outputs.picture(kind, value, pictures[0].shape[:2], conditions) for kind, value in told]
+            own = [(name, values[name][group % len(values[name])]) for name in spatial]
+            shown = [outputs.picture(name, value, pictures[0].shape[:2], conditions) for name, value in own]
             rows.append([*shown, *pictures[group::groups]])
         return rows
     columns = groups if 1 < groups <= 16 else min(8, math.ceil(math.sqrt(len(pictures))))

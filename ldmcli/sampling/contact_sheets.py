@@ -14,7 +14,7 @@ GAP = 2
 
 def grid(rows: Sequence[Sequence[np.ndarray]], enlarge_to: int = 0) -> np.ndarray:
     """uint8 sheet of rows of uint8 HWC pictures of one size, with white gaps; enlarged by whole factors to reach
-    `enlarge_to` px of width where that is asked for."""
+    `enlarge_to` px of width where that is not 0."""
     height, width = rows[0][0].shape[:2]
     columns = max(len(row) for row in rows)
     sheet = np.full((len(rows) * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)

@@ -21,7 +21,7 @@ def default_device() -> torch.device:
 
 class LoadedAutoencoder:
     """A first stage in use. Latents are normalised by `scale` on the way out and restored on the way in. place: where
-    pixels go when the network has no weights that would tell (LDM-1)."""
+    pixels go when the network has no weights, which would say so (LDM-1)."""
 
     kind = "autoencoder"
 

@@ -27,7 +27,7 @@ Images = Iterable[tuple[Image.Image, dict[str, np.ndarray]]]
 class ImageFolder:
     """The folder `out` of a request. todo: numbers of the images that are missing.
 
-    request: what was asked for, as request.json keeps it, with "total", the number of images, and "format". conditions:
+    request: what is sampled, as request.json keeps it, with "total", the number of images, and "format". conditions:
     those that are shown beside each image. inputs: files that the command reads. Raises UsageError, before anything is
     touched, where the folder holds what would be lost.
     """
@@ -66,7 +66,7 @@ class ImageFolder:
                         results.write(beside(self.names[k], name), png_bytes(picture))
                     results.write(self.names[k], image_bytes(image, self.fmt, metadata(k) if metadata else None))
                 bar.advance(len(batch))
-                self._end_if_asked(stop)
+                self._end_if_stopped(stop)
             self.seconds = time.perf_counter() - started
             results.write(self.out / SHEET, png_bytes(grid(sheet())))
 
@@ -74,7 +74,7 @@ class ImageFolder:
         """What --json prints of the folder."""
         return {"out": str(self.out), "images": [str(name) for name in self.names], "grid": str(self.out / SHEET)}
 
-    def _end_if_asked(self, stop: StopRequest) -> None:
+    def _end_if_stopped(self, stop: StopRequest) -> None:
         if stop.stop:
             left = sum(not name.exists() for name in self.names)
             raise Interrupted(

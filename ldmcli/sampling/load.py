@@ -54,7 +54,7 @@ def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | 
     # a frozen text encoder brings weights along that the meta device would lose
     with torch.device("meta" if config.condition.text_encoder == "joint" else "cpu"):
         model = DiffusionModel(
-            config.diffusion, config.condition, bundle.facts, tokenizer, bundle.latent_shape, config.kinds
+            config.diffusion, config.condition, bundle.specs, tokenizer, bundle.latent_shape, config.kinds
         )
     strict_load(model, bundle.tensors, where)
     model.eval().requires_grad_(False).to(device)
@@ -118,10 +118,10 @@ def load(
     return build_diffusion(bundle, chosen, path)
 
 
-def find_model(model: str | None, kind: str) -> Path:
+def find_model(model: str | None, run_kind: str) -> Path:
     """The run named, else the newest of its kind, which is then said."""
     if model:
         return Path(model)
-    path = runs.newest_run(kind)
-    console.say(f"model: {path} (the newest {kind} run)")
+    path = runs.newest_run(run_kind)
+    console.say(f"model: {path} (the newest {run_kind} run)")
     return path

@@ -1,4 +1,4 @@
-"""What `ldm sample`, `ldm inpaint` and `ldm upscale` ask of the generator, as plain data."""
+"""The requests of `ldm sample`, `ldm inpaint` and `ldm upscale`, as plain data."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -42,7 +42,7 @@ class SampleRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
-    """What `ldm inpaint` and `ldm upscale` ask: pictures from pictures. None stands for the run's own settings."""
+    """The request of `ldm inpaint` or `ldm upscale`: images from images. None stands for the run's own settings."""
 
     images: tuple[Path, ...]
     masks: tuple[Path, ...] = ()  # inpaint: one a picture, white = hole; or …
@@ -55,9 +55,9 @@ class EditRequest:
     maps: tuple[Path, ...] = ()  # likewise, class maps
     given: tuple[str, ...] = field(default=(), repr=False)  # NAME=VALUE, for conditions without a field here
     n: int = 1  # results a picture
-    blend: int = 8  # pixels around a hole by which brightness and colour in it are fitted; 0 = pasted as drawn
+    blend: int = 8  # pixels around a hole by which brightness and colour in it are fitted; 0 = pasted as sampled
     resample: int = 10  # times that each step is done where the model was not trained to inpaint
-    tone: float | None = None  # upscale: small pixels beyond which brightness is the picture's; 0 = as drawn
+    tone: float | None = None  # upscale: small pixels beyond which brightness is the picture's; 0 = as sampled
     tile: int = 0  # pixels a side of what the networks see at once; 0 = as much as max_memory allows
     max_memory: float = 4.0  # GiB of activations
     steps: int | None = None

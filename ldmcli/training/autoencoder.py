@@ -161,7 +161,7 @@ class AutoencoderObjective:
         return total, stats
 
     def after_update(self, step: int) -> dict[str, float]:
-        """Codes unused for `revive_codes` steps are drawn anew from the encoder's vectors of this batch."""
+        """Codes unused for `revive_codes` steps are set to random vectors of the encoder from this batch."""
         every = self.config.autoencoder.revive_codes
         if not every or (step + 1) % every or self._last_vectors is None:
             return {}

@@ -75,19 +75,19 @@ def autoencoder_costs(config: AutoencoderConfig, size: tuple[int, int]) -> dict[
             critic = PatchDiscriminator(3, config.loss.disc_channels, config.loss.disc_layers).eval()
         costs["discriminator"] = measure_cost(critic, lambda: critic(pixels))
     if config.loss.perceptual_weight > 0:
-        judge = perceptual_shapes(config.loss.perceptual)
-        made = pixels.clone().requires_grad_()
-        costs["perceptual"] = measure_cost(judge, lambda: judge(pixels, made))
+        loss_network = perceptual_shapes(config.loss.perceptual)
+        reconstruction = pixels.clone().requires_grad_()
+        costs["perceptual"] = measure_cost(loss_network, lambda: loss_network(pixels, reconstruction))
     return costs
 
 
 def meta_diffusion_model(
-    config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int]
+    config: DiffusionConfig, specs: dict[str, dict[str, Any]], latent: tuple[int, int, int]
 ) -> DiffusionModel:
     """The model on the meta device. A frozen text encoder would have to be opened; the paper's stands in for it."""
     condition = without_frozen_encoder(config.condition)
     with on_meta_device():
-        model = DiffusionModel(config.diffusion, condition, facts, None, latent, config.kinds)
+        model = DiffusionModel(config.diffusion, condition, specs, None, latent, config.kinds)
         model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device="meta")
     for conditioner in model.conditions.conditioners.values():
         conditioner.count_only()
@@ -95,10 +95,10 @@ def meta_diffusion_model(
 
 
 def diffusion_cost(
-    config: DiffusionConfig, facts: dict[str, dict[str, Any]], latent: tuple[int, int, int], size: tuple[int, int]
+    config: DiffusionConfig, specs: dict[str, dict[str, Any]], latent: tuple[int, int, int], size: tuple[int, int]
 ) -> NetworkCost:
     """Of the diffusion model, with one row of conditions. latent: (c, h, w); size: (height, width) in pixels."""
-    model = meta_diffusion_model(config, facts, latent)
+    model = meta_diffusion_model(config, specs, latent)
     with on_meta_device():
         inputs = model.conditions.example(size)
         z, t = torch.zeros(1, *latent), torch.zeros(1)

@@ -65,12 +65,12 @@ class DiffusionObjective:
         self.latents = LatentStore(self.autoencoder, config.data, dist, self.size)
         self._open_data()
         self.schedule = make_schedule(config.diffusion)
-        self.facts = dist.on_rank_0(self._fit_conditions)
+        self.specs = dist.on_rank_0(self._fit_conditions)
         tokenizer = run_tokenizer(config, run)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
             self.model = DiffusionModel(
-                config.diffusion, config.condition, self.facts, tokenizer, self.latents.shape, config.kinds
+                config.diffusion, config.condition, self.specs, tokenizer, self.latents.shape, config.kinds
             )
         self.networks: dict[str, torch.nn.Module] = {"model": self.model}
         self._prepare_conditions()
@@ -84,7 +84,7 @@ class DiffusionObjective:
         if self.latents.cache and not any(CONDITIONS[name].from_pixels for name in config.kinds):
             for rows in (self.rows, self.validation):
                 rows.forget()  # latents stand for them from here on
-        self.as_model()  # lends the first stage to the conditions
+        self.as_model()  # gives the conditions the first stage
 
     def _check_autoencoder(self) -> None:
         wanted, found = self._stored_stats().get("autoencoder"), self.autoencoder.fingerprint
@@ -99,7 +99,7 @@ class DiffusionObjective:
         return files.read_json(path) if path.exists() else {}
 
     def _open_data(self) -> None:
-        """Rows of training and validation, with what conditions ask of them checked."""
+        """Rows of training and validation, checked for what conditions need."""
         rows, validation, bad = open_data(self.config, self.dist, self.size)
         first, second = check_rows(self.config, rows, validation, self.dist)
         self.rows, self.validation, self.bad = first.rows, second.rows, [*bad, *first.bad, *second.bad]
@@ -122,7 +122,7 @@ class DiffusionObjective:
             source.align_categories(self.model.conditions)
         self.inputs = ConditionInputs(self.source, self.model.conditions)
         if self.dist.is_rank_0:
-            self.inputs.tell_of_rows()
+            self.inputs.report_unseen()
         self.held_out.prepare_inputs(self.model.conditions)
 
     def describe(self) -> str:
@@ -158,7 +158,7 @@ class DiffusionObjective:
     def activation_bytes(self) -> float:
         """Bytes that one image takes in a step, in float32: what is kept for the backward pass, or what the first stage
         takes to encode it, where that is more."""
-        kept = cost.diffusion_cost(self.config, self.facts, self.latents.shape, self.size).activation_bytes
+        kept = cost.diffusion_cost(self.config, self.specs, self.latents.shape, self.size).activation_bytes
         network = self.autoencoder.network
         encodes = self.latents.cache is None or self.model.conditions.encodes
         if network.is_identity or not encodes:
@@ -199,8 +199,8 @@ class DiffusionObjective:
             pixels = out["pixels"].numpy() if "pixels" in out else None
             inputs = self.inputs.batch(ids, where, pixels)
             dropped = {
-                kind: rng.uniform(seed, at, "drop", kind) < self.config.condition.drop
-                for kind in self.config.condition.kinds
+                name: rng.uniform(seed, at, "drop", name) < self.config.condition.drop
+                for name in self.config.condition.kinds
             }
             out |= {f"condition.{k}": v for k, v in self.model.conditions.drop(inputs, dropped).items()}
         return out
@@ -229,7 +229,7 @@ class DiffusionObjective:
         """Nothing."""
 
     def as_model(self) -> LoadedDiffusion:
-        """The model as users load it; lends its first stage to the conditions."""
+        """The model as users load it; gives the conditions its first stage."""
         first = self.autoencoder
         autoencoder = LoadedAutoencoder(first.network, self.latents.scale, first.fingerprint, first.config, first.place)
         return LoadedDiffusion(self.model, autoencoder, self.config, "")
@@ -241,7 +241,7 @@ class DiffusionObjective:
 
     def preview_request(self) -> dict[str, Any]:
         """What previews show, as JSON."""
-        return self.held_out.preview_request(self.facts)
+        return self.held_out.preview_request(self.specs)
 
     def preview(self, path: Path) -> None:
         """A sheet of samples from the run's seed."""
@@ -259,7 +259,7 @@ class DiffusionObjective:
             },
             "latent_shape": list(self.latents.shape),
             "size": list(self.size),
-            "conditions": self.facts,
+            "conditions": self.specs,
             "autoencoder": self.autoencoder.fingerprint,
             "preview": self.preview_request(),
         }

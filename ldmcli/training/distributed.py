@@ -30,7 +30,7 @@ class Distributed:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        started = int(os.environ.get("WORLD_SIZE", "1"))
         # without an accelerator a bare Accelerator() ignores the launcher's variables and believes itself alone
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         # buffers are equal on all processes already; broadcasting them between two forwards breaks the backward
@@ -39,9 +39,9 @@ class Distributed:
             InitProcessGroupKwargs(timeout=timedelta(seconds=settings.gradient_timeout)),
         ]
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
-        if self.accelerator.num_processes != asked:
+        if self.accelerator.num_processes != started:
             raise UsageError(
-                f"{asked} processes were started but this one sees {self.accelerator.num_processes}; start with "
+                f"{started} processes were started but this one sees {self.accelerator.num_processes}; start with "
                 "`ldm … --gpus N`, or `accelerate launch --multi_gpu --num_processes N -m ldmcli …`"
             )
         self.device = self.accelerator.device
@@ -73,8 +73,8 @@ class Distributed:
         return self.rank == 0
 
     def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A micro-batch on this process's device. float64 stays on the host: Apple GPUs have none, and what is drawn
-        from it (timesteps) is made there."""
+        """A micro-batch on this process's device. float64 stays on the host: Apple GPUs have none, and what is
+        made from it (timesteps) is made there."""
         return {k: v if v.dtype == torch.float64 else v.to(self.device) for k, v in batch.items()}
 
     def autocast(self):

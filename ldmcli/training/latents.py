@@ -43,7 +43,7 @@ def measure_latent_scale(
 
 
 class LatentStore:
-    """Moments from a cache or from the encoder, and normalised latents drawn from them.
+    """Moments from a cache or from the encoder, and normalised latents sampled from them.
 
     Moments are (B, 2c, h, w): mean and log variance of the posterior. Of stages without one (`deterministic`: VQ, and
     pixels) they are the latents themselves, (B, c, h, w).
@@ -115,14 +115,16 @@ class LatentStore:
         return self.autoencoder.network.moments(pixels_to_tensor(pixels, self.dist.device)).float()
 
     def encode_rows(self, rows: Any, ids: list[int]) -> np.ndarray:
-        """Moments of rows, float32 (B, views, C, h, w): as they are and, with data.flip, mirrored."""
+        """Moments of rows, float32 (B, 1 or 2, C, h, w): as they are and, with data.flip, mirrored."""
         pixels = np.stack([rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in ids])
-        views = (pixels, np.ascontiguousarray(pixels[:, :, ::-1])) if self.data.flip else (pixels,)
+        orientations = (pixels, np.ascontiguousarray(pixels[:, :, ::-1])) if self.data.flip else (pixels,)
         with self.dist.autocast():
-            return np.stack([self.moments(torch.from_numpy(view)).cpu().numpy() for view in views], axis=1)
+            return np.stack(
+                [self.moments(torch.from_numpy(oriented)).cpu().numpy() for oriented in orientations], axis=1
+            )
 
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
-        """Normalised latents (B, c, h, w) drawn from moments with `noise` of that shape; without it their modes."""
+        """Normalised latents (B, c, h, w) sampled from moments with `noise` of that shape; without it their modes."""
         return self.scale.normalise(moments if self.deterministic else posterior_sample(moments, noise))
 
     def modes(self, rows: Any, count: int) -> Tensor:

@@ -108,14 +108,14 @@ class TrainLogger:
         if self.trackers:
             self.trackers.close()
         monitor, path = progress.course, self.folder.path
-        facts = {
+        totals = {
             "trained_seconds": progress.trained_seconds,
             "images": progress.images,
             "spikes": monitor.spikes,
             "warnings": monitor.warnings(),
         }
         # the others wait for this, so that none leaves the process group while another still uses it
-        self.dist.on_rank_0(lambda: self.folder.update(state="finished", exit_code=0, **facts))
+        self.dist.on_rank_0(lambda: self.folder.update(state="finished", exit_code=0, **totals))
         if not self.dist.is_rank_0:
             return {}
         for text in monitor.warnings():

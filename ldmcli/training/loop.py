@@ -37,7 +37,7 @@ REPLICA_CHECK_EVERY = 500  # steps between comparisons of the weights of all pro
 HOURS_MARGIN = 0.98  # share of train.max_hours after which a run saves and ends: saving takes time, too
 
 
-def train(kind: str, resolved: Resolved, out: Path, options: RunOptions) -> dict[str, Any]:
+def train(run_kind: str, resolved: Resolved, out: Path, options: RunOptions) -> dict[str, Any]:
     """Trains (or goes on training) the run in `out`; returns run.json's content.
 
     Raises Interrupted after a signal (state saved), DivergedError, ResourceError, ModelError, InputError, UsageError.
@@ -46,7 +46,7 @@ def train(kind: str, resolved: Resolved, out: Path, options: RunOptions) -> dict
     folder = runs.RunFolder(out)
     with StopRequest() as request:
         try:
-            done = dist.on_rank_0(lambda: claim_run_folder(folder, kind, resolved, options))
+            done = dist.on_rank_0(lambda: claim_run_folder(folder, run_kind, resolved, options))
             if done:
                 return done
             return Trainer(resolved, folder, dist, options, request).run()
@@ -72,7 +72,7 @@ def train(kind: str, resolved: Resolved, out: Path, options: RunOptions) -> dict
 
 
 class Trainer:
-    """One process's part of a run, from opening the data to the last file."""
+    """One process's part of a run, from its data to its last file."""
 
     def __init__(
         self, resolved: Resolved, folder: runs.RunFolder, dist: Distributed, options: RunOptions, request: StopRequest
@@ -253,7 +253,7 @@ class Trainer:
         path = self.folder.path / "samples" / f"step-{step:08d}.png"
         try:
             self.dist.on_rank_0(lambda: self.state.with_ema_weights(lambda: self.objective.preview(path)))
-        except ModelError as error:  # NaN or Inf in what is drawn: the loss decides whether a training goes on
+        except ModelError as error:  # NaN or Inf in samples: the loss decides whether a training goes on
             console.warn(f"no preview at step {step}: {error}")
 
     def _time_is_up(self) -> bool:

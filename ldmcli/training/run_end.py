@@ -62,4 +62,4 @@ def record_failure(run: runs.RunFolder, error: BaseException, dist: Distributed)
     try:
         run.update(state=state, reason=console.clean(str(error)), exit_code=code)
     except LdmError:
-        pass  # the disk is full: the first error is the one to tell
+        pass  # the disk is full: the first error is the one to report

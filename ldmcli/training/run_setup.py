@@ -55,7 +55,9 @@ class RunOptions:
     init_from: str = ""  # train-ldm: a run whose weights are the start
 
 
-def claim_run_folder(run: runs.RunFolder, kind: str, resolved: Resolved, options: RunOptions) -> dict[str, Any] | None:
+def claim_run_folder(
+    run: runs.RunFolder, run_kind: str, resolved: Resolved, options: RunOptions
+) -> dict[str, Any] | None:
     """Locks the folder for this command; returns run.json's content when the run is finished, else None.
 
     Raises UsageError where the folder holds something else, ModelError where the run in it has other settings.
@@ -75,11 +77,11 @@ def claim_run_folder(run: runs.RunFolder, kind: str, resolved: Resolved, options
     if not runs.is_run(path):
         return None
     state = run.state()
-    if state.get("kind") != kind:
+    if state.get("kind") != run_kind:
         raise UsageError(
             f"{path}: holds a run of kind {state.get('kind')}; choose another --out or begin anew with --fresh"
         )
-    _compare_settings(kind, path, resolved, options)
+    _compare_settings(run_kind, path, resolved, options)
     if state.get("state") == "finished" and state.get("step", 0) >= resolved.config.train.steps:
         console.say(
             f"{path}: finished at step {state['step']}; nothing to do (more --steps go on, --fresh begins anew)"
@@ -88,11 +90,11 @@ def claim_run_folder(run: runs.RunFolder, kind: str, resolved: Resolved, options
     return None
 
 
-def _compare_settings(kind: str, path: Path, resolved: Resolved, options: RunOptions) -> None:
+def _compare_settings(run_kind: str, path: Path, resolved: Resolved, options: RunOptions) -> None:
     """Refuses to go on with settings that change what is learned; says what harmless ones changed."""
     if not (path / "config.toml").exists():
         return
-    old = flat(from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml")))
+    old = flat(from_toml(run_kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml")))
     changed = {k: (old.get(k), v) for k, v in flat(resolved.config).items() if old.get(k) != v}
     grave = {k: v for k, v in changed.items() if not k.startswith(CHANGEABLE_ON_RESUME) and k not in options.allow}
     if grave:

@@ -21,7 +21,7 @@ class TrainState:
     def __init__(self, objective: Objective, dist: Distributed, settings: TrainSettings):
         self.dist, self.settings, self.networks = dist, settings, objective.networks
         self.progress = Progress(loss_scale=INITIAL_FP16_SCALE if dist.dtype == torch.float16 else 1.0)
-        self.wrapped: dict[str, Any] = {}  # compiled and data-parallel, where asked for
+        self.wrapped: dict[str, Any] = {}  # compiled and data-parallel, where the settings say so
         self.optimizers: dict[str, PhaseOptimizer] = {}
         self.trainable: dict[str, list[torch.nn.Parameter]] = {}  # without what a network keeps frozen
         dist.all_reduce_max([0.0])  # wrapping compares weights: nobody begins before the others are here

@@ -67,7 +67,7 @@ def _reason(error: BaseException) -> str:
 
 
 def open_trackers(names: tuple[str, ...], run: Path, config: dict[str, Any]) -> Trackers:
-    """Starts trackers and tells them the configuration. TensorBoard and wandb write below `run`; wandb stays offline
+    """Starts trackers and gives them the configuration. TensorBoard and wandb write below `run`; wandb stays offline
     where HF_HUB_OFFLINE is 1.
 
     Raises UsageError for an unknown name, InputError where a package is missing or a tracker cannot start.

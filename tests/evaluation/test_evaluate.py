@@ -154,7 +154,7 @@ def test_the_distance_is_that_of_the_features_and_carries_the_extractor_in_its_n
     assert result["metrics"] == {"fd_tiny8": pytest.approx(expected, rel=1e-9)} and expected > 0
     assert result["labels"]["fd_tiny8"] == "FD (tiny)" and "fid" not in result["metrics"]
     assert (result["n_generated"], result["n_reference"], result["reliable"]) == (14, 11, True)
-    assert result["extractor"] == tiny.facts and result["covariance_divisor"] == "n - 1"
+    assert result["extractor"] == tiny.protocol and result["covariance_divisor"] == "n - 1"
 
 
 def test_a_folder_of_png_and_an_npz_give_the_same_numbers(tmp_path):
@@ -238,7 +238,7 @@ def test_statistics_of_another_extractor_are_refused(tmp_path, tiny):
     np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(InputError, match="another extractor"):
         evaluate(images=here, data=tmp_path / "wide.npz")
-    changed = SimpleNamespace(facts=tiny.facts | {"resize": "box"})
+    changed = SimpleNamespace(protocol=tiny.protocol | {"resize": "box"})
     write_statistics(tmp_path / "box.npz", tiny.features(pictures(12)), changed, {})
     with pytest.raises(InputError, match=r"another extractor \(resize\)"):
         evaluate(images=here, data=tmp_path / "box.npz")

@@ -140,9 +140,9 @@ def test_only_the_known_inception_makes_a_number_called_fid(random_inception):
 
 
 def test_a_number_states_layer_hash_and_resize_of_its_extractor(lite0):
-    facts = lite0.facts
-    assert facts["weights_known"] and facts["weights_sha256"].startswith("579344248a93")
-    assert facts["dim"] == 1280 and "bicubic" in facts["resize"] and "224" in facts["resize"]
+    protocol = lite0.protocol
+    assert protocol["weights_known"] and protocol["weights_sha256"].startswith("579344248a93")
+    assert protocol["dim"] == 1280 and "bicubic" in protocol["resize"] and "224" in protocol["resize"]
 
 
 def test_missing_inception_weights_are_named_with_hash_and_place(tmp_path, monkeypatch):

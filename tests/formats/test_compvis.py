@@ -539,12 +539,12 @@ def test_what_is_seen_in_holes_goes_there_and_back(tmp_path, fill):
     bundle = run_folder.read(tmp_path / "ldm")
     config = replace(bundle.config, task=replace(bundle.config.task, fill=fill))
     run_folder.write(
-        replace(bundle, config=config, facts={"masked": bundle.facts["masked"] | {"fill": fill}}), tmp_path / "a"
+        replace(bundle, config=config, specs={"masked": bundle.specs["masked"] | {"fill": fill}}), tmp_path / "a"
     )
     assert ldm("convert", tmp_path / "a", tmp_path / "x.safetensors", "--to", "compvis").code == 0
     assert ldm("convert", tmp_path / "x.safetensors", tmp_path / "b").code == 0
     back = run_folder.read(tmp_path / "b")
-    assert back.config.task.fill == back.facts["masked"]["fill"] == fill
+    assert back.config.task.fill == back.specs["masked"]["fill"] == fill
 
 
 def test_runs_that_the_original_cannot_hold_are_refused(tmp_path):
@@ -569,9 +569,9 @@ def test_planes_that_the_original_does_not_know_are_refused_by_name(tmp_path):
     }
     for kind, (config, facts) in told.items():
         word = {"lowres": "task.enlarged", "layout": "condition.layout_planes"}[kind]
-        assert word in why_not(replace(bundle, config=config, facts={kind: facts}))
+        assert word in why_not(replace(bundle, config=config, specs={kind: facts}))
         plain = {name: value for name, value in facts.items() if name not in ("latent", "planes")}
-        assert word not in why_not(replace(bundle, config=config, facts={kind: plain}))
+        assert word not in why_not(replace(bundle, config=config, specs={kind: plain}))
 
 
 def test_notes_are_kept_in_the_run(tmp_path):

@@ -54,7 +54,7 @@ def model_of(bundle: DiffusionBundle) -> DiffusionModel:
     model = DiffusionModel(
         bundle.config.diffusion,
         bundle.config.condition,
-        bundle.facts,
+        bundle.specs,
         tokenizer,
         bundle.latent_shape,
         bundle.config.kinds,
@@ -161,7 +161,7 @@ def test_pipelines_repeat_the_recording(name):
     if name == "ldm_superres":
         pixels = (want["low"] + 1) * 127.5
         told = Conditioning(concat=want["low"])
-        assert pixels.shape[-1] * bundle.facts["lowres"]["scale"] == want["decoded"].shape[-1]
+        assert pixels.shape[-1] * bundle.specs["lowres"]["scale"] == want["decoded"].shape[-1]
     if name == "ldm_text2img":
         prompts = json.loads(case(name, "prompts.json").read_text())
         inputs, none = model.conditions.prepare({"text": prompts}), model.conditions.null(len(prompts))
@@ -388,7 +388,7 @@ def test_models_without_a_stock_pipeline_bring_their_own_and_come_back(name, tmp
     assert ("unet" in index) == (name not in ("flow", "heads")) and ("vqvae" in index) == (name != "fast")
     again = diffusers.read(tmp_path / "out")
     assert_same(bundle, again)
-    assert again.config.sample == bundle.config.sample and again.facts == bundle.facts
+    assert again.config.sample == bundle.config.sample and again.specs == bundle.specs
     text = (tmp_path / "out" / "pipeline.py").read_text() + diffusers_custom.component_code()[1]
     assert "import ldmcli" not in text and "from ldmcli" not in text
 
@@ -411,7 +411,7 @@ def test_text_models_of_77_tokens_are_stock_and_others_are_not(logits, tmp_path)
     bundle = text_model(tmp_path)
     if logits:  # the head that the published models carry along, unused
         vocabulary, width = bundle.tensors["conditions.entries.text.encoder.transformer.token_emb.weight"].shape
-        bundle.facts["text"]["logits"] = True
+        bundle.specs["text"]["logits"] = True
         bundle.tensors["conditions.entries.text.encoder.transformer.to_logits.weight"] = torch.randn(vocabulary, width)
         bundle.tensors["conditions.entries.text.encoder.transformer.to_logits.bias"] = torch.randn(vocabulary)
     assert diffusers.write(bundle, tmp_path / "out")[0] == "a LDMTextToImagePipeline"

@@ -663,7 +663,7 @@ def test_a_condition_is_dropped_in_a_tenth_of_ten_thousand_draws(ae, tmp_path, m
 
     objective.config = replace(objective.config, train=replace(objective.config.train, batch_size=2500))
     found = [whole(objective, step) for step in range(4)]
-    null_class = len(objective.facts["class"]["class_names"])
+    null_class = len(objective.specs["class"]["class_names"])
     empty = objective.model.conditions.entries["text"].null(1)["ids"]
     without_class = torch.cat([b["condition.class.label"] == null_class for b in found])
     without_text = torch.cat([(b["condition.text.ids"] == empty).all(dim=1) for b in found])

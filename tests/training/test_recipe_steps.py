@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from ldmcli.cli.manage import recipe_facts
+from ldmcli.cli.manage import recipe_summary
 from ldmcli.core import config
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))}
@@ -51,7 +51,7 @@ FLAGS = ("--flip", "--no-cache")
 
 @functools.cache
 def head(name: str) -> dict:
-    return recipe_facts(RECIPES[name])
+    return recipe_summary(RECIPES[name])
 
 
 def options(words: list[str]) -> dict[str, str]:
