@@ -103,8 +103,8 @@ def convert(given: ParsedOptions) -> None:
     if given.json:
         console.emit_json(result)
         return
-    told = " + ".join(result["conditions"]) or "nothing"
-    what = f"a diffusion model told {told}" if result["kind"] == "diffusion" else "an autoencoder"
+    conditions = " + ".join(result["conditions"]) or "nothing"
+    what = f"a diffusion model told {conditions}" if result["kind"] == "diffusion" else "an autoencoder"
     counts = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
     console.say(f"read {given.source}: {what}, parameters: {counts}")
     for note in result["notes"]:

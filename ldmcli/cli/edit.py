@@ -227,8 +227,8 @@ def _how(given: ParsedOptions) -> dict:
 
 def _out(given: ParsedOptions, request: EditRequest, what: str) -> Path:
     """The folder named, or one for this request: the same for the same command, so that it goes on in it."""
-    asked = f"{given.model} {request} {given.format} {given.metadata}"
-    digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+    described = f"{given.model} {request} {given.format} {given.metadata}"
+    digest = hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()[:6]
     out = given.out or Path("outputs") / f"{slug(given.image.stem)}-{what}-{digest}"
     require_folder(out)
     return out

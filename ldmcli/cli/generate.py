@@ -93,13 +93,13 @@ def reconstruct(given: ParsedOptions) -> None:
 
 
 def sample_request(given: ParsedOptions) -> SampleRequest:
-    """What the options ask for; UsageError or InputError where they don't fit together."""
+    """The request of the options; UsageError or InputError where they don't fit together."""
     prompts, classes = tuple(given.prompt or ()), tuple(given.classes or ())
     if given.prompts is not None:
-        asked = read_prompts(given.prompts)
-        if asked.classes and (prompts or classes):
+        prompt_file = read_prompts(given.prompts)
+        if prompt_file.classes and (prompts or classes):
             raise UsageError(f"--prompts {given.prompts} names classes itself; leave --prompt and --class away")
-        prompts, classes = prompts + asked.prompts, classes + asked.classes
+        prompts, classes = prompts + prompt_file.prompts, classes + prompt_file.classes
     if given.init_image is not None and not given.init_image.is_file():
         raise InputError(f"--init-image {given.init_image}: no such file")
     if given.guide is not None and not given.guide.is_file():
@@ -192,7 +192,7 @@ def _stated_name(given: ParsedOptions, request: SampleRequest) -> str:
     """A folder's name for a request: the same for the same command, so that an interrupted one goes on in it."""
     classes = " ".join(("class", *request.classes)) if request.classes else "sample"
     own = " ".join(request.given)  # not in the text of a request, which names folders of before
-    asked = f"{given.model} {request} {given.format} {given.metadata}{own}"
-    digest = hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+    described = f"{given.model} {request} {given.format} {given.metadata}{own}"
+    digest = hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()[:6]
     files = [path.stem for path in (*request.layouts, *request.maps)]
     return f"{slug((*request.prompts, *files, classes)[0])}-{digest}"

@@ -247,11 +247,11 @@ def _show_list(given: ParsedOptions, name: str, found: list[dict[str, str]]) -> 
 @command(opt.TALK)
 def doctor(given: ParsedOptions) -> None:
     """Check this machine: versions, devices, cores, memory and disk, and what is missing."""
-    facts = machine_summary()
+    machine = machine_summary()
     if given.json:
-        console.emit_json(facts)
+        console.emit_json(machine)
     else:
-        console.out(console.key_values(facts))
+        console.out(console.key_values(machine))
 
 
 def machine_summary() -> dict[str, object]:

@@ -15,14 +15,14 @@ MOST = 100_000  # images of one line
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a file asks for, an entry an image. Of both lists one may be empty, otherwise they are equally long."""
+class PromptFile:
+    """The requests of a file, an entry an image. Of both lists one may be empty, otherwise they are equally long."""
 
     prompts: tuple[str, ...]
     classes: tuple[str, ...]
 
 
-def read_prompts(path: Path) -> Asked:
+def read_prompts(path: Path) -> PromptFile:
     """The prompts of a UTF-8 text file, `-` for stdin; blank lines and lines that begin with # are passed over.
 
     A line is a prompt, which may stand in quotes, or an object {"prompt": …, "class": …, "n": …}: n images (1) of that
@@ -51,7 +51,7 @@ def read_prompts(path: Path) -> Asked:
         console.warn(f"{name}: keys that are not read: {', '.join(sorted(unread))}; a line takes prompt, class and n")
     if comments:
         console.say(f"{name}: {len(found)} prompts; {comments} lines that begin with # are comments")
-    return Asked(*(tuple(str(one[k]) for one in found if one[k] is not None) for k in (0, 1)))
+    return PromptFile(*(tuple(str(one[k]) for one in found if one[k] is not None) for k in (0, 1)))
 
 
 def _text(path: Path, name: str) -> str:

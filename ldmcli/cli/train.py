@@ -141,8 +141,8 @@ def run_name(resolved: config.Resolved) -> str:
     if not isinstance(resolved.config, DiffusionConfig):
         return f"{data_name(resolved.config.data.source)}-ae"
     task = resolved.config.task.name
-    told = [*resolved.config.condition.kinds, *([task] if task != "generate" else [])]
-    return f"{data_name(resolved.config.data.source)}-{'-'.join(told) or 'ldm'}"
+    parts = [*resolved.config.condition.kinds, *([task] if task != "generate" else [])]
+    return f"{data_name(resolved.config.data.source)}-{'-'.join(parts) or 'ldm'}"
 
 
 def _run(given: ParsedOptions, resolved: config.Resolved, what: str, **models: str) -> None:
@@ -188,11 +188,11 @@ def _show_plan(given: ParsedOptions, resolved: config.Resolved, models: dict[str
 
     preset = config.read_recipe(config.recipe_path(given.recipe)).preset if given.recipe else given.preset
     stage = str(PRESETS[preset].extra.get("first_stage", "")) if preset in PRESETS else ""
-    facts = plan(resolved.kind, resolved, first_stage=stage, processes=given.gpus or 1, **models)
+    costs = plan(resolved.kind, resolved, first_stage=stage, processes=given.gpus or 1, **models)
     if given.json:
-        console.emit_json(facts)
+        console.emit_json(costs)
     else:
-        console.out(plan_text(facts, console.width()))
+        console.out(plan_text(costs, console.width()))
 
 
 def require_folder(path: Path) -> None:

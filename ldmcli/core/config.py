@@ -226,7 +226,7 @@ def preset_layer(kind: str, name: str, where: str = "--preset") -> Layer:
 def recipe_path(name: str | Path, where: str = "--recipe") -> Path:
     """The file that --recipe means: a path, or the name of a recipe that comes with the package.
 
-    `where` says who asked, for the message where there is none.
+    where: the option that names it, for the message where there is none.
     """
     path = Path(name)
     if path.is_file():

@@ -191,7 +191,7 @@ def plain_name(name: str) -> str:
 
 
 def require_finite(tensors: dict, where: Path | str, error: type[LdmError] = ModelError) -> None:
-    """Raises `error`, naming them, where tensors hold NaN or Inf: a model with such weights draws black pictures."""
+    """Raises `error`, naming them, where tensors hold NaN or Inf: samples of a model with such weights are black."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

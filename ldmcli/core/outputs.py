@@ -1,6 +1,6 @@
 """What a command may replace: files that `ldm` itself wrote, and nothing else.
 
-A folder of results holds request.json: what was asked for, and the SHA-256 of each file written for it. A picture that
+A folder of results holds request.json: the request, and the SHA-256 of each file written for it. A picture that
 was changed since then is the user's again. Sheets (grid.png, contact.png, what lies beside samples) also carry the
 mark `Software: ldm`, and samples their settings, so that they are known without that file.
 """
@@ -19,7 +19,7 @@ RECORD = "request.json"
 SHEET, CONTACT = "grid.png", "contact.png"  # of samples; of a data set
 PAGES = ("report.html", "README.md")
 MARK = "Software", "ldm"  # PNG text of every sheet
-BESIDE = ("layout", "map")  # what was told, as a picture beside a sample: 000000-map.png
+BESIDE = ("layout", "map")  # the value of a condition, as a picture beside a sample: 000000-map.png
 MOST = 10_000_000  # pictures of a request
 _DESCRIPTION = 0x010E  # EXIF tag of a sample's settings in formats other than PNG
 
@@ -39,9 +39,9 @@ def marked(path: Path) -> bool:
     return isinstance(described, dict) and "ldm_version" in described
 
 
-def beside(sample: Path, kind: str) -> Path:
+def beside(sample: Path, condition: str) -> Path:
     """Where the picture of a layout or map lies beside a sample."""
-    return sample.with_name(f"{sample.stem}-{kind}.png")
+    return sample.with_name(f"{sample.stem}-{condition}.png")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -51,7 +51,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except ModelError:
         return None
     wanted = {"model": str, "format": str, "total": int}
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in wanted.items()):
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name), condition) for name, condition in wanted.items()
+    ):
         return None
     listed = found.get("files", {})
     plain = isinstance(listed, dict) and all(Path(name).name == name for name in listed)
@@ -65,7 +67,7 @@ def _declared(out: Path, record: Mapping[str, Any] | None) -> dict[str, str]:
     names = [out / f"{k:06d}.{record['format']}" for k in range(record["total"])]
     found = dict.fromkeys((name.name for name in names), "")
     if "files" not in record:
-        found |= {beside(name, kind).name: "" for name in names for kind in BESIDE} | {SHEET: ""}
+        found |= {beside(name, condition).name: "" for name in names for condition in BESIDE} | {SHEET: ""}
     return found | record.get("files", {})
 
 
@@ -150,7 +152,7 @@ class Results:
         names: list[Path],
         wanted: dict[str, Any],
         *,
-        kinds: Sequence[str] = (),
+        conditions: Sequence[str] = (),
         inputs: Sequence[Path] = (),
         overwrite: bool = False,
     ):
@@ -158,8 +160,8 @@ class Results:
         record = read_record(out / RECORD)
         declared = _declared(out, record)
         earlier = [out / name for name in declared]
-        told = [beside(name, kind) for name in names for kind in kinds]
-        own = [*names, *told, out / SHEET]
+        beside_files = [beside(name, condition) for name in names for condition in conditions]
+        own = [*names, *beside_files, out / SHEET]
         refuse_inputs(out, [*own, *earlier, out / RECORD], inputs)
         if record is None and os.path.lexists(out / RECORD):
             refuse_foreign([out / RECORD])
@@ -170,15 +172,15 @@ class Results:
                 if os.path.lexists(path) and _is_ours(path, declared):
                     path.unlink()
         else:
-            self._go_on(record, declared, told)
+            self._go_on(record, declared, beside_files)
         self.todo = [k for k, name in enumerate(names) if not name.exists()]
         anew = [names[k] for k in self.todo]
-        anew += [beside(name, kind) for name in anew for kind in kinds]
+        anew += [beside(name, condition) for name in anew for condition in conditions]
         gone = {SHEET, *(path.name for path in anew)}
         self.files = {name: known for name, known in self.files.items() if name not in gone}
         files.write_json(out / RECORD, {**wanted, "files": self.files})
 
-    def _go_on(self, record: Mapping[str, Any] | None, declared: Mapping[str, str], told: list[Path]) -> None:
+    def _go_on(self, record: Mapping[str, Any] | None, declared: Mapping[str, str], beside_files: list[Path]) -> None:
         there = [name for name in self.names if os.path.lexists(name)]
         mine = record is not None and {k: v for k, v in record.items() if k != "files"} == self.wanted
         held = [name for name in declared if name != SHEET and os.path.lexists(self.out / name)]
@@ -188,7 +190,9 @@ class Results:
             raise UsageError(
                 f"{self.out}: holds images already ({there[0].name} …); choose another --out or add --overwrite"
             )
-        refuse_foreign([self.out / SHEET, *(path for path in told if not mine or path.name not in declared)], declared)
+        refuse_foreign(
+            [self.out / SHEET, *(path for path in beside_files if not mine or path.name not in declared)], declared
+        )
         self.files = {name: known for name, known in declared.items() if mine and known}
 
     def write(self, path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ VALUE = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Settings by dotted name, and facts: shapes, published parameter and tensor counts, published quality.
+    """Settings by dotted name, and what is published of the model: shapes, parameter and tensor counts, quality.
 
     kind: "autoencoder" or "diffusion". summary: one line. extra keys are those of `_first_stage` and `_model`.
     """

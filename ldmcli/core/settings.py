@@ -414,11 +414,11 @@ class DiffusionConfig:
 
     @property
     def caches_latents(self) -> bool:
-        """Whether latents are encoded once and kept: asked for, and each picture is seen alike in every epoch."""
+        """Whether latents are encoded once and kept: data.cache, and each picture is cut alike in every epoch."""
         return self.data.cache and not self.data.streaming and self.data.crop == "center"
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Everything that the model is told: the conditions asked for, and the planes that its task brings along."""
+        """All that the model is conditioned on: condition.kinds, and the condition that its task brings along."""
         own = TASK_CONDITIONS.get(self.task.name)
         return self.condition.kinds if own is None else (*self.condition.kinds, own)

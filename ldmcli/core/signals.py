@@ -1,4 +1,4 @@
-"""Signals that ask a long command to end or to save, as flags that its loop reads between two steps."""
+"""Signals for a long command to end or to save, as flags that its loop reads between two steps."""
 
 import os
 import signal
@@ -42,8 +42,8 @@ class StopRequest:
     @property
     def save_requested(self) -> bool:
         """True once for each time that SIGUSR1 came (several between two readings count as one)."""
-        asked, self._save = self._save, False
-        return asked
+        save, self._save = self._save, False
+        return save
 
     def _on_stop(self, number: int, frame) -> None:
         if not self.stop:

@@ -29,7 +29,7 @@ class Annotations:
 
 
 def read_annotations(found: Found, tables: Sequence[Path], split_of) -> Annotations:
-    """Annotations of the pictures of a folder, from those of `tables` that are annotation files. `split_of` tells the
+    """Annotations of the pictures of a folder, from those of `tables` that are annotation files. `split_of` gives the
     split that a word names."""
     result = Annotations()
     by_name: dict[str, list[Path]] = {}

@@ -42,14 +42,14 @@ def to_pixels(images: Any, channels: int = 3, name: str = "images") -> Tensor:
     if x.is_floating_point():
         return _float_pixels(x, channels, name)
     if x.dtype == torch.bool or x.ndim not in (2, 3, 4) or not x.numel():
-        raise InputError(f"{name}: {_told(x)}; {_wanted(channels)}")
+        raise InputError(f"{name}: {_dtype_and_shape(x)}; {_wanted(channels)}")
     if x.ndim == 2:
         x = x[..., None].expand(*x.shape, channels)
     x = x if x.ndim == 4 else x[None]
     if x.shape[-1] == channels:
         x = x.permute(0, 3, 1, 2)
     elif x.shape[1] != channels:
-        raise InputError(f"{name}: {_told(x)}; {_wanted(channels)}")
+        raise InputError(f"{name}: {_dtype_and_shape(x)}; {_wanted(channels)}")
     if x.dtype != torch.uint8:
         low, high = int(x.to(torch.int64).min()), int(x.to(torch.int64).max())
         if low < 0 or high > 255:
@@ -60,7 +60,7 @@ def to_pixels(images: Any, channels: int = 3, name: str = "images") -> Tensor:
 def _float_pixels(x: Tensor, channels: int, name: str) -> Tensor:
     x = x if x.ndim == 4 else x[None]
     if x.ndim != 4 or x.shape[1] != channels or not x.numel():
-        raise InputError(f"{name}: {_told(x)}; {_wanted(channels)}")
+        raise InputError(f"{name}: {_dtype_and_shape(x)}; {_wanted(channels)}")
     x = finite(x, name)
     if float(x.abs().max()) > LARGEST:
         raise InputError(
@@ -129,10 +129,10 @@ def floats(value: Any, name: str, ndim: int) -> Tensor:
     """Float32 with `ndim` axes; one axis less stands for a batch of one. Raises UsageError, or InputError for NaN."""
     x = tensor_of(value, name)
     if x.dtype == torch.bool or x.is_complex():
-        raise UsageError(f"{name}: {_told(x)}; it must hold numbers")
+        raise UsageError(f"{name}: {_dtype_and_shape(x)}; it must hold numbers")
     x = x[None] if x.ndim == ndim - 1 else x
     if x.ndim != ndim:
-        raise UsageError(f"{name}: {_told(x)}; it must have {ndim} axes")
+        raise UsageError(f"{name}: {_dtype_and_shape(x)}; it must have {ndim} axes")
     return finite(x, name)
 
 
@@ -140,10 +140,10 @@ def whole_numbers(value: Any, name: str, ndim: int) -> Tensor:
     """Int64 with `ndim` axes, as `floats`."""
     x = tensor_of(value, name)
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise UsageError(f"{name}: {_told(x)}; it must hold whole numbers")
+        raise UsageError(f"{name}: {_dtype_and_shape(x)}; it must hold whole numbers")
     x = x[None] if x.ndim == ndim - 1 else x
     if x.ndim != ndim:
-        raise UsageError(f"{name}: {_told(x)}; it must have {ndim} axes")
+        raise UsageError(f"{name}: {_dtype_and_shape(x)}; it must have {ndim} axes")
     return x.long()
 
 
@@ -159,7 +159,7 @@ def latents(value: Any, name: str, channels: int) -> Tensor:
     """Float32 (B, channels, h, w). Raises UsageError, or InputError for NaN."""
     z = floats(value, name, 4)
     if z.shape[1] != channels or not z.numel():
-        raise UsageError(f"{name}: {_told(z)}; latents of this model are (B, {channels}, h, w)")
+        raise UsageError(f"{name}: {_dtype_and_shape(z)}; latents of this model are (B, {channels}, h, w)")
     return z
 
 
@@ -172,5 +172,5 @@ def batch_of(x: Tensor, n: int, name: str) -> Tensor:
     return x.expand(n, *x.shape[1:])
 
 
-def _told(x: Tensor) -> str:
+def _dtype_and_shape(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"

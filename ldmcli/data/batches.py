@@ -87,7 +87,7 @@ class Prefetcher(Generic[T]):
             promise = self._pending[step]
             try:
                 promise.value = self._make(step)
-            except BaseException as error:  # handed to the thread that asks for this step
+            except BaseException as error:  # handed to the thread that takes this step
                 promise.error = error
             with self._wake:
                 promise.done = True

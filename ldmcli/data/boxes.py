@@ -1,4 +1,4 @@
-"""Which rows have boxes that a layout is worth: as many as are asked for, each of a least area (App. D.3, E.3.3)."""
+"""Which rows have boxes that a layout is worth: as many as settings want, each of a least area (App. D.3, E.3.3)."""
 
 import numpy as np
 
@@ -9,8 +9,8 @@ from ldmcli.data.rows import Rows
 
 
 def with_boxes(rows: Rows, settings: DataSettings) -> Rows:
-    """The rows with data.min_objects … max_objects boxes, those below data.min_box_area not counted; all where nothing
-    is asked. What is left out is noted. Raises InputError where the rows have no boxes, or none is left."""
+    """The rows with data.min_objects … max_objects boxes, those below data.min_box_area not counted; all where these
+    are 0. What is left out is noted. Raises InputError where the rows have no boxes, or none is left."""
     least, most = settings.min_objects, settings.max_objects
     if not (least or most or settings.min_box_area):
         return rows

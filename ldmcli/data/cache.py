@@ -28,7 +28,7 @@ from ldmcli.core import console, files
 from ldmcli.core.errors import ResourceError, UsageError
 
 SHARD_ROWS = 1024
-MOST_OPEN = 256  # files; fewer where the limit of the process asks for it
+MOST_OPEN = 256  # files; fewer where the limit of the process is lower
 
 
 def cache_root(setting: str) -> Path | None:

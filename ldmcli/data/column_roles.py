@@ -126,11 +126,11 @@ def _captions(table: Table, column: str, notes: list[str]) -> Callable[[int], st
         values = list(values)
         empty = sum(is_missing(value) or not value or isinstance(value, str) and not value.strip() for value in values)
         several_texts = sum(isinstance(value, (list, tuple)) and len(value) > 1 for value in values)
-        told = table.length > 1  # rows of a stream come one by one
-        notes += [f"{empty} of {table.length} captions in column {sanitise(column)} are empty"] * (told and empty > 0)
+        listed = table.length > 1  # rows of a stream come one by one
+        notes += [f"{empty} of {table.length} captions in column {sanitise(column)} are empty"] * (listed and empty > 0)
         notes += [
             f"{several_texts} rows have several captions in column {sanitise(column)}; the first with words is taken"
-        ] * (told and several_texts > 0)
+        ] * (listed and several_texts > 0)
 
     def caption(i: int) -> str:
         text = _caption(values[i])

@@ -78,7 +78,7 @@ def _bad_image(name: str, reason: str, index: int) -> BadImage:
 def sanitise(text: object, limit: int = 200, *, end: bool = False) -> str:
     """Text from data as it may be shown: one line, no control characters, bytes that are not UTF-8 as \\xNN.
 
-    What is longer than `limit` loses its end, or with `end` its beginning: a file is told by the end of its path.
+    What is longer than `limit` loses its end, or with `end` its beginning: a file is known by the end of its path.
     """
     try:
         line = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

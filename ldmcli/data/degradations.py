@@ -30,7 +30,10 @@ RESAMPLING = ("linear", "cubic", "area")
 SHIFTED_KERNEL = 25  # pixels a side of the Gaussian before every s-th pixel is taken
 HALVED = 0.25  # share of pictures that are halved before anything else
 SOME_JPEG = 0.9  # probability of the JPEG in between
-COLOURED, GREY = 0.4, 0.4  # shares of noise drawn for each channel and once for all; the rest is correlated
+COLOURED, GREY = (
+    0.4,
+    0.4,
+)  # shares of noise that is independent by channel, and the same for all; the rest is correlated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +69,19 @@ BSR_LIGHT = Pipeline(
 )
 
 
-def degrade(image: np.ndarray, scale: int, kind: str, *key: *rng.Key) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (H / scale, W / scale, 3): a function of picture, scale, kind and key alone.
+def degrade(image: np.ndarray, scale: int, name: str, *key: *rng.Key) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (H / scale, W / scale, 3): a function of picture, scale, name and key alone.
 
-    scale: 2, 4 or 8; H and W are multiples of it. key: a seed, then whatever names the draw (bicubic draws nothing).
-    Raises UsageError for an unknown kind, and for a size that the scale does not divide.
+    scale: 2, 4 or 8; H and W are multiples of it. name: of `DEGRADATIONS`. key: a seed, then whatever names the draw
+    (bicubic draws nothing). Raises UsageError for an unknown name, and for a size that the scale does not divide.
     """
-    if kind not in DEGRADATIONS:
-        raise UsageError(f"--degradation {kind}: choose among {', '.join(DEGRADATIONS)}")
+    if name not in DEGRADATIONS:
+        raise UsageError(f"--degradation {name}: choose among {', '.join(DEGRADATIONS)}")
     height, width = image.shape[:2]
     if height % scale or width % scale:
         raise UsageError(f"an image of {width}x{height} px at scale {scale}: both sides must be multiples of {scale}")
     planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32) / 255
-    return to_uint8(DEGRADATIONS[kind](planes, scale, key))
+    return to_uint8(DEGRADATIONS[name](planes, scale, key))
 
 
 def _bicubic(planes: np.ndarray, scale: int, key: rng.Key) -> np.ndarray:
@@ -135,7 +138,7 @@ def _method(draw: np.random.Generator) -> str:
 
 
 def _blur(planes: np.ndarray, scale: int, pipeline: Pipeline, draw: np.random.Generator) -> np.ndarray:
-    """By a Gaussian, round or (as often) drawn out in a random direction."""
+    """By a Gaussian, round or (as often) stretched in a random direction."""
     if draw.random() < 0.5:
         side = pipeline.kernel_step * _whole(draw, 2, 11) + 3
         eigenvalues = (4.0 + scale) / pipeline.narrower * draw.random(2)

@@ -227,13 +227,13 @@ def _add_json_files(listing: Listing, beside: list[Path | None]) -> None:
         listing.notes.append(f"captions come from {count} JSON files beside the pictures{told}")
 
 
-def _add_annotations(listing: Listing, told: Annotations) -> None:
+def _add_annotations(listing: Listing, annotations: Annotations) -> None:
     """Columns from annotation files; pictures that they do not speak of have nothing there."""
-    found = [told.values.get(path, {}) for path in listing.columns["image"]]
+    found = [annotations.values.get(path, {}) for path in listing.columns["image"]]
     for column in {key: None for one in found for key in one}:
         listing.columns.setdefault(column, [one.get(column) for one in found])
     lonely = [name for name, one in zip(listing.names, found) if not one]
-    if told.values and lonely:
+    if annotations.values and lonely:
         listing.notes.append(f"{len(lonely)} pictures have no entry in the annotations ({first_few(lonely)})")
 
 

@@ -9,7 +9,7 @@ from ldmcli.data.rows import Rows
 
 
 class JoinedRows:
-    """The rows of several splits, one after the other, where all of a data set are asked for."""
+    """The rows of several splits, one after the other, for the split that is all of a data set."""
 
     _OF_A_ROW = frozenset(
         "name image shape pixels caption label objects map cell map_pixels boxes content_hash".split()

@@ -92,7 +92,7 @@ def read_rows(path: Path) -> Iterator[dict]:
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether a JSON file may tell of pictures one by one; an object that speaks of the data set as a whole does not.
+    """Whether a JSON file may describe pictures one by one; an object about the data set as a whole does not.
     Damaged files may: reading them says what is wrong."""
     text = read_text(path)
     try:

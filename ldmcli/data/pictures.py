@@ -85,33 +85,33 @@ class Found:
 
     def notes(self) -> list[str]:
         """What is there and is not taken, a line a kind."""
-        told = []
+        notes = []
         if self.unread:
-            told.append(
+            notes.append(
                 f"{len(self.unread)} files of formats that are not read passed over: {_endings(self.unread)} "
                 f"({self.names(self.unread)}); convert them to PNG or JPEG"
             )
         stems = {(path.parent, path.stem) for path in self.pictures} if self.others else set()
         beside = [path for path in self.others if (path.parent, path.stem) in stems]
         if beside:
-            told.append(
+            notes.append(
                 f"{len(beside)} files beside pictures are not read: {_endings(beside)} ({self.names(beside)}); "
                 f"captions are read from {', '.join(TEXTS)} and .json"
             )
         if self.nameless:
-            told.append(
+            notes.append(
                 f"{len(self.nameless)} pictures whose names have no ending of a picture passed over "
                 f"({self.names(self.nameless)}); rename them"
             )
         if self.written:
-            told.append(f"what ldm itself wrote is passed over ({self.names(self.written)})")
+            notes.append(f"what ldm itself wrote is passed over ({self.names(self.written)})")
         if self.masks:
             folders = sorted({path.parent for path in self.masks})
-            told.append(
+            notes.append(
                 f"{len(self.masks)} masks or maps of pictures in {self._folders(folders)} passed over "
                 f"({self.names(self.masks)})"
             )
-        return told
+        return notes
 
     def _folders(self, folders: Sequence[Path]) -> str:
         return first_few(f"{folder.relative_to(self.root).as_posix()}/" for folder in folders)
@@ -275,22 +275,22 @@ def image_files(paths: Sequence[Path], *, besides: Sequence[Path] = ()) -> list[
     besides: as for `find`. Raises InputError: nothing of that name, no pictures there.
     """
     files: list[Path] = []
-    told: list[str] = []
+    notes: list[str] = []
     for path in paths:
         if path.is_dir():
             found = find(path, besides=besides)
             linked = [one for one in found.outside if one.is_file() and one.suffix.lower() in EXTENSIONS]
             files += sorted([*found.pictures, *linked], key=lambda one: one.relative_to(path).parts)
             away = [one for one in found.outside if one.is_dir()]
-            told += [f"{sanitise(path)}: {note}" for note in found.notes()]
-            told += [f"{sanitise(path)}: links to folders are not followed ({found.names(away)})"] * bool(away)
+            notes += [f"{sanitise(path)}: {note}" for note in found.notes()]
+            notes += [f"{sanitise(path)}: links to folders are not followed ({found.names(away)})"] * bool(away)
         elif path.exists():
             files.append(path)
         else:
             raise InputError(f"{sanitise(path)}: no such file or folder")
     if not files:
-        raise no_pictures(paths[0], [note.removeprefix(f"{sanitise(paths[0])}: ") for note in told])
-    for note in told:
+        raise no_pictures(paths[0], [note.removeprefix(f"{sanitise(paths[0])}: ") for note in notes])
+    for note in notes:
         console.say_once(note)
     return files
 

@@ -41,14 +41,14 @@ class Columns:
     trouble: str = ""  # why labels cannot be used, said when they are
 
     def known_categories(self) -> list[str]:
-        """Names of the objects' categories, found out when they are first asked for."""
+        """Names of the objects' categories, found out when they are first used."""
         if callable(self.category_names):
             self.category_names = self.category_names()
         return self.category_names
 
 
 class Room:
-    """Bytes of memory in which a process may keep pictures. All that it reads shares one; any thread may ask."""
+    """Bytes of memory in which a process may keep pictures. All that it reads shares one; any thread may take of it."""
 
     def __init__(self, size: int | None = None):
         """size: bytes; None = this process's part of an eighth of the machine's memory."""
@@ -261,7 +261,7 @@ class Rows:
     ) -> list[BadImage]:
         """Decodes rows and keeps them in memory at `size` while there is room; returns the bad ones. With crop =
         "random" the resized whole is kept, so that every crop can still be cut. Rows that are not among them are kept
-        when they are first asked for."""
+        when they are first read."""
         indices = range(len(self)) if indices is None else indices
         self.forget()
         self._kept_as = (tuple(size), crop)

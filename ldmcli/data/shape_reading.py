@@ -143,7 +143,7 @@ def check(image: np.ndarray, expectation: Expectation | Spec | str) -> dict[str,
     """What of a prompt a picture (uint8 (h, w, 3)) shows.
 
     `colour`, `shape`: of all objects, each at the place where the best assignment of found to wanted objects puts it;
-    `position`: place or relations; `background`; `count`: as many objects as wanted; `all`: everything asked for;
+    `position`: place or relations; `background`; `count`: as many objects as wanted; `all`: everything in the prompt;
     `iou`: mean overlap of the wanted objects with their shape's template. None where the prompt does not say.
     """
     wanted = _expectation(expectation)
@@ -174,7 +174,7 @@ def _expectation(given: Expectation | Spec | str) -> Expectation:
 
 
 def _judge(wanted: Expectation, found) -> tuple[list, list, list]:
-    """Verdicts (True, False, None = not asked) on colours, shapes and positions of things matched in order."""
+    """Verdicts (True, False, None = not in the prompt) on colours, shapes and positions of things matched in order."""
     colours = [None if c is None else bool(f and f.colour == c) for f, (c, _) in zip(found, wanted.things)]
     shapes = [
         None if s is None else bool(f and f.shape == s and f.iou >= MIN_IOU) for f, (_, s) in zip(found, wanted.things)
@@ -201,16 +201,16 @@ def _weight(verdicts: list) -> int:
 
 
 def _every(verdicts: list) -> bool | None:
-    asked = [value for value in verdicts if value is not None]
-    return all(asked) if asked else None
+    given = [value for value in verdicts if value is not None]
+    return all(given) if given else None
 
 
 def score(images, prompts) -> dict[str, float]:
-    """Means of `check` over pairs of uint8 (h, w, 3) images and prompts, and `n`. A value that no prompt asks for
-    is NaN; each mean is over the prompts that ask for it."""
+    """Means of `check` over pairs of uint8 (h, w, 3) images and prompts, and `n`. A value that no prompt has
+    is NaN; each mean is over the prompts that have it."""
     rows = [check(np.asarray(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
     means: dict[str, float] = {"n": len(rows)}
     for key in ("colour", "shape", "position", "background", "count", "all", "iou"):
-        asked = [float(value) for row in rows if (value := row[key]) is not None]
-        means[key] = sum(asked) / len(asked) if asked else float("nan")
+        given = [float(value) for row in rows if (value := row[key]) is not None]
+        means[key] = sum(given) / len(given) if given else float("nan")
     return means

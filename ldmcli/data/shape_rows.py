@@ -105,7 +105,7 @@ def shape_rows(settings: DataSettings, split: str) -> Rows:
     """Rows of the embedded shapes: data.limit or 12,000 to train on, 512 to validate on."""
     has_label = _level(settings.source) == 1
     roles = ("image", "caption", *(("label",) if has_label else ()), "objects", "map")
-    drawn = Columns(
+    columns = Columns(
         encoded=_nothing_stored,
         name="shape {}".format,
         caption=_nothing_stored,
@@ -117,4 +117,4 @@ def shape_rows(settings: DataSettings, split: str) -> Rows:
         chosen={role: "drawn" for role in roles},
     )
     count = (settings.limit or shapes.TRAIN_ROWS) if split == "train" else shapes.VALIDATION_ROWS
-    return ShapeRows(drawn, np.arange(count), settings, source=settings.source, split=split)
+    return ShapeRows(columns, np.arange(count), settings, source=settings.source, split=split)

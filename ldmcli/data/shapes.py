@@ -88,7 +88,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a prompt asks for; None = the prompt does not say. `things` are (colour, shape) index pairs."""
+    """What a prompt describes; None = the prompt does not say. `things` are (colour, shape) index pairs."""
 
     things: tuple[tuple[int | None, int | None], ...]
     relations: tuple[int | None, ...] = ()
@@ -250,7 +250,7 @@ _RELATION = re.compile(rf"\b({_either(RELATIONS)})\b")
 
 
 def parse(prompt: str) -> Expectation:
-    """What a prompt in the captions' words asks for. Anything it does not say is None; no objects = no `things`."""
+    """What a prompt in the captions' words describes. Anything it does not say is None; no objects = no `things`."""
     text = re.sub(r"\s+", " ", prompt.lower()).replace("grey", "gray").replace("centre", "center")
     text = text.replace("middle", "center")
     found = list(_THING.finditer(text))

@@ -147,7 +147,7 @@ def decode_all(rows: Rows, settings: DataSettings, *, indices=None, progress=Non
 def drop_unreadable(
     rows: Rows, settings: DataSettings, *, progress=None, bad: list[BadImage] | None = None
 ) -> tuple[Rows, list[BadImage]]:
-    """(rows whose pictures can be read, the bad ones). bad: what `decode_all` found, where it was asked already. Raises
+    """(rows whose pictures can be read, the bad ones). bad: what `decode_all` found, where it has run already. Raises
     InputError when there are bad ones and data.skip_bad is off, or when nothing is left."""
     if bad is None:
         bad = decode_all(rows, settings, progress=progress, workers=settings.workers)

@@ -31,7 +31,7 @@ from ldmcli.data.sources import existing_split, open_rows, rows_of, share_of, va
 from ldmcli.data.table import Table
 
 HEAD_ROWS = 2048  # what vocabulary, class names, latent scale and fingerprint are learned from
-KEPT_ROWS = 8192  # how far back a position can still be asked for
+KEPT_ROWS = 8192  # how far back a position can still be read
 VALIDATION_ROWS = 512
 SHUFFLE_BUFFER = 1000
 
@@ -88,7 +88,7 @@ def _epochs(settings: DataSettings, split: str) -> Callable[[list[int]], Iterato
 
 
 def shuffle_buffer(values: Iterable, key: list[int], buffer: int = SHUFFLE_BUFFER) -> Iterator:
-    """The values in an order drawn from `key`: each leaves a buffer of the given size at a random moment."""
+    """The values in a random order by `key`: each leaves a buffer of the given size at a random moment."""
     draw = np.random.default_rng(key)
     held: list = []
     for value in values:

@@ -23,12 +23,12 @@ def read_archives(archives: list[Path], skip_bad: bool) -> Table:
             unread.update([ending] if (ending := f".{extension.rpartition('.')[2]}") in UNREAD else ())
     lonely = [key for (_, key), row in rows.items() if not isinstance(row.get("image"), TarEntry)]
     formats = f"; formats that are not read: {', '.join(f'{n} {ending}' for ending, n in unread.items())}"
-    told = f"{len(lonely)} rows without a picture ({first_few(lonely)}{formats if unread else ''})"
+    note = f"{len(lonely)} rows without a picture ({first_few(lonely)}{formats if unread else ''})"
     if lonely and not skip_bad:
-        raise InputError(f"{sanitise(archives[0])}: {told}; leave them out with --skip-bad")
+        raise InputError(f"{sanitise(archives[0])}: {note}; leave them out with --skip-bad")
     kept = {key: row for key, row in rows.items() if isinstance(row.get("image"), TarEntry)}
     columns = {column: None for row in kept.values() for column in row}
-    notes = [f"{told} left out"] * bool(lonely)
+    notes = [f"{note} left out"] * bool(lonely)
     many = len(archives) > 1
     names = [f"{archive.name}:{key}" if many else key for archive, key in kept]
     return typed_table({c: [row.get(c) for row in kept.values()] for c in columns}, names, notes)

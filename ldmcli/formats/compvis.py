@@ -124,7 +124,7 @@ def _stage_of(root: compvis_yaml.Section) -> cc.FirstStage:
 
 
 class _Weights:
-    """The tensors of a checkpoint, taken one by one under their own names; what is left over is told."""
+    """The tensors of a checkpoint, taken one by one under their own names; what is left over is reported."""
 
     def __init__(self, path: Path, state: dict[str, Tensor], weights: str):
         self.path, self.state, self.left = path, state, set(state)
@@ -383,7 +383,7 @@ def _check_schedule(path: Path, state: dict[str, Tensor], plan: cc.Plan) -> None
 
 
 def _tokenizer(path: Path, reading: Reading, specs: dict, notes: list[str]) -> Path | None:
-    """The folder of a text model's tokeniser: as asked, beside the checkpoint, or the published one from the hub."""
+    """The folder of a text model's tokeniser: the given one, one beside the checkpoint, or the published one."""
     if "text" not in specs:
         return None
     vocabulary = specs["text"]["vocabulary"]

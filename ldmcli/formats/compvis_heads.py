@@ -29,22 +29,22 @@ def published(settings: DiffusionSettings, in_channels: int, context_dim: int | 
 
 
 def with_heads(
-    settings: DiffusionSettings, asked: str, models: Sequence[str], is_open: bool
+    settings: DiffusionSettings, heads: str, models: Sequence[str], is_open: bool
 ) -> tuple[DiffusionSettings, list[str]]:
-    """The settings with the heads asked for ("", "legacy", "config", a number), and what to say about it.
+    """The settings with the heads of --heads ("", "legacy", "config", a number), and what to say about it.
 
     is_open: the configuration gives the width of heads to a spatial transformer, which the code of the first release
     ignored (one head) and later code obeys, with weights of the same shapes.
     """
     wide = f"heads of {settings.head_channels} channels"
     as_configured = f"{settings.num_heads} heads" if settings.num_heads else wide
-    if asked not in ("", "legacy", "config") and not (asked.isdecimal() and int(asked) > 0):
-        raise ModelError(f"--heads {asked}: legacy (one head), config (as the YAML says) or a number is expected")
+    if heads not in ("", "legacy", "config") and not (heads.isdecimal() and int(heads) > 0):
+        raise ModelError(f"--heads {heads}: legacy (one head), config (as the YAML says) or a number is expected")
     trap = [name for name in models if name in ONE_HEAD]
-    count = int(asked) if asked.isdecimal() else 1 if asked == "legacy" or (not asked and is_open and trap) else 0
+    count = int(heads) if heads.isdecimal() else 1 if heads == "legacy" or (not heads and is_open and trap) else 0
     if not count:
         other = "; weights of the first release (December 2021) want one: --heads legacy" if is_open else ""
-        note = [f"attention: {as_configured}, as the configuration says{other}"] if is_open or asked else []
+        note = [f"attention: {as_configured}, as the configuration says{other}"] if is_open or heads else []
         return settings, note
-    why = f"as {trap[0]} was trained; --heads config takes {as_configured}" if trap and not asked else "as asked for"
+    why = f"as {trap[0]} was trained; --heads config takes {as_configured}" if trap and not heads else "as asked for"
     return replace(settings, num_heads=count), [f"attention: {count} head{'s' * (count > 1)}, {why}"]

@@ -274,7 +274,7 @@ _MODULES = "ldm.modules.encoders.modules."
 
 
 def _conditioning(bundle: DiffusionBundle, kind: str, own: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The entries of a LatentDiffusion that say what it is told."""
+    """The entries of a LatentDiffusion for its condition."""
     spec = bundle.specs.get(kind, {})
     match kind:
         case "":

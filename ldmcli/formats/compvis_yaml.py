@@ -1,4 +1,4 @@
-"""A configuration of CompVis/latent-diffusion (YAML) as text and numbers that are checked when they are asked for."""
+"""A configuration of CompVis/latent-diffusion (YAML) as text and numbers that are checked when they are read."""
 
 from collections.abc import Sequence
 from pathlib import Path

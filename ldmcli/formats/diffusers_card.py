@@ -64,19 +64,19 @@ def _use(folder: Path, kinds: Sequence[str]) -> str:
         "lowres": "image=IMAGE",
         "masked": "image=IMAGE, mask_image=MASK",
     }
-    told = "".join(f"{named[kind]}, " for kind in kinds if kind in named)
+    arguments = "".join(f"{named[kind]}, " for kind in kinds if kind in named)
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         kind = files.read_json(folder / "config.json")["_class_name"]
         code = f"from diffusers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER)"
     elif (folder / "pipeline.py").is_file():
         code = (
             "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER, "
-            f"custom_pipeline=FOLDER, trust_remote_code=True)\nimages = pipe({told}seed=0).images"
+            f"custom_pipeline=FOLDER, trust_remote_code=True)\nimages = pipe({arguments}seed=0).images"
         )
     else:
         code = (
             "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER)\n"
-            f"images = pipe({told}num_inference_steps=50).images"
+            f"images = pipe({arguments}num_inference_steps=50).images"
         )
     return f"## Use\n\nFOLDER is this folder, or its name on the hub.\n\n```python\n{code}\n```"
 

@@ -85,7 +85,7 @@ def read_weights(folder: Path, stem: str = MODEL, notes: list[str] | None = None
     """All tensors of a model folder in float32. stem: "model" for the classes of transformers.
 
     Taken in this order: STEM.safetensors, its shards, a variant of lower precision, another one, the same as pickled
-    .bin; where several lie there, `notes` is told which was taken. Raises ModelError when nothing is there, when an
+    .bin; where several lie there, `notes` says which was taken. Raises ModelError when nothing is there, when an
     index leads out of the folder, or names a file that lacks its tensors, and for NaN or Inf, naming the tensor.
     """
     there = _weight_files(folder, stem)

@@ -69,8 +69,14 @@ def write_unet(
     by = settings.resblock_updown
     cross = "Cross" if kind == CROSS else ""
 
-    def block(attends: bool, way: str, sampling: str) -> str:
-        return f"{cross}Attn{way}Block2D" if attends else f"Resnet{sampling}Block2D" if by else f"{way}Block2D"
+    def block(attends: bool, resample_type: str, sampling: str) -> str:
+        return (
+            f"{cross}Attn{resample_type}Block2D"
+            if attends
+            else f"Resnet{sampling}Block2D"
+            if by
+            else f"{resample_type}Block2D"
+        )
 
     with torch.device("meta"):
         groups = next(
@@ -112,19 +118,19 @@ def write_unet(
 
 
 def _plain_entries(settings: DiffusionSettings, groups: int) -> dict[str, Any]:
-    """What only a UNet2DModel is told."""
-    way = "resnet" if settings.resblock_updown else "conv"
+    """Configuration that only a UNet2DModel has."""
+    resample_type = "resnet" if settings.resblock_updown else "conv"
     return {
         "attention_head_dim": _head_width(settings),
         "attn_norm_num_groups": groups,
         "add_attention": settings.middle_attention,
-        "downsample_type": way,
-        "upsample_type": way,
+        "downsample_type": resample_type,
+        "upsample_type": resample_type,
     }
 
 
 def _cross_entries(settings: DiffusionSettings, on: list[bool], context_dim: int | None) -> dict[str, Any]:
-    """What only a UNet2DConditionModel is told. on: which levels have attention."""
+    """Configuration that only a UNet2DConditionModel has. on: which levels have attention."""
     counts = [
         head_count(width, settings, level) if attends or level == len(on) - 1 else 1
         for level, (width, attends) in enumerate(zip(level_widths(settings), on))

@@ -91,11 +91,11 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         latents: Tensor | None = None,
         shape: tuple[int, ...] | None = None,
         progress=None,
-        **asked,
+        **overrides,
     ) -> Tensor:
-        """Final latents (n, c, h, w), the same numbers that `ldm sample` draws for a seed. asked: sampler, steps,
+        """Final latents (n, c, h, w), the same numbers as of `ldm sample` for a seed. overrides: sampler, steps,
         guidance, eta, spacing; None takes the model's own."""
-        settings = with_overrides(self.sampling, **asked)
+        settings = with_overrides(self.sampling, **overrides)
         self.conditions.first_stage = lambda x: self.encode(vqvae, x)
         shape, ids = tuple(shape or self.config.latent_shape), range(n)
         path = guidance_path(self, settings.guidance, inputs or {}, None, n, shape[1:])

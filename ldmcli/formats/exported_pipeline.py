@@ -46,13 +46,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         prompt: text or list; class_labels: numbers or names; layout: dicts of "bbox" (x, y, w, h as shares) and
         "category"; segmentation: class indices (H, W); image: PIL or uint8 (H, W, 3), the small picture or the one with
-        a hole; mask_image: PIL or (H, W), white is drawn anew. None takes the model's own steps, guidance, sampler.
-        latents: initial noise (B, c, h, w); generator: draws it; else it follows from `seed` as in `ldm sample`.
+        a hole; mask_image: PIL or (H, W), white is sampled anew. None takes the model's own steps, guidance, sampler.
+        latents: initial noise (B, c, h, w); generator: makes it; else it follows from `seed` as in `ldm sample`.
         output_type: "pil", "np" in [0, 1], "pt" in [0, 1], or "latent".
         """
         values = self._values(prompt, class_labels, layout, segmentation, image, mask_image)
-        n = max([len(given) for given in values.values()], default=batch_size if latents is None else len(latents))
-        values = {kind: [given[k % len(given)] for k in range(n)] for kind, given in values.items()}
+        n = max([len(own) for own in values.values()], default=batch_size if latents is None else len(latents))
+        values = {name: [own[k % len(own)] for k in range(n)] for name, own in values.items()}
         inputs = self.model.inputs(values, self.tokenizer) if values else None
         shape = tuple(self.model.config.latent_shape)
         if latents is None and generator is not None:
@@ -77,8 +77,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _values(self, prompt, classes, layout, segmentation, image, mask):
-        """{kind: list} of what the model is told. Raises ValueError for what is missing."""
-        told = {
+        """{condition: its values}. Raises ValueError for what is missing."""
+        arguments = {
             "text": [prompt] if isinstance(prompt, str) else prompt,
             "class": classes,
             "layout": [layout] if isinstance(layout, dict) else layout,
@@ -87,22 +87,21 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             "masked": image,
         }
         values = {}
-        for kind in self.model.conditions.kinds:
-            given = told.get(kind)
-            if given is None:
-                raise ValueError(f"this model is told: {', '.join(self.model.conditions.kinds)}; {kind} is missing")
-            given = list(given) if isinstance(given, (list, tuple)) else [given]
-            if kind in ("map", "lowres", "masked"):
-                given = [
-                    np.asarray(one.convert("RGB") if kind != "map" and hasattr(one, "convert") else one)
-                    for one in given
+        for name in self.model.conditions.kinds:
+            own = arguments.get(name)
+            if own is None:
+                raise ValueError(f"this model is told: {', '.join(self.model.conditions.kinds)}; {name} is missing")
+            own = list(own) if isinstance(own, (list, tuple)) else [own]
+            if name in ("map", "lowres", "masked"):
+                own = [
+                    np.asarray(one.convert("RGB") if name != "map" and hasattr(one, "convert") else one) for one in own
                 ]
-            if kind == "masked":
+            if name == "masked":
                 masks = mask if isinstance(mask, (list, tuple)) else [mask]
                 masks = [np.asarray(one.convert("L") if hasattr(one, "convert") else one) for one in masks]
                 masks = [one if one.dtype == bool else one >= 128 for one in masks]
-                given = [(one, masks[k % len(masks)]) for k, one in enumerate(given)]
-            values[kind] = given
+                own = [(one, masks[k % len(masks)]) for k, one in enumerate(own)]
+            values[name] = own
         return values
 
     @staticmethod

@@ -94,7 +94,7 @@ def read_scheduler(
     """The process and the way of sampling that a scheduler's configuration describes, and notes on what differs.
 
     Raises ModelError, naming the key, for betas or a parametrisation that are not ours, and for flow matching, whose
-    networks are told other timesteps than ours (1000 σ instead of 1000 σ - ½).
+    networks take other timesteps than ours (1000 σ instead of 1000 σ - ½).
     """
     kind = values.get("_class_name", "")
     config = Config(path, values, DEFAULTS.get(kind, _SHARED))

@@ -27,28 +27,28 @@ def _spread(values: np.ndarray, unknown: np.ndarray) -> np.ndarray:
     return push_pull_fill(planes, torch.from_numpy(unknown)[None])[0].permute(1, 2, 0).numpy()
 
 
-def composite(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """(1 - hole) image + hole drawn, (H, W, 3) in any range: what is known stays as it is to the last bit."""
-    return np.where(hole[..., None], drawn, image)
+def composite(image: np.ndarray, sampled: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """(1 - hole) image + hole sampled, (H, W, 3) in any range: what is known stays as it is to the last bit."""
+    return np.where(hole[..., None], sampled, image)
 
 
-def match_border(image: np.ndarray, drawn: np.ndarray, hole: np.ndarray, reach: int) -> np.ndarray:
-    """`drawn` (H, W, 3) float, shifted inside the hole so that it meets `image` at the rim.
+def match_border(image: np.ndarray, sampled: np.ndarray, hole: np.ndarray, reach: int) -> np.ndarray:
+    """`sampled` (H, W, 3) float, shifted inside the hole so that it meets `image` at the rim.
 
-    What `drawn` and `image` differ by on known pixels, smoothed over about `reach` of them, is carried on into the
-    hole: colours meet without a step, a drift in brightness goes, and the drawn texture stays sharp. The hole's old
+    What `sampled` and `image` differ by on known pixels, smoothed over about `reach` of them, is carried on into the
+    hole: colours meet without a step, a drift in brightness goes, and the sampled texture stays sharp. The hole's old
     content is not looked at. 0: unchanged.
     """
     if reach <= 0 or hole.all() or not hole.any():
-        return drawn
+        return sampled
     known, sigma = (~hole).astype(np.float32), reach / 2
     weight = ndimage.gaussian_filter(known, sigma)
-    offset = (image.astype(np.float32) - drawn) * known[..., None]
+    offset = (image.astype(np.float32) - sampled) * known[..., None]
     offset = ndimage.gaussian_filter(offset, (sigma, sigma, 0)) / np.maximum(weight, 1e-6)[..., None]
-    return np.where(hole[..., None], drawn + _spread(offset, weight < SURE), drawn)
+    return np.where(hole[..., None], sampled + _spread(offset, weight < SURE), sampled)
 
 
-def match_low_frequencies(drawn: np.ndarray, low: np.ndarray, sigma: float) -> np.ndarray:
+def match_low_frequencies(sampled: np.ndarray, low: np.ndarray, sigma: float) -> np.ndarray:
     """uint8 (n, H, W, 3) whose low frequencies are those of the small pictures `low` (n, h, w, 3) that they enlarge.
 
     What blocks of H / h pixels differ by from the small picture, smoothed (Gaussian of `sigma` small pixels), is taken
@@ -56,10 +56,10 @@ def match_low_frequencies(drawn: np.ndarray, low: np.ndarray, sigma: float) -> n
     removes. 0: unchanged.
     """
     if sigma <= 0:
-        return drawn
-    (height, width), scale = low.shape[1:3], drawn.shape[1] // low.shape[1]
-    out = np.empty_like(drawn)
-    for made, small, result in zip(drawn, low, out):
+        return sampled
+    (height, width), scale = low.shape[1:3], sampled.shape[1] // low.shape[1]
+    out = np.empty_like(sampled)
+    for made, small, result in zip(sampled, low, out):
         blocks = made.reshape(height, scale, width, scale, 3).mean(axis=(1, 3), dtype=np.float32)
         shift = ndimage.gaussian_filter(small - blocks, (sigma, sigma, 0), mode="nearest")
         planes = torch.from_numpy(shift).permute(2, 0, 1)[None]
@@ -71,7 +71,7 @@ def match_low_frequencies(drawn: np.ndarray, low: np.ndarray, sigma: float) -> n
 def hole_windows(
     hole: np.ndarray, side: tuple[int, int], margin: tuple[int, int], unit: int
 ) -> list[tuple[slice, slice]]:
-    """Rectangles (rows, columns) of the picture that hold all of its holes with surroundings: what is drawn anew.
+    """Rectangles (rows, columns) of the picture that hold all of its holes with surroundings: what is sampled anew.
 
     A hole gets `margin` on each side, at least `side` in all, moved into the picture and cut off at its edges; holes
     whose rectangles meet share one. Sides are multiples of `unit` unless the picture is smaller.

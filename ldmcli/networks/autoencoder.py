@@ -359,7 +359,7 @@ class Autoencoder(nn.Module):
         return x if self.is_identity else self.quant_conv(self.encoder(x))
 
     def decode(self, z: Tensor, quantize: bool = True) -> Tensor:
-        """Unscaled latents (B, c, h, w) to pixels, not clamped; VQ quantises first unless told not to."""
+        """Unscaled latents (B, c, h, w) to pixels, not clamped; VQ quantises first unless `quantize` is false."""
         if self.is_identity:
             return z
         if self.is_vq and quantize:
@@ -377,7 +377,7 @@ class Autoencoder(nn.Module):
         return kl_divergence(moments)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> AutoencoderOutput:
-        """The whole training pass. noise: (B, c, h, w) from N(0, 1) draws from the posterior, None takes its mode."""
+        """The whole training pass. noise: (B, c, h, w) from N(0, 1) samples the posterior, None takes its mode."""
         moments = self.moments(x)
         if self.is_vq:
             found = self.quantize(moments)

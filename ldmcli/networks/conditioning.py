@@ -43,7 +43,7 @@ class Conditioner(nn.Module):
     gives_tokens = False  # for cross-attention, of width `context_dim`
     channels = 0  # planes beside z_t
     takes_size = False  # forward(inputs, (h, w) of the latent)
-    encodes = False  # encodes images with the model's first stage, which is lent to it as `first_stage`
+    encodes = False  # encodes images with the model's first stage, which it is given as `first_stage`
     names: Sequence[str] = ()  # of its classes or categories
 
     @staticmethod

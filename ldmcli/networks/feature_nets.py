@@ -1,6 +1,6 @@
 """Networks whose pooled features measure images, their resize rules, and the search for weights that others trained.
 
-Architectures follow the recorded facts: EfficientNet-Lite0 (TensorFlow SAME padding, ReLU6, no squeeze-excite),
+Architectures: EfficientNet-Lite0 (TensorFlow SAME padding, ReLU6, no squeeze-excite),
 SqueezeNet 1.1 of torchvision, and the Inception-v3 of FID from the blocks that torch-fidelity ships.
 """
 
@@ -37,7 +37,7 @@ LITE0 = (
 
 
 def offline() -> bool:
-    """True where the user wants nothing asked of a network."""
+    """True where the user wants no downloads."""
     return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
 
 

@@ -1,7 +1,7 @@
 """Boxes with categories as a condition: tokens through the transformer that text goes through (App. D.3, Tab. 17), and
-planes beside z_t on which each box is drawn where it lies.
+planes beside z_t on which each box is painted where it lies.
 
-Layout tokens, as the published models read them (facts in the original's builder): an object is three tokens, its
+Layout tokens, as the published models read them (the original's builder): an object is three tokens, its
 category and the grid points of its top left and bottom right corner (or two, category and centre). Unused places hold
 the empty token, the last of the vocabulary; two tokens for the corners of the crop end the sequence. Categories, grid
 points and the empty token share one set of numbers.
@@ -30,7 +30,7 @@ WHOLE = (0.0, 0.0, 1.0, 1.0)  # the crop that is all of the picture
 
 @dataclass(frozen=True)
 class Layout:
-    """How layouts become tokens. slots: objects at most; crop: whether two tokens tell the crop; form: box | centre."""
+    """How layouts become tokens. slots: objects at most; crop: whether two tokens hold the crop; form: box | centre."""
 
     slots: int = 30
     vocabulary: int = 8192
@@ -72,24 +72,24 @@ class Layout:
     ) -> np.ndarray:
         """Boxes (n, 4) x, y, w, h as shares of the whole picture, categories (n,) -> (length,) int64, in that order.
 
-        The first `slots` objects count. Those that do not meet the crop are left out. With crop tokens, boxes are told
+        The first `slots` objects count. Those that do not meet the crop are left out. With crop tokens, boxes are given
         in coordinates of the whole picture, else in those of the crop, and clipped to 0 … 1 there. flip mirrors boxes
         and crop. Categories must leave the empty token free.
         """
         boxes = _corners(np.asarray(bbox, np.float64).reshape(-1, 4)[: self.slots])
-        kinds = np.asarray(category, np.int64).reshape(-1)[: self.slots]
+        categories = np.asarray(category, np.int64).reshape(-1)[: self.slots]
         frame = _corners(np.asarray(crop, np.float64).reshape(1, 4))
         if flip:
             boxes, frame = _mirrored(boxes), _mirrored(frame)
         meets = (np.minimum(boxes, frame)[:, 2:] > np.maximum(boxes, frame)[:, :2]).all(axis=1)
-        boxes, kinds = boxes[meets], kinds[meets]
+        boxes, categories = boxes[meets], categories[meets]
         if not self.crop:
             boxes = (boxes - frame[:, [0, 1, 0, 1]]) / np.tile(frame[:, 2:] - frame[:, :2], 2)
         boxes = boxes.clip(0, 1)
         corners = (boxes[:, :2], boxes[:, 2:]) if self.form == "box" else ((boxes[:, :2] + boxes[:, 2:]) / 2,)
         out = np.full(self.length, self.empty, np.int64)
-        told = np.stack([kinds, *(self.points(corner) for corner in corners)], axis=1)
-        out[: told.size] = told.reshape(-1)
+        objects = np.stack([categories, *(self.points(corner) for corner in corners)], axis=1)
+        out[: objects.size] = objects.reshape(-1)
         if self.crop:
             out[-2:] = self.points(frame.reshape(2, 2))
         return out
@@ -101,12 +101,12 @@ class Layout:
         if self.crop:
             top, bottom = self.places(tokens[-2:])
             crop, tokens = np.concatenate([top, bottom - top]), tokens[:-2]
-        told = tokens.reshape(-1, self.width)
-        told = told[told[:, 0] != self.empty]
-        where = self.places(told[:, 1:])
+        objects = tokens.reshape(-1, self.width)
+        objects = objects[objects[:, 0] != self.empty]
+        where = self.places(objects[:, 1:])
         if self.form == "centre":
-            return told[:, 0], where[:, 0], crop
-        return told[:, 0], np.concatenate([where[:, 0], where[:, 1] - where[:, 0]], axis=1), crop
+            return objects[:, 0], where[:, 0], crop
+        return objects[:, 0], np.concatenate([where[:, 0], where[:, 1] - where[:, 0]], axis=1), crop
 
 
 def flagged(
@@ -134,7 +134,7 @@ class LayoutConditioner(Conditioner):
     """Layouts -> tokens. A layout is {"bbox": (n, 4) x, y, w, h as shares of the picture, "category": n names or
     indices}; the null is one without objects.
 
-    facts: "categories" (names in order), "length" (tokens of a sequence: three an object and two of the crop),
+    spec: "categories" (names in order), "length" (tokens of a sequence: three an object and two of the crop),
     "vocabulary", "planes" (`BoxPlanes`; 0 or absent: tokens alone, as in the paper), "logits" where a converted
     transformer brings its unused head along.
     """
@@ -166,7 +166,7 @@ class LayoutConditioner(Conditioner):
 
     @torch.no_grad()
     def _smooth_places(self, std: float) -> None:
-        """Embeddings of grid points begin as random mixtures of waves over the grid, so that near points are told
+        """Embeddings of grid points begin as random mixtures of waves over the grid, so that near points begin
         alike; those of numbers that are categories as well stay independent."""
         weight, grid = self.encoder.transformer.token_emb.weight, self.layout.grid
         waves = max(1, grid.bit_length() - 1)
@@ -210,13 +210,15 @@ class LayoutConditioner(Conditioner):
     def prepare(self, layouts: list[dict]) -> dict[str, Tensor]:
         """Layouts -> {"ids": (n, length) int64}; objects beyond the places that there are do not count.
 
-        A layout with "crop" (x, y, w, h of the shown part, as shares of the whole picture) is told by "whole", its
-        boxes in the whole picture, and the corners of the crop, as the original tells its training crops."""
+        A layout with "crop" (x, y, w, h of the shown part, as shares of the whole picture) becomes the tokens of
+        "whole", its boxes in the whole picture, and the corners of the crop, as the original's training crops."""
         rows = []
         for one in layouts:
-            kinds = [self.index(name) for name in one["category"]]
+            categories = [self.index(name) for name in one["category"]]
             cut = "crop" in one
-            rows.append(self.layout.tokens(one["whole" if cut else "bbox"], kinds, crop=one["crop"] if cut else WHOLE))
+            rows.append(
+                self.layout.tokens(one["whole" if cut else "bbox"], categories, crop=one["crop"] if cut else WHOLE)
+            )
         return {"ids": torch.from_numpy(np.stack(rows))}
 
     def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -228,7 +230,7 @@ class LayoutConditioner(Conditioner):
         return self.prepare([{"bbox": np.zeros((0, 4)), "category": []}] * n)
 
     def forward(self, inputs: dict[str, Tensor], size: tuple[int, int]) -> Conditioning:
-        """size: (h, w) of the latent that the boxes are drawn at."""
+        """size: (h, w) of the latent that the boxes are painted at."""
         tokens = self.encoder(inputs["ids"])
         planes = None if self.boxes is None else self.boxes(inputs["ids"], size)
         return Conditioning(tokens, planes, self.pool(pooled(tokens)) if self.pool is not None else None)
@@ -249,16 +251,16 @@ class BoxPlanes(nn.Module):
 
     def forward(self, ids: Tensor, size: tuple[int, int]) -> Tensor:
         grid = self.layout.grid
-        told = ids[:, : 3 * self.layout.slots].unflatten(1, (-1, 3))
-        places = torch.stack([told[..., 1:] % grid, told[..., 1:] // grid], dim=-1)  # (B, slots, corner, x and y)
+        objects = ids[:, : 3 * self.layout.slots].unflatten(1, (-1, 3))
+        places = torch.stack([objects[..., 1:] % grid, objects[..., 1:] // grid], dim=-1)  # (B, slots, corner, x and y)
         frame = torch.stack([ids[:, -2:] % grid, ids[:, -2:] // grid], dim=-1)[:, None]
-        # corners as shares of the crop that the last two tokens tell
+        # corners as shares of the crop in the last two tokens
         corners = (places - frame[:, :, :1]) / (frame[:, :, 1:] - frame[:, :, :1]).clamp(min=1)
         (rows, v), (columns, u) = (_along(corners[..., axis], side) for axis, side in ((1, size[0]), (0, size[1])))
-        known = (told[..., 0] < self.categories)[..., None, None]
+        known = (objects[..., 0] < self.categories)[..., None, None]
         coverage = known * rows[..., :, None] * columns[..., None, :]  # (B, slots, h, w)
         weights = torch.stack([coverage, coverage * u[..., None, :], coverage * v[..., :, None]], dim=2)
-        codes = self.codes(told[..., 0].clamp(max=self.categories - 1)).unflatten(-1, (3, self.channels))
+        codes = self.codes(objects[..., 0].clamp(max=self.categories - 1)).unflatten(-1, (3, self.channels))
         return torch.einsum("bkphw,bkpc->bchw", weights.to(codes.dtype), codes)
 
 

@@ -89,7 +89,7 @@ def _unit(features: Tensor) -> Tensor:
 
 def perceptual_shapes(name: str = "") -> PerceptualNet:
     """The network that `perceptual_net` would give, without weights, on the meta device; of a file, whose network only
-    its content tells, the largest one."""
+    its content shows, the largest one."""
     kind = name if name in BACKBONES else "vgg"
     with torch.device("meta"):
         trunk = _build_trunk(kind, None)

@@ -246,7 +246,7 @@ def level_widths(settings: DiffusionSettings) -> list[int]:
 
 
 class UNet(nn.Module):
-    """Predicts what the objective asks for (ε, v, x₀ or velocity) from a noisy latent.
+    """Predicts the objective's target (ε, v, x₀ or velocity) from a noisy latent.
 
     x: (B, in_channels, h, w), planes of concat conditions included; t: (B,) float or integer; context: (B, M,
     context_dim) or None; vector: (B, vector_dim) or None; returns (B, out_channels, h, w). h and w must be multiples
@@ -311,7 +311,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.settings.patch) if self.settings.patch > 1 else h
 
     def _embed(self, t: Tensor, vector: Tensor | None) -> Tensor:
-        # the angles need fp32: bf16 cannot tell t = 998 from 999
+        # the angles need fp32: bf16 rounds t = 998 and 999 to the same number
         code = timestep_embedding(t, self.settings.channels).to(next(self.time_embed.parameters()).dtype)
         embedding = self.time_embed(code)
         if vector is None:

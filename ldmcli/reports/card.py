@@ -48,15 +48,15 @@ def _code(value: object) -> str:
 
 
 def _front_matter(run: RunView) -> str:
-    tags = ["latent-diffusion", *([run.kind] if run.kind in run_report.KINDS else []), *_kinds(run)]
+    tags = ["latent-diffusion", *([run.kind] if run.kind in run_report.KINDS else []), *_condition_tags(run)]
     lines = ["license: other", "library_name: ldm", f"pipeline_tag: {_task(run)}", "tags:", *(f"- {t}" for t in tags)]
     return "\n".join(["---", *lines, "---"])
 
 
-def _kinds(run: RunView) -> tuple[str, ...]:
-    """What a diffusion model is told, as the tags say it."""
-    kinds = run.diffusion.condition.kinds if run.diffusion else ()
-    return tuple(f"{kind}-conditional" for kind in kinds if kind.isidentifier())
+def _condition_tags(run: RunView) -> tuple[str, ...]:
+    """The conditions of a diffusion model, as tags."""
+    conditions = run.diffusion.condition.kinds if run.diffusion else ()
+    return tuple(f"{condition}-conditional" for condition in conditions if condition.isidentifier())
 
 
 def _task(run: RunView) -> str:
@@ -90,9 +90,9 @@ def _use(run: RunView) -> str:
         call = f"model = ldmcli.load({folder})\nz = model.encode(images); pixels = model.decode(z)  # images: PIL"
         command = f"ldm reconstruct IMAGES --autoencoder {folder}"
     else:
-        told, option = _told(run)
+        arguments, option = _example(run)
         task = run.diffusion.task.name if run.diffusion else "generate"
-        call = f"model = ldmcli.load({folder})\nimages = model.sample({told}seed=0)"
+        call = f"model = ldmcli.load({folder})\nimages = model.sample({arguments}seed=0)"
         command = {
             "sr": f"ldm upscale photo.png --model {folder}",
             "inpaint": f"ldm inpaint photo.png mask.png --model {folder}",
@@ -100,19 +100,19 @@ def _use(run: RunView) -> str:
     return f"## Use\n\n```python\nimport ldmcli\n\n{_code(call)}\n```\n\n```sh\n{_code(command)}\n```"
 
 
-def _told(run: RunView) -> tuple[str, str]:
-    """What a first picture could be told: the argument in Python, the option of the command."""
+def _example(run: RunView) -> tuple[str, str]:
+    """Values for a first sample: the argument in Python, the option of the command."""
     request = run.stats.get("preview") or {}
-    told = [CONDITIONS[name] for name in run.conditions if name in CONDITIONS]
-    call = "".join(one.example_call for one in told)
-    option = "".join(one.example_option for one in told)
+    conditions = [CONDITIONS[name] for name in run.conditions if name in CONDITIONS]
+    call = "".join(one.example_call for one in conditions)
+    option = "".join(one.example_option for one in conditions)
     if request.get("prompt"):
         text = json.dumps(" ".join(clean(request["prompt"][0]).split()), ensure_ascii=False)
         quoted = "'" + text[1:-1].replace("'", "'\\''") + "'"
         return f"prompt={text}, {call}", f" --prompt {quoted}{option}"
     if request.get("classes"):
-        first = int(request["classes"][0])
-        return f"classes=[{first}], {call}", f" --class {first}{option}"
+        class_number = int(request["classes"][0])
+        return f"classes=[{class_number}], {call}", f" --class {class_number}{option}"
     return call, option
 
 

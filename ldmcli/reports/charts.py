@@ -159,7 +159,7 @@ def _path(points: Points, x: _Axis, y: _Axis) -> str:
 
 
 def _line(series: Series, index: int, x: _Axis, y: _Axis) -> str:
-    """The line (with its mean where it is noisy), and invisible spots that tell step and value."""
+    """The line (with its mean where it is noisy), and invisible spots with step and value."""
     points, colour = thinned(series.points), f"c{index}"
     noisy = len(points) > HOVER_POINTS
     shown = smoothed(points, max(len(points) // 40, 1), y.log) if noisy else points

@@ -1,7 +1,7 @@
 """What `--plan` says before anything runs: settings and their origins, parameters, FLOPs, memory, time.
 
 Networks are built on torch's meta device, where tensors have shapes and no content: no weights, no data, no memory.
-What only the data can tell (vocabulary, classes, longest caption) is assumed, and each assumption is listed.
+What depends on the data (vocabulary, classes, longest caption) is assumed, and each assumption is listed.
 """
 
 import math
@@ -202,7 +202,7 @@ def _time(flops: float, steps: int, max_minutes: float, device: torch.device, dt
 def probe_flops_per_s(device: torch.device, dtype: torch.dtype | None) -> float:
     """FLOP/s of a convolution with gradients on this machine, the best of the passes that fit in a fraction of a
     second; 0 where it cannot run. On a CPU one core is measured and multiplied: several would wait for each other
-    wherever other programs run, and tell of those."""
+    wherever other programs run, and measure those."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     size = 4 if device.type == "cpu" else 64
     try:

@@ -113,8 +113,8 @@ def _notes(splits: dict[str, list[Row]], settings: DataSettings) -> list[str]:
     """What rows themselves say, once their pictures were looked at."""
     opened = {id(rows): rows for part in splits.values() for rows, _ in part}.values()
     transparent = sum(rows.transparent for rows in opened)
-    told = f"{transparent} pictures have transparent pixels, laid over {settings.background} (data.background)"
-    return [note for rows in opened for note in rows.notes] + [told] * bool(transparent)
+    transparency = f"{transparent} pictures have transparent pixels, laid over {settings.background} (data.background)"
+    return [note for rows in opened for note in rows.notes] + [transparency] * bool(transparent)
 
 
 def _looks(rows: Sequence[Row], split: str, advance: Callable[[], None]) -> Iterable[Look]:
@@ -127,7 +127,7 @@ def _look(row: Row, split: str) -> Look:
     rows, i = row
     try:
         if is_shapes(rows.source):
-            shape = rows.shape(i)  # drawn, so never damaged
+            shape = rows.shape(i)  # made on the fly, so never damaged
         else:
             image = rows.image(i)
             shape = (image.height, image.width)

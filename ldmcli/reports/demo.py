@@ -29,13 +29,13 @@ from ldmcli.training.loop import RunOptions, train
 # shares of the minutes; the rest is starting, encoding, sampling, measuring (about a minute on two cores)
 _AE_SHARE, _LDM_SHARE = 0.12, 0.72
 HELD_OUT = 128
-POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not told apart any more
+POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not discernible any more
 FEW_STEPS = 100  # of the first stage
 
 
-def _resolved(kind: str, values: dict[str, Any], preset: str = "") -> config.Resolved:
-    layers = [config.preset_layer(kind, preset)] if preset else []
-    return config.resolve(kind, [*layers, ("ldm demo", values)])
+def _resolved(run_kind: str, values: dict[str, Any], preset: str = "") -> config.Resolved:
+    layers = [config.preset_layer(run_kind, preset)] if preset else []
+    return config.resolve(run_kind, [*layers, ("ldm demo", values)])
 
 
 def _data_values(data: DataSettings) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _data_values(data: DataSettings) -> dict[str, Any]:
 
 
 def plan_for(rows, data: DataSettings, minutes: float) -> dict[str, Any]:
-    """Settings chosen for the data and the time: image size, what the model is told, steps as upper bounds."""
+    """Settings chosen for the data and the time: image size, conditions, steps as upper bounds."""
     size = data.size if any(data.size) else (64, 64)
     found = (name for name, one in CONDITIONS.items() if one.static and one.argument and rows.has(one.column))
     kinds = tuple(islice(found, 1))
@@ -125,7 +125,13 @@ def shortcomings(ae: dict[str, Any], ldm: dict[str, Any], minutes: float) -> lis
 
 
 def _train(
-    kind: str, values: dict[str, Any], minutes: float, out: Path, fresh: bool, preset: str = "", autoencoder: str = ""
+    run_kind: str,
+    values: dict[str, Any],
+    minutes: float,
+    out: Path,
+    fresh: bool,
+    preset: str = "",
+    autoencoder: str = "",
 ) -> None:
     never = 1_000_000
     schedule = {
@@ -137,8 +143,8 @@ def _train(
         "train.eval_frechet": False,
         "train.log_every": 25,
     }
-    resolved = _resolved(kind, {**schedule, **values}, preset)
-    train(kind, resolved, out, RunOptions(fresh=fresh, command_line=["ldm", "demo"], autoencoder=autoencoder))
+    resolved = _resolved(run_kind, {**schedule, **values}, preset)
+    train(run_kind, resolved, out, RunOptions(fresh=fresh, command_line=["ldm", "demo"], autoencoder=autoencoder))
 
 
 def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
@@ -156,10 +162,10 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
     real = np.stack([held.pixels(i, chosen["size"], "center", (0.5, 0.5)) for i in picked])
     source = ConditionDataset(held, model.config, chosen["size"], training=False)
     values = {name: source.values(name, picked, picked) for name in chosen["kinds"]}
-    told: dict[str, Any] = arguments_of(values) if values else {"n": count}
-    begun = time.monotonic()
-    samples = np.stack([np.asarray(image) for image in model.sample(seed=seed, batch_size=32, **told)])
-    seconds = time.monotonic() - begun
+    arguments: dict[str, Any] = arguments_of(values) if values else {"n": count}
+    started = time.monotonic()
+    samples = np.stack([np.asarray(image) for image in model.sample(seed=seed, batch_size=32, **arguments)])
+    seconds = time.monotonic() - started
     rebuilt = np.concatenate(
         [
             tensor_to_pixels(model.autoencoder.decode(model.autoencoder.encode(real[i : i + 32])))
@@ -167,15 +173,15 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
         ]
     )
     save_grid(out / "samples.png", in_rows(list(samples), 16))
-    if "prompt" in told:
-        files.write_text(out / "prompts.txt", "\n".join(told["prompt"]) + "\n")
+    if "prompt" in arguments:
+        files.write_text(out / "prompts.txt", "\n".join(arguments["prompt"]) + "\n")
     result: dict[str, Any] = {
         "n": count,
         "sampling_images_per_s": count / seconds,
         "ae_psnr": runs.read_run(ae)["metrics"]["psnr"],
     }
     if held.source.startswith("shapes"):
-        result |= _shape_scores(told["prompt"], samples, rebuilt, real)
+        result |= _shape_scores(arguments["prompt"], samples, rebuilt, real)
     return result | _frechet(samples, rebuilt, real, held)
 
 

@@ -1,4 +1,4 @@
-"""One HTML file that asks nothing of anybody: escaping, tables, pictures as data URIs, and the style sheet.
+"""One HTML file that loads nothing from elsewhere: escaping, tables, pictures as data URIs, and the style sheet.
 
 The page's own security policy forbids scripts and every request, so that text which slipped through could do nothing.
 """

@@ -62,29 +62,29 @@ def write_demo_report(out: Path, runs: list[Path], summary: dict[str, Any]) -> P
 
     summary: shares of samples as `shape_reading.score` gives them at the top level, under "reconstructions" and "real"
     the same of those; "ae_psnr" in dB, "fd", "fd_reconstructions", "fd_protocol", "seconds", "n", "data". What is
-    absent is left out. out/samples.png is the contact sheet of the samples, out/prompts.txt what they were told.
+    absent is left out. out/samples.png is the contact sheet of the samples, out/prompts.txt their prompts.
     """
-    views = [read_run(path) for path in runs]
+    opened = [read_run(path) for path in runs]
     body = (
-        _demo_header(views, summary)
+        _demo_header(opened, summary)
         + html.tiles(_demo_figures(summary), "big")
-        + _samples(out, views, summary)
+        + _samples(out, opened, summary)
         + _comparison(summary)
-        + "".join(_part(view) for view in views)
+        + "".join(_part(run) for run in opened)
         + _rest(summary)
     )
     return _write(out, "Demo", body)
 
 
-def _demo_header(views: Sequence[RunView], summary: dict[str, Any]) -> str:
-    view = next((view for view in views if view.diffusion), None)
-    words = view is not None and view.diffusion is not None and Text.name in view.diffusion.condition.kinds
+def _demo_header(runs: Sequence[RunView], summary: dict[str, Any]) -> str:
+    run = next((run for run in runs if run.diffusion), None)
+    words = run is not None and run.diffusion is not None and Text.name in run.diffusion.condition.kinds
     title = "Pictures from words" if words else "Pictures from noise"
-    rows = (view.state.get("data") or {}).get("rows") if view else None
-    size = view.stats.get("size") if view else None
+    rows = (run.state.get("data") or {}).get("rows") if run else None
+    size = run.stats.get("size") if run else None
     details = [f"{rows:,} images" if isinstance(rows, int) else "", f"{size[0]}×{size[1]} px" if size else ""]
     data = f"{run_report.last_name(summary.get('data')) or 'images'} ({', '.join(filter(None, details))})"
-    machine: dict[str, Any] = next((view.state["machine"] for view in views if view.state.get("machine")), {})
+    machine: dict[str, Any] = next((run.state["machine"] for run in runs if run.state.get("machine")), {})
     gpu = machine.get("device_type") == "gpu"
     cores = f" on {machine['cpu_count']} CPU cores" if machine.get("cpu_count") and not gpu else ""
     time = f" in {duration_with_unit(summary['seconds'])}{cores}" if _given(summary, "seconds") else ""
@@ -120,29 +120,29 @@ def _share(value: float) -> str:
     return f"{100 * value:.3g} %" if value < 1 else "100 %"
 
 
-def _samples(out: Path, views: Sequence[RunView], summary: dict[str, Any]) -> str:
-    """All samples, the first ones with what was asked for."""
+def _samples(out: Path, runs: Sequence[RunView], summary: dict[str, Any]) -> str:
+    """All samples, the first ones with their prompts."""
     sheet = html.read_picture(out / "samples.png")
     if sheet is None:
         return ""
-    told = _prompts(out / "prompts.txt")
-    view = next((view for view in views if view.stats.get("size") and view.kind == "diffusion"), None)
-    cells = html.cut(sheet, view.stats["size"]) if view else []
-    if view is None or not cells:
+    prompts = _prompts(out / "prompts.txt")
+    run = next((run for run in runs if run.stats.get("size") and run.kind == "diffusion"), None)
+    cells = html.cut(sheet, run.stats["size"]) if run else []
+    if run is None or not cells:
         return html.section("Samples", html.picture(sheet, "samples"))
-    if not told:
+    if not prompts:
         return html.section("Samples", html.mosaic(cells))
-    marks = run_report.mark_samples(view, cells, told)
-    count = min(len(cells), len(told))
-    asked = html.cards(cells[:CARDS], told[:CARDS], marks[:CARDS])
+    marks = run_report.mark_samples(run, cells, prompts)
+    count = min(len(cells), len(prompts))
+    first = html.cards(cells[:CARDS], prompts[:CARDS], marks[:CARDS])
     wrong = " Those that show anything else than asked are framed." if "wrong" in marks else ""
     every = html.section(
         "All samples",
-        html.mosaic(cells[:count], told, marks),
+        html.mosaic(cells[:count], prompts, marks),
         f"All {count}, none picked; the prompt shows on hover.{wrong}",
     )
     checked = " The mark is that of a program that reads colours, shapes and places from the pixels." if marks else ""
-    return html.section("Asked and drawn", asked, f"The first {min(CARDS, count)} of {count} prompts.{checked}") + every
+    return html.section("Asked and drawn", first, f"The first {min(CARDS, count)} of {count} prompts.{checked}") + every
 
 
 def _prompts(path: Path) -> list[str]:
@@ -174,12 +174,12 @@ def _comparison(summary: dict[str, Any]) -> str:
     return html.section("Measured", table + note, lead)
 
 
-def _part(view: RunView) -> str:
+def _part(run: RunView) -> str:
     """One of the runs: figures, pictures, curves, settings."""
-    title = run_report.KINDS.get(view.kind, view.name)
-    inside = run_report.key_figures(view) + run_report.previews(view) + run_report.curves(view)
+    title = run_report.KINDS.get(run.kind, run.name)
+    inside = run_report.key_figures(run) + run_report.previews(run) + run_report.curves(run)
     more = html.folded(
-        "How it was run", html.definition_list(run_report.identity(view)) + run_report.setting_tables(view)
+        "How it was run", html.definition_list(run_report.identity(run)) + run_report.setting_tables(run)
     )
     return f'<section class="part"><h2>{safe(title)}</h2>{inside}{more}</section>'
 

@@ -85,7 +85,7 @@ def headline(run: RunView) -> str:
 
 
 def identity(run: RunView) -> list[tuple[str, object]]:
-    """What tells this run from others."""
+    """What distinguishes this run from others."""
     state, data, machine = run.state, run.state.get("data") or {}, run.state.get("machine") or {}
     rows = f"{_count(data.get('rows'))} to train, {_count(data.get('validation_rows'))} to validate" if data else ""
     left_out = f", {len(data['left_out'])} left out" if data.get("left_out") else ""
@@ -202,7 +202,7 @@ def curves(run: RunView) -> str:
 
 
 def previews(run: RunView) -> str:
-    """The newest preview with what it was told, and earlier ones."""
+    """The newest preview with the values that it is conditioned on, and earlier ones."""
     found = [
         (step, image) for step, path in evenly_spaced(sample_files(run.path)) if (image := html.read_picture(path))
     ]
@@ -218,13 +218,13 @@ def previews(run: RunView) -> str:
         shown = html.picture(newest, "images above their reconstructions", f"step {step:,}")
     else:
         texts = preview_texts(run)
-        told = ": what was asked for, and what the model made of it." if texts else "."
-        lead = f"Fixed seeds, step {step:,}{told}"
-        shown = _told(newest, texts, run) or html.picture(newest, f"samples of step {step:,}", f"step {step:,}")
+        explanation = ": what was asked for, and what the model made of it." if texts else "."
+        lead = f"Fixed seeds, step {step:,}{explanation}"
+        shown = _prompt_cards(newest, texts, run) or html.picture(newest, f"samples of step {step:,}", f"step {step:,}")
     return html.section("What it makes", shown + earlier, safe(lead))
 
 
-def _told(sheet, texts: Sequence[str], run: RunView) -> str:
+def _prompt_cards(sheet, texts: Sequence[str], run: RunView) -> str:
     size = run.stats.get("size")
     cells = html.cut(sheet, size)[: len(texts)] if size and texts else []
     return html.cards(cells, texts, mark_samples(run, cells, texts)) if cells else ""

@@ -1,4 +1,4 @@
-"""What the training loop needs of an objective: the one interface of `AutoencoderObjective` and `DiffusionObjective`."""
+"""What the training loop needs of objectives: the one interface of `AutoencoderObjective` and `DiffusionObjective`."""
 
 from pathlib import Path
 from typing import Any, Protocol

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from ldmcli.cli.prompts import Asked, read_prompts
+from ldmcli.cli.prompts import PromptFile, read_prompts
 from ldmcli.core.errors import InputError
 
 TEXTS = {
@@ -36,15 +36,15 @@ TEXTS = {
 def test_prompts_are_read_as_people_write_them(what, tmp_path):
     text, prompts = TEXTS[what]
     (tmp_path / "prompts.txt").write_bytes(text.encode())
-    assert read_prompts(tmp_path / "prompts.txt") == Asked(tuple(prompts), ())
+    assert read_prompts(tmp_path / "prompts.txt") == PromptFile(tuple(prompts), ())
 
 
 def test_classes_stand_beside_prompts_or_alone(tmp_path, capsys):
     file = tmp_path / "asked.jsonl"
     file.write_text('{"prompt": "a", "class": "cat", "n": 2}\n{"text": "b", "label": 7}\n')
-    assert read_prompts(file) == Asked(("a", "a", "b"), ("cat", "cat", "7"))
+    assert read_prompts(file) == PromptFile(("a", "a", "b"), ("cat", "cat", "7"))
     file.write_text('{"class": "dog", "count": 2, "seed": 4, "id": 1}\n')
-    assert read_prompts(file) == Asked((), ("dog", "dog"))
+    assert read_prompts(file) == PromptFile((), ("dog", "dog"))
     assert "warning: " in (said := capsys.readouterr().err) and "not read: id, seed" in said
 
 
