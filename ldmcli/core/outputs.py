@@ -52,7 +52,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     wanted = {"model": str, "format": str, "total": int}
     if not isinstance(found, dict) or not all(
-        isinstance(found.get(name), condition) for name, condition in wanted.items()
+        isinstance(found.get(name), expected) for name, expected in wanted.items()
     ):
         return None
     listed = found.get("files", {})

@@ -150,8 +150,8 @@ def check(image: np.ndarray, expectation: Expectation | Spec | str) -> dict[str,
     background, found = read(image)
     n = len(wanted.things)
     padded = [*found, *[None] * max(n - len(found), 0)][: max(n, 4)]
-    found_for = max(permutations(padded, n), key=lambda chosen: sum(map(_weight, _judge(wanted, chosen))))
-    colours, shapes, positions = _judge(wanted, found_for)
+    found_for = max(permutations(padded, n), key=lambda chosen: sum(map(_weight, _verdicts(wanted, chosen))))
+    colours, shapes, positions = _verdicts(wanted, found_for)
     result: dict[str, bool | float | None] = {
         "colour": _every(colours),
         "shape": _every(shapes),
@@ -173,7 +173,7 @@ def _expectation(given: Expectation | Spec | str) -> Expectation:
     return Expectation(tuple((t.colour, t.shape) for t in given.things), given.relations, place, given.background)
 
 
-def _judge(wanted: Expectation, found) -> tuple[list, list, list]:
+def _verdicts(wanted: Expectation, found) -> tuple[list, list, list]:
     """Verdicts (True, False, None = not in the prompt) on colours, shapes and positions of things matched in order."""
     colours = [None if c is None else bool(f and f.colour == c) for f, (c, _) in zip(found, wanted.things)]
     shapes = [

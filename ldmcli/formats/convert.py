@@ -40,7 +40,7 @@ def convert(
     bundle = read(source, reading or Reading())
     with _staged(target) as place:
         notes = _write(bundle, place, to, source, kind)
-    return _facts(bundle) | {
+    return _description(bundle) | {
         "source": str(source),
         "format": kind,
         "target": str(target),
@@ -62,7 +62,7 @@ def _write(bundle: Bundle, place: Path, to: str, source: Path, kind: str) -> lis
     return diffusers.write(bundle, place, source if kind == "run" else None)
 
 
-def _facts(bundle: Bundle) -> dict[str, Any]:
+def _description(bundle: Bundle) -> dict[str, Any]:
     parts = {"model" if not isinstance(bundle, AutoencoderBundle) else "autoencoder": bundle.tensors}
     if not isinstance(bundle, AutoencoderBundle) and bundle.autoencoder is not None:
         parts["autoencoder"] = bundle.autoencoder.tensors

@@ -153,7 +153,7 @@ def _metadata(config: DiffusionConfig | AutoencoderConfig) -> dict[str, str]:
     }
 
 
-def _scale_facts(scale: LatentScale, kind: str) -> dict[str, Any]:
+def _scale_entry(scale: LatentScale, kind: str) -> dict[str, Any]:
     return {"kind": kind, "mean": list(scale.mean), "std": list(scale.std), "images": 0}
 
 
@@ -161,7 +161,7 @@ def _write_autoencoder(bundle: AutoencoderBundle, path: Path) -> str:
     stats: dict[str, Any] = {"size": list(bundle.config.data.size)}
     metadata = _metadata(bundle.config)
     if bundle.scale is not None:
-        stats["latent_scale"] = _scale_facts(bundle.scale, "converted")
+        stats["latent_scale"] = _scale_entry(bundle.scale, "converted")
         metadata["latent_scale"] = json.dumps(stats["latent_scale"])
     files.write_json(path / "stats.json", stats)
     return files.save_tensors(path / WEIGHTS, bundle.tensors, metadata)
@@ -174,7 +174,7 @@ def _write_diffusion(bundle: DiffusionBundle, path: Path) -> str:
     files.write_json(
         path / "stats.json",
         {
-            "latent_scale": _scale_facts(bundle.scale, bundle.config.diffusion.latent_scale),
+            "latent_scale": _scale_entry(bundle.scale, bundle.config.diffusion.latent_scale),
             "latent_shape": list(bundle.latent_shape),
             "size": list(bundle.config.data.size),
             "conditions": bundle.specs,

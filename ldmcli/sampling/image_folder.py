@@ -43,7 +43,7 @@ class ImageFolder:
     ):
         self.out, self.fmt, self.seconds = out, request["format"], 0.0
         self.names = numbered(out, request["total"], self.fmt)
-        self._results = Results(out, self.names, request, kinds=conditions, inputs=inputs, overwrite=overwrite)
+        self._results = Results(out, self.names, request, conditions=conditions, inputs=inputs, overwrite=overwrite)
         self.todo = self._results.todo
 
     def write(
