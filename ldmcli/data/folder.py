@@ -78,19 +78,21 @@ def scan(found: Found, *, skip_bad: bool = False, image_column: str = "") -> dic
         listings = rows.listings({split: base for split, base in bases.items() if base in covered}, notes)
         bases = {split: base for split, base in bases.items() if base not in covered}
         notes += [f"{base.name}/ has no metadata" for base in bases.values()]
-    told = Annotations() if found.metadata else read_annotations(found, _foreign_tables(found, ".json"), split_of)
-    notes += [f"boxes or captions come from {found.names(told.files)}"] * bool(told.values)
-    notes += [f"{found.names(told.large)}: too large to be read for annotations"] * bool(told.large)
+    annotations = (
+        Annotations() if found.metadata else read_annotations(found, _foreign_tables(found, ".json"), split_of)
+    )
+    notes += [f"boxes or captions come from {found.names(annotations.files)}"] * bool(annotations.values)
+    notes += [f"{found.names(annotations.large)}: too large to be read for annotations"] * bool(annotations.large)
     classes = _classes(found, taken, bases)
     for split, base in bases.items():
         listings[split] = _plain(root, [path for path in taken if base in path.parents], found, skip_bad)
-        _add_annotations(listings[split], told)
+        _add_annotations(listings[split], annotations)
         if len(classes) > 1:
             _add_classes(listings[split], base)
     if not listings:
         raise InputError(f"{sanitise(root)}: no row of the metadata names a picture of a split; {'; '.join(notes)}")
     for listing in listings.values():
-        listing.notes = [*notes, *listing.notes, *found.notes(), *_unused_tables(found, told.files)]
+        listing.notes = [*notes, *listing.notes, *found.notes(), *_unused_tables(found, annotations.files)]
     return listings
 
 
@@ -223,8 +225,8 @@ def _add_json_files(listing: Listing, beside: list[Path | None]) -> None:
     if count:
         listing.columns["caption"] = found
         lonely = [name for name, text in zip(listing.names, found) if text is None]
-        told = f"; {len(lonely)} have none ({first_few(lonely)})" if lonely else ""
-        listing.notes.append(f"captions come from {count} JSON files beside the pictures{told}")
+        without = f"; {len(lonely)} have none ({first_few(lonely)})" if lonely else ""
+        listing.notes.append(f"captions come from {count} JSON files beside the pictures{without}")
 
 
 def _add_annotations(listing: Listing, annotations: Annotations) -> None:
@@ -332,20 +334,20 @@ class _Rows:
             for path in self.pictures
             if path not in self.named and not covered.isdisjoint(path.parents)
         ]
-        told = []
+        problems = []
         if self.missing:
-            told.append(
+            problems.append(
                 f"{len(self.missing)} rows name pictures that are absent ({first_few(self.missing)}"
                 f"{_hint(self.missing, lonely)})"
             )
         if lonely:
-            told.append(f"{len(lonely)} pictures have no row in the metadata ({first_few(lonely)})")
+            problems.append(f"{len(lonely)} pictures have no row in the metadata ({first_few(lonely)})")
         if not self.rows:
-            what = "; ".join(told) or "no row with a picture"
+            what = "; ".join(problems) or "no row with a picture"
             raise InputError(f"{sanitise(_id(self.tables[0], self.root))}: {what}")
-        if told and not skip_bad:
-            raise InputError(f"{sanitise(self.root)}: {'; '.join(told)}; leave them out with --skip-bad")
-        return [*(f"{one}, left out" for one in told), *self.notes]
+        if problems and not skip_bad:
+            raise InputError(f"{sanitise(self.root)}: {'; '.join(problems)}; leave them out with --skip-bad")
+        return [*(f"{one}, left out" for one in problems), *self.notes]
 
     def listings(self, bases: dict[str, Path], notes: list[str]) -> dict[str, Listing]:
         """Rows by the folder that their picture lies in, or of a single folder by a column that states splits."""

@@ -319,9 +319,9 @@ def _diffusion_plan(params: Section, name: str, heads: str, own: Any) -> Plan:
     is_open = settings.spatial_transformer and wide and given.get("legacy", True) is not False
     settings, notes = with_heads(settings, heads, published(settings, in_channels, context_dim), is_open)
     if name == "DDPM":
-        stage, told = FirstStage(None), Conditioner()
+        stage, condition = FirstStage(None), Conditioner()
     else:
-        stage, told = first_stage(params.sub("first_stage_config")), conditioner(params)
+        stage, condition = first_stage(params.sub("first_stage_config")), conditioner(params)
     measured = bool(params.values.get("scale_by_std", False))
     factor = params.number("scale_factor", 1.0)
     settings = replace(
@@ -343,7 +343,7 @@ def _diffusion_plan(params: Section, name: str, heads: str, own: Any) -> Plan:
         settings,
         in_channels,
         stage,
-        told,
+        condition,
         (out_channels, *sides),
         factor,
         measured,

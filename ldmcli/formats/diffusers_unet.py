@@ -160,7 +160,10 @@ def unet_names(settings: DiffusionSettings, linear: bool = False) -> Names:
 def _levels(config: Config, kind: str) -> tuple[list[bool], bool]:
     """(attention of each level, resampling by residual blocks), read from the two lists of block types."""
     seen: dict[str, list[tuple[bool, bool]]] = {}
-    for key, table, way in (("down_block_types", _DOWN, "downsample_type"), ("up_block_types", _UP, "upsample_type")):
+    for key, table, sampling_type in (
+        ("down_block_types", _DOWN, "downsample_type"),
+        ("up_block_types", _UP, "upsample_type"),
+    ):
         types = config[key]
         if not isinstance(types, list) or len(types) != len(config.integers("block_out_channels")):
             raise config.refuse(key, "as many as block_out_channels are expected")
@@ -168,7 +171,7 @@ def _levels(config: Config, kind: str) -> tuple[list[bool], bool]:
         if unknown:
             raise config.refuse(key, f"{unknown[0]} is not among {', '.join(table[kind])}")
         seen[key] = [
-            (attends, config[way] == "resnet" if by is None else by)
+            (attends, config[sampling_type] == "resnet" if by is None else by)
             for attends, by in (table[kind][name] for name in types)
         ]
     down, up = seen["down_block_types"], seen["up_block_types"][::-1]

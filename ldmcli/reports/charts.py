@@ -29,19 +29,19 @@ class Series:
 def line_chart(title: str, series: Sequence[Series], *, unit: str = "", from_zero: bool = False, note: str = "") -> str:
     """A <figure> with the lines over the step; '' where no two steps are known. The range decides whether the axis is
     logarithmic, unless it is to begin at zero."""
-    drawn = [Series(one.name, finite(one.points)) for one in series]
-    drawn = [one for one in drawn if one.points][:COLOURS]
-    steps = {step for one in drawn for step, _ in one.points}
+    curves = [Series(one.name, finite(one.points)) for one in series]
+    curves = [one for one in curves if one.points][:COLOURS]
+    steps = {step for one in curves for step, _ in one.points}
     if len(steps) < 2:
         return ""
-    everything = [value for one in drawn for _, value in one.points] + [0.0] * from_zero
+    everything = [value for one in curves for _, value in one.points] + [0.0] * from_zero
     log = wants_log(everything)
     x = _Axis(min(steps), max(steps), False, LEFT, WIDTH - RIGHT, whole=True)
     y = _Axis(min(everything), max(everything), log, HEIGHT - BOTTOM, TOP)
-    lines = "".join(_line(one, index, x, y) for index, one in enumerate(drawn))
+    lines = "".join(_line(one, index, x, y) for index, one in enumerate(curves))
     label = ", ".join(part for part in (unit, "logarithmic" if log else "") if part)
     return (
-        f'<figure class="chart"><figcaption><b>{_safe(title)}</b>{_legend(drawn)}</figcaption>'
+        f'<figure class="chart"><figcaption><b>{_safe(title)}</b>{_legend(curves)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_safe(title)}">'
         f'{_grid(x, y)}<text class="unit" x="2" y="12">{_safe(label)}</text>{lines}</svg>'
         f"{f'<p>{_safe(note)}</p>' if note else ''}</figure>"
