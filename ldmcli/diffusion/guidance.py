@@ -24,6 +24,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.diffusion.samplers import Denoise
 from ldmcli.diffusion.schedule import Schedule, to_x0_eps
 from ldmcli.networks.conditioners import CONDITIONERS, Conditioning, Conditions, guidance_order
+from ldmcli.networks.conditioning import Encode
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
@@ -33,7 +34,9 @@ class Embeds(Protocol):
 
     conditions: Conditions
 
-    def embed(self, inputs: Mapping[str, Tensor], size: tuple[int, int]) -> Conditioning: ...
+    def embed(
+        self, inputs: Mapping[str, Tensor], size: tuple[int, int], encode: Encode | None = None
+    ) -> Conditioning: ...
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,14 @@ def guidance_path(
     negative: Mapping[str, Tensor] | None,
     n: int,
     size: tuple[int, int],
+    encode: Encode | None = None,
 ) -> GuidancePath:
     """The path of `inputs` (prepared, n rows on the model's device) for latents of `size` (h, w).
 
-    negative: inputs that take the place of the null, or of a part of it (a negative prompt).
+    negative: inputs that take the place of the null, or of a part of it (a negative prompt). encode: the first stage's
+    encoder, for conditions that are images.
     """
-    given, steps = model.embed(inputs, size), guidance_steps(model.conditions.kinds, scale)
+    given, steps = model.embed(inputs, size, encode), guidance_steps(model.conditions.kinds, scale)
     if not any(names for names, _ in steps):
         return GuidancePath((given,))
     null = {**model.conditions.null(n, inputs), **(negative or {})}
@@ -88,7 +93,7 @@ def guidance_path(
     current = {name: null[name].to(x.device) if _condition(name) in switched_on else x for name, x in inputs.items()}
     path = []
     for names, _ in steps:
-        path.append(model.embed(current, size))
+        path.append(model.embed(current, size, encode))
         current |= {name: x for name, x in inputs.items() if _condition(name) in names}
     return GuidancePath((*path, given), tuple(scale for _, scale in steps))
 

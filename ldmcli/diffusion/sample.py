@@ -14,6 +14,7 @@ from ldmcli.diffusion.samplers import SAMPLERS, Denoise, repaint
 from ldmcli.diffusion.schedule import NoiseLevels, Schedule, q_sample, sampling_levels
 from ldmcli.diffusion.tiling import tiled_predict
 from ldmcli.maths import rng
+from ldmcli.networks.conditioning import Encode
 from ldmcli.networks.latent_diffusion import DiffusionModel
 
 Guide = Callable[[Denoise], Denoise]
@@ -80,6 +81,7 @@ def sample_conditioned(
     seed: int,
     inputs: Mapping[str, Tensor] | None = None,
     negative: Mapping[str, Tensor] | None = None,
+    encode: Encode | None = None,
     shape: tuple[int, int, int] | None = None,
     init: InitLatents | None = None,
     known: KnownRegion | None = None,
@@ -89,13 +91,13 @@ def sample_conditioned(
     """Final latents (len(ids), c, h, w) for samples `ids`; sample k depends on (seed, k) alone.
 
     inputs: prepared conditions, a row a sample; negative: what takes the place of their null, or of a part of it.
-    shape: (c, h, w), None = as trained. guide: a denoiser to a denoiser (`gradient_guidance`). tile: latent positions a
-    side above which the network sees overlapping tiles; 0 = all at once. Raises ModelError where the model gives NaN or
-    Inf.
+    encode: the first stage's encoder, for conditions that are images. shape: (c, h, w), None = as trained. guide: a
+    denoiser to a denoiser (`gradient_guidance`). tile: latent positions a side above which the network sees overlapping
+    tiles; 0 = all at once. Raises ModelError where the model gives NaN or Inf.
     """
     device, shape = next(model.parameters()).device, shape or model.latent_shape
     inputs = {name: tensor.to(device) for name, tensor in (inputs or {}).items()}
-    path = guidance_path(model, settings.guidance, inputs, negative, len(ids), shape[1:])
+    path = guidance_path(model, settings.guidance, inputs, negative, len(ids), shape[1:], encode)
     predict = tiled_predict(model.predict, tile, model.unet.size_factor) if tile else model.predict
     noise = KeyedNoise(seed, ids, shape, device)
     return sample_latents(predict, schedule, settings, path, noise, ids=ids, init=init, known=known, guide=guide)
@@ -132,15 +134,25 @@ def sample_latents(
     def step_noise(*step: int) -> Tensor:
         return settings.temperature * noise("step", *step)
 
-    sample, how = SAMPLERS[settings.sampler].function, {"eta": settings.eta, "noise": step_noise}
+    sample = SAMPLERS[settings.sampler].function
     if known is None:
-        z = sample(denoise, z, levels, before_step=before_step, callback=callback, **how)
+        z = sample(denoise, z, levels, eta=settings.eta, noise=step_noise, before_step=before_step, callback=callback)
         return _finite(z, seen, ids)
-    how["before_step"] = replace_known_region(known, levels, lambda *step: noise("known", *step))
+    keep = replace_known_region(known, levels, lambda *step: noise("known", *step))
     if known.resample > 1:
-        z = repaint(sample, denoise, z, levels, known.resample, renoise=lambda *step: noise("again", *step), **how)
+        z = repaint(
+            sample,
+            denoise,
+            z,
+            levels,
+            known.resample,
+            noise=step_noise,
+            renoise=lambda *step: noise("again", *step),
+            eta=settings.eta,
+            before_step=keep,
+        )
     else:
-        z = sample(denoise, z, levels, **how)
+        z = sample(denoise, z, levels, eta=settings.eta, noise=step_noise, before_step=keep)
     return _finite(known.composite(z, known.z_0), seen, ids)
 
 

@@ -5,6 +5,7 @@ conditions, and UNet and first stage where no class of diffusers computes the sa
 it (unet/, vqvae/) and is passed in.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +20,7 @@ from ldmcli.diffusion.sample import KeyedNoise, sample_latents, with_overrides
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.networks.autoencoder import Autoencoder, split_moments
 from ldmcli.networks.conditioners import Conditioning, Conditions
+from ldmcli.networks.conditioning import Encode
 from ldmcli.networks.unet import UNet
 
 
@@ -68,9 +70,9 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
             self.conditions.entries["text"].tokenizer = tokenizer
         return {k: v.to(self.device) for k, v in self.conditions.prepare(values).items()}
 
-    def embed(self, inputs: dict[str, Tensor], size: tuple[int, int]) -> Conditioning:
+    def embed(self, inputs: Mapping[str, Tensor], size: tuple[int, int], encode: Encode | None = None) -> Conditioning:
         """τ_θ(y) of prepared inputs for latents of `size` (h, w)."""
-        return self.conditions(inputs, size)
+        return self.conditions(inputs, size, encode)
 
     def predict(self, unet, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output at timesteps t (B,)."""
@@ -96,9 +98,9 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         """Final latents (n, c, h, w), the same numbers as of `ldm sample` for a seed. overrides: sampler, steps,
         guidance, eta, spacing; None takes the model's own."""
         settings = with_overrides(self.sampling, **overrides)
-        self.conditions.first_stage = lambda x: self.encode(vqvae, x)
         shape, ids = tuple(shape or self.config.latent_shape), range(n)
-        path = guidance_path(self, settings.guidance, inputs or {}, None, n, shape[1:])
+        size, encode = (shape[-2], shape[-1]), lambda x: self.encode(vqvae, x)
+        path = guidance_path(self, settings.guidance, inputs or {}, None, n, size, encode)
         return sample_latents(
             lambda z, t, conditioning: self.predict(unet, z, t, conditioning),
             self.schedule,

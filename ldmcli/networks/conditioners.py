@@ -7,7 +7,7 @@ A condition is one class and one line in `CONDITIONERS`.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ConditionSettings
-from ldmcli.networks.conditioning import Conditioner, Conditioning
+from ldmcli.networks.conditioning import Conditioner, Conditioning, Encode
 from ldmcli.networks.layout import LayoutConditioner
 from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.spatial_conditioners import LowResConditioner, MaskedConditioner, SemanticMapConditioner
@@ -314,8 +314,7 @@ def guidance_order(kinds: Sequence[str]) -> list[str]:
 class Conditions(nn.Module):
     """All conditions of a model, in the order of `kinds` (`DiffusionConfig.kinds`).
 
-    `facts` has an entry a kind. `first_stage` must be lent to a model whose planes are latents before it is used:
-    a function from pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, c, h, w).
+    `facts` has an entry a kind.
     """
 
     def __init__(
@@ -359,20 +358,7 @@ class Conditions(nn.Module):
     @property
     def encodes(self) -> bool:
         """Whether images go through the first stage."""
-        return bool(self._encoding())
-
-    @property
-    def first_stage(self) -> Callable[[Tensor], Tensor] | None:
-        """The encoder that masked and enlarged images go through."""
-        return next((entry.first_stage for entry in self._encoding()), None)
-
-    @first_stage.setter
-    def first_stage(self, encode: Callable[[Tensor], Tensor] | None) -> None:
-        for entry in self._encoding():
-            entry.first_stage = encode
-
-    def _encoding(self) -> list[Any]:
-        return [entry for entry in self.conditioners.values() if entry.encodes]
+        return any(entry.encodes for entry in self.conditioners.values())
 
     def prepare(self, values: dict[str, list]) -> dict[str, Tensor]:
         """{"text": captions, "class": labels, …} -> flat dict of tensors "kind.name" with n rows each."""
@@ -395,7 +381,7 @@ class Conditions(nn.Module):
             for name, tensor in entry.example(size).items()
         }
 
-    def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def null(self, n: int, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The null of every condition, n times, in the form of `prepare`. Planes of a task have none: those of
         `given`, which is needed then, stay. A map's null has the size of `given`'s."""
         out: dict[str, Tensor] = {}
@@ -421,14 +407,18 @@ class Conditions(nn.Module):
                 out[f"{kind}.{name}"] = torch.where(mask, null[name].to(tensor.device), tensor)
         return out
 
-    def forward(self, inputs: dict[str, Tensor], size: tuple[int, int]) -> Conditioning:
-        """size: (h, w) of the latent, for conditions that are drawn at it."""
+    def forward(
+        self, inputs: Mapping[str, Tensor], size: tuple[int, int], encode: Encode | None = None
+    ) -> Conditioning:
+        """τ_θ(y). size: (h, w) of the latent, for conditions that are drawn at it; encode: the first stage's encoder,
+        pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, c, h, w), for those that are latents of images."""
         joined = Conditioning()
         for kind, entry in self.conditioners.items():
             if own := _own(kind, inputs):  # research code may want tokens alone, and hand planes over itself
-                joined = joined.joined(entry(own, size) if entry.takes_size else entry(own))
+                more = [size] if entry.takes_size else [encode] if entry.encodes else []
+                joined = joined.joined(entry(own, *more))
         return joined
 
 
-def _own(kind: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _own(kind: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.split(".", 1)[1]: tensor for name, tensor in inputs.items() if name.startswith(f"{kind}.")}

@@ -1,12 +1,14 @@
 """Conditioners τ_θ (Sec. 3.3), and what the UNet gets of them: tokens, planes, a vector."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ldmcli.core.settings import ConditionSettings
+
+Encode = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, c, h, w)
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Conditioner(nn.Module):
     gives_tokens = False  # for cross-attention, of width `context_dim`
     channels = 0  # planes beside z_t
     takes_size = False  # forward(inputs, (h, w) of the latent)
-    encodes = False  # encodes images with the model's first stage, which it is given as `first_stage`
+    encodes = False  # forward(inputs, the first stage's encoder)
     names: Sequence[str] = ()  # of its classes or categories
 
     @staticmethod

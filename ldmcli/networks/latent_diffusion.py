@@ -11,7 +11,7 @@ A whole training step by hand, for research code:
 `diffusion.loss.diffusion_loss` is this with the weights and the sampled timesteps of training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
 from ldmcli.networks.conditioners import Conditioning, Conditions
+from ldmcli.networks.conditioning import Encode
 from ldmcli.networks.unet import UNet
 
 
@@ -51,16 +52,20 @@ class DiffusionModel(nn.Module):
             sample_size=(height, width),
         )
 
-    def embed(self, inputs: dict[str, Tensor] | None, size: tuple[int, int] | None = None) -> Conditioning:
-        """tau(y): what the conditions make of prepared inputs (`Conditions.prepare`) for latents of `size` (h, w), by
-        default those of the training."""
-        return self.conditions(inputs or {}, self.latent_shape[1:] if size is None else size)
+    def embed(
+        self, inputs: Mapping[str, Tensor] | None, size: tuple[int, int] | None = None, encode: Encode | None = None
+    ) -> Conditioning:
+        """τ_θ(y) of prepared inputs (`Conditions.prepare`) for latents of `size` (h, w), by default those of the
+        training. encode: the first stage's encoder, where a condition is an image (super-resolution, inpainting)."""
+        return self.conditions(inputs or {}, self.latent_shape[1:] if size is None else size, encode)
 
     def predict(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's raw output (B, c, h, w) for z_t at timesteps t (B,)."""
         x = z_t if conditioning.concat is None else torch.cat([z_t, conditioning.concat], dim=1)
         return self.unet(x, t, context=conditioning.context, vector=conditioning.vector)
 
-    def forward(self, z_t: Tensor, t: Tensor, inputs: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, z_t: Tensor, t: Tensor, inputs: Mapping[str, Tensor] | None = None, encode: Encode | None = None
+    ) -> Tensor:
         """`predict` for prepared inputs (`Conditions.prepare`): ε_θ(z_t, t, τ_θ(y)) of Eq. 3, (B, c, h, w)."""
-        return self.predict(z_t, t, self.embed(inputs, (z_t.shape[-2], z_t.shape[-1])))
+        return self.predict(z_t, t, self.embed(inputs, (z_t.shape[-2], z_t.shape[-1]), encode))

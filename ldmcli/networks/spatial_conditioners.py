@@ -1,6 +1,5 @@
 """Conditions that are planes beside z_t: class maps, low-resolution images, images with holes (Sec. 4.3.2-4.5, D.6)."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +12,7 @@ from ldmcli.core.errors import InputError, ModelError
 from ldmcli.core.settings import ConditionSettings
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
-from ldmcli.networks.conditioning import Conditioner, Conditioning
+from ldmcli.networks.conditioning import Conditioner, Conditioning, Encode
 from ldmcli.networks.text_encoder import SpatialRescaler
 
 NO_CLASS = 255  # in maps whose data use it: pixels that nobody labelled
@@ -95,7 +94,6 @@ class LowResConditioner(Conditioner):
         self.fold, self.enlarge = max(1, self.f // self.scale), max(1, self.scale // self.f)
         self.latent = facts.get("latent", 0)
         self.channels = 3 * self.fold**2 + self.latent
-        self.first_stage: Callable[[Tensor], Tensor] | None = None
 
     def prepare(self, images: list[np.ndarray]) -> dict[str, Tensor]:
         """Images of one size -> {"image": (n, 3, h, w) uint8}."""
@@ -105,14 +103,14 @@ class LowResConditioner(Conditioner):
         """A small image."""
         return {"image": torch.zeros(1, 3, *(side // self.scale for side in size), dtype=torch.uint8)}
 
-    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+    def forward(self, inputs: dict[str, Tensor], encode: Encode | None = None) -> Conditioning:
         x = small = inputs["image"].float() / 127.5 - 1
         if self.enlarge > 1:
             x = F.interpolate(x, scale_factor=float(self.enlarge), mode="bilinear", align_corners=False)
         planes = F.pixel_unshuffle(x, self.fold)
         if self.latent:
             large = F.interpolate(small, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
-            planes = torch.cat([planes, _encoded(self.first_stage, large.clamp(-1, 1))], dim=1)
+            planes = torch.cat([planes, _encoded(encode, large.clamp(-1, 1))], dim=1)
         return Conditioning(concat=planes)
 
 
@@ -133,7 +131,6 @@ class MaskedConditioner(Conditioner):
     def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
         super().__init__()
         self.channels, self.fill = facts["channels"] + 1, facts.get("fill", "black")
-        self.first_stage: Callable[[Tensor], Tensor] | None = None
 
     def prepare(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
         """Pairs of one size -> {"image": (n, 3, H, W) uint8, "hole": (n, H, W) bool}. Holes are black, or filled where
@@ -154,9 +151,9 @@ class MaskedConditioner(Conditioner):
         """Holes stay black."""
         self.fill = "black"
 
-    def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
+    def forward(self, inputs: dict[str, Tensor], encode: Encode | None = None) -> Conditioning:
         x = inputs["image"].float() / 127.5 - 1
-        latent = _encoded(self.first_stage, thin_plate_fill(x, inputs["hole"]) if self.fill == "smooth" else x)
+        latent = _encoded(encode, thin_plate_fill(x, inputs["hole"]) if self.fill == "smooth" else x)
         return Conditioning(concat=masked_planes(latent, inputs["hole"]))
 
 
@@ -165,10 +162,10 @@ def _patched(pixels: Tensor, hole: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _encoded(first_stage: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
-    if first_stage is None:
-        raise ModelError("planes of latents: no first stage was lent to the conditions (conditions.first_stage)")
-    return first_stage(x).float()
+def _encoded(encode: Encode | None, x: Tensor) -> Tensor:
+    if encode is None:
+        raise ModelError("planes of latents: the first stage's encoder is missing (`embed(…, encode=)`)")
+    return encode(x).float()
 
 
 def masked_planes(latent: Tensor, hole: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """One draw, for samples, edits, previews and evaluation alike: from conditions and noise to images."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -67,21 +66,21 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
         settings = replace(settings, guidance=1.0)  # nothing is asked for, so there is nothing to lead to
     check_sampling(settings, model.schedule)
     _warn_of_guidance(model, settings, draw.negative_prompt)
-    with _tiled_encoder(model, draw):
-        return sample_conditioned(
-            model.network,
-            model.schedule,
-            settings,
-            ids=draw.ids,
-            seed=draw.seed,
-            inputs=inputs,
-            negative=negative_inputs(model.conditions, draw.negative_prompt, len(draw.ids)),
-            shape=model.latent_shape(draw.size),
-            init=draw.init,
-            known=draw.known,
-            guide=draw.guide,
-            tile=draw.tile,
-        )
+    return sample_conditioned(
+        model.network,
+        model.schedule,
+        settings,
+        ids=draw.ids,
+        seed=draw.seed,
+        inputs=inputs,
+        negative=negative_inputs(model.conditions, draw.negative_prompt, len(draw.ids)),
+        encode=partial(memory.encode, model.autoencoder, tile=draw.tile, max_memory=draw.max_memory),
+        shape=model.latent_shape(draw.size),
+        init=draw.init,
+        known=draw.known,
+        guide=draw.guide,
+        tile=draw.tile,
+    )
 
 
 def _inputs(model: TrainedDiffusion, draw: Draw) -> tuple[dict[str, Tensor], list[str]]:
@@ -114,19 +113,6 @@ def warn_of_idle_guidance(model: TrainedDiffusion, scale: float | Mapping[str, f
     """Says that a scale that was asked for does nothing, where a model has no condition that can be left out."""
     if scale not in (None, 1) and not model.conditions.droppable:
         warn_once("idle-guidance", "--guidance has no effect: this model takes no prompt, class, layout or map")
-
-
-@contextmanager
-def _tiled_encoder(model: TrainedDiffusion, draw: Draw) -> Iterator[None]:
-    """The encoder that conditions use, in tiles for a while."""
-    usual = model.conditions.first_stage
-    if draw.tile and usual is not None:
-        tiled = partial(memory.encode, model.autoencoder, tile=draw.tile, max_memory=draw.max_memory)
-        model.conditions.first_stage = tiled
-    try:
-        yield
-    finally:
-        model.conditions.first_stage = usual
 
 
 def tile_side(

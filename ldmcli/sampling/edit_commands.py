@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,17 @@ from scipy import ndimage
 from ldmcli import __version__
 from ldmcli.conditions.class_ import Class
 from ldmcli.conditions.layout import BoxLayout
-from ldmcli.conditions.masked import hole_in, transparent_hole
-from ldmcli.conditions.parse import list_values, option_values, parse_each
 from ldmcli.conditions.pictures import holed
 from ldmcli.conditions.semantic_map import SemanticMap
 from ldmcli.core import console, runs
 from ldmcli.core.config import from_toml
 from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
-from ldmcli.data.decode import decode, decode_alpha, probe
-from ldmcli.data.pictures import by_pair_name, image_files
+from ldmcli.core.settings import DiffusionConfig
+from ldmcli.data.decode import decode, probe
 from ldmcli.maths.compositing import fill_smoothly
 from ldmcli.sampling import memory
 from ldmcli.sampling.api import LoadedDiffusion
+from ldmcli.sampling.edit_sources import EditSource, edit_sources
 from ldmcli.sampling.editing import check_edit
 from ldmcli.sampling.image_folder import ImageFolder, Images, contents, in_batches
 from ldmcli.sampling.inpainting import inpaint_images
@@ -34,116 +33,6 @@ from ldmcli.sampling.super_resolution import upscale_images
 
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
 LARGEST_BATCH = 8
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A picture to work on. mask: a file, or None where a box says where the hole is; without both the hole is what is
-    transparent. map, layout: files that speak of the whole picture."""
-
-    image: Path
-    mask: Path | None = None
-    box: tuple[int, int, int, int] | None = None
-    map: Path | None = None
-    layout: Path | None = None
-
-    @property
-    def files(self) -> list[Path]:
-        """All files that the results depend on."""
-        return [file for file in (self.image, self.mask, self.map, self.layout) if file is not None]
-
-    def pixels(self) -> np.ndarray:
-        """uint8 (H, W, 3): colours as they are in the file. Raises InputError."""
-        return decode_alpha(self.image)[0]
-
-    def alpha(self) -> np.ndarray | None:
-        """uint8 (H, W), 255 = opaque; None where all of the picture is. Raises InputError."""
-        return decode_alpha(self.image)[1]
-
-    def hole(self, size: tuple[int, int]) -> np.ndarray:
-        """bool (H, W), True = hole. Raises InputError or, for a box, UsageError for what cannot be used."""
-        if self.box is not None:
-            return _boxed(self.box, size, self.image)
-        if self.mask is None:
-            return transparent_hole(self.alpha(), str(self.image))
-        found = hole_in(self.mask, str(self.mask))
-        if found.shape != size:
-            raise InputError(
-                f"{self.mask}: a mask of {found.shape[1]}x{found.shape[0]} px for a picture of "
-                f"{size[1]}x{size[0]} px ({self.image}); they must be of one size"
-            )
-        if found.all():
-            raise InputError(
-                f"{self.mask}: all of it is white, so nothing of the picture would be kept; black marks "
-                "what is known (`ldm sample` draws whole pictures)"
-            )
-        return found
-
-    def values(self, loaded: LoadedDiffusion, request: EditRequest, size: tuple[int, int]) -> dict[str, Any]:
-        """Values of conditions by kind, for a result of `size` = (height, width) px. Raises UsageError for a kind that
-        the model does not take, InputError for a layout or map that is wrong."""
-        given = list_values(
-            option_values(request.given),
-            prompt=list(request.prompts[:1]),
-            classes=list(request.classes[:1]),
-            layout=self.layout,
-            map=self.map,
-        )
-        return parse_each(loaded.conditions, given, size)
-
-
-def _boxed(box: tuple[int, int, int, int] | None, size: tuple[int, int], image: Path) -> np.ndarray:
-    assert box is not None
-    x, y, width, height = box
-    name, whole = f"--box {','.join(map(str, box))}", f"{size[1]}x{size[0]} px ({image})"
-    if width < 1 or height < 1:
-        raise UsageError(f"{name}: x,y,width,height with a width and height of at least 1")
-    if x < 0 or y < 0 or x + width > size[1] or y + height > size[0]:
-        raise UsageError(f"{name}: reaches outside the picture of {whole}")
-    hole = np.zeros(size, bool)
-    hole[y : y + height, x : x + width] = True
-    if hole.all():
-        raise UsageError(f"{name}: is the whole picture of {whole}, so nothing would be kept")
-    return hole
-
-
-def paired(request: EditRequest) -> list[_Source]:
-    """Pictures with what belongs to each: masks, maps and layouts from folders pair up with pictures by relative path
-    without ending (or by name, where names are unique); a single file, or box, is for all. Raises UsageError, or
-    InputError for a picture without a partner."""
-    root, beside = request.images[0], [*request.masks, *request.maps, *request.layouts]
-    inside = [path for path in beside if path.is_dir() and path != root and path.is_relative_to(root)]
-    images = image_files(request.images, besides=inside)
-    if request.masks and root.is_dir() != request.masks[0].is_dir():
-        raise UsageError("IMAGE and MASK: two files, or two folders whose files pair up by name")
-    sources = [_Source(image, box=request.box) for image in images]
-    for what, given in (("mask", request.masks), (SemanticMap.name, request.maps), (BoxLayout.name, request.layouts)):
-        if given:
-            partners = _partners(images, root, given[0], what)
-            sources = [replace(source, **{what: partner}) for source, partner in zip(sources, partners)]
-    return sources
-
-
-def _partners(images: list[Path], root: Path, given: Path, what: str) -> list[Path]:
-    """What belongs to each picture: a file for all, or the one of its name in a folder."""
-    if not given.is_dir():
-        return [given] * len(images)
-    found = sorted(given.rglob("*.json")) if what == BoxLayout.name else image_files([given])
-    folder = root if root.is_dir() else root.parent
-    pictures, partners = by_pair_name(folder, images), by_pair_name(given, found)
-    lost = [image for name, image in pictures.items() if name not in partners]
-    if lost and len({image.stem for image in images}) == len(images) and len({one.stem for one in found}) == len(found):
-        pictures, partners = ({path.stem: path for path in paths} for paths in (images, found))  # one folder, flat
-        lost = [image for name, image in pictures.items() if name not in partners]
-    if lost:
-        raise InputError(
-            f"{lost[0]}: no {what} of that name in {given} ({len(lost)} of {len(images)} pictures have "
-            "none); pairs share path and name"
-        )
-    left = [path for name, path in partners.items() if name not in pictures]
-    if left:
-        console.warn(f"{left[0]}: no picture of that name in {root} ({len(left)} of {len(found)} {what}s are not used)")
-    return [partners[name] for name in pictures]
 
 
 def suitable_model(model: str | None, request: EditRequest) -> tuple[Path, LoadedDiffusion]:
@@ -181,9 +70,11 @@ def _newest(scale: int) -> Path:
         if row["kind"] != "diffusion" or not (path / "model.safetensors").exists():
             continue
         try:
-            task = from_toml("diffusion", (path / "config.toml").read_text(encoding="utf-8")).task
+            config = from_toml("diffusion", (path / "config.toml").read_text(encoding="utf-8"))
         except (LdmError, OSError):
             continue
+        assert isinstance(config, DiffusionConfig)
+        task = config.task
         if task.name == "sr":
             scales.append(task.scale)
         if task.name != "sr" or task.scale == scale:
@@ -206,13 +97,13 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
     Returns the document that --json prints. Known pixels come back as they were (in png). As `sample_to_folder` for
     everything else: nothing is overwritten, the same command goes on, a signal leaves whole files.
     """
-    sources = paired(request)
+    sources = edit_sources(request)
     sizes = [probe(source.image) for source in sources]
     for source, size in zip(sources, sizes):
         source.hole(size)
     path, loaded = suitable_model(model, request)
 
-    def draw(ids: list[int], which: list[_Source]) -> list[np.ndarray]:
+    def draw(ids: list[int], which: list[EditSource]) -> list[np.ndarray]:
         images = np.stack([source.pixels() for source in which])
         holes = np.stack([source.hole(image.shape[:2]) for source, image in zip(which, images)])
         made = inpaint_images(
@@ -229,7 +120,7 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
         made = np.where(holes[..., None], made, images)
         return [_with_alpha(one, source.alpha(), hole) for one, source, hole in zip(made, which, holes)]
 
-    def shown(source: _Source) -> list[np.ndarray]:
+    def shown(source: EditSource) -> list[np.ndarray]:
         image = np.asarray(decode(source.image))
         return [image, holed(image, source.hole(image.shape[:2]))]
 
@@ -239,13 +130,13 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
 
 def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how) -> dict[str, Any]:
     """Each picture `scale` times as large, n times, into `out`; otherwise as `inpaint_to_folder`."""
-    sources = paired(request)
+    sources = edit_sources(request)
     sizes = [probe(source.image) for source in sources]
     path, loaded = suitable_model(model, request)
     largest = max(sizes, key=lambda size: size[0] * size[1])
     size = (largest[0] * request.scale, largest[1] * request.scale)
 
-    def draw(ids: list[int], which: list[_Source]) -> list[np.ndarray]:
+    def draw(ids: list[int], which: list[EditSource]) -> list[np.ndarray]:
         low = np.stack([source.pixels() for source in which])
         large = (low.shape[1] * request.scale, low.shape[2] * request.scale)
         made = upscale_images(
@@ -259,7 +150,7 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
         )
         return [_with_alpha(one, _enlarged(source.alpha(), large)) for one, source in zip(made, which)]
 
-    def shown(source: _Source) -> list[np.ndarray]:
+    def shown(source: EditSource) -> list[np.ndarray]:
         return [np.asarray(decode(source.image))]
 
     edit = _Edit("upscale", size, draw, shown)
@@ -275,14 +166,14 @@ def _drawing(request: EditRequest) -> dict[str, Any]:
 
 
 def _values(
-    loaded: LoadedDiffusion, request: EditRequest, which: list[_Source], size: tuple[int, int]
+    loaded: LoadedDiffusion, request: EditRequest, which: list[EditSource], size: tuple[int, int]
 ) -> dict[str, list]:
     """Values by kind, one a picture."""
     each = [source.values(loaded, request, size) for source in which]
     return {kind: [told[kind] for told in each] for kind in each[0]}
 
 
-def _seen(which: list[_Source], images: np.ndarray) -> np.ndarray:
+def _seen(which: list[EditSource], images: np.ndarray) -> np.ndarray:
     """What the networks see of pictures: colours that nobody sees are those around them."""
     found = [source.alpha() for source in which]
     return np.stack(
@@ -315,8 +206,8 @@ class _Edit:
 
     command: str
     largest: tuple[int, int]
-    make: Callable[[list[int], list[_Source]], list[np.ndarray]]
-    before: Callable[[_Source], list[np.ndarray]]
+    make: Callable[[list[int], list[EditSource]], list[np.ndarray]]
+    before: Callable[[EditSource], list[np.ndarray]]
 
 
 def _to_folder(
@@ -324,7 +215,7 @@ def _to_folder(
     path: Path,
     loaded: LoadedDiffusion,
     request: EditRequest,
-    sources: list[_Source],
+    sources: list[EditSource],
     sizes: list[tuple[int, int]],
     out: Path,
     *,
@@ -374,7 +265,7 @@ def _to_folder(
 
 
 def _record(
-    edit: _Edit, loaded: LoadedDiffusion, request: EditRequest, sources: list[_Source], read: list[Path], fmt: str
+    edit: _Edit, loaded: LoadedDiffusion, request: EditRequest, sources: list[EditSource], read: list[Path], fmt: str
 ) -> dict[str, Any]:
     """What request.json keeps: all that changes the images."""
     return {
@@ -387,7 +278,9 @@ def _record(
     }
 
 
-def _check(loaded: LoadedDiffusion, request: EditRequest, sources: list[_Source], sizes: list[tuple[int, int]]) -> None:
+def _check(
+    loaded: LoadedDiffusion, request: EditRequest, sources: list[EditSource], sizes: list[tuple[int, int]]
+) -> None:
     """Raises for what is wrong with a request before a folder is made for it."""
     settings, scale, seen = sampling_of(request), request.scale or 1, set()
     for source, size in zip(sources, sizes):
@@ -417,7 +310,7 @@ def _fit_for(fmt: str, image: np.ndarray) -> Image.Image:
     return decode(Image.fromarray(image))
 
 
-def _about(source: _Source, request: EditRequest) -> dict[str, Any]:
+def _about(source: EditSource, request: EditRequest) -> dict[str, Any]:
     told = {
         "image": source.image.name,
         "mask": source.mask.name if source.mask else None,
@@ -450,7 +343,7 @@ def _small(picture: np.ndarray) -> np.ndarray:
     """A picture in the middle of a white square of SHEET_SIDE px: smaller ones enlarged without smoothing."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     share = SHEET_SIDE / max(image.size)
-    size = tuple(max(1, round(side * share)) for side in image.size)
+    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     image = image.resize(size, Image.Resampling.BOX if share < 1 else Image.Resampling.NEAREST)
     sheet = Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "white")
     sheet.paste(image, ((SHEET_SIDE - size[0]) // 2, (SHEET_SIDE - size[1]) // 2))

@@ -45,8 +45,8 @@ def edit_images(
         most = memory.largest_batch(model, size, how.get("max_memory", MAX_MEMORY), batch_size)
         for ids in (group[start : start + most] for start in range(0, len(group), most)):
             batch = np.stack([images[k % len(images)] for k in ids])
-            own = {name: [given[k % len(given)] for k in ids] for name, given in values.items() if len(given)}
-            own = parse_sized(model.conditions, own, size)
+            raw = {name: [given[k % len(given)] for k in ids] for name, given in values.items() if len(given)}
+            own = parse_sized(model.conditions, raw, size)
             if holes is None:
                 made = upscale_images(model, batch, ids=ids, values=own, **how)
             else:

@@ -35,7 +35,6 @@ class TrainedDiffusion:
     ):
         self.network, self.autoencoder, self.config, self.fingerprint = network, autoencoder, config, fingerprint
         self.schedule = make_schedule(config.diffusion)
-        network.conditions.first_stage = autoencoder.encode
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +144,8 @@ class TrainedDiffusion:
         inputs = embed_inputs(self.conditions, values, tokens)
         pixels = inputs_size(self.conditions, inputs)
         size = None if pixels is None else self.latent_shape(pixels)[1:]
-        return self.network.embed({name: tensor.to(self.device) for name, tensor in inputs.items()}, size)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return self.network.embed(inputs, size, self.autoencoder.encode)
 
         """What pictures of `size` (height, width) px are cut from the middle of: sides are whole units, the
         autoencoder's f times the UNet's factor. None (as trained) stays. Says so where the two differ. Raises

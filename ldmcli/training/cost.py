@@ -88,7 +88,6 @@ def meta_diffusion_model(
     condition = without_frozen_encoder(config.condition)
     with on_meta_device():
         model = DiffusionModel(config.diffusion, condition, specs, None, latent, config.kinds)
-        model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device="meta")
     for conditioner in model.conditions.conditioners.values():
         conditioner.count_only()
     return model
@@ -102,7 +101,7 @@ def diffusion_cost(
     with on_meta_device():
         inputs = model.conditions.example(size)
         z, t = torch.zeros(1, *latent), torch.zeros(1)
-    return measure_cost(model, lambda: model(z, t, inputs))
+    return measure_cost(model, lambda: model(z, t, inputs, lambda x: torch.zeros(len(x), *latent, device="meta")))
 
 
 def without_frozen_encoder(condition: ConditionSettings) -> ConditionSettings:

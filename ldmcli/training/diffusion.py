@@ -84,7 +84,7 @@ class DiffusionObjective:
         if self.latents.cache and not any(CONDITIONS[name].from_pixels for name in config.kinds):
             for rows in (self.rows, self.validation):
                 rows.forget()  # latents stand for them from here on
-        self.as_model()  # gives the conditions the first stage
+        self.encode = self.as_model().autoencoder.encode
 
     def _check_autoencoder(self) -> None:
         wanted, found = self._stored_stats().get("autoencoder"), self.autoencoder.fingerprint
@@ -209,13 +209,12 @@ class DiffusionObjective:
         """(mean loss of a micro-batch, statistics)."""
         device = self.dist.device
         moments = batch["moments"].to(device) if "moments" in batch else self.latents.moments(batch["pixels"])
-        noise = batch.get("posterior")
-        z = self.latents.sample(moments, noise.to(device) if noise is not None else None)
+        posterior_noise = batch.get("posterior")
+        z = self.latents.sample(moments, posterior_noise.to(device) if posterior_noise is not None else None)
         inputs = {k.removeprefix("condition."): v.to(device) for k, v in batch.items() if k.startswith("condition.")}
-        losses = diffusion_loss(
-            networks["model"], self.schedule, self.config.diffusion, z, batch["noise"].to(device), batch["u"], inputs
-        )
-        return losses.mean(), {}
+        model = partial(networks["model"], encode=self.encode)
+        noise, u = batch["noise"].to(device), batch["u"]
+        return diffusion_loss(model, self.schedule, self.config.diffusion, z, noise, u, inputs).mean(), {}
 
     def after_update(self, step: int) -> dict[str, float]:
         """Nothing."""
@@ -229,14 +228,15 @@ class DiffusionObjective:
         """Nothing."""
 
     def as_model(self) -> LoadedDiffusion:
-        """The model as users load it; gives the conditions its first stage."""
+        """The model as users load it."""
         first = self.autoencoder
         autoencoder = LoadedAutoencoder(first.network, self.latents.scale, first.fingerprint, first.config, first.place)
         return LoadedDiffusion(self.model, autoencoder, self.config, "")
 
     def evaluate(self) -> dict[str, float]:
         """Validation loss at fixed timesteps and noise."""
-        loss = partial(diffusion_loss, self.model, self.schedule, self.config.diffusion)
+        model = partial(self.model, encode=self.encode)
+        loss = partial(diffusion_loss, model, self.schedule, self.config.diffusion)
         return {"val_loss": self.held_out.mean_loss(loss, self.dist)}
 
     def preview_request(self) -> dict[str, Any]:

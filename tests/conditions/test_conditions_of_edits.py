@@ -14,7 +14,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.maths.compositing import hole_windows
 from ldmcli.maths.tiles import reframe_boxes
 from ldmcli.sampling import draw
-from ldmcli.sampling.edit_commands import paired
+from ldmcli.sampling.edit_sources import edit_sources
 from ldmcli.sampling.inpainting import inpaint_images
 from ldmcli.sampling.request import EditRequest
 from ldmcli.sampling.super_resolution import upscale_images
@@ -239,7 +239,7 @@ def test_a_changed_map_or_layout_is_another_request(runs, files):
 
 def test_pairs_are_by_path_then_by_name_and_what_is_left_over_is_said(files, capsys):
     def masks_of(images: Path, masks: Path) -> list[str]:
-        found = paired(EditRequest(images=(images,), masks=(masks,)))
+        found = edit_sources(EditRequest(images=(images,), masks=(masks,)))
         return [f"{one.image.relative_to(images)} {one.mask.relative_to(masks)}" for one in found]
 
     assert masks_of(files / "photos", files / "masks") == ["a/1.png a/1.bmp", "b/1.png b/1.bmp", "b/2.png b/2.bmp"]

@@ -217,10 +217,9 @@ def check_custom(bundle, values, asked, folder, steps=4):
         moments = stage.moments(x)
         return bundle.scale.normalise(moments if stage.is_vq else split_moments(moments)[0])
 
-    model.conditions.first_stage = encode
     inputs = model.conditions.prepare(values) if values else {}
-    told, guidance = model.embed(inputs), bundle.config.sample.guidance
-    null = model.embed(model.conditions.null(2, inputs)) if guidance != 1 else None
+    told, guidance = model.embed(inputs, encode=encode), bundle.config.sample.guidance
+    null = model.embed(model.conditions.null(2, inputs), encode=encode) if guidance != 1 else None
     way = lambda start: trajectory(model, bundle, start, told, null, guidance, steps=steps)[0][-1]  # noqa: E731
     final = way(z)
     assert relative(latents, final) < CLOSE

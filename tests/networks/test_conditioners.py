@@ -48,9 +48,12 @@ def values(n: int = 2) -> dict[str, list]:
 
 def conditions(*kinds: str) -> Conditions:
     torch.manual_seed(0)
-    made = Conditions(kinds, SMALL, FACTS)
-    made.first_stage = lambda x: F.avg_pool2d(x, 4)[:, [0, 1, 2, 0]]
-    return made
+    return Conditions(kinds, SMALL, FACTS)
+
+
+def encode(x: torch.Tensor) -> torch.Tensor:
+    """A stand-in for the first stage's encoder."""
+    return F.avg_pool2d(x, 4)[:, [0, 1, 2, 0]]
 
 
 # --- recorded cases ---------------------------------------------------------------------------------------------------
@@ -62,9 +65,10 @@ def test_masked_planes_are_those_of_the_recorded_inpainting():
     hole = io["mask_pixels"][:, 0] > 0
     assert torch.equal(masked_planes(io["masked_latent"], hole), io["c_concat"])
     entry = MaskedConditioner(SMALL, {"channels": io["masked_latent"].shape[1]})
-    entry.first_stage = lambda x: io["masked_latent"]
     pixels = np.zeros((*hole.shape, 3), np.uint8)
-    assert torch.equal(entry(entry.prepare(list(zip(pixels, hole.numpy())))).concat, io["c_concat"])
+    assert torch.equal(
+        entry(entry.prepare(list(zip(pixels, hole.numpy()))), lambda x: io["masked_latent"]).concat, io["c_concat"]
+    )
     assert entry.channels == io["c_concat"].shape[1]
 
 
@@ -123,10 +127,9 @@ def test_folding_keeps_every_pixel_of_a_larger_low_image():
 def test_the_first_stage_sees_black_holes_and_the_known_rest():
     seen = {}
     entry = MaskedConditioner(SMALL, {"channels": 3})
-    entry.first_stage = lambda x: seen.setdefault("x", x)
     image, hole = np.full((4, 4, 3), 255, np.uint8), np.zeros((4, 4), bool)
     hole[0] = True
-    planes = entry(entry.prepare([(image, hole)])).concat
+    planes = entry(entry.prepare([(image, hole)]), lambda x: seen.setdefault("x", x)).concat
     assert (seen["x"][:, :, 0] == -1).all() and (seen["x"][:, :, 1:] == 1).all()
     assert planes[0, 3].tolist() == [[1.0] * 4] + [[-1.0] * 4] * 3
 
@@ -302,10 +305,12 @@ def test_the_null_of_a_map_is_no_class_at_the_maps_size():
 
 def test_tokens_join_planes_stack_and_vectors_add():
     made = conditions(*FACTS)
-    together = made(made.prepare(values()), (4, 4))
+    together = made(made.prepare(values()), (4, 4), encode)
     assert together.context.shape == (2, 1 + 8, 16) and together.vector.shape == (2, 16)
     assert together.concat.shape == (2, 3 + 3 + 5, 4, 4) == (2, made.concat_channels, 4, 4)
-    parts = [conditions(kind)(conditions(kind).prepare({kind: values()[kind]}), (4, 4)).concat for kind in FACTS]
+    parts = [
+        conditions(kind)(conditions(kind).prepare({kind: values()[kind]}), (4, 4), encode).concat for kind in FACTS
+    ]
     assert torch.equal(together.concat[:, 3:6], parts[list(FACTS).index("lowres")])
 
 
@@ -392,8 +397,7 @@ def test_fillings_are_what_the_first_stage_sees():
     seen = {}
     for fill in ("black", "smooth", "patches"):
         condition = MaskedConditioner(SMALL, {"channels": 4, "fill": fill})
-        condition.first_stage = lambda x, fill=fill: F.avg_pool2d(seen.setdefault(fill, x), 4)
-        condition(condition.prepare([(image, hole)]))
+        condition(condition.prepare([(image, hole)]), lambda x, fill=fill: F.avg_pool2d(seen.setdefault(fill, x), 4))
     inside = torch.from_numpy(hole)
     assert (seen["black"][0, :, inside] == -1).all()
     for fill in ("smooth", "patches"):
@@ -407,17 +411,15 @@ def test_fillings_are_what_the_first_stage_sees():
 def test_the_latent_of_the_enlarged_image_stands_beside_the_small_one():
     seen = []
     entry = LowResConditioner(SMALL, {"scale": 4, "f": 4, "latent": 4})
-    entry.first_stage = lambda x: F.avg_pool2d(seen.append(x) or x, 4)[:, [0, 1, 2, 0]]
     flat = np.full((4, 6, 3), (255, 0, 51), np.uint8)
-    planes = entry(entry.prepare([flat])).concat
+    planes = entry(entry.prepare([flat]), lambda x: encode(seen.append(x) or x)).concat
     colours = torch.tensor([1.0, -1.0, -0.6])
     assert planes.shape == (1, entry.channels, 4, 6) == (1, 7, 4, 6)
     assert seen[0].shape == (1, 3, 16, 24) and torch.allclose(seen[0][0, :, 3, 3], colours, atol=1e-6)
     assert torch.allclose(planes[0, :, 1, 1], torch.cat([colours, colours, colours[:1]]), atol=1e-6)
-    entry(entry.prepare([picture(3, 4, 6, 3)]))
+    entry(entry.prepare([picture(3, 4, 6, 3)]), lambda x: encode(seen.append(x) or x))
     assert seen[1].abs().max() <= 1  # bicubic interpolation overshoots
-    entry.first_stage = None
-    with pytest.raises(ModelError, match="no first stage was lent"):
+    with pytest.raises(ModelError, match="encoder is missing"):
         entry(entry.prepare([flat]))
 
 

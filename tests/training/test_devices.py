@@ -7,6 +7,7 @@ numbers, so results are compared bit for bit. Fake CUDA tensors show what autoca
 import contextlib
 import itertools
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -291,6 +292,7 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
     objective.config, objective.dist = model.config, SimpleNamespace(device=device)
     objective.latents = LatentStore(model.autoencoder, model.config.data, objective.dist, PIXELS.shape[1:3])
     objective.latents.scale = model.autoencoder.scale
+    objective.encode = model.autoencoder.encode
     objective.schedule = make_schedule(model.config.diffusion)
     shape = model.network.latent_shape
     batch = {
@@ -494,9 +496,9 @@ def test_a_pass_of_every_diffusion_model(name):
     latent, facts = stage.latent_shape(side, side), assumed_specs(config, stage, {})
     with pretended() as device:
         model = DiffusionModel(config.diffusion, config.condition, facts, None, latent, config.kinds).to(device)
-        model.conditions.first_stage = lambda x: torch.zeros(len(x), *latent, device=device)
+        encode = lambda x: torch.zeros(len(x), *latent, device=device)  # noqa: E731
         inputs = {key: value.to(device) for key, value in model.conditions.example((side, side)).items()}
-        out = model(torch.zeros(1, *latent, device=device), torch.zeros(1, device=device), inputs)
+        out = model(torch.zeros(1, *latent, device=device), torch.zeros(1, device=device), inputs, encode)
         out.sum().backward()
         assert out.shape == (1, *latent) and out.device == device
 
@@ -570,5 +572,6 @@ def test_a_step_with_autocast_on_cuda(kinds, words):
         inputs = {name: value.to(device) for name, value in inputs.items()}
         z = torch.empty(2, *model.network.latent_shape, device=device)
         schedule, u = make_schedule(model.config.diffusion), rng.uniform(0, [0, 1], "t")
-        each = diffusion_loss(model.network, schedule, model.config.diffusion, z, torch.empty_like(z), u, inputs)
+        network = partial(model.network, encode=model.autoencoder.encode)
+        each = diffusion_loss(network, schedule, model.config.diffusion, z, torch.empty_like(z), u, inputs)
         assert each.device.type == "cuda" and each.dtype == torch.float32
