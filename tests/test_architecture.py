@@ -105,15 +105,129 @@ def test_samplers_need_no_array_library():
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_files_and_functions_stay_short(path):
+def test_files_classes_and_functions_stay_short_and_flat(path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 600
-    long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno + 1 > 90
+    assert text.count("\n") <= 450
+    for node in ast.walk(ast.parse(text)):
+        length = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
+        if isinstance(node, ast.ClassDef):
+            assert length <= 250, f"class {node.name}: {length} lines"
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert length <= 60, f"{node.name}: {length} lines"
+            assert depth(node) <= 4, f"{node.name}: blocks {depth(node)} deep"
+
+
+def depth(function: ast.AST) -> int:
+    """How deep blocks lie in a function; an elif is no deeper than its if."""
+    deepest = 0
+
+    def visit(node: ast.AST, level: int) -> None:
+        nonlocal deepest
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            elif_of = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+            block = isinstance(child, (ast.If, ast.For, ast.While, ast.With, ast.Try)) and not elif_of
+            deepest = max(deepest, level + block)
+            visit(child, level + block)
+
+    visit(function, 0)
+    return deepest
+
+
+# --- files import one another one way ----------------------------------------------------------------------------
+
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def modules_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever the import stands, but for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = [ast.Pass()]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= below & set(MODULES) or {node.module}
+    return found & set(MODULES)
+
+
+def test_no_files_import_one_another_in_a_circle():
+    waiting = {name: modules_of(path) - {name} for name, path in MODULES.items()}
+    while free := {name for name, needed in waiting.items() if not needed & set(waiting)}:
+        waiting = {name: needed for name, needed in waiting.items() if name not in free}
+    assert not waiting, f"in or behind a circle: {sorted(waiting)}"
+
+
+def imports_inside_functions(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [
+        f"{path.name}:{node.lineno}"
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ldmcli")
     ]
-    assert not long
+
+
+def test_our_modules_are_imported_at_the_top_outside_the_command_line():
+    found = [place for path in FILES if layer(path) not in ("", "cli") for place in imports_inside_functions(path)]
+    assert len(found) <= 8, found
+
+
+# --- a condition is one file --------------------------------------------------------------------------------------
+
+CONDITION_NAMES = {"text", "class", "layout", "map", "lowres", "masked", "tokens"}
+
+
+def names_of_conditions(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [
+        f"{path.name}:{node.lineno} {node.value!r}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in CONDITION_NAMES
+    ]
+
+
+def test_few_places_outside_its_file_name_a_condition():
+    rooms = {"sampling", "evaluation", "training", "reports", "cli", "core"}
+    found = [place for path in FILES if layer(path) in rooms for place in names_of_conditions(path)]
+    assert len(found) <= 20, found
+
+
+def test_nobody_reaches_through_a_model_to_its_network():
+    found = [path.name for path in FILES if re.search(r"\bmodel\.model\b", path.read_text(encoding="utf-8"))]
+    assert set(found) <= {"compvis.py"}  # `cond_stage_model.model.` is a key of checkpoints
+
+
+# --- the paper ----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_architecture_names_of_the_paper_exists():
+    """Each row of the table of the paper names `file.py: name`, which is defined there."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text[text.index("## The paper in the code") :].split("\n## ")[0] if "## The paper" in text else ""
+    places = re.findall(r"`([a-z_]+/[a-z_]+\.py): ([\w.]+)`", table)
+    assert len(places) >= 30
+    for file, name in places:
+        tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+        for part in name.split("."):
+            body = {getattr(node, "name", ""): node for node in tree.body}
+            body |= {t.id: node for node in tree.body for t in getattr(node, "targets", []) if isinstance(t, ast.Name)}
+            body |= {node.target.id: node for node in tree.body if isinstance(node, ast.AnnAssign)}
+            assert part in body, f"{file}: {name}"
+            tree = body[part]
+
+
+def test_files_that_the_architecture_names_exist():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+/(?:[a-z_]+\.py)?)", text))
+    missing = [name for name in named if not ((PACKAGE / name).exists() or (ROOT / name).exists())]
+    assert not missing
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
