@@ -70,13 +70,9 @@ def write_unet(
     cross = "Cross" if kind == CROSS else ""
 
     def block(attends: bool, resample_type: str, sampling: str) -> str:
-        return (
-            f"{cross}Attn{resample_type}Block2D"
-            if attends
-            else f"Resnet{sampling}Block2D"
-            if by
-            else f"{resample_type}Block2D"
-        )
+        if attends:
+            return f"{cross}Attn{resample_type}Block2D"
+        return f"Resnet{sampling}Block2D" if by else f"{resample_type}Block2D"
 
     with torch.device("meta"):
         groups = next(

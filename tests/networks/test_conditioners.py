@@ -136,7 +136,7 @@ def test_the_first_stage_sees_black_holes_and_the_known_rest():
 
 def test_holes_need_a_first_stage():
     entry = MaskedConditioner(SMALL, {"channels": 3})
-    with pytest.raises(ModelError, match="no first stage was lent"):
+    with pytest.raises(ModelError, match="encoder is missing"):
         entry(entry.prepare(values()["masked"]))
 
 
