@@ -162,7 +162,7 @@ def guidance_of(text: str | None) -> float | dict[str, float] | None:
             scales = {"": float(text)}
         else:
             pairs = [part.partition("=") for part in text.split(",")]
-            scales = {kind.strip(): float(scale) for kind, _, scale in pairs}
+            scales = {name.strip(): float(scale) for name, _, scale in pairs}
     except ValueError:
         scales = {"": -1.0}
     if not all(0 <= scale < float("inf") for scale in scales.values()):

@@ -36,8 +36,8 @@ def read_prompts(path: Path) -> PromptFile:
         if value is None:
             comments += 1
             continue
-        prompt, kind, n = _entry(value, f"{name}, {where}", unread)
-        found += [(prompt, kind)] * n
+        prompt, class_name, n = _entry(value, f"{name}, {where}", unread)
+        found += [(prompt, class_name)] * n
     if not found:
         raise InputError(f"{name}: no prompt in it; write one a line")
     for k, what in enumerate((PROMPT_KEYS[0], CLASS_KEYS[0])):
@@ -112,14 +112,14 @@ def _entry(value: Any, where: str, unread: set[str]) -> tuple[str | None, str | 
         return value, None, 1
     keys = (PROMPT_KEYS, CLASS_KEYS, COUNT_KEYS)
     unread |= {key for key in value if not any(key in known for known in keys)}
-    prompt, kind, n = (next((value[key] for key in known if value.get(key) is not None), None) for known in keys)
-    if prompt is None and kind is None:
+    prompt, class_name, n = (next((value[key] for key in known if value.get(key) is not None), None) for known in keys)
+    if prompt is None and class_name is None:
         raise InputError(f'{where}: neither "prompt" nor "class" in it')
     if prompt is not None and not isinstance(prompt, str):
         raise InputError(f"{where}: the prompt is {json.dumps(prompt)}; it must be text")
-    if kind is not None and (isinstance(kind, bool) or not isinstance(kind, (str, int))):
-        raise InputError(f"{where}: the class is {json.dumps(kind)}; it must be a name")
+    if class_name is not None and (isinstance(class_name, bool) or not isinstance(class_name, (str, int))):
+        raise InputError(f"{where}: the class is {json.dumps(class_name)}; it must be a name")
     n = 1 if n is None else n
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST:
         raise InputError(f"{where}: n is {json.dumps(n)}; it must be a whole number from 1 to {MOST:,}")
-    return prompt, None if kind is None else str(kind), n
+    return prompt, None if class_name is None else str(class_name), n

@@ -41,10 +41,10 @@ class Resolved:
     origins: dict[str, str]
 
 
-def paths(kind: str) -> dict[str, Any]:
+def paths(run_kind: str) -> dict[str, Any]:
     """Every setting of a kind, "section.name" to its type, in the order of the settings."""
     found: dict[str, Any] = {}
-    for name, section in _sections(KINDS[kind]):
+    for name, section in _sections(KINDS[run_kind]):
         hints = typing.get_type_hints(section)
         found |= {f"{name}.{setting.name}": hints[setting.name] for setting in fields(section)}
     return found
@@ -55,9 +55,9 @@ def _sections(config: Any) -> list[tuple[str, Any]]:
     return [(section.name, section.type) for section in fields(config)]
 
 
-def defaults(kind: str) -> dict[str, object]:
+def defaults(run_kind: str) -> dict[str, object]:
     """{"section.name": default} of a kind; the two commands differ in some of what they share."""
-    return flat(KINDS[kind]())
+    return flat(KINDS[run_kind]())
 
 
 # --- one value -------------------------------------------------------------------------------------------------
@@ -99,15 +99,15 @@ def _toml_value(text: str) -> object:
     return tomllib.loads(f"value = {text}")["value"]
 
 
-def _scalar(kind: type, value: object) -> object:
+def _scalar(value_type: type, value: object) -> object:
     """`value` (or text) as `kind`; ValueError where it is none."""
-    if kind is bool:
+    if value_type is bool:
         if isinstance(value, str):
             value = _WORDS.get(value.strip().lower())
         if not isinstance(value, bool):
             raise ValueError
         return value
-    if kind is str:
+    if value_type is str:
         if not isinstance(value, str):
             raise ValueError
         value.encode("utf-8")  # UnicodeEncodeError is a ValueError: a name that no TOML file could hold
@@ -119,18 +119,18 @@ def _scalar(kind: type, value: object) -> object:
     number = float(value.replace("_", "")) if isinstance(value, str) else value
     if not isinstance(number, (int, float)) or not math.isfinite(number):
         raise ValueError
-    if kind is int:
+    if value_type is int:
         if number != int(number):
             raise ValueError
         return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value) else int(number)
     return float(number)
 
 
-def _coerce(kind: Any, value: object) -> object:
+def _coerce(value_type: Any, value: object) -> object:
     """`value` in the type that a setting declares; ValueError where it doesn't fit."""
-    if typing.get_origin(kind) is not tuple:
-        return _scalar(kind, value)
-    members = typing.get_args(kind)
+    if typing.get_origin(value_type) is not tuple:
+        return _scalar(value_type, value)
+    members = typing.get_args(value_type)
     if isinstance(value, str):
         text = value.strip()
         parts = [part.strip() for part in text.split(",")]
@@ -146,21 +146,21 @@ def _coerce(kind: Any, value: object) -> object:
     return tuple(_scalar(member, item) for member, item in zip(members, value))
 
 
-def _describe_type(path: str, kind: Any) -> str:
+def _describe_type(path: str, value_type: Any) -> str:
     if path == "data.size":
         return "pixels, as 64 or 48x64"
-    if typing.get_origin(kind) is not tuple:
-        return _TYPE_NAMES[kind]
-    members = typing.get_args(kind)
+    if typing.get_origin(value_type) is not tuple:
+        return _TYPE_NAMES[value_type]
+    members = typing.get_args(value_type)
     count = "a list" if members[-1] is Ellipsis else f"{len(members)} values"
     return f"{count}, each {_TYPE_NAMES[members[0]]}"
 
 
-def _value(kind: str, path: str, value: object, origin: str) -> object:
+def _value(run_kind: str, path: str, value: object, origin: str) -> object:
     """One setting's value in its type, or the UsageError that says what is wrong with it and where it stands."""
-    known = paths(kind)
+    known = paths(run_kind)
     if path not in known:
-        raise UsageError(f"{origin}{' ' if origin == '--set' else ': '}{_unknown(kind, path, known)}")
+        raise UsageError(f"{origin}{' ' if origin == '--set' else ': '}{_unknown(run_kind, path, known)}")
     try:
         return _coerce(known[path], _SHORT_FORMS.get(path, lambda same: same)(value))
     except (ValueError, OverflowError, tomllib.TOMLDecodeError):
@@ -173,10 +173,10 @@ def _quoted(value: object) -> str:
     return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _unknown(kind: str, path: str, known: Mapping[str, object]) -> str:
+def _unknown(run_kind: str, path: str, known: Mapping[str, object]) -> str:
     for other in KINDS:
-        if other != kind and path in paths(other):
-            return f"{path} is a setting of `{COMMAND_OF[other]}`, not of `{COMMAND_OF[kind]}`"
+        if other != run_kind and path in paths(other):
+            return f"{path} is a setting of `{COMMAND_OF[other]}`, not of `{COMMAND_OF[run_kind]}`"
     return f"{path}: no such setting{did_you_mean(suggestions(path, known))}"
 
 
@@ -206,20 +206,20 @@ def presets() -> dict:
     return PRESETS
 
 
-def preset_layer(kind: str, name: str, where: str = "--preset") -> Layer:
+def preset_layer(run_kind: str, name: str, where: str = "--preset") -> Layer:
     """A named preset's values. `where` says who named it, for the message where there is none."""
     known = presets()
-    if kind == "autoencoder" and f"{name}-ae" in known:  # one name for both stages: "paper", "small"
+    if run_kind == "autoencoder" and f"{name}-ae" in known:  # one name for both stages: "paper", "small"
         name = f"{name}-ae"
-    of_kind = [each for each, preset in known.items() if preset.kind == kind]
+    of_kind = [each for each, preset in known.items() if preset.kind == run_kind]
     if name not in known:
         raise UsageError(
             f"{where} {name}: no such preset{did_you_mean(difflib.get_close_matches(name, of_kind))}"
             " (`ldm presets` lists them)"
         )
-    if known[name].kind != kind:
+    if known[name].kind != run_kind:
         other = COMMAND_OF[known[name].kind]
-        raise UsageError(f"{where} {name}: a preset of `{other}`, not of `{COMMAND_OF[kind]}`")
+        raise UsageError(f"{where} {name}: a preset of `{other}`, not of `{COMMAND_OF[run_kind]}`")
     return f"preset {name}", dict(known[name].values)
 
 
@@ -294,19 +294,19 @@ def _toml_complaint(error: tomllib.TOMLDecodeError, text: str) -> str:
     return f"line {line}: not TOML: {reason[:1].lower() + reason[1:]}"
 
 
-def recipe_layers(kind: str, name: str | Path) -> list[Layer]:
+def recipe_layers(run_kind: str, name: str | Path) -> list[Layer]:
     """The layers of a recipe: its preset's values, where it names one (`preset = "kl-f4"`), and its own over them."""
     path = recipe_path(name)
     recipe = read_recipe(path)
-    below = [preset_layer(kind, recipe.preset, f"{path}: preset")] if recipe.preset else []
+    below = [preset_layer(run_kind, recipe.preset, f"{path}: preset")] if recipe.preset else []
     return [*below, (f"recipe {path}", recipe.values)]
 
 
-def environment_layers(kind: str, environ: Mapping[str, str]) -> list[Layer]:
+def environment_layers(run_kind: str, environ: Mapping[str, str]) -> list[Layer]:
     """LDM_SECTION_KEY variables, each its own origin."""
     found: list[Layer] = []
     sections = {each.name for config_class in KINDS.values() for each in fields(config_class)}
-    elsewhere = {path for other in KINDS if other != kind for path in paths(other)} - set(paths(kind))
+    elsewhere = {path for other in KINDS if other != run_kind for path in paths(other)} - set(paths(run_kind))
     for variable in sorted(environ):
         match = re.fullmatch(r"LDM_([A-Z]+)_([A-Z0-9_]+)", variable)
         if match and match[1].lower() in sections:
@@ -328,7 +328,7 @@ def set_layers(assignments: Iterable[str]) -> list[Layer]:
 
 
 def gather(
-    kind: str,
+    run_kind: str,
     *,
     preset: str = "",
     recipe: str | Path = "",
@@ -340,35 +340,35 @@ def gather(
 
     A recipe may build on a preset of its own; with --preset beside it, UsageError, since one of the two would be lost.
     """
-    from_recipe = recipe_layers(kind, recipe) if recipe else []
+    from_recipe = recipe_layers(run_kind, recipe) if recipe else []
     if preset and len(from_recipe) > 1:
         raise UsageError(f"--preset {preset}: {from_recipe[-1][0]} builds on {from_recipe[0][0]}; give one of the two")
     return [
-        *([preset_layer(kind, preset)] if preset else []),
+        *([preset_layer(run_kind, preset)] if preset else []),
         *from_recipe,
-        *environment_layers(kind, environ or {}),
+        *environment_layers(run_kind, environ or {}),
         *named,
         *set_layers(assignments),
     ]
 
 
-def resolve(kind: str, layers: Iterable[Layer]) -> Resolved:
+def resolve(run_kind: str, layers: Iterable[Layer]) -> Resolved:
     """Apply (origin, {path: value or text}) layers over the defaults, later ones over earlier ones.
 
     Checks between fields run once, on the result, so that a preset and a recipe may each be incomplete.
     """
-    known = paths(kind)
-    values = defaults(kind)
+    known = paths(run_kind)
+    values = defaults(run_kind)
     origins = dict.fromkeys(known, "default")
     for origin, layer in layers:
         for path, value in layer.items():
-            values[path] = _value(kind, path, value, origin)
+            values[path] = _value(run_kind, path, value, origin)
             origins[path] = origin
-    return Resolved(kind, _build(kind, values, origins), origins)
+    return Resolved(run_kind, _build(run_kind, values, origins), origins)
 
 
-def _build(kind: str, values: Mapping[str, object], origins: Mapping[str, str]) -> Config:
-    config_class, known = KINDS[kind], paths(kind)
+def _build(run_kind: str, values: Mapping[str, object], origins: Mapping[str, str]) -> Config:
+    config_class, known = KINDS[run_kind], paths(run_kind)
     try:
         return config_class(
             **{
@@ -422,9 +422,9 @@ def to_toml(config: Config, header: str = "") -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def from_toml(kind: str, text: str, name: str = "config.toml") -> Config:
+def from_toml(run_kind: str, text: str, name: str = "config.toml") -> Config:
     """The configuration that `to_toml` wrote, or any recipe's text over the defaults."""
-    return resolve(kind, [(name, _flatten(_document(text, name), name))]).config
+    return resolve(run_kind, [(name, _flatten(_document(text, name), name))]).config
 
 
 def kind_of(config: Config) -> str:

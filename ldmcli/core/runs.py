@@ -321,10 +321,12 @@ def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
     return rows
 
 
-def newest_run(kind: str, root: Path = Path("runs")) -> Path:
+def newest_run(run_kind: str, root: Path = Path("runs")) -> Path:
     """The run of `kind` with weights that changed last. Raises ModelError when there is none."""
     for row in reversed(list_runs(root)):
-        if row["kind"] == kind and (Path(row["path"]) / "model.safetensors").exists():
+        if row["kind"] == run_kind and (Path(row["path"]) / "model.safetensors").exists():
             return Path(row["path"])
-    command = "ldm train-ae" if kind == "autoencoder" else "ldm train-ldm"
-    raise ModelError(f"no {kind} run with weights below {root}/: train one with `{command}` or name one with --model")
+    command = "ldm train-ae" if run_kind == "autoencoder" else "ldm train-ldm"
+    raise ModelError(
+        f"no {run_kind} run with weights below {root}/: train one with `{command}` or name one with --model"
+    )

@@ -72,8 +72,8 @@ def _take(
     for one in document["annotations"]:
         own = values.get(pictures.get(one.get("image_id"), table), {})
         if "bbox" in one and "objects" in own:
-            kind = one.get("category_id")
-            own["objects"].append({"bbox": one["bbox"], "category": names.get(kind, kind)})
+            category = one.get("category_id")
+            own["objects"].append({"bbox": one["bbox"], "category": names.get(category, category)})
         elif isinstance(one.get("caption"), str):
             own.setdefault("caption", []).append(one["caption"].strip())
 

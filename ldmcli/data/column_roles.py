@@ -14,7 +14,7 @@ from ldmcli.data.pictures import first_few
 from ldmcli.data.rows import Columns, class_map
 from ldmcli.data.table import Table, TarEntry, is_missing
 
-ROLES = {  # role: usual column names in order of preference, kinds of column that fit
+ROLES = {  # role: usual column names in order of preference, column types that fit
     "image": (("image", "img", "picture", "photo", "pixel_values", "jpg", "png", "webp"), ("image", "bytes")),
     # odd cells are text or refused where captions are used: they never make another column the caption
     "caption": (
@@ -31,12 +31,16 @@ ROLES = {  # role: usual column names in order of preference, kinds of column th
 
 
 def choose_columns(table: Table, settings: DataSettings) -> dict[str, str]:
-    """Role → column: the one the user names, else a usual name of a fitting kind, else the only one of a kind that
+    """Role → column: the one the user names, else a usual name of a fitting type, else the only one of a type that
     serves nothing else (pictures and named classes). Raises InputError naming the columns that there are."""
     chosen: dict[str, str] = {}
-    for role, (names, kinds) in ROLES.items():
+    for role, (names, fitting_types) in ROLES.items():
         named = getattr(settings, f"{role}_column")
-        fitting = [c for c, kind in table.kinds.items() if kind in kinds and c not in chosen.values()]
+        fitting = [
+            c
+            for c, column_type in table.column_types.items()
+            if column_type in fitting_types and c not in chosen.values()
+        ]
         by_case = {column.lower().strip(): column for column in reversed(fitting)}
         if named:
             chosen[role] = _named(role, named, table)
@@ -44,7 +48,7 @@ def choose_columns(table: Table, settings: DataSettings) -> dict[str, str]:
             chosen[role] = usual
         elif role == "image" and fitting:
             chosen[role] = fitting[0]
-        elif role == "label" and len(only := [c for c in fitting if table.kinds[c] == "class"]) == 1:
+        elif role == "label" and len(only := [c for c in fitting if table.column_types[c] == "class"]) == 1:
             chosen[role] = only[0]
     if "image" not in chosen:
         raise InputError(
@@ -56,18 +60,18 @@ def choose_columns(table: Table, settings: DataSettings) -> dict[str, str]:
 
 def _named(role: str, column: str, table: Table) -> str:
     option = f"--{role}-column {sanitise(column)}"
-    if column not in table.kinds:
-        near = did_you_mean(suggestions(column, list(table.kinds)))
+    if column not in table.column_types:
+        near = did_you_mean(suggestions(column, list(table.column_types)))
         raise InputError(f"{option}: no such column; there are {_column_list(table)}{near}")
-    if table.kinds[column] not in ROLES[role][1]:
+    if table.column_types[column] not in ROLES[role][1]:
         raise InputError(
-            f"{option}: holds {table.kinds[column]}, which cannot be a {role}; there are {_column_list(table)}"
+            f"{option}: holds {table.column_types[column]}, which cannot be a {role}; there are {_column_list(table)}"
         )
     return column
 
 
 def _column_list(table: Table) -> str:
-    return ", ".join(f"{sanitise(column, 40)} ({kind})" for column, kind in table.kinds.items())
+    return ", ".join(f"{sanitise(column, 40)} ({column_type})" for column, column_type in table.column_types.items())
 
 
 def make_columns(table: Table, settings: DataSettings, label_names: list[str]) -> Columns:
@@ -286,7 +290,7 @@ def _label_name(value) -> str | None:
 
 def _labels(table: Table, column: str, names: list[str]) -> np.ndarray:
     """int64 (rows,): indices into `names`; -1 where a row has no class among them."""
-    if table.kinds[column] == "class":
+    if table.column_types[column] == "class":
         known = (-1 if value is None or not 0 <= value < len(names) else int(value) for value in table.columns[column])
     else:
         index: dict[str | None, int] = {name: k for k, name in enumerate(names)}

@@ -112,28 +112,28 @@ def memory_bytes() -> int:
         return total
 
 
-def _read_columns(files: list[Path], kind: str):
+def _read_columns(files: list[Path], file_format: str):
     """Parquet or Arrow files as a datasets.Dataset: in memory where they are small, so that no copy is kept that a
     changed file could differ from; else mapped from the library's cache."""
     import datasets
 
     try:
         if sum(path.stat().st_size for path in files) > memory_bytes() // 8:
-            return datasets.load_dataset(kind, data_files=[str(path) for path in files], split="train")
-        tables = [_read_table(path, kind) for path in files]
+            return datasets.load_dataset(file_format, data_files=[str(path) for path in files], split="train")
+        tables = [_read_table(path, file_format) for path in files]
         import pyarrow
 
         whole = pyarrow.concat_tables(tables, promote_options="permissive")
         return datasets.Dataset(datasets.table.InMemoryTable(whole.replace_schema_metadata(tables[0].schema.metadata)))
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
-        raise InputError(f"{first_few(files)}: cannot be read as {kind} ({sanitise(error)})") from None
+        raise InputError(f"{first_few(files)}: cannot be read as {file_format} ({sanitise(error)})") from None
 
 
-def _read_table(path: Path, kind: str):
+def _read_table(path: Path, file_format: str):
     import pyarrow
     from pyarrow import parquet
 
-    if kind == "parquet":
+    if file_format == "parquet":
         return parquet.ParquetFile(path).read()
     with pyarrow.OSFile(os.fspath(path)) as file:
         try:
@@ -216,8 +216,8 @@ def _from_dataset(dataset) -> Table:
     """Any datasets.Dataset. Cells are read from its Arrow table: pictures stay encoded, and it is fast."""
     if dataset._indices is not None:
         dataset = dataset.flatten_indices()
-    kinds, classes = describe_features(dataset.features)
-    return Table(len(dataset), {c: ArrowColumn(dataset.data.column(c)) for c in dataset.features}, kinds, classes)
+    types, classes = describe_features(dataset.features)
+    return Table(len(dataset), {c: ArrowColumn(dataset.data.column(c)) for c in dataset.features}, types, classes)
 
 
 class ArrowColumn(Sequence):
@@ -238,19 +238,19 @@ class ArrowColumn(Sequence):
 
 
 def describe_features(features) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """`kinds` and `classes` of a Table from a datasets library's features."""
-    kinds = {column: feature_kind(feature) for column, feature in features.items()}
+    """`column_types` and `classes` of a Table from a datasets library's features."""
+    column_types = {column: column_type_of(feature) for column, feature in features.items()}
     classes = {}
     for column, feature in features.items():
-        if kinds[column] == "class":
+        if column_types[column] == "class":
             classes[column] = list(feature.names)
-        elif kinds[column] == "objects" and (names := category_names(feature)):
+        elif column_types[column] == "objects" and (names := category_names(feature)):
             classes[column] = names
-    return kinds, classes
+    return column_types, classes
 
 
-def feature_kind(feature) -> str:
-    """What a datasets feature holds, in the words of `Table.kinds`."""
+def column_type_of(feature) -> str:
+    """What a datasets feature holds, in the words of `Table.column_types`."""
     import datasets
 
     if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
@@ -260,8 +260,10 @@ def feature_kind(feature) -> str:
     if isinstance(feature, datasets.Value):
         plain = feature.dtype
         known = (("string", "text"), ("int", "int"), ("binary", "bytes"), ("float", "number"))
-        return next((kind for part, kind in known if part in plain), "empty" if plain == "null" else "other")
-    if isinstance(feature, (datasets.List, datasets.LargeList)) and feature_kind(feature.feature) == "text":
+        return next(
+            (column_type for part, column_type in known if part in plain), "empty" if plain == "null" else "other"
+        )
+    if isinstance(feature, (datasets.List, datasets.LargeList)) and column_type_of(feature.feature) == "text":
         return "texts"
     inner = getattr(feature, "feature", feature)
     return "objects" if isinstance(inner, dict) and "bbox" in inner else "other"
@@ -298,8 +300,8 @@ class PathColumn(Sequence):
 def with_paths(table: Table, base: Path, image_column: str = "") -> Table:
     """The table, with its column of paths as pictures where it holds no encoded ones. Raises InputError where the
     pictures are named by web addresses."""
-    texts = [column for column, kind in table.kinds.items() if kind == "text"]
-    if image_column not in texts and ({"image", "bytes"} & set(table.kinds.values()) or image_column):
+    texts = [column for column, column_type in table.column_types.items() if column_type == "text"]
+    if image_column not in texts and ({"image", "bytes"} & set(table.column_types.values()) or image_column):
         return table
     column = file_column(texts, image_column)
     firsts = {one: next((text for text in table.columns[one] if text), "") for one in texts}
@@ -315,6 +317,6 @@ def with_paths(table: Table, base: Path, image_column: str = "") -> Table:
     return replace(
         table,
         columns={**table.columns, column: PathColumn(values, base)},
-        kinds={**table.kinds, column: "image"},
+        column_types={**table.column_types, column: "image"},
         name=lambda i: str(values[i]),
     )

@@ -74,13 +74,13 @@ def _epochs(settings: DataSettings, split: str) -> Callable[[list[int]], Iterato
     wanted = existing_split(settings.split, list(parts), "--split", settings)
     held_out = validation_split(settings, list(parts), wanted)
     part = parts[held_out if split == "validation" and held_out else wanted]
-    kinds, classes = describe_features(part.features)
+    column_types, classes = describe_features(part.features)
     limit = settings.limit if split == "train" and settings.limit else None
 
     def one_pass(key: list[int]) -> Iterator[Rows]:
         values = itertools.islice(part.rows(), limit)
         for k, value in enumerate(shuffle_buffer(values, key) if split == "train" else values):
-            row = _single(value, kinds, classes, settings, split, k, part.base)
+            row = _single(value, column_types, classes, settings, split, k, part.base)
             if held_out or (share_of(row.content_hash(0)) < settings.val_fraction) == (split == "validation"):
                 yield row
 
@@ -163,13 +163,17 @@ def _parts(settings: DataSettings) -> dict[str, "_LocalPart | _HubPart"] | None:
     return {name: _LocalPart(part) for name, part in files.items()}
 
 
-def _single(value: dict, kinds, classes, settings: DataSettings, split: str, k: int, base: Path | None) -> Rows:
-    table = Table(1, {column: [cell] for column, cell in value.items()}, kinds, classes, lambda _: f"streamed row {k}")
+def _single(value: dict, column_types, classes, settings: DataSettings, split: str, k: int, base: Path | None) -> Rows:
+    table = Table(
+        1, {column: [cell] for column, cell in value.items()}, column_types, classes, lambda _: f"streamed row {k}"
+    )
     if base is not None:
         table = with_paths(table, base, settings.image_column)
     label = choose_columns(table, settings).get("label")
     if label is not None and label not in classes:
-        table.kinds = {column: kind for column, kind in kinds.items() if column != label}  # its classes are unknown
+        table.column_types = {
+            column: kind for column, kind in column_types.items() if column != label
+        }  # its classes are unknown
     return rows_of(table, settings, split, classes.get(label or "", []))
 
 

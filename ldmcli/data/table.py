@@ -21,30 +21,30 @@ class TarEntry:
 
 @dataclass
 class Table:
-    """Columns of equal length. `kinds` says of each what it holds: image, bytes, text (numbers among them), texts
-    (lists of text), class, int, number, objects, mixed (text and what is none), empty or other; `classes` the names of
-    class columns. Values of image columns are bytes, paths, archive entries or a datasets dict of bytes and path.
+    """Columns of equal length. `column_types` says of each what it holds: image, bytes, text (numbers among them),
+    texts (lists of text), class, int, number, objects, mixed (text and what is none), empty or other; `classes` the
+    names of class columns. Values of image columns are bytes, paths, archive entries or a datasets dict of bytes and path.
     `name(i)` is what people call row i."""
 
     length: int
     columns: dict[str, Sequence]
-    kinds: dict[str, str]
+    column_types: dict[str, str]
     classes: dict[str, list[str]] = field(default_factory=dict)
     name: Callable[[int], str] = "row {}".format
     notes: list[str] = field(default_factory=list)
 
 
 def typed_table(columns: Mapping[str, Sequence], names: list[str], notes: list[str]) -> Table:
-    """A table of plain values, whose kinds are found by looking at them."""
-    kinds = {key: _kind(values) for key, values in columns.items()}
-    return Table(len(names), dict(columns), kinds, {}, names.__getitem__, notes)
+    """A table of plain values, whose types are found by looking at them."""
+    column_types = {key: _column_type(values) for key, values in columns.items()}
+    return Table(len(names), dict(columns), column_types, {}, names.__getitem__, notes)
 
 
-def _kind(values: Sequence) -> str:
+def _column_type(values: Sequence) -> str:
     known = [value for value in values if not is_missing(value)]
     if not known:
         return "empty"
-    for kind, fits in (
+    for column_type, fits in (
         ("image", lambda v: isinstance(v, (Path, TarEntry))),
         ("int", lambda v: isinstance(v, int) and not isinstance(v, bool)),
         ("number", _is_number),
@@ -52,7 +52,7 @@ def _kind(values: Sequence) -> str:
         ("texts", lambda v: isinstance(v, str) or _is_number(v) or isinstance(v, list) and all(map(_is_text, v))),
     ):
         if all(map(fits, known)):
-            return kind
+            return column_type
     return "objects" if any(map(_has_boxes, known)) else "mixed" if any(map(_is_text, known)) else "other"
 
 

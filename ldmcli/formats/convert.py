@@ -32,26 +32,26 @@ def convert(
     Nothing appears under the name of `target` before it is whole. Raises ModelError for what cannot be read or
     expressed, UsageError for a target that is in the way.
     """
-    kind = format_of(source)
-    if kind == "run" and not to:
+    source_format = format_of(source)
+    if source_format == "run" and not to:
         raise UsageError("--to: a run can go to compvis or diffusers; say which")
     to = to or "run"
     _check_target(source, target, to, overwrite)
     bundle = read(source, reading or Reading())
     with _staged(target) as place:
-        notes = _write(bundle, place, to, source, kind)
+        notes = _write(bundle, place, to, source, source_format)
     return _description(bundle) | {
         "source": str(source),
-        "format": kind,
+        "format": source_format,
         "target": str(target),
         "to": to,
         "notes": [*bundle.notes, *notes],
     }
 
 
-def _write(bundle: Bundle, place: Path, to: str, source: Path, kind: str) -> list[str]:
+def _write(bundle: Bundle, place: Path, to: str, source: Path, source_format: str) -> list[str]:
     if to == "run":
-        run_folder.write(bundle, place, {"name": source.name, "format": kind})
+        run_folder.write(bundle, place, {"name": source.name, "format": source_format})
         return []
     if to == "compvis":
         notes = compvis_write.write(bundle, place)
@@ -59,7 +59,7 @@ def _write(bundle: Bundle, place: Path, to: str, source: Path, kind: str) -> lis
         if tokenizer is not None:
             shutil.copytree(tokenizer, _tokenizer_beside(place))
         return notes
-    return diffusers.write(bundle, place, source if kind == "run" else None)
+    return diffusers.write(bundle, place, source if source_format == "run" else None)
 
 
 def _description(bundle: Bundle) -> dict[str, Any]:

@@ -59,32 +59,34 @@ def _read(path: Path) -> AutoencoderBundle | DiffusionBundle:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: not a diffusers folder (neither model_index.json nor config.json in it)")
     values = read_config(path / "config.json")
-    kind = values.get("_class_name")
-    if kind in vaes.DEFAULTS:
-        return vaes.read_vae(path, values, kind)
-    if kind in unets.DEFAULTS:
+    class_name = values.get("_class_name")
+    if class_name in vaes.DEFAULTS:
+        return vaes.read_vae(path, values, class_name)
+    if class_name in unets.DEFAULTS:
         return _bundle(path, path, values, None)
     known = ", ".join([*vaes.DEFAULTS, *unets.DEFAULTS])
-    raise ModelError(f"{path}: a model of class {kind}; {known} and pipelines of latent diffusion are read")
+    raise ModelError(f"{path}: a model of class {class_name}; {known} and pipelines of latent diffusion are read")
 
 
 def _read_pipeline(path: Path, index: dict[str, Any]) -> AutoencoderBundle | DiffusionBundle:
-    kind = index.get("_class_name")
-    if isinstance(kind, list) and custom.PIPELINE in kind:
+    class_name = index.get("_class_name")
+    if isinstance(class_name, list) and custom.PIPELINE in class_name:
         return _read_custom(path, index)
     stage = next((name for name in ("vqvae", "vae") if _class_of(index, name) in vaes.DEFAULTS), None)
-    if kind not in (LATENT, TEXT, UPSCALE, *PIXELS):
+    if class_name not in (LATENT, TEXT, UPSCALE, *PIXELS):
         if stage is None:
-            raise ModelError(f"{path}: a {kind} without a first stage of latent diffusion; nothing in it can be used")
+            raise ModelError(
+                f"{path}: a {class_name} without a first stage of latent diffusion; nothing in it can be used"
+            )
         found = _read_vae(path / stage)
-        found.notes.insert(0, f"of this {kind} only the first stage ({stage}/) is taken")
+        found.notes.insert(0, f"of this {class_name} only the first stage ({stage}/) is taken")
         return found
     autoencoder = None
-    if kind not in PIXELS:
+    if class_name not in PIXELS:
         if stage is None:
             raise ModelError(f"{path}: model_index.json names no first stage ({', '.join(vaes.DEFAULTS)})")
         autoencoder = _read_vae(path / stage)
-    return _bundle(path, path / "unet", read_config(path / "unet" / "config.json"), autoencoder, str(kind))
+    return _bundle(path, path / "unet", read_config(path / "unet" / "config.json"), autoencoder, str(class_name))
 
 
 def _class_of(index: dict[str, Any], name: str) -> str | None:
@@ -94,22 +96,22 @@ def _class_of(index: dict[str, Any], name: str) -> str | None:
 
 def _read_vae(folder: Path) -> AutoencoderBundle:
     values = read_config(folder / "config.json")
-    kind = values.get("_class_name")
-    if kind not in vaes.DEFAULTS:
-        raise ModelError(f"{folder}: a first stage of class {kind}; {' and '.join(vaes.DEFAULTS)} are read")
-    return vaes.read_vae(folder, values, kind)
+    class_name = values.get("_class_name")
+    if class_name not in vaes.DEFAULTS:
+        raise ModelError(f"{folder}: a first stage of class {class_name}; {' and '.join(vaes.DEFAULTS)} are read")
+    return vaes.read_vae(folder, values, class_name)
 
 
 def _bundle(
     path: Path, folder: Path, values: dict[str, Any], autoencoder: AutoencoderBundle | None, pipeline: str = ""
 ) -> DiffusionBundle:
     """A UNet with what stands around it."""
-    kind = values.get("_class_name")
-    if kind not in unets.DEFAULTS:
-        raise ModelError(f"{folder}: a network of class {kind}; {' and '.join(unets.DEFAULTS)} are read")
-    config = Config(folder / "config.json", values, unets.DEFAULTS[kind])
+    class_name = values.get("_class_name")
+    if class_name not in unets.DEFAULTS:
+        raise ModelError(f"{folder}: a network of class {class_name}; {' and '.join(unets.DEFAULTS)} are read")
+    config = Config(folder / "config.json", values, unets.DEFAULTS[class_name])
     read: list[str] = []
-    settings, own, table = unets.read_unet(config, kind, read_weights(folder, notes=read))
+    settings, own, table = unets.read_unet(config, class_name, read_weights(folder, notes=read))
     tensors = {f"unet.{name}": tensor for name, tensor in own.items()}
     channels, height, width = config.integer("out_channels"), *config.side("sample_size", 32)
     planes = config.integer("in_channels") - channels
@@ -120,7 +122,7 @@ def _bundle(
     f = autoencoder.config.autoencoder.f if autoencoder else 1
     if planes:
         task, specs = _planes(config, planes, channels, f if autoencoder else 4, notes)
-    if kind == unets.CROSS:
+    if class_name == unets.CROSS:
         condition["context_dim"] = config.integer("cross_attention_dim")
         if table is not None:
             raise config.refuse("num_class_embeds", "beside cross-attention it cannot be expressed")
@@ -208,9 +210,9 @@ def _read_custom(path: Path, index: dict[str, Any]) -> DiffusionBundle:
         bundle.autoencoder.scale, stage = bundle.scale, bundle.autoencoder.config.autoencoder
     if not described["own_unet"]:
         values = read_config(path / "unet" / "config.json")
-        kind = values.get("_class_name")
-        if kind not in unets.DEFAULTS:
-            raise ModelError(f"{path}/unet: a network of class {kind}; {' and '.join(unets.DEFAULTS)} are read")
+        class_name = values.get("_class_name")
+        if class_name not in unets.DEFAULTS:
+            raise ModelError(f"{path}/unet: a network of class {class_name}; {' and '.join(unets.DEFAULTS)} are read")
         names = unets.unet_names(bundle.config.diffusion)
         with torch.device("meta"):
             shapes = _model_of(bundle).unet.state_dict()
@@ -376,7 +378,7 @@ def _write_stock(bundle: DiffusionBundle, path: Path) -> list[str]:
     return lines
 
 
-def _copy_tokenizer(bundle: DiffusionBundle, path: Path, kind: str) -> list[str]:
+def _copy_tokenizer(bundle: DiffusionBundle, path: Path, class_name: str) -> list[str]:
     if bundle.tokenizer is None:
         raise ModelError(
             "--to diffusers: this model takes text and its tokenizer is not at hand; convert the original "
@@ -387,9 +389,9 @@ def _copy_tokenizer(bundle: DiffusionBundle, path: Path, kind: str) -> list[str]
             files.write_bytes(path / "tokenizer" / file.name, file.read_bytes())
     found = path / "tokenizer" / "tokenizer_config.json"
     if not found.is_file():
-        files.write_json(found, {"tokenizer_class": kind, "do_lower_case": True})
+        files.write_json(found, {"tokenizer_class": class_name, "do_lower_case": True})
     named = read_config(found).get("tokenizer_class")
-    return ["transformers", named.removesuffix("Fast") if isinstance(named, str) else kind]
+    return ["transformers", named.removesuffix("Fast") if isinstance(named, str) else class_name]
 
 
 def _write_custom(bundle: DiffusionBundle, path: Path, reason: str) -> list[str]:

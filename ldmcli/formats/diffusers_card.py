@@ -16,9 +16,9 @@ def write_card(folder: Path, bundle: AutoencoderBundle | DiffusionBundle, lines:
     """Writes README.md, and the newest grid of samples of the run beside it."""
     state = _state(run)
     data = state.get("data") or {}
-    kinds = bundle.config.kinds if isinstance(bundle, DiffusionBundle) else ()
-    task = "text-to-image" if "text" in kinds else "unconditional-image-generation"
-    if isinstance(bundle, AutoencoderBundle) or {"map", "lowres", "masked"} & set(kinds):
+    conditions = bundle.config.kinds if isinstance(bundle, DiffusionBundle) else ()
+    task = "text-to-image" if "text" in conditions else "unconditional-image-generation"
+    if isinstance(bundle, AutoencoderBundle) or {"map", "lowres", "masked"} & set(conditions):
         task = "image-to-image"
     licence = data.get("license") if isinstance(data.get("license"), str) else None
     front = [
@@ -28,7 +28,7 @@ def write_card(folder: Path, bundle: AutoencoderBundle | DiffusionBundle, lines:
         f"pipeline_tag: {task}",
         "tags:",
         "- latent-diffusion",
-        *(f"- {kind}-conditional" for kind in kinds),
+        *(f"- {condition}-conditional" for condition in conditions),
         "---",
     ]
     parts = ["\n".join(front), f"# {folder.name}", f"Exported for diffusers: {'; '.join(lines)}."]
@@ -36,7 +36,7 @@ def write_card(folder: Path, bundle: AutoencoderBundle | DiffusionBundle, lines:
     if grid is not None:
         files.write_bytes(folder / GRID, grid.read_bytes())
         parts.append(f"![Samples of fixed seeds]({GRID})")
-    parts += [_use(folder, kinds), _data(data, licence), _metrics(state), *_evaluations(run)]
+    parts += [_use(folder, conditions), _data(data, licence), _metrics(state), *_evaluations(run)]
     notes = [f"- {' '.join(note.split())}" for note in bundle.notes]
     if notes:
         parts.append("## Readings and omissions\n\n" + "\n".join(notes))
@@ -55,7 +55,7 @@ def _grid(run: Path | None) -> Path | None:
     return found[-1] if found else None
 
 
-def _use(folder: Path, kinds: Sequence[str]) -> str:
+def _use(folder: Path, conditions: Sequence[str]) -> str:
     named = {
         "text": 'prompt=["…"]',
         "class": "class_labels=[0]",
@@ -64,10 +64,10 @@ def _use(folder: Path, kinds: Sequence[str]) -> str:
         "lowres": "image=IMAGE",
         "masked": "image=IMAGE, mask_image=MASK",
     }
-    arguments = "".join(f"{named[kind]}, " for kind in kinds if kind in named)
+    arguments = "".join(f"{named[condition]}, " for condition in conditions if condition in named)
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
-        kind = files.read_json(folder / "config.json")["_class_name"]
-        code = f"from diffusers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER)"
+        class_name = files.read_json(folder / "config.json")["_class_name"]
+        code = f"from diffusers import {class_name}\n\nmodel = {class_name}.from_pretrained(FOLDER)"
     elif (folder / "pipeline.py").is_file():
         code = (
             "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(FOLDER, "

@@ -157,7 +157,7 @@ def unet_names(settings: DiffusionSettings, linear: bool = False) -> Names:
     return names
 
 
-def _levels(config: Config, kind: str) -> tuple[list[bool], bool]:
+def _levels(config: Config, class_name: str) -> tuple[list[bool], bool]:
     """(attention of each level, resampling by residual blocks), read from the two lists of block types."""
     seen: dict[str, list[tuple[bool, bool]]] = {}
     for key, table, sampling_type in (
@@ -167,12 +167,12 @@ def _levels(config: Config, kind: str) -> tuple[list[bool], bool]:
         types = config[key]
         if not isinstance(types, list) or len(types) != len(config.integers("block_out_channels")):
             raise config.refuse(key, "as many as block_out_channels are expected")
-        unknown = [name for name in types if name not in table[kind]]
+        unknown = [name for name in types if name not in table[class_name]]
         if unknown:
-            raise config.refuse(key, f"{unknown[0]} is not among {', '.join(table[kind])}")
+            raise config.refuse(key, f"{unknown[0]} is not among {', '.join(table[class_name])}")
         seen[key] = [
             (attends, config[sampling_type] == "resnet" if by is None else by)
-            for attends, by in (table[kind][name] for name in types)
+            for attends, by in (table[class_name][name] for name in types)
         ]
     down, up = seen["down_block_types"], seen["up_block_types"][::-1]
     if [attends for attends, _ in down] != [attends for attends, _ in up]:
@@ -187,13 +187,13 @@ def _levels(config: Config, kind: str) -> tuple[list[bool], bool]:
     return [attends for attends, _ in down], ways == {True}
 
 
-def _heads(config: Config, kind: str, widths: list[int], attends: list[bool]) -> dict[str, Any]:
+def _heads(config: Config, class_name: str, widths: list[int], attends: list[bool]) -> dict[str, Any]:
     """Settings of the head counts. attention_head_dim is a head's width in one class and their number in the other."""
     used = [width for width, on in zip(widths, [*attends[:-1], True]) if on]
     given = config["attention_head_dim"]
-    if kind == PLAIN and config["num_heads"] is not None:
+    if class_name == PLAIN and config["num_heads"] is not None:
         return _head_counts(config, "num_heads", widths, used, attends)
-    if kind == CROSS:
+    if class_name == CROSS:
         if config["num_attention_heads"] is not None:
             raise config.refuse("num_attention_heads", "diffusers refuses it, too; attention_head_dim is their number")
         return _head_counts(config, "attention_head_dim", widths, used, attends)
@@ -261,7 +261,7 @@ def _cross_only(config: Config) -> dict[str, Any]:
     return {"transformer_depth": config.integer("transformer_layers_per_block", MOST_LAYERS)}
 
 
-def read_settings(config: Config, kind: str) -> DiffusionSettings:
+def read_settings(config: Config, class_name: str) -> DiffusionSettings:
     """The settings of the network that a configuration describes. Raises ModelError, naming a key that is beyond it."""
     config.only(
         center_input_sample=(False,),
@@ -274,7 +274,7 @@ def read_settings(config: Config, kind: str) -> DiffusionSettings:
         norm_eps=(1e-5,),
         resnet_time_scale_shift=("default", "scale_shift"),
         class_embed_type=(None,),
-        mid_block_type=(DEFAULTS[kind]["mid_block_type"],),
+        mid_block_type=(DEFAULTS[class_name]["mid_block_type"],),
     )
     widths = config.integers("block_out_channels")
     if config["time_embedding_dim"] not in (None, 4 * widths[0]):
@@ -289,21 +289,21 @@ def read_settings(config: Config, kind: str) -> DiffusionSettings:
     if any(width % groups for width in widths):
         raise config.refuse("norm_num_groups", f"does not divide {widths}")
     scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
-    more = _plain_only(config, groups, scale_shift) if kind == PLAIN else _cross_only(config)
-    attends, by_residuals = _levels(config, kind)
+    more = _plain_only(config, groups, scale_shift) if class_name == PLAIN else _cross_only(config)
+    attends, by_residuals = _levels(config, class_name)
     try:
         settings = DiffusionSettings(
             channels=widths[0],
             channel_mult=tuple(width / widths[0] for width in widths),
             num_res_blocks=config.integer("layers_per_block", MOST_LAYERS),
             attention_resolutions=tuple(2**level for level, on in enumerate(attends) if on),
-            spatial_transformer=kind == CROSS,
+            spatial_transformer=class_name == CROSS,
             scale_shift=scale_shift,
             resblock_updown=by_residuals,
             dropout=float(config["dropout"] or 0.0),
             groups=groups,
             position="none",
-            **_heads(config, kind, widths, attends),
+            **_heads(config, class_name, widths, attends),
             **more,
         )
     except UsageError as error:
@@ -314,17 +314,17 @@ def read_settings(config: Config, kind: str) -> DiffusionSettings:
 
 
 def read_unet(
-    config: Config, kind: str, weights: dict[str, Tensor]
+    config: Config, class_name: str, weights: dict[str, Tensor]
 ) -> tuple[DiffusionSettings, dict[str, Tensor], Tensor | None]:
     """(settings, tensors under our names, class table (n, 4·channels) or None). Raises ModelError."""
-    settings = read_settings(config, kind)
+    settings = read_settings(config, class_name)
     table = None
     if config["num_class_embeds"] is not None:
         settings = replace(settings, vector_mlp=False)
         table = weights.pop("class_embedding.weight", None)
         if table is None or tuple(table.shape) != (config.integer("num_class_embeds"), 4 * settings.channels):
             raise config.refuse("num_class_embeds", "class_embedding.weight is missing or of another shape")
-    context = config.integer("cross_attention_dim") if kind == CROSS else None
+    context = config.integer("cross_attention_dim") if class_name == CROSS else None
     names = unet_names(settings, linear=bool(config["use_linear_projection"]))
     return (
         settings,

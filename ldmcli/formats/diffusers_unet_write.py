@@ -63,11 +63,11 @@ def write_unet(
     table: Tensor | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config.json, tensors) of the stock class; `why_not` must have found nothing."""
-    kind = CROSS if settings.spatial_transformer else PLAIN
+    class_name = CROSS if settings.spatial_transformer else PLAIN
     widths = level_widths(settings)
     on = [2**level in settings.attention_resolutions for level in range(len(widths))]
     by = settings.resblock_updown
-    cross = "Cross" if kind == CROSS else ""
+    cross = "Cross" if class_name == CROSS else ""
 
     def block(attends: bool, resample_type: str, sampling: str) -> str:
         if attends:
@@ -82,7 +82,7 @@ def write_unet(
         )
     height, width = sample_size
     config: dict[str, Any] = {
-        "_class_name": kind,
+        "_class_name": class_name,
         "_diffusers_version": "0.42.1",
         "act_fn": "silu",
         "sample_size": height if height == width else [height, width],
@@ -92,7 +92,7 @@ def write_unet(
         "down_block_types": [block(a, "Down", "Downsample") for a in on],
         "up_block_types": [block(a, "Up", "Upsample") for a in reversed(on)],
         "layers_per_block": settings.num_res_blocks,
-        "mid_block_type": DEFAULTS[kind]["mid_block_type"],
+        "mid_block_type": DEFAULTS[class_name]["mid_block_type"],
         "norm_num_groups": groups,
         "norm_eps": 1e-5,
         "flip_sin_to_cos": True,
@@ -106,7 +106,7 @@ def write_unet(
         "time_embedding_type": "positional",
         "center_input_sample": False,
     }
-    config |= _plain_entries(settings, groups) if kind == PLAIN else _cross_entries(settings, on, context_dim)
+    config |= _plain_entries(settings, groups) if class_name == PLAIN else _cross_entries(settings, on, context_dim)
     theirs = translate_back(unet_names(settings), tensors)
     if table is not None:
         theirs["class_embedding.weight"] = table

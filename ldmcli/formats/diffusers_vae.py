@@ -97,12 +97,12 @@ def _attention_levels(config: Config, widths: list[int]) -> list[bool]:
     return found["down_block_types"]
 
 
-def read_settings(config: Config, kind: str) -> AutoencoderSettings:
+def read_settings(config: Config, class_name: str) -> AutoencoderSettings:
     """The settings of the network that a configuration describes. Raises ModelError, naming a key that is beyond it."""
     config.only(act_fn=("silu", "swish"))
     if config["out_channels"] != config["in_channels"]:
         raise config.refuse("out_channels", f"as many as in_channels = {config['in_channels']} are expected")
-    if kind == VQ:
+    if class_name == VQ:
         config.only(norm_type=("group",), lookup_from_codebook=(False,))
     widths, groups = config.integers("block_out_channels"), config.integer("norm_num_groups")
     if any(width % groups for width in widths):
@@ -110,9 +110,9 @@ def read_settings(config: Config, kind: str) -> AutoencoderSettings:
     attends = _attention_levels(config, widths)
     latent = config.integer("latent_channels")
     codes: dict[str, Any] = {}
-    if kind == VQ:
+    if class_name == VQ:
         codes = {"codebook_size": config.integer("num_vq_embeddings"), "legacy_beta": True}
-    embed = config.integer("vq_embed_dim") if kind == VQ and config["vq_embed_dim"] is not None else latent
+    embed = config.integer("vq_embed_dim") if class_name == VQ and config["vq_embed_dim"] is not None else latent
     levels = len(widths)
     resolution = config.side("sample_size", 256)[0]
     if resolution % 2 ** (levels - 1):
@@ -121,7 +121,7 @@ def read_settings(config: Config, kind: str) -> AutoencoderSettings:
         return AutoencoderSettings(
             family="paper",
             f=2 ** (levels - 1),
-            reg="vq" if kind == VQ else "kl",
+            reg="vq" if class_name == VQ else "kl",
             in_channels=config.integer("in_channels"),
             z_channels=latent,
             embed_dim=embed,
@@ -138,16 +138,16 @@ def read_settings(config: Config, kind: str) -> AutoencoderSettings:
         raise ModelError(f"{config.path}: {error}") from error
 
 
-def read_scale(config: Config, kind: str, channels: int) -> LatentScale:
+def read_scale(config: Config, class_name: str, channels: int) -> LatentScale:
     """What the configuration says of the latents' scale: (z - shift) · scaling_factor, or per channel where
     latents_mean and latents_std stand there."""
-    factor, shift = config["scaling_factor"], config["shift_factor"] if kind == KL else None
+    factor, shift = config["scaling_factor"], config["shift_factor"] if class_name == KL else None
     for key, value in (("scaling_factor", factor), ("shift_factor", shift or 0.0)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise config.refuse(key, "a number is expected")
     if not 0 < factor < float("inf"):
         raise config.refuse("scaling_factor", "a number above 0 is expected")
-    mean, std = (config["latents_mean"], config["latents_std"]) if kind == KL else (None, None)
+    mean, std = (config["latents_mean"], config["latents_std"]) if class_name == KL else (None, None)
     if mean is not None and std is not None:  # (z - mean) · scaling_factor / std, as pipelines that read them do
         if len(mean) != channels or len(std) != channels:
             raise config.refuse("latents_mean", f"{channels} numbers are expected, and as many in latents_std")
@@ -155,10 +155,10 @@ def read_scale(config: Config, kind: str, channels: int) -> LatentScale:
     return LatentScale((float(shift or 0.0),) * channels, (1.0 / factor,) * channels)
 
 
-def read_vae(folder: Path, values: dict[str, Any], kind: str) -> AutoencoderBundle:
+def read_vae(folder: Path, values: dict[str, Any], class_name: str) -> AutoencoderBundle:
     """A single-model folder. Raises ModelError."""
-    config = Config(folder / "config.json", values, DEFAULTS[kind])
-    settings = read_settings(config, kind)
+    config = Config(folder / "config.json", values, DEFAULTS[class_name])
+    settings = read_settings(config, class_name)
     with torch.device("meta"):
         ours = Autoencoder(settings).state_dict()
     notes: list[str] = []
@@ -167,7 +167,7 @@ def read_vae(folder: Path, values: dict[str, Any], kind: str) -> AutoencoderBund
         ("use_quant_conv", "quant_conv", 2 * settings.embed_dim),
         ("use_post_quant_conv", "post_quant_conv", settings.embed_dim),
     ):
-        if kind == KL and config[key] is False:
+        if class_name == KL and config[key] is False:
             weights[f"{layer}.weight"], weights[f"{layer}.bias"] = (
                 torch.eye(width)[:, :, None, None],
                 torch.zeros(width),
@@ -175,7 +175,7 @@ def read_vae(folder: Path, values: dict[str, Any], kind: str) -> AutoencoderBund
             notes.append(f"{key} = false: {layer} became the identity, which changes nothing")
     weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
     tensors = translate(vae_names(settings), weights, ours, folder)
-    scale = read_scale(config, kind, settings.embed_dim)
+    scale = read_scale(config, class_name, settings.embed_dim)
     if (folder / UNFOLDED).is_file():
         tensors, scale = _unfold(folder / UNFOLDED, tensors, scale, settings)
     data = DataSettings(size=config.side("sample_size", 256))
@@ -247,9 +247,9 @@ def _stock_config(settings: AutoencoderSettings, side: int, scaling_factor: floa
     """config.json of the stock class."""
     widths = _widths(settings)
     on = [settings.resolution // 2**i in settings.attn_resolutions for i in range(len(widths))]
-    kind = VQ if settings.reg == "vq" else KL
+    class_name = VQ if settings.reg == "vq" else KL
     config: dict[str, Any] = {
-        "_class_name": kind,
+        "_class_name": class_name,
         "_diffusers_version": "0.42.1",
         "act_fn": "silu",
         "sample_size": side,
@@ -264,7 +264,7 @@ def _stock_config(settings: AutoencoderSettings, side: int, scaling_factor: floa
         "mid_block_add_attention": settings.mid_attention,
         "scaling_factor": scaling_factor,
     }
-    if kind == VQ:
+    if class_name == VQ:
         config |= {
             "num_vq_embeddings": settings.codebook_size,
             "vq_embed_dim": settings.embed_dim,

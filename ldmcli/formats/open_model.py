@@ -37,16 +37,16 @@ AS_USUAL = Reading()
 
 def read(path: Path, reading: Reading = AS_USUAL) -> Bundle:
     """The model at `path`, whatever its format. Raises ModelError, or UsageError for a reading that it cannot take."""
-    kind = format_of(path)
-    if kind != "compvis":
+    source_format = format_of(path)
+    if source_format != "compvis":
         for name in ("config", "heads"):
             if getattr(reading, name):
                 raise UsageError(f"--{name}: only checkpoints (.ckpt, .safetensors) take one; {path} is none")
-    if kind == "run":
+    if source_format == "run":
         return run_folder.read(path, reading.weights)
-    if kind == "compvis":
+    if source_format == "compvis":
         return compvis.read(path, reading)
-    return diffusers.read(path if kind == "diffusers" else hub_folder(path.as_posix()))
+    return diffusers.read(path if source_format == "diffusers" else hub_folder(path.as_posix()))
 
 
 def hub_folder(name: str) -> Path:

@@ -96,25 +96,25 @@ def read_scheduler(
     Raises ModelError, naming the key, for betas or a parametrisation that are not ours, and for flow matching, whose
     networks take other timesteps than ours (1000 σ instead of 1000 σ - ½).
     """
-    kind = values.get("_class_name", "")
-    config = Config(path, values, DEFAULTS.get(kind, _SHARED))
-    if "FlowMatch" in kind or config["prediction_type"] == "flow_prediction":
+    class_name = values.get("_class_name", "")
+    config = Config(path, values, DEFAULTS.get(class_name, _SHARED))
+    if "FlowMatch" in class_name or config["prediction_type"] == "flow_prediction":
         raise ModelError(
-            f"{path}: {kind}: flow matching of diffusers tells its networks 1000 σ, ours are told "
+            f"{path}: {class_name}: flow matching of diffusers tells its networks 1000 σ, ours are told "
             "1000 σ - ½; only flow models that were exported from here are read"
         )
     process = _process(config, process)
     notes = [
-        f"scheduler {kind or 'unnamed'}: {key} = {config[key]!r} is not known here, DDIM takes its place"
-        for key, value in _NEEDED.get(kind, {}).items()
+        f"scheduler {class_name or 'unnamed'}: {key} = {config[key]!r} is not known here, DDIM takes its place"
+        for key, value in _NEEDED.get(class_name, {}).items()
         if config[key] != value
     ]
-    if kind not in SAMPLERS:
-        notes = [f"scheduler {kind or 'unnamed'} is not known here, DDIM takes its place"]
+    if class_name not in SAMPLERS:
+        notes = [f"scheduler {class_name or 'unnamed'} is not known here, DDIM takes its place"]
     if notes:
         return process, replace(sample, sampler="ddim", spacing="leading+1/first"), notes
-    spacing, more = _spacing(config, kind)
-    return process, replace(sample, sampler=SAMPLERS[kind], spacing=spacing), more
+    spacing, more = _spacing(config, class_name)
+    return process, replace(sample, sampler=SAMPLERS[class_name], spacing=spacing), more
 
 
 def _process(config: Config, settings: DiffusionSettings) -> DiffusionSettings:
@@ -138,33 +138,33 @@ def _process(config: Config, settings: DiffusionSettings) -> DiffusionSettings:
     )
 
 
-def _spacing(config: Config, kind: str) -> tuple[str, list[str]]:
+def _spacing(config: Config, class_name: str) -> tuple[str, list[str]]:
     """Our name of the timesteps and of where the last step ends, and what differs all the same."""
     config.only(timestep_spacing=("leading", "trailing", "linspace"), steps_offset=(0, 1))
     name, notes = config["timestep_spacing"], []
     if name == "leading":
-        open_end = "_open" if kind == "DPMSolverMultistepScheduler" else ""
+        open_end = "_open" if class_name == "DPMSolverMultistepScheduler" else ""
         name = f"leading{open_end}{'+1' if config['steps_offset'] else ''}"
     elif name == "linspace":
         name = {"EulerDiscreteScheduler": "linspace_real", "DPMSolverMultistepScheduler": "linspace_open"}.get(
-            kind, "linspace"
+            class_name, "linspace"
         )
         if name == "linspace":
             notes.append("timestep_spacing = 'linspace': steps end where the next begins, not T // N earlier")
-    if kind == "EulerDiscreteScheduler" and config["timestep_spacing"] != "leading":
+    if class_name == "EulerDiscreteScheduler" and config["timestep_spacing"] != "leading":
         notes.append(
             "initial noise has variance 1 here; EulerDiscreteScheduler scales it by σ/√(1 + σ²), which is all but 1"
         )
-    if "final_sigmas_type" in DEFAULTS[kind]:
+    if "final_sigmas_type" in DEFAULTS[class_name]:
         config.only(final_sigmas_type=("zero", "sigma_min"))
-        low = "sigma_min" if kind == "EulerDiscreteScheduler" else "first"
+        low = "sigma_min" if class_name == "EulerDiscreteScheduler" else "first"
         ending = "clean" if config["final_sigmas_type"] == "zero" else low
-        if kind == "DPMSolverMultistepScheduler" and ending == "first":
+        if class_name == "DPMSolverMultistepScheduler" and ending == "first":
             notes.append(
                 "final_sigmas_type = 'sigma_min': with 15 steps or more the last, long one is extrapolated "
                 "less far than in diffusers"
             )
-    elif kind == "DDPMScheduler":
+    elif class_name == "DDPMScheduler":
         ending = "clean"
     else:
         ending = "clean" if config["set_alpha_to_one"] else "first"

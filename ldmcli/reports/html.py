@@ -39,14 +39,14 @@ def section(title: str, content: str, lead: str = "") -> str:
     return f"<section><h2>{safe(title)}</h2>{lead}{content}</section>\n" if content else ""
 
 
-def tiles(entries: Iterable[tuple[str, str, str]], kind: str = "") -> str:
+def tiles(entries: Iterable[tuple[str, str, str]], css_class: str = "") -> str:
     """Key figures: (name, value, remark)."""
     cells = "".join(
         f'<div class="tile"><div class="name">{safe(name)}</div><div class="value">{_value(value)}</div>'
         f'<div class="remark">{safe(remark)}</div></div>'
         for name, value, remark in entries
     )
-    return f'<div class="tiles {kind}">{cells}</div>' if cells else ""
+    return f'<div class="tiles {css_class}">{cells}</div>' if cells else ""
 
 
 def _value(text: str) -> str:
@@ -61,15 +61,14 @@ def definition_list(entries: Iterable[tuple[str, object]]) -> str:
     return f'<dl class="facts">{rows}</dl>' if rows else ""
 
 
-def table(rows: Sequence[Sequence[object]], headers: Sequence[str], kind: str = "") -> str:
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str], css_class: str = "") -> str:
     """A table that scrolls in its own frame where the screen is narrow."""
     if not rows:
         return ""
     head = "".join(f"<th>{safe(name)}</th>" for name in headers)
     body = "".join("<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="{css_class}">{content}</table></div>'
 
 
 def folded(title: str, content: str) -> str:
@@ -94,17 +93,17 @@ def read_picture(path: Path):
 def data_uri(image) -> str:
     """A Pillow picture as it stands in the page: PNG, or a smaller JPEG where that would weigh too much."""
     content = _encoded(image, "PNG", optimize=True)
-    kind = "png"
+    image_format = "png"
     if len(content) > EMBED_BYTES:
         image = image.copy()
         image.thumbnail((EMBED_WIDTH, 4 * EMBED_WIDTH))
-        content, kind = _encoded(image, "JPEG", quality=88), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+        content, image_format = _encoded(image, "JPEG", quality=88), "jpeg"
+    return f"data:image/{image_format};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _encoded(image, kind: str, **options) -> bytes:
+def _encoded(image, image_format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 

@@ -67,10 +67,10 @@ def read_dict(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_config(path: Path, kind: str) -> configuration.Config | None:
+def read_config(path: Path, run_kind: str) -> configuration.Config | None:
     """The settings of a run; None where they can't be read."""
     try:
-        return configuration.from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"))
+        return configuration.from_toml(run_kind, (path / "config.toml").read_text(encoding="utf-8"))
     except (LdmError, OSError, KeyError, ValueError):
         return None
 
