@@ -23,8 +23,8 @@ class TarEntry:
 class Table:
     """Columns of equal length. `column_types` says of each what it holds: image, bytes, text (numbers among them),
     texts (lists of text), class, int, number, objects, mixed (text and what is none), empty or other; `classes` the
-    names of class columns. Values of image columns are bytes, paths, archive entries or a datasets dict of bytes and path.
-    `name(i)` is what people call row i."""
+    names of class columns. Values of image columns are bytes, paths, archive entries or a datasets dict of bytes and
+    path. `name(i)` is what people call row i."""
 
     length: int
     columns: dict[str, Sequence]
