@@ -44,7 +44,7 @@ def image_guide(
 
     plain: the change of ε is scale · σ ∇ distance, whose right scale depends on the picture's size, the autoencoder and
     the noise. Otherwise x0 moves along −∇ by the step after which the distance would, to first order, be gone, times
-    `scale`: 1 asks for all of it at each step, whatever the units, and a sample that fits is left alone. No
+    `scale`: 1 takes the whole step, whatever the units, and a sample that fits is left alone. No
     move is larger than `MAX_X0_SHIFT`.
     """
     if scale == 0:

@@ -2,7 +2,7 @@
 
     ε̂ = ε(∅) + s (ε(y) − ε(∅))
 
-With several conditions the network is asked with none of them, then with one more at a time in the order of
+With several conditions the network is evaluated with none of them, then with one more at a time in the order of
 `guidance_order`, and each difference has a scale of its own,
 
     ε̂ = ε(∅) + Σ_k s_k (ε(y₁ … y_k) − ε(y₁ … y_{k−1})).
@@ -30,7 +30,7 @@ Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 class Embeds(Protocol):
-    """What guidance asks of a model: its conditions, and τ_θ(y) of prepared inputs for latents of (h, w)."""
+    """What guidance needs of a model: its conditions, and τ_θ(y) of prepared inputs for latents of (h, w)."""
 
     conditions: Conditions
 

@@ -1,4 +1,4 @@
-"""What the diffusion model is told (Sec. 3.3): rows and requests become tokens, planes and vectors.
+"""What the diffusion model is conditioned on (Sec. 3.3): rows and requests become tokens, planes and vectors.
 
 The UNet knows three things: `context` (B, M, d) for cross-attention, `concat` (B, c, h, w) beside z_t on the input,
 and `vector` (B, v) added to the time embedding. Several conditions at once: tokens join, planes stack, vectors add.
@@ -94,7 +94,7 @@ def load_vocabulary(source: str):
 class TextConditioner(Conditioner):
     """Captions -> tokens, by the paper's transformer trained along ("joint") or a frozen encoder of transformers.
 
-    The null is the empty caption. `facts` keeps what use needs beside the weights: length, vocabulary size, "logits"
+    The null is the empty caption. `spec` keeps what use needs beside the weights: length, vocabulary size, "logits"
     where a converted transformer brings its unused head along. tokenizer None: only tokens can be given.
     """
 
@@ -102,21 +102,21 @@ class TextConditioner(Conditioner):
     gives_tokens = True
     _frozen: nn.Module
 
-    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer):
+    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer):
         super().__init__()
-        self.length, self.tokenizer = facts["length"], tokenizer
+        self.length, self.tokenizer = spec["length"], tokenizer
         self._one_at_a_time = threading.Lock()  # fast tokenisers refuse two threads
         self.joint = settings.text_encoder == "joint"
         if self.joint:
             width = settings.context_dim
             self.encoder: nn.Module = TextTransformer(
-                facts["vocabulary"],
+                spec["vocabulary"],
                 width,
                 settings.text_layers,
                 self.length,
                 settings.text_heads,
                 settings.text_head_channels,
-                facts.get("logits", False),
+                spec.get("logits", False),
                 settings.embedding_std,
             )
         else:
@@ -221,18 +221,18 @@ def _load_frozen(name: str):
 
 
 class ClassConditioner(Conditioner):
-    """Labels -> one token, and by default a vector, too. The null is one class more (index n), except where a fact
-    "null" says that there is none, as in models of others that were not trained for guidance."""
+    """Labels -> one token, and by default a vector, too. The null is one class more (index n), except where
+    "null" in the spec says that there is none, as in models of others that were not trained for guidance."""
 
     guidance_rank = 2
     gives_tokens = True
 
-    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.names: list[str] = list(facts["class_names"])
-        self.has_null = facts.get("null", True)
-        # code that uses a model of others asks for its null by the number that was published (1000 of cin256-v2)
-        self.numbered_null = facts.get("null") is True
+        self.names: list[str] = list(spec["class_names"])
+        self.has_null = spec.get("null", True)
+        # code that uses a model of others names its null by the number that was published (1000 of cin256-v2)
+        self.numbered_null = spec.get("null") is True
         self.embedding = nn.Embedding(len(self.names) + self.has_null, settings.context_dim)
         self.vector = nn.Linear(settings.context_dim, settings.context_dim) if settings.class_vector else None
 
@@ -282,7 +282,7 @@ class PrecomputedTokens(Conditioner):
     droppable = False
     gives_tokens = True
 
-    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
         super().__init__()
 
     def prepare(self, tokens: list[Tensor]) -> dict[str, Tensor]:
@@ -304,25 +304,27 @@ CONDITIONERS: dict[str, type[Conditioner]] = {
 }
 
 
-def guidance_order(kinds: Sequence[str]) -> list[str]:
+def guidance_order(conditions: Sequence[str]) -> list[str]:
     """Those of a model's conditions that guidance can act on, in the order in which it switches them on: from where to
     what."""
-    able = [kind for kind in kinds if CONDITIONERS[kind].droppable]
-    return sorted(able, key=lambda kind: CONDITIONERS[kind].guidance_rank)
+    able = [condition for condition in conditions if CONDITIONERS[condition].droppable]
+    return sorted(able, key=lambda condition: CONDITIONERS[condition].guidance_rank)
 
 
 class Conditions(nn.Module):
     """All conditions of a model, in the order of `kinds` (`DiffusionConfig.kinds`).
 
-    `facts` has an entry a kind.
+    `specs` has an entry for each.
     """
 
     def __init__(
-        self, kinds: Sequence[str], settings: ConditionSettings, facts: dict[str, dict[str, Any]], tokenizer=None
+        self, kinds: Sequence[str], settings: ConditionSettings, specs: dict[str, dict[str, Any]], tokenizer=None
     ):
         super().__init__()
         self.settings = settings
-        self.entries = nn.ModuleDict({kind: CONDITIONERS[kind](settings, facts[kind], tokenizer) for kind in kinds})
+        self.entries = nn.ModuleDict(
+            {condition: CONDITIONERS[condition](settings, specs[condition], tokenizer) for condition in kinds}
+        )
 
     @property
     def conditioners(self) -> dict[str, Conditioner]:
@@ -337,7 +339,7 @@ class Conditions(nn.Module):
     @property
     def droppable(self) -> list[str]:
         """Conditions that training drops at random and that guidance can act on: all but the planes of a task."""
-        return [kind for kind, entry in self.conditioners.items() if entry.droppable]
+        return [condition for condition, entry in self.conditioners.items() if entry.droppable]
 
     @property
     def context_dim(self) -> int | None:
@@ -363,21 +365,21 @@ class Conditions(nn.Module):
     def prepare(self, values: dict[str, list]) -> dict[str, Tensor]:
         """{"text": captions, "class": labels, …} -> flat dict of tensors "kind.name" with n rows each."""
         out: dict[str, Tensor] = {}
-        for kind in self.entries:
-            if kind not in values:
-                raise ModelError(f"this model is conditioned on {' + '.join(self.kinds)}: {kind} is missing")
-            out |= self.prepare_one(kind, values[kind])
+        for condition in self.entries:
+            if condition not in values:
+                raise ModelError(f"this model is conditioned on {' + '.join(self.kinds)}: {condition} is missing")
+            out |= self.prepare_one(condition, values[condition])
         return out
 
-    def prepare_one(self, kind: str, values: list) -> dict[str, Tensor]:
+    def prepare_one(self, condition: str, values: list) -> dict[str, Tensor]:
         """`prepare` for one condition."""
-        return {f"{kind}.{name}": tensor for name, tensor in self.conditioners[kind].prepare(values).items()}
+        return {f"{condition}.{name}": tensor for name, tensor in self.conditioners[condition].prepare(values).items()}
 
     def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
         """`prepare` of one row for pictures of (height, width) px, in shape alone."""
         return {
-            f"{kind}.{name}": tensor
-            for kind, entry in self.conditioners.items()
+            f"{condition}.{name}": tensor
+            for condition, entry in self.conditioners.items()
             for name, tensor in entry.example(size).items()
         }
 
@@ -385,40 +387,42 @@ class Conditions(nn.Module):
         """The null of every condition, n times, in the form of `prepare`. Planes of a task have none: those of
         `given`, which is needed then, stay. A map's null has the size of `given`'s."""
         out: dict[str, Tensor] = {}
-        for kind, entry in self.conditioners.items():
-            own = _own(kind, given) if given else None
+        for condition, entry in self.conditioners.items():
+            own = _own(condition, given) if given else None
             if entry.droppable:
                 null = entry.null(n, own)
             elif own is None:
-                raise ModelError(f"{kind}: this condition has no null; pass the prepared inputs, whose planes stay")
+                raise ModelError(
+                    f"{condition}: this condition has no null; pass the prepared inputs, whose planes stay"
+                )
             else:
                 null = own
-            out |= {f"{kind}.{name}": tensor for name, tensor in null.items()}
+            out |= {f"{condition}.{name}": tensor for name, tensor in null.items()}
         return out
 
     def drop(self, inputs: dict[str, Tensor], dropped: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replaces rows by the null where dropped[kind] (n,) is true; kinds that `dropped` does not name stay."""
         out = dict(inputs)
-        for kind, rows in dropped.items():
-            own = _own(kind, inputs)
-            null = self.conditioners[kind].null(len(rows), own)
+        for condition, rows in dropped.items():
+            own = _own(condition, inputs)
+            null = self.conditioners[condition].null(len(rows), own)
             for name, tensor in own.items():
                 mask = rows.reshape(-1, *[1] * (tensor.ndim - 1)).to(tensor.device)
-                out[f"{kind}.{name}"] = torch.where(mask, null[name].to(tensor.device), tensor)
+                out[f"{condition}.{name}"] = torch.where(mask, null[name].to(tensor.device), tensor)
         return out
 
     def forward(
         self, inputs: Mapping[str, Tensor], size: tuple[int, int], encode: Encode | None = None
     ) -> Conditioning:
-        """τ_θ(y). size: (h, w) of the latent, for conditions that are drawn at it; encode: the first stage's encoder,
+        """τ_θ(y). size: (h, w) of the latent, for conditions that are painted at it; encode: the first stage's encoder,
         pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, c, h, w), for those that are latents of images."""
         joined = Conditioning()
-        for kind, entry in self.conditioners.items():
-            if own := _own(kind, inputs):  # research code may want tokens alone, and hand planes over itself
+        for condition, entry in self.conditioners.items():
+            if own := _own(condition, inputs):  # research code may want tokens alone, and hand planes over itself
                 more = [size] if entry.takes_size else [encode] if entry.encodes else []
                 joined = joined.joined(entry(own, *more))
         return joined
 
 
-def _own(kind: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.split(".", 1)[1]: tensor for name, tensor in inputs.items() if name.startswith(f"{kind}.")}
+def _own(condition: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.split(".", 1)[1]: tensor for name, tensor in inputs.items() if name.startswith(f"{condition}.")}

@@ -34,14 +34,14 @@ class DiffusionModel(nn.Module):
         self,
         settings: DiffusionSettings,
         condition: ConditionSettings,
-        facts: dict[str, dict[str, Any]],
+        specs: dict[str, dict[str, Any]],
         tokenizer,
         latent_shape: tuple[int, int, int],
         kinds: Sequence[str] | None = None,
     ):
         super().__init__()
         self.settings, self.latent_shape = settings, latent_shape
-        self.conditions = Conditions(condition.kinds if kinds is None else kinds, condition, facts, tokenizer)
+        self.conditions = Conditions(condition.kinds if kinds is None else kinds, condition, specs, tokenizer)
         channels, height, width = latent_shape
         self.unet = UNet(
             settings,

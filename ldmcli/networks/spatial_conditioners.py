@@ -23,17 +23,17 @@ FILLERS = 4  # pictures that are filled at a time
 class SemanticMapConditioner(Conditioner):
     """Class maps, uint8 (H, W) at the picture's size -> planes: one plane a class, halved to the latent's size, mixed.
 
-    The null is a map on which no pixel has a class. facts: "classes", "names", "out_channels", "stages" (halvings),
+    The null is a map on which no pixel has a class. spec: "classes", "names", "out_channels", "stages" (halvings),
     "void" (whether 255 stands for no class).
     """
 
     guidance_rank = 0
 
-    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.classes, self.channels, self.void = facts["classes"], facts["out_channels"], facts.get("void", False)
-        self.names: list[str] = list(facts.get("names") or map(str, range(self.classes)))
-        self.stages = facts["stages"]
+        self.classes, self.channels, self.void = spec["classes"], spec["out_channels"], spec.get("void", False)
+        self.names: list[str] = list(spec.get("names") or map(str, range(self.classes)))
+        self.stages = spec["stages"]
         self.encoder = SpatialRescaler(self.classes, self.channels, self.stages)
 
     @staticmethod
@@ -80,19 +80,19 @@ class LowResConditioner(Conditioner):
     """Low-resolution images, uint8 (S / scale, S / scale, 3) -> planes at the latent's size S / f, in [-1, 1].
 
     Where scale = f, as in the paper, they stand beside z_t as they are; larger ones are folded into channels, smaller
-    ones enlarged (bilinear). With a fact "latent" the latent of their bicubic enlargement stands there, too: it tells
-    in the language of z_t what is already known. facts: "scale", "f", "latent" (channels of a latent; 0 or absent: the
+    ones enlarged (bilinear). With "latent" in the spec the latent of their bicubic enlargement stands there, too: what
+    is already known, in the language of z_t. spec: "scale", "f", "latent" (channels of a latent; 0 or absent: the
     small image alone, as in the paper).
     """
 
     droppable = False
     encodes = True
 
-    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.scale, self.f = facts["scale"], facts["f"]
+        self.scale, self.f = spec["scale"], spec["f"]
         self.fold, self.enlarge = max(1, self.f // self.scale), max(1, self.scale // self.f)
-        self.latent = facts.get("latent", 0)
+        self.latent = spec.get("latent", 0)
         self.channels = 3 * self.fold**2 + self.latent
 
     def prepare(self, images: list[np.ndarray]) -> dict[str, Tensor]:
@@ -118,19 +118,19 @@ class MaskedConditioner(Conditioner):
     """Images with holes -> [latent of the image without them, mask]: the c + 1 planes of the published model.
 
     A value is (uint8 (H, W, 3), bool (H, W), True = hole). The mask stands at the latent's size, nearest pixel, 1 in
-    holes and -1 elsewhere. The published model sees black holes. With facts "fill" = "smooth" what lies around goes on
+    holes and -1 elsewhere. The published model sees black holes. With "fill" = "smooth" what lies around goes on
     into them first (`thin_plate_fill`), so that latents beside a hole are those of the picture and latents in it
     already have about the right brightness and colour; with "patches" they also have the texture of the most similar
-    surroundings (`patchmatch_fill`), which is done on the CPU while batches are made. facts: "channels" (of a latent),
+    surroundings (`patchmatch_fill`), which is done on the CPU while batches are made. spec: "channels" (of a latent),
     "fill".
     """
 
     droppable = False
     encodes = True
 
-    def __init__(self, settings: ConditionSettings, facts: dict[str, Any], tokenizer=None):
+    def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
         super().__init__()
-        self.channels, self.fill = facts["channels"] + 1, facts.get("fill", "black")
+        self.channels, self.fill = spec["channels"] + 1, spec.get("fill", "black")
 
     def prepare(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
         """Pairs of one size -> {"image": (n, 3, H, W) uint8, "hole": (n, H, W) bool}. Holes are black, or filled where

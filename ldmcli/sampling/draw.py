@@ -63,7 +63,7 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
     inputs, missing = _inputs(model, draw)
     settings = with_overrides(model.config.sample, **draw.settings)
     if missing and set(missing) == set(model.conditions.droppable):
-        settings = replace(settings, guidance=1.0)  # nothing is asked for, so there is nothing to lead to
+        settings = replace(settings, guidance=1.0)  # no values are given, so there is nothing to lead to
     check_sampling(settings, model.schedule)
     _warn_of_guidance(model, settings, draw.negative_prompt)
     return sample_conditioned(
@@ -110,7 +110,7 @@ def _warn_of_guidance(model: TrainedDiffusion, settings: SampleSettings, negativ
 
 
 def warn_of_idle_guidance(model: TrainedDiffusion, scale: float | Mapping[str, float] | None) -> None:
-    """Says that a scale that was asked for does nothing, where a model has no condition that can be left out."""
+    """Says that a given scale does nothing, where a model has no condition that can be left out."""
     if scale not in (None, 1) and not model.conditions.droppable:
         warn_once("idle-guidance", "--guidance has no effect: this model takes no prompt, class, layout or map")
 

@@ -1,4 +1,4 @@
-"""`ldm inpaint` and `ldm upscale`: picture files to picture files, with what was asked for inside them."""
+"""`ldm inpaint` and `ldm upscale`: picture files to picture files, with the request inside them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -115,7 +115,7 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
             blend=request.blend,
             resample=request.resample,
             values=_values(loaded, request, which, images.shape[1:3]),
-            **_drawing(request),
+            **_sampling_record(request),
         )
         made = np.where(holes[..., None], made, images)
         return [_with_alpha(one, source.alpha(), hole) for one, source, hole in zip(made, which, holes)]
@@ -146,7 +146,7 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
             ids=ids,
             tone=request.tone,
             values=_values(loaded, request, which, large),
-            **_drawing(request),
+            **_sampling_record(request),
         )
         return [_with_alpha(one, _enlarged(source.alpha(), large)) for one, source in zip(made, which)]
 
@@ -157,7 +157,7 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
     return _to_folder(edit, path, loaded, request, sources, sizes, out, **how)
 
 
-def _drawing(request: EditRequest) -> dict[str, Any]:
+def _sampling_record(request: EditRequest) -> dict[str, Any]:
     return sampling_of(request) | {
         "tile": request.tile,
         "max_memory": request.max_memory,
@@ -168,9 +168,9 @@ def _drawing(request: EditRequest) -> dict[str, Any]:
 def _values(
     loaded: LoadedDiffusion, request: EditRequest, which: list[EditSource], size: tuple[int, int]
 ) -> dict[str, list]:
-    """Values by kind, one a picture."""
+    """Values by condition, one a picture."""
     each = [source.values(loaded, request, size) for source in which]
-    return {kind: [told[kind] for told in each] for kind in each[0]}
+    return {name: [values[name] for values in each] for name in each[0]}
 
 
 def _seen(which: list[EditSource], images: np.ndarray) -> np.ndarray:
@@ -242,13 +242,13 @@ def _to_folder(
         for image in edit.make(ids, [sources[k % len(sources)] for k in ids]):
             yield _fit_for(fmt, image), {}
 
-    def facts(k: int) -> dict[str, Any]:
+    def image_metadata(k: int) -> dict[str, Any]:
         return {**_about(sources[k % len(sources)], request), "seed": request.seed, "sample": k, **describe}
 
     folder.write(
         _of_one_size(folder.todo, sizes, most),
         make,
-        facts if metadata else None,
+        image_metadata if metadata else None,
         lambda: _sheet([edit.before(source) for source in sources[:SHEET_ROWS]], folder.names, len(sources)),
         action=edit.command,
     )
@@ -287,9 +287,9 @@ def _check(
         if (about := (size, source.map, source.layout)) not in seen:
             seen.add(about)
             whole = (size[0] * scale, size[1] * scale)
-            told = {kind: [value] for kind, value in source.values(loaded, request, whole).items()}
+            values = {name: [value] for name, value in source.values(loaded, request, whole).items()}
             try:
-                check_edit(loaded, whole, request.tile, settings, told, request.negative_prompt)
+                check_edit(loaded, whole, request.tile, settings, values, request.negative_prompt)
             except InputError as error:
                 raise InputError(f"{source.image}: {error}") from None
 
@@ -311,7 +311,7 @@ def _fit_for(fmt: str, image: np.ndarray) -> Image.Image:
 
 
 def _about(source: EditSource, request: EditRequest) -> dict[str, Any]:
-    told = {
+    about = {
         "image": source.image.name,
         "mask": source.mask.name if source.mask else None,
         "box": source.box,
@@ -320,9 +320,9 @@ def _about(source: EditSource, request: EditRequest) -> dict[str, Any]:
         Class.name: next(iter(request.classes), None),
         "negative_prompt": request.negative_prompt or None,
         "given": list(request.given) or None,
-        **{kind: file.name for kind, file in ((BoxLayout.name, source.layout), (SemanticMap.name, source.map)) if file},
+        **{name: file.name for name, file in ((BoxLayout.name, source.layout), (SemanticMap.name, source.map)) if file},
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in about.items() if value is not None}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

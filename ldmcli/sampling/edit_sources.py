@@ -62,7 +62,7 @@ class EditSource:
         return found
 
     def values(self, loaded: LoadedDiffusion, request: EditRequest, size: tuple[int, int]) -> dict[str, Any]:
-        """Values of conditions by kind, for a result of `size` = (height, width) px. Raises UsageError for a kind that
+        """Values by condition, for a result of `size` = (height, width) px. Raises UsageError for a condition that
         the model does not take, InputError for a layout or map that is wrong."""
         given = list_values(
             option_values(request.given),

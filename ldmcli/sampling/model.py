@@ -71,9 +71,9 @@ class TrainedDiffusion:
         times = batch_of(floats(t, "t", 1), len(z), "t").to(self.device)
         conditioning = self._conditioning(context, concat)
         if classes is not None:
-            told = self._embed(list_values(classes=classes))
+            embedded = self._embed(list_values(classes=classes))
             conditioning = Conditioning(
-                *(None if part is None else batch_of(part, len(z), "classes") for part in astuple_of(told))
+                *(None if part is None else batch_of(part, len(z), "classes") for part in astuple_of(embedded))
             ).joined(conditioning)
         return self.network.predict(z, times, self._checked(conditioning, z))
 
@@ -134,7 +134,7 @@ class TrainedDiffusion:
 
         prompt: a text or several; classes: names or indices, one or several. tokens: ids (B, L) for the transformer of
         a text or layout model, instead of a prompt or layout. layout, map: one or several, as `sample` takes them; maps
-        keep their size, and layouts are drawn at it. Of each kind one, or equally many. Raises UsageError, or
+        keep their size, and layouts are painted at it. Of each condition one, or equally many. Raises UsageError, or
         InputError for a layout or map that is wrong.
         """
         found = self._embed(list_values(values, prompt=prompt, classes=classes, layout=layout, map=map), tokens)
