@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compvis_checkpoints import MODULES, target
 from golden_cases import decided, shared
 from safetensors.torch import load_file, save_file
 from tiny import ldm, same, state, weights
@@ -37,10 +38,6 @@ STAGES = {
 }
 
 
-def target(name: str, **params) -> dict:
-    return {"target": name, "params": params}
-
-
 def stage_document(name: str) -> dict:
     reg, z, embed, codes, mult, attention, kind = STAGES[name]
     network = dict(
@@ -61,7 +58,6 @@ def stage_document(name: str) -> dict:
     return target("ldm.models.autoencoder.VQModelInterface", embed_dim=embed, n_embed=codes, ddconfig=network)
 
 
-MODULES = "ldm.modules.encoders.modules."
 UNCONDITIONAL = dict(
     image_size=64,
     in_channels=3,

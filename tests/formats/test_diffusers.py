@@ -7,29 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import decided, randomised, relative, shared
+from diffusers_models import (
+    CUSTOM,
+    SHIFTED,
+    SINGLE,
+    UNEVEN,
+    custom_model,
+    model_of,
+    small_model,
+    small_stage,
+    stage_of,
+    text_model,
+    trajectory,
+)
+from golden_cases import decided, relative, shared
 from safetensors.torch import load_file, save_file
 
 from ldmcli.core.errors import LdmError, ModelError
-from ldmcli.core.settings import (
-    AutoencoderConfig,
-    AutoencoderSettings,
-    ConditionSettings,
-    DiffusionConfig,
-    DiffusionSettings,
-    SampleSettings,
-    TaskSettings,
-)
-from ldmcli.diffusion.samplers import SAMPLERS
-from ldmcli.diffusion.schedule import make_schedule, sampling_levels, to_x0_eps
+from ldmcli.core.settings import DiffusionSettings, SampleSettings
+from ldmcli.diffusion.schedule import make_schedule, sampling_levels
 from ldmcli.formats import diffusers, diffusers_custom, schedulers
 from ldmcli.formats import diffusers_unet as unets
 from ldmcli.formats import diffusers_vae as vaes
 from ldmcli.formats.bundle import AutoencoderBundle, DiffusionBundle
 from ldmcli.formats.diffusers_files import read_config
-from ldmcli.networks.autoencoder import Autoencoder, kl_divergence, split_moments
-from ldmcli.networks.conditioners import Conditioning, load_tokenizer, train_vocabulary
-from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.autoencoder import kl_divergence, split_moments
+from ldmcli.networks.conditioners import Conditioning
 from ldmcli.networks.latent_scale import LatentScale
 
 CLOSE = 1e-5  # of the largest value, as the cases' README has it
@@ -41,45 +44,6 @@ def case(*parts: str) -> Path:
 
 def io(name: str) -> dict[str, torch.Tensor]:
     return load_file(case(name, "io.safetensors"))
-
-
-def stage_of(bundle: AutoencoderBundle) -> Autoencoder:
-    network = Autoencoder(bundle.config.autoencoder)
-    network.load_state_dict(bundle.tensors)
-    return network.eval().requires_grad_(False)
-
-
-def model_of(bundle: DiffusionBundle) -> DiffusionModel:
-    tokenizer = load_tokenizer(bundle.tokenizer) if bundle.tokenizer else None
-    model = DiffusionModel(
-        bundle.config.diffusion,
-        bundle.config.condition,
-        bundle.specs,
-        tokenizer,
-        bundle.latent_shape,
-        bundle.config.kinds,
-    )
-    model.load_state_dict(bundle.tensors)
-    return model.eval().requires_grad_(False)
-
-
-def trajectory(model: DiffusionModel, bundle: DiffusionBundle, z, told=None, null=None, scale=1.0, **sample):
-    """States of a sampler, the start included, in z coordinates."""
-    schedule = make_schedule(bundle.config.diffusion)
-    chosen = replace(bundle.config.sample, **sample)
-    levels = sampling_levels(schedule, chosen.steps, chosen.spacing)
-    states, told = [z], told or Conditioning()
-
-    def denoise(z, t, alpha, sigma):
-        times = torch.full((len(z),), t)
-        out = model.predict(z, times, told)
-        if null is not None:
-            without = model.predict(z, times, null)
-            out = without + scale * (out - without)
-        return to_x0_eps(schedule.prediction, out, z, alpha, sigma)
-
-    SAMPLERS[chosen.sampler].function(denoise, z, levels, eta=0.0, callback=lambda i, z, x0: states.append(z))
-    return torch.stack(states), levels
 
 
 # ---------------------------------------------------------------- recorded cases
@@ -220,108 +184,6 @@ def assert_same(first, again):
 # ---------------------------------------------------------------- models of ours
 
 
-def small_stage(**settings) -> AutoencoderBundle:
-    values = {
-        "family": "paper",
-        "f": 2,
-        "channels": 8,
-        "channel_mult": (1, 2),
-        "num_res_blocks": 1,
-        "z_channels": 3,
-        "embed_dim": 3,
-        "groups": 4,
-        "resolution": 16,
-        "codebook_size": 32,
-        **settings,
-    }
-    config = AutoencoderConfig(autoencoder=AutoencoderSettings(**values))
-    torch.manual_seed(0)
-    network = randomised(Autoencoder(config.autoencoder), 1, 0.2)
-    return AutoencoderBundle(config, network.state_dict(), None)
-
-
-def small_model(
-    kinds=(),
-    stage=None,
-    scale=None,
-    facts=None,
-    diffusion=None,
-    condition=None,
-    task=None,
-    side=8,
-    tokenizer=None,
-    sample=None,
-) -> DiffusionBundle:
-    """A random model of a few thousand weights."""
-    stage = small_stage() if stage is None else stage
-    process = {
-        "channels": 16,
-        "channel_mult": (1, 1.5),
-        "num_res_blocks": 1,
-        "attention_resolutions": (2,),
-        "head_channels": 8,
-        "groups": 8,
-        "position": "none",
-        "prediction": "eps",
-        "t_sampling": "uniform",
-        "scale_shift": False,
-        "spatial_transformer": "text" in kinds or "class" in kinds,
-        **(diffusion or {}),
-    }
-    told = {
-        "context_dim": 16,
-        "text_pooled": False,
-        "class_vector": False,
-        "text_heads": 2,
-        "text_head_channels": 8,
-        **(condition or {}),
-    }
-    config = DiffusionConfig(
-        diffusion=DiffusionSettings(**process),
-        condition=ConditionSettings(kinds=kinds, **told),
-        task=TaskSettings(**(task or {})),
-        sample=SampleSettings(
-            **{"sampler": "ddim", "steps": 4, "guidance": 1.0, "spacing": "original", **(sample or {})}
-        ),
-    )
-    torch.manual_seed(0)
-    channels = stage.config.autoencoder.embed_dim
-    model = DiffusionModel(
-        config.diffusion,
-        config.condition,
-        facts or {},
-        tokenizer and load_tokenizer(tokenizer),
-        (channels, side, side),
-        config.kinds,
-    )
-    randomised(model, 2, 0.1)
-    return DiffusionBundle(
-        config,
-        model.state_dict(),
-        stage,
-        scale or LatentScale.identity(channels),
-        (channels, side, side),
-        facts or {},
-        tokenizer,
-    )
-
-
-def vocabulary(folder: Path) -> Path:
-    train_vocabulary(["a red circle", "a blue square on white"], 100, folder)
-    return folder
-
-
-def text_model(tmp_path, length=77, **more) -> DiffusionBundle:
-    folder = vocabulary(tmp_path / "vocabulary")
-    facts = {"text": {"length": length, "vocabulary": len(load_tokenizer(folder))}}
-    return small_model(("text",), facts=facts, tokenizer=folder, **more)
-
-
-UNEVEN = LatentScale((0.3, -0.2, 1.0), (0.5, 2.0, 1.5))
-SHIFTED = LatentScale((0.3, -0.2, 1.0), (0.5, 0.5, 0.5))
-SINGLE = LatentScale((0.0,) * 3, (1 / 0.18215,) * 3)
-
-
 @pytest.mark.parametrize("reg", ["kl", "vq"])
 @pytest.mark.parametrize("scale", [UNEVEN, SHIFTED, SINGLE])
 def test_statistics_folded_into_the_first_stage_leave_images_as_they_are(reg, scale, tmp_path):
@@ -361,27 +223,9 @@ def test_weights_changed_after_the_export_are_not_undone(tmp_path):
     assert again.scale == LatentScale.identity(3)
 
 
-CUSTOM = {
-    "flow": dict(diffusion={"prediction": "flow", "position": "learned", "patch": 2}),
-    "fast": dict(stage=dict(family="fast", f=4)),
-    "heads": dict(diffusion={"num_heads": 2, "attention_resolutions": (1, 2)}),
-    "class": dict(kinds=("class",), facts={"class": {"class_names": ["a", "b"]}}),
-    "map": dict(kinds=("map",), facts={"map": {"classes": 4, "out_channels": 3, "stages": 1}}),
-    "inpaint": dict(task={"name": "inpaint"}, facts={"masked": {"channels": 3}}),
-    "patches": dict(task={"name": "inpaint", "fill": "patches"}, facts={"masked": {"channels": 3, "fill": "patches"}}),
-    "sqrt": dict(diffusion={"schedule": "sqrt"}),
-}
-
-
-def made(name: str) -> DiffusionBundle:
-    values = dict(CUSTOM[name])
-    stage = small_stage(**values.pop("stage", {}))
-    return small_model(values.pop("kinds", ()), stage=stage, **values)
-
-
 @pytest.mark.parametrize("name", CUSTOM)
 def test_models_without_a_stock_pipeline_bring_their_own_and_come_back(name, tmp_path):
-    bundle = made(name)
+    bundle = custom_model(name)
     lines = diffusers.write(bundle, tmp_path / "out")
     assert "of its own" in lines[0]
     index = read_config(tmp_path / "out" / "model_index.json")
@@ -727,10 +571,10 @@ SPACED = [
 def test_schedulers_become_sampler_timesteps_and_ending(values, sampler, spacing, times):
     process, sample, _ = schedulers.read_scheduler(Path("s"), values, DiffusionSettings(), SampleSettings())
     assert (sample.sampler, sample.spacing) == (sampler, spacing)
-    way = sampling_levels(make_schedule(process), 5, sample.spacing)
-    assert times is None or list(way.t) == times
-    ending = {"clean": (1, 0), "first": (way.alphas[-1], way.sigmas[-1])}.get(spacing.rpartition("/")[2])
-    assert ending is None or (way.alphas[-1], way.sigmas[-1]) == ending
+    levels = sampling_levels(make_schedule(process), 5, sample.spacing)
+    assert times is None or list(levels.t) == times
+    ending = {"clean": (1, 0), "first": (levels.alphas[-1], levels.sigmas[-1])}.get(spacing.rpartition("/")[2])
+    assert ending is None or (levels.alphas[-1], levels.sigmas[-1]) == ending
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from compvis_checkpoints import random_checkpoint
+from tiny import ldm
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.formats import hub
@@ -111,7 +113,6 @@ def test_an_empty_folder_is_not_pushed(tmp_path):
 
 def test_the_command_converts_and_pushes(server, tmp_path, monkeypatch):
     import huggingface_hub.constants
-    from test_convert import ldm, random_checkpoint
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
     path = random_checkpoint(tmp_path / "theirs", "class")
@@ -122,8 +123,6 @@ def test_the_command_converts_and_pushes(server, tmp_path, monkeypatch):
 
 
 def test_a_file_is_not_pushed(tmp_path):
-    from test_convert import ldm, random_checkpoint
-
     path = random_checkpoint(tmp_path / "theirs", "class")
     assert ldm("convert", path, tmp_path / "run").code == 0
     ending = ldm("convert", tmp_path / "run", tmp_path / "out.ckpt", "--to", "compvis", "--push-to", "me/model")

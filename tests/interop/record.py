@@ -16,8 +16,8 @@ import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import AutoTokenizer
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("", "formats", "networks")]
-from golden_cases import DATA, decided, drawn, pack, unpack, words_of  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from golden_cases import DATA, decided, drawn, pack, unpack, words_of
 
 FOLDER = DATA / "diffusers"
 STEPS = 10
@@ -134,15 +134,15 @@ def single_networks() -> None:
     t = torch.tensor([3, 500])
     folder = FOLDER / "unet2d"
     unet = network(diffusers.UNet2DModel, folder, 3, ("conv_in",))
-    latents, ways = noise(5, 2, 3, 16, 16), {}
+    latents, trajectories = noise(5, 2, 3, 16, 16), {}
     for name in ("ddim", "pndm", "dpm", "euler"):
         settings = json.loads((FOLDER / "schedulers" / name / "scheduler_config.json").read_text())
         scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
-        ways[f"trajectory_{name}_10"], ways[f"timesteps_{name}_10"] = trajectory(
+        trajectories[f"trajectory_{name}_10"], trajectories[f"timesteps_{name}_10"] = trajectory(
             scheduler, latents, lambda z, t: unet(z, t).sample
         )
     x = noise(4, 2, 3, 16, 16)
-    write(folder, x=x, t=t, eps=unet(x, t).sample, latents=latents, **ways)
+    write(folder, x=x, t=t, eps=unet(x, t).sample, latents=latents, **trajectories)
 
     folder = FOLDER / "unet2d_film"
     unet, x = network(diffusers.UNet2DModel, folder, 4, ("conv_in",)), noise(6, 2, 4, 16, 16)

@@ -7,23 +7,19 @@ import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("", "formats", "networks")]
-
 real = pytest.importorskip("diffusers", reason="diffusers is not installed here; `make test-interop` brings it")
 
-from golden_cases import DATA, decided, relative, unpack  # noqa: E402
-from test_diffusers import (  # noqa: E402
+from diffusers_models import (  # noqa: E402
     CUSTOM,
     SHIFTED,
     SINGLE,
     UNEVEN,
-    made,
+    custom_model,
     model_of,
     small_model,
     small_stage,
@@ -31,6 +27,7 @@ from test_diffusers import (  # noqa: E402
     text_model,
     trajectory,
 )
+from golden_cases import DATA, decided, relative, unpack  # noqa: E402
 
 from ldmcli.core.settings import DiffusionSettings, SampleSettings  # noqa: E402
 from ldmcli.diffusion.samplers import SAMPLERS  # noqa: E402
@@ -191,7 +188,7 @@ def ask(name: str, bundle):
 
 @pytest.mark.parametrize("name", CUSTOM)
 def test_custom_pipelines_draw_the_same_pictures(name, tmp_path):
-    bundle = made(name)
+    bundle = custom_model(name)
     check_custom(bundle, *ask(name, bundle), tmp_path / "out")
 
 
@@ -220,12 +217,12 @@ def check_custom(bundle, values, asked, folder, steps=4):
     inputs = model.conditions.prepare(values) if values else {}
     told, guidance = model.embed(inputs, encode=encode), bundle.config.sample.guidance
     null = model.embed(model.conditions.null(2, inputs), encode=encode) if guidance != 1 else None
-    way = lambda start: trajectory(model, bundle, start, told, null, guidance, steps=steps)[0][-1]  # noqa: E731
-    final = way(z)
+    sampled = lambda start: trajectory(model, bundle, start, told, null, guidance, steps=steps)[0][-1]  # noqa: E731
+    final = sampled(z)
     assert relative(latents, final) < CLOSE
     expected = (stage.decode(bundle.scale.restore(final)) / 2 + 0.5).clamp(0, 1)
     assert relative(images, expected) < CLOSE
-    assert relative(seeded, way(rng.normal(5, range(2), bundle.latent_shape, "z_T"))) < CLOSE
+    assert relative(seeded, sampled(rng.normal(5, range(2), bundle.latent_shape, "z_T"))) < CLOSE
 
 
 def test_the_demos_kind_of_model_is_drawn_by_diffusers(tmp_path):
@@ -271,7 +268,7 @@ def test_samplers_end_where_the_schedulers_do(kind, settings, steps, tmp_path):
     path = tmp_path / "scheduler_config.json"
     process, sample, notes = schedulers.read_scheduler(path, read_config(path), DiffusionSettings(), SampleSettings())
     schedule = make_schedule(process)
-    way = sampling_levels(schedule, steps, sample.spacing)
+    levels = sampling_levels(schedule, steps, sample.spacing)
     z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def network(x, t):
@@ -281,15 +278,15 @@ def test_samplers_end_where_the_schedulers_do(kind, settings, steps, tmp_path):
         return to_x0_eps(schedule.prediction, network(z, t), z, alpha, sigma)
 
     euler = kind == "EulerDiscreteScheduler"
-    mine = SAMPLERS[sample.sampler].function(denoise, z, way)
+    mine = SAMPLERS[sample.sampler].function(denoise, z, levels)
     theirs.set_timesteps(steps)
-    x = z / way.alphas[0] if euler else z
+    x = z / levels.alphas[0] if euler else z
     times = []
     for t in theirs.timesteps:
         times.append(float(t))
         out = network(theirs.scale_model_input(x, t), float(t))
         x = theirs.step(out, t, x).prev_sample
-    assert sorted(set(times), reverse=True) == [pytest.approx(t, abs=1e-3) for t in way.t]
+    assert sorted(set(times), reverse=True) == [pytest.approx(t, abs=1e-3) for t in levels.t]
     longest = kind.startswith("DPM") and settings.get("final_sigmas_type") == "sigma_min" and steps >= 15
     assert notes if longest else relative(mine, x) < CLOSE  # the one way that is known to differ, and says so
 

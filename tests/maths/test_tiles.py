@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import decided, golden, randomised, relative
-from test_unet import loaded as recorded_unet
+from recorded import recorded_unet
 from torch import Tensor
 
 from ldmcli.core.errors import ResourceError

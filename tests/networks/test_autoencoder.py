@@ -10,6 +10,8 @@ from ldmcli.networks.autoencoder import Autoencoder, kl_divergence, posterior_sa
 from ldmcli.networks.vector_quantizer import VectorQuantizer, restart_dead_codes
 
 EXACT, THROUGH_QUANTISER = 5e-6, 2e-5
+# the decoder's convolutions are summed in another order on other CPUs, which moved an output by 7.9e-6 of the largest
+DECODED = 1e-5
 # 34 channels make 17 groups of two: one channel a group would cancel the biases before it
 SMALL = {"channels": 34, "num_res_blocks": 1, "z_channels": 3, "embed_dim": 2, "codebook_size": 16}
 
@@ -59,9 +61,9 @@ def test_kl_model_repeats_the_recorded_moments_and_reconstructions():
     assert relative(logvar, io["logvar"]) < EXACT
     assert relative(model.kl(moments), io["kl"]) < EXACT
     assert relative(z, io["z"]) < EXACT
-    assert relative(model.decode(mean), io["rec_mode"]) < EXACT
+    assert relative(model.decode(mean), io["rec_mode"]) < DECODED
     out = model(io["x"], io["eps"])
-    assert relative(out.reconstruction, io["rec_sample"]) < EXACT
+    assert relative(out.reconstruction, io["rec_sample"]) < DECODED
     assert out.codebook_loss.item() == 0.0 and out.indices is None
 
 
@@ -77,7 +79,7 @@ def test_vq_model_repeats_the_recorded_codes_and_reconstructions():
     assert torch.allclose(model.codes(found.indices), found.z, atol=1e-6)
     assert relative(model.decode(h), io["rec"]) < THROUGH_QUANTISER
     assert relative(model.decode(model.codes(io["indices"])), io["rec"]) < THROUGH_QUANTISER
-    assert relative(model.decode(h, quantize=False), io["rec_noquant"]) < EXACT
+    assert relative(model.decode(h, quantize=False), io["rec_noquant"]) < DECODED
     assert relative(model(io["x"]).reconstruction, io["rec"]) < THROUGH_QUANTISER
 
 

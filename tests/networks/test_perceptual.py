@@ -1,43 +1,17 @@
 """LPIPS from local backbones: recorded distances, determinism, gradients, and what happens without weights."""
 
-import hashlib
 import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from golden_cases import shared
+from recorded import recorded_trunk, trunk_state
 from safetensors.torch import load_file, save_file
 
 from ldmcli.core.errors import InputError
 from ldmcli.networks.perceptual import BACKBONES, PerceptualNet, detect, perceptual_net, read_heads
-
-
-def trunk_state(kind):
-    """Names and shapes of a backbone's `features` with small random values."""
-    import torchvision
-
-    with torch.device("meta"):
-        state = getattr(torchvision.models, BACKBONES[kind].builder)(weights=None).features.state_dict()
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(value.shape, generator=generator) * 0.05 for name, value in state.items()}
-
-
-def recorded_trunk(kind, seed):
-    """The recorded rule: a seed of each name as lpips spells it, `sliceK.` in front of torchvision's index."""
-    state, ends = {}, BACKBONES[kind].taps
-    for name, value in trunk_state(kind).items():
-        index = int(name.split(".")[0])
-        if index > ends[-1]:
-            continue
-        part = 1 + sum(index > end for end in ends)
-        number = int.from_bytes(hashlib.sha256(f"{seed}:slice{part}.{name}".encode()).digest()[:4], "little")
-        values = np.random.RandomState(number).standard_normal(tuple(value.shape))
-        scale = np.sqrt(2 / np.prod(value.shape[1:])) if value.ndim == 4 else 0.01
-        state[name] = torch.from_numpy((values * scale).astype(np.float32))
-    return state
 
 
 @pytest.mark.parametrize("kind, pairs", [("squeeze", range(12)), ("alex", range(12)), ("vgg", (0, 3, 6, 8))])

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_cases import ClassEmbedder, golden, randomised, relative, shared, strip_prefix
+from golden_cases import ClassEmbedder, randomised, relative, shared
+from recorded import recorded_unet
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
@@ -15,34 +16,6 @@ from ldmcli.networks.unet import UNet, head_count, level_widths
 
 EXACT = 5e-6
 TINY = {"channels": 16, "channel_mult": (1, 2), "head_channels": 8, "attention_resolutions": (2,), "groups": 8}
-
-
-def settings_of(unet: dict, num_heads: int | None = None) -> DiffusionSettings:
-    """Our settings for a configuration of the original."""
-    return DiffusionSettings(
-        channels=unet["model_channels"],
-        channel_mult=tuple(unet["channel_mult"]),
-        num_res_blocks=unet["num_res_blocks"],
-        attention_resolutions=tuple(unet["attention_resolutions"]),
-        num_heads=num_heads or unet.get("num_heads", 0),
-        head_channels=unet.get("num_head_channels", 32),
-        spatial_transformer=unet.get("use_spatial_transformer", False),
-        transformer_depth=unet.get("transformer_depth", 1),
-        scale_shift=unet.get("use_scale_shift_norm", False),
-        resblock_updown=unet.get("resblock_updown", False),
-        position="none",
-    )
-
-
-def loaded(case: str, num_heads: int | None = None) -> tuple[UNet, dict, dict, dict]:
-    """UNet with the recorded weights, the conditioner's state dict, the recorded tensors, the configuration."""
-    config, state, io = golden(case)
-    unet = config["unet"]
-    model = UNet(
-        settings_of(unet, num_heads), unet["in_channels"], unet["out_channels"], context_dim=unet.get("context_dim")
-    )
-    model.load_state_dict(strip_prefix(state, "model.diffusion_model."), strict=True)
-    return model.eval(), strip_prefix(state, "cond_stage_model."), io, config
 
 
 def tiny(seed: int = 0, **changes) -> UNet:
@@ -58,19 +31,19 @@ def noise(*shape: int, seed: int = 1) -> torch.Tensor:
 
 @torch.no_grad()
 def test_unconditional_unet_repeats_the_recorded_noise():
-    model, _, io, _ = loaded("unet_uncond")
+    model, _, io, _ = recorded_unet("unet_uncond")
     assert relative(model(io["x"], io["t"]), io["eps"]) < EXACT
 
 
 @torch.no_grad()
 def test_concat_unet_with_resampling_blocks_repeats_the_recorded_noise():
-    model, _, io, _ = loaded("unet_concat_inpaint")
+    model, _, io, _ = recorded_unet("unet_concat_inpaint")
     assert relative(model(torch.cat([io["x"], io["c_concat"]], dim=1), io["t"]), io["eps"]) < EXACT
 
 
 @torch.no_grad()
 def test_class_unet_and_embedder_repeat_the_recorded_noise():
-    model, state, io, config = loaded("unet_class_crossattn")
+    model, state, io, config = recorded_unet("unet_class_crossattn")
     embedder = ClassEmbedder(config["cond"]["n_classes"], config["cond"]["embed_dim"])
     embedder.load_state_dict(state, strict=True)
     context, null = embedder(io["labels"]), embedder(io["uncond_labels"])
@@ -81,15 +54,15 @@ def test_class_unet_and_embedder_repeat_the_recorded_noise():
 
 @torch.no_grad()
 def test_same_weights_with_another_head_count_repeat_the_other_recording():
-    _, _, _, config = loaded("unet_class_crossattn")
-    model, _, io, _ = loaded("unet_class_crossattn", num_heads=config["other_head_count"])
+    _, _, _, config = recorded_unet("unet_class_crossattn")
+    model, _, io, _ = recorded_unet("unet_class_crossattn", num_heads=config["other_head_count"])
     assert relative(model(io["x"], io["t"], io["context"]), io["eps_other_head_count"]) < EXACT
     assert relative(model(io["x"], io["t"], io["context"]), io["eps"]) > EXACT
 
 
 @torch.no_grad()
 def test_text_unet_and_transformer_repeat_the_recorded_noise():
-    model, state, io, config = loaded("unet_text_bert")
+    model, state, io, config = recorded_unet("unet_text_bert")
     cond = config["cond"]
     text = TextTransformer(
         cond["vocab_size"],
@@ -110,7 +83,7 @@ def test_text_unet_and_transformer_repeat_the_recorded_noise():
 
 @torch.no_grad()
 def test_semantic_unet_and_rescaler_repeat_the_recorded_noise():
-    model, state, io, config = loaded("unet_semantic_rescaler")
+    model, state, io, config = recorded_unet("unet_semantic_rescaler")
     cond = config["cond"]
     rescaler = SpatialRescaler(cond["in_channels"], cond["out_channels"], cond["n_stages"])
     rescaler.load_state_dict(state, strict=True)
