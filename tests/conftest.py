@@ -1,9 +1,9 @@
-"""Shared by all tests: run a command in process or as a process, find the recorded cases, keep torch small."""
+"""Shared by all tests: a command as a process, the recorded cases, small runs, and torch kept small."""
 
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,33 +17,10 @@ for _name in [name for name in os.environ if name.startswith("LDM_")]:
 os.environ["LDM_TRAIN_EVAL_FRECHET"] = "false"  # seconds a run for a number that tests of it ask for themselves
 os.environ["LDM_TRAIN_MIXED_PRECISION"] = "no"  # "auto" goes by the time that a product takes: no test may
 
+from tiny import Ending  # noqa: E402, since NumPy reads OMP_NUM_THREADS as it is loaded
+from tiny_runs import TinyRuns  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass
-class Ending:
-    """How a command ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def ldm(capsys):
-    """`ldm("runs", "--json")` runs a command in this process."""
-    from ldmcli.cli import main
-
-    def run(*args: object) -> Ending:
-        capsys.readouterr()
-        try:
-            code = main([str(arg) for arg in args])
-        except SystemExit as end:  # shell completion only
-            code = end.code
-        captured = capsys.readouterr()
-        return Ending(int(code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture
@@ -66,6 +43,16 @@ def ldm_process(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The recorded cases and pictures that the tests bring along."""
-    return ROOT / "tests" / "fixtures"
+def tiny_runs(tmp_path_factory) -> Iterator[TinyRuns]:
+    """Small runs by name, to be read only; see tiny_runs.py."""
+    base = tmp_path_factory.getbasetemp()
+    # pytest-xdist gives each process a folder of its own below that of the session
+    runs = TinyRuns((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-runs")
+    yield runs
+    assert not runs.changed(), f"a test wrote in the shared runs {runs.changed()}; it has to copy them first"
+
+
+@pytest.fixture(scope="session")
+def ae(tiny_runs) -> Path:
+    """A tiny KL autoencoder: 20x20 px, latents 3x5x5; to be read only."""
+    return tiny_runs["kl"]

@@ -1,7 +1,6 @@
 """Recipes: each resolves, builds the network that its source counts, says what to expect, and is found and listed."""
 
 import functools
-import json
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import ldm
 
 from ldmcli import cli
 from ldmcli.cli.manage import RECIPE_GROUPS, recipe_summary
@@ -304,14 +304,10 @@ def test_where_both_commands_read_all_settings_the_head_decides(tmp_path):
 # --- how they are found ----------------------------------------------------------------------------------------
 
 
-def ldm(capsys, *args: str) -> tuple[int, str, str]:
-    code = cli.main(list(args))
-    return code, *capsys.readouterr()
-
-
-def test_the_list_has_every_recipe_once_under_its_group_in_80_columns(capsys):
-    code, out, _ = ldm(capsys, "recipes")
-    assert code == 0 and all(len(line) <= 80 for line in out.splitlines())
+def test_the_list_has_every_recipe_once_under_its_group_in_80_columns():
+    ending = ldm("recipes")
+    out = ending.stdout
+    assert ending.code == 0 and all(len(line) <= 80 for line in out.splitlines())
     listed = re.findall(r"^  (\S+)  +\S", out, re.MULTILINE)
     assert sorted(listed) == sorted(RECIPES)
     headings = re.findall(r"^([A-Z].*) \(ldm train-\w+\)$", out, re.MULTILINE)
@@ -331,22 +327,22 @@ def test_the_list_has_every_recipe_once_under_its_group_in_80_columns(capsys):
     assert out.index("ldm2-imagenet") < out.index("ldm16-imagenet")
 
 
-def test_the_list_as_json_carries_heads(capsys):
-    rows = {row["name"]: row for row in json.loads(ldm(capsys, "recipes", "--json")[1])["recipes"]}
+def test_the_list_as_json_carries_heads():
+    rows = {row["name"]: row for row in ldm("recipes", "--json").json["recipes"]}
     assert rows["cin256-v2"]["group"] == "Classes" and "FID 3.60" in rows["cin256-v2"]["head"]["expected"]
     assert "\\" not in rows["cin256-v2"]["head"]["command"]
 
 
-def test_a_recipe_is_shown_as_its_file_so_that_it_can_be_a_start(capsys, tmp_path):
-    code, out, _ = ldm(capsys, "recipes", "ldm8-imagenet")
-    assert code == 0
-    (tmp_path / "my.toml").write_text(out)
+def test_a_recipe_is_shown_as_its_file_so_that_it_can_be_a_start(tmp_path):
+    ending = ldm("recipes", "ldm8-imagenet")
+    assert ending.code == 0
+    (tmp_path / "my.toml").write_text(ending.stdout)
     assert config.read_recipe(tmp_path / "my.toml") == config.read_recipe(RECIPES["ldm8-imagenet"])
 
 
-def test_an_unknown_recipe_suggests_one(capsys):
-    code, _, err = ldm(capsys, "recipes", "ldm9-imagenet")
-    assert code == 2 and "did you mean ldm" in err and err.count("\n") == 1
+def test_an_unknown_recipe_suggests_one():
+    ending = ldm("recipes", "ldm9-imagenet")
+    assert ending.code == 2 and "did you mean ldm" in ending.stderr and ending.stderr.count("\n") == 1
 
 
 def test_recipes_are_found_by_name_from_any_folder(tmp_path, monkeypatch):

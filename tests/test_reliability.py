@@ -24,16 +24,9 @@ PROMPT = ("--prompt", "a red circle", "--seed", 5, "--steps", 2)
 
 
 @pytest.fixture(scope="module")
-def ae(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("reliability") / "ae"
-    tiny.train_ae(run)
-    return run
-
-
-@pytest.fixture(scope="module")
-def text_model(ae) -> Path:
-    """Told a prompt; its average lags far behind its weights."""
-    run = ae.parent / "text"
+def text_model(ae, tmp_path_factory) -> Path:
+    """Text to image; its average lags far behind its weights."""
+    run = tmp_path_factory.mktemp("reliability") / "text"
     tiny.train_ldm(run, ae, *tiny.ADAM, "--condition", "text", "--lr", 1e-2, "--set", "train.ema_decay=0.999", steps=12)
     return run
 

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+from tiny import ldm
 from typer.models import OptionInfo
 
 import ldmcli
@@ -74,7 +75,7 @@ def at_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def test_the_first_page_lists_every_command_with_its_summary(ldm, at_80_columns):
+def test_the_first_page_lists_every_command_with_its_summary(at_80_columns):
     page = ldm("--help")
     assert page.code == 0
     for name, (_, summary, panel) in cli.COMMANDS.items():
@@ -83,7 +84,7 @@ def test_the_first_page_lists_every_command_with_its_summary(ldm, at_80_columns)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_help_page_fits_80_columns_and_ends_with_its_example(ldm, at_80_columns, name):
+def test_a_help_page_fits_80_columns_and_ends_with_its_example(at_80_columns, name):
     page = ldm(name, "--help")
     assert page.code == 0 and page.stderr == ""
     assert max(map(len, page.stdout.splitlines())) <= 80
@@ -118,7 +119,7 @@ def test_the_example_page_quotes_a_prompt_so_that_it_can_be_pasted():
     assert '--prompt "a red circle on a navy background"' in example_line("sample")
 
 
-def test_help_shows_the_defaults_of_its_own_command(ldm):
+def test_help_shows_the_defaults_of_its_own_command():
     for name, kind in (("train-ae", "autoencoder"), ("train-ldm", "diffusion")):
         shown = re.search(r"--lr RATE +Learning rate\. +\[default: (\S+)\]", ldm(name, "--help").stdout)
         assert float(shown[1]) == config.defaults(kind)["train.lr"]
@@ -150,7 +151,7 @@ def test_the_package_has_the_promised_functions_and_no_others():
         ldmcli.lod  # noqa: B018
 
 
-def test_ldm_alone_shows_help_and_ends_with_code_2(ldm):
+def test_ldm_alone_shows_help_and_ends_with_code_2():
     ended = ldm()
     assert (ended.code, ended.stderr) == (2, "") and "Usage: ldm COMMAND" in ended.stdout
 
@@ -207,7 +208,7 @@ def test_words_an_option_takes_are_those_the_library_knows():
     assert info_of(opt.Spacing).choices == tuple(SPACINGS)
 
 
-def test_an_option_sets_its_setting_and_is_its_origin(ldm, trained):
+def test_an_option_sets_its_setting_and_is_its_origin(trained):
     assert ldm("train-ae", "--steps", 7, "--f", 8, "--no-attn", "--size", "32x48").code == 0
     resolved = trained[0].resolved
     assert resolved.config.train.steps == 7 and resolved.config.autoencoder.f == 8
@@ -215,7 +216,7 @@ def test_an_option_sets_its_setting_and_is_its_origin(ldm, trained):
     assert resolved.origins["train.steps"] == "--steps" and resolved.origins["train.lr"] == "default"
 
 
-def test_options_win_over_the_environment_and_set_wins_over_options(ldm, trained, monkeypatch):
+def test_options_win_over_the_environment_and_set_wins_over_options(trained, monkeypatch):
     monkeypatch.setenv("LDM_TRAIN_STEPS", "1")
     monkeypatch.setenv("LDM_TRAIN_SEED", "1")
     monkeypatch.setenv("LDM_TRAIN_KEEP", "1")
@@ -240,29 +241,29 @@ def test_options_win_over_the_environment_and_set_wins_over_options(ldm, trained
         ("--max-train-steps", "7", "train.steps", 7),
     ],
 )
-def test_names_from_diffusers_and_underscores_work(ldm, trained, alias, value, path, expected):
+def test_names_from_diffusers_and_underscores_work(trained, alias, value, path, expected):
     assert ldm("train-ldm", "--autoencoder", "none", alias, value).code == 0
     assert config.flat(trained[0].config)[path] == expected
 
 
-def test_output_dir_is_out(ldm, trained):
+def test_output_dir_is_out(trained):
     assert ldm("train-ae", "--output_dir=here").code == 0
     assert trained[0].out == Path("here")
 
 
-def test_snr_gamma_turns_the_weighting_on(ldm, trained):
+def test_snr_gamma_turns_the_weighting_on(trained):
     assert ldm("train-ldm", "--autoencoder", "none", "--snr_gamma", 4, "--set", "diffusion.prediction=v").code == 0
     diffusion = trained[0].config.diffusion
     assert (diffusion.loss_weight, diffusion.snr_gamma) == ("min_snr", 4.0)
 
 
-def test_train_batch_size_counts_one_process(ldm, trained, monkeypatch):
+def test_train_batch_size_counts_one_process(trained, monkeypatch):
     monkeypatch.setattr("ldmcli.core.launch.relaunch_if_needed", lambda gpus, argv: None)
     assert ldm("train-ae", "--train_batch_size", 6, "--gpus", 3).code == 0
     assert trained[0].config.train.batch_size == 18
 
 
-def test_aliases_are_not_on_the_help_page(ldm):
+def test_aliases_are_not_on_the_help_page():
     page = ldm("train-ldm", "--help").stdout
     assert not [
         name
@@ -274,18 +275,18 @@ def test_aliases_are_not_on_the_help_page(ldm):
 # --- training --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_named_after_its_data_and_kind_and_the_name_is_said(ldm, trained):
+def test_a_run_is_named_after_its_data_and_kind_and_the_name_is_said(trained):
     ended = ldm("train-ldm", "--data", "photos/My Cats/", "--condition", "class+text", "--autoencoder", "none")
     assert trained[0].out == Path("runs/my-cats-class-text")
     assert ended.stderr.splitlines()[0].startswith("train-ldm → runs/my-cats-class-text: diffusion on pixels")
 
 
-def test_the_first_line_says_which_network_is_taken(ldm, trained):
+def test_the_first_line_says_which_network_is_taken(trained):
     assert "the fast network, f = 4, kl" in ldm("train-ae").stderr.splitlines()[0]
     assert "preset kl-f8, f = 8, kl" in ldm("train-ae", "--preset", "kl-f8").stderr.splitlines()[0]
 
 
-def test_the_loop_gets_what_the_command_line_said(ldm, trained):
+def test_the_loop_gets_what_the_command_line_said(trained):
     models = ("--autoencoder", "runs/a", "--init-from", "runs/b")
     assert ldm("train-ldm", *models, "--fresh", "--allow", "train.seed").code == 0
     options = trained[0].options
@@ -298,43 +299,43 @@ def test_the_loop_gets_what_the_command_line_said(ldm, trained):
     assert options.command_line[:2] == ["ldm", "train-ldm"] and trained[0].kind == "diffusion"
 
 
-def test_without_an_autoencoder_the_user_learns_how_to_get_one(ldm, trained):
+def test_without_an_autoencoder_the_user_learns_how_to_get_one(trained):
     ended = ldm("train-ldm")
     assert ended.code == 4 and "`ldm train-ae`" in ended.stderr and "--autoencoder none" in ended.stderr
 
 
-def test_the_newest_autoencoder_is_taken(ldm, trained, monkeypatch):
+def test_the_newest_autoencoder_is_taken(trained, monkeypatch):
     monkeypatch.setattr("ldmcli.core.runs.newest_run", lambda kind, root=None: Path(f"runs/newest-{kind}"))
     ended = ldm("train-ldm")
     assert trained[0].options.autoencoder == "runs/newest-autoencoder"
     assert "in latents of runs/newest-autoencoder" in ended.stderr
 
 
-def test_json_is_one_document_and_nothing_else_on_stdout(ldm, trained):
+def test_json_is_one_document_and_nothing_else_on_stdout(trained):
     ended = ldm("train-ae", "--json")
     assert json.loads(ended.stdout) == {"out": "runs/shapes-ae", "kind": "autoencoder", "state": "finished"}
     assert "train-ae → runs/shapes-ae" in ended.stderr
 
 
-def test_the_configuration_is_checked_before_processes_start(ldm, trained, monkeypatch):
-    monkeypatch.setattr("ldmcli.core.launch._run", lambda *args: pytest.fail("launched"))
+def test_the_configuration_is_checked_before_processes_start(trained, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: pytest.fail("launched"))
     assert ldm("train-ae", "--gpus", 2, "--set", "train.stesp=1").code == 2
 
 
-def test_the_code_of_launched_processes_is_the_command_s(ldm, trained, monkeypatch):
+def test_the_code_of_launched_processes_is_the_command_s(trained, monkeypatch):
     monkeypatch.setattr("ldmcli.core.launch.relaunch_if_needed", lambda gpus, argv: 5)
     assert ldm("train-ae", "--gpus", 2).code == 5
     assert trained == []
 
 
-def test_launched_processes_get_the_same_command_line(ldm, trained, monkeypatch):
+def test_launched_processes_get_the_same_command_line(trained, monkeypatch):
     seen = []
     monkeypatch.setattr("ldmcli.core.launch.relaunch_if_needed", lambda gpus, argv: seen.append((gpus, argv)) or 0)
     ldm("train-ae", "--gpus", 2, "-o", "x")
     assert seen == [(2, ["train-ae", "--gpus", "2", "-o", "x"])]
 
 
-def test_plan_shows_values_with_origins_and_trains_nothing(ldm, trained):
+def test_plan_shows_values_with_origins_and_trains_nothing(trained):
     text = ldm("train-ae", "--plan", "--steps", 9, "--set", "autoencoder.channels=8")
     assert re.search(r"^train\.steps +9 +--steps$", text.stdout, re.MULTILINE) and "parameters" in text.stdout
     document = json.loads(ldm("train-ae", "--plan", "--steps", 9, "--json").stdout)
@@ -343,18 +344,18 @@ def test_plan_shows_values_with_origins_and_trains_nothing(ldm, trained):
     assert trained == []
 
 
-def test_a_plan_of_the_second_stage_needs_no_first_stage(ldm, trained):
+def test_a_plan_of_the_second_stage_needs_no_first_stage(trained):
     ended = ldm("train-ldm", "--plan", "--json", "--set", "diffusion.channels=32", "--condition", "class")
     assert ended.code == 0 and json.loads(ended.stdout)["settings"] and trained == []
 
 
-def test_out_below_a_file_is_refused_before_training(ldm, trained, tmp_path):
+def test_out_below_a_file_is_refused_before_training(trained, tmp_path):
     (tmp_path / "file").touch()
     ended = ldm("train-ae", "--out", "file/run")
     assert ended.code == 2 and "file is a file" in ended.stderr and trained == []
 
 
-def test_offline_is_told_to_the_libraries(ldm, trained, monkeypatch):
+def test_offline_is_told_to_the_libraries(trained, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "0")
     ldm("train-ae", "--offline")
@@ -377,7 +378,7 @@ def sampled(monkeypatch, tmp_path):
     return calls
 
 
-def test_sample_hands_its_options_on_as_one_request(ldm, sampled):
+def test_sample_hands_its_options_on_as_one_request(sampled):
     ended = ldm(
         "sample",
         "--prompt",
@@ -416,20 +417,20 @@ def test_sample_hands_its_options_on_as_one_request(ldm, sampled):
     assert (request.sampler, request.weights, request.eta) == ("ddim", "raw", None)
 
 
-def test_prompts_come_from_a_file_one_a_line(ldm, sampled, tmp_path):
+def test_prompts_come_from_a_file_one_a_line(sampled, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa red circle\r\n\r\n画\n".encode())
     ldm("sample", "--prompts", "p.txt")
     assert sampled[0][1].prompts == ("a red circle", "画")
 
 
 @pytest.mark.parametrize("content, expected", [(b"a\n\xe9\n", "byte 2"), (b"\n \n", "no prompt in it")])
-def test_a_bad_prompts_file_is_missing_input(ldm, sampled, tmp_path, content, expected):
+def test_a_bad_prompts_file_is_missing_input(sampled, tmp_path, content, expected):
     (tmp_path / "p.txt").write_bytes(content)
     ended = ldm("sample", "--prompts", "p.txt")
     assert ended.code == 3 and expected in ended.stderr and sampled == []
 
 
-def test_the_same_command_has_the_same_folder_and_another_has_another(ldm, sampled):
+def test_the_same_command_has_the_same_folder_and_another_has_another(sampled):
     for seed in (0, 0, 1):
         ldm("sample", "--prompt", "a/../b", "--seed", seed)
     first, again, other = (call[2] for call in sampled)
@@ -455,7 +456,7 @@ def test_the_same_command_has_the_same_folder_and_another_has_another(ldm, sampl
         (["x"], 2, "unexpected argument 'x'; see `ldm sample --help`"),
     ],
 )
-def test_a_mistake_in_sample_is_one_line(ldm, sampled, args, code, expected):
+def test_a_mistake_in_sample_is_one_line(sampled, args, code, expected):
     ended = ldm("sample", *args)
     assert ended.code == code and ended.stdout == "" and sampled == []
     assert ended.stderr.startswith("ldm: ") and expected in ended.stderr and ended.stderr.count("\n") == 1
@@ -499,7 +500,7 @@ def measured(monkeypatch, tmp_path):
         (["--fail-above", "nan"], 2, "write METRIC=VALUE"),
     ],
 )
-def test_a_missed_limit_ends_with_code_8(ldm, measured, limits, code, said):
+def test_a_missed_limit_ends_with_code_8(measured, limits, code, said):
     ended = ldm("eval-fid", "--model", "runs/a", "--data", "shapes", *limits)
     assert ended.code == code and said in ended.stderr
     if code in (0, 8):
@@ -508,18 +509,18 @@ def test_a_missed_limit_ends_with_code_8(ldm, measured, limits, code, said):
         assert "ldm: warning: few images\n" in ended.stderr
 
 
-def test_a_limit_on_an_unknown_metric_is_refused_before_anything_is_measured(ldm, measured):
+def test_a_limit_on_an_unknown_metric_is_refused_before_anything_is_measured(measured):
     ended = ldm("eval-fid", "--model", "runs/a", "--fail-above", "fdi=3")
     assert ended.code == 2 and "--fail-above fdi: no such metric; did you mean fid?" in ended.stderr
     assert measured == []
 
 
-def test_the_document_of_eval_fid_is_printed_although_a_limit_is_missed(ldm, measured):
+def test_the_document_of_eval_fid_is_printed_although_a_limit_is_missed(measured):
     ended = ldm("eval-fid", "--model", "runs/a", "--data", "shapes", "--json", "--fail-above", "1")
     assert ended.code == 8 and json.loads(ended.stdout) == RESULT
 
 
-def test_compare_ends_with_code_8_where_a_metric_got_worse(ldm, measured, monkeypatch):
+def test_compare_ends_with_code_8_where_a_metric_got_worse(measured, monkeypatch):
     monkeypatch.setitem(RESULT, "worse", ["psnr"])
     monkeypatch.setitem(RESULT, "compared", {"psnr": {"old": 31.0, "new": 30.0, "change": -1.0}})
     ended = ldm("eval-fid", "--model", "runs/a", "--data", "shapes", "--compare", "old.json")
@@ -529,23 +530,23 @@ def test_compare_ends_with_code_8_where_a_metric_got_worse(ldm, measured, monkey
     assert ldm("eval-fid", "--model", "runs/a", "--data", "shapes", "--compare", "old.json").code == 0
 
 
-def test_only_one_thing_is_measured(ldm, measured):
+def test_only_one_thing_is_measured(measured):
     ended = ldm("eval-fid", "--model", "a", "--images", "b")
     assert ended.code == 2 and "--model and --images exclude each other" in ended.stderr and measured == []
 
 
 @pytest.mark.parametrize("text, metrics", [("FID, kid", ("fid", "kid")), ("psnr+ssim", ("psnr", "ssim"))])
-def test_metrics_are_a_list_of_names(ldm, measured, text, metrics):
+def test_metrics_are_a_list_of_names(measured, text, metrics):
     ldm("eval-fid", "--pairs", "a", "b", "--metrics", text)
     assert measured[0]["metrics"] == metrics and measured[0]["pairs"] == (Path("a"), Path("b"))
 
 
-def test_what_nobody_asked_for_is_left_to_the_library(ldm, measured):
+def test_what_nobody_asked_for_is_left_to_the_library(measured):
     ldm("eval-fid", "--model", "runs/a")
     assert set(measured[0]) == {"model", "seed", "progress"}
 
 
-def test_a_run_is_measured_against_its_own_data_unless_options_say_otherwise(ldm, measured, tmp_path):
+def test_a_run_is_measured_against_its_own_data_unless_options_say_otherwise(measured, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text('[data]\nsource = "photos"\nflip = true\n[train]\nsteps = 3\n')
     ldm("eval-fid", "--model", "run", "--limit", 5)
@@ -557,12 +558,12 @@ def test_a_run_is_measured_against_its_own_data_unless_options_say_otherwise(ldm
     assert (other.source, other.flip, other.split) == ("others", False, "test") and measured[1]["split"] == "test"
 
 
-def test_a_reference_of_statistics_is_handed_on_as_it_is(ldm, measured):
+def test_a_reference_of_statistics_is_handed_on_as_it_is(measured):
     ldm("eval-fid", "--images", "a", "--data", "stats.npz")
     assert measured[0]["data"] == "stats.npz"
 
 
-def test_eval_fid_names_only_parameters_that_the_library_has(ldm, measured):
+def test_eval_fid_names_only_parameters_that_the_library_has(measured):
     import ldmcli.evaluation.evaluate as module
 
     ldm(
@@ -602,19 +603,19 @@ def test_eval_fid_names_only_parameters_that_the_library_has(ldm, measured):
 # --- the others ------------------------------------------------------------------------------------------------
 
 
-def test_reconstruct_needs_images_that_exist(ldm):
+def test_reconstruct_needs_images_that_exist():
     assert (ended := ldm("reconstruct", "nowhere.png")).code == 3 and "nowhere.png: no such file" in ended.stderr
     assert (ended := ldm("reconstruct")).code == 2 and "IMAGES... is missing" in ended.stderr
 
 
-def test_reconstruct_prints_a_table_of_psnr(ldm, monkeypatch, tmp_path):
+def test_reconstruct_prints_a_table_of_psnr(monkeypatch, tmp_path):
     rows = [{"image": "a.png", "psnr": 31.234}]
-    stand_in(monkeypatch, "ldmcli.sampling.commands", reconstruct_to_folder=lambda *args, **more: {"images": rows})
+    stand_in(monkeypatch, "ldmcli.sampling.reconstruct", reconstruct_to_folder=lambda *args, **more: {"images": rows})
     (tmp_path / "a.png").touch()
     assert re.search(r"^a\.png +31\.23$", ldm("reconstruct", tmp_path / "a.png").stdout, re.MULTILINE)
 
 
-def test_data_takes_its_set_as_an_argument(ldm, monkeypatch, tmp_path):
+def test_data_takes_its_set_as_an_argument(monkeypatch, tmp_path):
     calls = []
     stand_in(
         monkeypatch,
@@ -630,7 +631,7 @@ def test_data_takes_its_set_as_an_argument(ldm, monkeypatch, tmp_path):
     assert calls[1][0].source == "shapes"
 
 
-def test_demo_hands_data_and_minutes_on(ldm, monkeypatch, tmp_path):
+def test_demo_hands_data_and_minutes_on(monkeypatch, tmp_path):
     calls = []
     stand_in(monkeypatch, "ldmcli.reports.demo", demo=lambda data, **more: calls.append((data, more)) or {"minutes": 2})
     monkeypatch.chdir(tmp_path)
@@ -639,11 +640,11 @@ def test_demo_hands_data_and_minutes_on(ldm, monkeypatch, tmp_path):
     assert calls[0][1] == {"minutes": 2.0, "out": Path("runs/demo"), "preset": "", "fresh": False, "seed": 0}
 
 
-def test_a_report_of_no_run_is_refused(ldm, tmp_path):
+def test_a_report_of_no_run_is_refused(tmp_path):
     assert (ended := ldm("report", tmp_path)).code == 4 and "no run folder" in ended.stderr
 
 
-def test_runs_are_listed_with_their_metrics(ldm, monkeypatch):
+def test_runs_are_listed_with_their_metrics(monkeypatch):
     rows = [
         {
             "path": "runs/[red]a\x1b[2J",
@@ -661,7 +662,7 @@ def test_runs_are_listed_with_their_metrics(ldm, monkeypatch):
     assert json.loads(ldm("runs", "--json").stdout)["runs"][0]["step"] == 20
 
 
-def test_recipes_are_listed_with_command_and_first_line(ldm, monkeypatch, tmp_path):
+def test_recipes_are_listed_with_command_and_first_line(monkeypatch, tmp_path):
     (tmp_path / "x.toml").write_text("# Fast on a laptop\n[diffusion]\nchannels = 8\n")
     monkeypatch.setattr(config, "RECIPES", tmp_path)
     assert json.loads(ldm("recipes", "--json").stdout)["recipes"] == [
@@ -669,11 +670,11 @@ def test_recipes_are_listed_with_command_and_first_line(ldm, monkeypatch, tmp_pa
     ]
 
 
-def test_presets_are_listed_with_their_command(ldm):
+def test_presets_are_listed_with_their_command():
     assert re.search(r"^kl-f8 +ldm train-ae +\S", ldm("presets").stdout, re.MULTILINE)
 
 
-def test_doctor_says_what_the_machine_has(ldm):
+def test_doctor_says_what_the_machine_has():
     facts = json.loads(ldm("doctor", "--json").stdout)
     assert facts["ldm"] == ldmcli.__version__ and facts["devices"] and facts["cores"] >= 1
 
@@ -697,7 +698,7 @@ def test_doctor_says_what_the_machine_has(ldm):
         (["runs", "-q", "-v"], "ldm: --quiet and --verbose exclude each other\n"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(ldm, trained, args, line):
+def test_a_mistake_is_one_line_and_code_2(trained, args, line):
     ended = ldm(*args)
     assert (ended.code, ended.stdout, ended.stderr) == (2, "", line)
 
@@ -714,7 +715,7 @@ def test_a_mistake_is_one_line_and_code_2(ldm, trained, args, line):
         (Interrupted("x", 15), 143),
     ],
 )
-def test_each_failure_has_the_code_of_the_contract(ldm, monkeypatch, error, code):
+def test_each_failure_has_the_code_of_the_contract(monkeypatch, error, code):
     raising(monkeypatch, error)
     ended = ldm("runs")
     assert (ended.code, ended.stderr) == (code, "ldm: x\n")
@@ -727,7 +728,7 @@ def test_each_failure_has_the_code_of_the_contract(ldm, monkeypatch, error, code
         OSError(errno.EFBIG, "File too large", "runs/x/model.safetensors"),
     ],
 )
-def test_a_full_disk_is_code_6_and_names_the_file(ldm, monkeypatch, error):
+def test_a_full_disk_is_code_6_and_names_the_file(monkeypatch, error):
     raising(monkeypatch, error)
     ended = ldm("runs")
     assert ended.code == 6 and ended.stderr.startswith("ldm: runs/x/model.safetensors: the disk is full")
@@ -745,24 +746,24 @@ class OutOfMemoryError(RuntimeError):
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     ],
 )
-def test_running_out_of_memory_is_code_6_and_says_what_to_change(ldm, monkeypatch, error):
+def test_running_out_of_memory_is_code_6_and_says_what_to_change(monkeypatch, error):
     raising(monkeypatch, error)
     ended = ldm("runs")
     assert ended.code == 6 and "out of memory" in ended.stderr and "--micro-batch" in ended.stderr
 
 
-def test_ctrl_c_is_code_130(ldm, monkeypatch):
+def test_ctrl_c_is_code_130(monkeypatch):
     raising(monkeypatch, KeyboardInterrupt())
     assert (ended := ldm("runs")).code == 130 and ended.stderr == "ldm: interrupted\n"
 
 
-def test_a_place_that_cannot_be_written_is_code_2(ldm, monkeypatch, tmp_path):
+def test_a_place_that_cannot_be_written_is_code_2(monkeypatch, tmp_path):
     raising(monkeypatch, PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "runs")))
     ended = ldm("runs")
     assert ended.code == 2 and "choose another --out" in ended.stderr
 
 
-def test_a_file_that_cannot_be_read_is_code_3(ldm, monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_read_is_code_3(monkeypatch, tmp_path):
     path = tmp_path / "a.png"
     path.touch()
     monkeypatch.setattr(os, "access", lambda *args: False)
@@ -770,7 +771,7 @@ def test_a_file_that_cannot_be_read_is_code_3(ldm, monkeypatch, tmp_path):
     assert (ended := ldm("runs")).code == 3 and "no permission to read it" in ended.stderr
 
 
-def test_a_fault_of_ours_is_one_line_that_names_the_traceback_without_secrets(ldm, monkeypatch, tmp_path):
+def test_a_fault_of_ours_is_one_line_that_names_the_traceback_without_secrets(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     raising(monkeypatch, ValueError("bad https://me:pass@host/x hf_secretsecret\nsecond line"))

@@ -83,11 +83,11 @@ def test_stdin_is_a_file_and_may_be_closed(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def models(ae, tmp_path_factory):
+    """A folder of models, each named after its conditions."""
     folder = tmp_path_factory.mktemp("prompts")
-    tiny.train_ae(folder / "ae")
     for name in ("text", "class", "class+text"):
-        ending = tiny.train_ldm(folder / name, folder / "ae", "--condition", name, "--set", "condition.text_length=6")
+        ending = tiny.train_ldm(folder / name, ae, "--condition", name, "--set", "condition.text_length=6")
         assert ("captions have more than the 6 tokens" in ending.stderr) == ("text" in name)
     return folder
 
@@ -98,40 +98,40 @@ def drawn(run, out, *options, code=0):
     return ending if code else [json.loads(Image.open(path).text["ldm"]) for path in ending.json["images"]]
 
 
-def test_prompts_of_any_form_come_whole_from_the_command_line(runs, tmp_path):
+def test_prompts_of_any_form_come_whole_from_the_command_line(models, tmp_path):
     (tmp_path / "more.txt").write_text('{"prompt": "a star", "n": 2}\n')
     asked = ["-5 degrees", "--my_prompt", "#1", '"quoted"', "€ ’ 星"]
     options = [word for prompt in asked for word in ("--prompt", prompt)]
-    found = drawn(runs / "text", tmp_path / "out", *options, "--prompts", tmp_path / "more.txt")
+    found = drawn(models / "text", tmp_path / "out", *options, "--prompts", tmp_path / "more.txt")
     assert [facts["prompt"] for facts in found] == [*asked, "a star", "a star"]
 
 
-def test_lines_with_classes_are_drawn_as_they_say(runs, tmp_path):
+def test_lines_with_classes_are_drawn_as_they_say(models, tmp_path):
     file = tmp_path / "asked.jsonl"
     file.write_text('{"prompt": "a", "class": "star"}\n{"prompt": "b", "class": "circle", "n": 2}\n')
-    found = drawn(runs / "class+text", tmp_path / "both", "--prompts", file)
+    found = drawn(models / "class+text", tmp_path / "both", "--prompts", file)
     assert [(one["prompt"], one["class"]) for one in found] == [("a", "star"), ("b", "circle"), ("b", "circle")]
-    ending = drawn(runs / "class+text", tmp_path / "bad", "--prompts", file, "--class", "star", code=2)
+    ending = drawn(models / "class+text", tmp_path / "bad", "--prompts", file, "--class", "star", code=2)
     assert "names classes itself" in ending.line
     file.write_text('{"class": "star"}\n')
-    assert [one["class"] for one in drawn(runs / "class", tmp_path / "class", "--prompts", file)] == ["star"]
+    assert [one["class"] for one in drawn(models / "class", tmp_path / "class", "--prompts", file)] == ["star"]
     file.write_text("a star\n")
     assert (
         "--prompt: this model was trained without text"
-        in drawn(runs / "class", tmp_path / "wrong", "--prompts", file, code=2).line
+        in drawn(models / "class", tmp_path / "wrong", "--prompts", file, code=2).line
     )
 
 
-def test_prompts_that_are_cut_are_counted_and_the_first_is_shown(runs, tmp_path):
+def test_prompts_that_are_cut_are_counted_and_the_first_is_shown(models, tmp_path):
     file, long = tmp_path / "prompts.txt", "a red star at the top of a very wide blue sky"
     file.write_text(f"a star\n{long}\n{long} again\n")
-    ending = tiny.ldm("sample", "--model", runs / "text", "--steps", 1, "--out", tmp_path / "out", "--prompts", file)
+    ending = tiny.ldm("sample", "--model", models / "text", "--steps", 1, "--out", tmp_path / "out", "--prompts", file)
     lines = [line for line in ending.stderr.splitlines() if "and cut; the first" in line]
     assert len(lines) == 1 and lines[0].startswith("ldm: warning: 2 of 3 prompts are longer than the 6 tokens")
     assert long in lines[0] and "again" not in lines[0]
     assert (
         "and cut"
         not in tiny.ldm(
-            "sample", "--model", runs / "text", "--steps", 1, "--out", tmp_path / "short", "--prompt", "a red star at"
+            "sample", "--model", models / "text", "--steps", 1, "--out", tmp_path / "short", "--prompt", "a red star at"
         ).stderr
     )  # six tokens with their ends

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import ADAM, QUIET_LOOP, SHAPES, UNET, ldm, noisy_images, pictures, train_ae, train_ldm
+from tiny import QUIET_LOOP, SHAPES, UNET, ldm, noisy_images, pictures, train_ae
 
 from ldmcli.core import console, files
 from ldmcli.data.cache import cache_root
@@ -21,12 +21,8 @@ FAST = ("--steps", 2, "--sampler", "ddim")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("surroundings")
-    train_ae(root / "ae")
-    train_ldm(root / "none", root / "ae", *ADAM, steps=1)
-    train_ldm(root / "text", root / "ae", *ADAM, "--condition", "text", steps=1)
-    return {name: root / name for name in ("ae", "none", "text")}
+def models(tiny_runs) -> dict[str, Path]:
+    return {name: tiny_runs[name] for name in ("kl", "plain", "text")}
 
 
 @pytest.fixture
@@ -53,7 +49,7 @@ def test_without_a_cache_the_work_is_done_and_a_warning_says_what_to_set(models,
     train = (
         "train-ldm",
         "--autoencoder",
-        models["ae"],
+        models["kl"],
         *SHAPES,
         *UNET,
         *QUIET_LOOP,
@@ -154,7 +150,7 @@ def test_closed_and_full_streams_change_no_exit_code(named, line, code):
 
 def test_a_file_never_becomes_a_closed_stdout(models, tmp_path):
     """With stdout closed the next file that is opened would get its number, and what is printed would land in it."""
-    draw = f'ldm sample --model "{models["none"]}" -n 1 --steps 1 --out'
+    draw = f'ldm sample --model "{models["plain"]}" -n 1 --steps 1 --out'
     done = shell(f"{draw} a >&- 2>&-; echo $?; {draw} b; ", tmp_path)
     assert done.stdout.split()[0] == "0"
     assert np.array_equal(pictures(tmp_path / "a")[0], pictures(tmp_path / "b")[0])
@@ -162,7 +158,7 @@ def test_a_file_never_becomes_a_closed_stdout(models, tmp_path):
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "-3", "many", "100000"])
-def test_terminals_of_any_width_get_their_page(ldm, monkeypatch, columns):
+def test_terminals_of_any_width_get_their_page(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("TERM", "dumb")
     for asked in (("sample", "--help"), ("presets",), ("recipes",), ("doctor",)):
@@ -194,7 +190,7 @@ def test_runs_that_are_links_are_listed_found_and_used(models, tmp_path, monkeyp
     """A link to a folder, one to nothing, one to what lies above, and a run.json that leads nowhere."""
     monkeypatch.chdir(tmp_path)
     Path("runs/empty").mkdir(parents=True)
-    Path("runs/mine").symlink_to(models["none"])
+    Path("runs/mine").symlink_to(models["plain"])
     Path("runs/gone").symlink_to("nowhere")
     Path("runs/loop").symlink_to("..")
     Path("runs/empty/run.json").symlink_to("/nowhere/run.json")
@@ -213,11 +209,11 @@ def test_a_run_folder_that_is_a_link_is_trained_in(tmp_path):
 
 
 IN_THE_WAY = {
-    "sample": lambda models: ("sample", "--model", models["none"], "-n", 1),
-    "inpaint": lambda models: ("inpaint", "photo.png", "--box", "1,1,3,3", "--model", models["none"]),
-    "reconstruct": lambda models: ("reconstruct", "photo.png", "--autoencoder", models["ae"]),
+    "sample": lambda models: ("sample", "--model", models["plain"], "-n", 1),
+    "inpaint": lambda models: ("inpaint", "photo.png", "--box", "1,1,3,3", "--model", models["plain"]),
+    "reconstruct": lambda models: ("reconstruct", "photo.png", "--autoencoder", models["kl"]),
     "data": lambda models: ("data", "shapes", "--limit", 4),
-    "report": lambda models: ("report", models["ae"]),
+    "report": lambda models: ("report", models["kl"]),
     "train-ae": lambda models: ("train-ae", *SHAPES, "--steps", 1),
     "demo": lambda models: ("demo", "--minutes", 1),
 }
@@ -240,7 +236,7 @@ def test_a_read_only_run_is_used_and_its_report_goes_elsewhere(models, tmp_path,
     import errno
 
     run = tmp_path / "run"
-    shutil.copytree(models["none"], run)
+    shutil.copytree(models["plain"], run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     replace = os.replace
 
@@ -279,12 +275,12 @@ def test_a_read_only_run_is_used_and_its_report_goes_elsewhere(models, tmp_path,
 def test_pictures_of_any_name_are_read_and_told(models, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(Path(name), "PNG")
-    ending = ldm("reconstruct", "--autoencoder", models["ae"], "--out", "a", "--json", "--", name)
+    ending = ldm("reconstruct", "--autoencoder", models["kl"], "--out", "a", "--json", "--", name)
     assert ending.code == 0, ending.stderr
     assert ending.json["images"][0]["image"] == name
-    ending = ldm("inpaint", "--box", "2,2,5,5", "--model", models["none"], *FAST, "--out", "b", "--json", "--", name)
+    ending = ldm("inpaint", "--box", "2,2,5,5", "--model", models["plain"], *FAST, "--out", "b", "--json", "--", name)
     assert ending.code == 0 and len(pictures(tmp_path / "b")) == 1, ending.stderr
-    ending = ldm("sample", "--model", models["none"], *FAST, "-n", 1, "--init-image", name, "--out", "c")
+    ending = ldm("sample", "--model", models["plain"], *FAST, "-n", 1, "--init-image", name, "--out", "c")
     assert ending.code == 0, ending.stderr
 
 

@@ -6,32 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_cases import shared
 from PIL import Image
-from tiny import ADAM, AE_NETWORK, QUIET_LOOP, SHAPES, ldm, noisy_images, train_ae, train_ldm
+from tiny import ADAM, AE_NETWORK, QUIET_LOOP, SHAPES, ldm, noisy_images, train_ldm
 
 SMALL = ("--size", 16, "--workers", 1)
 
 
 @pytest.fixture(scope="module")
-def ae(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("wrong") / "ae"
-    train_ae(run)
-    return run
+def plain_model(tiny_runs) -> Path:
+    return tiny_runs["plain"]
 
 
 @pytest.fixture(scope="module")
-def plain_model(ae) -> Path:
-    """Told nothing, 50 timesteps."""
-    run = ae.parent / "plain"
-    train_ldm(run, ae, *ADAM, "--set", "diffusion.timesteps=50")
-    return run
-
-
-@pytest.fixture(scope="module")
-def class_model(ae) -> Path:
-    run = ae.parent / "class"
-    train_ldm(run, ae, *ADAM, "--condition", "class")
-    return run
+def class_model(tiny_runs) -> Path:
+    return tiny_runs["class"]
 
 
 def refused(code: int, *args) -> str:
@@ -116,9 +105,9 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     assert "00.png" in line and "Permission denied" in line
 
 
-def test_the_broken_folder_is_refused_by_name_and_trains_with_skip_bad(tmp_path, shared):
+def test_the_broken_folder_is_refused_by_name_and_trains_with_skip_bad(tmp_path):
     """Reliability 23, 24: 77 damaged and unusual files: those that can be read are read, the others named."""
-    folder = shared / "broken"
+    folder = shared("broken")
     assert "pictures cannot be read" in refused(3, *begin(folder, tmp_path / "a"))
     ending = ldm(*begin(folder, tmp_path / "b", "--skip-bad"))
     assert ending.code == 0, ending.stderr
@@ -360,7 +349,7 @@ def test_an_unknown_class_is_code_2_with_a_suggestion(class_model, tmp_path):
 
 def test_more_steps_than_timesteps_are_code_2(plain_model, tmp_path):
     """steps > T."""
-    assert "50" in refused(2, "sample", "--model", plain_model, "--steps", 51, "--out", tmp_path / "out")
+    assert "1000" in refused(2, "sample", "--model", plain_model, "--steps", 1001, "--out", tmp_path / "out")
 
 
 def test_a_model_that_is_not_there_or_of_the_other_kind_is_refused(ae, plain_model, tmp_path):

@@ -24,16 +24,16 @@ FAST = ("--steps", 1)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("told")
-    tiny.train_ae(folder / "ae")
-    tiny.train_ldm(folder / "inpaint", folder / "ae", "--condition", KINDS, "--task", "inpaint", steps=1)
-    tiny.train_ldm(folder / "sr", folder / "ae", "--condition", KINDS, "--task", "sr", "--scale", 2, steps=1)
-    tiny.train_ldm(folder / "map", folder / "ae", "--condition", "map", steps=1)
-    tiny.train_ldm(
-        folder / "sure", folder / "ae", "--condition", "text", "--task", "inpaint", "--set", "condition.drop=0", steps=1
-    )
-    return folder
+def models(ae, tiny_runs, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("conditioned")
+    own = {
+        "inpaint": ("--condition", KINDS, "--task", "inpaint"),
+        "sr": ("--condition", KINDS, "--task", "sr", "--scale", 2),
+        "no dropout": ("--condition", "text", "--task", "inpaint", "--set", "condition.drop=0"),
+    }
+    for name, options in own.items():
+        tiny.train_ldm(folder / name, ae, *options, steps=1)
+    return {name: folder / name for name in own} | {name: tiny_runs[name] for name in ("map", "layout")}
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def test_boxes_of_a_part_are_shares_of_the_whole():
 
 
 @pytest.mark.parametrize("size", [(20, 20), (22, 27), (20, 33)])
-def test_an_enlarged_picture_is_told_map_and_layout_where_they_lie(size, runs, seen):
-    model, large = ldmcli.load(runs / "sr"), (2 * size[0], 2 * size[1])
+def test_an_enlarged_picture_is_told_map_and_layout_where_they_lie(size, models, seen):
+    model, large = ldmcli.load(models["sr"]), (2 * size[0], 2 * size[1])
     index = map_of(*large)
     made = upscale_images(model, picture(*size)[None], values=told(index), steps=1)
     assert made.shape == (1, *large, 3)
@@ -100,8 +100,8 @@ def test_an_enlarged_picture_is_told_map_and_layout_where_they_lie(size, runs, s
     assert np.abs(corners(model, inputs["layout.ids"]) - expected).max() < 0.02
 
 
-def test_a_window_around_a_hole_is_told_its_part_of_the_map(runs, seen):
-    model, size = ldmcli.load(runs / "map"), (57, 70)
+def test_a_window_around_a_hole_is_told_its_part_of_the_map(models, seen):
+    model, size = ldmcli.load(models["map"]), (57, 70)
     index = np.random.default_rng(3).integers(0, 7, size, dtype=np.uint8)  # no part is like another
     hole = np.zeros(size, bool)
     hole[30:38, 41:49] = True
@@ -111,8 +111,8 @@ def test_a_window_around_a_hole_is_told_its_part_of_the_map(runs, seen):
     assert (inputs["map.index"][0].numpy() == index[rows, columns]).all()
 
 
-def test_with_a_layout_the_whole_picture_is_looked_at(runs, seen):
-    model, size = ldmcli.load(runs / "inpaint"), (41, 58)
+def test_with_a_layout_the_whole_picture_is_looked_at(models, seen):
+    model, size = ldmcli.load(models["inpaint"]), (41, 58)
     hole = np.zeros(size, bool)
     hole[3:9, 4:9] = True
     inpaint_images(model, picture(*size)[None], hole[None], values=told(map_of(*size)), steps=1)
@@ -122,24 +122,23 @@ def test_with_a_layout_the_whole_picture_is_looked_at(runs, seen):
     assert np.abs(corners(model, inputs["layout.ids"]) - expected).max() < 0.02
 
 
-def test_large_pictures_in_tiles_are_told_everything(runs):
-    model, size = ldmcli.load(runs / "sr"), (40, 60)
+def test_large_pictures_in_tiles_are_told_everything(models):
+    model, size = ldmcli.load(models["sr"]), (40, 60)
     made = upscale_images(model, picture(*size)[None], values=told(map_of(80, 120)), steps=1, tile=24)
     assert made.shape == (1, 80, 120, 3)
-    model, hole = ldmcli.load(runs / "inpaint"), np.ones((80, 120), bool)
+    model, hole = ldmcli.load(models["inpaint"]), np.ones((80, 120), bool)
     hole[:4] = False
     image = picture(80, 120)
     made = inpaint_images(model, image[None], hole[None], values=told(map_of(80, 120)), steps=1, tile=24)
     assert (made[0][~hole] == image[~hole]).all()
 
 
-def test_samples_of_any_size_are_told_their_layout_in_the_middle(runs, tmp_path, monkeypatch):
+def test_samples_of_any_size_are_told_their_layout_in_the_middle(models, monkeypatch):
     found, sample = [], draw.sample_conditioned
     monkeypatch.setattr(
         draw, "sample_conditioned", lambda *a, inputs, **k: found.append(inputs) or sample(*a, inputs=inputs, **k)
     )
-    tiny.train_ldm(tmp_path / "layout", runs / "ae", "--condition", "layout", steps=1)
-    model = ldmcli.load(tmp_path / "layout")
+    model = ldmcli.load(models["layout"])
     model.sample(layout={"bbox": BOX, "category": ["star"]}, size=(22, 30), steps=1)
     expected = [(0.25 * 30 + 1) / 32, (0.5 * 22 + 1) / 24, (0.75 * 30 + 1) / 32, (0.75 * 22 + 1) / 24]
     assert np.abs(corners(model, found[0]["layout.ids"]) - expected).max() < 0.02
@@ -166,7 +165,7 @@ def files(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["inpaint", "upscale"])
-def test_folders_pair_with_what_is_said_of_each_picture(command, runs, files, seen):
+def test_folders_pair_with_what_is_said_of_each_picture(command, models, files, seen):
     words = (files / "masks",) if command == "inpaint" else ("--scale", 2)
     ending = tiny.ldm(
         command,
@@ -185,7 +184,7 @@ def test_folders_pair_with_what_is_said_of_each_picture(command, runs, files, se
         "--guidance",
         3,
         "--model",
-        runs / {"upscale": "sr"}.get(command, command),
+        models[{"upscale": "sr"}.get(command, command)],
         *FAST,
         "--json",
         "--out",
@@ -210,7 +209,7 @@ def test_folders_pair_with_what_is_said_of_each_picture(command, runs, files, se
     ]
 
 
-def test_a_changed_map_or_layout_is_another_request(runs, files):
+def test_a_changed_map_or_layout_is_another_request(models, files):
     line = (
         "upscale",
         files / "photos/a/1.png",
@@ -221,7 +220,7 @@ def test_a_changed_map_or_layout_is_another_request(runs, files):
         "--layout",
         files / "layouts/a/1.json",
         "--model",
-        runs / "sr",
+        models["sr"],
         *FAST,
         "--out",
         files / "out",
@@ -277,7 +276,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("which", "words", "code", "says"), WRONG, ids=[" ".join(row[1]) for row in WRONG])
-def test_what_does_not_fit_is_refused_before_anything_is_written(which, words, code, says, runs, files, monkeypatch):
+def test_what_does_not_fit_is_refused_before_anything_is_written(which, words, code, says, models, files, monkeypatch):
     monkeypatch.chdir(files)
     (files / "masks/a/other.bmp").write_bytes((files / "masks/a/1.bmp").read_bytes())
     layout = {"objects": [{"bbox": [0, 0, 1, 1], "category": "moon"}]}
@@ -290,22 +289,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(which, words, c
         if which == "upscale"
         else ("inpaint", "photos/lone.png", "masks/a/1.bmp")
     )
-    model = runs / {"upscale": "sr"}.get(which, which)
+    model = models[{"upscale": "sr"}.get(which, which)]
     ending = tiny.ldm(*command, *words, "--model", model, *FAST, "--out", "out")
     assert ending.code == code and says in ending.line, ending.stderr
     assert ending.line.startswith("ldm: ") and not (files / "out").exists()
 
 
-def test_what_was_never_left_out_is_asked_for(runs, files):
-    line = ("inpaint", files / "photos/a/1.png", files / "masks/a/1.bmp", "--model", runs / "sure", *FAST)
+def test_what_was_never_left_out_is_asked_for(models, files):
+    line = ("inpaint", files / "photos/a/1.png", files / "masks/a/1.bmp", "--model", models["no dropout"], *FAST)
     ending = tiny.ldm(*line, "--out", files / "without")
     assert ending.code == 0 and "warning: --prompt not given, and this model was trained without" in ending.stderr
     assert "not given" not in tiny.ldm(*line, "--prompt", "a star", "--guidance", 1, "--out", files / "with").stderr
 
 
-def test_options_that_say_how_much_of_what_is_not_there(runs, files):
+def test_options_that_say_how_much_of_what_is_not_there(models, files):
     for words, says in ((("--strength", 0.5), "give --init-image FILE"), (("--guide-scale", 2), "give --guide FILE")):
-        ending = tiny.ldm("sample", "--model", runs / "map", "--map", files / "maps/a/1.png", *words)
+        ending = tiny.ldm("sample", "--model", models["map"], "--map", files / "maps/a/1.png", *words)
         assert ending.code == 2 and says in ending.line
     with pytest.raises(UsageError, match="has the size that the image asks for"):
-        ldmcli.load(runs / "sr").sample(image=picture(20, 20), size=64)
+        ldmcli.load(models["sr"]).sample(image=picture(20, 20), size=64)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compvis_checkpoints import random_checkpoint
 from PIL import Image
-from tiny import ADAM, ldm, noisy_images, train_ae, train_ldm
+from tiny import ldm, noisy_images, train_ae
 
 from ldmcli.core import outputs
 
@@ -16,19 +17,8 @@ MADE = ("000000.png", "grid.png", "request.json")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("outputs")
-    train_ae(root / "ae")
-    made = {
-        "none": (),
-        "sr": ("--task", "sr", "--scale", 2),
-        "inpaint": ("--task", "inpaint"),
-        "layout": ("--condition", "layout"),
-    }
-    for name, options in made.items():
-        data = ("--data", "shapes:2", "--limit", 20, "--size", "20x20") if name == "layout" else ()
-        train_ldm(root / name, root / "ae", *ADAM, *options, *data, steps=1)
-    return {name: root / name for name in ("ae", *made)}
+def models(tiny_runs) -> dict[str, Path]:
+    return {name: tiny_runs[name] for name in ("kl", "plain", "sr", "inpaint", "layout")}
 
 
 @pytest.fixture
@@ -47,19 +37,19 @@ def place(tmp_path) -> Path:
 
 # command → the line, with what it reads; {} is the file that is put where the result would go
 READERS = {
-    "sample --init-image": ("none", "photo.png", ("sample", "--init-image", "{}", "-n", 1)),
-    "sample --guide": ("none", "photo.png", ("sample", "--guide", "{}", "-n", 1)),
+    "sample --init-image": ("plain", "photo.png", ("sample", "--init-image", "{}", "-n", 1)),
+    "sample --guide": ("plain", "photo.png", ("sample", "--guide", "{}", "-n", 1)),
     "inpaint": ("inpaint", "photo.png", ("inpaint", "{}", "--box", "1,2,5,6")),
-    "inpaint, its mask": ("none", "hole.png", ("inpaint", "photo.png", "{}")),
+    "inpaint, its mask": ("plain", "hole.png", ("inpaint", "photo.png", "{}")),
     "upscale": ("sr", "photo.png", ("upscale", "{}", "--scale", 2)),
-    "reconstruct": ("ae", "photo.png", ("reconstruct", "{}")),
+    "reconstruct": ("kl", "photo.png", ("reconstruct", "{}")),
 }
 WRITERS = {
-    "sample": ("none", ("sample", "-n", 1)),
+    "sample": ("plain", ("sample", "-n", 1)),
     "sample --layout": ("layout", ("sample", "--layout", "boxes.json")),
     "inpaint": ("inpaint", ("inpaint", "photo.png", "--box", "1,2,5,6")),
     "upscale": ("sr", ("upscale", "photo.png", "--scale", 2)),
-    "reconstruct": ("ae", ("reconstruct", "photo.png")),
+    "reconstruct": ("kl", ("reconstruct", "photo.png")),
 }
 
 
@@ -136,7 +126,7 @@ def test_what_ldm_wrote_is_replaced_and_what_was_changed_since_is_not(models, pl
 def test_a_folder_of_an_older_version_is_replaced(models, tmp_path):
     """Its request.json lists no files, its sheets carry no mark, its pictures may hold no settings."""
     out = tmp_path / "out"
-    asked = ("sample", "--model", models["none"], *FAST, "-n", 3, "--no-metadata", "--out", out)
+    asked = ("sample", "--model", models["plain"], *FAST, "-n", 3, "--no-metadata", "--out", out)
     assert ldm(*asked).code == 0
     record = json.loads((out / "request.json").read_text())
     record.pop("files")
@@ -152,7 +142,7 @@ def test_a_folder_of_an_older_version_is_replaced(models, tmp_path):
 
 def test_a_picture_that_was_changed_is_not_drawn_again_when_others_are_missing(models, tmp_path):
     out = tmp_path / "out"
-    asked = ("sample", "--model", models["none"], *FAST, "-n", 3, "--out", out)
+    asked = ("sample", "--model", models["plain"], *FAST, "-n", 3, "--out", out)
     assert ldm(*asked).code == 0
     Image.new("RGB", (20, 20), "red").save(out / "000001.png")
     (out / "000002.png").unlink()
@@ -165,7 +155,7 @@ def test_a_picture_that_was_changed_is_not_drawn_again_when_others_are_missing(m
     "option, name", [("--init-image", "photo.png"), ("--guide", "photo.png"), ("--layout", "boxes.json")]
 )
 def test_other_content_under_the_same_name_is_another_request(models, place, tmp_path, option, name):
-    model = models["layout" if option == "--layout" else "none"]
+    model = models["layout" if option == "--layout" else "plain"]
     asked = ("sample", "--model", model, *FAST, option, place / name, "-n", 1, "--out", tmp_path / "out")
     assert ldm(*asked).code == 0 and ldm(*asked, "--json").json["drawn"] == 0
     if name == "boxes.json":
@@ -198,7 +188,7 @@ def test_somebody_elses_request_json_speaks_of_no_files(tmp_path, record):
 def test_a_page_that_was_changed_by_hand_is_kept(models, tmp_path, name):
     """By the command that writes it again, and by a training that goes on or begins anew."""
     run = tmp_path / "run"
-    shutil.copytree(models["ae"], run)
+    shutil.copytree(models["kl"], run)
     train_ae(run, steps=4)
     assert outputs.page_is_ours(run / name)
     text = (run / name).read_text().replace("step", "stride")
@@ -217,7 +207,7 @@ def test_a_page_that_was_changed_by_hand_is_kept(models, tmp_path, name):
 def test_a_run_that_begins_anew_keeps_what_is_not_of_it(models, tmp_path):
     """Also where its parts are links to folders elsewhere: those are emptied of checkpoints, and stay."""
     run, disk = tmp_path / "run", tmp_path / "disk"
-    shutil.copytree(models["ae"], run)
+    shutil.copytree(models["kl"], run)
     (run / "checkpoints").rename(disk)
     (run / "checkpoints").symlink_to(disk)
     mine = [
@@ -276,8 +266,8 @@ FOREIGN = {
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_converted_folder_is_replaced_only_while_all_in_it_is_a_models(models, tmp_path, to, what):
     source, target = tmp_path / "source", tmp_path / "target"
-    assert ldm("convert", models["none"], source, "--to", "diffusers").code == 0
-    asked = ("convert", source if to == "run" else models["none"], target, "--to", to)
+    assert ldm("convert", models["plain"], source, "--to", "diffusers").code == 0
+    asked = ("convert", source if to == "run" else models["plain"], target, "--to", to)
     assert ldm(*asked).code == 0 and ldm(*asked, "--overwrite").code == 0
     name, text = FOREIGN[what]
     (target / name).parent.mkdir(exist_ok=True)
@@ -302,14 +292,12 @@ def test_a_folder_of_something_else_is_not_replaced_by_a_model(models, tmp_path,
     target.mkdir()
     (target / name).write_text(text)
     (target / "index.js").write_text("main()")
-    assert ldm("convert", models["none"], target, "--to", "diffusers", "--overwrite").code == 2
+    assert ldm("convert", models["plain"], target, "--to", "diffusers", "--overwrite").code == 2
     assert (target / name).read_text() == text and (target / "index.js").is_file()
 
 
 @pytest.mark.parametrize("spoilt", ["m.yaml", "m-tokenizer/poem.txt", "m.ckpt/inside.txt"])
 def test_what_lies_beside_a_checkpoint_is_replaced_only_where_it_belongs_to_one(tmp_path, spoilt):
-    from test_convert import random_checkpoint
-
     path = random_checkpoint(tmp_path / "theirs", "unconditional")
     assert ldm("convert", path, tmp_path / "run").code == 0
     (tmp_path / "out" / spoilt).parent.mkdir(parents=True)
@@ -324,7 +312,7 @@ def test_a_target_that_is_a_link_is_followed_or_refused(models, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    asked = ("convert", models["none"])
+    asked = ("convert", models["plain"])
     for _ in range(2):
         assert ldm(*asked, tmp_path / "link", "--to", "diffusers", "--overwrite").code == 0
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model_index.json").is_file()
@@ -355,7 +343,7 @@ def test_masks_pair_with_pictures_by_their_relative_path(models, tmp_path):
         tmp_path / "in",
         tmp_path / "masks",
         "--model",
-        models["none"],
+        models["plain"],
         *FAST,
         "--out",
         tmp_path / "out",
@@ -372,7 +360,7 @@ def test_masks_pair_with_pictures_by_their_relative_path(models, tmp_path):
 def test_masks_without_a_picture_and_of_one_name_are_told(models, tmp_path):
     noisy_images(tmp_path / "in", 2)
     holes(tmp_path / "masks", {"00.png": 0, "01.png": 3, "07.png": 3, "sub/01.png": 3})
-    asked = ("inpaint", tmp_path / "in", tmp_path / "masks", "--model", models["none"], *FAST, "--out", tmp_path / "o")
+    asked = ("inpaint", tmp_path / "in", tmp_path / "masks", "--model", models["plain"], *FAST, "--out", tmp_path / "o")
     ending = ldm(*asked)
     assert ending.code == 0 and "2 of 4 masks are not used" in ending.stderr and "07.png" in ending.stderr
     holes(tmp_path / "masks", {"01.png": 5}, ".bmp")

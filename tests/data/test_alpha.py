@@ -18,12 +18,8 @@ SIZE = (24, 28)  # height, width
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alpha")
-    tiny.train_ae(folder / "ae")
-    tiny.train_ldm(folder / "inpaint", folder / "ae", "--task", "inpaint", steps=1)
-    tiny.train_ldm(folder / "sr", folder / "ae", "--task", "sr", "--scale", 2, steps=1)
-    return folder
+def models(tiny_runs) -> dict[str, Path]:
+    return {name: tiny_runs[name] for name in ("kl", "inpaint", "sr")}
 
 
 def colours(seed: int = 0) -> np.ndarray:
@@ -57,57 +53,57 @@ def run(*words, code: int = 0):
 # --- kept ---------------------------------------------------------------------------------------------------------
 
 
-def test_inpainting_keeps_colours_and_alpha_of_all_that_is_known(runs, tmp_path):
+def test_inpainting_keeps_colours_and_alpha_of_all_that_is_known(models, tmp_path):
     photo = np.dstack([colours(), sprite()])
     mask = area(4, 10, 8, 10)  # where all is opaque
     files = save(photo, tmp_path / "photo.png"), save(mask, tmp_path / "mask.png")
-    made, ending = run("inpaint", *files, "--model", runs / "inpaint", *FAST, "--out", tmp_path / "out")
+    made, ending = run("inpaint", *files, "--model", models["inpaint"], *FAST, "--out", tmp_path / "out")
     assert made.shape == (*SIZE, 4) and (made[~mask] == photo[~mask]).all() and (made[mask][:, 3] == 255).all()
     assert (made[mask][:, :3] != photo[mask][:, :3]).any() and "transparen" not in ending.stderr
 
 
-def test_a_hole_is_as_opaque_as_what_lies_around_it(runs, tmp_path):
+def test_a_hole_is_as_opaque_as_what_lies_around_it(models, tmp_path):
     alpha = np.full(SIZE, 200, np.uint8)
     alpha[6:10, 6:10] = 0
     files = (
         save(np.dstack([colours(), alpha]), tmp_path / "photo.webp", lossless=True),
         save(area(5, 5, 6, 6), tmp_path / "mask.png"),
     )
-    made, _ = run("inpaint", *files, "--model", runs / "inpaint", *FAST, "--out", tmp_path / "out")
+    made, _ = run("inpaint", *files, "--model", models["inpaint"], *FAST, "--out", tmp_path / "out")
     assert (made[..., 3] == 200).all()
 
 
-def test_upscaling_keeps_alpha_and_does_not_see_colours_that_nobody_sees(runs, tmp_path):
+def test_upscaling_keeps_alpha_and_does_not_see_colours_that_nobody_sees(models, tmp_path):
     alpha, first = sprite(), colours()
     second = np.where(alpha[..., None] > 0, first, colours(5))
     made = []
     for k, picture in enumerate((first, second)):
         file = save(np.dstack([picture, alpha]), tmp_path / f"{k}.png")
-        made.append(run("upscale", file, "--scale", 2, "--model", runs / "sr", *FAST, "--out", tmp_path / f"{k}")[0])
+        made.append(run("upscale", file, "--scale", 2, "--model", models["sr"], *FAST, "--out", tmp_path / f"{k}")[0])
     assert made[0].shape == (2 * SIZE[0], 2 * SIZE[1], 4) and (made[0] == made[1]).all()
     shrunk = made[0][..., 3].reshape(SIZE[0], 2, SIZE[1], 2).mean((1, 3))
     assert np.abs(shrunk - alpha).mean() < 4 and (made[0][:30, 20:, 3] == 255).all() and (made[0][40:, :, 3] == 0).all()
 
 
 @pytest.mark.parametrize("command", ["inpaint", "upscale"])
-def test_a_format_without_alpha_says_that_it_is_lost(command, runs, tmp_path):
+def test_a_format_without_alpha_says_that_it_is_lost(command, models, tmp_path):
     photo = save(np.dstack([colours(), sprite()]), tmp_path / "photo.png")
     words = ("--box", "10,4,8,8") if command == "inpaint" else ("--scale", 2)
-    model = runs / ("inpaint" if command == "inpaint" else "sr")
+    model = models["inpaint" if command == "inpaint" else "sr"]
     made, ending = run(command, photo, *words, "--model", model, *FAST, "--format", "jpg", "--out", tmp_path / "out")
     assert made.shape[-1] == 3 and "ldm: warning: --format jpg: transparency is lost" in ending.stderr
     assert (made[-4:] > 240).all()  # white
 
 
-def test_reconstruct_and_python_say_that_it_is_lost(runs, tmp_path, capsys):
+def test_reconstruct_and_python_say_that_it_is_lost(models, tmp_path, capsys):
     photo = save(np.dstack([colours(), sprite()]), tmp_path / "photo.png")
-    ending = tiny.ldm("reconstruct", photo, "--autoencoder", runs / "ae", "--out", tmp_path / "out")
+    ending = tiny.ldm("reconstruct", photo, "--autoencoder", models["kl"], "--out", tmp_path / "out")
     assert ending.code == 0 and "warning: " in ending.stderr and "transparency is lost" in ending.stderr
     plain = save(colours(), tmp_path / "plain.png")
-    ending = tiny.ldm("reconstruct", plain, "--autoencoder", runs / "ae", "--out", tmp_path / "b")
+    ending = tiny.ldm("reconstruct", plain, "--autoencoder", models["kl"], "--out", tmp_path / "b")
     assert ending.code == 0 and "transparen" not in ending.stderr
     capsys.readouterr()
-    ldmcli.load(runs / "sr").upscale(Image.open(photo), steps=1)
+    ldmcli.load(models["sr"]).upscale(Image.open(photo), steps=1)
     assert "transparency is lost" in capsys.readouterr().err
 
 
@@ -155,14 +151,15 @@ def forms(folder: Path) -> dict[str, tuple[Path, np.ndarray, np.ndarray | None]]
     }
 
 
-def test_every_form_of_a_picture_goes_the_same_way(runs, tmp_path):
+def test_every_form_of_a_picture_goes_the_same_way(models, tmp_path):
     hole = area(3, 12, 6, 6)
     mask = save(hole, tmp_path / "hole.bmp")
     for name, (file, rgb, alpha) in forms(tmp_path).items():
         found, transparent = decode_alpha(file)
         assert (found == rgb).all(), name
         assert transparent is None if alpha is None else (transparent == alpha).all(), name
-        made, _ = run("inpaint", file, mask, "--model", runs / "inpaint", *FAST, "--out", tmp_path / f"{file.name}-out")
+        out = tmp_path / f"{file.name}-out"
+        made, _ = run("inpaint", file, mask, "--model", models["inpaint"], *FAST, "--out", out)
         assert (made[~hole][:, :3] == rgb[~hole]).all() and (alpha is None) == (made.shape[-1] == 3), name
         if alpha is not None:
             assert (made[~hole][:, 3] == alpha[~hole]).all(), name
@@ -171,19 +168,19 @@ def test_every_form_of_a_picture_goes_the_same_way(runs, tmp_path):
 # --- holes told by alpha ------------------------------------------------------------------------------------------
 
 
-def test_what_is_transparent_in_a_photograph_is_repainted_without_a_mask(runs, tmp_path):
+def test_what_is_transparent_in_a_photograph_is_repainted_without_a_mask(models, tmp_path):
     hole, alpha = area(6, 8, 9, 11), np.full(SIZE, 255, np.uint8)
     alpha[hole] = 0
     alpha[6, 8:19] = 130  # the soft rim of an eraser
     photo = np.dstack([colours(), alpha])
     file = save(photo, tmp_path / "photo.png")
-    made, ending = run("inpaint", file, "--model", runs / "inpaint", *FAST, "--out", tmp_path / "out")
+    made, ending = run("inpaint", file, "--model", models["inpaint"], *FAST, "--out", tmp_path / "out")
     assert made.shape == (*SIZE, 3) and (made[~hole] == photo[~hole][:, :3]).all()
     assert (made[hole] != photo[hole][:, :3]).any(-1).mean() > 0.5
     save(hole, tmp_path / "mask.png")
-    same, _ = run("inpaint", file, tmp_path / "mask.png", "--model", runs / "inpaint", *FAST, "--out", tmp_path / "b")
+    same, _ = run("inpaint", file, tmp_path / "mask.png", "--model", models["inpaint"], *FAST, "--out", tmp_path / "b")
     assert (made == same).all()
-    ending = run("inpaint", save(colours(), tmp_path / "opaque.png"), "--model", runs / "inpaint", code=2)
+    ending = run("inpaint", save(colours(), tmp_path / "opaque.png"), "--model", models["inpaint"], code=2)
     assert "MASK or --box" in ending.line and "opaque.png has no transparent part" in ending.line
 
 

@@ -14,13 +14,6 @@ from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.latents import LatentStore
 
 
-@pytest.fixture(scope="module")
-def ae(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("cache") / "ae"
-    train_ae(run)
-    return run
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """12 pictures."""

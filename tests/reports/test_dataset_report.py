@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from golden_cases import shared
 from PIL import Image
 
 from ldmcli.core.errors import InputError
@@ -44,8 +45,8 @@ def test_bad_files_are_named_with_their_reason_and_stop_nothing(tmp_path):
     assert "empty.png: an empty file" in text and "bad         2 files" in text
 
 
-def test_every_picture_that_cannot_be_read_is_listed_and_no_other(shared, tmp_path):
-    folder = shared / "broken"
+def test_every_picture_that_cannot_be_read_is_listed_and_no_other(tmp_path):
+    folder = shared("broken")
     named = {one["file"] for one in look(folder, tmp_path)["bad"]}
     with open(folder / "EXPECTED.tsv", newline="", encoding="utf-8") as file:
         expected = {row["file"]: row["readable"] for row in csv.DictReader(file, delimiter="\t")}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_cases import golden
 from PIL import Image
-from tiny import ADAM, ldm, noisy_images, pictures, train_ae, train_ldm
+from tiny import ADAM, ldm, noisy_images, pictures, train_ldm
 
 import ldmcli
 from ldmcli.core.errors import InputError, UsageError
@@ -23,42 +23,34 @@ FAST = ("--steps", 3, "--sampler", "ddim")
 
 
 @pytest.fixture(scope="module")
-def ae(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("edit") / "ae"
-    train_ae(run)
-    return run
-
-
-def trained(ae: Path, name: str, *options) -> Path:
-    run = ae.parent / name
-    if not run.exists():
-        train_ldm(run, ae, *ADAM, *options)
+def sr(ae, tmp_path_factory) -> Path:
+    """Four times as large."""
+    run = tmp_path_factory.mktemp("edit") / "sr"
+    train_ldm(run, ae, *ADAM, "--task", "sr", "--scale", 4)
     return run
 
 
 @pytest.fixture(scope="module")
-def sr(ae) -> Path:
-    return trained(ae, "sr", "--task", "sr", "--scale", 4)
+def inpainter(tiny_runs) -> Path:
+    return tiny_runs["inpaint"]
 
 
 @pytest.fixture(scope="module")
-def inpainter(ae) -> Path:
-    return trained(ae, "inpaint", "--task", "inpaint")
+def plain(tiny_runs) -> Path:
+    return tiny_runs["plain"]
 
 
 @pytest.fixture(scope="module")
-def plain(ae) -> Path:
-    return trained(ae, "plain")
+def text(tiny_runs) -> Path:
+    return tiny_runs["text"]
 
 
 @pytest.fixture(scope="module")
-def text(ae) -> Path:
-    return trained(ae, "text", "--condition", "text")
-
-
-@pytest.fixture(scope="module")
-def patches(ae) -> Path:
-    return trained(ae, "patches", "--task", "inpaint", "--set", "task.fill=patches")
+def patches(ae, tmp_path_factory) -> Path:
+    """Inpaints after patches of the picture."""
+    run = tmp_path_factory.mktemp("edit") / "patches"
+    train_ldm(run, ae, *ADAM, "--task", "inpaint", "--set", "task.fill=patches")
+    return run
 
 
 @pytest.fixture(params=["inpainter", "patches", "plain", "text"])

@@ -27,7 +27,7 @@ def models(tmp_path_factory):
     return {path.name: ldmcli.load(path) for path in folder.iterdir() if (path / "run.json").exists()}
 
 
-def ways(array: np.ndarray) -> dict:
+def forms(array: np.ndarray) -> dict:
     """The same numbers in every form."""
     whole = np.issubdtype(array.dtype, np.integer)
     dtypes = ("int16", "int32", "int64", "uint8") if whole else ("float16", "float32", "float64")
@@ -97,7 +97,7 @@ def test_numbers_come_in_any_form(call, models):
     array, function = NUMBERS[call]
     expected = np.asarray(function(models, array))
     assert np.isfinite(expected).all() and expected.size
-    for name, form in ways(array).items():
+    for name, form in forms(array).items():
         if "map" in call and name.startswith("list of"):
             continue  # several maps
         assert np.array_equal(np.asarray(function(models, form)), expected), name

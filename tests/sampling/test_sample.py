@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ADAM, SHAPES, ldm, pictures, train_ae, train_ldm
+from tiny import ADAM, SHAPES, ldm, pictures, train_ldm
 
 import ldmcli
 from ldmcli.diffusion.samplers import SAMPLERS
@@ -27,32 +27,23 @@ V_COSINE = (
 
 
 @pytest.fixture(scope="module")
-def ae(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("sampling") / "ae"
-    train_ae(run)
-    return run
+def text_model(tiny_runs) -> Path:
+    """Text to image; latents 3x5x5, so that a sample has no multiple of 16 numbers."""
+    return tiny_runs["text"]
 
 
 @pytest.fixture(scope="module")
-def text_model(ae) -> Path:
-    """Told a prompt; latents 3x5x5, so that a sample has no multiple of 16 numbers."""
-    run = ae.parent / "text"
-    train_ldm(run, ae, *ADAM, "--condition", "text", steps=12)
-    return run
-
-
-@pytest.fixture(scope="module")
-def class_model(ae) -> Path:
-    """Told a class, trained without condition dropout."""
-    run = ae.parent / "class"
+def class_model(ae, tmp_path_factory) -> Path:
+    """Class to image, trained without condition dropout."""
+    run = tmp_path_factory.mktemp("sampling") / "class"
     train_ldm(run, ae, *ADAM, "--condition", "class", "--set", "condition.drop=0", steps=12)
     return run
 
 
 @pytest.fixture(scope="module")
-def v_model(ae) -> Path:
-    """Told nothing; v-prediction with a cosine schedule of 20 timesteps."""
-    run = ae.parent / "v"
+def v_model(ae, tmp_path_factory) -> Path:
+    """Unconditional; v-prediction with a cosine schedule of 20 timesteps."""
+    run = tmp_path_factory.mktemp("sampling") / "v"
     train_ldm(run, ae, *ADAM, *V_COSINE, steps=12)
     return run
 
@@ -446,7 +437,7 @@ def test_a_size_below_one_latent_is_refused(v_model, tmp_path):
     assert "smaller than one latent" in sample(v_model, tmp_path / "out", "--size", "1x32", code=2).line
 
 
-def test_fine_tuning_begins_with_the_weights_of_another_run(text_model, ae, tmp_path):
+def test_fine_tuning_begins_with_the_weights_of_another_run(text_model, tmp_path):
     """--init-from RUN without --autoencoder: that run's own autoencoder, its weights at step 0."""
     ending = ldm(
         "train-ldm",

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compvis_checkpoints import random_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_convert import random_checkpoint
-from tiny import ADAM, checkpoint, ldm, noisy_images, same, train_ae, train_ldm, weights
+from tiny import checkpoint, ldm, noisy_images, same, train_ae, train_ldm, weights
 from tiny import state as state_of
 
 from ldmcli.core import files, runs
@@ -24,14 +24,10 @@ FAST = ("--steps", 3, "--sampler", "ddim")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("spoilt")
-    train_ae(root / "ae")
-    made = {"none": (), "sr": ("--task", "sr", "--scale", 2), "inpaint": ("--task", "inpaint")}
-    for name, options in made.items():
-        train_ldm(root / name, root / "ae", *ADAM, *options, steps=1)
-    assert ldm("convert", root / "none", root / "diffusers", "--to", "diffusers").code == 0
-    return {name: root / name for name in ("ae", *made, "diffusers")}
+def models(tiny_runs, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("spoilt") / "diffusers"
+    assert ldm("convert", tiny_runs["plain"], folder, "--to", "diffusers").code == 0
+    return {name: tiny_runs[name] for name in ("kl", "plain", "sr", "inpaint")} | {"diffusers": folder}
 
 
 def spoil(path: Path, value: float) -> str:
@@ -50,9 +46,9 @@ def spoil(path: Path, value: float) -> str:
 
 
 WEIGHTS = {  # model → the file in it that is spoilt
-    "none": "model.safetensors",
-    "ae": "model.safetensors",
-    "none/autoencoder": "autoencoder/model.safetensors",
+    "plain": "model.safetensors",
+    "kl": "model.safetensors",
+    "plain/autoencoder": "autoencoder/model.safetensors",
     "diffusers": "model/diffusion_pytorch_model.safetensors",
 }
 
@@ -66,7 +62,7 @@ def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_tensor(model
     name = spoil(run / WEIGHTS[which], value)
     noisy_images(tmp_path / "in", 2)
     commands = [("convert", run, tmp_path / "out", "--to", "diffusers" if kind != "diffusers" else "run")]
-    if kind == "ae":
+    if kind == "kl":
         commands += [
             ("reconstruct", tmp_path / "in", "--autoencoder", run),
             ("train-ldm", "--autoencoder", run, "--data", "shapes", "--limit", 8, "--size", 20, "--steps", 1),
@@ -99,7 +95,7 @@ def test_a_checkpoint_of_others_is_refused_by_its_own_names_and_unused_entries_m
 
 def test_a_training_does_not_go_on_from_spoilt_weights(models, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(models["ae"], run)
+    shutil.copytree(models["kl"], run)
     newest = max((run / "checkpoints").iterdir())
     name = spoil(newest / "autoencoder.safetensors", float("nan"))
     manifest = json.loads((newest / "manifest.json").read_text())
@@ -115,7 +111,7 @@ def test_a_training_does_not_go_on_from_spoilt_weights(models, tmp_path):
 @pytest.mark.parametrize(("of", "value"), [("mean", float("nan")), ("std", 0.0), ("std", float("inf"))])
 def test_a_latent_scale_that_is_none_is_refused(models, tmp_path, of, value):
     run = tmp_path / "run"
-    shutil.copytree(models["none"], run)
+    shutil.copytree(models["plain"], run)
     stats = json.loads((run / "stats.json").read_text())
     stats["latent_scale"][of][0] = value
     (run / "stats.json").write_text(json.dumps(stats))
@@ -182,9 +178,9 @@ def overflowing(monkeypatch, call: int, row: int) -> None:
 
 
 DRAWERS = {
-    "sample": ("none", ("sample", "-n", 3)),
+    "sample": ("plain", ("sample", "-n", 3)),
     "inpaint": ("inpaint", ("inpaint", "photo.png", "--box", "1,1,9,9", "-n", 3)),
-    "inpaint, not trained to": ("none", ("inpaint", "photo.png", "--box", "1,1,9,9", "-n", 3)),
+    "inpaint, not trained to": ("plain", ("inpaint", "photo.png", "--box", "1,1,9,9", "-n", 3)),
     "upscale": ("sr", ("upscale", "photo.png", "--scale", 2, "-n", 3)),
 }
 
@@ -203,7 +199,7 @@ def test_a_model_that_overflows_is_told_with_step_and_sample_and_writes_nothing(
 def test_a_measure_of_a_model_that_overflows_is_no_number(models, monkeypatch):
     overflowing(monkeypatch, 1, 0)
     with pytest.raises(ModelError, match="sample 0"):
-        evaluate(model=models["none"], data="shapes", n=4, steps=2)
+        evaluate(model=models["plain"], data="shapes", n=4, steps=2)
 
 
 def test_a_decoder_that_overflows_gives_no_black_pictures(models, tmp_path, monkeypatch):
@@ -213,8 +209,8 @@ def test_a_decoder_that_overflows_gives_no_black_pictures(models, tmp_path, monk
     monkeypatch.setattr(Autoencoder, "decode", lambda self, z: decode(self, z) * float("nan"))
     noisy_images(tmp_path / "in", 1)
     for asked in (
-        ("sample", "--model", models["none"], *FAST, "-n", 1),
-        ("reconstruct", tmp_path / "in", "--autoencoder", models["ae"]),
+        ("sample", "--model", models["plain"], *FAST, "-n", 1),
+        ("reconstruct", tmp_path / "in", "--autoencoder", models["kl"]),
     ):
         ending = ldm(*asked, "--out", tmp_path / "out")
         assert ending.code == 4 and "1 of 1 decoded pictures" in ending.line, ending.stderr
@@ -227,7 +223,7 @@ def test_a_preview_that_overflows_does_not_end_a_training(models, tmp_path, monk
     monkeypatch.setattr(
         sample, "_watched", lambda denoise: (lambda *given: tuple(float("nan") * one for one in denoise(*given)), [])
     )
-    ending = train_ldm(tmp_path / "run", models["ae"], "--sample-every", 1, steps=2)
+    ending = train_ldm(tmp_path / "run", models["kl"], "--sample-every", 1, steps=2)
     assert "no preview at step 1" in ending.stderr and state_of(tmp_path / "run")["step"] == 2
     assert checkpoint(tmp_path / "run")
 
@@ -405,7 +401,7 @@ def test_all_is_every_split_of_a_set_and_a_split_of_that_name_where_there_is_one
     ending = ldm(
         "eval-fid",
         "--model",
-        models["none"],
+        models["plain"],
         "-n",
         3,
         "--steps",

@@ -19,7 +19,7 @@ from ldmcli.data.sources import open_rows
 from ldmcli.sampling.inpainting import inpaint_images
 from ldmcli.sampling.super_resolution import upscale_images
 
-WAYS = {
+TASKS = {
     "layout": ("--condition", "layout"),
     "map": ("--condition", "map", "--flip"),
     "sr": ("--task", "sr", "--scale", 4),
@@ -31,60 +31,39 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def trained(ae, tmp_path_factory):
+    """`trained(name)`: a run of four steps with a checkpoint after each, trained once."""
     folder = tmp_path_factory.mktemp("tasks")
-    tiny.train_ae(folder / "ae")
-    return folder
 
-
-@pytest.fixture(scope="module")
-def trained(workshop):
-    """`trained(way)`: a run of four steps with a checkpoint after each, trained once."""
-
-    def run(way: str):
-        out = workshop / way
-        if not out.exists():
-            tiny.train_ldm(
-                out, workshop / "ae", *tiny.ADAM, *WAYS[way], *SAVE, "--sample-every", 4, "--eval-every", 4, steps=4
-            )
-        return out
+    def run(name: str):
+        if not (folder / name).exists():
+            tiny.train_ldm(folder / name, ae, *tiny.ADAM, *TASKS[name], *SAVE, steps=4)
+        return folder / name
 
     return run
 
 
-SAVE = ("--save-every", 1, "--keep", 9, "--set", "sample.n=3")
+SAVE = ("--save-every", 1, "--keep", 9, "--set", "sample.n=3", "--sample-every", 4, "--eval-every", 4)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_gone_on_with_ends_as_one_that_was_not_stopped(way, trained, workshop, tmp_path):
-    whole, again = trained(way), tmp_path / "run"
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_gone_on_with_ends_as_one_that_was_not_stopped(task, trained, ae, tmp_path):
+    whole, again = trained(task), tmp_path / "run"
     shutil.copytree(whole, again)
     for step in (3, 4):
         shutil.rmtree(again / f"checkpoints/step-{step:08d}")
     state = tiny.state(again) | {"state": "running", "step": 2, "checkpoint": 2}
     (again / "run.json").write_text(json.dumps(state))
-    tiny.train_ldm(
-        again,
-        workshop / "ae",
-        *tiny.ADAM,
-        *WAYS[way],
-        *SAVE,
-        "--sample-every",
-        4,
-        "--eval-every",
-        4,
-        "--set",
-        f"data.cache_dir={workshop / 'cache'}",
-        steps=4,
-    )
+    cache = ("--set", f"data.cache_dir={whole.parent / 'cache'}")
+    tiny.train_ldm(again, ae, *tiny.ADAM, *TASKS[task], *SAVE, *cache, steps=4)
     assert tiny.same(tiny.checkpoint(again), tiny.checkpoint(whole))
     assert tiny.log(again)[-1]["val/val_loss"] == tiny.log(whole)[-1]["val/val_loss"]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_condition_changes_what_the_trained_network_says(way, trained):
+@pytest.mark.parametrize("task", TASKS)
+def test_every_condition_changes_what_the_trained_network_says(task, trained):
     """One row's value of a kind put in another's place: the output moves; the same values: it does not."""
-    model = ldmcli.load(trained(way))
+    model = ldmcli.load(trained(task))
     rows = open_rows(model.config.data, split="validation")
     source = ConditionDataset(rows, model.config, (20, 20), training=False)
     kinds, z = model.network.conditions.kinds, torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -255,21 +234,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_does_not_fit_is_refused_in_one_line_before_step_1(what, workshop, tmp_path):
+def test_what_does_not_fit_is_refused_in_one_line_before_step_1(what, ae, tmp_path):
     make, line, code, message = REFUSED[what]
     data = tiny.SHAPES if make is None else ("--data", make(tmp_path / "data"), *SIZE)
-    ending = tiny.train_ldm(tmp_path / "run", workshop / "ae", *line, data=data, code=code)
+    ending = tiny.train_ldm(tmp_path / "run", ae, *line, data=data, code=code)
     assert message in ending.line and ending.line.startswith("ldm: ")
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_map_of_another_size_is_left_out_on_request_and_named(workshop, tmp_path):
+def test_a_map_of_another_size_is_left_out_on_request_and_named(ae, tmp_path):
     data = ("--data", _wrong_map(tmp_path / "data"), *SIZE, "--val-fraction", 0.3)
-    tiny.train_ldm(tmp_path / "run", workshop / "ae", "--condition", "map", "--skip-bad", data=data)
+    tiny.train_ldm(tmp_path / "run", ae, "--condition", "map", "--skip-bad", data=data)
     assert "00.png: its map is 19x20" in str(tiny.state(tmp_path / "run")["data"]["left_out"])
 
 
-def test_boxes_beyond_the_picture_are_counted_and_shares_recognised(workshop, tmp_path):
+def test_boxes_beyond_the_picture_are_counted_and_shares_recognised(ae, tmp_path):
     folder = tmp_path / "data"
     tiny.noisy_images(folder, 6)
     (folder / "metadata.jsonl").write_text(
@@ -284,13 +263,7 @@ def test_boxes_beyond_the_picture_are_counted_and_shares_recognised(workshop, tm
         )
     )
     ending = tiny.train_ldm(
-        tmp_path / "run",
-        workshop / "ae",
-        "--condition",
-        "layout",
-        "--val-fraction",
-        0.3,
-        data=("--data", folder, *SIZE),
+        tmp_path / "run", ae, "--condition", "layout", "--val-fraction", 0.3, data=("--data", folder, *SIZE)
     )
     assert "boxes are taken as shares" in ending.stderr and "1 boxes reach beyond" in ending.stderr
 
@@ -362,9 +335,9 @@ def test_a_map_gets_a_legend_and_conditions_go_together(trained, tmp_path):
     assert facts["guidance"] == {"text": 2, "map": 1.5} and facts["prompt"] == "a star"
 
 
-@pytest.mark.parametrize(("way", "command"), [("sr", "ldm upscale"), ("inpaint", "ldm inpaint")])
-def test_sample_names_the_command_that_a_task_has(way, command, trained, tmp_path):
-    assert command in sample(trained(way), tmp_path / "out", code=2).line
+@pytest.mark.parametrize(("task", "command"), [("sr", "ldm upscale"), ("inpaint", "ldm inpaint")])
+def test_sample_names_the_command_that_a_task_has(task, command, trained, tmp_path):
+    assert command in sample(trained(task), tmp_path / "out", code=2).line
 
 
 def test_small_and_holed_images_are_taken_from_python(trained):
@@ -427,8 +400,8 @@ def test_tokens_and_layouts_embed_alike_and_planes_reach_the_network(trained):
     assert not torch.equal(together, told.predict(z, t, tokens, concat=planes.concat + 1))
 
 
-def test_every_class_is_drawn_with_its_name(workshop, tmp_path):
-    tiny.train_ldm(tmp_path / "run", workshop / "ae", "--condition", "class")
+def test_every_class_is_drawn_with_its_name(ae, tmp_path):
+    tiny.train_ldm(tmp_path / "run", ae, "--condition", "class")
     sample(tmp_path / "run", tmp_path / "out", "--class", "all")
     assert np.asarray(Image.open(tmp_path / "out/grid.png")).shape == (20 + 13 + 4, 7 * 22 + 2, 3)
 
@@ -491,7 +464,7 @@ def test_a_bad_map_ends_with_3_and_one_line(what, trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("way", "line", "code", "message"),
+    ("task", "line", "code", "message"),
     [
         ("layout", (), 2, "--layout: this model draws what boxes say"),
         ("map", (), 2, "--map: this model draws what a class map says"),
@@ -502,8 +475,8 @@ def test_a_bad_map_ends_with_3_and_one_line(what, trained, tmp_path):
         ("map", ("--map", "gone.png", "--guidance", "map=x"), 2, "no scale from 0 on"),
     ],
 )
-def test_what_is_missing_or_not_taken_is_named(way, line, code, message, trained, tmp_path):
-    assert message in sample(trained(way), tmp_path / "out", *line, code=code).line
+def test_what_is_missing_or_not_taken_is_named(task, line, code, message, trained, tmp_path):
+    assert message in sample(trained(task), tmp_path / "out", *line, code=code).line
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------

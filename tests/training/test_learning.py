@@ -32,14 +32,6 @@ DISCRIMINATOR = (
 )
 
 
-@pytest.fixture(scope="module")
-def ae(tmp_path_factory) -> Path:
-    """A tiny KL autoencoder: 20x20 px, latents 3x5x5."""
-    run = tmp_path_factory.mktemp("learning") / "ae"
-    train_ae(run)
-    return run
-
-
 def spoil(monkeypatch, objective, steps, network_input):
     """Puts a NaN into the batch of the given steps."""
     whole = objective.batch

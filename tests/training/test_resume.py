@@ -53,17 +53,10 @@ MAIN = {"train-ae": "autoencoder", "train-ldm": "model"}
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """A folder with an autoencoder to train diffusion models on."""
-    folder = tmp_path_factory.mktemp("resume")
-    tiny.train_ae(folder / "ae", data=DATA, steps=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def arguments(workshop):
+def arguments(ae, tmp_path_factory):
     """`arguments(trainer, out, …)`: a command line of either trainer. The autoencoder learns by Muon and has a
     discriminator from step 9 on, the diffusion model learns by AdamW, with dropped conditions."""
+    cache = tmp_path_factory.mktemp("cache")
 
     def build(trainer: str, out: Path, *more, steps: int = 20) -> list[str]:
         own = (
@@ -73,11 +66,11 @@ def arguments(workshop):
                 *tiny.UNET,
                 *tiny.ADAM,
                 "--autoencoder",
-                workshop / "ae",
+                ae,
                 "--condition",
                 "class+text",
                 "--set",
-                f"data.cache_dir={workshop / 'cache'}",
+                f"data.cache_dir={cache}",
                 "--set",
                 "condition.drop=0.3",
             )
@@ -88,9 +81,10 @@ def arguments(workshop):
 
 
 @pytest.fixture(scope="module")
-def reference(workshop, arguments):
+def reference(arguments, tmp_path_factory):
     """Run folders of both trainers that nothing disturbed: 20 steps, all checkpoints kept."""
-    folders = {trainer: workshop / f"whole-{trainer}" for trainer in TRAINERS}
+    folder = tmp_path_factory.mktemp("whole")
+    folders = {trainer: folder / trainer for trainer in TRAINERS}
     for trainer, folder in folders.items():
         ending = tiny.ldm(*arguments(trainer, folder, "--save-every", 1, "--keep", 20))
         assert ending.code == 0, ending.stderr
@@ -366,12 +360,12 @@ def test_a_run_stopped_at_7_and_13_equals_one_that_was_not(trainer, workers, tmp
 
 
 @pytest.fixture(scope="module")
-def stream(workshop):
+def stream(tmp_path_factory):
     """Parquet files, read as they come: ten captioned rows to train on, three to validate."""
     from datasets import Dataset, Features, Image, Value
 
-    folder = workshop / "parquet"
-    paths = tiny.noisy_images(workshop / "noisy", 13, 16)
+    folder = tmp_path_factory.mktemp("stream") / "parquet"
+    paths = tiny.noisy_images(folder.parent / "noisy", 13, 16)
     for split, part in (("train", paths[:10]), ("validation", paths[10:])):
         rows = {
             "image": [{"bytes": path.read_bytes(), "path": path.name} for path in part],

@@ -18,13 +18,6 @@ MUON = ("--set", "train.optimizer=muon")
 SPIKE = 12  # the step whose batch is spoiled
 
 
-@pytest.fixture(scope="module")
-def ae(tmp_path_factory):
-    run = tmp_path_factory.mktemp("stability") / "ae"
-    train_ae(run)
-    return run
-
-
 # --- the usual gradient norm ---------------------------------------------------------------------------------------
 
 

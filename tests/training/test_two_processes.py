@@ -47,15 +47,9 @@ TRAINERS = ("train-ae", "train-ldm")
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """A folder with an autoencoder to train diffusion models on."""
-    folder = tmp_path_factory.mktemp("two")
-    tiny.train_ae(folder / "ae", steps=1)
-    return folder
+def arguments(ae, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
 
-
-@pytest.fixture(scope="module")
-def arguments(workshop):
     def build(trainer: str, out: Path, *more, steps: int = 12, batch: int = 3) -> list[str]:
         own = (
             tiny.AE_NETWORK
@@ -63,13 +57,13 @@ def arguments(workshop):
             else (
                 *tiny.UNET,
                 "--autoencoder",
-                workshop / "ae",
+                ae,
                 "--condition",
                 "class+text",
                 "--set",
                 "condition.drop=0.3",
                 "--set",
-                f"data.cache_dir={workshop / 'cache'}",
+                f"data.cache_dir={cache}",
             )
         )
         line = (
