@@ -44,9 +44,9 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        here = [tensor for tensor in tensors if _labelled(tensor)]
+        labelled = [tensor for tensor in tensors if _labelled(tensor)]
         name = function._schema.name
-        if here and len(here) < len(tensors) and name not in _MIXING:
+        if labelled and len(labelled) < len(tensors) and name not in _MIXING:
             looked = tensors[:1] if name in _BY_INDEX else tensors
             strangers = [t for t in looked if not _labelled(t) and t.ndim]
             if strangers:
@@ -55,7 +55,7 @@ class _Operations(TorchDispatchMode):
                     f"{[(tuple(t.shape), 'gpu' if _labelled(t) else 'cpu') for t in tensors]}"
                 )
         out = function(*args, **(kwargs or {}))
-        if here and name != "aten::copy_":
+        if labelled and name != "aten::copy_":
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and not _labelled(leaf):
                     _label(leaf)

@@ -14,10 +14,10 @@ import shlex
 from functools import cache
 from pathlib import Path
 
+import examples
 import numpy as np
 import pytest
 import tiny
-import typed
 from PIL import Image
 
 from ldmcli import cli
@@ -171,9 +171,9 @@ def generator() -> dict:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def filled_folder(tmp_path_factory):
     """The folders of pictures that the pages speak of, and small settings."""
-    with typed.small_networks(tmp_path_factory.mktemp("docs")) as folder:
+    with examples.small_networks(tmp_path_factory.mktemp("docs")) as folder:
         tiny.noisy_images(Path("my-photos"), 12)
         rows = [json.dumps({"file_name": f"{k:02d}.png", "caption": f"a bicycle, number {k}"}) for k in range(12)]
         Path("my-photos", "metadata.jsonl").write_text("\n".join(rows))
@@ -211,7 +211,7 @@ def ending_of(line: str) -> tiny.Ending:
 
 
 @pytest.mark.parametrize("line", RUN)
-def test_a_line_of_the_pages_works_as_it_is_typed(line, here):
+def test_a_line_of_the_pages_works_as_it_is_typed(line, filled_folder):
     ending = ending_of(line)
     assert ending.code == 0, f"{name_of(LINES[line])}: {line}\n{ending.stderr}"
     for result in results_of(line):
@@ -219,7 +219,7 @@ def test_a_line_of_the_pages_works_as_it_is_typed(line, here):
         assert path.is_file() or any(file.is_file() for file in path.rglob("*")), result
 
 
-def test_a_dozen_captioned_pictures_are_enough_for_the_five_lines(here):
+def test_a_dozen_captioned_pictures_are_enough_for_the_five_lines(filled_folder):
     """As somebody tries it first: too few for a held-out part of two, which the last line says."""
     lines = next(lines_of(text) for _, text in blocks(ROOT / "README.md") if text.startswith("ldm data my-photos"))
     assert [line.split()[1] for line in lines] == ["data", "train-ae", "train-ldm", "sample", "eval-fid"]
@@ -264,7 +264,7 @@ def python_of(page: Path) -> str:
     return re.sub(r" *#.*", "", "\n".join(text for language, text in blocks(page) if language == "python"))
 
 
-def test_python_of_the_pages_runs(here):
+def test_python_of_the_pages_runs(filled_folder):
     for line in RUN:
         if {"runs/my-ae", "runs/my-model"} & set(results_of(line)):
             assert ending_of(line).code == 0

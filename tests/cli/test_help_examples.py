@@ -11,10 +11,10 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import examples
 import numpy as np
 import pytest
 import tiny
-import typed
 from PIL import Image
 
 from ldmcli.cli import COMMANDS
@@ -22,9 +22,9 @@ from ldmcli.cli.commands import EXAMPLES, example_line
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def empty_folder(tmp_path_factory):
     """An empty folder to type in, with small settings."""
-    with typed.small_networks(tmp_path_factory.mktemp("typed")) as folder:
+    with examples.small_networks(tmp_path_factory.mktemp("examples")) as folder:
         yield folder
 
 
@@ -142,7 +142,7 @@ def ending_of(command: str) -> tiny.Ending:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_example_of_a_help_page_works_as_it_is_typed(command, here):
+def test_the_example_of_a_help_page_works_as_it_is_typed(command, empty_folder):
     ending = ending_of(command)
     assert ending.code == 0, ending.stderr
     out = option(EXAMPLES[command], "--out")

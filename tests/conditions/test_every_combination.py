@@ -64,7 +64,7 @@ def write_rows(folder: Path) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def materials(tmp_path_factory):
     """Rows, first stages, a picture and what can be said of it."""
     folder = tmp_path_factory.mktemp("combinations")
     data = write_rows(folder / "data")
@@ -83,12 +83,12 @@ def workshop(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def cheap_features(workshop, monkeypatch):
+def cheap_features(materials, monkeypatch):
     """Features that cost nothing: whether a model can be measured is the question here, not how good it is."""
-    path = workshop[0] / "eight.safetensors"
+    path = materials[0] / "eight.safetensors"
     network = features.Network(Eight, "pool (8)", 8, 16, "bicubic (antialiased)", "FD (eight)", "eight8", ("x",), "x")
     monkeypatch.setattr(evaluate, "open_extractor", lambda name=None: features.Extractor("eight", network, path, "x"))
-    monkeypatch.setenv("LDM_CACHE", str(workshop[0] / "cache"))
+    monkeypatch.setenv("LDM_CACHE", str(materials[0] / "cache"))
 
 
 def asked(folder: Path, condition: str) -> tuple[list, dict]:
@@ -106,8 +106,8 @@ def asked(folder: Path, condition: str) -> tuple[list, dict]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, workshop, tmp_path):
-    folder, data = workshop
+def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, materials, tmp_path):
+    folder, data = materials
     run, picture = tmp_path / "run", folder / "picture.png"
     tiny.train_ldm(
         run,

@@ -139,7 +139,7 @@ def in_rank(monkeypatch, rank: int, size: int) -> None:
 
 def test_a_process_of_a_launcher_starts_no_others(monkeypatch):
     in_rank(monkeypatch, 1, 2)
-    monkeypatch.setattr(launch, "_run", lambda *args: pytest.fail("launched again"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: pytest.fail("launched again"))
     assert launch.relaunch_if_needed(2, ["train-ae"]) is None
 
 
@@ -151,14 +151,14 @@ def test_gpus_that_contradict_the_launcher_are_refused(monkeypatch):
 
 def test_a_launched_process_that_is_alone_launches_no_further(monkeypatch, tmp_path):
     monkeypatch.setenv("LDM_EXIT_DIR", str(tmp_path))
-    monkeypatch.setattr(launch, "_run", lambda *args: pytest.fail("launched again"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: pytest.fail("launched again"))
     with pytest.raises(LdmError, match="alone"):
         launch.relaunch_if_needed(2, ["train-ae"])
 
 
 @pytest.mark.parametrize("gpus", [None, 1])
 def test_one_process_needs_no_launcher(monkeypatch, gpus):
-    monkeypatch.setattr(launch, "_run", lambda *args: pytest.fail("launched"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: pytest.fail("launched"))
     assert launch.relaunch_if_needed(gpus, ["train-ae"]) is None
 
 
@@ -167,7 +167,7 @@ def test_more_gpus_than_there_are_is_refused(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(launch, "_run", lambda *args: pytest.fail("launched"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: pytest.fail("launched"))
     with pytest.raises(UsageError, match="shows 1 GPU;"):
         launch.relaunch_if_needed(2, ["train-ae"])
 

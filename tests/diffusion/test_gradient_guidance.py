@@ -116,11 +116,11 @@ def test_the_image_guide_works_on_what_classifier_free_guidance_gives(model, dec
     with clear_of_ties():
         x0, eps = guided(z, 500.0, ALPHA, SIGMA)
     with torch.enable_grad():
-        here = z.clone().requires_grad_()
+        z_t = z.clone().requires_grad_()
         error = half_squared_error(
-            downsampled(decode(free(here, 500.0, ALPHA, SIGMA)[0]), (8, 8)), low.expand(2, -1, -1, -1)
+            downsampled(decode(free(z_t, 500.0, ALPHA, SIGMA)[0]), (8, 8)), low.expand(2, -1, -1, -1)
         )
-        gradient = torch.autograd.grad(error.sum(), here)[0]
+        gradient = torch.autograd.grad(error.sum(), z_t)[0]
     plain_eps = free(z, 500.0, ALPHA, SIGMA)[1]
     assert torch.allclose(eps, plain_eps + SIGMA * gradient, atol=1e-4, rtol=1e-3)  # ε − σ ∇ log p, log p = −error
     assert torch.allclose(ALPHA * x0 + SIGMA * eps, z, atol=1e-4)

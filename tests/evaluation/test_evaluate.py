@@ -141,8 +141,8 @@ class Autoencoder:
 
 
 def test_a_set_against_itself_has_distance_zero_and_is_called_a_copy(tmp_path):
-    here = folder(tmp_path / "a", pictures(12))
-    result = evaluate(images=here, data=npz(tmp_path / "b.npz", pictures(12)))
+    generated = folder(tmp_path / "a", pictures(12))
+    result = evaluate(images=generated, data=npz(tmp_path / "b.npz", pictures(12)))
     assert abs(result["metrics"]["fd_tiny8"]) < 1e-9
     assert any("12 generated images are exact copies" in text for text in result["warnings"])
 
@@ -168,17 +168,17 @@ def test_a_folder_of_png_and_an_npz_give_the_same_numbers(tmp_path):
 
 
 def test_contact_sheets_and_hidden_files_are_not_measured(tmp_path):
-    here = folder(tmp_path / "a", pictures(4))
-    Image.new("RGB", (99, 99)).save(here / "grid.png")
-    Image.new("RGB", (99, 99)).save(here / ".hidden.png")
-    assert evaluate(images=here, data=npz(tmp_path / "b.npz", pictures(4, 1)))["n_generated"] == 4
+    generated = folder(tmp_path / "a", pictures(4))
+    Image.new("RGB", (99, 99)).save(generated / "grid.png")
+    Image.new("RGB", (99, 99)).save(generated / ".hidden.png")
+    assert evaluate(images=generated, data=npz(tmp_path / "b.npz", pictures(4, 1)))["n_generated"] == 4
 
 
 def test_jpeg_on_one_side_mixed_sizes_and_duplicates_are_flagged(tmp_path):
     images = [*pictures(5, 1), *pictures(1, 2, size=24), pictures(5, 1)[0]]
-    here = folder(tmp_path / "a", images)
-    Image.fromarray(images[0]).save(here / "z.jpg")
-    text = " | ".join(evaluate(images=here, data=npz(tmp_path / "b.npz", pictures(6, 3)))["warnings"])
+    generated = folder(tmp_path / "a", images)
+    Image.fromarray(images[0]).save(generated / "z.jpg")
+    text = " | ".join(evaluate(images=generated, data=npz(tmp_path / "b.npz", pictures(6, 3)))["warnings"])
     assert "only the generated images are JPEG" in text
     assert "sizes differ: generated 16x16, 24x24, reference 16x16" in text
     assert "1 exact duplicates among the generated images" in text
@@ -223,41 +223,41 @@ def test_pickled_and_misshapen_npz_files_are_refused(tmp_path):
 
 
 def test_a_statistics_file_is_as_good_as_its_images(tmp_path, tiny):
-    here, reference = folder(tmp_path / "a", pictures(12)), pictures(15, 4)
+    generated, reference = folder(tmp_path / "a", pictures(12)), pictures(15, 4)
     write_statistics(tmp_path / "stats.npz", tiny.features(reference), tiny, {"split": "train"})
-    known = evaluate(images=here, data=tmp_path / "stats.npz")
-    direct = evaluate(images=here, data=npz(tmp_path / "b.npz", reference))
+    known = evaluate(images=generated, data=tmp_path / "stats.npz")
+    direct = evaluate(images=generated, data=npz(tmp_path / "b.npz", reference))
     assert known["metrics"]["fd_tiny8"] == pytest.approx(direct["metrics"]["fd_tiny8"], rel=1e-9)
     assert known["n_reference"] == 15
     with pytest.raises(InputError, match="needs the images of the reference"):
-        evaluate(images=here, data=tmp_path / "stats.npz", metrics=["kid"])
+        evaluate(images=generated, data=tmp_path / "stats.npz", metrics=["kid"])
 
 
 def test_statistics_of_another_extractor_are_refused(tmp_path, tiny):
-    here = folder(tmp_path / "a", pictures(12))
+    generated = folder(tmp_path / "a", pictures(12))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(InputError, match="another extractor"):
-        evaluate(images=here, data=tmp_path / "wide.npz")
+        evaluate(images=generated, data=tmp_path / "wide.npz")
     changed = SimpleNamespace(protocol=tiny.protocol | {"resize": "box"})
     write_statistics(tmp_path / "box.npz", tiny.features(pictures(12)), changed, {})
     with pytest.raises(InputError, match=r"another extractor \(resize\)"):
-        evaluate(images=here, data=tmp_path / "box.npz")
+        evaluate(images=generated, data=tmp_path / "box.npz")
 
 
 def test_a_reference_is_computed_once_and_again_when_its_content_changes(tmp_path, rows, tiny, monkeypatch):
-    here, seen = folder(tmp_path / "a", pictures(10)), []
+    generated, seen = folder(tmp_path / "a", pictures(10)), []
     found = tiny.features_and_logits
     monkeypatch.setattr(tiny, "features_and_logits", lambda images: seen.append(len(images)) or found(images))
     results, counts = [], []
     for _ in range(2):
         seen.clear()
-        results.append(evaluate(images=here, data="made"))
+        results.append(evaluate(images=generated, data="made"))
         counts.append(sum(seen))
     assert counts == [22, 10]
     assert results[0]["metrics"] == results[1]["metrics"] and results[0]["warnings"] == results[1]["warnings"]
     seen.clear()
     rows.images[3, 0, 0] ^= 1
-    assert evaluate(images=here, data="made")["reference"]["fingerprint"] != results[0]["reference"]["fingerprint"]
+    assert evaluate(images=generated, data="made")["reference"]["fingerprint"] != results[0]["reference"]["fingerprint"]
     assert sum(seen) == 22
 
 
@@ -455,17 +455,17 @@ def test_metrics_are_found_by_their_short_names(tmp_path):
 
 
 def test_a_comparison_names_what_got_worse_and_refuses_another_extractor(tmp_path):
-    reference, here = npz(tmp_path / "b.npz", pictures(12, 1)), folder(tmp_path / "a", pictures(12, 1) // 2)
+    reference, generated = npz(tmp_path / "b.npz", pictures(12, 1)), folder(tmp_path / "a", pictures(12, 1) // 2)
     old = evaluate(images=reference, data=reference)
     (tmp_path / "old.json").write_text(json.dumps(old))
-    new = evaluate(images=here, data=reference, compare=tmp_path / "old.json")
+    new = evaluate(images=generated, data=reference, compare=tmp_path / "old.json")
     assert new["worse"] == ["fd_tiny8"] and new["compared"]["fd_tiny8"]["change"] > 0
     assert compare(old, new)["worse"] == [] and compare(old, old)["worse"] == []
     other = old | {"extractor": old["extractor"] | {"weights_sha256": "0"}}
     with pytest.raises(InputError, match="another extractor"):
         compare(new, other)
     with pytest.raises(InputError, match="not a readable result"):
-        evaluate(images=here, data=reference, compare=tmp_path / "b.npz")
+        evaluate(images=generated, data=reference, compare=tmp_path / "b.npz")
 
 
 def test_higher_is_better_for_psnr():

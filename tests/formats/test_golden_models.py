@@ -25,7 +25,7 @@ CASES = (
     "unet_semantic_rescaler",
     "full_checkpoint",
 )
-WAYS = ("converted", "direct")
+READINGS = ("converted", "direct")
 
 
 def checkpoint(case: str) -> Path:
@@ -35,18 +35,18 @@ def checkpoint(case: str) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(case, way) -> model, each loaded once: converted by the command line, or read as it is."""
+    """(case, reading) -> model, each loaded once: converted by the command line, or read as it is."""
     folder, loaded = tmp_path_factory.mktemp("converted"), {}
 
-    def get(case: str, way: str):
-        if (case, way) not in loaded:
+    def get(case: str, reading: str):
+        if (case, reading) not in loaded:
             source = checkpoint(case)
-            if way == "converted":
+            if reading == "converted":
                 ending = ldm("convert", source, folder / case, "--config", source.parent / "config.yaml")
                 assert ending.code == 0, ending.stderr
                 source = folder / case
-            loaded[case, way] = ldmcli.load(source)
-        return loaded[case, way]
+            loaded[case, reading] = ldmcli.load(source)
+        return loaded[case, reading]
 
     return get
 
@@ -55,16 +55,16 @@ def recorded(case: str) -> dict[str, torch.Tensor]:
     return load_file(shared("golden", case, "io.safetensors"))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_converts(models, case, way):
-    model = models(case, way)
+def test_every_case_converts(models, case, reading):
+    model = models(case, reading)
     assert model.kind == ("autoencoder" if case in CASES[:2] else "diffusion")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_kl(models, way):
-    ae, io = models("kl_f4_attn", way), recorded("kl_f4_attn")
+@pytest.mark.parametrize("reading", READINGS)
+def test_kl(models, reading):
+    ae, io = models("kl_f4_attn", reading), recorded("kl_f4_attn")
     mean, logvar = ae.moments(io["x"])
     assert relative(mean, io["mean"]) < FORWARD and relative(logvar, io["logvar"]) < FORWARD
     assert relative(ae.decode(mean), io["rec_mode"]) < FORWARD
@@ -76,9 +76,9 @@ def clear(network, h: torch.Tensor) -> bool:
     return bool(decided(h, network.quantize.embedding.weight, FORWARD * h.abs().max().item()).all())
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_vq(models, way):
-    ae, io = models("vq_f4_noattn", way), recorded("vq_f4_noattn")
+@pytest.mark.parametrize("reading", READINGS)
+def test_vq(models, reading):
+    ae, io = models("vq_f4_noattn", reading), recorded("vq_f4_noattn")
     h = ae.moments(io["x"])
     assert relative(h, io["h"]) < FORWARD and clear(ae.network, io["h"])
     quant, indices = ae.quantize(h)
@@ -88,9 +88,9 @@ def test_vq(models, way):
     assert relative(ae.network.decode(h, quantize=False), io["rec_noquant"]) < FORWARD
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_unconditional(models, way):
-    model, io = models("unet_uncond", way), recorded("unet_uncond")
+@pytest.mark.parametrize("reading", READINGS)
+def test_unconditional(models, reading):
+    model, io = models("unet_uncond", reading), recorded("unet_uncond")
     assert relative(model.predict(io["x"], io["t"]), io["eps"]) < FORWARD
     assert model.config.sample.spacing == "original" and model.config.sample.sampler == "ddim"
     draws = {
@@ -120,20 +120,20 @@ def test_one_ancestral_step(models, t):
     model, io = models("unet_uncond", "direct"), recorded("unet_uncond")
     alphas, sigmas = alpha_sigma(model.schedule, torch.tensor([float(t), float(max(t - 1, 0))], dtype=torch.float64))
     ends = (1.0, 0.0) if t == 0 else (float(alphas[1]), float(sigmas[1]))
-    way = NoiseLevels((float(t),), (float(alphas[0]), ends[0]), (float(sigmas[0]), ends[1]))
+    levels = NoiseLevels((float(t),), (float(alphas[0]), ends[0]), (float(sigmas[0]), ends[1]))
     for name, clamp in (("clip0", False), ("clip1", True)):
 
         def denoise(z, time, alpha, sigma, clamp=clamp):
             x0, eps = to_x0_eps("eps", model.predict(z, torch.full((len(z),), time)), z, alpha, sigma)
             return (x0.clamp(-1, 1), eps) if clamp else (x0, eps)
 
-        got = ddpm(denoise, io["ddim.x_T"], way, noise=lambda i: io[f"ddpm.t{t}.noise"])
+        got = ddpm(denoise, io["ddim.x_T"], levels, noise=lambda i: io[f"ddpm.t{t}.noise"])
         assert relative(got, io[f"ddpm.t{t}.{name}"]) < FORWARD * 4
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_classes(models, way):
-    model, io = models("unet_class_crossattn", way), recorded("unet_class_crossattn")
+@pytest.mark.parametrize("reading", READINGS)
+def test_classes(models, reading):
+    model, io = models("unet_class_crossattn", reading), recorded("unet_class_crossattn")
     context, none = model.embed(classes=io["labels"].tolist()), model.embed(classes=io["uncond_labels"].tolist())
     assert relative(context, io["context"]) == 0 and relative(none, io["uncond_context"]) == 0
     assert relative(model.predict(io["x"], io["t"], context=context), io["eps"]) < FORWARD
@@ -156,9 +156,9 @@ def test_the_other_head_count_can_be_chosen_and_is_recorded(tmp_path):
         assert relative(got, io["eps_other_head_count"]) < FORWARD < relative(got, io["eps"])
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_text(models, way):
-    model, io = models("unet_text_bert", way), recorded("unet_text_bert")
+@pytest.mark.parametrize("reading", READINGS)
+def test_text(models, reading):
+    model, io = models("unet_text_bert", reading), recorded("unet_text_bert")
     context, none = model.embed(tokens=io["tokens"]), model.embed(tokens=io["uncond_tokens"])
     assert relative(context, io["context"]) < FORWARD and relative(none, io["uncond_context"]) < FORWARD
     assert relative(model.network.conditions.entries["text"].encoder.logits(io["tokens"]), io["logits"]) < FORWARD
@@ -171,9 +171,9 @@ def test_text(models, way):
     assert model.autoencoder.scale.std == (1 / 0.18215,) * 4
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_inpainting(models, way):
-    model, io = models("unet_concat_inpaint", way), recorded("unet_concat_inpaint")
+@pytest.mark.parametrize("reading", READINGS)
+def test_inpainting(models, reading):
+    model, io = models("unet_concat_inpaint", reading), recorded("unet_concat_inpaint")
     assert relative(model.predict(io["x"], io["t"], concat=io["c_concat"]), io["eps"]) < FORWARD
     got = model.sample_latents(io["ddim.x_T"], concat=io["c_concat"], steps=10)
     assert relative(got, io["ddim.samples"]) < TRAJECTORY
@@ -193,18 +193,18 @@ def test_filled_holes_are_pasted_hard_and_truncated():
     assert np.array_equal(truncated, io["composed_uint8"].numpy())
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_maps(models, way):
-    model, io = models("unet_semantic_rescaler", way), recorded("unet_semantic_rescaler")
+@pytest.mark.parametrize("reading", READINGS)
+def test_maps(models, reading):
+    model, io = models("unet_semantic_rescaler", reading), recorded("unet_semantic_rescaler")
     planes = model.embed(map=list(io["seg_indices"].numpy().astype(np.uint8))).concat
     assert relative(planes, io["context"]) < FORWARD
     assert relative(model.predict(io["x"], io["t"], concat=planes), io["eps"]) < FORWARD
     assert relative(model.sample_latents(io["ddim.x_T"], concat=planes, steps=10), io["ddim.samples"]) < TRAJECTORY
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_full_checkpoint(models, way):
-    model, io = models("full_checkpoint", way), recorded("full_checkpoint")
+@pytest.mark.parametrize("reading", READINGS)
+def test_a_full_checkpoint(models, reading):
+    model, io = models("full_checkpoint", reading), recorded("full_checkpoint")
     ae = model.autoencoder
     assert relative(ae.encode(io["image"]), io["z"]) < FORWARD and clear(ae.network, ae.scale.restore(io["z"]))
     assert relative(ae.decode(io["z"]), io["rec"]) < QUANTISED

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_perceptual import recorded_trunk
+from recorded import recorded_trunk
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldmcli.conditions import CONDITIONS
@@ -398,14 +398,14 @@ def drawn_latents(model, sampler: str, steering: str, device) -> torch.Tensor:
 def test_every_sampler_draws_on_a_gpu_what_it_draws_on_a_cpu(sampler):
     for prediction in ("eps", "v", "x0", "flow"):
         model = tiny_model("kl", kinds=("class",), prediction=prediction)
-        ways = ("plain",) if prediction != "eps" else STEERINGS if sampler == "ddim" else STEERINGS[:4]
+        steerings = ("plain",) if prediction != "eps" else STEERINGS if sampler == "ddim" else STEERINGS[:4]
         with torch.no_grad():
-            expected = {way: drawn_latents(model, sampler, way, CPU) for way in ways}
+            expected = {steering: drawn_latents(model, sampler, steering, CPU) for steering in steerings}
             with pretended() as device:
                 moved(model, device)
-                for way in ways:
-                    found = drawn_latents(model, sampler, way, device)
-                    assert torch.equal(found, expected[way]), (prediction, way)
+                for steering in steerings:
+                    found = drawn_latents(model, sampler, steering, device)
+                    assert torch.equal(found, expected[steering]), (prediction, steering)
 
 
 @pytest.mark.parametrize("stage", [name for name, settings in STAGES.items() if settings])
