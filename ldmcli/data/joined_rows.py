@@ -12,7 +12,7 @@ class JoinedRows:
     """The rows of several splits, one after the other, for the split that is all of a data set."""
 
     _OF_A_ROW = frozenset(
-        "name image shape pixels caption label objects map cell map_pixels boxes content_hash".split()
+        "name image shape pixels caption label objects all_objects map cell map_pixels boxes content_hash".split()
     )
 
     def __init__(self, parts: list[Rows]):
@@ -21,11 +21,21 @@ class JoinedRows:
         self.source, self.split, self.columns = first.source, "all", first.columns
         self.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
         self.class_names, self.category_names = first.class_names, first.category_names
-        self.boxes_are_shares, self.validation_is_train = first.boxes_are_shares, False
+        self.room, self.validation_is_train = first.room, False
         self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def boxes_are_shares(self) -> bool:
+        """As of `Rows`; the same for every split."""
+        return self._parts[0].boxes_are_shares
+
+    @boxes_are_shares.setter
+    def boxes_are_shares(self, value: bool) -> None:
+        for part in self._parts:
+            part.boxes_are_shares = value
 
     def has(self, role: str) -> bool:
         """As of `Rows`: whether the rows of every split do."""
