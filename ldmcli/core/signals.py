@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 # launchers pass a Ctrl-C on that the terminal has already delivered; a person is slower than this
-_SAME_PRESS_SECONDS = 0.5
+SAME_PRESS_SECONDS = 0.5
 
 
 class StopRequest:
@@ -50,7 +50,7 @@ class StopRequest:
             self.stop, self._since = number, time.monotonic()
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
             _note(f"{signal.Signals(number).name}: finishing this step, then saving{again}\n")
-        elif number == signal.SIGINT and time.monotonic() - self._since > _SAME_PRESS_SECONDS:
+        elif number == signal.SIGINT and time.monotonic() - self._since > SAME_PRESS_SECONDS:
             raise KeyboardInterrupt
 
     def _on_save(self, number: int, frame) -> None:

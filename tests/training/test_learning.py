@@ -367,7 +367,7 @@ def test_accumulation_and_processes_do_not_change_what_is_learned(ae, tmp_path):
 def test_bfloat16_is_taken_where_a_product_takes_less_time(monkeypatch, half, pays):
     """Reliability 15: `auto` on a CPU goes by what a product takes, and by the instruction that it needs."""
     seconds = {torch.bfloat16: half, torch.float32: 2.0}
-    monkeypatch.setattr(optimizer, "_product_seconds", seconds.get)
+    monkeypatch.setattr(optimizer, "product_seconds", seconds.get)
     optimizer.bf16_is_fast.cache_clear()
     found = autocast_dtype("auto", torch.device("cpu"))
     optimizer.bf16_is_fast.cache_clear()

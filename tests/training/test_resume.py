@@ -515,7 +515,7 @@ def test_a_second_ctrl_c_ends_at_once_and_spoils_nothing(tmp_path, arguments, re
     from ldmcli.training.autoencoder import AutoencoderObjective
 
     out, loss = cut_back(reference["train-ae"], tmp_path / "run", 17), AutoencoderObjective.loss
-    monkeypatch.setattr(signals, "_SAME_PRESS_SECONDS", -1)
+    monkeypatch.setattr(signals, "SAME_PRESS_SECONDS", -1)
 
     def pressed(self, *args):
         os.kill(os.getpid(), signal.SIGINT)
