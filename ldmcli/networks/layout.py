@@ -109,19 +109,6 @@ class Layout:
         return objects[:, 0], np.concatenate([where[:, 0], where[:, 1] - where[:, 0]], axis=1), crop
 
 
-def flagged(
-    category: int,
-    categories: int,
-    *,
-    group: bool = False,
-    occluded: bool = False,
-    depiction: bool = False,
-    inside: bool = False,
-) -> int:
-    """The token of a category with the marks of OpenImages: group 1, occluded 2, depiction 4, inside 8."""
-    return category + categories * (group + 2 * occluded + 4 * depiction + 8 * inside)
-
-
 def _corners(bbox: np.ndarray) -> np.ndarray:
     return np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], axis=1)
 

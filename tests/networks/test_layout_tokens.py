@@ -6,13 +6,26 @@ import numpy as np
 import pytest
 from golden_cases import shared
 
-from ldmcli.networks.layout import WHOLE, Layout, flagged
+from ldmcli.networks.layout import WHOLE, Layout
 
 CASES = [
     f"{name}.{form}"
     for name in ("full_image", "crop_and_flip", "small_no_crop_token")
     for form in ("bbox", "center_points")
 ]
+
+
+def flagged(
+    category: int,
+    categories: int,
+    *,
+    group: bool = False,
+    occluded: bool = False,
+    depiction: bool = False,
+    inside: bool = False,
+) -> int:
+    """The token of a category with the marks of OpenImages: group 1, occluded 2, depiction 4, inside 8."""
+    return category + categories * (group + 2 * occluded + 4 * depiction + 8 * inside)
 
 
 def recorded(name: str) -> tuple[dict, Layout, list[int]]:
