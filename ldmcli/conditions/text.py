@@ -11,11 +11,11 @@ from torch import Tensor
 from ldmcli.conditions.condition import Condition, FitData, Ranks, Spec, View
 from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import UsageError
-from ldmcli.core.settings import DiffusionConfig
+from ldmcli.core.settings import MAX_TEXT_LENGTH, DiffusionConfig
 from ldmcli.data.arrays import whole_numbers
 from ldmcli.data.decode import sanitise
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.conditioners import MAX_TEXT_LENGTH, Conditions, TextConditioner, load_tokenizer, load_vocabulary
+from ldmcli.networks.conditioners import Conditions, TextConditioner, load_tokenizer, load_vocabulary
 
 if TYPE_CHECKING:
     from ldmcli.conditions.dataset import ConditionDataset

@@ -398,6 +398,7 @@ class AutoencoderConfig:
     train: TrainSettings = field(default_factory=_autoencoder_training)
 
 
+MAX_TEXT_LENGTH = 77  # tokens of a caption that are read, unless condition.text_length says otherwise
 TASK_CONDITIONS = {"sr": "lowres", "inpaint": "masked"}  # the condition that a task brings along
 
 

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, ModelError, UsageError
-from ldmcli.core.settings import ConditionSettings
+from ldmcli.core.settings import MAX_TEXT_LENGTH, ConditionSettings
 from ldmcli.networks.conditioning import Conditioner, Conditioning, Encode
 from ldmcli.networks.layout import LayoutConditioner
 from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.spatial_conditioners import LowResConditioner, MaskedConditioner, SemanticMapConditioner
 from ldmcli.networks.text_encoder import TextTransformer, pooled, vector_of_tokens
 
-MAX_TEXT_LENGTH = 77
 READ_CHARACTERS = 50_000  # of a caption: what lies behind them is far past any text length
 TYPOGRAPHIC = str.maketrans("’‘“”–—", "''\"\"--")  # typographic signs and the keys that people press for them
 

@@ -10,17 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ldmcli.conditions.semantic_map import SemanticMap
 from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.outputs import CONTACT
-from ldmcli.core.settings import DataSettings
+from ldmcli.core.settings import MAX_TEXT_LENGTH, DataSettings
 from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.rows import WORKERS, Rows, parallel_map
 from ldmcli.data.shape_rows import is_shapes
 from ldmcli.data.sources import open_rows, split_sizes
-from ldmcli.data.streaming import stream
-from ldmcli.networks.conditioners import MAX_TEXT_LENGTH
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
 
 SPLITS = ("train", "validation")
@@ -84,6 +81,8 @@ def _default_out(source: str) -> Path:
 def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
     """Rows by split, and notes on splits: without a train split, all that there are."""
     if settings.streaming and not is_shapes(settings.source):
+        from ldmcli.data.streaming import stream  # needs torch, which the rest of `ldm data` does without
+
         first = islice(stream(settings), min(settings.limit or STREAMED, STREAMED))
         return {"train": [(row, 0) for row in first]}, [
             "a stream: only its first rows were looked at, and how many there are is not known"
@@ -131,7 +130,7 @@ def _look(row: Row, split: str) -> Look:
         else:
             image = rows.image(i)
             shape = (image.height, image.width)
-            if rows.has(SemanticMap.column):
+            if rows.has("map"):
                 rows.map(i)
         return Look(row, sanitise(rows.name(i)), split, shape, rows.content_hash(i))
     except BadImage as error:

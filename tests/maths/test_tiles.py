@@ -289,12 +289,9 @@ def test_the_smallest_tile_over_the_bound_is_refused():
     from types import SimpleNamespace
 
     unet, _, _, _ = recorded_unet("unet_uncond")
-    inner = SimpleNamespace(
-        unet=unet,
-        latent_shape=(3, 8, 8),
-        conditions=SimpleNamespace(concat_channels=0, context_dim=None, vector_dim=None),
-    )
-    model = SimpleNamespace(model=inner, autoencoder=autoencoder("fast"))
+    network = SimpleNamespace(unet=unet, latent_shape=(3, 8, 8))
+    conditions = SimpleNamespace(concat_channels=0, context_dim=None, vector_dim=None)
+    model = SimpleNamespace(network=network, conditions=conditions, autoencoder=autoencoder("fast"))
     assert memory_module.largest_tile(model, (64, 64), 1.0) == 0
     tile = memory_module.largest_tile(model, (4096, 3000), 0.05)
     assert 8 <= tile < 1024 and tile % unet.size_factor == 0

@@ -613,11 +613,11 @@ def test_a_condition_prepares_rows_alone_as_together_and_has_a_null_of_its_own(t
     entry, values = told.network.conditions.entries[kind], EXAMPLES[kind][:2]
     together, alone = entry.prepare(values), entry.prepare(values[1:])
     null = entry.null(2, together)
-    assert together.keys() == null.keys() and entry.columns and entry.request
+    assert together.keys() == null.keys() and CONDITIONS[kind].column and CONDITIONS[kind].option
     for name, tensor in together.items():
         assert len(tensor) == 2 and torch.equal(tensor[1:], alone[name])
         assert null[name].shape == tensor.shape and null[name].dtype == tensor.dtype
-    where = ((4, 4),) if getattr(entry, "drawn", False) else ()  # the latent's size
+    where = ((4, 4),) if entry.takes_size else ()  # the latent's size
     with torch.no_grad():
         given, without = entry(together, *where), entry(null, *where)
     for part in ("context", "concat", "vector"):
