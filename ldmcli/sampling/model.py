@@ -147,22 +147,6 @@ class TrainedDiffusion:
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return self.network.embed(inputs, size, self.autoencoder.encode)
 
-        """What pictures of `size` (height, width) px are cut from the middle of: sides are whole units, the
-        autoencoder's f times the UNet's factor. None (as trained) stays. Says so where the two differ. Raises
-        UsageError below one latent."""
-        if size is None:
-            return None
-        f, factor = self.autoencoder.network.f, self.size_multiple
-        if min(size) < f:
-            raise UsageError(
-                f"--size {size[0]}x{size[1]}: smaller than one latent of this model ({f} px); "
-                f"take {max(size[0], factor)}x{max(size[1], factor)} or more"
-            )
-        whole = (-(-size[0] // factor) * factor, -(-size[1] // factor) * factor)
-        if whole != tuple(size):
-            say(f"--size {size[0]}x{size[1]}: drawn at {whole[0]}x{whole[1]} (multiples of {factor}), the middle kept")
-        return whole
-
     def round_up_size(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
         """What images of `size` (height, width) px are the middle of: sides are multiples of `size_multiple`. None (as
         trained) stays. Says so where the two differ. Raises UsageError below one latent."""
