@@ -23,7 +23,8 @@ BELOW = {
 }
 BELOW["training"] = BELOW["evaluation"] | {"evaluation"}
 BELOW["reports"] = BELOW["training"] | {"training"}
-BELOW["cli"] = BELOW["reports"] | {"reports"}
+BELOW["studies"] = BELOW["reports"] | {"reports"}
+BELOW["cli"] = BELOW["studies"] | {"studies"}
 HEAVY = {
     "torch",
     "torchvision",
