@@ -3,8 +3,8 @@
     python docs/generate.py            writes them
     python docs/generate.py --check    ends with 1 where one of them is not what would be written
 
-A setting's meaning is the comment beside or above its field in `ldmcli/core/settings.py`, else the help of the option
-that sets it. A command's page is its `--help` at 80 columns.
+A setting's meaning is the comment beside or above its field in `ldmcli/core/settings.py` (or
+`train_settings.py`), else the help of the option that sets it. A command's page is its `--help` at 80 columns.
 """
 
 import argparse

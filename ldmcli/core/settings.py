@@ -7,35 +7,10 @@ logic beyond checks that span several fields.
 from dataclasses import dataclass, field
 
 from ldmcli.core.errors import UsageError
+from ldmcli.core.setting_checks import at_least, choice, positive, share
+from ldmcli.core.train_settings import TrainSettings
 
 FACTORS = (1, 2, 4, 8, 16, 32)
-
-
-def _choice(section: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{section}.{name} = {value!r}: choose one of {', '.join(allowed)}")
-
-
-def _positive(section: str, values: dict[str, float]) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise UsageError(f"{section}.{name} = {value}: must be greater than 0")
-
-
-def _at_least(section: str, least: float, settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if not all(each >= least for each in (value if isinstance(value, tuple) else (value,))):
-            shown = list(value) if isinstance(value, tuple) else value
-            bound = f"be at least {least:g}" if least else "not be negative"
-            raise UsageError(f"{section}.{name} = {shown}: must {bound}")
-
-
-def _share(section: str, settings: object, *names: str) -> None:
-    """0 … 1, the upper end left out."""
-    for name in names:
-        if not 0 <= getattr(settings, name) < 1:
-            raise UsageError(f"{section}.{name} = {getattr(settings, name)}: must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +47,9 @@ class DataSettings:
     workers: int = 2  # threads that decode ahead of the loop
 
     def __post_init__(self):
-        _choice("data", "crop", self.crop, ("center", "random"))
-        _choice("data", "resize", self.resize, ("bicubic", "bilinear", "lanczos", "box"))
-        _choice("data", "cache_dtype", self.cache_dtype, ("float32", "float16"))
+        choice("data", "crop", self.crop, ("center", "random"))
+        choice("data", "resize", self.resize, ("bicubic", "bilinear", "lanczos", "box"))
+        choice("data", "cache_dtype", self.cache_dtype, ("float32", "float16"))
         if not 0 < self.val_fraction < 1:
             raise UsageError(f"data.val_fraction = {self.val_fraction}: must lie between 0 and 1")
         if not 0 < self.crop_min <= self.crop_max <= 1:
@@ -84,8 +59,8 @@ class DataSettings:
             )
         if self.crop_min < 1 and self.crop != "random":
             raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
-        _at_least("data", 0, self, "limit", "workers", "min_objects", "max_objects")
-        _share("data", self, "min_box_area")
+        at_least("data", 0, self, "limit", "workers", "min_objects", "max_objects")
+        share("data", self, "min_box_area")
         if self.max_objects and self.max_objects < self.min_objects:
             raise UsageError(f"data.max_objects = {self.max_objects}: less than data.min_objects = {self.min_objects}")
         if self.streaming and (self.min_objects or self.max_objects or self.min_box_area):
@@ -93,7 +68,7 @@ class DataSettings:
                 "data.min_objects, max_objects and min_box_area need all rows beforehand; leave "
                 "data.streaming (--streaming) away"
             )
-        _at_least("data", 1, self, "max_pixels")
+        at_least("data", 1, self, "max_pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +95,8 @@ class AutoencoderSettings:
     revive_codes: int = 0  # vq: every N steps codes unused since the last time are re-drawn from the batch; 0 = never
 
     def __post_init__(self):
-        _choice("autoencoder", "family", self.family, ("fast", "paper"))
-        _choice("autoencoder", "reg", self.reg, ("kl", "vq"))
+        choice("autoencoder", "family", self.family, ("fast", "paper"))
+        choice("autoencoder", "reg", self.reg, ("kl", "vq"))
         if self.f not in FACTORS:
             raise UsageError(f"autoencoder.f = {self.f}: choose one of {', '.join(map(str, FACTORS))}")
         if self.family == "paper" and self.f > 1 and 2 ** (len(self.channel_mult) - 1) != self.f:
@@ -130,9 +105,9 @@ class AutoencoderSettings:
                 f"{self.f.bit_length()} entries, one a resolution"
             )
         names = "in_channels z_channels embed_dim channels codebook_size groups num_res_blocks"
-        _at_least("autoencoder", 1, self, *names.split())
-        _at_least("autoencoder", 0, self, "beta", "revive_codes")
-        _share("autoencoder", self, "dropout")
+        at_least("autoencoder", 1, self, *names.split())
+        at_least("autoencoder", 0, self, "beta", "revive_codes")
+        share("autoencoder", self, "dropout")
         if not self.channel_mult or min(self.channel_mult) * self.channels < 1:
             raise UsageError(
                 f"autoencoder.channel_mult = {list(self.channel_mult)}: one factor a level is needed, of "
@@ -161,11 +136,11 @@ class LossSettings:
     adaptive_weight: bool = True  # disc_weight times the ratio of gradient norms at the last layer (Esser et al. 2021)
 
     def __post_init__(self):
-        _choice("loss", "style", self.style, ("mean", "paper"))
-        _choice("loss", "gan", self.gan, ("hinge", "vanilla"))
+        choice("loss", "style", self.style, ("mean", "paper"))
+        choice("loss", "gan", self.gan, ("hinge", "vanilla"))
         names = "l1 l2 edge perceptual_weight kl_weight codebook_weight disc_weight disc_start disc_lr"
-        _at_least("loss", 0, self, *names.split())
-        _at_least("loss", 1, self, "disc_channels", "disc_layers")
+        at_least("loss", 0, self, *names.split())
+        at_least("loss", 1, self, "disc_channels", "disc_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,19 +180,17 @@ class DiffusionSettings:
     latent_scale: str = "per_channel"  # per_channel | global | none
 
     def __post_init__(self):
-        _choice("diffusion", "prediction", self.prediction, ("eps", "v", "x0", "flow"))
-        _choice("diffusion", "schedule", self.schedule, ("linear", "cosine", "sqrt_linear", "sqrt"))
-        _choice("diffusion", "t_sampling", self.t_sampling, ("uniform", "logit_normal"))
-        _choice("diffusion", "loss", self.loss, ("l2", "l1"))
-        _choice("diffusion", "loss_weight", self.loss_weight, ("uniform", "min_snr"))
-        _choice("diffusion", "latent_scale", self.latent_scale, ("per_channel", "global", "none"))
-        _choice("diffusion", "position", self.position, ("none", "learned", "sinusoidal"))
-        _at_least(
-            "diffusion", 1, self, "channels", "timesteps", "patch", "head_channels", "groups", "transformer_depth"
-        )
-        _at_least("diffusion", 0, self, "num_heads", "num_res_blocks", "level_heads", "t_std")
-        _positive("diffusion", {"snr_gamma": self.snr_gamma})
-        _share("diffusion", self, "dropout")
+        choice("diffusion", "prediction", self.prediction, ("eps", "v", "x0", "flow"))
+        choice("diffusion", "schedule", self.schedule, ("linear", "cosine", "sqrt_linear", "sqrt"))
+        choice("diffusion", "t_sampling", self.t_sampling, ("uniform", "logit_normal"))
+        choice("diffusion", "loss", self.loss, ("l2", "l1"))
+        choice("diffusion", "loss_weight", self.loss_weight, ("uniform", "min_snr"))
+        choice("diffusion", "latent_scale", self.latent_scale, ("per_channel", "global", "none"))
+        choice("diffusion", "position", self.position, ("none", "learned", "sinusoidal"))
+        at_least("diffusion", 1, self, "channels", "timesteps", "patch", "head_channels", "groups", "transformer_depth")
+        at_least("diffusion", 0, self, "num_heads", "num_res_blocks", "level_heads", "t_std")
+        positive("diffusion", {"snr_gamma": self.snr_gamma})
+        share("diffusion", self, "dropout")
         if not self.channel_mult or min(self.channel_mult) * self.channels < 1:
             raise UsageError(
                 f"diffusion.channel_mult = {list(self.channel_mult)}: one factor a level is needed, of at "
@@ -255,9 +228,9 @@ class ConditionSettings:
     class_vector: bool = True  # class embedding added to the time embedding, too
 
     def __post_init__(self):
-        _share("condition", self, "drop")
-        _at_least("condition", 0, self, "layout_planes", "text_length", "embedding_std")
-        _at_least("condition", 1, self, "context_dim", "text_layers", "text_heads", "text_head_channels")
+        share("condition", self, "drop")
+        at_least("condition", 0, self, "layout_planes", "text_length", "embedding_std")
+        at_least("condition", 1, self, "context_dim", "text_layers", "text_heads", "text_head_channels")
         if 0 < self.text_length < 3:
             raise UsageError(f"condition.text_length = {self.text_length}: needs 3, two of which begin and end it")
 
@@ -281,84 +254,13 @@ class TaskSettings:
     detail: bool = True  # inpaint with patches: what the first stage loses of them is put back into results
 
     def __post_init__(self):
-        _choice("task", "name", self.name, TASKS)
-        _choice("task", "degradation", self.degradation, ("bicubic", "bsr", "bsr-light"))
-        _choice("task", "fill", self.fill, FILLS)
+        choice("task", "name", self.name, TASKS)
+        choice("task", "degradation", self.degradation, ("bicubic", "bsr", "bsr-light"))
+        choice("task", "fill", self.fill, FILLS)
         if self.tone < 0:
             raise UsageError(f"task.tone = {self.tone:g}: must not be negative")
         if self.scale not in (2, 4, 8):
             raise UsageError(f"task.scale = {self.scale}: choose one of 2, 4, 8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """The loop. Steps are optimiser updates; the batch is the global one, over processes and accumulation."""
-
-    steps: int = 10_000
-    batch_size: int = 32
-    micro_batch: int = 0  # samples that a process takes at a time; 0 = auto: its whole share, or as many as fit
-    lr: float = 1e-3
-    optimizer: str = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW at `adam_lr`)
-    adam_lr: float = 1e-3  # muon only: rate of the part that AdamW trains
-    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
-    weight_decay: float = 0.0  # decoupled
-    muon_every: int = 1  # orthogonalise the update every N steps; in between, the momentum accumulates
-    warmup: int = 0  # steps, linear
-    cooldown: float = 0.0  # share of the steps at the end over which the rate falls linearly to 0
-    clip: float = 0.0  # global gradient norm; 0 = off
-    spike: float = 10.0  # a gradient norm this many times the usual one is scaled down to the usual; 0 = off
-    ema: bool = True  # keep an average of the weights, for use
-    ema_decay: float = 0.9999  # the rate in effect is min(ema_decay, (1 + n) / (10 + n))
-    ema_scope: str = "all"  # all | unet (the original averages the UNet only)
-    seed: int = 0
-    mixed_precision: str = "auto"  # auto | no | bf16 | fp16
-    compile: bool = False
-    # several processes: seconds that a backward pass waits for the others; whatever else they do may take hours
-    gradient_timeout: float = 600.0
-    max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5
-    save_every: int = 1000
-    keep: int = 2  # newest checkpoints that stay
-    sample_every: int = 1000
-    eval_every: int = 1000
-    log_every: int = 50
-    eval_images: int = 256  # of the validation rows, at most; a short run measures fewer (`measured_images`)
-    eval_frechet: bool = True  # train-ae: a Frechet distance beside PSNR and SSIM, where 64 images or more are measured
-    max_hours: float = 0.0  # save and end before; 0 = no limit
-    max_minutes: float = 0.0  # steps end early so that training takes this long, cooldown included; 0 = no limit
-    track: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        _choice("train", "optimizer", self.optimizer, ("adamw", "muon"))
-        _choice("train", "mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
-        _choice("train", "ema_scope", self.ema_scope, ("all", "unet"))
-        _positive(
-            "train",
-            {
-                "steps": self.steps,
-                "batch_size": self.batch_size,
-                "lr": self.lr,
-                "keep": self.keep,
-                "log_every": self.log_every,
-                "save_every": self.save_every,
-                "gradient_timeout": self.gradient_timeout,
-            },
-        )
-        names = "micro_batch clip weight_decay warmup sample_every eval_every eval_images max_hours max_minutes"
-        _at_least("train", 0, self, *names.split())
-        _at_least("train", 1, self, "muon_every")
-        _positive("train", {"adam_lr": self.adam_lr})
-        _share("train", self, "ema_decay")
-        if not 0 <= self.cooldown <= 1:
-            raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
-        if self.spike and self.spike < 2:
-            raise UsageError(f"train.spike = {self.spike:g}: must be at least 2 (norms vary that much), or 0 = off")
-
-    def measured_images(self, most: int) -> int:
-        """How many images a validation looks at: `most`, but an eighth of what the run trains on, and at least 16.
-
-        So that measuring takes a small part of a run of a few steps. The same at every validation of a run.
-        """
-        return min(most, max(16, self.steps * self.batch_size // 8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,7 +278,7 @@ class SampleSettings:
     prompts: tuple[str, ...] = ()  # of the preview grid; () = captions of validation rows
 
     def __post_init__(self):
-        _at_least("sample", 0, self, "eta", "temperature", "n")
+        at_least("sample", 0, self, "eta", "temperature", "n")
 
 
 def _autoencoder_training() -> TrainSettings:

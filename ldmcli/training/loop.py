@@ -262,13 +262,13 @@ class Trainer:
         return self.dist.all_reduce_max([float(late)])[0] > 0 if limit else False
 
     def _lr_factor(self) -> float:
-        """Multiplier of every rate at this step: warm-up, and cooldown by steps or by time, whichever is ahead."""
+        """Multiplier of every rate at this step. What is done of the run: its share of steps or of time, the larger."""
         s, p = self.settings, self.progress
         done = p.step / s.steps
         if s.max_minutes:
             done = max(done, min(1.0, p.trained_seconds / (s.max_minutes * 60)))
             done = self.dist.all_reduce_max([done])[0]
-        return lr_factor(p.step, done, s.warmup, s.cooldown)
+        return lr_factor(s, p.step, done)
 
     def _gradient_scale(self, phase: str, norm: float) -> float:
         """What the gradient is multiplied by: it is cut to train.clip, and to its usual norm where it is a spike."""

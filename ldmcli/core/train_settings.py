@@ -1,0 +1,107 @@
+"""The section [train], which both training commands read."""
+
+from dataclasses import dataclass
+
+from ldmcli.core.errors import UsageError
+from ldmcli.core.setting_checks import at_least, choice, positive, share
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The loop. Steps are optimiser updates; the batch is the global one, over processes and accumulation."""
+
+    steps: int = 10_000
+    batch_size: int = 32
+    micro_batch: int = 0  # samples that a process takes at a time; 0 = auto: its whole share, or as many as fit
+    lr: float = 1e-3
+    optimizer: str = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW at `adam_lr`)
+    adam_lr: float = 1e-3  # muon only: rate of the part that AdamW trains
+    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
+    weight_decay: float = 0.0  # decoupled
+    muon_every: int = 1  # orthogonalise the update every N steps; in between, the momentum accumulates
+    # constant: warm-up, then the rate stays until it cools down; linear | warmup_cosine: the schedulers of the
+    # original, whose multiplier of the rate warms up and falls in each cycle
+    schedule: str = "constant"
+    warmup: int = 0  # constant: steps, linear
+    cooldown: float = 0.0  # constant: share of the steps at the end over which the rate falls linearly to 0
+    cycle_steps: tuple[int, ...] = ()  # linear, warmup_cosine: steps of each cycle; () = one, as long as the run
+    # steps of a cycle's warm-up; for this and the three multipliers below: one number for all cycles, or one for each
+    cycle_warmup: tuple[int, ...] = (0,)
+    cycle_start: tuple[float, ...] = (0.0,)  # multiplier at the beginning of a cycle's warm-up
+    cycle_max: tuple[float, ...] = (1.0,)  # … where it is highest
+    cycle_min: tuple[float, ...] = (0.0,)  # … at a cycle's end, and after the last one
+    clip: float = 0.0  # global gradient norm; 0 = off
+    spike: float = 10.0  # a gradient norm this many times the usual one is scaled down to the usual; 0 = off
+    ema: bool = True  # keep an average of the weights, for use
+    ema_decay: float = 0.9999  # the rate in effect is min(ema_decay, (1 + n) / (10 + n))
+    ema_scope: str = "all"  # all | unet (the original averages the UNet only)
+    seed: int = 0
+    mixed_precision: str = "auto"  # auto | no | bf16 | fp16
+    compile: bool = False
+    # several processes: seconds that a backward pass waits for the others; whatever else they do may take hours
+    gradient_timeout: float = 600.0
+    max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5
+    save_every: int = 1000
+    keep: int = 2  # newest checkpoints that stay
+    sample_every: int = 1000
+    eval_every: int = 1000
+    log_every: int = 50
+    eval_images: int = 256  # of the validation rows, at most; a short run measures fewer (`measured_images`)
+    eval_frechet: bool = True  # train-ae: a Frechet distance beside PSNR and SSIM, where 64 images or more are measured
+    max_hours: float = 0.0  # save and end before; 0 = no limit
+    max_minutes: float = 0.0  # steps end early so that training takes this long, cooldown included; 0 = no limit
+    track: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        choice("train", "optimizer", self.optimizer, ("adamw", "muon"))
+        choice("train", "mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        choice("train", "schedule", self.schedule, ("constant", "linear", "warmup_cosine"))
+        choice("train", "ema_scope", self.ema_scope, ("all", "unet"))
+        positive(
+            "train",
+            {
+                "steps": self.steps,
+                "batch_size": self.batch_size,
+                "lr": self.lr,
+                "keep": self.keep,
+                "log_every": self.log_every,
+                "save_every": self.save_every,
+                "gradient_timeout": self.gradient_timeout,
+            },
+        )
+        names = "micro_batch clip weight_decay warmup sample_every eval_every eval_images max_hours max_minutes"
+        at_least("train", 0, self, *names.split())
+        at_least("train", 1, self, "muon_every")
+        positive("train", {"adam_lr": self.adam_lr})
+        share("train", self, "ema_decay")
+        if not 0 <= self.cooldown <= 1:
+            raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
+        self._check_cycles()
+        if self.spike and self.spike < 2:
+            raise UsageError(f"train.spike = {self.spike:g}: must be at least 2 (norms vary that much), or 0 = off")
+
+    def _check_cycles(self) -> None:
+        """Raises UsageError for cycles of the learning rate that contradict each other."""
+        at_least("train", 1, self, "cycle_steps")
+        at_least("train", 0, self, "cycle_warmup", "cycle_start", "cycle_max", "cycle_min")
+        cycles = self.cycle_steps or (self.steps,)
+        for name in ("cycle_warmup", "cycle_start", "cycle_max", "cycle_min"):
+            values = getattr(self, name)
+            if len(values) not in (1, len(cycles)):
+                raise UsageError(
+                    f"train.{name} = {list(values)}: one number is needed, or one for each cycle of "
+                    f"train.cycle_steps ({len(cycles)})"
+                )
+        warmups = self.cycle_warmup * (len(cycles) // len(self.cycle_warmup))
+        if self.schedule != "constant" and any(warmup >= steps for warmup, steps in zip(warmups, cycles)):
+            raise UsageError(
+                f"train.cycle_warmup = {list(self.cycle_warmup)}: a warm-up must be shorter than its cycle "
+                f"({', '.join(map(str, cycles))} steps)"
+            )
+
+    def measured_images(self, most: int) -> int:
+        """How many images a validation looks at: `most`, but an eighth of what the run trains on, and at least 16.
+
+        So that measuring takes a small part of a run of a few steps. The same at every validation of a run.
+        """
+        return min(most, max(16, self.steps * self.batch_size // 8))
