@@ -10,6 +10,7 @@ from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Text, command, option, setting
 from ldmcli.core import config, console
 from ldmcli.core.errors import ThresholdError, UsageError
+from ldmcli.core.runs import locate
 
 METRICS_HELP = "fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?)."
 
@@ -186,11 +187,12 @@ def reference(given: ParsedOptions, measured: dict[str, Any]):
     if given.data is not None and given.data.endswith(".npz"):
         return given.data
     layers = given.layers("data.")
-    run = measured.get("model") or measured.get("autoencoder")
+    name = measured.get("model") or measured.get("autoencoder")
     if given.data is None and layers:
-        if not run or not (Path(run) / "config.toml").is_file():
+        run = locate(Path(name))[0] if name else None
+        if run is None or not (run / "config.toml").is_file():
             return None
-        stored = config.read_recipe(Path(run) / "config.toml").values
+        stored = config.read_recipe(run / "config.toml").values
         layers.insert(0, (f"run {run}", {path: value for path, value in stored.items() if path.startswith("data.")}))
     return config.resolve("diffusion", layers).config.data if layers else None
 
@@ -243,6 +245,8 @@ def describe(result: dict[str, Any]) -> str:
         counts += f" ({held['rows']:,} held out of {held['of']:,} rows)"
     if "weights" in result:
         counts += {"ema": "; averaged weights (EMA)", "raw": "; weights of the last step (raw)"}[result["weights"]]
+    if "step" in result:
+        counts += f"; checkpoint of step {result['step']:,}"
     return "\n".join([console.table(rows, ["metric", "value"]), counts])
 
 

@@ -79,7 +79,7 @@ Autoencoder = option(
     Text,
     "--autoencoder",
     "RUN|none",
-    "Autoencoder whose latents are used; none = pixels.",
+    "Autoencoder whose latents are used (RUN@STEP: of a checkpoint); none = pixels.",
     panel=MODEL,
     default="the newest run",
 )
@@ -104,9 +104,21 @@ Degradation = _model(
     "task.degradation", ("bicubic", "bsr", "bsr-light"), "--task sr: how small images are made; bsr is blind to how."
 )
 InitFrom = option(
-    Text, "--init-from", "RUN", "Begin with this run's weights (fine-tuning).", panel=MODEL, default="none"
+    Text,
+    "--init-from",
+    "RUN",
+    "Begin with the weights of this run, or of RUN@STEP (fine-tuning).",
+    panel=MODEL,
+    default="none",
 )
-Model = option(Text, "--model", "RUN", "Run folder of the model.", panel=MODEL, default="the newest suitable run")
+Model = option(
+    Text,
+    "--model",
+    "RUN",
+    "Run folder of the model; RUN@STEP or RUN@best: one of its checkpoints.",
+    panel=MODEL,
+    default="the newest suitable run",
+)
 Weights = option(
     str,
     "--weights",

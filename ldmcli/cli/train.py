@@ -109,6 +109,7 @@ def _autoencoder_of(run: Path) -> str:
     """The first stage of a run that another one begins with."""
     from ldmcli.core import files, runs
 
+    run = runs.locate(run)[0]
     if runs.read_run(run).get("kind") != "diffusion":
         raise ModelError(f"--init-from {run}: not a diffusion run; name a run of `ldm train-ldm`")
     pixels = files.read_json(run / "stats.json").get("autoencoder") == "pixels"

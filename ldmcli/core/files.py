@@ -224,6 +224,17 @@ def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = No
     return digest
 
 
+def tensors_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors. Raises ModelError when it cannot be read."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}
+    except Exception as error:
+        raise ModelError(f"{path}: damaged, not a readable safetensors file ({error})") from error
+
+
 def load_tensors(path: Path, *, verify: bool = True, finite: bool = True) -> tuple[dict, dict[str, str]]:
     """(tensors on the CPU, metadata) of a file written by `save_tensors`.
 

@@ -298,6 +298,43 @@ def read_run(path: Path) -> dict[str, Any]:
     return files.read_json(path / "run.json")
 
 
+def locate(path: Path) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint) that a name means: RUN, RUN@STEP, RUN@best, or RUN/checkpoints/step-STEP.
+
+    The checkpoint is None for RUN, whose weights for use are meant, and for what is no run. What exists under the very
+    name comes first. Raises ModelError where there is no such checkpoint, naming those there are.
+    """
+    place = path.absolute()
+    if _STEP_NAME.match(path.name) and place.parent.name == "checkpoints" and is_run(place.parent.parent):
+        return place.parent.parent, _checkpoint_at(place.parent.parent, path.name.removeprefix("step-"))
+    name, _, wanted = path.name.rpartition("@")
+    if not name or path.exists() or not is_run(path.with_name(name)):
+        return path, None
+    run = path.with_name(name)
+    return run, _checkpoint_at(run, wanted)
+
+
+def _checkpoint_at(run: Path, wanted: str) -> Path:
+    found = dict(_named(run / "checkpoints"))
+    steps = ", ".join(map(str, sorted(found)))
+    there_are = f"its checkpoints are of step {steps}" if found else "it has no checkpoints"
+    step = (read_run(run).get("best") or {}).get("step", -1) if wanted == "best" else None
+    if step == -1:
+        raise ModelError(f"{run}@best: it kept no best checkpoint (train.keep_best = METRIC keeps one); {there_are}")
+    if step is None and not wanted.isdecimal():
+        raise ModelError(f"{run}@{wanted}: behind the @ belongs a step, or best; {there_are}")
+    step = int(wanted) if step is None else step
+    if step not in found:
+        raise ModelError(f"{run}: no checkpoint of step {step}; {there_are}")
+    return found[step]
+
+
+def step_document(path: Path) -> dict[str, int]:
+    """What documents say of the checkpoint that a name means (`locate`): {"step": …}; {} where it means none."""
+    checkpoint = locate(path)[1]
+    return {} if checkpoint is None else {"step": _step_of(checkpoint)}
+
+
 def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
     """Runs below `root`, newest last: path, kind, state, step, data, the latest evaluation, time of the last change."""
     rows = []

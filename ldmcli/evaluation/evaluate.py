@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ldmcli import __version__
-from ldmcli.core import console
+from ldmcli.core import console, runs
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation.baselines import guided_sources, task_sources
@@ -105,6 +105,9 @@ def evaluate(
     instruments = open_instruments(request, result)
     if isinstance(model, (str, Path)):
         result.protocol["weights"] = weights if request.model.config.train.ema else "raw"
+    named = model if model is not None else autoencoder
+    if isinstance(named, (str, Path)):
+        result.protocol |= runs.step_document(Path(named))
     generated, reference = MEASURES[request.subject](request, instruments, result)
     document = report(instruments, result, generated, reference, time.monotonic() - started)
     return document if earlier is None else with_comparison(document, earlier)

@@ -33,10 +33,11 @@ def convert(
     expressed, UsageError for a target that is in the way.
     """
     source_format = format_of(source)
-    if source_format == "run" and not to:
+    run, checkpoint = runs.locate(source)
+    if source_format == "run" and checkpoint is None and not to:
         raise UsageError("--to: a run can go to compvis or diffusers; say which")
     to = to or "run"
-    _check_target(source, target, to, overwrite)
+    _check_target(run, target, to, overwrite)
     bundle = read(source, reading or Reading())
     with _staged(target) as place:
         notes = _write(bundle, place, to, source, source_format)
@@ -59,7 +60,7 @@ def _write(bundle: Bundle, place: Path, to: str, source: Path, source_format: st
         if tokenizer is not None:
             shutil.copytree(tokenizer, _tokenizer_beside(place))
         return notes
-    return diffusers.write(bundle, place, source if source_format == "run" else None)
+    return diffusers.write(bundle, place, runs.locate(source)[0] if source_format == "run" else None)
 
 
 def _description(bundle: Bundle) -> dict[str, Any]:

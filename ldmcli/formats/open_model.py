@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from ldmcli.core import runs
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.formats import compvis, diffusers, run_folder
 from ldmcli.formats.bundle import CHECKPOINTS, Bundle, Reading, checkpoint_in
@@ -12,7 +13,10 @@ _OURS = ("runs", "outputs", ".", "..")  # first parts of a path that no hub id b
 
 
 def format_of(path: Path) -> str:
-    """ "run", "compvis", "diffusers" or "hub". Raises ModelError where nothing that can be read is there."""
+    """ "run", "compvis", "diffusers" or "hub"; a checkpoint of a run (`runs.locate`) is "run", too. Raises ModelError
+    where nothing that can be read is there."""
+    if runs.locate(path)[1] is not None:
+        return "run"
     if path.is_dir():
         if (path / "run.json").is_file():
             return "run"

@@ -21,13 +21,14 @@ WEIGHTS = "model.safetensors"
 
 
 def read(path: Path, weights: str = "ema") -> Bundle:
-    """The model of a run folder, its weights verified. weights: "ema" (model.safetensors) or "raw" (those of the newest
-    checkpoint, of a diffusion run). Raises ModelError."""
+    """The model of a run folder or of one of its checkpoints (`runs.locate`), its weights verified. weights: "ema" or,
+    of a diffusion run, "raw". Raises ModelError."""
+    name, path = path, runs.locate(path)[0]
     if runs.read_run(path).get("kind") == "autoencoder":
-        return read_autoencoder(path)
+        return read_autoencoder(name)
     config = read_config("diffusion", path)
     stats = files.read_json(path / "stats.json")
-    tensors, metadata = files.load_tensors(path / WEIGHTS if weights == "ema" else _raw_weights(path))
+    tensors, metadata = read_weights(name, "model", weights)
     _check_settings(config, metadata, path)
     wanted = stats["autoencoder"]
     autoencoder = None if wanted == "pixels" else read_autoencoder(path / "autoencoder")
@@ -51,13 +52,35 @@ def read(path: Path, weights: str = "ema") -> Bundle:
     )
 
 
+def read_weights(path: Path, network: str, weights: str = "ema") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a run's main network ("model", "autoencoder"), or of a checkpoint's (`runs.locate`).
+
+    weights: "ema" (of a run its model.safetensors, of a checkpoint the averages where it has some) or "raw" (of a run
+    those of its newest checkpoint). A checkpoint's metadata are the settings of the run's weights, as far as they are
+    there. Raises ModelError.
+    """
+    run, checkpoint = runs.locate(path)
+    if checkpoint is None and weights == "ema":
+        return files.load_tensors(run / WEIGHTS)
+    checkpoint = checkpoint or _newest_checkpoint(run)
+    tensors, _ = files.load_tensors(checkpoint / f"{network}.safetensors")
+    if weights == "ema" and "ema.safetensors" in files.read_json(checkpoint / "manifest.json")["files"]:
+        tensors |= files.load_tensors(checkpoint / "ema.safetensors")[0]
+    written = files.tensors_metadata(run / WEIGHTS) if (run / WEIGHTS).is_file() else {}
+    return tensors, {name: text for name, text in written.items() if name == "settings"}
+
+
 def read_autoencoder(path: Path) -> AutoencoderBundle:
-    """The autoencoder of a run folder (or of a diffusion run's autoencoder/). Raises ModelError."""
+    """The autoencoder of a run folder (or of a diffusion run's autoencoder/), or of a checkpoint of one, whose latents
+    nobody has measured. Raises ModelError."""
+    (path, checkpoint), name = runs.locate(path), path
     state = runs.read_run(path)
     if state.get("kind") != "autoencoder":
         raise ModelError(f"{path}: a {state.get('kind')} run, not an autoencoder; pass a run of `ldm train-ae`")
     config = read_config("autoencoder", path)
-    tensors, metadata = files.load_tensors(path / WEIGHTS)
+    tensors, metadata = read_weights(name, "autoencoder")
+    if checkpoint is not None:
+        return AutoencoderBundle(config, tensors, None, _notes(path))
     if "latent_scale" in metadata:  # of these very weights, whatever stats.json was measured on
         stats = {"latent_scale": json.loads(metadata["latent_scale"])}
     else:
@@ -67,7 +90,9 @@ def read_autoencoder(path: Path) -> AutoencoderBundle:
 
 
 def read_config(kind: str, path: Path):
-    """The resolved configuration of a run. Raises ModelError when it is missing or damaged."""
+    """The resolved configuration of a run, or of that of a checkpoint (`runs.locate`). Raises ModelError when it is
+    missing or damaged."""
+    path = runs.locate(path)[0]
     try:
         return from_toml(kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml"))
     except FileNotFoundError as error:
@@ -102,11 +127,11 @@ def _check_settings(config: DiffusionConfig, metadata: Mapping[str, str], path: 
         raise ModelError(f"{path}: config.toml does not belong to model.safetensors ({table}); restore it")
 
 
-def _raw_weights(path: Path) -> Path:
+def _newest_checkpoint(path: Path) -> Path:
     newest = runs.newest_checkpoint(path, console.warn)
     if newest is None:
         raise ModelError(f"{path}: no complete checkpoint, so no raw weights; use the averaged ones (--weights ema)")
-    return newest / WEIGHTS
+    return newest
 
 
 def _notes(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ldmcli.conditions.fit import assumed_specs, cost_notes
 from ldmcli.core import config as configuration
-from ldmcli.core import console, files, launch
+from ldmcli.core import console, files, launch, runs
 from ldmcli.core.config import Resolved
 from ldmcli.core.durations import rough_duration
 from ldmcli.core.presets import PRESETS
@@ -100,7 +100,8 @@ def _diffusion_costs(
     checks.check_diffusion(config, settings, image, world)
     notes += checks.notes_of(config)
     stage = cost.meta_autoencoder(settings)
-    known = files.read_json(Path(init_from) / "stats.json").get("conditions") or {} if init_from else {}
+    begun = runs.locate(Path(init_from))[0] if init_from else None
+    known = files.read_json(begun / "stats.json").get("conditions") or {} if begun else {}
     specs = assumed_specs(config, stage, known, notes)
     latent = stage.latent_shape(*image)
     notes += cost_notes(config)
@@ -116,7 +117,7 @@ def _first_stage(
     """Settings of the autoencoder that latents come from, and the size in pixels that it was trained at."""
     if autoencoder == "none":
         return AutoencoderSettings(f=1), (0, 0)
-    path = Path(autoencoder or (Path(init_from) / "autoencoder" if init_from else ""))
+    path = Path(autoencoder or (runs.locate(Path(init_from))[0] / "autoencoder" if init_from else ""))
     if (autoencoder or init_from) and format_of(path) != "run":
         found = load_autoencoder(path, torch.device("cpu"))
         return found.network.settings, _size(found.config.data.size) if found.config else (0, 0)

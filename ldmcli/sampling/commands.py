@@ -12,7 +12,7 @@ from ldmcli.conditions import outputs
 from ldmcli.conditions.parse import centred, list_values, option_values, parse_conditions
 from ldmcli.conditions.pictures import labelled
 from ldmcli.conditions.text import negative_inputs
-from ldmcli.core import console
+from ldmcli.core import console, runs
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.data.arrays import to_pixels
 from ldmcli.data.decode import decode, to_size
@@ -193,6 +193,7 @@ def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> di
     return {
         "weights": request.weights,
         "model_sha256": loaded.fingerprint,
+        **runs.step_document(path),
         "ldm_version": __version__,
         "negative_prompt": request.negative_prompt,
         **({"guide": request.guide.name, "guide_scale": request.guide_scale} if request.guide else {}),

@@ -234,6 +234,7 @@ def _to_folder(
         "command": edit.command,
         "weights": request.weights,
         "model_sha256": loaded.fingerprint,
+        **runs.step_document(path),
         "ldm_version": __version__,
         **_plain(sampling_used(loaded.config.sample, request)),
     }

@@ -68,7 +68,8 @@ def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | 
 
 
 def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAutoencoder:
-    """A first stage: a run of `ldm train-ae`, a checkpoint or diffusers folder with one, or "none" for pixels.
+    """A first stage: a run of `ldm train-ae` (also RUN@STEP), a checkpoint or diffusers folder with one, or "none" for
+    pixels.
 
     Of a checkpoint or pipeline of others that holds a whole diffusion model, its first stage is taken, at that model's
     scale. Raises ModelError.
@@ -100,6 +101,8 @@ def load(
     tokenizer: str | Path | None = None,
 ) -> LoadedAutoencoder | LoadedDiffusion:
     """A model, ready for use: a run folder, a checkpoint of CompVis/latent-diffusion, a diffusers folder, a hub id.
+
+    RUN@STEP, RUN@best and RUN/checkpoints/step-STEP are a run as it was at that checkpoint.
 
     weights: "ema" or "raw"; config: the YAML of a checkpoint, by default the one beside it; heads: attention heads
     where a checkpoint loads under several readings ("legacy", "config" or a number); tokenizer: a folder, for a text

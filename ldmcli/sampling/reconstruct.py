@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ldmcli.core import console, files
+from ldmcli.core import console, files, runs
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.outputs import refuse_foreign, refuse_inputs
 from ldmcli.data.decode import decode, decode_alpha, probe, to_size
@@ -66,7 +66,8 @@ def reconstruct_to_folder(
             )
             bar.advance(1)
     mean = float(np.mean([row["psnr"] for row in rows]))
-    return {"autoencoder": str(path), "out": str(out), "n": len(rows), "psnr": mean, "images": rows}
+    step = runs.step_document(path)
+    return {"autoencoder": str(path), **step, "out": str(out), "n": len(rows), "psnr": mean, "images": rows}
 
 
 def _whole(image, f: int, size: tuple[int, int] | None) -> np.ndarray:

@@ -12,7 +12,7 @@ from ldmcli.conditions import CONDITIONS
 from ldmcli.conditions.condition import FitData
 from ldmcli.conditions.dataset import ConditionDataset, ConditionInputs
 from ldmcli.conditions.fit import check_rows, fit_conditions, open_early, run_tokenizer
-from ldmcli.core import console, files
+from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.augment import batch_indices, load_pixels
@@ -111,7 +111,8 @@ class DiffusionObjective:
         if stored is not None:
             return stored
         stage = self.autoencoder.network
-        data = FitData(self.rows, self.config, self.size, stage, self.run, self.init_from, self._found)
+        begun = None if self.init_from is None else runs.locate(self.init_from)[0]
+        data = FitData(self.rows, self.config, self.size, stage, self.run, begun, self._found)
         return fit_conditions(data)
 
     def _prepare_conditions(self) -> None:

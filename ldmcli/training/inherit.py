@@ -9,14 +9,15 @@ from torch import Tensor
 from ldmcli.core import files, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.formats.bundle import AutoencoderBundle
-from ldmcli.formats.run_folder import write
+from ldmcli.formats.run_folder import read_weights, write
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 
 FIRST_LAYER = "unet.input_blocks.0.0.weight"  # (channels, z_t and then concat conditions, 3, 3)
 
 
 def copy_autoencoder(autoencoder: LoadedAutoencoder, source: Path, target: Path) -> None:
-    """Makes `target` a run of the autoencoder that was loaded from `source`: a copy, or written from another format."""
+    """Makes `target` a run of the autoencoder that was loaded from `source`: a copy, or written from a checkpoint or
+    another format."""
     if not runs.is_run(source):
         assert autoencoder.config is not None, "loaded from a file, so with its settings"
         write(AutoencoderBundle(autoencoder.config, autoencoder.network.state_dict(), autoencoder.scale), target)
@@ -28,15 +29,15 @@ def copy_autoencoder(autoencoder: LoadedAutoencoder, source: Path, target: Path)
                 shutil.copyfile(source / name, temporary)
 
 
-def matching_weights(run: Path, own: dict[str, Tensor], latent_planes: int) -> dict[str, Tensor]:
-    """Weights of another run that fit `own` in name and shape (--init-from).
+def matching_weights(source: Path, own: dict[str, Tensor], latent_planes: int) -> dict[str, Tensor]:
+    """Weights of another run, or of a checkpoint of it, that fit `own` in name and shape (--init-from).
 
     The first layer reads `latent_planes` planes of z_t, then those of concat conditions. Where the other model has
     z_t alone its weights are padded with zeros, so that the conditions change nothing at first.
 
     Raises ModelError when fewer than half of the tensors of `own` are found there.
     """
-    tensors, _ = files.load_tensors(run / "model.safetensors")
+    tensors, _ = read_weights(source, "model")
     first, wanted = tensors.get(FIRST_LAYER), own[FIRST_LAYER].shape
     if first is not None and first.shape[:2] == (wanted[0], latent_planes) and latent_planes < wanted[1]:
         tensors[FIRST_LAYER] = torch.zeros(wanted)
@@ -44,7 +45,7 @@ def matching_weights(run: Path, own: dict[str, Tensor], latent_planes: int) -> d
     fitting = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own) / 2:
         raise ModelError(
-            f"{run}: only {len(fitting)} of {len(own)} tensors fit this model; --init-from needs a "
+            f"{source}: only {len(fitting)} of {len(own)} tensors fit this model; --init-from needs a "
             "run of the same network"
         )
     return fitting
