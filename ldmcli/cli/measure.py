@@ -29,6 +29,14 @@ ReferenceSplit = setting(
     panel=DATA,
     default="the validation rows",
 )
+ReferenceCount = option(
+    Text,
+    "--reference-count",
+    "all|N",
+    "Rows of the reference: N evenly spread ones, or all, in little memory.",
+    panel=DATA,
+    default="all, at most 10000",
+)
 Images = option(
     Path | None, "--images", "DIR|FILE.npz", "Measure these images instead of a model's.", panel=DATA, default="none"
 )
@@ -78,6 +86,14 @@ GuideFactor = option(
 MeasuredAutoencoder = option(
     Text, "--autoencoder", "RUN", "Measure this autoencoder's reconstructions instead.", panel=MODEL, default="none"
 )
+SaveStatistics = option(
+    Path | None,
+    "--save-statistics",
+    "FILE.npz",
+    "Keep what was measured of the reference; --data FILE.npz gives the same numbers.",
+    panel=OUTPUT,
+    default="none",
+)
 Compare = option(
     Path | None,
     "--compare",
@@ -112,10 +128,13 @@ _HOW = {
     "count": EvalCount,
     "guide_factor": GuideFactor,
 }
-_LIMITS = {"compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
+_LIMITS = {"save_statistics": SaveStatistics, "compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
-@command({**opt.ROWS, "data": Reference, "split": ReferenceSplit}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
+_REFERENCE = {"data": Reference, "split": ReferenceSplit, "reference_count": ReferenceCount}
+
+
+@command({**opt.ROWS, **_REFERENCE}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
 def eval_fid(given: ParsedOptions) -> None:
     """Metrics of generated images against a data set: FID, KID, IS, precision and recall, PSNR, SSIM, LPIPS.
 
@@ -145,6 +164,8 @@ def eval_fid(given: ParsedOptions) -> None:
         "size": config.size_of(given.size),
         "weights": "raw" if given.weights == "raw" else None,
         "split": given.split or None,
+        "reference_count": reference_count_of(given.reference_count),
+        "save_statistics": given.save_statistics,
         "progress": console.progress,
     }
     from ldmcli.evaluation.evaluate import evaluate
@@ -195,6 +216,15 @@ def reference(given: ParsedOptions, measured: dict[str, Any]):
         stored = config.read_recipe(run / "config.toml").values
         layers.insert(0, (f"run {run}", {path: value for path, value in stored.items() if path.startswith("data.")}))
     return config.resolve("diffusion", layers).config.data if layers else None
+
+
+def reference_count_of(text: str | None) -> int | str | None:
+    """Rows of a reference: a number, "all", or None where nothing was said. Raises UsageError."""
+    if text is None or text == "all":
+        return text
+    if not text.isdecimal():
+        raise UsageError(f"--reference-count {text}: a number of rows from 2 on, or all")
+    return int(text)
 
 
 def parse_limit(option: str, text: str) -> tuple[str, float]:

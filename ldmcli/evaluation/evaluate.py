@@ -6,7 +6,7 @@ of the table (`metrics.py`). The result is one dict, `ldm eval-fid --json` print
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from ldmcli import __version__
-from ldmcli.core import console, runs
-from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.settings import DataSettings
+from ldmcli.core import runs
+from ldmcli.core.errors import UsageError
 from ldmcli.evaluation.baselines import guided_sources, task_sources
 from ldmcli.evaluation.compare import compare, lookup, read_result, with_comparison
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
@@ -38,7 +37,6 @@ from ldmcli.evaluation.image_streams import (
     trained_size,
 )
 from ldmcli.evaluation.measure import (
-    REFERENCE_LIMIT,
     Instruments,
     condition_metrics,
     measure_reference,
@@ -47,8 +45,9 @@ from ldmcli.evaluation.measure import (
     set_metrics,
     warn_of_lossy,
 )
-from ldmcli.evaluation.metrics import CONDITION, FEATURES, METRICS, OF_SETS, PERCEPTUAL, needing
-from ldmcli.evaluation.reference_statistics import ALL, Statistics, open_reference, read_statistics
+from ldmcli.evaluation.metrics import CONDITION, METRICS, OF_SETS, PERCEPTUAL, needing
+from ldmcli.evaluation.reference_statistics import Statistics, write_statistics
+from ldmcli.evaluation.references import limited, own_data, reference_rows, set_reference
 from ldmcli.evaluation.request import BATCH, EvaluationRequest, check, is_npz, no_progress, opened
 from ldmcli.evaluation.result import EvaluationResult
 from ldmcli.networks.perceptual import perceptual_net
@@ -60,57 +59,43 @@ GENERATED_LIMIT = 1_000  # samples of a model where nobody says how many
 Measured = tuple[FeatureSet, FeatureSet | Statistics | None]  # what is measured, and the reference
 
 
-def evaluate(
-    *,
-    model=None,
-    autoencoder=None,
-    images=None,
-    data=None,
-    split: str = "validation",
-    pairs=None,
-    metrics: Sequence[str] | None = None,
-    features: str | None = None,
-    n: int | None = None,
-    seed: int | None = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    temperature: float | None = None,
-    batch_size: int | None = None,
-    size: tuple[int, int] | None = None,
-    perceptual: str = "",
-    weights: str = "ema",
-    guide_factor: int | None = None,
-    compare: str | Path | dict | None = None,
-    progress: Callable[[int, str], Any] | None = None,
-) -> dict[str, Any]:
+def evaluate(**arguments: Any) -> dict[str, Any]:
     """Metrics of exactly one of: a model's samples, an autoencoder's reconstructions, images, or pairs of images.
 
-    model, autoencoder: a run folder or what `load` gave. images: a folder or .npz. pairs: two folders (or .npz).
-    data: reference; `DataSettings`, a data set's name, an .npz of samples or of statistics (mu, sigma); None = the
-    data that the model was trained on. metrics: of `METRICS`; None = fid, of pairs psnr and ssim, of an autoencoder
-    and of models of task sr and inpaint all three. layout and map: of models conditioned on those. weights: "ema" or
-    "raw", of a model named by its run. guide_factor: lead sample k to row k made this many times smaller and compare
-    the two (Tab. 4); for models without a task. n: images to measure; None = all, of a model at most 1,000. compare: an
-    earlier result.
-    Raises UsageError for requests without sense and InputError for missing weights, images or captions,
-    before anything is generated.
+    arguments: the fields of `EvaluationRequest`, by name, which explains them. Raises UsageError for requests without
+    sense and InputError for missing weights, images or captions, before anything is generated.
     """
-    request = EvaluationRequest(**locals())
+    request = EvaluationRequest(**arguments)
     started = time.monotonic()
     request = opened(request)
     check(request)
-    earlier = read_result(compare)
+    earlier = read_result(request.compare)
     result = EvaluationResult()
     instruments = open_instruments(request, result)
-    if isinstance(model, (str, Path)):
-        result.protocol["weights"] = weights if request.model.config.train.ema else "raw"
-    named = model if model is not None else autoencoder
+    named = arguments.get("model", arguments.get("autoencoder"))
     if isinstance(named, (str, Path)):
+        if request.model is not None:
+            result.protocol["weights"] = request.weights if request.model.config.train.ema else "raw"
         result.protocol |= runs.step_document(Path(named))
     generated, reference = MEASURES[request.subject](request, instruments, result)
+    if request.save_statistics is not None:
+        save_reference(request, instruments, result, reference)
     document = report(instruments, result, generated, reference, time.monotonic() - started)
     return document if earlier is None else with_comparison(document, earlier)
+
+
+def save_reference(
+    request: EvaluationRequest,
+    instruments: Instruments,
+    result: EvaluationResult,
+    reference: FeatureSet | Statistics | None,
+) -> None:
+    """Writes the reference's statistics where the request wants them. Raises UsageError where there are none."""
+    if reference is None or instruments.extractor is None:
+        raise UsageError("--save-statistics: nothing was measured against a reference")
+    path = Path(str(request.save_statistics))
+    write_statistics(path, reference, instruments.extractor, result.protocol.get("reference", {}))
+    result.protocol["saved_statistics"] = str(path)
 
 
 def open_instruments(request: EvaluationRequest, result: EvaluationResult) -> Instruments:
@@ -146,12 +131,12 @@ def pairs_of_images(request: EvaluationRequest, instruments: Instruments, result
 def autoencoder_images(request: EvaluationRequest, instruments: Instruments, result: EvaluationResult) -> Measured:
     """An autoencoder's reconstructions against their originals."""
     autoencoder = loaded(request.autoencoder, "autoencoder")
-    data, size = _own_data(autoencoder, request.data), request.size or trained_size(autoencoder)
+    data, size = own_data(autoencoder, request.data), request.size or trained_size(autoencoder)
     if is_npz(data):
         original = open_images(data, request.n)
     else:
-        rows, settings = _rows(instruments, result, data, request.split, size, autoencoder)
-        count = _limited(result, rows) if request.n is None else _count(rows, request.n)
+        rows, settings = reference_rows(instruments, result, data, request.split, size, autoencoder)
+        count = limited(result, rows) if request.n is None else _count(rows, request.n)
         original = rows_source(rows, settings, evenly_spaced(len(rows), count))
     protocol = {
         **original.protocol,
@@ -173,7 +158,7 @@ def task(request: EvaluationRequest, instruments: Instruments, result: Evaluatio
     and plain methods' beside them."""
     model, draw = request.model, request.draw
     size = request.size or trained_size(model)
-    rows, settings = _rows(instruments, result, _own_data(model, request.data), request.split, size, model)
+    rows, settings = reference_rows(instruments, result, own_data(model, request.data), request.split, size, model)
     count = min(len(rows), GENERATED_LIMIT) if request.n is None else _count(rows, request.n)
     ids = evenly_spaced(len(rows), count)
     truth = rows_source(rows, settings, ids)
@@ -198,26 +183,28 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
         source = open_images(request.images, request.n)
         size = request.size or first_size(source)
     else:
-        size, data = request.size or trained_size(model), _own_data(model, data)
+        size, data = request.size or trained_size(model), own_data(model, data)
     rows: Any = None
     settings = None
     if data is not None and not is_npz(data):
-        rows, settings = _rows(instruments, result, data, request.split, size, model)
+        rows, settings = reference_rows(instruments, result, data, request.split, size, model)
     if model is not None:
         n = request.n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
         source = model_source(model, rows, n, size=size, **request.draw)
         result.protocol["sampling"] = sampling_protocol(model, request.draw)
-    reference = _reference(instruments, result, rows, settings, data)
+    reference = set_reference(instruments, result, rows, settings, data, request.reference_count)
     generated, images = measure_stream(instruments, result, source)
     if needing(instruments.metrics, CONDITION):
-        training, _ = _rows(instruments, result, data, "train", size, model)
+        training, _ = reference_rows(instruments, result, data, "train", size, model)
         ids = evenly_spaced(len(rows), len(images))
         how = {"config": model.config, "size": size, "progress": instruments.progress}
         samples = ConditionedSamples(images=images, rows=rows, training=training, ids=ids, **how)
         condition_metrics(instruments, result, samples)
     result.protocol["generated"] = source.protocol
     warn_of_lossy(result, source, reference.lossy if isinstance(reference, ImageStream) else False)
-    found = measure_reference(instruments, result, reference)
+    save = request.save_statistics is not None
+    streamed = save or request.reference_count is not None
+    found = measure_reference(instruments, result, reference, streamed, save)
     set_metrics(instruments, result, generated, found)
     return generated, found
 
@@ -229,69 +216,6 @@ MEASURES: dict[str, Callable[[EvaluationRequest, Instruments, EvaluationResult],
     "model": unpaired,
     "images": unpaired,
 }
-
-
-# --- references ------------------------------------------------------------------------------------------------
-
-
-def _limited(result: EvaluationResult, rows: Any) -> int:
-    """How many rows of a data set are read where nobody says how many; all for the split `all`."""
-    if rows.split == ALL or len(rows) <= REFERENCE_LIMIT:
-        return len(rows)
-    result.warnings.append(
-        f"reference: {REFERENCE_LIMIT:,} of {len(rows):,} rows, evenly spread; --split all takes every row of the set"
-    )
-    return REFERENCE_LIMIT
-
-
-def _own_data(run: Any, data: Any) -> Any:
-    """The reference that was named, else the data that the run was trained on."""
-    if data is None and run.config is None:
-        raise UsageError("name the reference with --data: this model does not say what it was trained on")
-    return run.config.data if data is None else data
-
-
-def _rows(
-    instruments: Instruments, result: EvaluationResult, data: Any, split: str, size: tuple[int, int], model: Any
-) -> tuple[Any, DataSettings]:
-    """Rows of the data, and the settings by which they become pixels.
-
-    Of a small folder the held-out part may be a single image, of which no distribution can be made.
-    """
-    settings = data if isinstance(data, DataSettings) else DataSettings(source=str(data))
-    settings = replace(settings, size=(size[0], size[1]))
-    rows, whole = open_reference(settings, split)
-    if whole and len(rows) < 2 and needing(instruments.metrics, *OF_SETS):
-        rows = open_reference(settings, "train")[0]
-        result.warnings.append(
-            f"{rows.source}: too few images are held out to measure against; its {len(rows)} training "
-            "images are the reference, which a model may have learned by heart"
-        )
-    elif whole > len(rows):
-        result.protocol["held_out"] = {"rows": len(rows), "of": whole}
-        if model is None:
-            result.warnings.append(
-                f"reference: {len(rows):,} of {whole:,} rows ({100 * len(rows) / whole:.2g} %), those "
-                "that a training would hold out; --split all takes the whole set"
-            )
-    for note in rows.notes:
-        console.say_once(f"{rows.source}: {note}")
-    return rows, settings
-
-
-def _reference(
-    instruments: Instruments, result: EvaluationResult, rows: Any, settings: DataSettings | None, data: Any
-) -> ImageStream | Statistics | None:
-    """What sets are compared with: rows of a data set, images, or their statistics; None where no metric does that."""
-    if data is None or instruments.extractor is None:
-        return None
-    if rows is not None and settings is not None:
-        return rows_source(rows, settings, evenly_spaced(len(rows), _limited(result, rows)))
-    statistics = read_statistics(Path(data), instruments.extractor)
-    lacking = sorted(needing(instruments.metrics, FEATURES)) if statistics is not None else []
-    if lacking:
-        raise InputError(f"--metrics {lacking[0]}: needs the images of the reference; {data} has mu and sigma only")
-    return statistics if statistics is not None else open_images(data)
 
 
 # --- the result ------------------------------------------------------------------------------------------------
@@ -307,8 +231,6 @@ def report(
     """The document that `ldm eval-fid --json` prints."""
     extractor = instruments.extractor
     count = reference.n if isinstance(reference, Statistics) else len(reference) if reference is not None else 0
-    if isinstance(reference, Statistics):
-        result.protocol["reference"] = {"source": reference.source, "statistics": "mu, sigma"}
     dim = extractor.dim if extractor else 0
     return {
         "metrics": result.values,

@@ -278,6 +278,12 @@ class Collector:
         if self.extractor is not None:
             self.parts.append(self.extractor.features_and_logits(block))
 
+    def add_known(self, found: FeatureSet, ids: list[int]) -> None:
+        """Takes images `ids` of a set whose features are known."""
+        self.hashes += [found.hashes[i] for i in ids]
+        self.sizes |= found.sizes
+        self.parts.append((found.features[ids], found.logits[ids]))
+
     def result(self) -> FeatureSet:
         """Everything that was added."""
         empty = np.zeros((0, 0), np.float32)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ldmcli.evaluation.image_streams import ImageStream
 from ldmcli.evaluation.metrics import (
     BLOCK,
     CONDITION,
+    FEATURES,
     IMAGES,
     METRICS,
     OF_EACH,
@@ -25,10 +26,10 @@ from ldmcli.evaluation.metrics import (
     image_values,
     needing,
 )
-from ldmcli.evaluation.reference_statistics import Statistics, reference_features
+from ldmcli.evaluation.reference_statistics import KEPT, Statistics, reference_features, streamed_statistics
 from ldmcli.evaluation.result import EvaluationResult, Scores
 
-REFERENCE_LIMIT = 10_000  # rows of a data set that a reference takes
+REFERENCE_LIMIT = KEPT  # rows of a data set that a reference takes where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,44 @@ def measure_stream(
 
 
 def measure_reference(
-    instruments: Instruments, result: EvaluationResult, reference: ImageStream | Statistics | None
+    instruments: Instruments,
+    result: EvaluationResult,
+    reference: ImageStream | Statistics | None,
+    streamed: bool = False,
+    save: bool = False,
 ) -> FeatureSet | Statistics | None:
-    """The features of a stream; what is no stream is known already."""
-    if not isinstance(reference, ImageStream) or instruments.extractor is None:
-        return None if isinstance(reference, ImageStream) else reference
+    """The features of a stream, or what is known of a reference already: all features where they are.
+
+    streamed: of a long stream mean and covariance, and the features of some images where they are needed or saved.
+    """
+    extractor = instruments.extractor
+    if reference is None or extractor is None:
+        return None
+    rows_needed = bool(needing(instruments.metrics, FEATURES))
+    if isinstance(reference, Statistics):
+        result.protocol["reference"] = {"source": reference.source, "statistics": "mu, sigma"}
+        if reference.protocol:
+            result.protocol["reference"]["of"] = reference.protocol
+        if reference.rows is not None and len(reference.rows) == reference.n:
+            return reference.rows
+        if not rows_needed or reference.rows is not None or reference.images is None:
+            return _stated(result, reference, rows_needed)
+        with instruments.progress(reference.images.count, "reference") as bar:
+            rows = reference_features(extractor, reference.images, bar.advance, REFERENCE_LIMIT)
+        return _stated(result, replace(reference, rows=rows), rows_needed)
     result.protocol["reference"] = reference.protocol
     with instruments.progress(reference.count, "reference") as bar:
-        return reference_features(instruments.extractor, reference, bar.advance, REFERENCE_LIMIT)
+        if not streamed or reference.count <= REFERENCE_LIMIT:
+            return reference_features(extractor, reference, bar.advance, REFERENCE_LIMIT)
+        found = streamed_statistics(extractor, reference, bar.advance, rows_needed or save)
+    return _stated(result, found, rows_needed)
+
+
+def _stated(result: EvaluationResult, found: Statistics, rows_needed: bool) -> Statistics:
+    """The statistics; of how many images the features are that some metrics need is said."""
+    if rows_needed and found.rows is not None:
+        result.protocol["reference_features"] = {"rows": len(found.rows)}
+    return found
 
 
 def paired(
@@ -148,8 +179,9 @@ def _check_counts(
     result: EvaluationResult, dimensions: int, generated: FeatureSet, reference: FeatureSet | Statistics | None
 ) -> None:
     counts = {"generated": len(generated)}
-    if isinstance(reference, FeatureSet):
-        counts["reference"] = len(reference)
+    known = reference.n if isinstance(reference, Statistics) else len(reference) if reference is not None else None
+    if known is not None:
+        counts["reference"] = known
     for side, count in counts.items():
         if count < 2:
             raise InputError(

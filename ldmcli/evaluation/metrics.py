@@ -136,9 +136,10 @@ def _precision_recall(sets: FeatureSets) -> Scores:
 
 def _rows(sets: FeatureSets) -> np.ndarray:
     """Features of the reference, (N, D)."""
-    if not isinstance(sets.reference, FeatureSet):
+    rows = sets.reference.rows if isinstance(sets.reference, Statistics) else sets.reference
+    if rows is None:
         raise InputError("this metric compares with a reference: its features are missing")
-    return sets.reference.features
+    return rows.features
 
 
 def _of_each(function: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Images, Images], list[float]]:

@@ -1,39 +1,51 @@
 """References that need not be computed again: statistics files, and features cached by content."""
 
 import json
+import os
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldmcli import __version__
 from ldmcli.core import console
-from ldmcli.core.errors import InputError, LdmError
+from ldmcli.core.errors import InputError, LdmError, UsageError
 from ldmcli.core.files import atomic_path
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.data.joined_rows import JoinedRows
 from ldmcli.data.sources import divided, held_out, open_rows, split_sizes, whole_rows
-from ldmcli.evaluation.features import Extractor, FeatureSet, extract
-from ldmcli.evaluation.image_streams import ImageStream
+from ldmcli.evaluation.features import Collector, Extractor, FeatureSet, extract, in_blocks
+from ldmcli.evaluation.image_streams import ImageStream, evenly_spaced, npz_source
 from ldmcli.maths.metrics import Gaussian
 
 SAME = ("weights_sha256", "layer", "resize")  # what two extractors must share for their numbers to compare
 
 
-@dataclass(frozen=True)
+CHUNK = 1024  # images whose features are added to a covariance at once
+KEPT = 10_000  # rows of features that are kept of a reference
+
+ALL = "all"  # --split: every row of every split; --reference-count: every row of the split
+
+
+@dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """A reference that is known by mean and covariance only."""
+    """A reference that is known by mean and covariance. n: images that they are of, None where nobody says.
+
+    rows: features of some of them, or of all; images: some of them, whose features are not known yet. Either serves
+    metrics that need more than mean and covariance. protocol: what the file says of itself.
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
     n: int | None
     source: str
-
-
-ALL = "all"  # --split: every row of every split
+    rows: FeatureSet | None = None
+    images: ImageStream | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
 
 
 def open_reference(settings: DataSettings, split: str) -> tuple[Any, int]:
@@ -66,40 +78,103 @@ def _named(settings: DataSettings, split: str) -> DataSettings:
 def gaussian(features: np.ndarray) -> Gaussian:
     """Mean and covariance of features (N, D), in float64."""
     found = Gaussian.empty(features.shape[1])
-    for start in range(0, len(features), 1024):
-        found.update(features[start : start + 1024])
+    for start in range(0, len(features), CHUNK):
+        found.update(features[start : start + CHUNK])
     return found
 
 
-def write_statistics(path: Path, features: np.ndarray, extractor: Extractor, protocol: dict[str, Any]) -> None:
-    """mu, sigma (float64, divisor n - 1), n and the protocol as JSON text, in an .npz that `data=` takes."""
-    found = gaussian(features)
-    text = json.dumps({"extractor": extractor.protocol, **protocol})
-    with atomic_path(path) as part, open(part, "wb") as file:
-        np.savez(file, mu=found.mean, sigma=found.covariance, n=found.n, protocol=text)
+def write_statistics(
+    path: Path, reference: FeatureSet | Statistics, extractor: Extractor, protocol: dict[str, Any]
+) -> None:
+    """mu, sigma (float64, divisor n - 1), n, the protocol as JSON text, and up to `KEPT` rows of features, in an .npz
+    that `data=` takes; of no more rows than that, every number comes out as of the images themselves."""
+    if isinstance(reference, FeatureSet):
+        moments, rows = gaussian(reference.features), _evenly(reference, KEPT)
+        arrays = {"mu": moments.mean, "sigma": moments.covariance, "n": np.array(moments.n), **_arrays(rows)}
+    else:
+        arrays = {"mu": reference.mu, "sigma": reference.sigma, "n": np.array(reference.n or 0)}
+        arrays |= {} if reference.rows is None else _arrays(reference.rows)
+    arrays["protocol"] = np.array(
+        json.dumps({"extractor": extractor.protocol, "reference": protocol, "ldm": __version__})
+    )
+    _save(path, arrays)
 
 
-def read_statistics(path: Path, extractor: Extractor) -> Statistics | None:
-    """mu and sigma of an .npz, None where it has none. Raises InputError for statistics of another extractor."""
+def _evenly(found: FeatureSet, most: int) -> FeatureSet:
+    if len(found) <= most:
+        return found
+    ids = evenly_spaced(len(found), most)
+    return FeatureSet(found.features[ids], found.logits[ids], [found.hashes[i] for i in ids], found.sizes)
+
+
+def refuse_foreign_statistics(path: Path) -> None:
+    """Raises UsageError where a file is there that is none of `write_statistics`."""
+    if not os.path.lexists(path):
+        return
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ours = "ldm" in json.loads(str(file["protocol"]))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        ours = False
+    if not ours or path.is_symlink():
+        raise UsageError(f"{path}: not written by ldm, so it is not replaced; move it away or name another file")
+
+
+def read_statistics(path: Path, extractor: Extractor, n: int | None = None) -> Statistics | None:
+    """Statistics of an .npz, None where it has no mu and sigma. Of a sample set of guided-diffusion's kind, which has
+    images (arr_0) beside them, both are found; None where its mean and covariance are of another extractor.
+
+    n: how many of those images are used. Raises InputError for statistics alone of another extractor.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 return None
             mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-            n = int(file["n"]) if "n" in file.files else None
-            stored = json.loads(str(file["protocol"]))["extractor"] if "protocol" in file.files else {}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            count = int(file["n"]) or None if "n" in file.files else None
+            protocol = json.loads(str(file["protocol"])) if "protocol" in file.files else {}
+            stored, pictured = protocol.get("extractor", {}), "arr_0" in file.files
+            rows = _feature_set(file) if "features" in file.files else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a readable .npz of statistics or images ({error})") from error
-    for name, values in (("mu", mu), ("sigma", sigma)):
+    named = [("mu", mu), ("sigma", sigma), *([("features", rows.features)] if rows is not None else [])]
+    for name, values in named:
         if not np.isfinite(values).all():
             raise InputError(f"{path}: {name} holds NaN or Inf; compute the statistics again")
     wrong = [key for key in SAME if key in stored and stored[key] != extractor.protocol[key]]
     if mu.shape != (extractor.dim,) or sigma.shape != (extractor.dim, extractor.dim) or wrong:
+        if pictured:
+            return None
         raise InputError(
             f"{path}: statistics of another extractor ({', '.join(wrong) or f'shape {mu.shape}'}), "
             f"not of {extractor.name} with {extractor.dim} dimensions"
         )
-    return Statistics(mu, sigma, n, str(path))
+    images = npz_source(path, n) if pictured else None
+    of = protocol.get("reference", {})
+    return Statistics(mu=mu, sigma=sigma, n=count, source=str(path), rows=rows, images=images, protocol=of)
+
+
+def has_moments(path: Path) -> bool:
+    """Whether an .npz has a mean and a covariance."""
+    with zipfile.ZipFile(path) as archive:
+        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+
+
+def streamed_statistics(
+    extractor: Extractor, source: ImageStream, advance: Callable[[int], None], keep: bool
+) -> Statistics:
+    """Mean and covariance of a stream of any length, in memory for `KEPT` rows of features at most. keep: so many rows,
+    evenly spaced, are kept."""
+    found, kept, seen = Gaussian.empty(extractor.dim), Collector(None), 0
+    wanted = set(evenly_spaced(source.count, min(source.count, KEPT))) if keep else set()
+    for chunk in in_blocks(source.stream(), CHUNK):
+        features = extract(chunk, extractor, advance)
+        found.update(features.features)
+        of_chunk = [i for i in range(len(chunk)) if seen + i in wanted]
+        kept.add_known(features, of_chunk)
+        seen += len(chunk)
+    rows = kept.result() if keep else None
+    return Statistics(mu=found.mean, sigma=found.covariance, n=found.n, source=source.name, rows=rows)
 
 
 def reference_features(
@@ -131,13 +206,28 @@ def _read(path: Path) -> FeatureSet | None:
     """What `_write` kept; None where it is damaged, so that it is computed again."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            sizes = {(int(height), int(width)) for height, width in file["sizes"]}
-            features, hashes = file["features"], [str(name) for name in file["hashes"]]
+            found = _feature_set(file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return FeatureSet(features, features[:, :0], hashes, sizes) if np.isfinite(features).all() else None
+    return found if np.isfinite(found.features).all() else None
 
 
 def _write(path: Path, found: FeatureSet) -> None:
+    _save(path, _arrays(found))
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with atomic_path(path) as part, open(part, "wb") as file:
-        np.savez(file, features=found.features, hashes=np.array(found.hashes), sizes=np.array(sorted(found.sizes)))
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def _arrays(found: FeatureSet) -> dict[str, np.ndarray]:
+    sizes = np.array(sorted(found.sizes))
+    return {"features": found.features, "hashes": np.array(found.hashes), "sizes": sizes}
+
+
+def _feature_set(file: Mapping[str, np.ndarray]) -> FeatureSet:
+    """What `_arrays` gave; logits are not kept."""
+    sizes = {(int(height), int(width)) for height, width in file["sizes"]}
+    features = file["features"]
+    return FeatureSet(features, features[:, :0], [str(name) for name in file["hashes"]], sizes)

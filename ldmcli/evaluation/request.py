@@ -10,6 +10,7 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.evaluation.baselines import task_of
 from ldmcli.evaluation.image_streams import loaded
 from ldmcli.evaluation.metrics import CONDITION, IMAGES, LOGITS, METRICS, OF_PAIRS, OF_SETS, needing
+from ldmcli.evaluation.reference_statistics import ALL, refuse_foreign_statistics
 
 BATCH = 32
 SUBJECTS = ("model", "autoencoder", "images", "pairs")
@@ -27,18 +28,28 @@ def no_progress(total: int, label: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """The arguments of `evaluate`, which explains them. Raises UsageError for more or less than one
-    subject, and for a metric that there is none of."""
+    """The arguments of `evaluate`. Raises UsageError for more or less than one subject, and for a metric that there is
+    none of."""
 
-    model: Any = None
-    autoencoder: Any = None
-    images: Any = None
-    data: Any = None
+    # what is measured: one of these
+    model: Any = None  # a run folder, or what `load` gave: its samples
+    autoencoder: Any = None  # likewise: its reconstructions
+    images: Any = None  # a folder or .npz
+    pairs: Any = None  # two folders, or two .npz
+    # against what
+    data: Any = (
+        None  # DataSettings, a data set's name, an .npz of images or statistics; None = the data of the training
+    )
     split: str = "validation"
-    pairs: Any = None
-    metrics: Sequence[str] | None = None
+    reference_count: int | str | None = None  # rows of a reference; "all"; None = all, at most 10,000
+    save_statistics: str | Path | None = None  # .npz that `data` reads again
+    # by what
+    metrics: Sequence[str] | None = None  # of METRICS; None = what is usual for the subject
     features: str | None = None
-    n: int | None = None
+    perceptual: str = ""
+    compare: str | Path | dict | None = None  # an earlier result
+    # how
+    n: int | None = None  # images that are measured; None = all, of a model at most 1,000
     seed: int | None = 0
     steps: int | None = None
     guidance: float | None = None
@@ -46,10 +57,8 @@ class EvaluationRequest:
     temperature: float | None = None
     batch_size: int | None = None
     size: tuple[int, int] | None = None
-    perceptual: str = ""
-    weights: str = "ema"
-    guide_factor: int | None = None
-    compare: str | Path | dict | None = None
+    weights: str = "ema"  # "ema" or "raw", of a model named by its run
+    guide_factor: int | None = None  # lead sample k to row k made this many times smaller (Tab. 4), and compare the two
     progress: Callable[[int, str], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +70,9 @@ class EvaluationRequest:
         unknown = [name for name in self.metrics or () if name not in METRICS]
         if unknown:
             raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}")
+        count = self.reference_count
+        if count is not None and count != ALL and not (isinstance(count, int) and count >= 2):
+            raise UsageError(f"--reference-count {count}: a number of rows from 2 on, or {ALL}")
 
     @property
     def subject(self) -> str:
@@ -126,6 +138,23 @@ def check(request: EvaluationRequest) -> None:
         raise UsageError(f"--data {data}: holds no conditions; name a data set")
     if request.n is not None and request.n < 2 and needing(metrics, *OF_SETS):
         raise InputError(f"-n {request.n}: a distribution needs at least 2 images")
+    if request.reference_count is not None and subject not in ("model", "images"):
+        raise UsageError("--reference-count: images are compared one by one here, so there are as many; use -n")
+    if request.save_statistics is not None:
+        _check_saving(request)
+
+
+def _check_saving(request: EvaluationRequest) -> None:
+    """Raises UsageError where there are no statistics of a reference to save, or no place for them."""
+    path, data = Path(str(request.save_statistics)), request.data
+    if path.suffix != ".npz":
+        raise UsageError(f"--save-statistics {path}: name a file that ends in .npz, so that --data reads it")
+    if not needing(request.chosen, *OF_SETS) or (request.subject == "images" and data is None):
+        raise UsageError("--save-statistics: needs a reference, and a metric that compares sets, as fid")
+    inputs = [*(request.pairs or ()), data, request.images]
+    if any(path.resolve() == Path(one).resolve() for one in inputs if isinstance(one, (str, Path))):
+        raise UsageError(f"--save-statistics {path}: is an input of this evaluation; name another file")
+    refuse_foreign_statistics(path)
 
 
 def is_npz(data: Any) -> bool:

@@ -1,50 +1,32 @@
 """Evaluation end to end on tiny sets: what is measured, what the result states, and what is refused."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from golden_cases import shared, squeezenet
+from measured import Autoencoder, Model, Rows, folder, npz, pictures, tiny_extractor
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.files import sha256_file
-from ldmcli.core.settings import DataSettings, DiffusionConfig
+from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation import evaluate as module
 from ldmcli.evaluation import features
 from ldmcli.evaluation.compare import compare, lookup
 from ldmcli.evaluation.evaluate import evaluate
 from ldmcli.evaluation.image_streams import evenly_spaced
 from ldmcli.evaluation.metrics import reconstruction_metrics
-from ldmcli.evaluation.reference_statistics import write_statistics
+from ldmcli.evaluation.reference_statistics import gaussian, write_statistics
 from ldmcli.maths.metrics import frechet_from_features
-
-
-class TinyNet(torch.nn.Module):
-    """Eight features of 16 px images: cheap enough for every test."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 8, 5, 3)
-
-    def forward(self, x):
-        pooled = torch.relu(self.conv(x / 127.5 - 1)).mean((2, 3))
-        return pooled, pooled * 4
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    save_file({"conv.weight": torch.randn(8, 3, 5, 5, generator=generator), "conv.bias": torch.zeros(8)}, path)
-    digest = sha256_file(path)
-    rule = "bicubic (antialiased)"
-    network = features.Network(TinyNet, "pool (8)", 8, 16, rule, "FD (tiny)", "tiny8", (digest,), "x")
-    return features.Extractor("tiny", network, path, digest)
+    return tiny_extractor(tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -54,87 +36,13 @@ def cheap(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
 
 
-def pictures(n, seed=0, size=16):
-    """Smooth random images, uint8 (n, size, size, 3)."""
-    small = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
-    return np.stack([np.array(Image.fromarray(image).resize((size, size), Image.BICUBIC)) for image in small])
-
-
-def folder(path, images, suffix=".png"):
-    path.mkdir(parents=True)
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(path / f"{number:06d}{suffix}")
-    return path
-
-
-def npz(path, images):
-    np.savez(path, arr_0=images)
-    return path
-
-
-@dataclass
-class Rows:
-    """Rows of a data set, as `open_rows` gives them."""
-
-    images: np.ndarray
-    source: str = "made"
-    split: str = "validation"
-    class_names: tuple = ("one", "two")
-    notes: tuple = ()
-
-    fingerprint = property(lambda self: features.content_hash(self.images))
-
-    def __len__(self):
-        return len(self.images)
-
-    def has(self, role):
-        return True
-
-    def pixels(self, i, size, crop="center", u=(0.5, 0.5)):
-        return np.array(Image.fromarray(self.images[i]).resize(size[::-1], Image.BICUBIC))
-
-    def caption(self, i):
-        return f"caption {i}"
-
-    def label(self, i):
-        return i % 2
-
-
 @pytest.fixture
 def rows(monkeypatch):
     found = Rows(pictures(12, seed=9))
     monkeypatch.setattr(
-        "ldmcli.evaluation.evaluate.open_reference", lambda settings, split: (replace(found, split=split), 0)
+        "ldmcli.evaluation.references.open_reference", lambda settings, split: (replace(found, split=split), 0)
     )
     return found
-
-
-class Model:
-    """A diffusion model whose sample k is a function of (seed, k) and of what it is told."""
-
-    kind, fingerprint = "diffusion", "f" * 64
-
-    def __init__(self, kinds=("text",)):
-        self.config = DiffusionConfig()
-        self.conditions, self.trained_size = SimpleNamespace(kinds=kinds, entries={}), (16, 16)
-        self.calls = []
-
-    def sample(self, prompt=None, *, classes=None, n, first, seed, size, batch_size, **settings):
-        total = n * max(len(prompt or []), len(classes or []), 1)
-        self.calls.append({"prompts": prompt, "classes": classes, "first": first, "total": total, **settings})
-        return [Image.fromarray(pictures(1, seed=1000 * seed + k, size=size[0])[0]) for k in range(first, total)]
-
-
-class Autoencoder:
-    """Reconstructions are the images, 8 grey levels darker."""
-
-    kind, fingerprint, config = "autoencoder", "a" * 64, None
-
-    def encode(self, x):
-        return x.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def decode(self, z):
-        return (z - 8 / 127.5).clamp(-1, 1)
 
 
 # --- sets ------------------------------------------------------------------------------------------------------
@@ -224,7 +132,8 @@ def test_pickled_and_misshapen_npz_files_are_refused(tmp_path):
 
 def test_a_statistics_file_is_as_good_as_its_images(tmp_path, tiny):
     generated, reference = folder(tmp_path / "a", pictures(12)), pictures(15, 4)
-    write_statistics(tmp_path / "stats.npz", tiny.features(reference), tiny, {"split": "train"})
+    found = gaussian(tiny.features(reference))
+    np.savez(tmp_path / "stats.npz", mu=found.mean, sigma=found.covariance, n=15)
     known = evaluate(images=generated, data=tmp_path / "stats.npz")
     direct = evaluate(images=generated, data=npz(tmp_path / "b.npz", reference))
     assert known["metrics"]["fd_tiny8"] == pytest.approx(direct["metrics"]["fd_tiny8"], rel=1e-9)
@@ -239,7 +148,7 @@ def test_statistics_of_another_extractor_are_refused(tmp_path, tiny):
     with pytest.raises(InputError, match="another extractor"):
         evaluate(images=generated, data=tmp_path / "wide.npz")
     changed = SimpleNamespace(protocol=tiny.protocol | {"resize": "box"})
-    write_statistics(tmp_path / "box.npz", tiny.features(pictures(12)), changed, {})
+    write_statistics(tmp_path / "box.npz", features.extract(pictures(12), tiny), changed, {})
     with pytest.raises(InputError, match=r"another extractor \(resize\)"):
         evaluate(images=generated, data=tmp_path / "box.npz")
 

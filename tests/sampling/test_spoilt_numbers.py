@@ -418,9 +418,9 @@ def test_all_is_every_split_of_a_set_and_a_split_of_that_name_where_there_is_one
 
 
 def test_the_bound_on_reference_rows_is_said_and_all_has_none(tmp_path, monkeypatch):
-    from ldmcli.evaluation import evaluate as module
+    from ldmcli.evaluation import references
 
-    monkeypatch.setattr(module, "REFERENCE_LIMIT", 6)
+    monkeypatch.setattr(references, "REFERENCE_LIMIT", 6)
     for name in ("train", "validation"):
         saved(tmp_path / "set" / name, 9)
     found = evaluate(images=tmp_path / "set" / "train", data=str(tmp_path / "set"), features="effnet-lite0")

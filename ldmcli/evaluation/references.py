@@ -1,0 +1,103 @@
+"""What an evaluation measures against: rows of a data set, images, or their statistics."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldmcli.core import console
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.settings import DataSettings
+from ldmcli.evaluation.image_streams import ImageStream, evenly_spaced, open_images, rows_source
+from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments
+from ldmcli.evaluation.metrics import FEATURES, OF_SETS, needing
+from ldmcli.evaluation.reference_statistics import ALL, Statistics, has_moments, open_reference, read_statistics
+from ldmcli.evaluation.result import EvaluationResult
+
+
+def limited(result: EvaluationResult, rows: Any, count: int | str | None = None) -> int:
+    """How many rows of a data set are read: `count`, "all", or (None) at most 10,000; all for the split `all`. Raises
+    InputError for more than there are."""
+    if isinstance(count, int):
+        if count > len(rows):
+            raise InputError(f"{rows.source} ({rows.split}): {len(rows)} rows, but --reference-count asks for {count}")
+        return count
+    if count == ALL or rows.split == ALL or len(rows) <= REFERENCE_LIMIT:
+        return len(rows)
+    result.warnings.append(
+        f"reference: {REFERENCE_LIMIT:,} of {len(rows):,} rows, evenly spread; --reference-count all takes every one"
+    )
+    return REFERENCE_LIMIT
+
+
+def own_data(run: Any, data: Any) -> Any:
+    """The reference that was named, else the data that the run was trained on."""
+    if data is None and run.config is None:
+        raise UsageError("name the reference with --data: this model does not say what it was trained on")
+    return run.config.data if data is None else data
+
+
+def reference_rows(
+    instruments: Instruments, result: EvaluationResult, data: Any, split: str, size: tuple[int, int], model: Any
+) -> tuple[Any, DataSettings]:
+    """Rows of the data, and the settings by which they become pixels.
+
+    Of a small folder the held-out part may be a single image, of which no distribution can be made.
+    """
+    settings = data if isinstance(data, DataSettings) else DataSettings(source=str(data))
+    settings = replace(settings, size=(size[0], size[1]))
+    rows, whole = open_reference(settings, split)
+    if whole and len(rows) < 2 and needing(instruments.metrics, *OF_SETS):
+        rows = open_reference(settings, "train")[0]
+        result.warnings.append(
+            f"{rows.source}: too few images are held out to measure against; its {len(rows)} training "
+            "images are the reference, which a model may have learned by heart"
+        )
+    elif whole > len(rows):
+        result.protocol["held_out"] = {"rows": len(rows), "of": whole}
+        if model is None:
+            result.warnings.append(
+                f"reference: {len(rows):,} of {whole:,} rows ({100 * len(rows) / whole:.2g} %), those "
+                "that a training would hold out; --split all takes the whole set"
+            )
+    for note in rows.notes:
+        console.say_once(f"{rows.source}: {note}")
+    return rows, settings
+
+
+def set_reference(
+    instruments: Instruments,
+    result: EvaluationResult,
+    rows: Any,
+    settings: DataSettings | None,
+    data: Any,
+    count: int | str | None,
+) -> ImageStream | Statistics | None:
+    """What sets are compared with: rows of a data set, images, or their statistics; None where no metric does that.
+
+    count: as `limited`; of images in a file or folder, the first. Raises InputError for metrics that need what a file
+    of statistics does not hold, UsageError for a number of images that statistics are not of.
+    """
+    if data is None or instruments.extractor is None:
+        return None
+    if rows is not None and settings is not None:
+        return rows_source(rows, settings, evenly_spaced(len(rows), limited(result, rows, count)))
+    n = count if isinstance(count, int) else None
+    statistics = read_statistics(Path(data), instruments.extractor, n)
+    if statistics is None:
+        return _images_alone(instruments, result, data, n)
+    lacking = sorted(needing(instruments.metrics, FEATURES))
+    if lacking and statistics.rows is None and statistics.images is None:
+        raise InputError(f"--metrics {lacking[0]}: needs the images of the reference; {data} has mu and sigma only")
+    if n is not None and statistics.images is None:
+        raise UsageError(f"--reference-count {n}: {data} holds statistics of {statistics.n or 'other'} images")
+    return statistics
+
+
+def _images_alone(instruments: Instruments, result: EvaluationResult, data: Any, n: int | None) -> ImageStream:
+    """The images of an .npz; where mean and covariance of another network lie beside them, that is said."""
+    if instruments.extractor is not None and has_moments(Path(data)):
+        result.warnings.append(
+            f"{data}: its mean and covariance are of another network than {instruments.extractor.name}; its images "
+            "are the reference"
+        )
+    return open_images(data, n)
