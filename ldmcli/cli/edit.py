@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.generate import guidance_of, interval_of, slug
+from ldmcli.cli.generate import guidance_of, guiding_options, interval_of, slug
 from ldmcli.cli.parsing import DATA, MACHINE, MODEL, SAMPLING, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.train import require_folder
 from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.sampling.request import EditRequest
+from ldmcli.sampling.request import EditRequest, later_text
 
 Picture = argument(Path, "IMAGE", "A picture, or a folder of them.")
 Mask = argument(
@@ -93,6 +93,15 @@ Tone = option(
     min=0,
     default="the run's setting",
 )
+LedBack = option(
+    float | None,
+    "--guide-scale",
+    "SCALE",
+    "Lead results to what, made small again, is IMAGE: 0 not at all, 1 (of rule ours) as far as would fit it.",
+    panel=SAMPLING,
+    min=0,
+    default="0",
+)
 Tile = option(
     int,
     "--tile",
@@ -159,7 +168,15 @@ def inpaint(given: ParsedOptions) -> None:
 
 
 @command(
-    {"image": Picture, "scale": Scale}, _MODEL, _TOLD, {"tone": Tone}, _DRAWING, opt.IMAGES_OUT, opt.TALK, _MACHINE
+    {"image": Picture, "scale": Scale},
+    _MODEL,
+    _TOLD,
+    {"tone": Tone},
+    {**opt.GUIDING, "guide_scale": LedBack},
+    _DRAWING,
+    opt.IMAGES_OUT,
+    opt.TALK,
+    _MACHINE,
 )
 def upscale(given: ParsedOptions) -> None:
     """Make pictures larger, with a model trained with --task sr.
@@ -169,7 +186,8 @@ def upscale(given: ParsedOptions) -> None:
     """
     if given.scale not in (2, 4, 8):
         raise UsageError(f"--scale {given.scale}: choose one of 2, 4, 8")
-    request = _request(given, scale=given.scale, tone=given.tone)
+    guiding = guiding_options(given, "--guide-scale SCALE", given.guide_scale is not None)
+    request = _request(given, scale=given.scale, tone=given.tone, **guiding)
     out = _out(given, request, f"x{given.scale}")
     from ldmcli.sampling.edit_commands import upscale_to_folder
 
@@ -227,7 +245,7 @@ def _how(given: ParsedOptions) -> dict:
 
 def _out(given: ParsedOptions, request: EditRequest, what: str) -> Path:
     """The folder named, or one for this request: the same for the same command, so that it goes on in it."""
-    described = f"{given.model} {request} {given.format} {given.metadata}"
+    described = f"{given.model} {request} {given.format} {given.metadata}{later_text(request)}"
     digest = hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()[:6]
     out = given.out or Path("outputs") / f"{slug(given.image.stem)}-{what}-{digest}"
     require_folder(out)

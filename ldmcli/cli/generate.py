@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import DATA, ParsedOptions, Text, argument, command, option
@@ -11,7 +12,7 @@ from ldmcli.cli.prompts import read_prompts
 from ldmcli.cli.train import require_folder
 from ldmcli.core import config, console
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.sampling.request import SampleRequest
+from ldmcli.sampling.request import SampleRequest, later_text
 
 _REQUEST = {
     "prompt": opt.Prompt,
@@ -31,7 +32,7 @@ _REQUEST = {
     "init_image": opt.InitImage,
     "strength": opt.Strength,
     "guide": opt.Guide,
-    "guide_scale": opt.GuideScale,
+    **opt.GUIDING,
 }
 ImageSize = option(Text, "--size", "N|HxW", "Height and width in pixels.", panel=DATA, default="each image's own")
 Images = argument(list[Path], "IMAGES...", "Image files, or folders of them.")
@@ -110,11 +111,7 @@ def sample_request(given: ParsedOptions) -> SampleRequest:
     ):
         if value is not None and file is None:
             raise UsageError(f"{name} {value:g}: says how much {needs} counts; give {needs} FILE, too")
-    more = {
-        name: value
-        for name, value in (("strength", given.strength), ("guide_scale", given.guide_scale))
-        if value is not None
-    }
+    more = {} if given.strength is None else {"strength": given.strength}
     return SampleRequest(
         prompts=prompts,
         negative_prompt=given.negative_prompt,
@@ -136,8 +133,22 @@ def sample_request(given: ParsedOptions) -> SampleRequest:
         weights=given.weights,
         spacing=given.spacing,
         guide=given.guide,
+        **guiding_options(given, "--guide FILE", given.guide is not None),
         **more,
     )
+
+
+def guiding_options(given: ParsedOptions, needs: str, guided: bool) -> dict[str, Any]:
+    """The options of guiding that were given, by their names in a request. Raises UsageError where nothing is guided,
+    and for a network of LPIPS where it is not the distance."""
+    names = ("guide_scale", "guide_rule", "guide_metric", "perceptual")
+    found = {name: value for name in names if (value := getattr(given, name)) is not None}
+    idle = next((name for name in names[1:] if name in found), None)
+    if idle and not guided:
+        raise UsageError(f"--{idle.replace('_', '-')} {found[idle]}: says how results are guided; give {needs}, too")
+    if "perceptual" in found and found.get("guide_metric") != "lpips":
+        raise UsageError(f"--perceptual {found['perceptual']}: a network of LPIPS; give --guide-metric lpips, too")
+    return found
 
 
 def _map_files(paths: Sequence[Path]) -> tuple[Path, ...]:
@@ -191,8 +202,7 @@ def slug(text: str) -> str:
 def _stated_name(given: ParsedOptions, request: SampleRequest) -> str:
     """A folder's name for a request: the same for the same command, so that an interrupted one goes on in it."""
     classes = " ".join(("class", *request.classes)) if request.classes else "sample"
-    own = " ".join(request.given)  # not in the text of a request, which names folders of before
-    described = f"{given.model} {request} {given.format} {given.metadata}{own}"
+    described = f"{given.model} {request} {given.format} {given.metadata}{later_text(request)}"
     digest = hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()[:6]
     files = [path.stem for path in (*request.layouts, *request.maps)]
     return f"{slug((*request.prompts, *files, classes)[0])}-{digest}"

@@ -57,14 +57,6 @@ Features = option(
     panel=SAMPLING,
     default="the best at hand, stated",
 )
-Perceptual = option(
-    Text,
-    "--perceptual",
-    "NAME|FILE",
-    "Network of LPIPS: vgg, alex, squeeze, or a file with the weights of one of them.",
-    panel=SAMPLING,
-    default="vgg",
-)
 EvalCount = option(
     int | None,
     "-n --count",
@@ -121,13 +113,7 @@ _MEASURED = {
     "weights": opt.Weights,
     "autoencoder": MeasuredAutoencoder,
 }
-_HOW = {
-    "metrics": Metrics,
-    "features": Features,
-    "perceptual": Perceptual,
-    "count": EvalCount,
-    "guide_factor": GuideFactor,
-}
+_HOW = {"metrics": Metrics, "features": Features, "count": EvalCount, "guide_factor": GuideFactor, **opt.GUIDING}
 _LIMITS = {"save_statistics": SaveStatistics, "compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
@@ -153,6 +139,7 @@ def eval_fid(given: ParsedOptions) -> None:
         "features": given.features,
         "perceptual": given.perceptual,
         "guide_factor": given.guide_factor,
+        **{name: getattr(given, name) for name in ("guide_scale", "guide_rule", "guide_metric")},
         "compare": given.compare,
         "n": given.count,
         "seed": given.seed,

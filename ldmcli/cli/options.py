@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from ldmcli.cli.parsing import DATA, MACHINE, MODEL, OUTPUT, SAMPLING, TRAINING, Text, flag, option, setting, switch
+from ldmcli.core.settings import GUIDE_METRICS, GUIDE_RULES
 from ldmcli.diffusion.samplers import SAMPLERS
 
 _data, _model, _training = (partial(setting, panel=panel) for panel in (DATA, MODEL, TRAINING))
@@ -265,9 +266,27 @@ GuideScale = _sampling(
     float | None,
     "--guide-scale",
     "SCALE",
-    "How far each step goes towards --guide: 0 not at all, 1 as far as would fit it.",
+    "How far each step goes to the small image: 0 not at all, 1 (of rule ours) as far as would fit it.",
     min=0,
     default="1",
+)
+GuideRule = _sampling(
+    Text,
+    "--guide-rule",
+    GUIDE_RULES,
+    "ours: a step of a size that the distance decides; paper: the plain gradient of Eq. 16, whose scale depends on "
+    "the model and the size.",
+    default="ours",
+)
+GuideMetric = _sampling(
+    Text, "--guide-metric", GUIDE_METRICS, "Distance to the small image: squared error, or LPIPS.", default="l2"
+)
+Perceptual = _sampling(
+    Text,
+    "--perceptual",
+    "NAME|FILE",
+    "Network of LPIPS: vgg, alex, squeeze, or a file with the weights of one of them.",
+    default="vgg",
 )
 
 # --- Output
@@ -346,6 +365,7 @@ RUN_OUTPUT = {"out": RunOut, "fresh": Fresh, "allow": Allow, "plan": Plan, "trac
 IMAGES_OUT = {"out": Out, "overwrite": Overwrite, "format": Format, "metadata": Metadata}
 TALK = {"json": Json, "verbose": Verbose, "quiet": Quiet, "offline": Offline}
 TRAIN_MACHINE = {"gpus": Gpus, "mixed_precision": MixedPrecision, "compile": Compile, "workers": Workers}
+GUIDING = {"guide_scale": GuideScale, "guide_rule": GuideRule, "guide_metric": GuideMetric, "perceptual": Perceptual}
 DRAWING = {
     "steps": SampleSteps,
     "guidance": Guidance,

@@ -237,6 +237,8 @@ class ConditionSettings:
 
 TASKS = ("generate", "sr", "inpaint")
 FILLS = ("patches", "smooth", "black")
+GUIDE_RULES = ("ours", "paper")  # of guiding by pictures (diffusion/gradient_guidance.py), and …
+GUIDE_METRICS = ("l2", "lpips")  # … the distance to them
 
 
 @dataclass(frozen=True, kw_only=True)

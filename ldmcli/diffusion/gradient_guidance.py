@@ -1,7 +1,8 @@
 """Guiding by gradients at sampling time (Sec. 4.4, App. C): functions that wrap a denoiser.
 
-With log p(y | z_t) of what is wanted, the noise that a model sees becomes ε − s σ_t ∇ log p(y | z_t), gradient with
-respect to z_t, through the network and, for images, the decoder. (The sign is that of Dhariwal & Nichol 2021.)
+With log p(y | z_t) of what is wanted, the noise that a model sees becomes ε − s σ_t ∇ log p(y | z_t) (Eq. 16), gradient
+with respect to z_t, for images through the network and the decoder (Eq. 17). The sign is that of Dhariwal & Nichol
+2021; σ_t = √(1 − ᾱ_t), and the same rule holds for flow, whose score is −ε/σ_t as well.
 A wrapper gives (x0, ε) like the denoiser it was given, so that guiders compose with each other, with classifier-free
 guidance, and with every sampler.
 """
@@ -13,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldmcli.core.settings import GUIDE_RULES
 from ldmcli.diffusion.samplers import Denoise
 
 MAX_X0_SHIFT = 1.0  # root mean square over a sample's latent of the change of x0, latents having variance 1
 
 
 def downsampled(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """T of Sec. 4.4: antialiased bicubic, (B, c, H, W) to (B, c, *size)."""
+    """T of Sec. 4.4: antialiased bicubic, (B, c, H, W) to (B, c, *size); the identity where they are of that size."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
     return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
@@ -35,18 +39,20 @@ def image_guide(
     scale: float = 1.0,
     distance: Callable[[Tensor, Tensor], Tensor] = half_squared_error,
     *,
-    plain: bool = False,
+    rule: str = "ours",
 ) -> Denoise:
-    """Leads samples to pictures that, made small, are `low` (B or 1, 3, h, w) in [-1, 1].
+    """Leads samples to pictures that, made small, are `low` (B or 1, 3, h, w) in [-1, 1]; low may be of full size.
 
     log p = −distance(T(D(x0)), low). decode: latents as the model sees them to pixels, able to pass gradients.
     distance: (B,) of two batches of pictures, by default ½‖·‖², or a perceptual one.
 
-    plain: the change of ε is scale · σ ∇ distance, whose right scale depends on the picture's size, the autoencoder and
-    the noise. Otherwise x0 moves along −∇ by the step after which the distance would, to first order, be gone, times
-    `scale`: 1 takes the whole step, whatever the units, and a sample that fits is left alone. No
-    move is larger than `MAX_X0_SHIFT`.
+    rule "paper" is Eq. 16 and 17: the change of ε is scale · σ ∇ distance, whose right scale depends on the picture's
+    size, the autoencoder and the noise. With "ours" x0 moves along −∇ by the step after which the distance would, to
+    first order, be gone (a step of Polyak's), times `scale`: 1 takes the whole step, whatever the units, and a sample
+    that fits is left alone. No move is larger than `MAX_X0_SHIFT`. Raises ValueError for another rule.
     """
+    if rule not in GUIDE_RULES:
+        raise ValueError(f"no rule {rule!r} of guiding; there are {', '.join(GUIDE_RULES)}")
     if scale == 0:
         return denoise
 
@@ -56,7 +62,7 @@ def image_guide(
             error = distance(downsampled(decode(x0), (low.shape[-2], low.shape[-1])), low.expand(len(z), -1, -1, -1))
             at_z, at_x0 = torch.autograd.grad(error.sum(), (here, x0), retain_graph=z.requires_grad)
         x0, eps = (x0, eps) if z.requires_grad else (x0.detach(), eps.detach())
-        if plain:
+        if rule == "paper":
             return _shift_eps(x0, eps, scale * sigma * at_z, alpha, sigma)
         gain = (at_x0 * at_z).sum(dim=(1, 2, 3))
         # a gradient that points the wrong way, or nowhere, moves nothing

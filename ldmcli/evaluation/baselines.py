@@ -4,8 +4,8 @@ Super-resolution is given rows made small by the degradation that the model was 
 random mask, both by (seed, row). What is compared is the enlarged picture, and the filled one with all known pixels in
 their place. The plain methods: bicubic interpolation of the same small picture (a = -0.5); the biharmonic filling of
 scikit-image where that is installed, and the filling that the model itself is given (`task.fill`): what the network
-adds is what it is better than that. A model without a task can be guided to rows made small (Sec. 4.4, Tab. 4);
-beside it stand the same samples without the guide.
+adds is what it is better than that. A model without a task and one of super-resolution can be guided to rows made small
+(Sec. 4.4, Tab. 4); beside it stand the same samples without the guide.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +21,10 @@ from ldmcli.core.settings import TASK_CONDITIONS
 from ldmcli.data.arrays import to_pixels
 from ldmcli.data.degradations import degrade, resize, to_uint8
 from ldmcli.data.masks import masked_share
-from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
-from ldmcli.diffusion.sample import Guide
 from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, sample_for_rows
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
+from ldmcli.sampling.guiding import ImageGuiding
 from ldmcli.sampling.inpainting import inpaint_images
 from ldmcli.sampling.super_resolution import upscale_images
 
@@ -85,19 +84,24 @@ def guided_sources(
     truth: ImageStream,
     factor: int,
     *,
+    guiding: ImageGuiding,
     size: tuple[int, int],
     seed: int,
     batch_size: int,
     settings: dict[str, Any],
 ) -> tuple[ImageStream, dict[str, ImageStream], dict[str, Any]]:
-    """Samples of a model without a task, each led to its row made `factor` times smaller (antialiased bicubic).
+    """Samples of a model without a task, or answers of one of super-resolution, each led to its row made `factor` times
+    smaller (antialiased bicubic, or as the model's task does it).
 
     (guided, {"unguided": the same noise and words without a guide, "bicubic": the small picture enlarged},
-    protocol), in the order of `ids`. Raises UsageError for a model with a task, InputError where `size` is no multiple
-    of the factor.
+    protocol), in the order of `ids`. Raises UsageError for a model of another task or factor, InputError where `size`
+    is no multiple of the factor.
     """
-    if task_of(model) != "generate":
-        raise UsageError(f"--guide-factor: leads models that generate; this one is for {task_of(model)}")
+    task = task_of(model)
+    if task == "inpaint":
+        raise UsageError(f"--guide-factor: leads models that generate or enlarge; this one is for {task}")
+    if task == "sr" and factor != model.config.task.scale:
+        raise UsageError(f"--guide-factor {factor}: this model enlarges by {model.config.task.scale}")
     if any(side % factor for side in size):
         raise InputError(
             f"--guide-factor {factor}: pictures of {size[1]}x{size[0]} px can't be made {factor} times "
@@ -105,12 +109,17 @@ def guided_sources(
         )
     check_columns(rows, tuple(model.conditions.kinds))
     dataset = condition_source(model, rows, size, seed)
-    low = _made_small(rows, ids, size, factor)
+    low = _made_small(rows, size, factor) if task == "generate" else partial(_condition, dataset, task)
 
     def samples(guided: bool):
+        if task == "sr":
+            how = {**settings, "guiding": guiding if guided else None}
+            return _enlarged(model, dataset, ids, seed, batch_size, how)
+
         def stream() -> Iterator[np.ndarray]:
             for numbers, block in _blocks(ids, batch_size):
-                guide = _to_low(model, [low(i) for i in block]) if guided else None
+                pixels = to_pixels(np.stack([low(i) for i in block]))
+                guide = guiding.guide(model, pixels, size, size) if guided else None
                 yield from sample_for_rows(model, dataset, block, numbers[0], seed, size, settings, guide)
 
         return stream
@@ -122,20 +131,15 @@ def guided_sources(
         name: replace(guided_stream, name=name, protocol={**protocol, "source": name}, stream=stream)
         for name, stream in others.items()
     }
-    return guided_stream, plain, {"task": "guided", "baselines": list(plain), "guide_factor": factor}
+    stated = {"task": "guided", "baselines": list(plain), "guide_factor": factor, **guiding.document()}
+    return guided_stream, plain, stated
 
 
-def _made_small(rows, ids: list[int], size: tuple[int, int], factor: int):
+def _made_small(rows, size: tuple[int, int], factor: int):
     def low(i: int) -> np.ndarray:
         return degrade(rows.pixels(i, size, "center", (0.5, 0.5)), factor, "bicubic", 0)
 
     return low
-
-
-def _to_low(model, low: list[np.ndarray]) -> Guide:
-    """Leads a batch, each sample to its own small picture."""
-    pixels, decoder = to_pixels(np.stack(low)).to(model.device), latent_decoder(model.autoencoder)
-    return lambda denoise: image_guide(denoise, decoder, pixels)
 
 
 def has_biharmonic() -> bool:
@@ -189,15 +193,19 @@ def _each(dataset, ids, task: str, method):
 
     def stream() -> Iterator[np.ndarray]:
         for i in ids:
-            value = dataset.values(TASK_CONDITIONS[task], [i], [i])[0]
-            yield method(value, dataset.size)
+            yield method(_condition(dataset, task, i), dataset.size)
 
     return stream
 
 
+def _condition(dataset, task: str, i: int) -> Any:
+    """What a model of a task is given of row i."""
+    return dataset.values(TASK_CONDITIONS[task], [i], [i])[0]
+
+
 def _pairs(dataset, ids) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for i in ids:
-        yield dataset.values(TASK_CONDITIONS["inpaint"], [i], [i])[0]
+        yield _condition(dataset, "inpaint", i)
 
 
 def _bicubic(low: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -162,7 +162,9 @@ def task(request: EvaluationRequest, instruments: Instruments, result: Evaluatio
     count = min(len(rows), GENERATED_LIMIT) if request.n is None else _count(rows, request.n)
     ids = evenly_spaced(len(rows), count)
     truth = rows_source(rows, settings, ids)
-    sources = task_sources if request.guide_factor is None else partial(guided_sources, factor=request.guide_factor)
+    sources = task_sources
+    if request.guide_factor is not None:
+        sources = partial(guided_sources, factor=request.guide_factor, guiding=request.guiding)
     made, baselines, stated = sources(model, rows, ids, truth, size=size, **draw)
     measured = paired(instruments, result, made, truth)
     result.protocol |= {**stated, "sampling": sampling_protocol(model, draw)}

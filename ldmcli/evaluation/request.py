@@ -11,6 +11,7 @@ from ldmcli.evaluation.baselines import task_of
 from ldmcli.evaluation.image_streams import loaded
 from ldmcli.evaluation.metrics import CONDITION, IMAGES, LOGITS, METRICS, OF_PAIRS, OF_SETS, needing
 from ldmcli.evaluation.reference_statistics import ALL, refuse_foreign_statistics
+from ldmcli.sampling.guiding import ImageGuiding, split_guiding
 
 BATCH = 32
 SUBJECTS = ("model", "autoencoder", "images", "pairs")
@@ -58,7 +59,11 @@ class EvaluationRequest:
     batch_size: int | None = None
     size: tuple[int, int] | None = None
     weights: str = "ema"  # "ema" or "raw", of a model named by its run
-    guide_factor: int | None = None  # lead sample k to row k made this many times smaller (Tab. 4), and compare the two
+    # lead sample k to row k made this many times smaller (Tab. 4; models without a task or of task sr), and compare
+    guide_factor: int | None = None
+    guide_scale: float | None = None  # how, as `LoadedDiffusion.sample` takes it; LPIPS by `perceptual`
+    guide_rule: str | None = None
+    guide_metric: str | None = None
     progress: Callable[[int, str], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -97,6 +102,12 @@ class EvaluationRequest:
         return {"seed": self.seed or 0, "batch_size": self.batch_size or BATCH, "settings": settings}
 
     @property
+    def guiding(self) -> ImageGuiding:
+        """How samples are led to rows made small, where guide_factor says that they are."""
+        names = ("guide_scale", "guide_rule", "guide_metric", "perceptual")
+        return split_guiding({name: getattr(self, name) for name in names})[0]
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         """Conditions of the model, () without one."""
         return () if self.model is None else tuple(self.model.conditions.kinds)
@@ -104,6 +115,10 @@ class EvaluationRequest:
 
 def opened(request: EvaluationRequest) -> EvaluationRequest:
     """The request with its model loaded. Raises UsageError for what is no diffusion model."""
+    if request.guide_factor is None:
+        for name in ("guide_scale", "guide_rule", "guide_metric"):
+            if getattr(request, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')}: says how samples are guided; give --guide-factor N, too")
     if request.model is None:
         if request.guide_factor is not None:
             raise UsageError("--guide-factor: leads a model's samples; use it with --model")

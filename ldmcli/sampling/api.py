@@ -14,6 +14,7 @@ from ldmcli.data.arrays import pictures_of
 from ldmcli.maths.tiles import center_slices
 from ldmcli.sampling.draw import Draw, draw_images, tile_side
 from ldmcli.sampling.editing import edit_images
+from ldmcli.sampling.guiding import guide_to, split_guiding
 from ldmcli.sampling.model import TrainedDiffusion
 
 TASK_WORDS = {
@@ -37,6 +38,7 @@ class LoadedDiffusion(TrainedDiffusion):
         values: Mapping[str, Any] | None = None,
         image: Any = None,
         mask: Any = None,
+        guide: Any = None,
         n: int = 1,
         negative_prompt: str = "",
         seed: int = 0,
@@ -51,8 +53,10 @@ class LoadedDiffusion(TrainedDiffusion):
         file, or a list. map: class indices (H, W), a PIL picture or file, or a list. values: of further conditions, by
         name. image: what a model of task sr enlarges, or of task inpaint fills where mask (bool, or a picture with
         holes of luminance ≥ 128) says so; known pixels stay. size: (height, width) in pixels, or one number, rounded up
-        (`round_up_size`) and cut to its middle. settings: steps, guidance (a number, or one a condition),
-        guidance_interval, sampler, eta, spacing; with an image those of `upscale` and `inpaint` as well.
+        (`round_up_size`) and cut to its middle. guide: a picture no larger than the results, which are led to what
+        looks like it when made as small; guide_scale, guide_rule (ours | paper), guide_metric (l2 | lpips) and
+        perceptual (a network of LPIPS) say how (`guiding.ImageGuiding`). settings: steps, guidance (a number, or one a
+        condition), guidance_interval, sampler, eta, spacing; with an image those of `upscale` and `inpaint` as well.
         """
         given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
         if image is not None:
@@ -66,6 +70,7 @@ class LoadedDiffusion(TrainedDiffusion):
         given = parse_conditions(self.conditions, given, size or self.trained_size)
         ids = range(first, n * max([len(one) for one in given.values()], default=1))
         whole, images = self.round_up_size(size), []
+        guiding, settings = split_guiding(settings)
         draw = Draw(
             ids=ids,
             seed=seed,
@@ -73,6 +78,7 @@ class LoadedDiffusion(TrainedDiffusion):
             settings=settings,
             negative_prompt=negative_prompt,
             size=whole,
+            guide=None if guide is None else guide_to(self, pictures_of(guide, "guide")[0], guiding, whole, size),
             tile=tile_side(self, whole, settings),
         )
         for start in range(0, len(ids), batch_size):
@@ -114,12 +120,19 @@ class LoadedDiffusion(TrainedDiffusion):
         n: int = 1,
         **how,
     ) -> list:
-        """PIL images, `config.task.scale` times as large, by a model of task sr; arguments as `inpaint`."""
+        """PIL images, `config.task.scale` times as large, by a model of task sr; arguments as `inpaint`.
+
+        guide_scale: leads results to what, made small again, is the image; guide_rule, guide_metric, perceptual as
+        `sample`.
+        """
         given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
         return self._edit("sr", image, None, given, n=n, **how)
 
     def _edit(self, task: str, image: Any, mask: Any, values: dict[str, list], **how) -> list:
         own = self.config.task.name
+        if task == "sr":
+            guiding, how = split_guiding({"guide_scale": 0.0, **how})
+            how["guiding"] = guiding
         if task == "generate" or (task == "sr") != (own == "sr"):
             raise UsageError(f"image: this model {TASK_WORDS[own]}")
         pictures = pictures_of(image)

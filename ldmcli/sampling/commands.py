@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ldmcli import __version__
 from ldmcli.conditions import outputs
@@ -13,16 +12,15 @@ from ldmcli.conditions.parse import centred, list_values, option_values, parse_c
 from ldmcli.conditions.pictures import labelled
 from ldmcli.conditions.text import negative_inputs
 from ldmcli.core import console, runs
-from ldmcli.core.errors import InputError, UsageError
-from ldmcli.data.arrays import to_pixels
+from ldmcli.core.errors import UsageError
 from ldmcli.data.decode import decode, to_size
-from ldmcli.diffusion.gradient_guidance import image_guide, latent_decoder
 from ldmcli.diffusion.sample import Guide, InitLatents, check_sampling, with_overrides
-from ldmcli.maths.tiles import center_slices, pad_edge
+from ldmcli.maths.tiles import pad_edge
 from ldmcli.sampling import memory
 from ldmcli.sampling.api import LoadedDiffusion, to_pil
 from ldmcli.sampling.contact_sheets import in_rows
 from ldmcli.sampling.draw import Draw, draw_images, tile_side, warn_of_idle_guidance
+from ldmcli.sampling.guiding import guide_to, guiding_of
 from ldmcli.sampling.image_folder import ImageFolder, Images, contents, in_batches
 from ldmcli.sampling.load import find_model, load
 from ldmcli.sampling.memory import MAX_MEMORY
@@ -141,22 +139,11 @@ def _init_latents(loaded: LoadedDiffusion, request: SampleRequest, size: Size, t
 
 
 def _guide(loaded: LoadedDiffusion, request: SampleRequest, size: Size) -> Guide | None:
-    """What leads samples to --guide. Raises InputError for an image that no result could look like when made small."""
+    """What leads samples to --guide."""
     if request.guide is None:
         return None
-    low = to_pixels(np.array(decode(Path(request.guide), name=str(request.guide)))).to(loaded.device)
-    (h, w), (height, width) = low.shape[-2:], request.size or loaded.trained_size
-    if h > height or w > width or abs(h * width - w * height) > max(height, width):
-        raise InputError(
-            f"--guide {request.guide}: {w}x{h} px; it must have the shape of the pictures to draw "
-            f"({width}x{height}) and be no larger"
-        )
-    decoder, inside = latent_decoder(loaded.autoencoder), center_slices(size or (height, width), (height, width))
-
-    def decode_inside(z: torch.Tensor) -> torch.Tensor:
-        return decoder(z)[(..., *inside)]
-
-    return lambda denoise: image_guide(denoise, decode_inside, low, request.guide_scale)
+    picture = np.asarray(decode(Path(request.guide), name=str(request.guide)))
+    return guide_to(loaded, picture, guiding_of(request), size, request.size, f"--guide {request.guide}")
 
 
 def _batch_size(loaded: LoadedDiffusion, draw: Draw) -> int:
@@ -196,7 +183,7 @@ def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> di
         **runs.step_document(path),
         "ldm_version": __version__,
         "negative_prompt": request.negative_prompt,
-        **({"guide": request.guide.name, "guide_scale": request.guide_scale} if request.guide else {}),
+        **({"guide": request.guide.name, **guiding_of(request).document()} if request.guide else {}),
         **used,
     }
 

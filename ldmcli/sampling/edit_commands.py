@@ -23,13 +23,15 @@ from ldmcli.data.decode import decode, probe
 from ldmcli.maths.compositing import fill_smoothly
 from ldmcli.sampling import memory
 from ldmcli.sampling.api import LoadedDiffusion
+from ldmcli.sampling.draw import tile_side
 from ldmcli.sampling.edit_sources import EditSource, edit_sources
 from ldmcli.sampling.editing import check_edit
+from ldmcli.sampling.guiding import guiding_of
 from ldmcli.sampling.image_folder import ImageFolder, Images, contents, in_batches
 from ldmcli.sampling.inpainting import inpaint_images
 from ldmcli.sampling.load import load
 from ldmcli.sampling.request import EditRequest, document_of, sampling_of, sampling_used
-from ldmcli.sampling.super_resolution import upscale_images
+from ldmcli.sampling.super_resolution import check_guided, upscale_images
 
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
 LARGEST_BATCH = 8
@@ -135,6 +137,10 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
     path, loaded = suitable_model(model, request)
     largest = max(sizes, key=lambda size: size[0] * size[1])
     size = (largest[0] * request.scale, largest[1] * request.scale)
+    if request.guide_scale:
+        check_guided(
+            tile_side(loaded, size, sampling_of(request), tile=request.tile, max_memory=request.max_memory), size
+        )
 
     def draw(ids: list[int], which: list[EditSource]) -> list[np.ndarray]:
         low = np.stack([source.pixels() for source in which])
@@ -145,6 +151,7 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
             seed=request.seed,
             ids=ids,
             tone=request.tone,
+            guiding=guiding_of(request),
             values=_values(loaded, request, which, large),
             **_sampling_record(request),
         )
@@ -237,6 +244,7 @@ def _to_folder(
         **runs.step_document(path),
         "ldm_version": __version__,
         **_plain(sampling_used(loaded.config.sample, request)),
+        **(guiding_of(request).document() if request.guide_scale else {}),
     }
 
     def make(ids: list[int]) -> Images:

@@ -7,6 +7,8 @@ from typing import Any
 
 from ldmcli.core.settings import SampleSettings
 
+# of a field that came later: where it says nothing, text and document of a request are as they were without it
+LATER: dict[str, Any] = {"repr": False, "metadata": {"later": True}}
 # settings of [sample] that a request can set for itself, and those of them that files beside pictures always name
 SAMPLING = ("sampler", "steps", "guidance", "guidance_interval", "eta", "temperature", "spacing")
 NAMED = ("sampler", "steps", "guidance", "eta", "temperature")
@@ -21,7 +23,7 @@ class SampleRequest:
     classes: tuple[str, ...] = ()  # names or indices; ("all",) = every class
     layouts: tuple[Path, ...] = ()  # JSON files, of one layout each or a list of them
     maps: tuple[Path, ...] = ()  # pictures of class indices
-    given: tuple[str, ...] = field(default=(), repr=False)  # NAME=VALUE, for conditions without a field here
+    given: tuple[str, ...] = field(default=(), **LATER)  # NAME=VALUE, for conditions without a field here
     n: int | None = None  # images; None = one a prompt, class, layout or map, or the run's sample.n where it takes none
     steps: int | None = None
     guidance: float | dict[str, float] | None = None  # one scale, or one a condition
@@ -36,6 +38,9 @@ class SampleRequest:
     strength: float = 0.8  # share of the way back to noise that the initial image goes
     guide: Path | None = None  # a small image that results, made as small, are led to
     guide_scale: float = 1.0
+    guide_rule: str = field(default="ours", **LATER)  # ours | paper
+    guide_metric: str = field(default="l2", **LATER)  # l2 | lpips
+    perceptual: str = field(default="", **LATER)  # network of LPIPS; "" = vgg
     weights: str = "ema"  # ema | raw
     spacing: str | None = None
 
@@ -53,11 +58,15 @@ class EditRequest:
     classes: tuple[str, ...] = ()
     layouts: tuple[Path, ...] = ()  # at most one: a JSON file for all pictures, or a folder of them
     maps: tuple[Path, ...] = ()  # likewise, class maps
-    given: tuple[str, ...] = field(default=(), repr=False)  # NAME=VALUE, for conditions without a field here
+    given: tuple[str, ...] = field(default=(), **LATER)  # NAME=VALUE, for conditions without a field here
     n: int = 1  # results a picture
     blend: int = 8  # pixels around a hole by which brightness and colour in it are fitted; 0 = pasted as sampled
     resample: int = 10  # times that each step is done where the model was not trained to inpaint
     tone: float | None = None  # upscale: small pixels beyond which brightness is the picture's; 0 = as sampled
+    guide_scale: float = field(default=0.0, **LATER)  # upscale: how far results are led to the picture; 0 = not at all
+    guide_rule: str = field(default="ours", **LATER)  # ours | paper
+    guide_metric: str = field(default="l2", **LATER)  # l2 | lpips
+    perceptual: str = field(default="", **LATER)  # network of LPIPS; "" = vgg
     tile: int = 0  # pixels a side of what the networks see at once; 0 = as much as max_memory allows
     max_memory: float = 4.0  # GiB of activations
     steps: int | None = None
@@ -79,10 +88,24 @@ def named_files(request: SampleRequest | EditRequest) -> list[Path]:
     return [path for path in paths if isinstance(path, Path) and path.is_file()]
 
 
+def said_later(request: SampleRequest | EditRequest) -> dict[str, Any]:
+    """Fields that came later, where they say something."""
+    later = [one for one in fields(request) if one.metadata.get("later")]
+    return {one.name: value for one in later if (value := getattr(request, one.name)) != one.default}
+
+
+def later_text(request: SampleRequest | EditRequest) -> str:
+    """`said_later` as text, which the text of a request lacks: folders are named after both."""
+    later = said_later(request)
+    given = " ".join(later.pop("given", ()))
+    return given + "".join(f" {name}={value}" for name, value in later.items())
+
+
 def document_of(request: SampleRequest | EditRequest) -> dict[str, Any]:
     """The request as JSON, without what does not change pictures."""
-    left_out = ("batch_size",) if request.given else ("batch_size", "given")
-    document = {name: value for name, value in asdict(request).items() if name not in left_out}
+    later = said_later(request)
+    unsaid = {one.name for one in fields(request) if one.metadata.get("later") and one.name not in later}
+    document = {name: value for name, value in asdict(request).items() if name not in {"batch_size", *unsaid}}
     return json.loads(json.dumps(document, default=str))
 
 

@@ -112,7 +112,7 @@ def test_the_image_guide_works_on_what_classifier_free_guidance_gives(model, dec
     low, z = torch.zeros(1, 3, 8, 8), latents(2, 3, 8, 8)
     given, null = (model.embed({"class.label": torch.tensor(labels)}) for labels in ([0, 1], [2, 2]))
     free = denoiser(model.predict, SCHEDULE, GuidancePath((null, given), (3.0,)))
-    guided = image_guide(free, decode, low, plain=True)
+    guided = image_guide(free, decode, low, rule="paper")
     with clear_of_ties():
         x0, eps = guided(z, 500.0, ALPHA, SIGMA)
     with torch.enable_grad():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_cases import golden
+from golden_cases import golden, squeezenet
 from PIL import Image
 from tiny import ADAM, ldm, noisy_images, pictures, train_ldm
 
@@ -508,8 +508,75 @@ def test_sample_is_led_to_a_small_image(plain, tmp_path):
     assert ending.code == 3 and "5x9 px" in ending.line
 
 
+def test_rule_and_distance_of_guiding_are_said_and_change_pictures(plain, sr, photo, tmp_path):
+    """Sec. 4.4: --guide-rule and --guide-metric of `sample`, stated in the document, and in Python."""
+    weights, low = squeezenet(tmp_path / "squeeze.safetensors"), tmp_path / "low.png"
+    Image.fromarray(image_of(20, 20)).save(low)  # T is the identity for a picture of full size
+    ways = {
+        "ours": (),
+        "paper": ("--guide-rule", "paper", "--guide-scale", 0.01),
+        "lpips": ("--guide-metric", "lpips", "--perceptual", weights),
+        "lpips paper": ("--guide-rule", "paper", "--guide-metric", "lpips", "--perceptual", weights),
+    }
+    seen = {}
+    for name, options in ways.items():
+        ending = ldm(
+            "sample", "--model", plain, "-n", 1, *FAST, "--guide", low, *options, "--json", "--out", tmp_path / name
+        )
+        assert ending.code == 0, ending.stderr
+        assert ending.json["guide_rule"] == ("paper" if "paper" in name else "ours")
+        assert ending.json["guide_metric"] == ("lpips" if "lpips" in name else "l2")
+        seen[name] = pictures(tmp_path / name)[0]
+    assert len({one.tobytes() for one in seen.values()}) == len(ways)
+    how = {"steps": 3, "sampler": "ddim", "guide_rule": "paper", "guide_scale": 0.01}
+    assert np.array_equal(ldmcli.load(plain).sample(guide=low, **how)[0], seen["paper"])
+    command = ("sample", "--guide", low, "-n", 1, *FAST, "--model", plain, "--out", tmp_path / "bad")
+    for options, code, says in (
+        (("--guide-metric", "l1"), 2, "not one of l2, lpips"),
+        (("--guide-rule", "plain"), 2, "not one of ours, paper"),
+        (("--perceptual", weights), 2, "--guide-metric lpips"),
+        (("--guide-metric", "lpips", "--perceptual", tmp_path / "absent"), 3, "absent"),
+    ):
+        ending = ldm(*command, *options)
+        assert ending.code == code and says in ending.line, ending.stderr
+    ending = ldm("sample", "--model", plain, "--guide-rule", "paper", "--out", tmp_path / "bad")
+    assert ending.code == 2 and "give --guide FILE" in ending.line
+    assert not (tmp_path / "bad").exists()
+
+
+def test_enlarged_pictures_are_led_to_the_small_one(sr, photo, tmp_path):
+    """What is made small again agrees better with what was given, by either rule; of any size; Python alike."""
+    low = np.asarray(Image.open(photo).convert("RGB"))[:7, :9]
+    Image.fromarray(low).save(tmp_path / "low.png")
+    command = ("upscale", tmp_path / "low.png", "--model", sr, "--tone", 0, *FAST, "--json")
+    ways = {"none": (), "ours": ("--guide-scale", 1), "paper": ("--guide-scale", 0.02, "--guide-rule", "paper")}
+    errors = {}
+    for name, options in ways.items():
+        ending = ldm(*command, *options, "--out", tmp_path / name)
+        assert ending.code == 0, ending.stderr
+        large = pictures(tmp_path / name)[0].astype(float)
+        assert ending.json.get("guide_rule", "none") == name
+        errors[name] = np.square(large.reshape(7, 4, 9, 4, 3).mean((1, 3)) - low).mean()
+    assert errors["ours"] < 0.95 * errors["none"] and errors["paper"] < errors["none"]
+    made = ldmcli.load(sr).upscale(low, steps=3, sampler="ddim", tone=0, guide_scale=1)[0]
+    assert np.array_equal(made, pictures(tmp_path / "ours")[0])
+    ending = ldm(*command, "--guide-scale", 1, "--tile", 16, "--out", tmp_path / "tiles")
+    assert ending.code == 2 and "to be guided" in ending.line and not (tmp_path / "tiles").exists()
+
+
+def test_guided_super_resolution_is_measured_beside_unguided(sr):
+    """Tab. 4: the guided rows of super-resolution."""
+    measure = ("eval-fid", "--metrics", "psnr", "-n", 2, "--steps", 3, "--json", "--model", sr, "--guide-factor", 4)
+    document = json.loads(ldm(*measure, "--guide-scale", 1).stdout)
+    assert document["baselines"] == ["unguided", "bicubic"] and document["guide_scale"] == 1
+    without = json.loads(ldm(*measure, "--guide-scale", 0).stdout)["metrics"]
+    assert without["psnr"] == without["psnr_unguided"] == document["metrics"]["psnr_unguided"]
+    assert document["metrics"]["psnr"] != without["psnr"]
+    assert document["metrics"]["psnr_bicubic"] == without["psnr_bicubic"]
+
+
 @pytest.mark.parametrize("which", ["plain", "text"])
-def test_guided_samples_are_measured_beside_unguided_ones(request, which, sr):
+def test_guided_samples_are_measured_beside_unguided_ones(request, which, sr, inpainter):
     """Tab. 4: rows made small lead the samples, which are compared with the rows."""
     model = request.getfixturevalue(which)
     measure = ("eval-fid", "--metrics", "psnr", "-n", 3, "--steps", 6, "--json", "--batch-size", 2)
@@ -519,7 +586,9 @@ def test_guided_samples_are_measured_beside_unguided_ones(request, which, sr):
     assert document["guide_factor"] == 4 and document["baselines"] == ["unguided", "bicubic"]
     for more, code, says in (
         (("--model", model, "--guide-factor", 3), 3, "divides both sides"),
-        (("--model", sr, "--guide-factor", 4), 2, "this one is for sr"),
+        (("--model", inpainter, "--guide-factor", 4), 2, "this one is for inpaint"),
+        (("--model", sr, "--guide-factor", 2), 2, "enlarges by 4"),
+        (("--model", model, "--guide-rule", "paper"), 2, "give --guide-factor N"),
         (("--images", "x", "--data", "shapes", "--guide-factor", 4), 2, "with --model"),
     ):
         ending = ldm(*measure, *more)

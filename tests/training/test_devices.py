@@ -378,12 +378,12 @@ def steered(name: str, model: LoadedDiffusion, device: torch.device) -> dict:
         "known twice": {"known": replace(known, resample=2)},
         "tiles": {"tile": 2},
         "picture": {"guide": lambda d: gradient_guidance.image_guide(d, decode, low)},
-        "picture, plain": {"guide": lambda d: gradient_guidance.image_guide(d, decode, low, 0.1, plain=True)},
+        "picture, paper": {"guide": lambda d: gradient_guidance.image_guide(d, decode, low, 0.1, rule="paper")},
         "classifier": {"guide": lambda d: gradient_guidance.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))},
     }[name]
 
 
-STEERINGS = ("plain", "known", "tiles", "picture", "known twice", "picture, plain", "classifier")
+STEERINGS = ("plain", "known", "tiles", "picture", "known twice", "picture, paper", "classifier")
 
 
 def drawn_latents(model, sampler: str, steering: str, device) -> torch.Tensor:
