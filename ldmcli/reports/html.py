@@ -1,9 +1,11 @@
 """One HTML file that loads nothing from elsewhere: escaping, tables, pictures as data URIs, and the style sheet.
 
-The page's own security policy forbids scripts and every request, so that text which slipped through could do nothing.
+The page's own security policy forbids every request, and scripts but for one that is named by its hash, so that text
+which slipped through could do nothing.
 """
 
 import base64
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -22,14 +24,19 @@ def safe(text: object) -> str:
     return escape(redact(clean(text)), quote=True)
 
 
-def page(title: str, body: str) -> str:
-    """The whole document."""
+def page(title: str, body: str, *, style: str = "", script: str = "") -> str:
+    """The whole document. style: rules beside the house's; script: JavaScript of ours, run when the body stands."""
+    policy, code = _POLICY, ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+        policy, code = f"{_POLICY}; script-src 'sha256-{digest}'", f"<script>{script}</script>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{safe(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{safe(title)}</title><style>{_STYLE}{style}</style></head>\n"
+        f"<body><main>\n{body}\n</main>{code}</body></html>\n"
     )
 
 

@@ -90,6 +90,10 @@ def demo_summary(ending: tiny.Ending, out: Path) -> None:
     assert (out / "report.html").is_file() and (out / "samples.png").is_file()
 
 
+def blind_page(ending: tiny.Ending, out: Path) -> None:
+    assert "outputs/circles" not in out.read_text() and ending.stdout.strip() == str(out)
+
+
 def says(*words: str) -> Callable[[tiny.Ending, Path | None], None]:
     def check(ending: tiny.Ending, out: Path | None) -> None:
         for word in words:
@@ -107,6 +111,7 @@ PROMISES: dict[str, Callable[[tiny.Ending, Path], None]] = {
     "inpaint": repainted,
     "upscale": four_times_as_large,
     "eval-fid": distance,
+    "ab": blind_page,
     "data": contact_sheet,
     "demo": demo_summary,
     "report": says("report.html"),
@@ -147,6 +152,6 @@ def test_the_example_of_a_help_page_works_as_it_is_typed(command, empty_folder):
     assert ending.code == 0, ending.stderr
     out = option(EXAMPLES[command], "--out")
     if out:
-        assert any(path.is_file() for path in Path(out).rglob("*"))
+        assert any(path.is_file() for path in (Path(out), *Path(out).rglob("*")))
     if command in PROMISES:
         PROMISES[command](ending, Path(out or "."))
