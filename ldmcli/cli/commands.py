@@ -9,6 +9,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train-ae": ("train", "Train an autoencoder: images to latents and back.", _TRAIN),
     "train-ldm": ("train", "Train a diffusion model in an autoencoder's latents.", _TRAIN),
     "demo": ("manage", "The whole chain, on embedded shapes or your own images.", _TRAIN),
+    "study": ("study", "Compare first stages, or settings, at equal training.", _TRAIN),
     "sample": ("generate", "Draw images with a trained model.", _USE),
     "inpaint": ("edit", "Repaint a part of a picture; known pixels stay.", _USE),
     "upscale": ("edit", "Make pictures larger.", _USE),
@@ -39,6 +40,7 @@ data shapes --limit 200 --out outputs/shapes
 report runs/shapes-text
 runs
 demo --minutes 10 --out runs/demo
+study --f 4,8 --size 32 --steps 20 --sampling-steps 2,4 -n 16 --eval-samples 0 --out runs/shapes-study
 recipes
 presets
 doctor

@@ -45,6 +45,7 @@ class TrainSettings:
     keep: int = 2  # newest checkpoints that stay
     sample_every: int = 1000
     eval_every: int = 1000
+    evaluations: int = 0  # more of them, so many at equal shares of the run's steps or minutes
     log_every: int = 50
     eval_images: int = 256  # of the validation rows, at most; a short run measures fewer (`measured_images`)
     eval_frechet: bool = True  # train-ae: a Frechet distance beside PSNR and SSIM, where 64 images or more are measured
@@ -69,7 +70,8 @@ class TrainSettings:
                 "gradient_timeout": self.gradient_timeout,
             },
         )
-        names = "micro_batch clip weight_decay warmup sample_every eval_every eval_images max_hours max_minutes"
+        names = "micro_batch clip weight_decay warmup sample_every eval_every evaluations eval_images max_hours "
+        names += "max_minutes"
         at_least("train", 0, self, *names.split())
         at_least("train", 1, self, "muon_every")
         positive("train", {"adam_lr": self.adam_lr})

@@ -20,30 +20,45 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """A named line. `points` are (step, value)."""
+    """A named line. `points` are (x, value), x a step unless the chart says otherwise; band: (x, lowest, highest)
+    of several runs, drawn behind the line."""
 
     name: str
     points: Points
+    band: Sequence[tuple[float, float, float]] = ()
 
 
-def line_chart(title: str, series: Sequence[Series], *, unit: str = "", from_zero: bool = False, note: str = "") -> str:
-    """A <figure> with the lines over the step; '' where no two steps are known. The range decides whether the axis is
-    logarithmic, unless it is to begin at zero."""
-    curves = [Series(one.name, finite(one.points)) for one in series]
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    unit: str = "",
+    from_zero: bool = False,
+    note: str = "",
+    x_label: str = "step",
+    marks: bool = False,
+) -> str:
+    """A <figure> with the lines over x; '' where no two x are known. Ranges decide whether axes are logarithmic, but
+    not where values begin at zero, nor over steps. marks: each point has a dot."""
+    curves = [Series(one.name, finite(one.points), one.band) for one in series]
     curves = [one for one in curves if one.points][:COLOURS]
-    steps = {step for one in curves for step, _ in one.points}
-    if len(steps) < 2:
+    places = {place for one in curves for place, _ in one.points}
+    if len(places) < 2:
         return ""
     everything = [value for one in curves for _, value in one.points] + [0.0] * from_zero
+    everything += [bound for one in curves for _, *bounds in one.band for bound in bounds]
     log = wants_log(everything)
-    x = _Axis(min(steps), max(steps), False, LEFT, WIDTH - RIGHT, whole=True)
+    steps = x_label == "step"
+    x_log = not (steps or from_zero) and wants_log(list(places))
+    x = _Axis(min(places), max(places), x_log, LEFT, WIDTH - RIGHT, whole=not x_log, integers=steps)
     y = _Axis(min(everything), max(everything), log, HEIGHT - BOTTOM, TOP)
-    lines = "".join(_line(one, index, x, y) for index, one in enumerate(curves))
+    lines = "".join(_band(one, index, x, y) for index, one in enumerate(curves))
+    lines += "".join(_line(one, index, x, y, x_label, marks) for index, one in enumerate(curves))
     label = ", ".join(part for part in (unit, "logarithmic" if log else "") if part)
     return (
         f'<figure class="chart"><figcaption><b>{_safe(title)}</b>{_legend(curves)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_safe(title)}">'
-        f'{_grid(x, y)}<text class="unit" x="2" y="12">{_safe(label)}</text>{lines}</svg>'
+        f'{_grid(x, y, x_label)}<text class="unit" x="2" y="12">{_safe(label)}</text>{lines}</svg>'
         f"{f'<p>{_safe(note)}</p>' if note else ''}</figure>"
     )
 
@@ -122,10 +137,12 @@ def figure(value: float) -> str:
 class _Axis:
     """From a value to a place in the picture; the range ends on ticks."""
 
-    def __init__(self, low: float, high: float, log: bool, begin: float, end: float, whole: bool = False):
+    def __init__(
+        self, low: float, high: float, log: bool, begin: float, end: float, whole: bool = False, integers: bool = True
+    ):
         self.log, self.begin, self.end = log, begin, end
-        if whole:  # steps: the data fill the width, ticks lie inside
-            self.ticks = [t for t in ticks(low, high, 6) if low <= t <= high and t == int(t)]
+        if whole:  # the data fill the width, ticks lie inside
+            self.ticks = [t for t in ticks(low, high, 6) if low <= t <= high and (t == int(t) or not integers)]
             self.low, self.high = low, high
             return
         self.ticks = log_ticks(low, high) if log else ticks(low, high)
@@ -139,7 +156,7 @@ class _Axis:
         return round(self.begin + min(max(share, 0.0), 1.0) * (self.end - self.begin), 1)
 
 
-def _grid(x: _Axis, y: _Axis) -> str:
+def _grid(x: _Axis, y: _Axis, x_label: str) -> str:
     across = "".join(
         f'<line class="g" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t)}" y2="{y(t)}"/>'
         f'<text x="{LEFT - 6}" y="{y(t) + 4}" text-anchor="end">{short(t)}</text>'
@@ -151,27 +168,41 @@ def _grid(x: _Axis, y: _Axis) -> str:
         f'<text x="{x(t)}" y="{bottom + 16}" text-anchor="middle">{short(t)}</text>'
         for t in x.ticks
     )
-    return f'{across}{down}<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">step</text>'
+    name = _safe(x_label)
+    return f'{across}{down}<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{name}</text>'
 
 
 def _path(points: Points, x: _Axis, y: _Axis) -> str:
     return "M" + "L".join(f"{x(step)},{y(value)}" for step, value in points)
 
 
-def _line(series: Series, index: int, x: _Axis, y: _Axis) -> str:
-    """The line (with its mean where it is noisy), and invisible spots with step and value."""
+def _band(series: Series, index: int, x: _Axis, y: _Axis) -> str:
+    """The area between the lowest and the highest of several runs."""
+    if len(series.band) < 2:
+        return ""
+    around = [(place, high) for place, _, high in series.band] + [(place, low) for place, low, _ in series.band[::-1]]
+    return f'<path class="b c{index}" d="{_path(around, x, y)}Z"/>'
+
+
+def _line(series: Series, index: int, x: _Axis, y: _Axis, x_label: str, marks: bool) -> str:
+    """The line (with its mean where it is noisy), and spots with x and value, invisible unless they are marks."""
     points, colour = thinned(series.points), f"c{index}"
     noisy = len(points) > HOVER_POINTS
     shown = smoothed(points, max(len(points) // 40, 1), y.log) if noisy else points
     faint = f'<path class="l raw {colour}" d="{_path(points, x, y)}"/>' if noisy else ""
+    seen, radius = ("e", 3) if marks else ("h", 5)
     spots = "".join(
-        f'<circle class="h {colour}" cx="{x(s)}" cy="{y(v)}" r="5"><title>'
-        f"{_safe(series.name)}, step {s:,.0f}: {figure(v)}</title></circle>"
+        f'<circle class="{seen} {colour}" cx="{x(s)}" cy="{y(v)}" r="{radius}"><title>'
+        f"{_safe(series.name)}, {_place(s, x_label)}: {figure(v)}</title></circle>"
         for s, v in thinned(shown, HOVER_POINTS)
     )
     last = shown[-1]
     end = f'<circle class="e {colour}" cx="{x(last[0])}" cy="{y(last[1])}" r="2.5"/>'
     return f'{faint}<path class="l {colour}" d="{_path(shown, x, y)}"/>{end}{spots}'
+
+
+def _place(value: float, x_label: str) -> str:
+    return f"step {value:,.0f}" if x_label == "step" else f"{figure(value)} {_safe(x_label)}"
 
 
 def _legend(series: Sequence[Series]) -> str:

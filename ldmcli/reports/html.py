@@ -208,6 +208,7 @@ svg{display:block;width:100%;height:auto}
 svg text{font-size:11.5px;fill:var(--soft);font-variant-numeric:tabular-nums}
 svg .g{stroke:var(--line)}
 svg .l{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
+svg .b{fill:var(--c);opacity:.14;stroke:none}
 svg .raw{opacity:.28;stroke-width:1}
 svg .e{fill:var(--c)}svg .h{fill:var(--c);opacity:0}svg .h:hover{opacity:.7}
 .picture{margin:0 0 20px}.picture img{display:block;width:100%;height:auto;border-radius:4px}

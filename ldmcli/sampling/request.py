@@ -8,7 +8,7 @@ from typing import Any
 from ldmcli.core.settings import SampleSettings
 
 # of a field that came later: where it says nothing, text and document of a request are as they were without it
-LATER: dict[str, Any] = {"repr": False, "metadata": {"later": True}}
+LATER = {"later": True}
 # settings of [sample] that a request can set for itself, and those of them that files beside pictures always name
 SAMPLING = ("sampler", "steps", "guidance", "guidance_interval", "eta", "temperature", "spacing")
 NAMED = ("sampler", "steps", "guidance", "eta", "temperature")
@@ -23,7 +23,7 @@ class SampleRequest:
     classes: tuple[str, ...] = ()  # names or indices; ("all",) = every class
     layouts: tuple[Path, ...] = ()  # JSON files, of one layout each or a list of them
     maps: tuple[Path, ...] = ()  # pictures of class indices
-    given: tuple[str, ...] = field(default=(), **LATER)  # NAME=VALUE, for conditions without a field here
+    given: tuple[str, ...] = field(default=(), repr=False, metadata=LATER)  # NAME=VALUE of other conditions
     n: int | None = None  # images; None = one a prompt, class, layout or map, or the run's sample.n where it takes none
     steps: int | None = None
     guidance: float | dict[str, float] | None = None  # one scale, or one a condition
@@ -38,9 +38,9 @@ class SampleRequest:
     strength: float = 0.8  # share of the way back to noise that the initial image goes
     guide: Path | None = None  # a small image that results, made as small, are led to
     guide_scale: float = 1.0
-    guide_rule: str = field(default="ours", **LATER)  # ours | paper
-    guide_metric: str = field(default="l2", **LATER)  # l2 | lpips
-    perceptual: str = field(default="", **LATER)  # network of LPIPS; "" = vgg
+    guide_rule: str = field(default="ours", repr=False, metadata=LATER)  # ours | paper
+    guide_metric: str = field(default="l2", repr=False, metadata=LATER)  # l2 | lpips
+    perceptual: str = field(default="", repr=False, metadata=LATER)  # network of LPIPS; "" = vgg
     weights: str = "ema"  # ema | raw
     spacing: str | None = None
 
@@ -58,15 +58,15 @@ class EditRequest:
     classes: tuple[str, ...] = ()
     layouts: tuple[Path, ...] = ()  # at most one: a JSON file for all pictures, or a folder of them
     maps: tuple[Path, ...] = ()  # likewise, class maps
-    given: tuple[str, ...] = field(default=(), **LATER)  # NAME=VALUE, for conditions without a field here
+    given: tuple[str, ...] = field(default=(), repr=False, metadata=LATER)  # NAME=VALUE of other conditions
     n: int = 1  # results a picture
     blend: int = 8  # pixels around a hole by which brightness and colour in it are fitted; 0 = pasted as sampled
     resample: int = 10  # times that each step is done where the model was not trained to inpaint
     tone: float | None = None  # upscale: small pixels beyond which brightness is the picture's; 0 = as sampled
-    guide_scale: float = field(default=0.0, **LATER)  # upscale: how far results are led to the picture; 0 = not at all
-    guide_rule: str = field(default="ours", **LATER)  # ours | paper
-    guide_metric: str = field(default="l2", **LATER)  # l2 | lpips
-    perceptual: str = field(default="", **LATER)  # network of LPIPS; "" = vgg
+    guide_scale: float = field(default=0.0, repr=False, metadata=LATER)  # upscale: how far to the picture
+    guide_rule: str = field(default="ours", repr=False, metadata=LATER)  # ours | paper
+    guide_metric: str = field(default="l2", repr=False, metadata=LATER)  # l2 | lpips
+    perceptual: str = field(default="", repr=False, metadata=LATER)  # network of LPIPS; "" = vgg
     tile: int = 0  # pixels a side of what the networks see at once; 0 = as much as max_memory allows
     max_memory: float = 4.0  # GiB of activations
     steps: int | None = None

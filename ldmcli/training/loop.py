@@ -219,7 +219,7 @@ class Trainer:
             self.checkpointer.save()
             stop_early(StopReason(int(reason)), self.folder, self.dist, step)
         if step < s.steps:
-            if due(s.eval_every):
+            if due(s.eval_every) or self._evaluation_is_due():
                 self._evaluate()
             if due(s.sample_every):
                 self._preview()
@@ -262,13 +262,25 @@ class Trainer:
         return self.dist.all_reduce_max([float(late)])[0] > 0 if limit else False
 
     def _lr_factor(self) -> float:
-        """Multiplier of every rate at this step. What is done of the run: its share of steps or of time, the larger."""
+        """Multiplier of every rate at this step."""
+        return lr_factor(self.settings, self.progress.step, self._share_done())
+
+    def _share_done(self) -> float:
+        """How much of the run is done, 0 to 1, by steps or by time, whichever is ahead. Collective."""
         s, p = self.settings, self.progress
         done = p.step / s.steps
         if s.max_minutes:
             done = max(done, min(1.0, p.trained_seconds / (s.max_minutes * 60)))
             done = self.dist.all_reduce_max([done])[0]
-        return lr_factor(s, p.step, done)
+        return done
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether one of train.evaluations has come; they lie at equal shares of the run, the last at its end."""
+        count, progress = self.settings.evaluations, self.progress
+        passed = min(int(self._share_done() * count), count - 1) if count else 0  # the end has one anyway
+        due = passed > progress.evaluations
+        progress.evaluations = max(passed, progress.evaluations)
+        return due
 
     def _gradient_scale(self, phase: str, norm: float) -> float:
         """What the gradient is multiplied by: it is cut to train.clip, and to its usual norm where it is a spike."""

@@ -76,6 +76,7 @@ class Progress:
     images: int = 0
     ema_count: int = 0
     trained_seconds: float = 0.0
+    evaluations: int = 0  # of train.evaluations that have come
     bad_in_a_row: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0

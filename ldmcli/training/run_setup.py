@@ -29,6 +29,7 @@ CHANGEABLE_ON_RESUME = (
     "train.keep",
     "train.sample_every",
     "train.eval_every",
+    "train.evaluations",
     "train.log_every",
     "train.eval_images",
     "train.eval_frechet",
