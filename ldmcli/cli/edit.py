@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.generate import guidance_of, guiding_options, interval_of, slug
+from ldmcli.cli.generate import guiding_options, slug
 from ldmcli.cli.parsing import DATA, MACHINE, MODEL, SAMPLING, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.train import require_folder
 from ldmcli.core import console
@@ -122,13 +122,6 @@ MaxMemory = option(
     default="4",
 )
 _MODEL = {"model": opt.Model, "weights": opt.Weights}
-_DRAWING = {
-    **opt.DRAWING,
-    "guidance": opt.KindGuidance,
-    "guidance_interval": opt.GuidanceInterval,
-    "eta": opt.Eta,
-    "spacing": opt.Spacing,
-}
 _TOLD = {
     "prompt": OnePrompt,
     "class_name": OneClass,
@@ -146,7 +139,7 @@ _MACHINE = {"tile": Tile, "max_memory": MaxMemory}
     _MODEL,
     _TOLD,
     {"blend": Blend, "resample": Resample},
-    _DRAWING,
+    opt.DRAWING,
     opt.IMAGES_OUT,
     opt.TALK,
     _MACHINE,
@@ -173,7 +166,7 @@ def inpaint(given: ParsedOptions) -> None:
     _TOLD,
     {"tone": Tone},
     {**opt.GUIDING, "guide_scale": LedBack},
-    _DRAWING,
+    opt.DRAWING,
     opt.IMAGES_OUT,
     opt.TALK,
     _MACHINE,
@@ -211,16 +204,10 @@ def _request(given: ParsedOptions, **more) -> EditRequest:
         n=given.count,
         tile=given.tile,
         max_memory=given.max_memory,
-        steps=given.steps,
-        guidance=guidance_of(given.guidance),
-        guidance_interval=interval_of(given.guidance_interval),
         seed=given.seed,
-        sampler=given.sampler,
-        eta=given.eta,
-        temperature=given.temperature,
-        spacing=given.spacing,
         batch_size=given.batch_size,
         weights=given.weights,
+        **opt.sampling_of(given),
         **more,
     )
 

@@ -24,10 +24,6 @@ _REQUEST = {
     "count": opt.Count,
     "negative_prompt": opt.NegativePrompt,
     **opt.DRAWING,
-    "guidance": opt.KindGuidance,
-    "guidance_interval": opt.GuidanceInterval,
-    "eta": opt.Eta,
-    "spacing": opt.Spacing,
     "size": opt.SampleSize,
     "init_image": opt.InitImage,
     "strength": opt.Strength,
@@ -69,7 +65,10 @@ def sample(given: ParsedOptions) -> None:
     opt.TALK,
 )
 def reconstruct(given: ParsedOptions) -> None:
-    """Pass images through an autoencoder and show each beside its reconstruction, with PSNR."""
+    """Pass images through an autoencoder and show each beside its reconstruction, with PSNR.
+
+    Several autoencoders give a sheet with all their reconstructions, too.
+    """
     missing = [path for path in given.images if not path.exists()]
     if missing:
         raise InputError(f"{missing[0]}: no such file or folder")
@@ -79,7 +78,7 @@ def reconstruct(given: ParsedOptions) -> None:
 
     result = reconstruct_to_folder(
         given.images,
-        given.autoencoder,
+        given.autoencoder or None,
         out,
         size=config.size_of(given.size),
         overwrite=given.overwrite,
@@ -88,8 +87,10 @@ def reconstruct(given: ParsedOptions) -> None:
     if given.json:
         console.emit_json(result)
     else:
-        rows = [(row["image"], f"{row['psnr']:.2f}") for row in result["images"]]
-        console.out(console.table(rows, ["image", "PSNR / dB"]))
+        names = result.get("autoencoders", [""])
+        psnrs = [[one["psnr"] for one in row.get("results", [row])] for row in result["images"]]
+        rows = [(row["image"], *(f"{psnr:.2f}" for psnr in each)) for row, each in zip(result["images"], psnrs)]
+        console.out(console.table(rows, ["image", *(f"PSNR / dB {name}".strip() for name in names)]))
         console.out(out)
 
 
@@ -120,19 +121,13 @@ def sample_request(given: ParsedOptions) -> SampleRequest:
         maps=_map_files(given.maps or ()),
         given=tuple(given.given or ()),
         n=given.count,
-        steps=given.steps,
-        guidance=guidance_of(given.guidance),
-        guidance_interval=interval_of(given.guidance_interval),
         seed=given.seed,
-        sampler=given.sampler,
-        eta=given.eta,
-        temperature=given.temperature,
         size=config.size_of(given.size),
         batch_size=given.batch_size,
         init_image=given.init_image,
         weights=given.weights,
-        spacing=given.spacing,
         guide=given.guide,
+        **opt.sampling_of(given),
         **guiding_options(given, "--guide FILE", given.guide is not None),
         **more,
     )
@@ -162,36 +157,6 @@ def _map_files(paths: Sequence[Path]) -> tuple[Path, ...]:
         else:
             found.append(path)
     return tuple(found)
-
-
-def guidance_of(text: str | None) -> float | dict[str, float] | None:
-    """One scale, or a scale a condition: "3" or "text=3,map=1.5". Raises UsageError."""
-    if text is None:
-        return None
-    try:
-        if "=" not in text:
-            scales = {"": float(text)}
-        else:
-            pairs = [part.partition("=") for part in text.split(",")]
-            scales = {name.strip(): float(scale) for name, _, scale in pairs}
-    except ValueError:
-        scales = {"": -1.0}
-    if not all(0 <= scale < float("inf") for scale in scales.values()):
-        raise UsageError(f"--guidance: {text!r} is no scale from 0 on, nor scales by condition as text=3,map=1.5")
-    return scales.get("", scales)
-
-
-def interval_of(text: str | None) -> tuple[float, float] | None:
-    """Two rising shares, "0.2,0.8". Raises UsageError."""
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not 0 <= low < high <= 1:
-        raise UsageError(f"--guidance-interval: {text!r} is not two shares, as 0.2,0.8")
-    return low, high
 
 
 def slug(text: str) -> str:

@@ -12,7 +12,10 @@ from ldmcli.core import config, console
 from ldmcli.core.errors import ThresholdError, UsageError
 from ldmcli.core.runs import locate
 
-METRICS_HELP = "fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?)."
+METRICS_HELP = (
+    "fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?); "
+    "codebook (of --autoencoder: codes used)."
+)
 
 Reference = setting(
     "data.source",
@@ -48,6 +51,7 @@ Pairs = option(
     panel=DATA,
     default="none",
 )
+SEVERAL = ("model", "autoencoder")  # of which there may be several in a call
 Metrics = option(Text, "--metrics", "NAME[,NAME]", METRICS_HELP, panel=SAMPLING, default="what fits")
 Features = option(
     Text,
@@ -75,8 +79,21 @@ GuideFactor = option(
     min=2,
     default="none",
 )
+MeasuredModel = option(
+    list[str] | None,
+    "--model",
+    "RUN",
+    "Run folder of the model, RUN@STEP or RUN@best: one of its checkpoints; repeatable, for a table.",
+    panel=MODEL,
+    default="the newest suitable run",
+)
 MeasuredAutoencoder = option(
-    Text, "--autoencoder", "RUN", "Measure this autoencoder's reconstructions instead.", panel=MODEL, default="none"
+    list[str] | None,
+    "--autoencoder",
+    "RUN",
+    "Measure this autoencoder's reconstructions instead; repeatable.",
+    panel=MODEL,
+    default="none",
 )
 SaveStatistics = option(
     Path | None,
@@ -109,11 +126,18 @@ FailBelow = option(
 _MEASURED = {
     "images": Images,
     "pairs": Pairs,
-    "model": opt.Model,
+    "model": MeasuredModel,
     "weights": opt.Weights,
     "autoencoder": MeasuredAutoencoder,
 }
-_HOW = {"metrics": Metrics, "features": Features, "count": EvalCount, "guide_factor": GuideFactor, **opt.GUIDING}
+_HOW = {
+    "negative_prompt": opt.NegativePrompt,
+    "metrics": Metrics,
+    "features": Features,
+    "count": EvalCount,
+    "guide_factor": GuideFactor,
+    **opt.GUIDING,
+}
 _LIMITS = {"save_statistics": SaveStatistics, "compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
@@ -143,10 +167,8 @@ def eval_fid(given: ParsedOptions) -> None:
         "compare": given.compare,
         "n": given.count,
         "seed": given.seed,
-        "steps": given.steps,
-        "guidance": given.guidance,
-        "sampler": given.sampler,
-        "temperature": given.temperature,
+        **opt.sampling_of(given),
+        "negative_prompt": given.negative_prompt or None,
         "batch_size": given.batch_size,
         "size": config.size_of(given.size),
         "weights": "raw" if given.weights == "raw" else None,
@@ -160,26 +182,24 @@ def eval_fid(given: ParsedOptions) -> None:
     for name, _, above in limits:
         check_name(f"--fail-{'above' if above else 'below'}", name)
     result = evaluate(**{name: value for name, value in request.items() if value is not None})
-    for text in result.get("warnings", ()):
+    warnings = [text for one in (result, *result.get("results", ())) for text in one.get("warnings", ())]
+    for text in dict.fromkeys(warnings):
         console.warn(text)
     if given.json:
         console.emit_json(result)
     else:
-        console.out(describe(result))
-    check_limits(result, limits)
+        console.out(describe_all(result))
+    for one in result.get("results", [result]):
+        check_limits(one, limits)
 
 
 def what_is_measured(given: ParsedOptions) -> dict[str, Any]:
     """The one of model, images, autoencoder and pairs that was given; the newest diffusion run where none was."""
-    found = {
-        name: getattr(given, name)
-        for name in ("model", "images", "autoencoder", "pairs")
-        if getattr(given, name) is not None
-    }
+    found = {name: getattr(given, name) for name in ("model", "images", "autoencoder", "pairs") if getattr(given, name)}
     if len(found) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in found)} exclude each other: say which is measured")
     if found:
-        return found
+        return {name: value[0] if name in SEVERAL and len(value) == 1 else value for name, value in found.items()}
     from ldmcli.core.runs import newest_run
 
     run = str(newest_run("diffusion"))
@@ -195,7 +215,8 @@ def reference(given: ParsedOptions, measured: dict[str, Any]):
     if given.data is not None and given.data.endswith(".npz"):
         return given.data
     layers = given.layers("data.")
-    name = measured.get("model") or measured.get("autoencoder")
+    runs = measured.get("model") or measured.get("autoencoder")
+    name = runs[0] if isinstance(runs, list) else runs
     if given.data is None and layers:
         run = locate(Path(name))[0] if name else None
         if run is None or not (run / "config.toml").is_file():
@@ -251,6 +272,26 @@ def check_limits(result: dict[str, Any], limits: list[tuple[str, float, bool]]) 
         missed.append(f"{key} = {_number(change['new'])} is worse than {_number(change['old'])} in --compare")
     if missed:
         raise ThresholdError("; ".join(missed))
+
+
+def describe_all(result: dict[str, Any]) -> str:
+    """The document of an evaluation for people: one result, or a table with a row for each of several."""
+    if "results" not in result:
+        return describe(result)
+    results = result["results"]
+    names = list(dict.fromkeys(key for one in results for key in one["metrics"] if "_std" not in key))
+    labels = {key: label for one in results for key, label in one["labels"].items()}
+    rows = [[one["name"], *(_with_deviation(one["metrics"], key) for key in names)] for one in results]
+    counts = f"n = {results[0]['n_generated']:,} measured, {results[0].get('n_reference') or 0:,} reference"
+    return "\n".join([console.table(rows, ["run", *(labels[key] for key in names)]), counts])
+
+
+def _with_deviation(values: dict[str, float | None], key: str) -> str:
+    """A number with its deviation, where it has one: kid_NET_std of kid_NET_mean, psnr_std_bicubic of psnr_bicubic."""
+    first, _, rest = key.partition("_")
+    names = (f"{key}_std", f"{key.removesuffix('_mean')}_std", f"{first}_std_{rest}")
+    value, deviation = values.get(key), next((values[name] for name in names if name in values), None)
+    return _number(value) + (f" ± {deviation:.3g}" if value is not None and deviation is not None else "")
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -5,8 +5,23 @@ A group is a dict from the name of a parameter to its option; `parsing.command` 
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ldmcli.cli.parsing import DATA, MACHINE, MODEL, OUTPUT, SAMPLING, TRAINING, Text, flag, option, setting, switch
+from ldmcli.cli.parsing import (
+    DATA,
+    MACHINE,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    TRAINING,
+    ParsedOptions,
+    Text,
+    flag,
+    option,
+    setting,
+    switch,
+)
+from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import GUIDE_METRICS, GUIDE_RULES
 from ldmcli.diffusion.samplers import SAMPLERS
 
@@ -85,7 +100,12 @@ Autoencoder = option(
     default="the newest run",
 )
 ReconstructWith = option(
-    Text, "--autoencoder", "RUN", "Autoencoder to pass the images through.", panel=MODEL, default="the newest run"
+    list[str] | None,
+    "--autoencoder",
+    "RUN",
+    "Autoencoder to pass the images through; repeatable, for one sheet of several.",
+    panel=MODEL,
+    default="the newest run",
 )
 Condition = _model(
     "condition.kinds",
@@ -185,14 +205,6 @@ NegativePrompt = _sampling(str, "--negative-prompt", "TEXT", "What guidance lead
 Count = _sampling(int | None, "-n --count", "N", "Images to draw.", min=1, default="one a prompt, class, layout or map")
 SampleSteps = _sampling(int | None, "--steps", "N", "Sampling steps.", min=1, default="the run's setting, else 20")
 Guidance = _sampling(
-    float | None,
-    "--guidance",
-    "SCALE",
-    "Classifier-free guidance; 1 = off.",
-    min=0,
-    default="the run's setting, else 2",
-)
-KindGuidance = _sampling(
     Text,
     "--guidance",
     "SCALE|KIND=SCALE,…",
@@ -369,8 +381,47 @@ GUIDING = {"guide_scale": GuideScale, "guide_rule": GuideRule, "guide_metric": G
 DRAWING = {
     "steps": SampleSteps,
     "guidance": Guidance,
+    "guidance_interval": GuidanceInterval,
     "sampler": Sampler,
+    "eta": Eta,
     "temperature": Temperature,
+    "spacing": Spacing,
     "seed": Seed,
     "batch_size": SampleBatch,
 }
+
+
+def sampling_of(given: ParsedOptions) -> dict[str, Any]:
+    """What the options of `DRAWING` say of sampling, by the names of `SampleSettings`; None where they say nothing."""
+    plain = {name: getattr(given, name) for name in ("steps", "sampler", "eta", "temperature", "spacing")}
+    return {**plain, "guidance": guidance_of(given.guidance), "guidance_interval": interval_of(given.guidance_interval)}
+
+
+def guidance_of(text: str | None) -> float | dict[str, float] | None:
+    """One scale, or a scale a condition: "3" or "text=3,map=1.5". Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            scales = {"": float(text)}
+        else:
+            pairs = [part.partition("=") for part in text.split(",")]
+            scales = {name.strip(): float(scale) for name, _, scale in pairs}
+    except ValueError:
+        scales = {"": -1.0}
+    if not all(0 <= scale < float("inf") for scale in scales.values()):
+        raise UsageError(f"--guidance: {text!r} is no scale from 0 on, nor scales by condition as text=3,map=1.5")
+    return scales.get("", scales)
+
+
+def interval_of(text: str | None) -> tuple[float, float] | None:
+    """Two rising shares, "0.2,0.8". Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise UsageError(f"--guidance-interval: {text!r} is not two shares, as 0.2,0.8")
+    return low, high

@@ -23,11 +23,11 @@ from ldmcli.evaluation.compare import compare, lookup, read_result, with_compari
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
 from ldmcli.evaluation.features import FeatureSet, default_features, open_extractor
 from ldmcli.evaluation.image_streams import (
+    CodeCounts,
     ImageStream,
     check_count,
     evenly_spaced,
     first_size,
-    loaded,
     model_source,
     open_images,
     paired_sources,
@@ -45,7 +45,7 @@ from ldmcli.evaluation.measure import (
     set_metrics,
     warn_of_lossy,
 )
-from ldmcli.evaluation.metrics import CONDITION, METRICS, OF_SETS, PERCEPTUAL, needing
+from ldmcli.evaluation.metrics import CODES, CONDITION, METRICS, OF_SETS, PERCEPTUAL, needing
 from ldmcli.evaluation.reference_statistics import Statistics, write_statistics
 from ldmcli.evaluation.references import limited, own_data, reference_rows, set_reference
 from ldmcli.evaluation.request import BATCH, EvaluationRequest, check, is_npz, no_progress, opened
@@ -62,26 +62,67 @@ Measured = tuple[FeatureSet, FeatureSet | Statistics | None]  # what is measured
 def evaluate(**arguments: Any) -> dict[str, Any]:
     """Metrics of exactly one of: a model's samples, an autoencoder's reconstructions, images, or pairs of images.
 
-    arguments: the fields of `EvaluationRequest`, by name, which explains them. Raises UsageError for requests without
-    sense and InputError for missing weights, images or captions, before anything is generated.
+    arguments: the fields of `EvaluationRequest`, by name, which explains them. A list of models or autoencoders gives
+    {"results": [a result each, with its name], "warnings": […]}, all against one reference. Raises UsageError for
+    requests without sense and InputError for missing weights, images or captions, before anything is generated.
     """
-    request = EvaluationRequest(**arguments)
-    started = time.monotonic()
-    request = opened(request)
+    several = next((name for name in ("model", "autoencoder") if isinstance(arguments.get(name), (list, tuple))), None)
+    if several is None:
+        return _measured(_ready(arguments), read_result(arguments.get("compare")), {})
+    runs_given = list(dict.fromkeys(arguments[several]))
+    if len(runs_given) < 2:
+        return evaluate(**{**arguments, several: next(iter(runs_given), None)})
+    return _measured_each(several, runs_given, arguments)
+
+
+def _ready(arguments: dict[str, Any]) -> EvaluationRequest:
+    """The request of the arguments, its model opened, checked."""
+    request = opened(EvaluationRequest(**arguments))
     check(request)
-    earlier = read_result(request.compare)
+    return request
+
+
+def _measured(request: EvaluationRequest, earlier: dict | None, known: dict[str, FeatureSet]) -> dict[str, Any]:
+    """The document of a request. known: features of originals by the keys of their streams, which are added."""
+    started = time.monotonic()
     result = EvaluationResult()
-    instruments = open_instruments(request, result)
-    named = arguments.get("model", arguments.get("autoencoder"))
-    if isinstance(named, (str, Path)):
+    instruments = replace(open_instruments(request, result), known=known)
+    if request.name:
         if request.model is not None:
             result.protocol["weights"] = request.weights if request.model.config.train.ema else "raw"
-        result.protocol |= runs.step_document(Path(named))
+        result.protocol |= runs.step_document(Path(request.name))
     generated, reference = MEASURES[request.subject](request, instruments, result)
     if request.save_statistics is not None:
         save_reference(request, instruments, result, reference)
     document = report(instruments, result, generated, reference, time.monotonic() - started)
     return document if earlier is None else with_comparison(document, earlier)
+
+
+def _measured_each(subject: str, measured: list[Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """A result for each of several runs, all against the first one's data where none are named."""
+    for name in ("compare", "save_statistics"):
+        if arguments.get(name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: is about one result; name one --{subject}")
+    requests = [_ready({**arguments, subject: run}) for run in measured]
+    first = getattr(requests[0], subject)
+    data, size = own_data(first, arguments.get("data")), arguments.get("size")
+    warnings = []
+    if arguments.get("data") is None:
+        warnings.append(f"no --data: the reference of all is what {requests[0].name or 'the first'} was trained on")
+    sizes = {trained_size(getattr(request, subject)) for request in requests}
+    if size is None and len(sizes) > 1:
+        shown = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        warnings.append(f"each is measured at its own size ({shown}), which do not compare; give all one with --size")
+    metrics = arguments.get("metrics")
+    if not metrics and subject == "autoencoder" and any(request.autoencoder.network.is_vq for request in requests):
+        metrics = (*requests[0].chosen, "codebook")
+    known: dict[str, FeatureSet] = {}
+    found = [_measured(replace(request, data=data, metrics=metrics), None, known) for request in requests]
+    named = [
+        {"name": request.name or f"{subject} {k + 1}", **result}
+        for k, (request, result) in enumerate(zip(requests, found))
+    ]
+    return {"results": named, "warnings": warnings}
 
 
 def save_reference(
@@ -130,7 +171,7 @@ def pairs_of_images(request: EvaluationRequest, instruments: Instruments, result
 
 def autoencoder_images(request: EvaluationRequest, instruments: Instruments, result: EvaluationResult) -> Measured:
     """An autoencoder's reconstructions against their originals."""
-    autoencoder = loaded(request.autoencoder, "autoencoder")
+    autoencoder = request.autoencoder
     data, size = own_data(autoencoder, request.data), request.size or trained_size(autoencoder)
     if is_npz(data):
         original = open_images(data, request.n)
@@ -144,9 +185,13 @@ def autoencoder_images(request: EvaluationRequest, instruments: Instruments, res
         "float_to_uint8": "clamp, round half to even",
         "latent": "mode of the posterior",
     }
-    stream = reconstructions(autoencoder, original, request.batch_size or BATCH)
+    counts = CodeCounts(autoencoder) if needing(instruments.metrics, CODES) else None
+    stream = reconstructions(autoencoder, original, request.batch_size or BATCH, counts)
     made = replace(original, name="reconstructions", protocol=protocol, key="", stream=stream)
-    return paired(instruments, result, made, original)
+    measured = paired(instruments, result, made, original)
+    for name in needing(instruments.metrics, CODES):
+        result.add_scores(METRICS[name].compute(counts.found if counts else None), METRICS[name].labels(name))
+    return measured
 
 
 def _count(rows: Any, n: int) -> int:

@@ -247,17 +247,39 @@ def sample_for_rows(
 ) -> np.ndarray:
     """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
     values = {name: dataset.foreign_values(name, ids) for name in model.conditions.kinds}
-    numbers = range(first, first + len(ids))
-    return draw_images(model, Draw(ids=numbers, seed=seed, values=values, size=size, settings=settings, guide=guide))
+    negative = settings.get("negative_prompt", "")
+    settings = {name: value for name, value in settings.items() if name != "negative_prompt"}
+    draw = Draw(ids=range(first, first + len(ids)), seed=seed, values=values, settings=settings, size=size, guide=guide)
+    return draw_images(model, replace(draw, negative_prompt=negative))
 
 
-def reconstructions(autoencoder, source: ImageStream, batch_size: int) -> Callable[[], Iterator[np.ndarray]]:
+class CodeCounts:
+    """How often each code of a VQ autoencoder stands in latents. found: (codebook size,), None without a codebook."""
+
+    def __init__(self, autoencoder):
+        self.autoencoder = autoencoder
+        network = autoencoder.network
+        self.found = np.zeros(network.settings.codebook_size, np.int64) if network.is_vq else None
+
+    def add(self, z) -> None:
+        """Counts the codes of normalised latents."""
+        if self.found is not None:
+            indices = self.autoencoder.quantize(self.autoencoder.scale.restore(z))[1]
+            self.found += np.bincount(indices.flatten().cpu().numpy(), minlength=len(self.found))
+
+
+def reconstructions(
+    autoencoder, source: ImageStream, batch_size: int, counts: CodeCounts | None = None
+) -> Callable[[], Iterator[np.ndarray]]:
     """The stream of a source's images after `encode` (the mode) and `decode`."""
     import torch
 
     def stream() -> Iterator[np.ndarray]:
         for block in in_blocks(source.stream(), batch_size):
-            yield from tensor_to_pixels(autoencoder.decode(autoencoder.encode(torch.from_numpy(np.stack(block)))))
+            z = autoencoder.encode(torch.from_numpy(np.stack(block)))
+            if counts is not None:
+                counts.add(z)
+            yield from tensor_to_pixels(autoencoder.decode(z))
 
     return stream
 
@@ -282,4 +304,5 @@ def trained_size(run) -> tuple[int, int]:
 def sampling_protocol(model, draw: dict[str, Any]) -> dict[str, Any]:
     """Sampler and its settings in effect."""
     chosen = {**asdict(model.config.sample), **draw["settings"]}
-    return {key: chosen[key] for key in SAMPLING} | {"seed": draw["seed"]}
+    named = {key: chosen[key] for key in ("negative_prompt",) if key in chosen}
+    return {key: chosen[key] for key in SAMPLING} | {"seed": draw["seed"]} | named

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ REFERENCE_LIMIT = KEPT  # rows of a data set that a reference takes where nobody
 
 @dataclass(frozen=True)
 class Instruments:
-    """What measures: the requested metrics, and the networks that they need."""
+    """What measures: the requested metrics, and the networks that they need. known: features of originals by the key
+    of their stream, which several evaluations share."""
 
     metrics: tuple[str, ...]
     extractor: Extractor | None
     perceptual: Any
     progress: Callable[[int, str], Any]
+    known: dict[str, FeatureSet] = field(default_factory=dict)
 
     def needing(self, *needs: str) -> list[str]:
         """Those of the metrics that need one of these, in the order of the table."""
@@ -116,19 +118,23 @@ def paired(
     """Measures two streams of the same length image by image, and for metrics of sets, set by set."""
     values: dict[str, list[float]] = {name: [] for name in instruments.needing(*OF_EACH)}
     sides = Collector(instruments.extractor), Collector(instruments.extractor)
+    known = instruments.known.get(reference.key)
     with instruments.progress(reference.count, "pairs") as bar:
         for block in in_blocks(zip(generated.stream(), reference.stream()), BLOCK):
             made, real = [a for a, _ in block], [b for _, b in block]
             for name, found in image_values(values, made, real, instruments.perceptual).items():
                 values[name] += found
             sides[0].add(made)
-            sides[1].add(real)
+            if known is None:
+                sides[1].add(real)
             bar.advance(len(block))
     result.protocol |= {"generated": generated.protocol, "reference": reference.protocol}
     warn_of_lossy(result, generated, reference.lossy)
     for name in values:
         _add_mean(instruments, result, name, values[name])
-    features = sides[0].result(), sides[1].result()
+    features = sides[0].result(), known or sides[1].result()
+    if reference.key:
+        instruments.known[reference.key] = features[1]
     set_metrics(instruments, result, *features, copies=False)
     return features
 

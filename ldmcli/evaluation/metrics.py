@@ -38,6 +38,7 @@ STATISTICS = "statistics"  # compute(FeatureSets) -> Scores; of the reference me
 FEATURES = "features"  # compute(FeatureSets) -> Scores; of the reference every row of features is needed
 LOGITS = "logits"  # compute(FeatureSets) -> Scores; there need be no reference
 CONDITION = "condition"  # compute(ConditionedSamples) -> Scores
+CODES = "codes"  # compute(how often each code stands in latents, or None without a codebook) -> Scores
 
 OF_SETS = (STATISTICS, FEATURES, LOGITS)
 OF_PAIRS = (PAIRS, PERCEPTUAL)
@@ -134,6 +135,16 @@ def _precision_recall(sets: FeatureSets) -> Scores:
     return Scores({"precision": precision, "recall": recall}, {"pr": stated}, few)
 
 
+def codebook_use(counts: np.ndarray | None) -> Scores:
+    """Share of the codes (0 … 1) that stand in any latent, and the perplexity exp(-sum p log p) of how often each does,
+    1 … codebook size; None for an autoencoder without a codebook."""
+    if counts is None or not counts.sum():
+        return Scores({"codebook_used": None, "codebook_perplexity": None})
+    p = counts[counts > 0] / counts.sum()
+    used, perplexity = float((counts > 0).mean()), float(np.exp(-(p * np.log(p)).sum()))
+    return Scores({"codebook_used": used, "codebook_perplexity": perplexity}, {"codebook_size": len(counts)})
+
+
 def _rows(sets: FeatureSets) -> np.ndarray:
     """Features of the reference, (N, D)."""
     rows = sets.reference.rows if isinstance(sets.reference, Statistics) else sets.reference
@@ -222,6 +233,13 @@ METRICS: dict[str, Metric] = {
         default_of=("pairs", "autoencoder", "task"),
     ),
     "lpips": Metric(needs=PERCEPTUAL, compute=_lpips, label="LPIPS ({net})"),
+    "codebook": Metric(
+        needs=CODES,
+        compute=codebook_use,
+        label={"codebook_used": "codes used (share)", "codebook_perplexity": "perplexity of codes"},
+        better="higher",
+        titles={"codebook": "codebook"},
+    ),
     LAYOUT: _fidelity(LAYOUT),
     MAP: _fidelity(MAP),
 }

@@ -1,6 +1,6 @@
 """The request of an evaluation, and the checks of it that come before anything is generated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +9,10 @@ from typing import Any
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.evaluation.baselines import task_of
 from ldmcli.evaluation.image_streams import loaded
-from ldmcli.evaluation.metrics import CONDITION, IMAGES, LOGITS, METRICS, OF_PAIRS, OF_SETS, needing
+from ldmcli.evaluation.metrics import CODES, CONDITION, IMAGES, LOGITS, METRICS, OF_PAIRS, OF_SETS, needing
 from ldmcli.evaluation.reference_statistics import ALL, refuse_foreign_statistics
 from ldmcli.sampling.guiding import ImageGuiding, split_guiding
+from ldmcli.sampling.request import SAMPLING
 
 BATCH = 32
 SUBJECTS = ("model", "autoencoder", "images", "pairs")
@@ -53,9 +54,13 @@ class EvaluationRequest:
     n: int | None = None  # images that are measured; None = all, of a model at most 1,000
     seed: int | None = 0
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | Mapping[str, float] | None = None  # one scale, or one a condition
+    guidance_interval: tuple[float, float] | None = None
     sampler: str | None = None
+    eta: float | None = None
     temperature: float | None = None
+    spacing: str | None = None
+    negative_prompt: str = ""
     batch_size: int | None = None
     size: tuple[int, int] | None = None
     weights: str = "ema"  # "ema" or "raw", of a model named by its run
@@ -65,6 +70,7 @@ class EvaluationRequest:
     guide_rule: str | None = None
     guide_metric: str | None = None
     progress: Callable[[int, str], Any] | None = None
+    name: str = ""  # of the run that is measured, where it was given by name; `opened` says it
 
     def __post_init__(self) -> None:
         given = [name for name in SUBJECTS if getattr(self, name) is not None]
@@ -96,9 +102,9 @@ class EvaluationRequest:
 
     @property
     def draw(self) -> dict[str, Any]:
-        """How samples are made: seed, batch_size, and the settings that are given."""
-        settings = {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "temperature")}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        """How samples are made: seed, batch_size, and the settings that are given, with the negative prompt."""
+        names = (*SAMPLING, "negative_prompt")
+        settings = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "")}
         return {"seed": self.seed or 0, "batch_size": self.batch_size or BATCH, "settings": settings}
 
     @property
@@ -114,16 +120,22 @@ class EvaluationRequest:
 
 
 def opened(request: EvaluationRequest) -> EvaluationRequest:
-    """The request with its model loaded. Raises UsageError for what is no diffusion model."""
+    """The request with its model or autoencoder loaded. Raises UsageError for runs of another kind, and for options of
+    samples where there are none."""
     if request.guide_factor is None:
         for name in ("guide_scale", "guide_rule", "guide_metric"):
             if getattr(request, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')}: says how samples are guided; give --guide-factor N, too")
-    if request.model is None:
-        if request.guide_factor is not None:
-            raise UsageError("--guide-factor: leads a model's samples; use it with --model")
+    run = request.model if request.model is not None else request.autoencoder
+    request = replace(request, name=str(run) if isinstance(run, (str, Path)) else "")
+    if request.model is not None:
+        return replace(request, model=loaded(request.model, "diffusion", request.weights))
+    given = [name for name in (*SAMPLING, "negative_prompt", "guide_factor") if getattr(request, name)]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')}: says how a model samples; use it with --model")
+    if request.autoencoder is None:
         return request
-    return replace(request, model=loaded(request.model, "diffusion", request.weights))
+    return replace(request, autoencoder=loaded(request.autoencoder, "autoencoder"))
 
 
 def check(request: EvaluationRequest) -> None:
@@ -141,6 +153,9 @@ def check(request: EvaluationRequest) -> None:
                     else f"this model was trained without {condition}"
                 )
             )
+    coded = needing(metrics, CODES)
+    if coded and subject != "autoencoder":
+        raise UsageError(f"--metrics {coded[0]}: says how an autoencoder's codes are used; use --autoencoder")
     paired = needing(metrics, *OF_PAIRS)
     if paired and subject in ("model", "images"):
         raise UsageError(

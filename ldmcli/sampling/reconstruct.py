@@ -1,13 +1,17 @@
 """`ldm reconstruct`: images through a first stage, beside what comes back."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from ldmcli.conditions.pictures import labelled
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.outputs import refuse_foreign, refuse_inputs
+from ldmcli.core.outputs import SHEET, refuse_foreign, refuse_inputs
 from ldmcli.data.decode import decode, decode_alpha, probe, to_size
 from ldmcli.data.pictures import first_few, image_files
 from ldmcli.maths.metrics import psnr, ssim
@@ -17,57 +21,92 @@ from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.image_folder import numbered
 from ldmcli.sampling.load import find_model, load
 
+SHEET_SIDE, SHEET_ROWS = 256, 16
+
 
 def reconstruct_to_folder(
     inputs: list[Path],
-    autoencoder: str | None,
+    autoencoder: str | Sequence[str] | None,
     out: Path,
     *,
     size: tuple[int, int] | None = None,
     overwrite: bool = False,
     own_folder: bool = False,
 ) -> dict[str, Any]:
-    """Images through the autoencoder: original and reconstruction side by side in `out`, with PSNR and SSIM.
+    """Images through one autoencoder, or several: original and reconstructions side by side in `out`, with PSNR and
+    SSIM; of several a sheet of the first images, with their names, too.
 
     Images keep their size, cropped to multiples of f (centre), unless `size` is given. own_folder: `out` is the name
     that the command gave itself, so that what lies there is its own, also without a mark (as older versions wrote it).
     """
-    path = find_model(autoencoder, "autoencoder")
-    loaded = load(path)
-    loaded = loaded if isinstance(loaded, LoadedAutoencoder) else loaded.autoencoder
+    named = [autoencoder] if autoencoder is None or isinstance(autoencoder, str) else list(dict.fromkeys(autoencoder))
+    paths = [find_model(one, "autoencoder") for one in named]
+    stages = [stage if isinstance(stage, LoadedAutoencoder) else stage.autoencoder for stage in map(load, paths)]
+    f = math.lcm(*(stage.network.f for stage in stages))
     found = image_files(inputs)
-    small = [] if size else [path for path in found if min(probe(path)) < loaded.network.f]
+    small = [] if size else [path for path in found if min(probe(path)) < f]
     if small:
         raise InputError(
-            f"{len(small)} of {len(found)} pictures are smaller than one latent ({loaded.network.f} px): "
+            f"{len(small)} of {len(found)} pictures are smaller than one latent ({f} px): "
             f"{first_few(small)}; take them out, or give --size"
         )
     names = numbered(out, len(found), "png")
-    refuse_inputs(out, names, found)
-    taken = [name for name in names if name.exists()]
+    sheet = [out / SHEET] if len(stages) > 1 else []
+    refuse_inputs(out, [*names, *sheet], found)
+    taken = [name for name in (*names, *sheet) if name.exists()]
     if taken and not overwrite:
         raise UsageError(f"{taken[0]}: exists; choose another --out or add --overwrite")
-    refuse_foreign(names, dict.fromkeys((name.name for name in names), "") if own_folder else {})
-    rows = []
+    refuse_foreign([*names, *sheet], dict.fromkeys((name.name for name in names), "") if own_folder else {})
+    results: list[dict[str, Any]] = []
+    rows: list[list[np.ndarray]] = []
     with console.progress(len(found), "reconstructing") as bar:
         for source, name in zip(found, names):
-            if decode_alpha(source, name=str(source))[1] is not None:
-                console.warn_once("alpha", f"{source}: its transparency is lost, laid over white")
-            pixels = _whole(decode(source, name=str(source)), loaded.network.f, size)
-            rebuilt = tensor_to_pixels(loaded.decode(loaded.encode(pixels[None])))[0]
-            files.write_bytes(name, png_bytes(grid([[pixels, rebuilt]])))
-            rows.append(
-                {
-                    "image": str(source),
-                    "out": str(name),
-                    "psnr": psnr(pixels, rebuilt),
-                    "ssim": ssim(pixels, rebuilt) if min(pixels.shape[:2]) >= 11 else None,
-                }
-            )
+            row = _row(source, stages, f, size)
+            files.write_bytes(name, png_bytes(grid([row])))
+            results.append({"image": str(source), "out": str(name), "results": [_scores(row[0], x) for x in row[1:]]})
+            rows += [row] if sheet and len(rows) < SHEET_ROWS else []
             bar.advance(1)
-    mean = float(np.mean([row["psnr"] for row in rows]))
-    step = runs.step_document(path)
-    return {"autoencoder": str(path), **step, "out": str(out), "n": len(rows), "psnr": mean, "images": rows}
+    if sheet:
+        titles = ["original", *_short_names(paths)]
+        files.write_bytes(sheet[0], png_bytes(labelled_sheet(rows, titles)))
+    return _document(paths, out, results)
+
+
+def _row(source: Path, stages: list[LoadedAutoencoder], f: int, size: tuple[int, int] | None) -> list[np.ndarray]:
+    """An image and its reconstructions, uint8 HWC."""
+    if decode_alpha(source, name=str(source))[1] is not None:
+        console.warn_once("alpha", f"{source}: its transparency is lost, laid over white")
+    pixels = _whole(decode(source, name=str(source)), f, size)
+    return [pixels, *(tensor_to_pixels(stage.decode(stage.encode(pixels[None])))[0] for stage in stages)]
+
+
+def _scores(pixels: np.ndarray, rebuilt: np.ndarray) -> dict[str, Any]:
+    similarity = ssim(pixels, rebuilt) if min(pixels.shape[:2]) >= 11 else None
+    return {"psnr": psnr(pixels, rebuilt), "ssim": similarity}
+
+
+def _document(paths: list[Path], out: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What --json prints; of one autoencoder its numbers stand beside each image."""
+    means = [float(np.mean([row["results"][k]["psnr"] for row in results])) for k in range(len(paths))]
+    if len(paths) == 1:
+        rows = [{name: row[name] for name in ("image", "out")} | row["results"][0] for row in results]
+        step = runs.step_document(paths[0])
+        return {"autoencoder": str(paths[0]), **step, "out": str(out), "n": len(rows), "psnr": means[0], "images": rows}
+    named = {"autoencoders": [str(path) for path in paths], "out": str(out), "sheet": str(out / SHEET)}
+    return {**named, "n": len(results), "psnr": means, "images": results}
+
+
+def _short_names(paths: list[Path]) -> list[str]:
+    """The runs' own names; where two are alike, with their folders'."""
+    own = [path.name for path in paths]
+    return own if len(set(own)) == len(own) else [str(path) for path in paths]
+
+
+def labelled_sheet(rows: list[list[np.ndarray]], titles: list[str]) -> np.ndarray:
+    """Rows of pictures, each brought to `SHEET_SIDE` px, with the columns' names above the first."""
+    small = [[np.asarray(to_size(Image.fromarray(one), (SHEET_SIDE, SHEET_SIDE))) for one in row] for row in rows]
+    first = grid([[labelled(one, title) for one, title in zip(small[0], titles)]])
+    return np.concatenate([first, grid(small[1:])]) if len(small) > 1 else first
 
 
 def _whole(image, f: int, size: tuple[int, int] | None) -> np.ndarray:
