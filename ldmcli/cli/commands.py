@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "reconstruct": ("generate", "Images through an autoencoder, side by side, with PSNR.", _USE),
     "eval-fid": ("measure", "Metrics of generated images: FID, KID, precision, PSNR, …", _USE),
     "ab": ("studies", "Let people choose between two methods, blind, on one page.", _USE),
+    "neighbours": ("studies", "The nearest training pictures of each sample.", _USE),
     "convert": ("convert", "Models of CompVis and diffusers to runs, and back.", _USE),
     "data": ("manage", "What ldm sees in a data set: columns, sizes, bad files.", _LOOK),
     "report": ("manage", "Write the report of a run again.", _LOOK),
@@ -35,6 +36,7 @@ upscale outputs/circles/000000.png --scale 4 --model runs/shapes-x4 --steps 20 -
 reconstruct outputs/circles --autoencoder runs/shapes-ae --out outputs/pairs
 eval-fid --model runs/shapes-text --features effnet-lite0 -n 64 --steps 5
 ab outputs/circles outputs/circles -n 4 --out outputs/which.html
+neighbours --model runs/shapes-text --limit 40 -n 2 -k 3 --steps 5 --features effnet-lite0
 convert runs/shapes-text outputs/shapes-text-diffusers --to diffusers
 data shapes --limit 200 --out outputs/shapes
 report runs/shapes-text

@@ -57,7 +57,7 @@ Features = option(
     Text,
     "--features",
     "NAME|FILE",
-    "Network of the features: inception, effnet-lite0, or a file.",
+    "Network of the features: inception, effnet-lite0, vgg16, or a file.",
     panel=SAMPLING,
     default="the best at hand, stated",
 )

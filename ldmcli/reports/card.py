@@ -168,7 +168,7 @@ def _limits(run: RunView) -> str:
     size = run.stats.get("size")
     lines = [
         "It knows what its training images show and nothing else; whatever is rare or one-sided in them is so here.",
-        "Nobody has checked whether it repeats training images, or looked for bias.",
+        _repeats(run),
         "The licence of the training data decides what may be done with it; `license: other` stands for that.",
     ]
     if size:
@@ -177,3 +177,11 @@ def _limits(run: RunView) -> str:
     if psnr is not None:
         lines.insert(0, f"Reconstructions are not exact ({figure(psnr)} dB on validation): fine texture is lost first.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _repeats(run: RunView) -> str:
+    """What is known of training images that come back."""
+    text = run_report.neighbours_text(run_view.neighbours(run))
+    if not text:
+        return "Nobody has checked whether it repeats training images, or looked for bias."
+    return f"[Nearest training pictures](neighbours/neighbours.png): {_text(text)} Nobody has looked for bias."

@@ -33,6 +33,7 @@ def write_report(run_dir: Path, summary: dict[str, Any] | None = None, out: Path
         + run_report.previews(run)
         + run_report.curves(run)
         + run_report.evaluations(run, summary)
+        + run_report.nearest_training_pictures(run)
         + run_report.protocol(run)
         + run_report.settings(run)
     )

@@ -23,6 +23,7 @@ from ldmcli.reports.run_view import (
     latest_metrics,
     logged_values,
     metric_label,
+    neighbours,
     preview_texts,
     sample_files,
     validation_count,
@@ -258,6 +259,30 @@ def evaluations(run: RunView, summary: dict[str, Any] | None = None) -> str:
     found = evaluation_files(run) | ({"summary": summary} if summary else {})
     parts = [f"<h3>{safe(name)}</h3>{html.table(flat(one), ('', ''))}" for name, one in found.items()]
     return html.section("Evaluations", "".join(parts))
+
+
+def nearest_training_pictures(run: RunView) -> str:
+    """What `ldm neighbours` found of the run."""
+    text = neighbours_text(neighbours(run))
+    sheet = html.read_picture(run.path / "neighbours" / "neighbours.png") if text else None
+    shown = html.picture(sheet, "samples and their nearest training pictures") if sheet is not None else ""
+    return html.section("Nearest training pictures", shown or f"<p>{safe(text)}</p>", safe(text) if shown else "")
+
+
+def neighbours_text(found: dict[str, Any]) -> str:
+    """A sentence on the distances of samples to training pictures; "" without any, or where they are damaged."""
+    try:
+        share, n, k = found["closer_than_held_out"], int(found["n"]), int(found["k"])
+        medians = {name: figure(one["median"]) for name, one in found["nearest"].items() if one}
+    except (KeyError, TypeError, ValueError):
+        return ""
+    text = f"{n} samples and their {k} nearest training pictures; median distance to the nearest {medians['samples']}"
+    if share is None:
+        return f"{text}."
+    return (
+        f"{text}, of held-out pictures {medians['held_out']}. {100 * share:.0f} % of the samples are nearer than 95 % "
+        "of held-out pictures (5 % where nothing is repeated)."
+    )
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -132,6 +132,12 @@ def sample_files(path: Path) -> list[tuple[int, Path]]:
     return sorted(((int(step), file) for step, file in named if step.isdecimal()), reverse=True)
 
 
+def neighbours(run: RunView) -> dict[str, Any]:
+    """What `ldm neighbours` found, as it lies in the run's folder; {} where nobody looked."""
+    found = read_dict(run.path / "neighbours" / "neighbours.json")
+    return found if found.get("kind") == "ldm neighbours" else {}
+
+
 def evaluation_files(run: RunView) -> dict[str, dict[str, Any]]:
     """Results of evaluations that lie in the run's folder, by file name."""
     found = {path.stem: read_dict(path) for path in sorted(run.path.glob("eval*.json"))}
