@@ -1,6 +1,5 @@
 """Recipes: each resolves, builds the network that its source counts, says what to expect, and is found and listed."""
 
-import functools
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_networks import RECIPES, command, count, diffusion_model, first_stage, resolved, writer_of
 from tiny import ldm
 
 from ldmcli import cli
@@ -20,10 +20,8 @@ from ldmcli.core import config
 from ldmcli.core.errors import UsageError
 from ldmcli.core.presets import PRESETS
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.latent_diffusion import DiffusionModel
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))}
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ MODELS = {
     "semantic_synthesis512": Published(215_229_315),
     "sr4-imagenet": Published(113_622_563, 169, VQ_F4),
     "sr4-imagenet-15ep": Published(113_622_563),
+    "sr4-imagenet-pixels": Published(113_622_563),
     "bsr_sr": Published(113_622_563),
     "inpaint-vq-attn": Published(215_230_467, 215),
     "inpaint-vq-noattn": Published(215_230_467, 215),
@@ -99,60 +98,6 @@ MODELS = {
 }
 OURS = sorted(set(RECIPES) - set(FIRST_STAGES) - set(MODELS))
 STUDIES = [[f"ldm{f}-{data}" for f in (1, 2, 4, 8, 16, 32)] for data in ("imagenet", "celebahq")]
-
-
-def resolved(name: str) -> config.Resolved:
-    kind = {command: kind for kind, command in config.COMMAND_OF.items()}[recipe_summary(RECIPES[name])["command"]]
-    return config.resolve(kind, config.recipe_layers(kind, name))
-
-
-@functools.cache
-def command(name: str) -> list[str]:
-    return recipe_summary(RECIPES[name])["head"]["command"].split()
-
-
-def writer_of(run: str) -> str:
-    """The recipe whose command writes the run folder that another one reads."""
-
-    def out(words: list[str]) -> str:
-        return words[words.index("--out") + 1] if "--out" in words else ""
-
-    [name] = [name for name in RECIPES if out(command(name)) == run]
-    return name
-
-
-def first_stage(name: str) -> tuple[int, int]:
-    """Channels of the latent and f, of the run that a recipe's command names; pixels where it names none."""
-    words = command(name)
-    if "--init-from" in words:
-        return first_stage(writer_of(words[words.index("--init-from") + 1]))
-    run = words[words.index("--autoencoder") + 1]
-    if run == "none":
-        return 3, 1
-    settings = resolved(writer_of(run)).config.autoencoder
-    return settings.embed_dim, settings.f
-
-
-def diffusion_model(name: str) -> DiffusionModel:
-    settings = resolved(name).config
-    channels, f = first_stage(name)
-    height, width = settings.data.size
-    facts = {
-        "class": {"class_names": [str(index) for index in range(1000)]},
-        "text": {"length": 77, "vocabulary": 30522},
-        "layout": {"categories": ["thing"], "length": 92, "vocabulary": 8192},
-        "map": {"classes": 182, "names": [], "out_channels": 3, "stages": f.bit_length() - 1},
-        "lowres": {"scale": settings.task.scale, "f": f},
-        "masked": {"channels": channels},
-    }
-    with torch.device("meta"):
-        return DiffusionModel(
-            settings.diffusion, settings.condition, facts, None, (channels, height // f, width // f), settings.kinds
-        )
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def stated_size(name: str) -> int:
