@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Text, command, option, setting
+from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Text, command, flag, option, setting
 from ldmcli.core import config, console
 from ldmcli.core.errors import ThresholdError, UsageError
 from ldmcli.core.runs import locate
@@ -123,6 +123,17 @@ FailBelow = option(
 )
 
 
+Protocol = option(
+    Text,
+    "--protocol",
+    "NAME|list",
+    "Measure as a table of the paper does; list: all of them. What is given besides wins, and the name is withheld.",
+    panel=SAMPLING,
+    default="none",
+)
+Balanced = flag(
+    "--balanced", "As many samples of each class, instead of the classes of the data's rows.", panel=SAMPLING
+)
 _MEASURED = {
     "images": Images,
     "pairs": Pairs,
@@ -131,6 +142,8 @@ _MEASURED = {
     "autoencoder": MeasuredAutoencoder,
 }
 _HOW = {
+    "protocol": Protocol,
+    "balanced": Balanced,
     "negative_prompt": opt.NegativePrompt,
     "metrics": Metrics,
     "features": Features,
@@ -150,6 +163,8 @@ def eval_fid(given: ParsedOptions) -> None:
 
     One of --model, --images, --autoencoder and --pairs says what is measured.
     """
+    if given.protocol == "list":
+        return list_protocols(given.json)
     limits = [(*parse_limit("--fail-above", text), True) for text in given.fail_above or ()]
     limits += [(*parse_limit("--fail-below", text), False) for text in given.fail_below or ()]
     metrics = tuple(name for name in re.split(r"[,+\s]+", (given.metrics or "").lower()) if name)
@@ -166,7 +181,9 @@ def eval_fid(given: ParsedOptions) -> None:
         **{name: getattr(given, name) for name in ("guide_scale", "guide_rule", "guide_metric")},
         "compare": given.compare,
         "n": given.count,
-        "seed": given.seed,
+        "seed": given.seed if given.seed or not given.protocol else None,
+        "protocol": given.protocol,
+        "balanced": given.balanced or None,
         **opt.sampling_of(given),
         "negative_prompt": given.negative_prompt or None,
         "batch_size": given.batch_size,
@@ -191,6 +208,26 @@ def eval_fid(given: ParsedOptions) -> None:
         console.out(describe_all(result))
     for one in result.get("results", [result]):
         check_limits(one, limits)
+
+
+def list_protocols(json: bool) -> None:
+    """Prints the protocols: what each sets, and the numbers that were published."""
+    from ldmcli.evaluation.protocols import PROTOCOLS, statement
+
+    if json:
+        stated = {name: {**statement(name, []), "sets": dict(one.sets)} for name, one in PROTOCOLS.items()}
+        console.emit_json(stated)
+        return
+    rows = []
+    for name, one in PROTOCOLS.items():
+        numbers = ", ".join(f"{key} {_published(value)}" for key, value in one.published.items())
+        sets = [f"n {one.sets['n']:,}", f"{one.sets['steps']} steps" if "steps" in one.sets else ""]
+        rows.append((name, one.table, ", ".join(filter(None, sets)), numbers))
+    console.out(console.table(rows, ["protocol", "of", "takes", "published"]))
+
+
+def _published(value: Any) -> str:
+    return " ± ".join(f"{one:g}" for one in value) if isinstance(value, (list, tuple)) else f"{value:g}"
 
 
 def what_is_measured(given: ParsedOptions) -> dict[str, Any]:
@@ -297,7 +334,11 @@ def _with_deviation(values: dict[str, float | None], key: str) -> str:
 def describe(result: dict[str, Any]) -> str:
     """The document of an evaluation as lines for people: a number a row, then how many images it stands on."""
     labels = result.get("labels", {})
-    rows = [(labels.get(key, key), _number(value)) for key, value in result["metrics"].items()]
+    published = published_by_key(result)
+    rows = [
+        (labels.get(key, key), _number(value), *([published.get(key, "")] if published else []))
+        for key, value in result["metrics"].items()
+    ]
     counts = f"n = {result.get('n_generated', 0):,} measured, {result.get('n_reference') or 0:,} reference"
     if held := result.get("held_out"):
         counts += f" ({held['rows']:,} held out of {held['of']:,} rows)"
@@ -305,7 +346,18 @@ def describe(result: dict[str, Any]) -> str:
         counts += {"ema": "; averaged weights (EMA)", "raw": "; weights of the last step (raw)"}[result["weights"]]
     if "step" in result:
         counts += f"; checkpoint of step {result['step']:,}"
-    return "\n".join([console.table(rows, ["metric", "value"]), counts])
+    heads = ["metric", "value", *([f"published ({result['protocol']['table']})"] if published else [])]
+    return "\n".join([console.table(rows, heads), counts])
+
+
+def published_by_key(result: dict[str, Any]) -> dict[str, str]:
+    """The published numbers by the keys of a result; none where the name of its protocol is withheld."""
+    from ldmcli.evaluation.compare import lookup
+
+    stated = result.get("protocol") or {}
+    if not stated.get("name"):
+        return {}
+    return {lookup(result, name)[0]: _published(value) for name, value in stated["published"].items()}
 
 
 def _number(value: float | None) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ldmcli import __version__
-from ldmcli.core import runs
+from ldmcli.core import console, runs
 from ldmcli.core.errors import UsageError
 from ldmcli.evaluation.baselines import guided_sources, task_sources
 from ldmcli.evaluation.compare import compare, lookup, read_result, with_comparison
@@ -46,9 +46,20 @@ from ldmcli.evaluation.measure import (
     warn_of_lossy,
 )
 from ldmcli.evaluation.metrics import CODES, CONDITION, METRICS, OF_SETS, PERCEPTUAL, needing
+from ldmcli.evaluation.protocols import applied, differences, statement
 from ldmcli.evaluation.reference_statistics import Statistics, write_statistics
-from ldmcli.evaluation.references import limited, own_data, reference_rows, set_reference
-from ldmcli.evaluation.request import BATCH, EvaluationRequest, check, is_npz, no_progress, opened
+from ldmcli.evaluation.references import limited, reference_rows, set_reference
+from ldmcli.evaluation.request import (
+    BATCH,
+    EvaluationRequest,
+    check,
+    given_conditions,
+    is_npz,
+    no_progress,
+    opened,
+    own_data,
+    with_row_settings,
+)
 from ldmcli.evaluation.result import EvaluationResult
 from ldmcli.networks.perceptual import perceptual_net
 
@@ -66,6 +77,7 @@ def evaluate(**arguments: Any) -> dict[str, Any]:
     {"results": [a result each, with its name], "warnings": […]}, all against one reference. Raises UsageError for
     requests without sense and InputError for missing weights, images or captions, before anything is generated.
     """
+    arguments = applied(arguments)
     several = next((name for name in ("model", "autoencoder") if isinstance(arguments.get(name), (list, tuple))), None)
     if several is None:
         return _measured(_ready(arguments), read_result(arguments.get("compare")), {})
@@ -79,7 +91,7 @@ def _ready(arguments: dict[str, Any]) -> EvaluationRequest:
     """The request of the arguments, its model opened, checked."""
     request = opened(EvaluationRequest(**arguments))
     check(request)
-    return request
+    return with_row_settings(request)
 
 
 def _measured(request: EvaluationRequest, earlier: dict | None, known: dict[str, FeatureSet]) -> dict[str, Any]:
@@ -96,6 +108,22 @@ def _measured(request: EvaluationRequest, earlier: dict | None, known: dict[str,
         save_reference(request, instruments, result, reference)
     document = report(instruments, result, generated, reference, time.monotonic() - started)
     return document if earlier is None else with_comparison(document, earlier)
+
+
+def state_protocol(
+    request: EvaluationRequest, instruments: Instruments, result: EvaluationResult, n: int, rows: int | None
+) -> None:
+    """States the protocol of a request, before anything is generated, and says what it lacks where it lacks something.
+    rows: of the reference, None where nobody knows how many."""
+    if not request.protocol:
+        return
+    extractor = instruments.extractor
+    features = extractor.name if extractor is not None and extractor.known else None
+    conditioned = bool(given_conditions(request))
+    reasons = differences(request.protocol, request.differs, n=n, rows=rows, features=features, conditioned=conditioned)
+    result.protocol["protocol"] = statement(request.protocol, reasons)
+    if reasons:
+        console.warn(f"not the protocol {request.protocol}, so without its name: {'; '.join(reasons)}")
 
 
 def _measured_each(subject: str, measured: list[Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +207,7 @@ def autoencoder_images(request: EvaluationRequest, instruments: Instruments, res
         rows, settings = reference_rows(instruments, result, data, request.split, size, autoencoder)
         count = limited(result, rows) if request.n is None else _count(rows, request.n)
         original = rows_source(rows, settings, evenly_spaced(len(rows), count))
+    state_protocol(request, instruments, result, original.count, original.count)
     protocol = {
         **original.protocol,
         "autoencoder": autoencoder.fingerprint,
@@ -210,6 +239,7 @@ def task(request: EvaluationRequest, instruments: Instruments, result: Evaluatio
     sources = task_sources
     if request.guide_factor is not None:
         sources = partial(guided_sources, factor=request.guide_factor, guiding=request.guiding)
+    state_protocol(request, instruments, result, count, len(rows))
     made, baselines, stated = sources(model, rows, ids, truth, size=size, **draw)
     measured = paired(instruments, result, made, truth)
     result.protocol |= {**stated, "sampling": sampling_protocol(model, draw)}
@@ -237,9 +267,11 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
         rows, settings = reference_rows(instruments, result, data, request.split, size, model)
     if model is not None:
         n = request.n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
-        source = model_source(model, rows, n, size=size, **request.draw)
+        source = model_source(model, rows, n, size=size, balanced=request.balanced, **request.draw)
         result.protocol["sampling"] = sampling_protocol(model, request.draw)
     reference = set_reference(instruments, result, rows, settings, data, request.reference_count)
+    known = reference.count if isinstance(reference, ImageStream) else reference.n if reference is not None else None
+    state_protocol(request, instruments, result, source.count, known)
     generated, images = measure_stream(instruments, result, source)
     if needing(instruments.metrics, CONDITION):
         training, _ = reference_rows(instruments, result, data, "train", size, model)

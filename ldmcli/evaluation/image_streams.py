@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldmcli.conditions import CONDITIONS
+from ldmcli.conditions.class_ import Class
 from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.conditions.parse import arguments_of
 from ldmcli.core.errors import InputError, UsageError
@@ -185,13 +186,23 @@ def rows_source(rows, settings: DataSettings, ids: list[int]) -> ImageStream:
 
 
 def model_source(
-    model, rows, n: int, *, seed: int, batch_size: int, size: tuple[int, int], settings: dict[str, Any]
+    model,
+    rows,
+    n: int,
+    *,
+    seed: int,
+    batch_size: int,
+    size: tuple[int, int],
+    settings: dict[str, Any],
+    balanced: bool = False,
 ) -> ImageStream:
-    """n images of a diffusion model, conditioned on n rows spread evenly over the reference."""
-    conditions = tuple(model.conditions.kinds)
+    """n images of a diffusion model, conditioned on n rows spread evenly over the reference; balanced: on each class in
+    turn, of a model that takes nothing else."""
+    conditions = () if balanced else tuple(model.conditions.kinds)
     check_columns(rows, conditions)
     ids = evenly_spaced(len(rows), n) if conditions else []
     dataset = condition_source(model, rows, size, seed) if conditions else None
+    classes = len(model.class_names) if balanced else 0
     spatial = any(not CONDITIONS[name].static for name in conditions)
 
     def stream() -> Iterator[np.ndarray]:
@@ -201,9 +212,11 @@ def model_source(
                 yield from sample_for_rows(model, dataset, ids[start:end], start, seed, size, settings)
                 continue
             values = {name: dataset.foreign_values(name, ids[:end]) for name in conditions} if dataset else {}
+            if balanced:
+                values = {Class.name: [k % classes for k in range(end)]}
             made = model.sample(
                 **arguments_of(values),
-                n=1 if conditions else end,
+                n=1 if values else end,
                 first=start,
                 seed=seed,
                 size=size,
@@ -215,7 +228,8 @@ def model_source(
     protocol = {
         "source": "model",
         "fingerprint": model.fingerprint,
-        "conditions": list(conditions),
+        "conditions": list(model.conditions.kinds),
+        **({"classes": "each in turn"} if balanced else {}),
         "seed": seed,
         "float_to_uint8": "clamp, round half to even",
         "resize": "none",

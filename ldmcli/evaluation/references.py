@@ -29,13 +29,6 @@ def limited(result: EvaluationResult, rows: Any, count: int | str | None = None)
     return REFERENCE_LIMIT
 
 
-def own_data(run: Any, data: Any) -> Any:
-    """The reference that was named, else the data that the run was trained on."""
-    if data is None and run.config is None:
-        raise UsageError("name the reference with --data: this model does not say what it was trained on")
-    return run.config.data if data is None else data
-
-
 def reference_rows(
     instruments: Instruments, result: EvaluationResult, data: Any, split: str, size: tuple[int, int], model: Any
 ) -> tuple[Any, DataSettings]:

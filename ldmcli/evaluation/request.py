@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ldmcli.conditions.class_ import Class
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.settings import TASK_CONDITIONS, DataSettings
 from ldmcli.evaluation.baselines import task_of
 from ldmcli.evaluation.image_streams import loaded
 from ldmcli.evaluation.metrics import CODES, CONDITION, IMAGES, LOGITS, METRICS, OF_PAIRS, OF_SETS, needing
+from ldmcli.evaluation.protocols import check_protocol
 from ldmcli.evaluation.reference_statistics import ALL, refuse_foreign_statistics
 from ldmcli.sampling.guiding import ImageGuiding, split_guiding
 from ldmcli.sampling.request import SAMPLING
@@ -50,6 +53,9 @@ class EvaluationRequest:
     features: str | None = None
     perceptual: str = ""
     compare: str | Path | dict | None = None  # an earlier result
+    protocol: str | None = None  # a name of PROTOCOLS, whose arguments are in force where none are given
+    differs: tuple[str, ...] = ()  # arguments that are given and not the protocol's; `applied` says them
+    row_settings: Mapping[str, Any] = field(default_factory=dict)  # settings of the data that the protocol has
     # how
     n: int | None = None  # images that are measured; None = all, of a model at most 1,000
     seed: int | None = 0
@@ -63,6 +69,7 @@ class EvaluationRequest:
     negative_prompt: str = ""
     batch_size: int | None = None
     size: tuple[int, int] | None = None
+    balanced: bool = False  # as many samples of each class, instead of the rows' classes
     weights: str = "ema"  # "ema" or "raw", of a model named by its run
     # lead sample k to row k made this many times smaller (Tab. 4; models without a task or of task sr), and compare
     guide_factor: int | None = None
@@ -130,7 +137,9 @@ def opened(request: EvaluationRequest) -> EvaluationRequest:
     request = replace(request, name=str(run) if isinstance(run, (str, Path)) else "")
     if request.model is not None:
         return replace(request, model=loaded(request.model, "diffusion", request.weights))
-    given = [name for name in (*SAMPLING, "negative_prompt", "guide_factor") if getattr(request, name)]
+    if request.protocol:
+        check_protocol(request.protocol, request.subject, ())
+    given = [name for name in (*SAMPLING, "negative_prompt", "guide_factor", "balanced") if getattr(request, name)]
     if given:
         raise UsageError(f"--{given[0].replace('_', '-')}: says how a model samples; use it with --model")
     if request.autoencoder is None:
@@ -153,6 +162,10 @@ def check(request: EvaluationRequest) -> None:
                     else f"this model was trained without {condition}"
                 )
             )
+    if request.protocol:
+        check_protocol(request.protocol, subject, given_conditions(request))
+    if request.balanced and request.conditions != (Class.name,):
+        raise UsageError("--balanced: is for models that are conditioned on a class alone")
     coded = needing(metrics, CODES)
     if coded and subject != "autoencoder":
         raise UsageError(f"--metrics {coded[0]}: says how an autoencoder's codes are used; use --autoencoder")
@@ -172,6 +185,28 @@ def check(request: EvaluationRequest) -> None:
         raise UsageError("--reference-count: images are compared one by one here, so there are as many; use -n")
     if request.save_statistics is not None:
         _check_saving(request)
+
+
+def given_conditions(request: EvaluationRequest) -> tuple[str, ...]:
+    """Conditions of the model without that of its task."""
+    return tuple(name for name in request.conditions if name not in TASK_CONDITIONS.values())
+
+
+def with_row_settings(request: EvaluationRequest) -> EvaluationRequest:
+    """The request (`opened`) with the settings of its protocol in those of its data."""
+    if not request.row_settings or is_npz(request.data):
+        return request
+    run = request.model if request.model is not None else request.autoencoder
+    data = own_data(run, request.data)
+    settings = data if isinstance(data, DataSettings) else DataSettings(source=str(data))
+    return replace(request, data=replace(settings, **request.row_settings))
+
+
+def own_data(run: Any, data: Any) -> Any:
+    """The reference that was named, else the data that the run was trained on."""
+    if data is None and run.config is None:
+        raise UsageError("name the reference with --data: this model does not say what it was trained on")
+    return run.config.data if data is None else data
 
 
 def _check_saving(request: EvaluationRequest) -> None:
