@@ -131,6 +131,27 @@ Protocol = option(
     panel=SAMPLING,
     default="none",
 )
+Masks = option(
+    Text,
+    "--masks",
+    "KIND|DIR",
+    "Inpainting: random masks of a kind (own, lama-thin, lama-medium, lama-thick), or files by the images' names or in "
+    "order; white is to be filled.",
+    panel=SAMPLING,
+    default="as trained",
+)
+Pasted = option(
+    int | None,
+    "--blend",
+    "PX",
+    "Inpainting: pixels around a hole by which brightness and colour are fitted; 0 = pasted as drawn (paper).",
+    panel=SAMPLING,
+    min=0,
+    default="8",
+)
+Whole = flag(
+    "--whole", "Inpainting: the networks see whole pictures (paper), not windows around holes.", panel=SAMPLING
+)
 Balanced = flag(
     "--balanced", "As many samples of each class, instead of the classes of the data's rows.", panel=SAMPLING
 )
@@ -144,6 +165,9 @@ _MEASURED = {
 _HOW = {
     "protocol": Protocol,
     "balanced": Balanced,
+    "masks": Masks,
+    "blend": Pasted,
+    "whole": Whole,
     "negative_prompt": opt.NegativePrompt,
     "metrics": Metrics,
     "features": Features,
@@ -184,6 +208,9 @@ def eval_fid(given: ParsedOptions) -> None:
         "seed": given.seed if given.seed or not given.protocol else None,
         "protocol": given.protocol,
         "balanced": given.balanced or None,
+        "masks": given.masks,
+        "blend": given.blend,
+        "whole": given.whole or None,
         **opt.sampling_of(given),
         "negative_prompt": given.negative_prompt or None,
         "batch_size": given.batch_size,
@@ -347,7 +374,15 @@ def describe(result: dict[str, Any]) -> str:
     if "step" in result:
         counts += f"; checkpoint of step {result['step']:,}"
     heads = ["metric", "value", *([f"published ({result['protocol']['table']})"] if published else [])]
-    return "\n".join([console.table(rows, heads), counts])
+    parts = [console.table(rows, heads), counts]
+    if shares := result.get("by_masked_share"):
+        names = [key for key in result["metrics"] if "_std" not in key]
+        lines = [
+            [share, str(one["n"]), *(_with_deviation(one["metrics"], key) for key in names)]
+            for share, one in shares.items()
+        ]
+        parts.append(console.table(lines, ["masked", "n", *(labels.get(key, key) for key in names)]))
+    return "\n".join(parts)
 
 
 def published_by_key(result: dict[str, Any]) -> dict[str, str]:

@@ -13,6 +13,8 @@ from ldmcli.conditions.condition import View
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.augment import crop_and_flip
+from ldmcli.data.lama_masks import lama_mask
+from ldmcli.data.masks import random_mask
 from ldmcli.data.rows import ROLES
 from ldmcli.networks.conditioners import Conditions
 
@@ -38,6 +40,7 @@ class ConditionDataset:
     def __init__(self, rows, config: DiffusionConfig, size: tuple[int, int], *, training: bool):
         self.rows, self.config, self.size, self.training = rows, config, size, training
         self.crop = config.data.crop if training else "center"
+        self.given_masks: Callable[[int], np.ndarray] | None = None  # of rows by number
         self._kept: dict[tuple[str, int], Any] = {}
         self._categories: dict[str, np.ndarray] = {}
 
@@ -87,6 +90,15 @@ class ConditionDataset:
     def categories(self, name: str) -> np.ndarray | None:
         """The model's category of each of the rows', -1 where it has none; None where they are the same."""
         return self._categories.get(name)
+
+    def mask(self, view: View) -> np.ndarray:
+        """bool (H, W), True = hole: the row's of `given_masks`, else a random one of the task's kind."""
+        if self.given_masks is not None:
+            return self.given_masks(view.row)
+        (height, width), kind, key = self.size, self.config.task.masks, self.random_key(view)
+        if kind == "own":
+            return random_mask(height, width, *key, "mask")
+        return lama_mask(kind, height, width, *key, "mask")
 
     def random_key(self, view: View) -> tuple[int, int, str]:
         """What random numbers of a view go by: (seed, position) in training, else (seed, row)."""

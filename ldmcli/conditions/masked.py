@@ -13,7 +13,6 @@ from ldmcli.core.console import warn_once
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.decode import decode_alpha
-from ldmcli.data.masks import random_mask
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.spatial_conditioners import MaskedConditioner
 
@@ -39,8 +38,7 @@ class Masked(Condition):
 
     def from_row(self, dataset: "ConditionDataset", view: View) -> tuple[np.ndarray, np.ndarray]:
         """The row's picture and a random mask."""
-        height, width = dataset.size
-        return dataset.pixels(view), random_mask(height, width, *dataset.random_key(view), "mask")
+        return dataset.pixels(view), dataset.mask(view)
 
     def picture(self, value: tuple[np.ndarray, np.ndarray], size: Size, names: Sequence[str]) -> np.ndarray:
         """The image, its hole grey."""

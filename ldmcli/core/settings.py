@@ -237,6 +237,7 @@ class ConditionSettings:
 
 TASKS = ("generate", "sr", "inpaint")
 FILLS = ("patches", "smooth", "black")
+MASKS = ("own", "lama-thin", "lama-medium", "lama-thick")
 GUIDE_RULES = ("ours", "paper")  # of guiding by pictures (diffusion/gradient_guidance.py), and …
 GUIDE_METRICS = ("l2", "lpips")  # … the distance to them
 
@@ -254,11 +255,13 @@ class TaskSettings:
     # core for 256 px) | black (paper)
     fill: str = "smooth"
     detail: bool = True  # inpaint with patches: what the first stage loses of them is put back into results
+    masks: str = "own"  # inpaint, random holes: own (4 to 75 %) | lama-thin | lama-medium | lama-thick (up to 50 %)
 
     def __post_init__(self):
         choice("task", "name", self.name, TASKS)
         choice("task", "degradation", self.degradation, ("bicubic", "bsr", "bsr-light"))
         choice("task", "fill", self.fill, FILLS)
+        choice("task", "masks", self.masks, MASKS)
         if self.tone < 0:
             raise UsageError(f"task.tone = {self.tone:g}: must not be negative")
         if self.scale not in (2, 4, 8):

@@ -14,7 +14,7 @@ than 4 % or more than 75 % of the picture is drawn again.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -87,12 +87,12 @@ def _box(canvas: ImageDraw.ImageDraw, height: int, width: int, draw: np.random.G
     canvas.rectangle((left, top, left + w - 1, top + h - 1), fill=255)
 
 
-def masked_share(masks: Iterable[np.ndarray]) -> dict[str, float]:
+def masked_share(covered: Sequence[float]) -> dict[str, float]:
     """How much of the pictures holes cover: {"n", "mean", "std", "min", "p10", "median", "p90", "max"} over masks.
 
-    masks: bool (H, W) each, True = hole. Raises ValueError for none.
+    covered: the share of each, 0 … 1. Raises ValueError for none.
     """
-    shares = np.array([np.asarray(mask, bool).mean() for mask in masks])
+    shares = np.array(covered)
     if not len(shares):
         raise ValueError("masked_share: no masks")
     low, median, high = (float(value) for value in np.quantile(shares, (0.1, 0.5, 0.9)))

@@ -8,20 +8,23 @@ adds is what it is better than that. A model without a task and one of super-res
 (Sec. 4.4, Tab. 4); beside it stand the same samples without the guide.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.core.settings import TASK_CONDITIONS
+from ldmcli.core.settings import MASKS, TASK_CONDITIONS
 from ldmcli.data.arrays import to_pixels
 from ldmcli.data.degradations import degrade, resize, to_uint8
 from ldmcli.data.masks import masked_share
 from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, sample_for_rows
+from ldmcli.evaluation.mask_files import folder_masks
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
 from ldmcli.sampling.guiding import ImageGuiding
@@ -48,17 +51,24 @@ def task_sources(
     seed: int,
     batch_size: int,
     settings: dict[str, Any],
+    masks: str | Path | None = None,
+    pasting: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[ImageStream, dict[str, ImageStream], dict[str, Any]]:
     """(the model's answers for rows `ids`, plain methods by name, protocol), in the order of `ids`.
 
     Answer k is sampled from the noise of sample k of `seed`. truth: the rows' own pictures at `size`, for their
-    protocol.
+    protocol. masks: of inpainting, a kind of the setting task.masks or a folder; None = the kind of the training.
+    pasting: blend and whole of `inpaint_images`, where they are given.
     Raises InputError where the data lack what the model is conditioned on.
     """
     task = task_of(model)
     check_columns(rows, tuple(model.conditions.kinds))
     dataset = condition_source(model, rows, size, seed)
-    shared = (model, dataset, ids, seed, batch_size, settings)
+    if masks in MASKS:
+        dataset.config = replace(dataset.config, task=replace(dataset.config.task, masks=str(masks)))
+    elif masks is not None:
+        dataset.given_masks = folder_masks(Path(masks), rows, ids, size)
+    shared = (model, dataset, ids, seed, batch_size, {**settings, **pasting})
     protocol = {**truth.protocol, "fingerprint": model.fingerprint, "task": task}
     answers = _enlarged(*shared) if task == "sr" else _filled(*shared)
     answers_stream = ImageStream(name="model", count=len(ids), stream=answers, protocol={**protocol, "source": "model"})
@@ -73,7 +83,9 @@ def task_sources(
     if task == "sr":
         stated |= {"scale": model.config.task.scale, "degradation": model.config.task.degradation}
     else:
-        stated["masked_share"] = masked_share(hole for _, hole in _pairs(dataset, ids))
+        holes = [float(hole.mean()) for _, hole in _pairs(dataset, ids)]
+        stated |= {"masked_share": masked_share(holes), "masks": str(masks or dataset.config.task.masks), **pasting}
+        stated["shares"] = holes
     return answers_stream, baselines, stated
 
 

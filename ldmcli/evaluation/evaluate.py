@@ -43,6 +43,7 @@ from ldmcli.evaluation.measure import (
     measure_stream,
     paired,
     set_metrics,
+    share_groups,
     warn_of_lossy,
 )
 from ldmcli.evaluation.metrics import CODES, CONDITION, METRICS, OF_SETS, PERCEPTUAL, needing
@@ -236,20 +237,25 @@ def task(request: EvaluationRequest, instruments: Instruments, result: Evaluatio
     count = min(len(rows), GENERATED_LIMIT) if request.n is None else _count(rows, request.n)
     ids = evenly_spaced(len(rows), count)
     truth = rows_source(rows, settings, ids)
-    sources = task_sources
+    sources: Callable[..., Any] = partial(task_sources, **request.filling)
     if request.guide_factor is not None:
         sources = partial(guided_sources, factor=request.guide_factor, guiding=request.guiding)
     state_protocol(request, instruments, result, count, len(rows))
     made, baselines, stated = sources(model, rows, ids, truth, size=size, **draw)
-    measured = paired(instruments, result, made, truth)
+    groups = share_groups(stated.pop("shares", ()))
+    measured = paired(instruments, result, made, truth, groups)
     result.protocol |= {**stated, "sampling": sampling_protocol(model, draw)}
     if stated["task"] == "inpaint" and "biharmonic" not in baselines:
         result.warnings.append("no biharmonic filling beside it: install scikit-image for that")
     for name, stream in baselines.items():
         other = EvaluationResult()
-        paired(instruments, other, stream, truth)
+        paired(instruments, other, stream, truth, groups)
         for key, value in other.values.items():
             result.add(f"{key}_{name}", f"{other.labels[key]}, {name}", value)
+        for group, found in other.groups.items():
+            result.groups[group]["metrics"] |= {f"{key}_{name}": value for key, value in found["metrics"].items()}
+    if result.groups:
+        result.protocol["by_masked_share"] = result.groups
     return measured
 
 

@@ -5,7 +5,7 @@ named after itself.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -255,6 +255,11 @@ class FeatureSet:
 
     def __len__(self) -> int:
         return len(self.hashes)
+
+    def of(self, ids: Sequence[int]) -> "FeatureSet":
+        """Images `ids` of the set alone."""
+        features, logits = ((x[np.asarray(ids, np.int64)] if len(x) else x) for x in (self.features, self.logits))
+        return FeatureSet(features, logits, [self.hashes[i] for i in ids], self.sizes)
 
 
 def content_hash(image: np.ndarray) -> str:

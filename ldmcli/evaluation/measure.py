@@ -1,9 +1,10 @@
 """Streams of images through the metrics of the table: image by image, and set by set."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,14 @@ def _stated(result: EvaluationResult, found: Statistics, rows_needed: bool) -> S
 
 
 def paired(
-    instruments: Instruments, result: EvaluationResult, generated: ImageStream, reference: ImageStream
+    instruments: Instruments,
+    result: EvaluationResult,
+    generated: ImageStream,
+    reference: ImageStream,
+    groups: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> tuple[FeatureSet, FeatureSet]:
-    """Measures two streams of the same length image by image, and for metrics of sets, set by set."""
+    """Measures two streams of the same length image by image, and for metrics of sets, set by set. groups: {name:
+    positions} of pairs that are measured by themselves, too."""
     values: dict[str, list[float]] = {name: [] for name in instruments.needing(*OF_EACH)}
     sides = Collector(instruments.extractor), Collector(instruments.extractor)
     known = instruments.known.get(reference.key)
@@ -136,7 +142,33 @@ def paired(
     if reference.key:
         instruments.known[reference.key] = features[1]
     set_metrics(instruments, result, *features, copies=False)
+    for name, ids in groups.items():
+        of_group = {metric: [numbers[i] for i in ids] for metric, numbers in values.items()}
+        part = _of_group(instruments, of_group, features[0].of(ids), features[1].of(ids))
+        result.groups[name] = {"n": len(ids), "metrics": part.values}
     return features
+
+
+def _of_group(
+    instruments: Instruments, values: Mapping[str, list[float]], generated: FeatureSet, reference: FeatureSet
+) -> EvaluationResult:
+    """The numbers of some of the pairs; of sets only where two images or more are among them."""
+    result, extractor = EvaluationResult(), instruments.extractor
+    for name, found in values.items():
+        _add_mean(instruments, result, name, found)
+    if extractor is not None and len(generated) > 1:
+        for name in instruments.needing(*OF_SETS):
+            scores = METRICS[name].compute(FeatureSets(generated, reference, extractor))
+            result.add_scores(scores, METRICS[name].labels(name), (extractor.suffix, extractor.title))
+    return result
+
+
+def share_groups(shares: Sequence[float]) -> dict[str, list[int]]:
+    """Positions of masks by the share of the picture that they cover, {"0-10 %": […], …}: tenths up to a half (Tab. 7),
+    and all above; those that there are."""
+    bounds = [(low, low + 10) for low in range(0, 50, 10)] + [(50, 100)]
+    found = {f"{a}-{b} %": [i for i, share in enumerate(shares) if a < 100 * share <= b] for a, b in bounds}
+    return {name: ids for name, ids in found.items() if ids}
 
 
 def _add_mean(instruments: Instruments, result: EvaluationResult, name: str, values: list[float]) -> None:

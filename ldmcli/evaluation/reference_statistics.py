@@ -103,8 +103,7 @@ def write_statistics(
 def _evenly(found: FeatureSet, most: int) -> FeatureSet:
     if len(found) <= most:
         return found
-    ids = evenly_spaced(len(found), most)
-    return FeatureSet(found.features[ids], found.logits[ids], [found.hashes[i] for i in ids], found.sizes)
+    return found.of(evenly_spaced(len(found), most))
 
 
 def refuse_foreign_statistics(path: Path) -> None:

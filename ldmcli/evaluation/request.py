@@ -69,6 +69,9 @@ class EvaluationRequest:
     negative_prompt: str = ""
     batch_size: int | None = None
     size: tuple[int, int] | None = None
+    masks: str | Path | None = None  # of a model of task inpaint: a kind of task.masks, or a folder
+    blend: int | None = None  # as `inpaint_images` takes them; None: as `ldm inpaint` does
+    whole: bool = False
     balanced: bool = False  # as many samples of each class, instead of the rows' classes
     weights: str = "ema"  # "ema" or "raw", of a model named by its run
     # lead sample k to row k made this many times smaller (Tab. 4; models without a task or of task sr), and compare
@@ -113,6 +116,13 @@ class EvaluationRequest:
         names = (*SAMPLING, "negative_prompt")
         settings = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "")}
         return {"seed": self.seed or 0, "batch_size": self.batch_size or BATCH, "settings": settings}
+
+    @property
+    def filling(self) -> dict[str, Any]:
+        """What is said of masks, and of how answers are pasted, by the names of `task_sources`."""
+        pasting = {"blend": self.blend, "whole": self.whole or None}
+        pasting = {name: value for name, value in pasting.items() if value is not None}
+        return {**({} if self.masks is None else {"masks": self.masks}), **({"pasting": pasting} if pasting else {})}
 
     @property
     def guiding(self) -> ImageGuiding:
@@ -166,6 +176,10 @@ def check(request: EvaluationRequest) -> None:
         check_protocol(request.protocol, subject, given_conditions(request))
     if request.balanced and request.conditions != (Class.name,):
         raise UsageError("--balanced: is for models that are conditioned on a class alone")
+    if request.filling and (request.model is None or task_of(request.model) != "inpaint"):
+        raise UsageError(
+            "--masks, --blend and --whole: say how holes are filled; use them with a model of task inpaint"
+        )
     coded = needing(metrics, CODES)
     if coded and subject != "autoencoder":
         raise UsageError(f"--metrics {coded[0]}: says how an autoencoder's codes are used; use --autoencoder")

@@ -25,6 +25,7 @@ class EvaluationResult:
     labels: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: n and metrics} of parts of the images
 
     def add(self, key: str, label: str, value: float | None) -> None:
         """A number under its key."""

@@ -60,6 +60,7 @@ def inpaint_images(
     values: Mapping[str, Sequence] | None = None,
     blend: int = BLEND,
     resample: int = RESAMPLE,
+    whole: bool = False,
     tile: int = 0,
     max_memory: float = MAX_MEMORY,
     negative_prompt: str = "",
@@ -70,16 +71,17 @@ def inpaint_images(
     A model of task inpaint is conditioned on the masked image. Where that was filled with patches, what the first stage
     loses of them is put back into the sample (task.detail): latents hold no fine texture. Any other generating model
     keeps the known region on its way down (each step `resample` times, as RePaint). blend: pixels around a hole by
-    which brightness and colour in it are fitted (`match_border`); 0 = as sampled. A layout speaks of the whole image,
-    which is then one window. ids, values, tile, max_memory, settings as `upscale_images`. Raises UsageError for a model
-    that can't, InputError for images below one latent.
+    which brightness and colour in it are fitted (`match_border`); 0 = as sampled. whole: the networks see each image as
+    a whole (Tab. 7), not windows around its holes; so it is with a layout, which speaks of the whole image. ids,
+    values, tile, max_memory, settings as `upscale_images`. Raises UsageError for a model that can't, InputError for
+    images below one latent.
     """
     if model.config.task.name == "sr":
         raise UsageError("inpaint: this model was trained for super-resolution; take one for inpainting or generation")
     model.check_size((images.shape[1], images.shape[2]))
     ids, values, unit = range(len(images)) if ids is None else ids, values or {}, model.size_multiple
     out = images.copy()
-    for group in _windows(model, masks, whole=any(CONDITIONS[name].whole for name in values)):
+    for group in _windows(model, masks, whole=whole or any(CONDITIONS[name].whole for name in values)):
         index, shape = group[0].index, group[0].shape
         parts = [tuple(pad_reflect(x[one.image][one.where], unit) for x in (images, masks)) for one in group]
         of_window = {
