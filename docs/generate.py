@@ -23,7 +23,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 WIDTH = 120
 HEADING_WORDS = 5  # a comment on a line of its own of at most so many words heads the fields below it
-STAGES = {"autoencoder": "train-ae", "diffusion": "train-ldm"}
+STAGES = {"autoencoder": "train-ae", "diffusion": "train-ldm", "classifier": "train-classifier"}
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 NOTE = "<!-- Written by docs/generate.py; do not edit. -->"
 
@@ -66,8 +66,8 @@ def pages() -> dict[str, str]:
 SETTINGS_HEAD = """\
 # Settings
 
-Every setting of `ldm train-ae` and `ldm train-ldm`, with its default. `--plan` shows the values that a command would
-use and where each comes from. In order, the later wins:
+Every setting of `ldm train-ae`, `ldm train-ldm` and `ldm train-classifier`, with its default. `--plan` shows the values
+that a command would use and where each comes from. In order, the later wins:
 
 1. the defaults below,
 2. `--preset NAME` (`ldm presets` lists them),
@@ -81,10 +81,10 @@ In a recipe a setting stands under its section, as in `[train]` and `lr = 1e-3`.
 
 
 def settings_page() -> str:
-    """Sections in the order of the two configurations, each with all of its settings."""
-    from ldmcli.core import config, settings
+    """Sections in the order of the configurations, each with all of its settings."""
+    from ldmcli.core import config
 
-    configs = {"autoencoder": settings.AutoencoderConfig, "diffusion": settings.DiffusionConfig}
+    configs = config.KINDS
     shown = {stage: {path: value for path, value, _ in config.describe(config.resolve(stage, []))} for stage in configs}
     sections: dict[str, type] = {}
     for each in configs.values():

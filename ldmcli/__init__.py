@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "load": "ldmcli.sampling.load",
+    "load_classifier": "ldmcli.sampling.classifier",
     "evaluate": "ldmcli.evaluation.evaluate",
     "metrics_from_features": "ldmcli.maths.metrics",
     "frechet": "ldmcli.maths.metrics",

@@ -29,6 +29,7 @@ _REQUEST = {
     "strength": opt.Strength,
     "guide": opt.Guide,
     **opt.GUIDING,
+    **opt.CLASSIFIER,
 }
 ImageSize = option(Text, "--size", "N|HxW", "Height and width in pixels.", panel=DATA, default="each image's own")
 Images = argument(list[Path], "IMAGES...", "Image files, or folders of them.")
@@ -109,10 +110,12 @@ def sample_request(given: ParsedOptions) -> SampleRequest:
     for name, value, needs, file in (
         ("--strength", given.strength, "--init-image", given.init_image),
         ("--guide-scale", given.guide_scale, "--guide", given.guide),
+        ("--classifier-scale", given.classifier_scale, "--classifier", given.classifier),
     ):
         if value is not None and file is None:
-            raise UsageError(f"{name} {value:g}: says how much {needs} counts; give {needs} FILE, too")
-    more = {} if given.strength is None else {"strength": given.strength}
+            what = "RUN" if needs == "--classifier" else "FILE"
+            raise UsageError(f"{name} {value:g}: says how much {needs} counts; give {needs} {what}, too")
+    more = {name: value for name in ("strength", "classifier_scale") if (value := getattr(given, name)) is not None}
     return SampleRequest(
         prompts=prompts,
         negative_prompt=given.negative_prompt,
@@ -128,6 +131,7 @@ def sample_request(given: ParsedOptions) -> SampleRequest:
         weights=given.weights,
         guide=given.guide,
         **opt.sampling_of(given),
+        classifier=given.classifier,
         **guiding_options(given, "--guide FILE", given.guide is not None),
         **more,
     )

@@ -56,6 +56,7 @@ _OTHER_ROWS = {name: alias for name, alias in opt.ROWS.items() if name != "data"
 # what a recipe trains, in the order of the list → heading
 RECIPE_GROUPS = {
     "autoencoder": "First stages",
+    "classifier": "Classifiers for guidance",
     "": "Unconditional",
     "class": "Classes",
     "text": "Text to image",
@@ -219,7 +220,7 @@ def recipe_summary(path: Path) -> dict[str, object]:
 
 
 def _recipe_group(kind: str, path: Path) -> str:
-    if kind == "autoencoder":
+    if kind in ("autoencoder", "classifier"):
         return kind
     settings = config.resolve(kind, config.recipe_layers(kind, path)).config
     assert isinstance(settings, DiffusionConfig)

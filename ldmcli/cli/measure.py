@@ -172,16 +172,15 @@ _HOW = {
     "metrics": Metrics,
     "features": Features,
     "count": EvalCount,
-    "guide_factor": GuideFactor,
-    **opt.GUIDING,
 }
+_LED = {"guide_factor": GuideFactor, **opt.GUIDING, **opt.CLASSIFIER}
 _LIMITS = {"save_statistics": SaveStatistics, "compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
 _REFERENCE = {"data": Reference, "split": ReferenceSplit, "reference_count": ReferenceCount}
 
 
-@command({**opt.ROWS, **_REFERENCE}, _MEASURED, opt.DRAWING, _HOW, _LIMITS, opt.TALK)
+@command({**opt.ROWS, **_REFERENCE}, _MEASURED, opt.DRAWING, _HOW, _LED, _LIMITS, opt.TALK)
 def eval_fid(given: ParsedOptions) -> None:
     """Metrics of generated images against a data set: FID, KID, IS, precision and recall, PSNR, SSIM, LPIPS.
 
@@ -203,6 +202,8 @@ def eval_fid(given: ParsedOptions) -> None:
         "perceptual": given.perceptual,
         "guide_factor": given.guide_factor,
         **{name: getattr(given, name) for name in ("guide_scale", "guide_rule", "guide_metric")},
+        "classifier": given.classifier,
+        "classifier_scale": given.classifier_scale,
         "compare": given.compare,
         "n": given.count,
         "seed": given.seed if given.seed or not given.protocol else None,

@@ -301,6 +301,22 @@ Perceptual = _sampling(
     default="vgg",
 )
 
+Classifier = _sampling(
+    Path | None,
+    "--classifier",
+    "RUN",
+    "Run of train-classifier that leads each sample to its class, also those of a model that takes no class.",
+    default="none",
+)
+ClassifierScale = _sampling(
+    float | None,
+    "--classifier-scale",
+    "SCALE",
+    "Factor of the classifier's gradient: 0 not at all, 1 as probabilities say; the paper takes 10.",
+    min=0,
+    default="1",
+)
+
 # --- Output
 Out = _output(Path | None, "--out -o", "DIR", "Folder for the results.", default="named after the input")
 RunOut = _output(
@@ -378,6 +394,7 @@ IMAGES_OUT = {"out": Out, "overwrite": Overwrite, "format": Format, "metadata": 
 TALK = {"json": Json, "verbose": Verbose, "quiet": Quiet, "offline": Offline}
 TRAIN_MACHINE = {"gpus": Gpus, "mixed_precision": MixedPrecision, "compile": Compile, "workers": Workers}
 GUIDING = {"guide_scale": GuideScale, "guide_rule": GuideRule, "guide_metric": GuideMetric, "perceptual": Perceptual}
+CLASSIFIER = {"classifier": Classifier, "classifier_scale": ClassifierScale}
 DRAWING = {
     "steps": SampleSteps,
     "guidance": Guidance,

@@ -1,4 +1,4 @@
-"""`ldm train-ae` and `ldm train-ldm`: options to one configuration, then the training loop."""
+"""`ldm train-ae`, `ldm train-ldm` and `ldm train-classifier`: options to one configuration, then the training loop."""
 
 import os
 import re
@@ -9,11 +9,19 @@ from typing import Any
 import typer
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.parsing import ParsedOptions, command
+from ldmcli.cli.parsing import MODEL, ParsedOptions, Text, command, option
 from ldmcli.core import config, console, launch
 from ldmcli.core.errors import DivergedError, Interrupted, ModelError, UsageError
-from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
+from ldmcli.core.settings import PROCESS, AutoencoderConfig, ClassifierConfig, DiffusionConfig
 
+GuidedModel = option(
+    Text,
+    "--model",
+    "RUN",
+    "Diffusion run that the classifier will lead: its autoencoder, latent scale and noise schedule are taken.",
+    panel=MODEL,
+    default="none",
+)
 _AE_MODEL = {
     **opt.CONFIGURATION,
     "f": opt.Factor,
@@ -31,6 +39,7 @@ _LDM_MODEL = {
     "init_from": opt.InitFrom,
     **opt.CONFIGURATION,
 }
+_CLASSIFIER_MODEL = {"autoencoder": opt.Autoencoder, "model": GuidedModel, **opt.CONFIGURATION}
 _IMAGES = {**opt.ROWS, "crop": opt.Crop, "flip": opt.Flip}
 
 
@@ -89,6 +98,42 @@ def train_ldm(given: ParsedOptions) -> None:
     )
 
 
+@command(
+    _IMAGES,
+    {"cache": opt.Cache},
+    _CLASSIFIER_MODEL,
+    opt.LOOP,
+    opt.RUN_OUTPUT,
+    opt.TALK,
+    opt.TRAIN_MACHINE,
+    kind="classifier",
+)
+def train_classifier(given: ParsedOptions) -> None:
+    """Train a classifier of noisy latents, which leads samples to classes: `ldm sample --classifier RUN`.
+
+    It must know the latents and the noise of the models that it leads; --model takes both over.
+    """
+    layers = given.layers()
+    if given.model:
+        layers.insert(0, (f"--model {given.model}", _process_of(Path(given.model))))
+    resolved = resolve("classifier", given, layers)
+    autoencoder = given.autoencoder or (
+        _autoencoder_of(Path(given.model), "--model") if given.model else _newest_autoencoder(needed=not given.plan)
+    )
+    where = f"in noisy latents of {autoencoder}" if autoencoder not in ("", "none") else "on noisy pixels"
+    _run(given, resolved, f"classifier {where}", autoencoder=autoencoder, model=given.model or "")
+
+
+def _process_of(run: Path) -> dict[str, object]:
+    """The settings of a diffusion run that a classifier must share."""
+    from ldmcli.core import runs
+
+    if runs.read_run(run).get("kind") != "diffusion":
+        raise ModelError(f"--model {run}: not a diffusion run; name a run of `ldm train-ldm`")
+    stored = config.read_recipe(run / "config.toml").values
+    return {path: stored[path] for path in PROCESS if path in stored}
+
+
 def resolve(kind: str, given: ParsedOptions, named: list[config.Layer]) -> config.Resolved:
     """The configuration of a training command from all of its sources."""
     if given.train_batch_size is not None:
@@ -105,13 +150,13 @@ def resolve(kind: str, given: ParsedOptions, named: list[config.Layer]) -> confi
     return config.resolve(kind, layers)
 
 
-def _autoencoder_of(run: Path) -> str:
+def _autoencoder_of(run: Path, named: str = "--init-from") -> str:
     """The first stage of a run that another one begins with."""
     from ldmcli.core import files, runs
 
     run = runs.locate(run)[0]
     if runs.read_run(run).get("kind") != "diffusion":
-        raise ModelError(f"--init-from {run}: not a diffusion run; name a run of `ldm train-ldm`")
+        raise ModelError(f"{named} {run}: not a diffusion run; name a run of `ldm train-ldm`")
     pixels = files.read_json(run / "stats.json").get("autoencoder") == "pixels"
     return "none" if pixels else str(run / "autoencoder")
 
@@ -139,6 +184,8 @@ def data_name(source: str) -> str:
 
 def run_name(resolved: config.Resolved) -> str:
     """The stated name of a run where --out gives none: its data and what it is, as in shapes-ae, photos-text."""
+    if isinstance(resolved.config, ClassifierConfig):
+        return f"{data_name(resolved.config.data.source)}-classifier"
     if not isinstance(resolved.config, DiffusionConfig):
         return f"{data_name(resolved.config.data.source)}-ae"
     task = resolved.config.task.name

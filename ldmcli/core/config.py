@@ -22,13 +22,17 @@ from ldmcli.core import settings
 from ldmcli.core.errors import UsageError
 from ldmcli.core.presets import PRESETS
 
-KINDS = {"autoencoder": settings.AutoencoderConfig, "diffusion": settings.DiffusionConfig}
-COMMAND_OF = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-ldm"}
+KINDS = {
+    "autoencoder": settings.AutoencoderConfig,
+    "diffusion": settings.DiffusionConfig,
+    "classifier": settings.ClassifierConfig,
+}
+COMMAND_OF = {"autoencoder": "ldm train-ae", "diffusion": "ldm train-ldm", "classifier": "ldm train-classifier"}
 _PACKAGE = Path(__file__).resolve().parents[1]
 # a wheel carries them inside the package; in a checkout they stand at the top
 RECIPES = next((path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir()), _PACKAGE)
 
-Config = settings.AutoencoderConfig | settings.DiffusionConfig
+Config = settings.AutoencoderConfig | settings.DiffusionConfig | settings.ClassifierConfig
 Layer = tuple[str, Mapping[str, object]]
 
 
@@ -247,11 +251,14 @@ class Recipe:
 
     @property
     def kind(self) -> str:
-        """ "autoencoder" or "diffusion": its preset's, or the one that has all its sections; "" where both have."""
+        """A name in KINDS: its preset's, or the one that has all its sections; "" where several have."""
         if self.preset in (known := presets()):
             return known[self.preset].kind
         sections = {path.partition(".")[0] for path in self.values}
-        fitting = [kind for kind, each in KINDS.items() if sections <= {section.name for section in fields(each)}]
+        kinds = [
+            kind for kind in KINDS if kind != "classifier" or kind in sections
+        ]  # its others are a diffusion's, too
+        fitting = [kind for kind in kinds if sections <= {section.name for section in fields(KINDS[kind])}]
         return fitting[0] if len(fitting) == 1 else ""
 
 

@@ -364,7 +364,7 @@ def newest_run(run_kind: str, root: Path = Path("runs")) -> Path:
     for row in reversed(list_runs(root)):
         if row["kind"] == run_kind and (Path(row["path"]) / "model.safetensors").exists():
             return Path(row["path"])
-    command = "ldm train-ae" if run_kind == "autoencoder" else "ldm train-ldm"
+    command = {"autoencoder": "ldm train-ae", "classifier": "ldm train-classifier"}.get(run_kind, "ldm train-ldm")
     raise ModelError(
         f"no {run_kind} run with weights below {root}/: train one with `{command}` or name one with --model"
     )

@@ -46,6 +46,11 @@ class DataSettings:
     cache_dir: str = ""  # "" = $LDM_CACHE, else .cache/ldm in the home folder
     workers: int = 2  # threads that decode ahead of the loop
 
+    @property
+    def caches_latents(self) -> bool:
+        """Whether latents are encoded once and kept: `cache`, and each picture is cut alike in every epoch."""
+        return self.cache and not self.streaming and self.crop == "center"
+
     def __post_init__(self):
         choice("data", "crop", self.crop, ("center", "random"))
         choice("data", "resize", self.resize, ("bicubic", "bilinear", "lanczos", "box"))
@@ -145,7 +150,8 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSettings:
-    """UNet (App. E), noise schedule and objective."""
+    """UNet (App. E), noise schedule and objective. Of a classifier: the half of the UNet that it has, and the process
+    of the models that it guides."""
 
     # network
     channels: int = 48  # width of the first level
@@ -321,12 +327,45 @@ class DiffusionConfig:
     sample: SampleSettings = field(default_factory=SampleSettings)
 
     @property
-    def caches_latents(self) -> bool:
-        """Whether latents are encoded once and kept: data.cache, and each picture is cut alike in every epoch."""
-        return self.data.cache and not self.data.streaming and self.data.crop == "center"
-
-    @property
     def kinds(self) -> tuple[str, ...]:
         """All that the model is conditioned on: condition.kinds, and the condition that its task brings along."""
         own = TASK_CONDITIONS.get(self.task.name)
         return self.condition.kinds if own is None else (*self.condition.kinds, own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings:
+    """Head of a classifier of noisy latents (App. C)."""
+
+    pool: str = "attention"  # attention | mean: how the positions of the last map become one vector
+
+    def __post_init__(self):
+        choice("classifier", "pool", self.pool, ("attention", "mean"))
+
+
+def _classifier_process() -> DiffusionSettings:
+    return DiffusionSettings(t_sampling="uniform")  # guidance asks it at all timesteps alike
+
+
+def _classifier_training() -> TrainSettings:
+    return TrainSettings(weight_decay=0.01, cooldown=0.4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """All that `ldm train-classifier` reads."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    diffusion: DiffusionSettings = field(default_factory=_classifier_process)
+    classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
+    train: TrainSettings = field(default_factory=_classifier_training)
+
+    def __post_init__(self):
+        if (self.diffusion.loss, self.diffusion.loss_weight) != ("l2", "uniform"):
+            raise UsageError("diffusion.loss and diffusion.loss_weight: a classifier is trained by cross-entropy alone")
+
+
+# settings of the process, which a classifier shares with the models that it guides
+PROCESS = tuple(
+    f"diffusion.{name}" for name in ("prediction", "schedule", "beta_start", "beta_end", "timesteps", "latent_scale")
+)

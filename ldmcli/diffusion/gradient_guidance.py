@@ -17,6 +17,7 @@ from torch import Tensor
 from ldmcli.core.settings import GUIDE_RULES
 from ldmcli.diffusion.samplers import Denoise
 
+MAX_CLASS_SHIFT = 2.0  # root mean square over a latent of what a class can change of x0, at scale 1
 MAX_X0_SHIFT = 1.0  # root mean square over a sample's latent of the change of x0, latents having variance 1
 
 
@@ -74,26 +75,25 @@ def image_guide(
     return guided
 
 
-def classifier_guide(
-    denoise: Denoise,
-    log_prob: Callable[[Tensor], Tensor],
-    scale: float = 1.0,
-    decode: Callable[[Tensor], Tensor] | None = None,
-) -> Denoise:
-    """ε − scale · σ ∇ log p, for any classifier of clean pictures: log_prob gives (B,) for x0.
+def classifier_guide(denoise: Denoise, log_prob: Callable[[Tensor, float], Tensor], scale: float = 1.0) -> Denoise:
+    """ε − scale · σ ∇ log p(c | z_t), gradient with respect to z_t (Eq. 16): classifier guidance in latent space.
 
-    x0 are latents (B, c, h, w) as the model sees them, or pixels where `decode` is given.
+    log_prob(z_t, t): (B,) of noisy latents (B, c, h, w) at a timestep, of the class wanted of each. Scale 1 gives the
+    score of p(z_t | c) where `denoise` has that of p(z_t) and log_prob is exact.
+
+    At most noise α is near 0 and x0 = (z − σ ε)/α magnifies whatever a trained classifier errs by, so no change of x0
+    is larger than scale times `MAX_CLASS_SHIFT`: latents of variance 1 lie no further apart.
     """
     if scale == 0:
         return denoise
 
     def guided(z: Tensor, t: float, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        x0, eps = denoise(z, t, alpha, sigma)
         with _differentiable(z) as here:
-            x0, eps = denoise(here, t, alpha, sigma)
-            found = log_prob(x0 if decode is None else decode(x0)).sum()
-            gradient = torch.autograd.grad(found, here, retain_graph=z.requires_grad)[0]
-        x0, eps = (x0, eps) if z.requires_grad else (x0.detach(), eps.detach())
-        return _shift_eps(x0, eps, -scale * sigma * gradient, alpha, sigma)
+            gradient = torch.autograd.grad(log_prob(here, t).sum(), here)[0]
+        change = -sigma * gradient
+        rms = (sigma / alpha * change).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        return _shift_eps(x0, eps, scale * change * (MAX_CLASS_SHIFT / rms.clamp(min=MAX_CLASS_SHIFT)), alpha, sigma)
 
     return guided
 

@@ -273,7 +273,8 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
         rows, settings = reference_rows(instruments, result, data, request.split, size, model)
     if model is not None:
         n = request.n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
-        source = model_source(model, rows, n, size=size, balanced=request.balanced, **request.draw)
+        led = {"classifier": request.classifier, "classifier_scale": request.classifier_scale}
+        source = model_source(model, rows, n, size=size, balanced=request.balanced, **request.draw, **led)
         result.protocol["sampling"] = sampling_protocol(model, request.draw)
     reference = set_reference(instruments, result, rows, settings, data, request.reference_count)
     known = reference.count if isinstance(reference, ImageStream) else reference.n if reference is not None else None

@@ -21,6 +21,7 @@ from ldmcli.data.pictures import by_pair_name, pair_name
 from ldmcli.diffusion.sample import Guide
 from ldmcli.evaluation.features import in_blocks
 from ldmcli.maths.pixels import tensor_to_pixels
+from ldmcli.sampling.classifier import ClassGuidance, LoadedClassifier, class_guidance
 from ldmcli.sampling.draw import Draw, draw_images
 from ldmcli.sampling.load import load
 from ldmcli.sampling.request import SAMPLING
@@ -195,28 +196,37 @@ def model_source(
     size: tuple[int, int],
     settings: dict[str, Any],
     balanced: bool = False,
+    classifier: LoadedClassifier | None = None,
+    classifier_scale: float = 1.0,
 ) -> ImageStream:
     """n images of a diffusion model, conditioned on n rows spread evenly over the reference; balanced: on each class in
-    turn, of a model that takes nothing else."""
+    turn, of a model that takes nothing else. A classifier leads them to the same classes."""
     conditions = () if balanced else tuple(model.conditions.kinds)
-    check_columns(rows, conditions)
-    ids = evenly_spaced(len(rows), n) if conditions else []
-    dataset = condition_source(model, rows, size, seed) if conditions else None
+    told = conditions if classifier is None or balanced else tuple(dict.fromkeys((*conditions, Class.name)))
+    check_columns(rows, told)
+    ids = evenly_spaced(len(rows), n) if told else []
+    dataset = condition_source(model, rows, size, seed) if told else None
     classes = len(model.class_names) if balanced else 0
     spatial = any(not CONDITIONS[name].static for name in conditions)
 
     def stream() -> Iterator[np.ndarray]:
         for start in range(0, n, batch_size):
             end = min(start + batch_size, n)
-            if spatial:
-                yield from sample_for_rows(model, dataset, ids[start:end], start, seed, size, settings)
+            if spatial and dataset is not None:
+                block, led = ids[start:end], None
+                if classifier is not None:
+                    wanted = dataset.foreign_values(Class.name, block)
+                    led = class_guidance(model, classifier, wanted, classifier_scale)
+                yield from sample_for_rows(model, dataset, block, start, seed, size, settings, classes=led)
                 continue
-            values = {name: dataset.foreign_values(name, ids[:end]) for name in conditions} if dataset else {}
+            values = {name: dataset.foreign_values(name, ids[:end]) for name in told} if dataset else {}
             if balanced:
                 values = {Class.name: [k % classes for k in range(end)]}
             made = model.sample(
                 **arguments_of(values),
                 n=1 if values else end,
+                classifier=classifier,
+                classifier_scale=classifier_scale,
                 first=start,
                 seed=seed,
                 size=size,
@@ -233,6 +243,7 @@ def model_source(
         "seed": seed,
         "float_to_uint8": "clamp, round half to even",
         "resize": "none",
+        **({} if classifier is None else {"classifier": classifier.fingerprint, "classifier_scale": classifier_scale}),
     }
     return ImageStream(name="model", count=n, stream=stream, protocol=protocol)
 
@@ -257,14 +268,22 @@ def condition_source(model, rows, size: tuple[int, int], seed: int):
 
 
 def sample_for_rows(
-    model, dataset, ids: list[int], first: int, seed: int, size, settings: dict[str, Any], guide: Guide | None = None
+    model,
+    dataset,
+    ids: list[int],
+    first: int,
+    seed: int,
+    size,
+    settings: dict[str, Any],
+    guide: Guide | None = None,
+    classes: ClassGuidance | None = None,
 ) -> np.ndarray:
     """Samples first, first + 1, … for rows `ids`: uint8 (n, H, W, 3)."""
     values = {name: dataset.foreign_values(name, ids) for name in model.conditions.kinds}
     negative = settings.get("negative_prompt", "")
     settings = {name: value for name, value in settings.items() if name != "negative_prompt"}
     draw = Draw(ids=range(first, first + len(ids)), seed=seed, values=values, settings=settings, size=size, guide=guide)
-    return draw_images(model, replace(draw, negative_prompt=negative))
+    return draw_images(model, replace(draw, negative_prompt=negative, classes=classes))
 
 
 class CodeCounts:

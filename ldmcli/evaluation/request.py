@@ -14,6 +14,7 @@ from ldmcli.evaluation.image_streams import loaded
 from ldmcli.evaluation.metrics import CODES, CONDITION, IMAGES, LOGITS, METRICS, OF_PAIRS, OF_SETS, needing
 from ldmcli.evaluation.protocols import check_protocol
 from ldmcli.evaluation.reference_statistics import ALL, refuse_foreign_statistics
+from ldmcli.sampling.classifier import LoadedClassifier, load_classifier
 from ldmcli.sampling.guiding import ImageGuiding, split_guiding
 from ldmcli.sampling.request import SAMPLING
 
@@ -79,6 +80,8 @@ class EvaluationRequest:
     guide_scale: float | None = None  # how, as `LoadedDiffusion.sample` takes it; LPIPS by `perceptual`
     guide_rule: str | None = None
     guide_metric: str | None = None
+    classifier: Any = None  # what `load_classifier` gave, or a run: leads samples to the classes of the rows
+    classifier_scale: float = 1.0
     progress: Callable[[int, str], Any] | None = None
     name: str = ""  # of the run that is measured, where it was given by name; `opened` says it
 
@@ -143,18 +146,34 @@ def opened(request: EvaluationRequest) -> EvaluationRequest:
         for name in ("guide_scale", "guide_rule", "guide_metric"):
             if getattr(request, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')}: says how samples are guided; give --guide-factor N, too")
+    if request.classifier is None and request.classifier_scale != 1:
+        raise UsageError("--classifier-scale: says how much --classifier counts; give --classifier RUN, too")
     run = request.model if request.model is not None else request.autoencoder
     request = replace(request, name=str(run) if isinstance(run, (str, Path)) else "")
     if request.model is not None:
-        return replace(request, model=loaded(request.model, "diffusion", request.weights))
+        return _with_classifier(replace(request, model=loaded(request.model, "diffusion", request.weights)))
     if request.protocol:
         check_protocol(request.protocol, request.subject, ())
-    given = [name for name in (*SAMPLING, "negative_prompt", "guide_factor", "balanced") if getattr(request, name)]
+    names = (*SAMPLING, "negative_prompt", "guide_factor", "balanced", "classifier")
+    given = [name for name in names if getattr(request, name)]
     if given:
         raise UsageError(f"--{given[0].replace('_', '-')}: says how a model samples; use it with --model")
     if request.autoencoder is None:
         return request
     return replace(request, autoencoder=loaded(request.autoencoder, "autoencoder"))
+
+
+def _with_classifier(request: EvaluationRequest) -> EvaluationRequest:
+    """The request with its classifier loaded. Raises UsageError where it can lead nothing, ModelError where it does not
+    fit the model."""
+    classifier, model = request.classifier, request.model
+    if classifier is None:
+        return request
+    if task_of(model) != "generate" or request.guide_factor is not None:
+        raise UsageError("--classifier: leads samples that begin from noise; it goes with no task nor --guide-factor")
+    classifier = classifier if isinstance(classifier, LoadedClassifier) else load_classifier(classifier, model.device)
+    classifier.check_fits(model)
+    return replace(request, classifier=classifier)
 
 
 def check(request: EvaluationRequest) -> None:

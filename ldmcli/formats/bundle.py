@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
+from ldmcli.core.errors import ModelError
+from ldmcli.core.settings import AutoencoderConfig, ClassifierConfig, DiffusionConfig
 from ldmcli.networks.latent_scale import LatentScale
 
 
@@ -47,7 +49,40 @@ class DiffusionBundle:
     fingerprint: str = ""
 
 
+@dataclass
+class ClassifierBundle:
+    """A classifier of noisy latents. tensors: as `networks.noisy_classifier.NoisyClassifier` names them; autoencoder:
+    hash of the first stage whose latents it knows, "pixels" without one; scale, latent_shape: as of a diffusion
+    model; names: of the classes."""
+
+    config: ClassifierConfig
+    tensors: dict[str, Tensor]
+    autoencoder: str
+    scale: LatentScale
+    latent_shape: tuple[int, int, int]
+    names: list[str]
+    fingerprint: str = ""
+
+
 Bundle = AutoencoderBundle | DiffusionBundle
+
+
+def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Loads weights, refusing missing, extra or misshapen ones (ModelError names the first three).
+
+    The module takes the tensors themselves where it was built on the meta device.
+    """
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
+    if missing or extra or shapes:
+        parts = [
+            f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)})"
+            for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+            if names
+        ]
+        raise ModelError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")

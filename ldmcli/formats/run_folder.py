@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
-from ldmcli.core.config import config_hash, flat, from_toml, to_toml
+from ldmcli.core.config import Config, config_hash, flat, from_toml, to_toml
 from ldmcli.core.errors import LdmError, ModelError
-from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
-from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle
+from ldmcli.core.settings import AutoencoderConfig, ClassifierConfig, DiffusionConfig
+from ldmcli.formats.bundle import AutoencoderBundle, Bundle, ClassifierBundle, DiffusionBundle
 from ldmcli.networks.latent_scale import LatentScale
 
 WEIGHTS = "model.safetensors"
@@ -24,8 +24,11 @@ def read(path: Path, weights: str = "ema") -> Bundle:
     """The model of a run folder or of one of its checkpoints (`runs.locate`), its weights verified. weights: "ema" or,
     of a diffusion run, "raw". Raises ModelError."""
     name, path = path, runs.locate(path)[0]
-    if runs.read_run(path).get("kind") == "autoencoder":
+    kind = runs.read_run(path).get("kind")
+    if kind == "autoencoder":
         return read_autoencoder(name)
+    if kind == "classifier":
+        raise ModelError(f"{path}: a classifier, which leads a model's samples: `ldm sample --classifier {path}`")
     config = read_config("diffusion", path)
     stats = files.read_json(path / "stats.json")
     tensors, metadata = read_weights(name, "model", weights)
@@ -89,6 +92,28 @@ def read_autoencoder(path: Path) -> AutoencoderBundle:
     return AutoencoderBundle(config, tensors, scale, _notes(path), metadata["content_sha256"])
 
 
+def read_classifier(path: Path) -> ClassifierBundle:
+    """The classifier of a run of `ldm train-classifier`, or of one of its checkpoints. Raises ModelError."""
+    name, path = path, runs.locate(path)[0]
+    kind = runs.read_run(path).get("kind")
+    if kind != "classifier":
+        article = "an" if str(kind)[:1] == "a" else "a"
+        raise ModelError(f"{path}: {article} {kind} run, not a classifier; name a run of `ldm train-classifier`")
+    config, stats = read_config("classifier", path), files.read_json(path / "stats.json")
+    tensors, metadata = read_weights(name, "model")
+    _check_settings(config, metadata, path)
+    channels, height, width = stats["latent_shape"]
+    return ClassifierBundle(
+        config,
+        tensors,
+        stats["autoencoder"],
+        read_scale(stats, channels),
+        (channels, height, width),
+        stats["class_names"],
+        metadata.get("content_sha256", ""),
+    )
+
+
 def read_config(kind: str, path: Path):
     """The resolved configuration of a run, or of that of a checkpoint (`runs.locate`). Raises ModelError when it is
     missing or damaged."""
@@ -111,14 +136,14 @@ def read_scale(stats: Mapping[str, Any], channels: int) -> LatentScale:
     return LatentScale(tuple(found["mean"]), tuple(found["std"]))
 
 
-def settings_of_weights(config: DiffusionConfig | AutoencoderConfig) -> dict[str, Any]:
+def settings_of_weights(config: Config) -> dict[str, Any]:
     """Settings without which weights mean nothing, as JSON values: of network, process and conditions."""
-    of_weights = ("diffusion.", "condition.", "task.", "autoencoder.")
+    of_weights = ("diffusion.", "condition.", "task.", "autoencoder.", "classifier.")
     kept = {k: v for k, v in flat(config).items() if k.startswith(of_weights)}
     return json.loads(json.dumps(kept))
 
 
-def _check_settings(config: DiffusionConfig, metadata: Mapping[str, str], path: Path) -> None:
+def _check_settings(config: DiffusionConfig | ClassifierConfig, metadata: Mapping[str, str], path: Path) -> None:
     """Raises ModelError when config.toml says something else of the model than the file that holds its weights."""
     written, now = json.loads(metadata.get("settings", "{}")), settings_of_weights(config)
     changed = {name: (value, now[name]) for name, value in written.items() if now.get(name, value) != value}

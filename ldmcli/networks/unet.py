@@ -245,57 +245,39 @@ def level_widths(settings: DiffusionSettings) -> list[int]:
     ]
 
 
-class UNet(nn.Module):
-    """Predicts the objective's target (ε, v, x₀ or velocity) from a noisy latent.
+class UNetEncoder(nn.Module):
+    """The half of the UNet that goes down, and its middle: what UNet and noisy classifier share.
 
-    x: (B, in_channels, h, w), planes of concat conditions included; t: (B,) float or integer; context: (B, M,
-    context_dim) or None; vector: (B, vector_dim) or None; returns (B, out_channels, h, w). h and w must be multiples
-    of `size_factor`. sample_size is the (h, w) that position maps are made for; other sizes resize them.
+    x: (B, in_channels, h, w); sample_size is the (h, w) that position maps are made for; other sizes resize them.
     """
 
     def __init__(
         self,
         settings: DiffusionSettings,
         in_channels: int,
-        out_channels: int,
         *,
         context_dim: int | None = None,
-        vector_dim: int | None = None,
         sample_size: tuple[int, int] = (16, 16),
     ):
         super().__init__()
         self.settings, self.context_dim, self.sample_size = settings, context_dim, sample_size
         self.checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
         self.positions = nn.ModuleDict()
-        widths = level_widths(settings)
-        embedding_width = 4 * settings.channels
-        self.time_embed = _two_layers(settings.channels, embedding_width)
+        self.widths = level_widths(settings)
+        self.time_embed = _two_layers(settings.channels, 4 * settings.channels)
         self.input_blocks = nn.ModuleList()
-        skips = self._build_down(in_channels * settings.patch**2, widths)
-        self._build_middle(skips[-1], 2 ** (len(widths) - 1))
-        self.output_blocks = nn.ModuleList()
-        self._build_up(skips, widths)
-        self.out = nn.Sequential(
-            group_norm(widths[0], NORM_EPS, settings.groups),
-            nn.SiLU(),
-            zero_init(nn.Conv2d(widths[0], out_channels * settings.patch**2, 3, padding=1)),
-        )
-        if settings.position != "none":
-            self._add_position("input", widths[0], 1, INPUT_POSITION_STD)
-        self.vector_embed = None
-        if vector_dim is not None and settings.vector_mlp:
-            self.vector_embed = _two_layers(vector_dim, embedding_width)
+        self.skip_widths = self._build_down(in_channels * settings.patch**2)
+        self._build_middle(self.skip_widths[-1], 2 ** (len(self.widths) - 1))
 
     @property
     def size_factor(self) -> int:
         """Both sides of the latent must be multiples of this."""
         return self.settings.patch * 2 ** (len(self.settings.channel_mult) - 1)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
-        """The raw prediction, (B, out_channels, h, w); shapes as above. Raises UsageError where `size_factor` does not
-        divide h and w."""
+    def encode(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, list[Tensor]]:
+        """(the middle's map, maps of the skip connections). Raises UsageError where `size_factor` does not divide h and
+        w."""
         check_divisible(x.shape[-2], x.shape[-1], self.size_factor, "a latent")
-        inputs = BlockInputs(self._embed(t, vector), context, self._position_codes())
         h = F.pixel_unshuffle(x, self.settings.patch) if self.settings.patch > 1 else x
         skips: list[Tensor] = []
         for i, block in enumerate(self.input_blocks):
@@ -304,21 +286,15 @@ class UNet(nn.Module):
                 code = inputs.position("input", h)
                 h = h if code is None else h + code
             skips.append(h)
-        h = self._run(self.middle_block, h, inputs)
-        for block in self.output_blocks:
-            h = self._run(block, torch.cat([h, skips.pop()], dim=1), inputs)
-        h = self.out(h)
-        return F.pixel_shuffle(h, self.settings.patch) if self.settings.patch > 1 else h
+        return self._run(self.middle_block, h, inputs), skips
 
-    def _embed(self, t: Tensor, vector: Tensor | None) -> Tensor:
+    def embed_timestep(self, t: Tensor) -> Tensor:
+        """(B, 4·channels) of timesteps (B,)."""
         # the angles need fp32: bf16 rounds t = 998 and 999 to the same number
         code = timestep_embedding(t, self.settings.channels).to(next(self.time_embed.parameters()).dtype)
-        embedding = self.time_embed(code)
-        if vector is None:
-            return embedding
-        return embedding + (vector if self.vector_embed is None else self.vector_embed(vector))
+        return self.time_embed(code)
 
-    def _position_codes(self) -> Callable[[str, Tensor], Tensor | None]:
+    def position_codes(self) -> Callable[[str, Tensor], Tensor | None]:
         """A function (key, map) to the code of that key at the map's size and dtype; each is made once a pass."""
         made: dict[str, Tensor] = {}
 
@@ -336,8 +312,9 @@ class UNet(nn.Module):
             return checkpoint(block, x, inputs, use_reentrant=False)
         return block(x, inputs)
 
-    def _build_down(self, in_channels: int, widths: list[int]) -> list[int]:
+    def _build_down(self, in_channels: int) -> list[int]:
         """Fills input_blocks; returns the width that each hands to its skip connection."""
+        widths = self.widths
         width, skips = widths[0], [widths[0]]
         self.input_blocks.append(TimestepSequential([nn.Conv2d(in_channels, width, 3, padding=1)]))
         for level, out_width in enumerate(widths):
@@ -355,17 +332,6 @@ class UNet(nn.Module):
         between = self._attention(width, factor, always=True) if self.settings.middle_attention else []
         blocks = [ResBlock(width, width, self.settings) for _ in range(2)]
         self.middle_block = TimestepSequential([blocks[0], *between, blocks[1]])
-
-    def _build_up(self, skips: list[int], widths: list[int]) -> None:
-        width, skips = skips[-1], list(skips)
-        for level, out_width in reversed(list(enumerate(widths))):
-            for i in range(self.settings.num_res_blocks + 1):
-                layers: list[nn.Module] = [ResBlock(width + skips.pop(), out_width, self.settings)]
-                width = out_width
-                layers += self._attention(width, 2**level)
-                if level > 0 and i == self.settings.num_res_blocks:
-                    layers.append(self._resampling(width, up=True))
-                self.output_blocks.append(TimestepSequential(layers))
 
     def _resampling(self, width: int, up: bool) -> nn.Module:
         if self.settings.resblock_updown:
@@ -388,6 +354,68 @@ class UNet(nn.Module):
         height, breadth = (max(1, -(-side // (factor * self.settings.patch))) for side in self.sample_size)
         make = SinusoidalPosition if self.settings.position == "sinusoidal" else LearnedPosition
         self.positions[key] = make(width, (height, breadth), std)
+
+    def add_input_position(self) -> None:
+        """A code is added to the first map, where settings say so."""
+        if self.settings.position != "none":
+            self._add_position("input", self.widths[0], 1, INPUT_POSITION_STD)
+
+
+class UNet(UNetEncoder):
+    """Predicts the objective's target (ε, v, x₀ or velocity) from a noisy latent.
+
+    x: (B, in_channels, h, w), planes of concat conditions included; t: (B,) float or integer; context: (B, M,
+    context_dim) or None; vector: (B, vector_dim) or None; returns (B, out_channels, h, w). h and w must be multiples
+    of `size_factor`. sample_size is the (h, w) that position maps are made for; other sizes resize them.
+    """
+
+    def __init__(
+        self,
+        settings: DiffusionSettings,
+        in_channels: int,
+        out_channels: int,
+        *,
+        context_dim: int | None = None,
+        vector_dim: int | None = None,
+        sample_size: tuple[int, int] = (16, 16),
+    ):
+        super().__init__(settings, in_channels, context_dim=context_dim, sample_size=sample_size)
+        widths = self.widths
+        self.output_blocks = nn.ModuleList()
+        self._build_up(self.skip_widths, widths)
+        self.out = nn.Sequential(
+            group_norm(widths[0], NORM_EPS, settings.groups),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(widths[0], out_channels * settings.patch**2, 3, padding=1)),
+        )
+        self.add_input_position()
+        self.vector_embed = None
+        if vector_dim is not None and settings.vector_mlp:
+            self.vector_embed = _two_layers(vector_dim, 4 * settings.channels)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+        """The raw prediction, (B, out_channels, h, w); shapes as above. Raises UsageError where `size_factor` does not
+        divide h and w."""
+        embedding = self.embed_timestep(t)
+        if vector is not None:
+            embedding = embedding + (vector if self.vector_embed is None else self.vector_embed(vector))
+        inputs = BlockInputs(embedding, context, self.position_codes())
+        h, skips = self.encode(x, inputs)
+        for block in self.output_blocks:
+            h = self._run(block, torch.cat([h, skips.pop()], dim=1), inputs)
+        h = self.out(h)
+        return F.pixel_shuffle(h, self.settings.patch) if self.settings.patch > 1 else h
+
+    def _build_up(self, skips: list[int], widths: list[int]) -> None:
+        width, skips = skips[-1], list(skips)
+        for level, out_width in reversed(list(enumerate(widths))):
+            for i in range(self.settings.num_res_blocks + 1):
+                layers: list[nn.Module] = [ResBlock(width + skips.pop(), out_width, self.settings)]
+                width = out_width
+                layers += self._attention(width, 2**level)
+                if level > 0 and i == self.settings.num_res_blocks:
+                    layers.append(self._resampling(width, up=True))
+                self.output_blocks.append(TimestepSequential(layers))
 
 
 def _two_layers(in_width: int, width: int) -> nn.Sequential:

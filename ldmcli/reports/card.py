@@ -60,8 +60,8 @@ def _condition_tags(run: RunView) -> tuple[str, ...]:
 
 
 def _task(run: RunView) -> str:
-    if run.kind == "autoencoder":
-        return "image-to-image"
+    if run.kind in ("autoencoder", "classifier"):
+        return "image-to-image" if run.kind == "autoencoder" else "image-classification"
     tags = {CONDITIONS[name].pipeline_tag for name in run.conditions if name in CONDITIONS}
     return next((tag for tag in ("image-to-image", "text-to-image") if tag in tags), "unconditional-image-generation")
 
@@ -78,7 +78,11 @@ def _picture(run: RunView) -> str:
     found = run_view.sample_files(run.path)
     if not found:
         return ""
-    what = "Held-out images above their reconstructions" if run.kind == "autoencoder" else "Samples of fixed seeds"
+    whats = {
+        "autoencoder": "Held-out images above their reconstructions",
+        "classifier": "Noisy latents of held-out images, decoded, with the class found",
+    }
+    what = whats.get(run.kind, "Samples of fixed seeds")
     step, path = found[0]
     return f"![{what}, step {step:,}](samples/{path.name})\n\n{what}, step {step:,}."
 
@@ -89,6 +93,11 @@ def _use(run: RunView) -> str:
     if run.kind == "autoencoder":
         call = f"model = ldmcli.load({folder})\nz = model.encode(images); pixels = model.decode(z)  # images: PIL"
         command = f"ldm reconstruct IMAGES --autoencoder {folder}"
+    elif run.kind == "classifier":
+        names = run.stats.get("class_names") or ["0"]
+        shown = json.dumps(clean(str(names[0])), ensure_ascii=False)
+        call = f"images = model.sample(classes=[{shown}], classifier={folder}, classifier_scale=3)"
+        command = f"ldm sample --model RUN --classifier {folder} --classifier-scale 3 --class {shown}"
     else:
         arguments, option = _example(run)
         task = run.diffusion.task.name if run.diffusion else "generate"

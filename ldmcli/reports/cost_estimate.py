@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldmcli.conditions.class_ import ASSUMED_CLASSES
 from ldmcli.conditions.fit import assumed_specs, cost_notes
 from ldmcli.core import config as configuration
 from ldmcli.core import console, files, launch, runs
 from ldmcli.core.config import Resolved
 from ldmcli.core.durations import rough_duration
 from ldmcli.core.presets import PRESETS
-from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig
+from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, ClassifierConfig, DiffusionConfig
 from ldmcli.formats.open_model import format_of
 from ldmcli.formats.run_folder import read_config
 from ldmcli.sampling.first_stage import default_device
@@ -36,6 +37,7 @@ def plan(
     *,
     autoencoder: str = "",
     init_from: str = "",
+    model: str = "",
     first_stage: str = "",
     rows: int | None = None,
     processes: int = 1,
@@ -43,9 +45,10 @@ def plan(
     """What a training would take; nothing is trained, downloaded or written, and no data is opened.
 
     autoencoder: run folder, "none" for pixels, "" for the default one; init_from: a run whose vocabulary and classes
-    are taken over; first_stage: preset that stands in where no autoencoder is named. rows: training rows where they are
-    known; processes: that share the batch, each with a GPU or with its part of the machine's cores and memory. Raises
-    what a training would before it opens data (`training.checks`).
+    are taken over; model: the diffusion run that a classifier will lead; first_stage: preset that stands in where no
+    autoencoder is named. rows: training rows where they are known; processes: that share the batch, each with a GPU or
+    with its part of the machine's cores and memory. Raises what a training would before it opens data
+    (`training.checks`).
     """
     notes: list[str] = []
     train, world = resolved.config.train, max(launch.world()[1], processes)
@@ -54,6 +57,8 @@ def plan(
     config = resolved.config
     if isinstance(config, AutoencoderConfig):
         image, latent, costs = _autoencoder_costs(config, world, notes)
+    elif isinstance(config, ClassifierConfig):
+        image, latent, costs = _classifier_costs(config, autoencoder, model, world, notes)
     else:
         image, latent, costs = _diffusion_costs(config, autoencoder, init_from, first_stage, world, notes)
     sharing = world if device.type == "cpu" else 1  # processes that share one device's memory and speed
@@ -109,6 +114,16 @@ def _diffusion_costs(
         what = "with its hole" if config.task.name == "inpaint" else "reduced and enlarged"
         notes.append(f"the first stage, which encodes each image {what}, is not counted")
     return image, latent, {"model": cost.diffusion_cost(config, specs, latent, image)}
+
+
+def _classifier_costs(config: ClassifierConfig, autoencoder: str, model: str, world: int, notes: list[str]):
+    settings, trained_at = _first_stage(autoencoder, model, "", notes)
+    image = checks.image_size(config.data, trained_at)
+    checks.check_classifier(config, settings, image, world)
+    notes += checks.notes_of(config)
+    latent = cost.meta_autoencoder(settings).latent_shape(*image)
+    notes.append(f"class: {ASSUMED_CLASSES:,} classes assumed; the data say how many there are")
+    return image, latent, {"model": cost.classifier_cost(config, ASSUMED_CLASSES, latent)}
 
 
 def _first_stage(

@@ -30,7 +30,7 @@ from ldmcli.reports.run_view import (
 )
 
 PREVIEWS = 6
-KINDS = {"autoencoder": "Autoencoder", "diffusion": "Diffusion model"}
+KINDS = {"autoencoder": "Autoencoder", "diffusion": "Diffusion model", "classifier": "Classifier of noisy latents"}
 STATES = ("running", "finished", "interrupted", "failed", "diverged")
 TERMS = {"l1_loss": "L1", "l2_loss": "L2", "edge_loss": "edges", "perceptual_loss": "perceptual"}
 FROM_ZERO = {"lr_factor", "data_wait", "images_per_s"}
@@ -46,6 +46,7 @@ GROUPS = (  # title, unit, {key in metrics.jsonl: name in the legend}
     ("Throughput", "images/s", {"images_per_s": "images/s"}),
     ("Waiting for data", "share of the time", {"data_wait": "share"}),
 )
+QUARTERS = ("least noise", "second quarter", "third quarter", "most noise")  # of a classifier's timesteps
 _NOT_DRAWN = {
     "step",
     "images",
@@ -188,6 +189,7 @@ def curves(run: RunView) -> str:
     charts = [
         chart("Loss", "", {"loss_model": "training", "val/val_loss": "validation"}),
         chart("Loss", "", {"loss_autoencoder": "autoencoder"}),
+        chart("Accuracy by noise", "share", {f"val/accuracy_q{k}": name for k, name in enumerate(QUARTERS, 1)}),
     ]
     for key in [key for key in values if key.startswith("val/") and key not in used]:
         name, unit, better = metric_label(key[4:])
@@ -217,6 +219,9 @@ def previews(run: RunView) -> str:
     if run.kind == "autoencoder":
         lead = "Validation images and their reconstructions, in turn by rows."
         shown = html.picture(newest, "images above their reconstructions", f"step {step:,}")
+    elif run.kind == "classifier":
+        lead = "Noisy latents of validation images, decoded, with the class found; a row a quarter of the timesteps."
+        shown = html.picture(newest, "noisy images with their classes", f"step {step:,}")
     else:
         texts = preview_texts(run)
         explanation = ": what was asked for, and what the model made of it." if texts else "."

@@ -15,9 +15,14 @@ from ldmcli.evaluation.metrics import report_title
 from ldmcli.reports.charts import finite
 from ldmcli.training.validation import VALIDATION_ROWS
 
-TRAINING_FIGURES = {  # what only a training measures: name; lower is better
-    "perceptual": "Perceptual distance",
-    "val_loss": "Validation loss",
+TRAINING_FIGURES = {  # what only a training measures: name, which way is better
+    "perceptual": ("Perceptual distance", "lower is better"),
+    "val_loss": ("Validation loss", "lower is better"),
+    "accuracy": ("Accuracy", "higher is better"),
+    "accuracy_q1": ("Accuracy, least noise", "higher is better"),
+    "accuracy_q2": ("Accuracy, second quarter", "higher is better"),
+    "accuracy_q3": ("Accuracy, third quarter", "higher is better"),
+    "accuracy_q4": ("Accuracy, most noise", "higher is better"),
 }
 
 
@@ -89,7 +94,8 @@ def latest_metrics(run: RunView) -> dict[str, float]:
 def metric_label(key: str) -> tuple[str, str, str]:
     """(name, unit, which way is better) of a metric; its key may carry an extractor, as fd_effnet_lite0."""
     if key in TRAINING_FIGURES:
-        return TRAINING_FIGURES[key], "", "lower is better"
+        name, better = TRAINING_FIGURES[key]
+        return name, "", better
     found = report_title(key)
     if found is None:
         return key.replace("_", " "), "", ""

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldmcli.conditions.class_ import Class
 from ldmcli.conditions.masked import parse_masks
 from ldmcli.conditions.parse import centred, list_values, only_given, parse_conditions, parse_unsized, warn_of_values
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.data.arrays import pictures_of
 from ldmcli.maths.tiles import center_slices
+from ldmcli.sampling.classifier import class_guidance, group_count, without_classes
 from ldmcli.sampling.draw import Draw, draw_images, tile_side
 from ldmcli.sampling.editing import edit_images
 from ldmcli.sampling.guiding import guide_to, split_guiding
@@ -39,6 +41,8 @@ class LoadedDiffusion(TrainedDiffusion):
         image: Any = None,
         mask: Any = None,
         guide: Any = None,
+        classifier: Any = None,
+        classifier_scale: float = 1.0,
         n: int = 1,
         negative_prompt: str = "",
         seed: int = 0,
@@ -54,9 +58,9 @@ class LoadedDiffusion(TrainedDiffusion):
         name. image: what a model of task sr enlarges, or of task inpaint fills where mask (bool, or a picture with
         holes of luminance ≥ 128) says so; known pixels stay. size: (height, width) in pixels, or one number, rounded up
         (`round_up_size`) and cut to its middle. guide: a picture no larger than the results, which are led to what
-        looks like it when made as small; guide_scale, guide_rule (ours | paper), guide_metric (l2 | lpips) and
-        perceptual (a network of LPIPS) say how (`guiding.ImageGuiding`). settings: steps, guidance (a number, or one a
-        condition), guidance_interval, sampler, eta, spacing; with an image those of `upscale` and `inpaint` as well.
+        looks like it when made as small; how: `guiding.split_guiding`. classifier: what `load_classifier` gave, or its
+        run: leads samples to `classes`, also those of a model that takes none. settings: steps, guidance (a number, or
+        one a condition), guidance_interval, sampler, eta, spacing; with an image those of `upscale` and `inpaint`, too.
         """
         given = list_values(values, prompt=prompt, classes=classes, layout=layout, map=map)
         if image is not None:
@@ -67,8 +71,9 @@ class LoadedDiffusion(TrainedDiffusion):
         if n < 1 or batch_size < 1:
             raise UsageError(f"n: {n} images, {batch_size} at a time; both must be at least 1")
         size = (size, size) if isinstance(size, int) else size
-        given = parse_conditions(self.conditions, given, size or self.trained_size)
-        ids = range(first, n * max([len(one) for one in given.values()], default=1))
+        led = None if classifier is None else class_guidance(self, classifier, given[Class.name], classifier_scale)
+        given = parse_conditions(self.conditions, without_classes(self, given, led), size or self.trained_size)
+        ids = range(first, n * group_count(given, led))
         whole, images = self.round_up_size(size), []
         guiding, settings = split_guiding(settings)
         draw = Draw(
@@ -79,6 +84,7 @@ class LoadedDiffusion(TrainedDiffusion):
             negative_prompt=negative_prompt,
             size=whole,
             guide=None if guide is None else guide_to(self, pictures_of(guide, "guide")[0], guiding, whole, size),
+            classes=led,
             tile=tile_side(self, whole, settings),
         )
         for start in range(0, len(ids), batch_size):

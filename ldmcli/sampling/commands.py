@@ -1,6 +1,7 @@
 """`ldm sample`: a request to a folder of samples with their settings inside."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from ldmcli import __version__
 from ldmcli.conditions import outputs
+from ldmcli.conditions.class_ import Class
 from ldmcli.conditions.parse import centred, list_values, option_values, parse_conditions
 from ldmcli.conditions.pictures import labelled
 from ldmcli.conditions.text import negative_inputs
@@ -18,6 +20,7 @@ from ldmcli.diffusion.sample import Guide, InitLatents, check_sampling, with_ove
 from ldmcli.maths.tiles import pad_edge
 from ldmcli.sampling import memory
 from ldmcli.sampling.api import LoadedDiffusion, to_pil
+from ldmcli.sampling.classifier import ClassGuidance, class_guidance, group_count, without_classes
 from ldmcli.sampling.contact_sheets import in_rows
 from ldmcli.sampling.draw import Draw, draw_images, tile_side, warn_of_idle_guidance
 from ldmcli.sampling.guiding import guide_to, guiding_of
@@ -44,18 +47,19 @@ def sample_to_folder(
     images only and ends with 130 or 143.
     """
     path, loaded = _generating_model(model, request)
-    values = _parse(loaded, request)
-    draw = request_draw(loaded, request, values)
-    groups = max([len(given) for given in values.values()], default=1)
-    n = request.n or (1 if values else loaded.config.sample.n)
+    led = _class_guidance(loaded, request)
+    values = _parse(loaded, request, led)
+    draw = replace(request_draw(loaded, request, values), classes=led)
+    groups = group_count(values, led)
+    n = request.n or (1 if values or led else loaded.config.sample.n)
     folder = ImageFolder(
         out,
-        _record(loaded, request, values, n * groups, fmt),
+        _record(loaded, request, values, n * groups, fmt, led),
         conditions=outputs.spatial(values),
         inputs=named_files(request),
         overwrite=overwrite,
     )
-    describe = _describe(loaded, path, request)
+    describe = _describe(loaded, path, request) | _led_document(request, led)
 
     def make(ids: list[int]) -> Images:
         for k, image in zip(ids, to_pil(draw_images(loaded, draw.of(ids)), draw.size, request.size)):
@@ -72,7 +76,7 @@ def sample_to_folder(
     folder.write(
         in_batches(folder.todo, request.batch_size or _batch_size(loaded, draw)),
         make,
-        (lambda k: _metadata(k, values, request, describe)) if metadata else None,
+        (lambda k: _metadata(k, values, request, describe) | _led_class(k, led)) if metadata else None,
         lambda: _sheet(folder.names, n, groups, values, loaded),
         action="sampling",
     )
@@ -152,10 +156,17 @@ def _batch_size(loaded: LoadedDiffusion, draw: Draw) -> int:
 
 
 def _record(
-    loaded: LoadedDiffusion, request: SampleRequest, values: dict[str, list], total: int, fmt: str
+    loaded: LoadedDiffusion,
+    request: SampleRequest,
+    values: dict[str, list],
+    total: int,
+    fmt: str,
+    led: ClassGuidance | None,
 ) -> dict[str, Any]:
     """What request.json keeps: all that changes the images."""
     record = {"model": loaded.fingerprint, **document_of(request), "total": total, "format": fmt}
+    if led is not None:
+        record["classifier"] = led.classifier.fingerprint
     if outputs.spatial(values):
         record["told"] = outputs.digest(values)
     if begun := [path for path in (request.init_image, request.guide) if path is not None]:
@@ -163,7 +174,29 @@ def _record(
     return record
 
 
-def _parse(loaded: LoadedDiffusion, request: SampleRequest) -> dict[str, list]:
+def _class_guidance(loaded: LoadedDiffusion, request: SampleRequest) -> ClassGuidance | None:
+    """What leads samples to classes (--classifier)."""
+    if request.classifier is None:
+        return None
+    return class_guidance(loaded, request.classifier, request.classes, request.classifier_scale)
+
+
+def _led_document(request: SampleRequest, led: ClassGuidance | None) -> dict[str, Any]:
+    """What is told of a classifier."""
+    if led is None or request.classifier is None:
+        return {}
+    return {
+        "classifier": request.classifier.name,
+        "classifier_sha256": led.classifier.fingerprint,
+        "classifier_scale": led.scale,
+    }
+
+
+def _led_class(k: int, led: ClassGuidance | None) -> dict[str, Any]:
+    return {} if led is None else {Class.name: led.classifier.names[led.labels[k % len(led.labels)]]}
+
+
+def _parse(loaded: LoadedDiffusion, request: SampleRequest, led: ClassGuidance | None) -> dict[str, list]:
     """Values of the model's conditions. Raises UsageError, or InputError for what is wrong with a layout or map."""
     given = list_values(
         option_values(request.given),
@@ -172,6 +205,7 @@ def _parse(loaded: LoadedDiffusion, request: SampleRequest) -> dict[str, list]:
         layout=list(request.layouts),
         map=list(request.maps),
     )
+    given = without_classes(loaded, given, led)
     return parse_conditions(loaded.conditions, given, request.size or loaded.trained_size)
 
 

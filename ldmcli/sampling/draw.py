@@ -18,6 +18,7 @@ from ldmcli.diffusion.guidance import guidance_steps
 from ldmcli.diffusion.sample import Guide, InitLatents, KnownRegion, check_sampling, sample_conditioned, with_overrides
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.sampling import memory
+from ldmcli.sampling.classifier import ClassGuidance
 from ldmcli.sampling.memory import MAX_MEMORY
 from ldmcli.sampling.model import TrainedDiffusion
 
@@ -27,7 +28,8 @@ class Draw:
     """Samples of one model: which, conditioned on what, and how. Sample k depends on (seed, k) alone.
 
     ids: numbers of the samples. values: {condition: one value a sample, in order}; a condition without values is the
-    model's null. inputs: prepared inputs of further conditions. settings: those of SampleSettings, None = the model's
+    model's null. inputs: prepared inputs of further conditions. guide: of all samples alike; classes: a classifier and
+    the class that each sample is led to. settings: those of SampleSettings, None = the model's
     own. size: (height, width) px, multiples of the model's; None = as trained. tile: latent positions a side above
     which the networks see overlapping tiles, 0 = all at once; max_memory: GiB of activations.
     """
@@ -42,12 +44,24 @@ class Draw:
     init: InitLatents | None = None
     known: KnownRegion | None = None
     guide: Guide | None = None
+    classes: ClassGuidance | None = None
     tile: int = 0
     max_memory: float = MAX_MEMORY
 
     def of(self, ids: Sequence[int]) -> "Draw":
         """The draw of samples `ids` of a request whose values this holds: sample k takes entry k mod their number."""
-        return replace(self, ids=ids, values={name: [x[k % len(x)] for k in ids] for name, x in self.values.items()})
+        values = {name: [x[k % len(x)] for k in ids] for name, x in self.values.items()}
+        return replace(self, ids=ids, values=values, classes=self.classes and self.classes.of(ids))
+
+    @property
+    def guides(self) -> Guide | None:
+        """All that leads the samples, one around the other."""
+        guide, classes = self.guide, self.classes
+        if classes is None:
+            return guide
+        if guide is None:
+            return classes.guide
+        return lambda denoise: guide(classes.guide(denoise))
 
 
 @torch.no_grad()
@@ -78,7 +92,7 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
         shape=model.latent_shape(draw.size),
         init=draw.init,
         known=draw.known,
-        guide=draw.guide,
+        guide=draw.guides,
         tile=draw.tile,
     )
 

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ldmcli.core import console, runs
 from ldmcli.core.errors import ModelError
-from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading
+from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading, strict_load
 from ldmcli.formats.open_model import format_of, read
 from ldmcli.formats.run_folder import fingerprint_of, read_autoencoder
 from ldmcli.networks.autoencoder import Autoencoder
@@ -16,24 +15,6 @@ from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.first_stage import LoadedAutoencoder, default_device, pixel_autoencoder
-
-
-def strict_load(module: torch.nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Loads weights, refusing missing, extra or misshapen ones (ModelError names the first three).
-
-    The module takes the tensors themselves where it was built on the meta device.
-    """
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
-    if missing or extra or shapes:
-        parts = [
-            f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)})"
-            for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
-            if names
-        ]
-        raise ModelError(f"{where}: weights do not fit the configuration; {'; '.join(parts)}")
-    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 def build_autoencoder(bundle: AutoencoderBundle, device: torch.device, where: str | Path = "") -> LoadedAutoencoder:

@@ -43,6 +43,8 @@ class SampleRequest:
     perceptual: str = field(default="", repr=False, metadata=LATER)  # network of LPIPS; "" = vgg
     weights: str = "ema"  # ema | raw
     spacing: str | None = None
+    classifier: Path | None = field(default=None, repr=False, metadata=LATER)  # a run that leads to classes, and …
+    classifier_scale: float = field(default=1.0, repr=False, metadata=LATER)  # … how far
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
-from ldmcli.core.config import config_hash
+from ldmcli.core.config import Config, config_hash
 from ldmcli.core.errors import DivergedError, ModelError
-from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.formats.run_folder import settings_of_weights
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.objective import Objective
@@ -23,12 +22,7 @@ class Checkpointer:
     """Saves and loads the state of one run. All processes call `resume` and `save`; rank 0 writes."""
 
     def __init__(
-        self,
-        folder: runs.RunFolder,
-        config: AutoencoderConfig | DiffusionConfig,
-        dist: Distributed,
-        objective: Objective,
-        state: TrainState,
+        self, folder: runs.RunFolder, config: Config, dist: Distributed, objective: Objective, state: TrainState
     ):
         self.folder, self.config, self.dist, self.objective, self.state = folder, config, dist, objective, state
 

@@ -3,7 +3,15 @@ what a training would, in the same line."""
 
 from ldmcli.conditions.fit import assumed_specs, check_settings, check_sources
 from ldmcli.core.errors import UsageError
-from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSettings, DiffusionConfig, TrainSettings
+from ldmcli.core.settings import (
+    AutoencoderConfig,
+    AutoencoderSettings,
+    ClassifierConfig,
+    DataSettings,
+    DiffusionConfig,
+    DiffusionSettings,
+    TrainSettings,
+)
 from ldmcli.data.decode import colour
 from ldmcli.data.shape_rows import check_source
 from ldmcli.diffusion.sample import check_sampling
@@ -62,18 +70,10 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
     latents of `stage`."""
     _check_conditions(config, size)
     _check_loop(config.train, config.data, world)
-    if stage.in_channels != 3:
-        raise UsageError(f"an autoencoder of pictures of {stage.in_channels} channels: training pictures have 3 (RGB)")
+    _check_stage(stage)
     check_sources(config)
     check_sampling(config.sample, make_schedule(config.diffusion))
-    f, unit = stage.f, config.diffusion.patch * 2 ** (len(config.diffusion.channel_mult) - 1)
-    if any(side % (f * unit) for side in size):
-        near = "x".join(str(max(1, round(side / (f * unit))) * f * unit) for side in size)
-        raise UsageError(
-            f"--size {size[0]}x{size[1]}: latents are {f} times smaller and the UNet halves them to "
-            f"1/{unit}, so both sides must be multiples of {f * unit}; nearest: {near}; or use fewer "
-            "diffusion.channel_mult levels"
-        )
+    _check_latents(config.diffusion, stage.f, size)
     network = cost.meta_autoencoder(stage)
     model = cost.meta_diffusion_model(config, assumed_specs(config, network, {}), network.latent_shape(*size))
     vector, embedding = model.conditions.vector_dim, 4 * config.diffusion.channels
@@ -81,6 +81,31 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
         raise UsageError(
             f"diffusion.vector_mlp = false adds vectors to the time embedding as they are: both must be "
             f"as wide, condition.context_dim = {vector} and 4 x diffusion.channels = {embedding}"
+        )
+
+
+def check_classifier(config: ClassifierConfig, stage: AutoencoderSettings, size: tuple[int, int], world: int) -> None:
+    """Raises UsageError where a classifier of noisy latents of `stage` cannot be trained on `world` processes."""
+    _check_loop(config.train, config.data, world)
+    _check_stage(stage)
+    make_schedule(config.diffusion)
+    _check_latents(config.diffusion, stage.f, size)
+    cost.meta_classifier(config, 2, cost.meta_autoencoder(stage).latent_shape(*size))
+
+
+def _check_stage(stage: AutoencoderSettings) -> None:
+    if stage.in_channels != 3:
+        raise UsageError(f"an autoencoder of pictures of {stage.in_channels} channels: training pictures have 3 (RGB)")
+
+
+def _check_latents(settings: DiffusionSettings, f: int, size: tuple[int, int]) -> None:
+    unit = settings.patch * 2 ** (len(settings.channel_mult) - 1)
+    if any(side % (f * unit) for side in size):
+        near = "x".join(str(max(1, round(side / (f * unit))) * f * unit) for side in size)
+        raise UsageError(
+            f"--size {size[0]}x{size[1]}: latents are {f} times smaller and the UNet halves them to "
+            f"1/{unit}, so both sides must be multiples of {f * unit}; nearest: {near}; or use fewer "
+            "diffusion.channel_mult levels"
         )
 
 
@@ -99,9 +124,9 @@ def _check_loop(train: TrainSettings, data: DataSettings, world: int) -> None:
     colour(data.background)
 
 
-def notes_of(config: DiffusionConfig) -> list[str]:
+def notes_of(config: DiffusionConfig | ClassifierConfig) -> list[str]:
     """Where a training deviates from the settings; for the plan and for its start."""
-    if not config.data.cache or config.caches_latents:
+    if not config.data.cache or config.data.caches_latents:
         return []
     why = "a stream is not read twice" if config.data.streaming else "random crops show other pixels in each epoch"
     return [f"latents are not cached: {why}, so every batch is encoded anew (--no-cache leaves out this line)"]

@@ -13,11 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, ConditionSettings, DiffusionConfig
+from ldmcli.core.settings import (
+    AutoencoderConfig,
+    AutoencoderSettings,
+    ClassifierConfig,
+    ConditionSettings,
+    DiffusionConfig,
+)
 from ldmcli.data.readers import memory_bytes
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.noisy_classifier import NoisyClassifier
 from ldmcli.networks.perceptual import perceptual_shapes
 from ldmcli.training.optimizer import is_hidden_matrix
 
@@ -102,6 +109,20 @@ def diffusion_cost(
         inputs = model.conditions.example(size)
         z, t = torch.zeros(1, *latent), torch.zeros(1)
     return measure_cost(model, lambda: model(z, t, inputs, lambda x: torch.zeros(len(x), *latent, device="meta")))
+
+
+def meta_classifier(config: ClassifierConfig, classes: int, latent: tuple[int, int, int]) -> NoisyClassifier:
+    """The classifier on the meta device."""
+    with on_meta_device():
+        return NoisyClassifier(config.diffusion, config.classifier.pool, classes, latent)
+
+
+def classifier_cost(config: ClassifierConfig, classes: int, latent: tuple[int, int, int]) -> NetworkCost:
+    """Of a classifier of noisy latents (c, h, w)."""
+    model = meta_classifier(config, classes, latent)
+    with on_meta_device():
+        z, t = torch.zeros(1, *latent), torch.zeros(1)
+    return measure_cost(model, lambda: model(z, t))
 
 
 def without_frozen_encoder(condition: ConditionSettings) -> ConditionSettings:

@@ -15,7 +15,7 @@ from ldmcli.conditions.fit import check_rows, fit_conditions, open_early, run_to
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
-from ldmcli.data.augment import batch_indices, load_pixels
+from ldmcli.data.augment import batch_indices
 from ldmcli.data.batches import rank_slice
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.schedule import make_schedule
@@ -77,7 +77,7 @@ class DiffusionObjective:
         if dist.is_rank_0:
             for note in checks.notes_of(config):
                 console.say(note)
-        if config.caches_latents:
+        if config.data.caches_latents:
             self.latents.open_cache(self.rows, check)
         self.latents.fit_scale(self.rows, config.diffusion.latent_scale, self._stored_stats())
         self.held_out.encode(self.latents)
@@ -188,14 +188,8 @@ class DiffusionObjective:
             "row": torch.from_numpy(ids.copy()),
             "noise": rng.normal(seed, at, self.latents.shape, "noise"),
             "u": rng.uniform(seed, at, "timestep"),
+            **self.latents.batch(self.rows, self.config, ids, where),
         }
-        if not self.latents.deterministic:
-            out["posterior"] = rng.normal(seed, at, self.latents.shape, "posterior")
-        if self.latents.cache:
-            flips = (rng.uniform(seed, at, "flip") < 0.5).tolist() if self.config.data.flip else None
-            out["moments"] = torch.from_numpy(self.latents.cache.moments(ids.tolist(), flips))
-        else:
-            out["pixels"] = load_pixels(self.rows, self.config, ids, where, self.size)
         if self.config.kinds:
             pixels = out["pixels"].numpy() if "pixels" in out else None
             inputs = self.inputs.batch(ids, where, pixels)
@@ -209,9 +203,7 @@ class DiffusionObjective:
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
         """(mean loss of a micro-batch, statistics)."""
         device = self.dist.device
-        moments = batch["moments"].to(device) if "moments" in batch else self.latents.moments(batch["pixels"])
-        posterior_noise = batch.get("posterior")
-        z = self.latents.sample(moments, posterior_noise.to(device) if posterior_noise is not None else None)
+        z = self.latents.of_batch(batch)
         inputs = {k.removeprefix("condition."): v.to(device) for k, v in batch.items() if k.startswith("condition.")}
         model = partial(networks["model"], encode=self.encode)
         noise, u = batch["noise"].to(device), batch["u"]

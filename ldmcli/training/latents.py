@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ldmcli.core import console
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.augment import load_pixels
 from ldmcli.data.cache import LatentCache, cache_key, cache_root
 from ldmcli.formats.run_folder import read_scale
+from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor
 from ldmcli.networks.autoencoder import posterior_sample, posterior_second_moments
 from ldmcli.networks.latent_scale import LatentScale
@@ -122,6 +124,22 @@ class LatentStore:
             return np.stack(
                 [self.moments(torch.from_numpy(oriented)).cpu().numpy() for oriented in orientations], axis=1
             )
+
+    def batch(self, rows: Any, config: Any, ids: np.ndarray, where: np.ndarray) -> dict[str, Tensor]:
+        """What latents of rows `ids` at the positions `where` of a training are sampled from, on the CPU: moments of
+        the cache, else pixels, and noise of the posterior. Each number depends on (seed, position) alone."""
+        seed, at = config.train.seed, where.tolist()
+        out = {} if self.deterministic else {"posterior": rng.normal(seed, at, self.shape, "posterior")}
+        if not self.cache:
+            return {**out, "pixels": load_pixels(rows, config, ids, where, self.size)}
+        flips = (rng.uniform(seed, at, "flip") < 0.5).tolist() if self.data.flip else None
+        return {**out, "moments": torch.from_numpy(self.cache.moments(ids.tolist(), flips))}
+
+    def of_batch(self, batch: dict[str, Tensor]) -> Tensor:
+        """Normalised latents (B, c, h, w) of what `batch` gave, on the device."""
+        device, noise = self.dist.device, batch.get("posterior")
+        moments = batch["moments"].to(device) if "moments" in batch else self.moments(batch["pixels"])
+        return self.sample(moments, None if noise is None else noise.to(device))
 
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Normalised latents (B, c, h, w) sampled from moments with `noise` of that shape; without it their modes."""

@@ -6,9 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ldmcli.core import console, files, runs
-from ldmcli.core.config import flat
+from ldmcli.core.config import Config, flat
 from ldmcli.core.durations import format_duration
-from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.data.batches import rank_slice
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.progress import Progress
@@ -19,7 +18,7 @@ from ldmcli.training.trackers import Trackers, open_trackers
 class TrainLogger:
     """The voice of a run. Rank 0 writes; methods named as collective are called by all."""
 
-    def __init__(self, folder: runs.RunFolder, config: AutoencoderConfig | DiffusionConfig, dist: Distributed):
+    def __init__(self, folder: runs.RunFolder, config: Config, dist: Distributed):
         self.folder, self.settings, self.dist = folder, config.train, dist
         self.trackers: Trackers | None = None
         if self.settings.track and dist.is_rank_0:

@@ -1,4 +1,4 @@
-"""The training loop: steps, learning rates, micro-batches, checkpoints and signals, for either objective.
+"""The training loop: steps, learning rates, micro-batches, checkpoints and signals, for any objective.
 
 Everything random is a function of (seed, position), the learning rate one of the step. A checkpoint is therefore
 weights, optimiser state, averaged weights and progress, and the same command resumes exactly.
@@ -16,11 +16,12 @@ from torch import Tensor
 from ldmcli.core import console, runs
 from ldmcli.core.config import Resolved
 from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, ResourceError
-from ldmcli.core.settings import AutoencoderConfig
+from ldmcli.core.settings import AutoencoderConfig, ClassifierConfig
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.batches import Prefetcher, micro_batches
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.checkpoints import Checkpointer
+from ldmcli.training.classifier import ClassifierObjective
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.logger import TrainLogger
@@ -93,14 +94,10 @@ class Trainer:
     def _make_objective(self) -> Objective:
         if isinstance(self.config, AutoencoderConfig):
             return AutoencoderObjective(self.config, self.folder.path, self.dist)
-        return DiffusionObjective(
-            self.config,
-            self.folder.path,
-            self.dist,
-            self.options.autoencoder,
-            init_from=self.options.init_from,
-            check=self._raise_if_stopped,
-        )
+        options, where, check = self.options, (self.folder.path, self.dist), self._raise_if_stopped
+        if isinstance(self.config, ClassifierConfig):
+            return ClassifierObjective(self.config, *where, options.autoencoder, model=options.model, check=check)
+        return DiffusionObjective(self.config, *where, options.autoencoder, init_from=options.init_from, check=check)
 
     def _raise_if_stopped(self) -> None:
         if self.request.stop:

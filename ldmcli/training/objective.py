@@ -1,4 +1,5 @@
-"""What the training loop needs of objectives: the one interface of `AutoencoderObjective` and `DiffusionObjective`."""
+"""What the training loop needs of objectives: the one interface of `AutoencoderObjective`, `DiffusionObjective` and
+`ClassifierObjective`."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ class Objective(Protocol):
     communicate between processes: all call them, in the same order.
     """
 
-    kind: str  # of the run, as run.json has it: "autoencoder" or "diffusion"
+    kind: str  # of the run, as run.json has it: "autoencoder", "diffusion" or "classifier"
     main_network: str  # its (averaged) weights are the run's result
     monitored: str  # statistic whose lasting rise means divergence
     networks: dict[str, nn.Module]  # by phase

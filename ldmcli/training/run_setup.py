@@ -6,9 +6,8 @@ from typing import Any
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
-from ldmcli.core.config import Resolved, flat, from_toml, to_toml
+from ldmcli.core.config import Config, Resolved, flat, from_toml, to_toml
 from ldmcli.core.errors import ModelError, UsageError
-from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.training.data import data_summary
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.objective import Objective
@@ -54,7 +53,8 @@ class RunOptions:
     fresh: bool = False
     allow: tuple[str, ...] = ()  # settings that may differ from those the run was started with
     command_line: list[str] = field(default_factory=list)
-    autoencoder: str = ""  # train-ldm
+    autoencoder: str = ""  # train-ldm, train-classifier
+    model: str = ""  # train-classifier: a diffusion run whose latent scale is taken over
     init_from: str = ""  # train-ldm: a run whose weights are the start
 
 
@@ -111,12 +111,7 @@ def _compare_settings(run_kind: str, path: Path, resolved: Resolved, options: Ru
 
 
 def write_run_files(
-    folder: runs.RunFolder,
-    config: AutoencoderConfig | DiffusionConfig,
-    options: RunOptions,
-    dist: Distributed,
-    objective: Objective,
-    step: int,
+    folder: runs.RunFolder, config: Config, options: RunOptions, dist: Distributed, objective: Objective, step: int
 ) -> None:
     """Writes run.json, config.toml and, as far as known, stats.json. Raises ResourceError where the disk is full."""
     weights_bytes = sum(p.numel() * 4 for network in objective.networks.values() for p in network.parameters())

@@ -104,7 +104,9 @@ def test_scale_0_changes_nothing_bit_for_bit(model, decode):
     low = torch.zeros(1, 3, 8, 8)
     plain = drawn(model)
     assert torch.equal(plain, drawn(model, lambda denoise: image_guide(denoise, decode, low, 0.0)))
-    assert torch.equal(plain, drawn(model, lambda denoise: classifier_guide(denoise, lambda x: x.sum((1, 2, 3)), 0.0)))
+    assert torch.equal(
+        plain, drawn(model, lambda denoise: classifier_guide(denoise, lambda z, t: z.sum((1, 2, 3)), 0.0))
+    )
 
 
 def test_the_image_guide_works_on_what_classifier_free_guidance_gives(model, decode):
@@ -166,29 +168,31 @@ def test_any_distance_will_do():
 
 
 def test_a_classifier_s_gradient_has_adm_s_sign_and_size():
-    """log p(y | x0) = −½ |x0 − 1|² with x0 = α z: ∇ = −α (α z − 1), so ε gains s σ α (α z − 1)."""
+    """log p(c | z_t) = −½ |z − 1|²: ∇ = 1 − z, so ε gains s σ (z − 1)."""
     z = latents(2, 3, 4, 4)
     x0, eps = gaussian(z, 0, ALPHA, SIGMA)
-    guided = classifier_guide(gaussian, lambda x: -0.5 * (x - 1).square().sum((1, 2, 3)), 2.0)
+    guided = classifier_guide(gaussian, lambda z, t: -0.5 * (z - 1).square().sum((1, 2, 3)), 0.5)
     found, guided_eps = guided(z, 0, ALPHA, SIGMA)
-    assert torch.allclose(guided_eps, eps + 2.0 * SIGMA * ALPHA * (ALPHA * z - 1), atol=1e-5)
+    assert torch.allclose(guided_eps, eps + 0.5 * SIGMA * (z - 1), atol=1e-5)
     assert torch.allclose(ALPHA * found + SIGMA * guided_eps, z, atol=1e-5)
     assert (found - 1).square().mean() < (x0 - 1).square().mean()
-
-
-def test_a_classifier_of_pixels_sees_decoded_pictures(decode):
-    seen = []
-    guided = classifier_guide(gaussian, lambda x: seen.append(x.shape) or x.mean((1, 2, 3)), 5.0, decode)
-    guided(latents(2, 3, 8, 8), 0, ALPHA, SIGMA)
-    assert seen == [(2, 3, 32, 32)]
 
 
 def test_guiders_wrap_guiders():
     """Both pulls are there: for linear log-likelihoods the sum of the two changes."""
     z, eps = latents(1, 3, 4, 4), gaussian(latents(1, 3, 4, 4), 0, ALPHA, SIGMA)[1]
-    first = classifier_guide(gaussian, lambda x: x[:, 0].sum((1, 2)))
-    both = classifier_guide(first, lambda x: x[:, 1].sum((1, 2)))
+    first = classifier_guide(gaussian, lambda z, t: z[:, 0].sum((1, 2)))
+    both = classifier_guide(first, lambda z, t: z[:, 1].sum((1, 2)))
     change = both(z, 0, ALPHA, SIGMA)[1] - eps
-    assert torch.allclose(change[:, :2], torch.full((1, 2, 4, 4), -SIGMA * ALPHA), atol=1e-5)
+    assert torch.allclose(change[:, :2], torch.full((1, 2, 4, 4), -SIGMA), atol=1e-5)
     assert (change[:, 2] == 0).all()
     assert not both(z, 0, ALPHA, SIGMA)[0].requires_grad
+
+
+def test_an_image_guide_wraps_a_classifier():
+    """The picture's gradient passes through the network, the classifier's is a constant beside it."""
+    z, low = latents(2, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    led = classifier_guide(gaussian, lambda z, t: z[:, 0].sum((1, 2)))
+    x0, eps = image_guide(led, lambda x: x, low, 0.1, rule="paper")(z, 0, ALPHA, SIGMA)
+    first = led(z, 0, ALPHA, SIGMA)
+    assert torch.allclose(eps, first[1] + 0.1 * SIGMA * ALPHA * first[0], atol=1e-5) and not x0.requires_grad

@@ -379,7 +379,9 @@ def steered(name: str, model: LoadedDiffusion, device: torch.device) -> dict:
         "tiles": {"tile": 2},
         "picture": {"guide": lambda d: gradient_guidance.image_guide(d, decode, low)},
         "picture, paper": {"guide": lambda d: gradient_guidance.image_guide(d, decode, low, 0.1, rule="paper")},
-        "classifier": {"guide": lambda d: gradient_guidance.classifier_guide(d, lambda x: -x.square().sum((1, 2, 3)))},
+        "classifier": {
+            "guide": lambda d: gradient_guidance.classifier_guide(d, lambda z, t: -z.square().sum((1, 2, 3)))
+        },
     }[name]
 
 
