@@ -378,11 +378,18 @@ def describe(result: dict[str, Any]) -> str:
     parts = [console.table(rows, heads), counts]
     if shares := result.get("by_masked_share"):
         names = [key for key in result["metrics"] if "_std" not in key]
+        printed = result["protocol"].get("published_by_masked_share", {}) if published else {}
         lines = [
             [share, str(one["n"]), *(_with_deviation(one["metrics"], key) for key in names)]
+            + (
+                [", ".join(f"{key} {_published(value)}" for key, value in printed.get(share, {}).items())]
+                if printed
+                else []
+            )
             for share, one in shares.items()
         ]
-        parts.append(console.table(lines, ["masked", "n", *(labels.get(key, key) for key in names)]))
+        heads = ["share masked", "n", *(labels.get(key, key) for key in names), *(["published"] if printed else [])]
+        parts.append(console.table(lines, heads))
     return "\n".join(parts)
 
 

@@ -24,13 +24,14 @@ class Protocol:
     table: where it stands, of which model. subject: "model", "autoencoder" or "task". sets: arguments of `evaluate`.
     conditions: what the model is conditioned on. rows: about how many the paper's reference has; 0 = as many as are
     measured. row_settings: which rows of the data take part, by names of `DataSettings`. published: numbers by the
-    names of metrics. unpublished: parts of `sets` that the paper does not state, with where ours comes from.
+    names of metrics; parts: the same by share of the masks. unpublished: parts of `sets` that the paper does not state, with where ours comes from.
     """
 
     table: str
     subject: str
     sets: Mapping[str, Any]
     published: Mapping[str, Number]
+    parts: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
     rows: int = 0
     row_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -99,6 +100,34 @@ def _layout(
     )
 
 
+INPAINTED = {**SAMPLED, "steps": 50, "sampler": "ddim", "eta": 0.0, "blend": 0, "whole": True}
+OF_MASKS = "masks: of LaMa's published configuration (thick), drawn anew"
+
+
+def _efficiency(row: str, fid: float) -> Protocol:
+    how = {"n": 2000, "split": "validation", "size": (256, 256), "masks": "lama-thick", "metrics": ("fid",)}
+    unpublished = ("steps and eta: as the script of the published model", OF_MASKS)
+    return Protocol(
+        table=f"Tab. 6, {row}, FID@2k after epoch 6",
+        subject="task",
+        sets={**INPAINTED, **how},
+        published={"fid": fid},
+        unpublished=unpublished,
+    )
+
+
+def _places(row: str, fid: float, lpips: tuple[float, float], hard: tuple[float, tuple[float, float]]) -> Protocol:
+    how = {"n": 30_000, "split": "test", "size": (512, 512), "masks": "lama-thick", "perceptual": "vgg"}
+    return Protocol(
+        table=f"Tab. 7, {row}, Places",
+        subject="task",
+        sets={**INPAINTED, **how, "metrics": ("fid", "lpips")},
+        published={"fid": fid, "lpips": lpips},
+        parts={"40-50 %": {"fid": hard[0], "lpips": hard[1]}},
+        unpublished=("steps and eta: as the script of the published model", OF_MASKS),
+    )
+
+
 # R-FID, R-IS, PSNR, SSIM of Tab. 8. Its PSIM is left out: how that was computed is unknown.
 _FIRST_STAGES: dict[str, tuple[float, float, tuple[float, float], tuple[float, float]]] = {
     "vq-f32": (31.83, 40.40, (17.45, 2.90), (0.41, 0.18)),
@@ -144,6 +173,14 @@ PROTOCOLS: dict[str, Protocol] = {
     "tab10-imagenet-g1.25": _imagenet("LDM-4-G, scale 1.25", 250, 1.25, 3.95, 178.22, 0.81, 0.55),
     "tab10-imagenet-ldm8": _imagenet("LDM-8, 2.9M steps", 200, 1.0, 17.41, 72.92, 0.65, 0.62),
     "tab10-imagenet-ldm8-4.8m": _imagenet("LDM-8, 4.8M steps", 200, 1.0, 15.51, 79.03, 0.65, 0.63),
+    "tab6-pixels": _efficiency("LDM-1, no first stage", 24.74),
+    "tab6-kl-attn": _efficiency("LDM-4, KL, with attention", 15.21),
+    "tab6-vq-attn": _efficiency("LDM-4, VQ, with attention", 14.99),
+    "tab6-vq-noattn": _efficiency("LDM-4, VQ, without attention", 15.95),
+    "tab7-places-big-ft": _places("LDM-4, big, fine-tuned", 1.50, (0.137, 0.080), (9.39, (0.246, 0.042))),
+    "tab7-places-big": _places("LDM-4, big", 2.40, (0.142, 0.085), (12.89, (0.257, 0.047))),
+    "tab7-places": _places("LDM-4", 2.15, (0.144, 0.084), (11.87, (0.257, 0.042))),
+    "tab7-places-noattn": _places("LDM-4, without attention", 2.37, (0.145, 0.084), (12.60, (0.259, 0.041))),
     **{f"tab8-{name}": _first_stage(name) for name in _FIRST_STAGES},
     "tab9-coco-ldm8": _layout("COCO, LDM-8", 100, 42.06),
     "tab9-coco-ldm4": _layout("COCO, LDM-4 fine-tuned from OpenImages", 200, 40.91),
@@ -217,13 +254,17 @@ def differences(
 def statement(name: str, reasons: list[str]) -> dict[str, Any]:
     """What a result says of its protocol. name: None where something differs, with what under `differs`."""
     protocol = protocol_of(name)
-    return {
+    stated = {
         "name": None if reasons else name,
         "asked": name,
         "differs": reasons,
         "table": protocol.table,
-        "published": {
-            key: list(value) if isinstance(value, tuple) else value for key, value in protocol.published.items()
-        },
+        "published": _as_json(protocol.published),
         "unpublished": list(protocol.unpublished),
     }
+    parts = {part: _as_json(numbers) for part, numbers in protocol.parts.items()}
+    return {**stated, **({"published_by_masked_share": parts} if parts else {})}
+
+
+def _as_json(numbers: Mapping[str, Number]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in numbers.items()}

@@ -58,7 +58,14 @@ def test_a_protocol_sets_arguments_that_there_are_and_publishes_metrics_that_it_
 
 
 @pytest.mark.parametrize(
-    "name, fid", [("tab1-ffhq", 4.98), ("tab3-imagenet-g", 3.60), ("tab2-coco-g", 12.63), ("tab8-kl-f4", 0.27)]
+    "name, fid",
+    [
+        ("tab1-ffhq", 4.98),
+        ("tab3-imagenet-g", 3.60),
+        ("tab2-coco-g", 12.63),
+        ("tab8-kl-f4", 0.27),
+        ("tab7-places-big-ft", 1.5),
+    ],
 )
 def test_published_numbers_are_those_of_the_paper(name, fid):
     assert PROTOCOLS[name].published["fid"] == fid
