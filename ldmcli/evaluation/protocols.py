@@ -24,7 +24,8 @@ class Protocol:
     table: where it stands, of which model. subject: "model", "autoencoder" or "task". sets: arguments of `evaluate`.
     conditions: what the model is conditioned on. rows: about how many the paper's reference has; 0 = as many as are
     measured. row_settings: which rows of the data take part, by names of `DataSettings`. published: numbers by the
-    names of metrics; parts: the same by share of the masks. unpublished: parts of `sets` that the paper does not state, with where ours comes from.
+    names of metrics; parts: the same by share of the masks. unpublished: parts of `sets` that the paper does not state,
+    with where ours comes from.
     """
 
     table: str
