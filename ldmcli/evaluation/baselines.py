@@ -8,7 +8,7 @@ adds is what it is better than that. A model without a task and one of super-res
 (Sec. 4.4, Tab. 4); beside it stand the same samples without the guide.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,9 +68,8 @@ def task_sources(
         dataset.config = replace(dataset.config, task=replace(dataset.config.task, masks=str(masks)))
     elif masks is not None:
         dataset.given_masks = folder_masks(Path(masks), rows, ids, size)
-    shared = (model, dataset, ids, seed, batch_size, {**settings, **pasting})
     protocol = {**truth.protocol, "fingerprint": model.fingerprint, "task": task}
-    answers = _enlarged(*shared) if task == "sr" else _filled(*shared)
+    answers = _answers(model, dataset, ids, seed, batch_size, {**settings, **pasting})
     answers_stream = ImageStream(name="model", count=len(ids), stream=answers, protocol={**protocol, "source": "model"})
     plain = {"bicubic": _bicubic} if task == "sr" else _fillings(model.config.task.fill)
     baselines = {
@@ -126,7 +125,7 @@ def guided_sources(
     def samples(guided: bool):
         if task == "sr":
             how = {**settings, "guiding": guiding if guided else None}
-            return _enlarged(model, dataset, ids, seed, batch_size, how)
+            return _answers(model, dataset, ids, seed, batch_size, how)
 
         def stream() -> Iterator[np.ndarray]:
             for numbers, block in _blocks(ids, batch_size):
@@ -167,31 +166,24 @@ def _blocks(ids: list[int], batch_size: int) -> Iterator[tuple[range, list[int]]
         yield range(start, start + len(block)), block
 
 
-def _enlarged(model, dataset, ids, seed, batch_size, settings):
+def answer_for_rows(
+    model, dataset, ids: list[int], numbers: Sequence[int], seed: int, settings: dict[str, Any]
+) -> np.ndarray:
+    """What a model with a task makes of rows `ids`, sampled from the noise of samples `numbers` of `seed`: uint8
+    (n, H, W, 3). dataset: of `condition_source`."""
+    values = _droppable_values(model, dataset, ids)
+    given = dataset.values(TASK_CONDITIONS[task_of(model)], ids, ids)
+    if task_of(model) == "sr":
+        return upscale_images(model, np.stack(given), seed=seed, ids=numbers, values=values, **settings)
+    images, holes = (np.stack(part) for part in zip(*given))
+    filled = inpaint_images(model, images, holes, seed=seed, ids=numbers, values=values, **settings)
+    return np.where(holes[..., None], filled, images)
+
+
+def _answers(model, dataset, ids, seed, batch_size, settings):
     def stream() -> Iterator[np.ndarray]:
         for numbers, block in _blocks(ids, batch_size):
-            low = np.stack(dataset.values(TASK_CONDITIONS["sr"], block, block))
-            yield from upscale_images(
-                model, low, seed=seed, ids=numbers, values=_droppable_values(model, dataset, block), **settings
-            )
-
-    return stream
-
-
-def _filled(model, dataset, ids, seed, batch_size, settings):
-    def stream() -> Iterator[np.ndarray]:
-        for numbers, block in _blocks(ids, batch_size):
-            images, holes = (np.stack(part) for part in zip(*dataset.values(TASK_CONDITIONS["inpaint"], block, block)))
-            filled = inpaint_images(
-                model,
-                images,
-                holes,
-                seed=seed,
-                ids=numbers,
-                values=_droppable_values(model, dataset, block),
-                **settings,
-            )
-            yield from np.where(holes[..., None], filled, images)
+            yield from answer_for_rows(model, dataset, block, numbers, seed, settings)
 
     return stream
 
