@@ -135,13 +135,17 @@ def runs(given: ParsedOptions) -> None:
         console.say(f"no runs below {given.root or 'runs'}/; `ldm demo` makes some")
     else:
         names = ("path", "kind", "state", "step", "data")
-        cells = [[*(row.get(name, "") for name in names), _metrics(row.get("metrics") or {})] for row in rows]
+        cells = [[*(row.get(name, "") for name in names), _metrics(row)] for row in rows]
         console.out(console.table(cells, [*names, "metrics"]))
 
 
-def _metrics(found: dict) -> str:
-    numbers = {name: value for name, value in found.items() if isinstance(value, (int, float))}
-    return ", ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:3])
+def _metrics(row: dict) -> str:
+    """The newest evaluation, and the best one where it was kept."""
+    numbers = {name: value for name, value in row["metrics"].items() if isinstance(value, (int, float))}
+    shown = [f"{name} {value:.4g}" for name, value in list(numbers.items())[:3]]
+    if best := row.get("best"):
+        shown.append(f"best {best['metric']} {best['value']:.4g} @{best['step']}")
+    return ", ".join(shown)
 
 
 @command({"recipe": RecipeName}, opt.TALK)

@@ -176,16 +176,19 @@ def _cpu_name() -> str:
 # ---------------------------------------------------------------- checkpoints
 
 
-def write_checkpoint(run: RunFolder, step: int, tensors: dict[str, dict], state: dict[str, Any], keep: int) -> Path:
+def write_checkpoint(
+    run: RunFolder, step: int, tensors: dict[str, dict], state: dict[str, Any], keep: int, best: int | None = None
+) -> Path:
     """Writes checkpoints/step-NNNNNNNN: one safetensors file an entry of `tensors`, state.json, manifest.json.
 
     Everything is flushed under a temporary name, the manifest last, then one rename. Older checkpoints beyond `keep`
-    are removed only after the new one was read back and its hashes agree. Raises ResourceError when the disk is full:
-    the earlier checkpoints then stand as they were.
+    are removed only after the new one was read back and its hashes agree; that of step `best` stays. Raises
+    ResourceError when the disk is full: the earlier checkpoints then stand as they were.
     """
     root = run.path / "checkpoints"
     final = root / f"step-{step:08d}"
     if _step_of(final) == step and not problems(final):
+        rotate_checkpoints(run, final, keep, best)
         return final
     temporary = root / f".step-{step:08d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -208,7 +211,7 @@ def write_checkpoint(run: RunFolder, step: int, tensors: dict[str, dict], state:
             files._sync_folder(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _rotate(root, final, keep)
+    rotate_checkpoints(run, final, keep, best)
     return final
 
 
@@ -219,10 +222,11 @@ def _pause(point: str) -> None:
         time.sleep(float(seconds or 60))
 
 
-def _rotate(root: Path, newest: Path, keep: int) -> None:
+def rotate_checkpoints(run: RunFolder, newest: Path, keep: int, best: int | None = None) -> None:
+    """Removes all but the `keep` newest checkpoints and that of step `best`, once `newest` is whole."""
     if problems(newest):
         return
-    others = [path for _, path in _named(root) if path != newest]
+    others = [path for step, path in _named(run.path / "checkpoints") if path != newest and step != best]
     for path in others[max(keep - 1, 0) :]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -241,6 +245,11 @@ def _step_of(checkpoint: Path) -> int:
         return int(files.read_json(checkpoint / "manifest.json")["step"])
     except (LdmError, KeyError, TypeError, ValueError):
         return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoint_steps(path: Path) -> list[int]:
+    """Steps of all that is named like a checkpoint in a run folder, in order."""
+    return sorted(step for step, _ in _named(path / "checkpoints"))
 
 
 def problems(checkpoint: Path) -> str:
@@ -317,7 +326,7 @@ def locate(path: Path) -> tuple[Path, Path | None]:
 
 def _checkpoint_at(run: Path, wanted: str) -> Path:
     found = dict(_named(run / "checkpoints"))
-    steps = ", ".join(map(str, sorted(found)))
+    steps = ", ".join(map(str, checkpoint_steps(run)))
     there_are = f"its checkpoints are of step {steps}" if found else "it has no checkpoints"
     step = (read_run(run).get("best") or {}).get("step", -1) if wanted == "best" else None
     if step == -1:
@@ -337,7 +346,7 @@ def step_document(path: Path) -> dict[str, int]:
 
 
 def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
-    """Runs below `root`, newest last: path, kind, state, step, data, the latest evaluation, time of the last change."""
+    """Runs below `root`, newest last: path, kind, state, step, data, newest and best evaluation, last change."""
     rows = []
     markers = [path for path in files.files_below(root) if path.name == "run.json" and path.is_file()]
     for marker in sorted(markers, key=lambda path: path.stat().st_mtime):
@@ -353,6 +362,7 @@ def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
                 "step": state.get("step"),
                 "data": (state.get("data") or {}).get("source"),
                 "metrics": state.get("metrics") or {},
+                **({"best": state["best"]} if state.get("best") else {}),
                 "updated": state.get("updated"),
             }
         )

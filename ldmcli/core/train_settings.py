@@ -43,12 +43,18 @@ class TrainSettings:
     max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5
     save_every: int = 1000
     keep: int = 2  # newest checkpoints that stay
+    # metric by which the checkpoint of the best evaluation stays, too: val_loss, fid, kid_mean, psnr …; "" = none does
+    keep_best: str = ""
     sample_every: int = 1000
     eval_every: int = 1000
     evaluations: int = 0  # more of them, so many at equal shares of the run's steps or minutes
     log_every: int = 50
     eval_images: int = 256  # of the validation rows, at most; a short run measures fewer (`measured_images`)
     eval_frechet: bool = True  # train-ae: a Frechet distance beside PSNR and SSIM, where 64 images or more are measured
+    # train-ldm: samples of fixed seeds that each evaluation measures against the held-out rows; 0 = none
+    eval_samples: int = 0
+    eval_steps: int = 0  # sampling steps of these; 0 = sample.steps
+    eval_features: str = ""  # network of features, as --features of eval-fid; "" = the best at hand
     max_hours: float = 0.0  # save and end before; 0 = no limit
     max_minutes: float = 0.0  # steps end early so that training takes this long, cooldown included; 0 = no limit
     track: tuple[str, ...] = ()
@@ -70,9 +76,8 @@ class TrainSettings:
                 "gradient_timeout": self.gradient_timeout,
             },
         )
-        names = "micro_batch clip weight_decay warmup sample_every eval_every evaluations eval_images max_hours "
-        names += "max_minutes"
-        at_least("train", 0, self, *names.split())
+        names = "micro_batch clip weight_decay warmup sample_every eval_every evaluations eval_images eval_samples"
+        at_least("train", 0, self, *names.split(), "eval_steps", "max_hours", "max_minutes")
         at_least("train", 1, self, "muon_every")
         positive("train", {"adam_lr": self.adam_lr})
         share("train", self, "ema_decay")

@@ -79,7 +79,7 @@ def plan(
         "epochs": train.steps * train.batch_size / rows if rows else None,
         "memory": memory,
         "time": _time(step * sharing / world, train.steps, train.max_minutes, device, dtype),
-        "notes": notes + _memory_notes(memory, share),
+        "notes": notes + _memory_notes(memory, share) + _evaluation_notes(config, costs, device),
         "settings": [list(row) for row in configuration.describe(resolved)],
     }
 
@@ -213,6 +213,21 @@ def _time(flops: float, steps: int, max_minutes: float, device: torch.device, dt
         "flops_per_s": rate,
         "how": "at best: at the rate of 3x3 convolutions here; narrow networks take two or three times as long",
     }
+
+
+def _evaluation_notes(config, costs: dict[str, cost.NetworkCost], device: torch.device) -> list[str]:
+    """What the samples of an evaluation take (train.eval_samples), at the rate of `_time`."""
+    count = config.train.eval_samples
+    if not count:
+        return []
+    sample, steps = config.sample, config.train.eval_steps or config.sample.steps
+    passes = 2 if config.condition.kinds and sample.guidance != 1 else 1
+    flops, rate = (
+        count * steps * passes * costs["model"].forward_flops,
+        probe_flops_per_s(device, None),
+    )  # in full precision
+    took = f", {rough_duration(flops / rate)} at best, decoding and features left out" if rate else ""
+    return [f"each evaluation draws {count:,} samples in {steps} steps (train.eval_samples){took}"]
 
 
 def probe_flops_per_s(device: torch.device, dtype: torch.dtype | None) -> float:

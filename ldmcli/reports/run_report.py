@@ -136,7 +136,8 @@ def _count(value: object) -> str:
 
 def key_figures(run: RunView) -> str:
     """Tiles: the newest validation metrics, then what the training took."""
-    entries = [tile(name, value, _validation_remark(run)) for name, value in latest_metrics(run).items()]
+    entries = [tile(name, value, _validation_remark(run, name)) for name, value in latest_metrics(run).items()]
+    entries += best_tile(run)
     speed = [value for _, value in finite([(0, line.get("images_per_s")) for line in run.log])]
     if speed:
         entries.append(("Throughput", f"{figure(statistics.median(speed))} images/s", "median of the log"))
@@ -167,8 +168,17 @@ def tile(key: str, value: float, remark: str) -> tuple[str, str, str]:
     return name, f"{figure(value)} {unit}".strip(), "; ".join(part for part in (remark, better) if part)
 
 
-def _validation_remark(run: RunView) -> str:
-    count = validation_count(run)
+def best_tile(run: RunView) -> list[tuple[str, str, str]]:
+    """The best evaluation as a key figure, with the name under which its checkpoint is used; [] where none was kept."""
+    best = run.state.get("best")
+    if not isinstance(best, dict) or not {"step", "metric", "value"} <= best.keys():
+        return []
+    name, value, _ = tile(str(best["metric"]), best["value"], "")
+    return [(f"Best: {name}", value, f"step {_count(best['step'])}; use it as {run.name}@best")]
+
+
+def _validation_remark(run: RunView, metric: str) -> str:
+    count = validation_count(run, metric)
     return f"n = {count:,}" if count else ""
 
 
@@ -338,8 +348,20 @@ def protocol_text(run: RunView) -> str:
         what = (
             f"Mean error of the network's output on {count:,} held-out latents, at fixed noise and timesteps that "
             "spread evenly over those of training. It compares runs of one autoencoder only."
-        )
+        ) + _sample_protocol(run)
     return f"{what} Computed with the {weights}."
+
+
+def _sample_protocol(run: RunView) -> str:
+    """How samples were measured (train.eval_samples); '' where they were not."""
+    if run.diffusion is None or not run.diffusion.train.eval_samples:
+        return ""
+    train, sample = run.diffusion.train, run.diffusion.sample
+    return (
+        f" The other metrics are those of `ldm eval-fid` on {train.eval_samples:,} samples of seed {train.seed}, "
+        f"{train.eval_steps or sample.steps} steps of {sample.sampler}, guidance {sample.guidance:g}, conditioned on "
+        "held-out rows and measured against these; with so few images a distance compares with its own kind only."
+    )
 
 
 def settings(run: RunView) -> str:

@@ -103,14 +103,21 @@ def metric_label(key: str) -> tuple[str, str, str]:
     return title, metric.unit, ", ".join(filter(None, (f"{metric.better} is better", metric.bound)))
 
 
-def validation_count(run: RunView) -> int | None:
-    """Rows that a validation looks at."""
+def validation_count(run: RunView, metric: str = "val_loss") -> int | None:
+    """Rows that a validation looks at, or samples, for a metric."""
     rows = (run.state.get("data") or {}).get("validation_rows")
     if run.config is None or not isinstance(rows, int):
         return None
-    if run.kind == "autoencoder":
+    if not isinstance(run.config, DiffusionConfig):
         return run.config.train.measured_images(min(rows, run.config.train.eval_images))
+    if metric != "val_loss":
+        return _sample_count(run.config, rows)
     return run.config.train.measured_images(min(rows, VALIDATION_ROWS))
+
+
+def _sample_count(config: DiffusionConfig, rows: int) -> int:
+    count = config.train.eval_samples
+    return count if config.task.name == "generate" else min(count, rows)
 
 
 def logged_values(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:

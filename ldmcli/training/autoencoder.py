@@ -1,6 +1,7 @@
 """The first-stage objective (Sec. 3.1, Eq. 25): one phase a step, two once the discriminator starts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class AutoencoderObjective:
         ]
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float]:
         """PSNR (dB), SSIM, perceptual and Frechet distance on `train.measured_images` validation rows."""
         train = self.config.train
         pixels = self._validation_pixels(train.measured_images(train.eval_images))
@@ -210,7 +211,11 @@ class AutoencoderObjective:
         made = np.concatenate(parts)
 
         def measure() -> dict[str, float]:
-            extractor = open_extractor() if train.eval_frechet and len(pixels) >= FRECHET_IMAGES else None
+            extractor = (
+                open_extractor(train.eval_features or None)
+                if train.eval_frechet and len(pixels) >= FRECHET_IMAGES
+                else None
+            )
             return reconstruction_metrics(np.stack(pixels), made, self.perceptual, extractor)
 
         return self.dist.on_rank_0(measure)

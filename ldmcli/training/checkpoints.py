@@ -12,6 +12,7 @@ from ldmcli.core import console, files, runs
 from ldmcli.core.config import Config, config_hash
 from ldmcli.core.errors import DivergedError, ModelError
 from ldmcli.formats.run_folder import settings_of_weights
+from ldmcli.training.best import BestCheckpoint
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.objective import Objective
 from ldmcli.training.progress import Progress
@@ -25,6 +26,8 @@ class Checkpointer:
         self, folder: runs.RunFolder, config: Config, dist: Distributed, objective: Objective, state: TrainState
     ):
         self.folder, self.config, self.dist, self.objective, self.state = folder, config, dist, objective, state
+        self.best = BestCheckpoint(folder, config.train.keep_best)
+        self._saved = -1  # the step that was saved last
 
     def resume(self, allow: tuple[str, ...]) -> bool:
         """Loads the newest checkpoint; False where there is none. allow: with "data", other training data may be used.
@@ -38,6 +41,7 @@ class Checkpointer:
         step, steps = self.state.progress.step, self.config.train.steps
         if self.dist.is_rank_0:
             self.folder.trim_log(step, ended=step >= steps)
+            self.best.restore()
             console.say(f"going on from step {step}")
         return True
 
@@ -87,8 +91,24 @@ class Checkpointer:
         """
         self.dist.on_rank_0(self._write)
 
+    def save_best(self, metrics: dict[str, float]) -> None:
+        """Saves where an evaluation at this step is the best so far, and keeps that checkpoint (train.keep_best)."""
+        if self.dist.on_rank_0(lambda: self._is_best(metrics)):
+            self.save()
+            self.dist.on_rank_0(self.best.write)
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        if self.best.lacks(metrics):
+            console.warn_once("keep_best", f"{self.best.name} was not measured, so no checkpoint is kept for it")
+        return self.best.observe(self.state.progress.step, metrics)
+
     def _write(self) -> None:
-        progress, groups = self.state.progress, self._tensors()
+        progress = self.state.progress
+        if progress.step == self._saved:  # but it may be another one that is the best now
+            newest = self.folder.path / "checkpoints" / f"step-{progress.step:08d}"
+            runs.rotate_checkpoints(self.folder, newest, self.config.train.keep, self.best.step)
+            return
+        groups = self._tensors()
         for group in groups.values():
             if not all(bool(t.isfinite().all()) for t in group.values() if t.is_floating_point()):
                 raise DivergedError(
@@ -102,9 +122,10 @@ class Checkpointer:
             "batch_size": self.config.train.batch_size,
             "threads": torch.get_num_threads(),
         }
-        runs.write_checkpoint(self.folder, progress.step, groups, stored, self.config.train.keep)
+        runs.write_checkpoint(self.folder, progress.step, groups, stored, self.config.train.keep, self.best.step)
         self._write_inference_files()
         self.folder.update(step=progress.step, checkpoint=progress.step)
+        self._saved = progress.step
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """A checkpoint's tensors, by file."""

@@ -1,6 +1,8 @@
 """Checks of the settings before any data is read. Training and `--plan` call the same functions, so that a plan refuses
 what a training would, in the same line."""
 
+from dataclasses import replace
+
 from ldmcli.conditions.fit import assumed_specs, check_settings, check_sources
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import (
@@ -16,8 +18,11 @@ from ldmcli.data.decode import colour
 from ldmcli.data.shape_rows import check_source
 from ldmcli.diffusion.sample import check_sampling
 from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.evaluation.features import Extractor
 from ldmcli.networks.perceptual import check_perceptual
 from ldmcli.training import cost
+from ldmcli.training.best import find_metric
+from ldmcli.training.sample_quality import LEAST, SSIM_SIDE, metric_keys, open_features
 from ldmcli.training.trackers import check_trackers
 
 DEFAULT_SIZE = (64, 64)
@@ -44,6 +49,7 @@ def check_autoencoder(config: AutoencoderConfig, world: int) -> None:
     if not any((loss.l1, loss.l2, loss.edge, loss.perceptual_weight, loss.disc_weight)):
         raise UsageError("every weight in [loss] is 0: nothing would be learned")
     _check_loop(config.train, config.data, world)
+    check_evaluations(config, size)
     if loss.disc_weight > 0:
         _check_discriminator(config, size, world)
     if loss.perceptual_weight > 0 or loss.perceptual:
@@ -73,6 +79,7 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
     _check_stage(stage)
     check_sources(config)
     check_sampling(config.sample, make_schedule(config.diffusion))
+    check_evaluations(config, size)
     _check_latents(config.diffusion, stage.f, size)
     network = cost.meta_autoencoder(stage)
     model = cost.meta_diffusion_model(config, assumed_specs(config, network, {}), network.latent_shape(*size))
@@ -124,6 +131,7 @@ def _check_loop(train: TrainSettings, data: DataSettings, world: int) -> None:
     colour(data.background)
 
 
+    check_evaluations(config, size)
 def notes_of(config: DiffusionConfig | ClassifierConfig) -> list[str]:
     """Where a training deviates from the settings; for the plan and for its start."""
     if not config.data.cache or config.data.caches_latents:

@@ -141,9 +141,8 @@ class DiffusionObjective:
         )
 
     def validation_note(self) -> str:
-        """What a validation of this run leaves out because the run is short; "" = nothing."""
-        count, usual = self.held_out.count, self.held_out.usual_count
-        return "" if count == usual else f"a short run: validation on {count} of {usual} images"
+        """What a validation of this run leaves out because the run is short, and how samples are measured."""
+        return self.held_out.note()
 
     def init_weights(self) -> dict[str, Tensor]:
         """Weights of the run that --init-from names, as far as they fit. Raises ModelError when most do not."""
@@ -226,11 +225,11 @@ class DiffusionObjective:
         autoencoder = LoadedAutoencoder(first.network, self.latents.scale, first.fingerprint, first.config, first.place)
         return LoadedDiffusion(self.model, autoencoder, self.config, "")
 
-    def evaluate(self) -> dict[str, float]:
-        """Validation loss at fixed timesteps and noise."""
+    def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Validation loss at fixed timesteps and noise, and metrics of samples (train.eval_samples)."""
         model = partial(self.model, encode=self.encode)
         loss = partial(diffusion_loss, model, self.schedule, self.config.diffusion)
-        return {"val_loss": self.held_out.mean_loss(loss, self.dist)}
+        return self.held_out.evaluate(loss, self.as_model(), self.dist, stopped)
 
     def preview_request(self) -> dict[str, Any]:
         """What previews show, as JSON."""

@@ -69,16 +69,22 @@ class TrainLogger:
         self.folder.log(step=step, event=texts[0] if texts else "the loss is down again")
         self.folder.update(warnings=texts)
 
-    def log_validation(self, metrics: dict[str, float], progress: Progress) -> None:
-        """Metrics of a validation, in the log and in run.json."""
+    def has_validation(self, step: int) -> bool:
+        """Whether the log has the validation of a step."""
+        lines = [line for line in runs.read_log(self.folder.path) if line.get("step") == step]
+        return any(name.startswith("val/") for line in lines for name in line)
+
+    def log_validation(self, metrics: dict[str, float], seconds: float, progress: Progress) -> None:
+        """Metrics of a validation and the seconds that it took, in the log and in run.json."""
         if not self.dist.is_rank_0:
             return
         named = {f"val/{k}": v for k, v in metrics.items()}
-        self.folder.log(step=progress.step, images=progress.images, **named)
+        self.folder.log(step=progress.step, images=progress.images, **named, eval_seconds=seconds)
         # JSON holds no NaN: such a number stands in the log only, as text
         self.folder.update(metrics={k: v for k, v in metrics.items() if math.isfinite(v)})
-        console.say(f"step {progress.step:>7,}  validation: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        self._track(named, progress.step)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        console.say(f"step {progress.step:>7,}  validation: {shown}  ({format_duration(seconds)})")
+        self._track(named | {"eval_seconds": seconds}, progress.step)
 
     def log_spike(self, step: int, norm: float, usual: float) -> None:
         """The first gradient that was scaled down."""

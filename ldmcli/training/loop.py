@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -121,6 +121,7 @@ class Trainer:
         )
         self.meter = ThroughputMeter(self.batches)
         try:
+            self._catch_up()
             while self.progress.step < self.settings.steps and not self._time_is_up():
                 self._train_step()
                 self._after_step()
@@ -213,10 +214,9 @@ class Trainer:
         own = self.request.stop or (StopReason.TIME_LIMIT if late else StopReason.NONE)
         reason, save = self.dist.all_reduce_max([float(own), float(self.request.save_requested)])
         if reason:  # whoever ends us may not wait for an evaluation
-            self.checkpointer.save()
-            stop_early(StopReason(int(reason)), self.folder, self.dist, step)
+            self._stop(reason)
         if step < s.steps:
-            if due(s.eval_every) or self._evaluation_is_due():
+            if self._evaluation_is_due():
                 self._evaluate()
             if due(s.sample_every):
                 self._preview()
@@ -235,15 +235,39 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         self.checkpointer.save()  # before the last evaluation, which may take long and be ended
         self._evaluate()
-        reason = StopReason(int(self.dist.all_reduce_max([float(self.request.stop)])[0]))
-        if reason:
-            stop_early(reason, self.folder, self.dist, self.progress.step)
+        self._stop_if_asked()
         if self.settings.sample_every:
             self._preview()
         return self.logger.finish(self.progress)
 
+    def _stop(self, reason: float) -> NoReturn:
+        self.checkpointer.save()
+        stop_early(StopReason(int(reason)), self.folder, self.dist, self.progress.step)
+
+    def _stop_if_asked(self) -> None:
+        """Ends the command, its state saved, where a process got a signal. Collective."""
+        reason = self.dist.all_reduce_max([float(self.request.stop)])[0]
+        if reason:
+            self._stop(reason)
+
+    def _catch_up(self) -> None:
+        """The evaluation of the step that the run goes on from, where it was to take place and did not."""
+        step = self.progress.step
+        if self.resumed and step < self.settings.steps and self._evaluation_is_due():
+            if not self.dist.on_rank_0(lambda: self.logger.has_validation(step)):
+                self._evaluate()
+
     def _evaluate(self) -> None:
-        self.logger.log_validation(self.state.with_ema_weights(self.objective.evaluate), self.progress)
+        begun = time.perf_counter()
+        metrics = self.state.with_ema_weights(lambda: self.objective.evaluate(lambda: bool(self.request.stop)))
+        if metrics is None:  # it is made up for when the run goes on
+            self.progress.evaluations = max(self.progress.evaluations - 1, 0)
+            self._stop_if_asked()
+            return
+        seconds = time.perf_counter() - begun
+        self.meter.leave_out(seconds)
+        self.logger.log_validation(metrics, seconds, self.progress)
+        self.checkpointer.save_best(metrics)
 
     def _preview(self) -> None:
         step = self.progress.step
@@ -272,12 +296,13 @@ class Trainer:
         return done
 
     def _evaluation_is_due(self) -> bool:
-        """Whether one of train.evaluations has come; they lie at equal shares of the run, the last at its end."""
-        count, progress = self.settings.evaluations, self.progress
+        """Whether an evaluation follows this step: by train.eval_every, or as one of train.evaluations, which lie at
+        equal shares of the run, the last at its end. Collective."""
+        every, count, progress = self.settings.eval_every, self.settings.evaluations, self.progress
         passed = min(int(self._share_done() * count), count - 1) if count else 0  # the end has one anyway
-        due = passed > progress.evaluations
+        has_come = passed > progress.evaluations
         progress.evaluations = max(passed, progress.evaluations)
-        return due
+        return has_come or bool(every) and progress.step % every == 0
 
     def _gradient_scale(self, phase: str, norm: float) -> float:
         """What the gradient is multiplied by: it is cut to train.clip, and to its usual norm where it is a spike."""

@@ -1,6 +1,7 @@
 """What the training loop needs of objectives: the one interface of `AutoencoderObjective`, `DiffusionObjective` and
 `ClassifierObjective`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,8 +69,9 @@ class Objective(Protocol):
     def load_extra_state(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `extra_state`."""
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on validation rows. Collective; called with the averaged weights in place."""
+    def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Metrics on validation rows. Collective; called with the averaged weights in place. None where `stopped()`
+        became true on a process, and what takes long was given up."""
 
     def preview(self, path: Path) -> None:
         """Writes a sheet of images. Called on rank 0, with the averaged weights in place. Raises ModelError."""

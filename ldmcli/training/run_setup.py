@@ -27,11 +27,9 @@ CHANGEABLE_ON_RESUME = (
     "train.save_every",
     "train.keep",
     "train.sample_every",
-    "train.eval_every",
+    "train.eval_",
     "train.evaluations",
     "train.log_every",
-    "train.eval_images",
-    "train.eval_frechet",
     "train.max_hours",
     "train.max_minutes",
     "train.track",
@@ -115,7 +113,7 @@ def write_run_files(
 ) -> None:
     """Writes run.json, config.toml and, as far as known, stats.json. Raises ResourceError where the disk is full."""
     weights_bytes = sum(p.numel() * 4 for network in objective.networks.values() for p in network.parameters())
-    files.require_space(folder.path, weights_bytes * 4 * (config.train.keep + 1))
+    files.require_space(folder.path, weights_bytes * 4 * (config.train.keep + 1 + bool(config.train.keep_best)))
     # first of all: without run.json the folder would be taken for somebody else's after a kill
     folder.update(
         kind=objective.kind,

@@ -30,6 +30,10 @@ class ThroughputMeter:
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that was no training: an evaluation's."""
+        self.begun += seconds
+
     def close(self) -> dict[str, float]:
         """Means over the window, throughput, share of time spent waiting for data; begins a new window."""
         seconds = max(time.perf_counter() - self.begun, 1e-9)

@@ -14,6 +14,8 @@ from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.conditions.outputs import picture, preview_values
 from ldmcli.conditions.parse import arguments_of, request_values
 from ldmcli.conditions.pictures import enlarged
+from ldmcli.core import console
+from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import rank_slice
 from ldmcli.maths import rng
@@ -23,6 +25,7 @@ from ldmcli.sampling.contact_sheets import in_rows, save_grid
 from ldmcli.sampling.draw import Draw, draw_images
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.latents import LatentStore
+from ldmcli.training.sample_quality import SampleQuality, open_features
 
 VALIDATION_ROWS = 512
 HELD_BYTES, MIN_HELD_ROWS = 1 << 28, 32  # for conditions as large as images
@@ -44,6 +47,15 @@ class DiffusionValidation:
         self.dataset = ConditionDataset(held, config, size, training=False)
         self.inputs: dict[str, Tensor] = {}
         self.latents = torch.empty(0)
+        self.quality: SampleQuality | None = None
+        if config.train.eval_samples:
+            self.quality = SampleQuality(config, rows, size, open_features(config.train))
+
+    def note(self) -> str:
+        """What a validation leaves out because the run is short, and how samples are measured; "" = nothing."""
+        parts = [f"a short run: validation on {self.count} of {self.usual_count} images"]
+        parts = parts if self.count < self.usual_count else []
+        return "; ".join([*parts, self.quality.note()] if self.quality else parts)
 
     def prepare_inputs(self, conditions: Conditions) -> None:
         """Makes the inputs of the conditions."""
@@ -54,6 +66,21 @@ class DiffusionValidation:
     def encode(self, store: LatentStore) -> None:
         """Makes the latents: modes of the posterior."""
         self.latents = store.modes(self.rows, self.count)
+
+    def evaluate(
+        self, losses: Losses, model: LoadedDiffusion, dist: Distributed, stopped: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """The mean loss, "val_loss", and what is measured of samples; without that where they hold NaN or Inf: the loss
+        decides whether a training goes on. None where `stopped()` became true meanwhile. Collective."""
+        found = {"val_loss": self.mean_loss(losses, dist)}
+        if self.quality is None:
+            return found
+        try:
+            measured = self.quality.measure(model, dist, stopped)
+        except ModelError as error:
+            console.warn(f"samples are not measured: {error}")
+            return found
+        return None if measured is None else found | measured
 
     @torch.no_grad()
     def mean_loss(self, losses: Losses, dist: Distributed) -> float:

@@ -1,5 +1,5 @@
 """Every condition with every task and every first stage: trained one step, used by its command and from Python,
-measured. Networks of a few thousand weights, pictures of 16 px."""
+measured, also while it trains. Networks of a few thousand weights, pictures of 16 px."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ import ldmcli
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.sources import open_rows
 from ldmcli.evaluation import evaluate, features
+from ldmcli.training import sample_quality
 
 SIZE, ROWS = 16, 6
 CONDITIONS = ("none", "class", "text", "layout", "map", "text+map", "class+layout")
@@ -25,6 +26,7 @@ TASKS = {
 }
 STAGES = {"kl": ("--f", 4), "vq": ("--f", 4, "--reg", "vq", "--codebook-size", 16), "pixels": None}
 FAST = ("--set", "sample.n=2", "--no-cache", "--set", "diffusion.timesteps=50")
+MEASURED = ("--set", "train.eval_samples=10", "--set", "train.eval_steps=1")  # as DRAW draws
 DRAW = {"steps": 1, "guidance": 2.0}
 LAYOUT = {"objects": [{"bbox": [0.1, 0.2, 0.5, 0.6], "category": "star"}]}
 
@@ -87,7 +89,8 @@ def cheap_features(materials, monkeypatch):
     """Features that cost nothing: whether a model can be measured is the question here, not how good it is."""
     path = materials[0] / "eight.safetensors"
     network = features.Network(Eight, "pool (8)", 8, 16, "bicubic (antialiased)", "FD (eight)", "eight8", ("x",), "x")
-    monkeypatch.setattr(evaluate, "open_extractor", lambda name=None: features.Extractor("eight", network, path, "x"))
+    for module in (evaluate, sample_quality):
+        monkeypatch.setattr(module, "open_extractor", lambda name=None: features.Extractor("eight", network, path, "x"))
     monkeypatch.setenv("LDM_CACHE", str(materials[0] / "cache"))
 
 
@@ -117,6 +120,7 @@ def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, ma
         condition,
         *TASKS[task],
         *FAST,
+        *MEASURED,
         data=data,
         steps=1,
     )
@@ -142,7 +146,13 @@ def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, ma
     }[task]
     assert (np.asarray(use(**arguments, **DRAW)[0]) == drawn).all()
 
-    metric = "fid" if task == "generate" else "psnr"
-    ending = tiny.ldm("eval-fid", "--model", run, "--metrics", metric, "-n", 2, *settings, "--json")
+    metrics, count = ("fid,kid,is", 10) if task == "generate" else ("fid,kid,psnr,ssim", 2)
+    ending = tiny.ldm("eval-fid", "--model", run, "--metrics", metrics, "-n", count, *settings, "--json")
     assert ending.code == 0, ending.stderr
-    assert all(value is None or np.isfinite(value) for value in ending.json["metrics"].values())
+    found = ending.json["metrics"]
+    assert all(value is None or np.isfinite(value) for value in found.values())
+    logged = {key.removeprefix("val/"): value for key, value in tiny.log(run)[-1].items() if key.startswith("val/")}
+    assert {key: logged[key] for key in logged if key != "val_loss"} == {
+        key: found[key] for key in logged if key in found
+    }
+    assert {"val_loss", "fd_eight8", "kid_eight8_mean", "psnr" if count == 2 else "is_eight8_mean"} <= logged.keys()

@@ -94,6 +94,7 @@ def reference(arguments, tmp_path_factory):
 def learned(folder: Path) -> list[dict]:
     """What the log says of each step but for time and memory."""
     timed = ("images_per_s", "seconds_per_step", "data_wait", "tflops_per_s", "peak_memory_bytes", "trained_seconds")
+    timed = (*timed, "eval_seconds")
     return [{k: v for k, v in line.items() if k not in timed} for line in tiny.log(folder)]
 
 
@@ -471,9 +472,9 @@ def test_a_signal_during_the_last_evaluation_loses_nothing(tmp_path, arguments, 
 
     out, evaluate = cut_back(reference["train-ldm"], tmp_path / "run", 19), DiffusionObjective.evaluate
 
-    def interrupted(self):
+    def interrupted(self, stopped):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self)
+        return evaluate(self, stopped)
 
     line = arguments("train-ldm", out, "--keep", 20)
     monkeypatch.setattr(DiffusionObjective, "evaluate", interrupted)

@@ -193,7 +193,7 @@ def test_a_validation_looks_at_an_eighth_of_what_is_trained_on_at_the_most(steps
 def test_a_short_run_says_what_it_leaves_out_and_a_long_one_has_nothing_to_say(ae, tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_TRAIN_EVAL_FRECHET", "true")
     asked = []
-    monkeypatch.setattr("ldmcli.training.autoencoder.open_extractor", lambda: asked.append(1))
+    monkeypatch.setattr("ldmcli.training.autoencoder.open_extractor", lambda name: asked.append(1))
     data = ("--data", "shapes", "--limit", 80, "--size", "20x20")
     ending = train_ae(tmp_path / "ae", data=data)
     assert "validation on 16 of 256 images, without the Fréchet distance" in ending.stderr and not asked

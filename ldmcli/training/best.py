@@ -1,0 +1,87 @@
+"""The checkpoint of the best evaluation so far (train.keep_best)."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ldmcli.core import runs
+from ldmcli.core.errors import UsageError
+from ldmcli.evaluation.compare import higher_is_better, lookup
+
+
+@dataclass(frozen=True)
+class Best:
+    """An evaluation, as run.json keeps it: its step, the key of the metric, and its value."""
+
+    step: int
+    metric: str
+    value: float
+
+    def is_worse_than(self, value: float) -> bool:
+        """Whether another value of the metric is better; of equal ones the earlier stands."""
+        return value > self.value if higher_is_better(self.metric) else value < self.value
+
+
+def find_metric(metrics: Mapping[str, Any], name: str) -> tuple[str, float | None]:
+    """(key, value) of the metric that train.keep_best names: by its key, or as --fail-above names it ("fid", "kid").
+
+    Raises UsageError where `metrics` has none of that name.
+    """
+    frechet = next((key for key in metrics if key.startswith(("fid_", "fd_"))), None)
+    try:
+        return lookup({"metrics": dict(metrics), "frechet": frechet}, name)
+    except UsageError:
+        raise UsageError(
+            f"train.keep_best = {name!r}: evaluations of this training measure {', '.join(metrics)}"
+        ) from None
+
+
+class BestCheckpoint:
+    """Which checkpoint of a run is the best one. name: of the metric; "" = none is kept."""
+
+    def __init__(self, folder: runs.RunFolder, name: str):
+        self.folder, self.name = folder, name
+        self.best: Best | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint to keep; None while there is none."""
+        return None if self.best is None else self.best.step
+
+    def restore(self) -> None:
+        """Takes up the best of the evaluations in the log whose checkpoints are there, and puts it into run.json."""
+        saved = set(runs.checkpoint_steps(self.folder.path)) if self.name else set()
+        for line in runs.read_log(self.folder.path):
+            if line.get("step") in saved:
+                self.observe(line["step"], _validation(line.items()))
+        self.write()
+
+    def lacks(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether an evaluation has not measured the metric."""
+        try:
+            return bool(self.name) and not find_metric(metrics, self.name)
+        except UsageError:
+            return True
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Takes note of an evaluation at `step`; whether it is the best so far. One that lacks the metric is not."""
+        if not self.name or self.lacks(metrics):
+            return False
+        key, value = find_metric(metrics, self.name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        if self.best is not None and not self.best.is_worse_than(value):
+            return False
+        self.best = Best(step, key, float(value))
+        return True
+
+    def write(self) -> None:
+        """Puts the best evaluation into run.json; nothing is left there where none is kept."""
+        found = asdict(self.best) if self.best else None
+        if self.folder.state().get("best") != found:
+            self.folder.update(best=found)
+
+
+def _validation(items: Iterable[tuple[str, Any]]) -> dict[str, float]:
+    return {name.removeprefix("val/"): value for name, value in items if name.startswith("val/")}
