@@ -25,10 +25,10 @@ from ldmcli.training.classifier import ClassifierObjective
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.logger import TrainLogger
-from ldmcli.training.lr_schedule import lr_factor
 from ldmcli.training.micro_batch import choose_micro_batch, halve_on_out_of_memory
 from ldmcli.training.objective import Objective
 from ldmcli.training.progress import Progress
+from ldmcli.training.run_clock import RunClock
 from ldmcli.training.run_end import StopReason, out_of_resources, record_failure, stop_early
 from ldmcli.training.run_setup import RunOptions, claim_run_folder, log_start, write_run_files
 from ldmcli.training.state import TrainState
@@ -83,6 +83,7 @@ class Trainer:
         self.started = time.monotonic()
         self.objective = self._make_objective()
         self.state = TrainState(self.objective, dist, self.settings)
+        self.clock = RunClock(self.settings, self.state, dist)
         self.checkpointer = Checkpointer(folder, self.config, dist, self.objective, self.state)
         self.resumed = self.checkpointer.resume(options.allow)
         self.state.fix_precision()
@@ -122,7 +123,7 @@ class Trainer:
         self.meter = ThroughputMeter(self.batches)
         try:
             self._catch_up()
-            while self.progress.step < self.settings.steps and not self._time_is_up():
+            while self.progress.step < self.settings.steps and not self.clock.time_is_up():
                 self._train_step()
                 self._after_step()
         finally:
@@ -135,7 +136,7 @@ class Trainer:
         # nobody begins a backward pass before the others have their batch
         batch = self.dist.on_all_ranks(lambda: self.batches.get(step))
         logs = (step + 1) % self.settings.log_every == 0 or step == 0
-        lr_factor, finite = self._lr_factor(), True
+        lr_factor, finite = self.clock.lr_factor(), True
         stats: dict[str, Any] = {}
         for phase in self.objective.phases(step):
             finite, measured = self._update(phase, batch, step, lr_factor, logs)
@@ -216,7 +217,7 @@ class Trainer:
         if reason:  # whoever ends us may not wait for an evaluation
             self._stop(reason)
         if step < s.steps:
-            if self._evaluation_is_due():
+            if self.clock.evaluation_is_due():
                 self._evaluate()
             if due(s.sample_every):
                 self._preview()
@@ -253,7 +254,7 @@ class Trainer:
     def _catch_up(self) -> None:
         """The evaluation of the step that the run goes on from, where it was to take place and did not."""
         step = self.progress.step
-        if self.resumed and step < self.settings.steps and self._evaluation_is_due():
+        if self.resumed and step < self.settings.steps and self.clock.evaluation_is_due():
             if not self.dist.on_rank_0(lambda: self.logger.has_validation(step)):
                 self._evaluate()
 
@@ -276,33 +277,6 @@ class Trainer:
             self.dist.on_rank_0(lambda: self.state.with_ema_weights(lambda: self.objective.preview(path)))
         except ModelError as error:  # NaN or Inf in samples: the loss decides whether a training goes on
             console.warn(f"no preview at step {step}: {error}")
-
-    def _time_is_up(self) -> bool:
-        limit = self.settings.max_minutes * 60
-        late = bool(limit) and self.progress.trained_seconds >= limit
-        return self.dist.all_reduce_max([float(late)])[0] > 0 if limit else False
-
-    def _lr_factor(self) -> float:
-        """Multiplier of every rate at this step."""
-        return lr_factor(self.settings, self.progress.step, self._share_done())
-
-    def _share_done(self) -> float:
-        """How much of the run is done, 0 to 1, by steps or by time, whichever is ahead. Collective."""
-        s, p = self.settings, self.progress
-        done = p.step / s.steps
-        if s.max_minutes:
-            done = max(done, min(1.0, p.trained_seconds / (s.max_minutes * 60)))
-            done = self.dist.all_reduce_max([done])[0]
-        return done
-
-    def _evaluation_is_due(self) -> bool:
-        """Whether an evaluation follows this step: by train.eval_every, or as one of train.evaluations, which lie at
-        equal shares of the run, the last at its end. Collective."""
-        every, count, progress = self.settings.eval_every, self.settings.evaluations, self.progress
-        passed = min(int(self._share_done() * count), count - 1) if count else 0  # the end has one anyway
-        has_come = passed > progress.evaluations
-        progress.evaluations = max(passed, progress.evaluations)
-        return has_come or bool(every) and progress.step % every == 0
 
     def _gradient_scale(self, phase: str, norm: float) -> float:
         """What the gradient is multiplied by: it is cut to train.clip, and to its usual norm where it is a spike."""
