@@ -108,9 +108,9 @@ def validation_count(run: RunView, metric: str = "val_loss") -> int | None:
     rows = (run.state.get("data") or {}).get("validation_rows")
     if run.config is None or not isinstance(rows, int):
         return None
-    if not isinstance(run.config, DiffusionConfig):
+    if run.kind == "autoencoder":
         return run.config.train.measured_images(min(rows, run.config.train.eval_images))
-    if metric != "val_loss":
+    if isinstance(run.config, DiffusionConfig) and metric != "val_loss":
         return _sample_count(run.config, rows)
     return run.config.train.measured_images(min(rows, VALIDATION_ROWS))
 

@@ -20,7 +20,10 @@ class Best:
 
     def is_worse_than(self, value: float) -> bool:
         """Whether another value of the metric is better; of equal ones the earlier stands."""
-        return value > self.value if higher_is_better(self.metric) else value < self.value
+        higher = self.metric == "accuracy" or higher_is_better(
+            self.metric
+        )  # that of classifiers is no metric of images
+        return value > self.value if higher else value < self.value
 
 
 def find_metric(metrics: Mapping[str, Any], name: str) -> tuple[str, float | None]:

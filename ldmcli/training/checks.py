@@ -96,6 +96,7 @@ def check_classifier(config: ClassifierConfig, stage: AutoencoderSettings, size:
     _check_loop(config.train, config.data, world)
     _check_stage(stage)
     make_schedule(config.diffusion)
+    check_evaluations(config, size)
     _check_latents(config.diffusion, stage.f, size)
     cost.meta_classifier(config, 2, cost.meta_autoencoder(stage).latent_shape(*size))
 
@@ -131,7 +132,45 @@ def _check_loop(train: TrainSettings, data: DataSettings, world: int) -> None:
     colour(data.background)
 
 
-    check_evaluations(config, size)
+def check_evaluations(config: AutoencoderConfig | DiffusionConfig | ClassifierConfig, size: tuple[int, int]) -> None:
+    """Raises UsageError where evaluations would not be what settings of [train] ask for: too few samples, more steps
+    than there are, or no such metric; InputError where the network of their features isn't there."""
+    train = config.train
+    if 0 < train.eval_samples < LEAST:
+        raise UsageError(
+            f"train.eval_samples = {train.eval_samples}: at least {LEAST} are needed, for the Inception Score, and for "
+            "a distance that says something 1,000 or more"
+        )
+    if not isinstance(config, DiffusionConfig) and train.eval_samples:
+        raise UsageError("train.eval_samples: only train-ldm draws samples; other trainings are measured without")
+    if isinstance(config, DiffusionConfig) and train.eval_steps:
+        check_sampling(replace(config.sample, steps=train.eval_steps), make_schedule(config.diffusion))
+    if train.keep_best and not (train.eval_every or train.evaluations):
+        raise UsageError(f"train.keep_best = {train.keep_best!r}: needs evaluations; set train.eval_every")
+    extractor = None
+    if train.eval_samples or train.eval_features or (train.keep_best and isinstance(config, AutoencoderConfig)):
+        extractor = open_features(train)
+    if train.keep_best:
+        find_metric(dict.fromkeys(_measured(config, size, extractor), 0.0), train.keep_best)
+
+
+def _measured(
+    config: AutoencoderConfig | DiffusionConfig | ClassifierConfig, size: tuple[int, int], extractor: Extractor | None
+) -> list[str]:
+    """Keys of what evaluations of a training measure."""
+    if isinstance(config, ClassifierConfig):
+        return ["val_loss", "accuracy"]
+    if isinstance(config, DiffusionConfig):
+        samples = extractor is not None and config.train.eval_samples
+        return ["val_loss", *(metric_keys(config, size, extractor) if samples and extractor else [])]
+    named = {
+        "ssim": min(size) >= SSIM_SIDE,
+        "perceptual": config.loss.perceptual_weight > 0 or config.loss.perceptual,
+        extractor.metric_key if extractor else "": extractor and config.train.eval_frechet,
+    }
+    return ["psnr", *(name for name, is_measured in named.items() if is_measured)]
+
+
 def notes_of(config: DiffusionConfig | ClassifierConfig) -> list[str]:
     """Where a training deviates from the settings; for the plan and for its start."""
     if not config.data.cache or config.data.caches_latents:

@@ -190,7 +190,7 @@ class ClassifierObjective:
         return q_sample(z_0, noise.to(self.dist.device), *alpha_sigma(self.schedule, t)), t
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float]:
         """val_loss (nats), accuracy, and accuracy in each quarter of the timesteps (q1: least noise), of validation
         rows that are seen in each."""
         mine = rank_slice(self.count, self.dist.rank, self.dist.world_size)

@@ -268,7 +268,7 @@ def test_higher_is_better_where_it_is_and_autoencoders_keep_theirs(tmp_path, mon
             "measure val_loss, fd_eight8, kid_eight8_mean",
         ),
         ("train-ldm", ("train.keep_best=val_loss", "train.eval_every=0"), "needs evaluations; set train.eval_every"),
-        ("train-ae", ("train.eval_samples=10",), "an autoencoder has no samples"),
+        ("train-ae", ("train.eval_samples=10",), "only train-ldm draws samples"),
         ("train-ae", ("train.keep_best=val_loss",), "measure psnr, ssim"),
     ],
 )
