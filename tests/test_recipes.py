@@ -19,7 +19,9 @@ from ldmcli.cli.manage import RECIPE_GROUPS, recipe_summary
 from ldmcli.core import config
 from ldmcli.core.errors import UsageError
 from ldmcli.core.presets import PRESETS
+from ldmcli.core.settings import PROCESS
 from ldmcli.networks.autoencoder import Autoencoder
+from ldmcli.training.cost import meta_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +98,8 @@ MODELS = {
     "inpainting_big": Published(387_245_827, 387),
     "inpainting_big-512": Published(387_245_827, 387),
 }
-OURS = sorted(set(RECIPES) - set(FIRST_STAGES) - set(MODELS))
+CLASSIFIERS = {"ldm8-imagenet-classifier": "cin256"}  # recipe of the classifier → of the model that it leads
+OURS = sorted(set(RECIPES) - set(FIRST_STAGES) - set(MODELS) - set(CLASSIFIERS))
 STUDIES = [[f"ldm{f}-{data}" for f in (1, 2, 4, 8, 16, 32)] for data in ("imagenet", "celebahq")]
 
 
@@ -108,7 +111,7 @@ def stated_size(name: str) -> int:
 
 
 def test_every_published_setup_has_a_recipe():
-    assert set(RECIPES) == set(FIRST_STAGES) | set(MODELS) | set(OURS)
+    assert set(RECIPES) == set(FIRST_STAGES) | set(MODELS) | set(CLASSIFIERS) | set(OURS)
     published = {name for name, preset in PRESETS.items() if preset.extra}
     assert published <= set(RECIPES), "a preset of a published model has no recipe"
 
@@ -138,6 +141,16 @@ def test_model_has_the_published_count(name):
     assert (gap < 1) == source.reached, "the paper prints whole millions, some rounded and some cut off"
     if not source.reached:  # the head says what the paper prints
         assert f"{source.printed}M" in recipe_summary(RECIPES[name])["head"]["size"]
+
+
+@pytest.mark.parametrize("name, led", CLASSIFIERS.items())
+def test_a_classifier_has_the_stated_size_and_the_process_of_the_model_that_it_leads(name, led):
+    settings, channels, f = resolved(name).config, *first_stage(name)
+    height, width = settings.data.size
+    network = meta_classifier(settings, 1000, (channels, height // f, width // f))
+    assert count(network) == stated_size(name)
+    theirs = config.flat(resolved(led).config)
+    assert {path: theirs[path] for path in PROCESS} == {path: config.flat(settings)[path] for path in PROCESS}
 
 
 @pytest.mark.parametrize("name", OURS)

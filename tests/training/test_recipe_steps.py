@@ -45,6 +45,7 @@ NETWORK = {
         "condition.text_head_channels": 8,
         "sample.n": 2,
     },
+    "classifier": {"diffusion.channels": 8, "diffusion.groups": 4, "diffusion.num_res_blocks": 1},
 }
 FLAGS = ("--flip", "--no-cache")
 
@@ -73,7 +74,7 @@ def printed(name: str) -> tuple[str, dict[str, str]]:
 
 def settings_of(name: str):
     command, _ = printed(name)
-    kind = {"train-ae": "autoencoder", "train-ldm": "diffusion"}[command]
+    kind = next(kind for kind, one in config.COMMAND_OF.items() if one == f"ldm {command}")
     return kind, config.resolve(kind, config.recipe_layers(kind, name)).config
 
 
@@ -201,7 +202,7 @@ def line(pictures, stage, vocabulary, judge, tmp_path):
             return ["ldm", command, *spelled(given), *sets(small)]
         if found.diffusion.num_heads:
             small["diffusion.num_heads"] = min(found.diffusion.num_heads, 2)
-        if "text" in found.condition.kinds and found.condition.vocabulary:
+        if kind == "diffusion" and "text" in found.condition.kinds and found.condition.vocabulary:
             small |= {"condition.vocabulary": vocabulary}
         if "--init-from" in given:
             writer = next(other for other in RECIPES if printed(other)[1]["--out"] == given["--init-from"])
