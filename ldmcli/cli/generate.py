@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.parsing import DATA, ParsedOptions, Text, argument, command, option
+from ldmcli.cli.parsing import DATA, OUTPUT, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.prompts import read_prompts
 from ldmcli.cli.train import require_folder
 from ldmcli.core import config, console
@@ -31,11 +31,19 @@ _REQUEST = {
     **opt.GUIDING,
     **opt.CLASSIFIER,
 }
+Progress = option(
+    Text,
+    "--progress",
+    ("row", "gif"),
+    "Also show how the first samples came about, step by step: a sheet or an animation.",
+    panel=OUTPUT,
+    default="none",
+)
 ImageSize = option(Text, "--size", "N|HxW", "Height and width in pixels.", panel=DATA, default="each image's own")
 Images = argument(list[Path], "IMAGES...", "Image files, or folders of them.")
 
 
-@command({"model": opt.Model, "weights": opt.Weights}, _REQUEST, opt.IMAGES_OUT, opt.TALK)
+@command({"model": opt.Model, "weights": opt.Weights}, _REQUEST, {"progress": Progress}, opt.IMAGES_OUT, opt.TALK)
 def sample(given: ParsedOptions) -> None:
     """Draw images with a trained model.
 
@@ -47,7 +55,13 @@ def sample(given: ParsedOptions) -> None:
     from ldmcli.sampling.commands import sample_to_folder
 
     result = sample_to_folder(
-        given.model, request, out, overwrite=given.overwrite, fmt=given.format, metadata=given.metadata
+        given.model,
+        request,
+        out,
+        overwrite=given.overwrite,
+        fmt=given.format,
+        metadata=given.metadata,
+        progress=given.progress,
     )
     if given.json:
         console.emit_json(result)

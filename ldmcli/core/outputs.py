@@ -17,6 +17,8 @@ from ldmcli.core.errors import ModelError, UsageError
 
 RECORD = "request.json"
 SHEET, CONTACT = "grid.png", "contact.png"  # of samples; of a data set
+PROGRESS = {"row": "progress.png", "gif": "progress.gif"}  # how samples came about
+SHEETS = (SHEET, CONTACT, *PROGRESS.values())
 PAGES = ("report.html", "README.md")
 MARK = "Software", "ldm"  # PNG text of every sheet
 BESIDE = ("layout", "map")  # the value of a condition, as a picture beside a sample: 000000-map.png
@@ -142,8 +144,9 @@ class Results:
     """The results of one request in a folder, while they are written. A context manager: request.json is complete
     after it, however it ends.
 
-    names: the pictures, in order; todo: which of them are missing. Raises UsageError, before anything is touched, where
-    the folder holds what would be lost: an input of the command, a file of the user's, samples of another request.
+    names: the pictures, in order; sheets: names of what shows several of them; todo: which pictures are missing. Raises
+    UsageError, before anything is touched, where the folder holds what would be lost: an input of the command, a file
+    of the user's, samples of another request.
     """
 
     def __init__(
@@ -154,14 +157,16 @@ class Results:
         *,
         conditions: Sequence[str] = (),
         inputs: Sequence[Path] = (),
+        sheets: Sequence[str] = (SHEET,),
         overwrite: bool = False,
     ):
         self.out, self.names, self.wanted = out, names, wanted
+        self.sheets = [out / name for name in sheets]
         record = read_record(out / RECORD)
         declared = _declared(out, record)
         earlier = [out / name for name in declared]
         beside_files = [beside(name, condition) for name in names for condition in conditions]
-        own = [*names, *beside_files, out / SHEET]
+        own = [*names, *beside_files, *self.sheets]
         refuse_inputs(out, [*own, *earlier, out / RECORD], inputs)
         if record is None and os.path.lexists(out / RECORD):
             refuse_foreign([out / RECORD])
@@ -183,7 +188,7 @@ class Results:
     def _go_on(self, record: Mapping[str, Any] | None, declared: Mapping[str, str], beside_files: list[Path]) -> None:
         there = [name for name in self.names if os.path.lexists(name)]
         mine = record is not None and {k: v for k, v in record.items() if k != "files"} == self.wanted
-        held = [name for name in declared if name != SHEET and os.path.lexists(self.out / name)]
+        held = [name for name in declared if name not in SHEETS and os.path.lexists(self.out / name)]
         if held and not mine:
             raise UsageError(f"{self.out}: holds samples of another request; choose another --out or add --overwrite")
         if there and not mine:
@@ -191,7 +196,7 @@ class Results:
                 f"{self.out}: holds images already ({there[0].name} …); choose another --out or add --overwrite"
             )
         refuse_foreign(
-            [self.out / SHEET, *(path for path in beside_files if not mine or path.name not in declared)], declared
+            [*self.sheets, *(path for path in beside_files if not mine or path.name not in declared)], declared
         )
         self.files = {name: known for name, known in declared.items() if mine and known}
 

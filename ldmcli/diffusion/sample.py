@@ -18,6 +18,7 @@ from ldmcli.networks.conditioning import Encode
 from ldmcli.networks.latent_diffusion import DiffusionModel
 
 Guide = Callable[[Denoise], Denoise]
+Callback = Callable[[int, Tensor, Tensor], None]  # (step, z after it, x0 predicted in it)
 
 
 @dataclass(frozen=True)
@@ -87,20 +88,23 @@ def sample_conditioned(
     known: KnownRegion | None = None,
     guide: Guide | None = None,
     tile: int = 0,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Final latents (len(ids), c, h, w) for samples `ids`; sample k depends on (seed, k) alone.
 
     inputs: prepared conditions, a row a sample; negative: what takes the place of their null, or of a part of it.
     encode: the first stage's encoder, for conditions that are images. shape: (c, h, w), None = as trained. guide: a
     denoiser to a denoiser (`gradient_guidance`). tile: latent positions a side above which the network sees overlapping
-    tiles; 0 = all at once. Raises ModelError where the model gives NaN or Inf.
+    tiles; 0 = all at once. callback(i, z, x0): after each step. Raises ModelError where the model gives NaN or Inf.
     """
     device, shape = next(model.parameters()).device, shape or model.latent_shape
     inputs = {name: tensor.to(device) for name, tensor in (inputs or {}).items()}
     path = guidance_path(model, settings.guidance, inputs, negative, len(ids), shape[1:], encode)
     predict = tiled_predict(model.predict, tile, model.unet.size_factor) if tile else model.predict
     noise = KeyedNoise(seed, ids, shape, device)
-    return sample_latents(predict, schedule, settings, path, noise, ids=ids, init=init, known=known, guide=guide)
+    return sample_latents(
+        predict, schedule, settings, path, noise, ids=ids, init=init, known=known, guide=guide, callback=callback
+    )
 
 
 def sample_latents(
@@ -116,7 +120,7 @@ def sample_latents(
     known: KnownRegion | None = None,
     guide: Guide | None = None,
     before_step: Callable[[int, Tensor], Tensor] | None = None,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Final latents from a network and conditionings, (len(ids), c, h, w).
 

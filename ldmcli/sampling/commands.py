@@ -1,6 +1,7 @@
 """`ldm sample`: a request to a folder of samples with their settings inside."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ldmcli.conditions.pictures import labelled
 from ldmcli.conditions.text import negative_inputs
 from ldmcli.core import console, runs
 from ldmcli.core.errors import UsageError
+from ldmcli.core.outputs import PROGRESS, SHEET
 from ldmcli.data.decode import decode, to_size
 from ldmcli.diffusion.sample import Guide, InitLatents, check_sampling, with_overrides
 from ldmcli.maths.tiles import pad_edge
@@ -27,6 +29,7 @@ from ldmcli.sampling.guiding import guide_to, guiding_of
 from ldmcli.sampling.image_folder import ImageFolder, Images, contents, in_batches
 from ldmcli.sampling.load import find_model, load
 from ldmcli.sampling.memory import MAX_MEMORY
+from ldmcli.sampling.progress import SAMPLES, progress_bytes
 from ldmcli.sampling.request import SampleRequest, document_of, named_files, sampling_of, sampling_used
 
 Size = tuple[int, int] | None  # (height, width) in pixels; None: as trained
@@ -40,8 +43,10 @@ def sample_to_folder(
     overwrite: bool = False,
     fmt: str = "png",
     metadata: bool = True,
+    progress: str | None = None,
 ) -> dict[str, Any]:
     """Samples what `request` says into `out`: 000000.png …, grid.png. Returns the document that --json prints.
+    progress: "row" or "gif" shows how the first samples came about, in progress.png or progress.gif.
 
     Sample k depends on the seed and k alone; the same command again makes only what is missing. A signal leaves whole
     images only and ends with 130 or 143.
@@ -52,14 +57,47 @@ def sample_to_folder(
     draw = replace(request_draw(loaded, request, values), classes=led)
     groups = group_count(values, led)
     n = request.n or (1 if values or led else loaded.config.sample.n)
+    shown_as = [PROGRESS[progress]] if progress else []
     folder = ImageFolder(
         out,
         _record(loaded, request, values, n * groups, fmt, led),
         conditions=outputs.spatial(values),
         inputs=named_files(request),
+        sheets=[SHEET, *shown_as],
         overwrite=overwrite,
     )
     describe = _describe(loaded, path, request) | _led_document(request, led)
+    folder.write(
+        in_batches(folder.todo, request.batch_size or _batch_size(loaded, draw)),
+        _making(loaded, draw, request, values),
+        (lambda k: _metadata(k, values, request, describe) | _led_class(k, led)) if metadata else None,
+        lambda: _sheet(folder.names, n, groups, values, loaded),
+        action="sampling",
+        more=lambda: {
+            name: progress_bytes(progress or "", loaded, draw.of(range(min(SAMPLES, n * groups))), request.size)
+            for name in shown_as
+            if not (out / name).exists()
+        },
+    )
+    made, total, seconds = len(folder.todo), len(folder.names), folder.seconds
+    rate = made / seconds if made else 0.0
+    console.say(f"{total} images in {out} ({made} drawn in {seconds:.1f} s, {rate:.2f} images/s)")
+    return {
+        "model": str(path),
+        **folder.document(),
+        **({"progress": str(out / shown_as[0])} if shown_as else {}),
+        "drawn": made,
+        "seconds": seconds,
+        "images_per_s": rate,
+        **describe,
+    }
+
+
+def _making(
+    loaded: LoadedDiffusion, draw: Draw, request: SampleRequest, values: dict[str, list]
+) -> Callable[[list[int]], Images]:
+    """A function of numbers to those samples, each with the pictures of its conditions."""
+    shown = outputs.spatial(values)
 
     def make(ids: list[int]) -> Images:
         for k, image in zip(ids, to_pil(draw_images(loaded, draw.of(ids)), draw.size, request.size)):
@@ -72,25 +110,7 @@ def sample_to_folder(
                 },
             )
 
-    shown = outputs.spatial(values)
-    folder.write(
-        in_batches(folder.todo, request.batch_size or _batch_size(loaded, draw)),
-        make,
-        (lambda k: _metadata(k, values, request, describe) | _led_class(k, led)) if metadata else None,
-        lambda: _sheet(folder.names, n, groups, values, loaded),
-        action="sampling",
-    )
-    made, total, seconds = len(folder.todo), len(folder.names), folder.seconds
-    rate = made / seconds if made else 0.0
-    console.say(f"{total} images in {out} ({made} drawn in {seconds:.1f} s, {rate:.2f} images/s)")
-    return {
-        "model": str(path),
-        **folder.document(),
-        "drawn": made,
-        "seconds": seconds,
-        "images_per_s": rate,
-        **describe,
-    }
+    return make
 
 
 def _generating_model(model: str | None, request: SampleRequest) -> tuple[Path, LoadedDiffusion]:

@@ -15,7 +15,15 @@ from ldmcli.core.console import warn_once
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import SampleSettings
 from ldmcli.diffusion.guidance import guidance_steps
-from ldmcli.diffusion.sample import Guide, InitLatents, KnownRegion, check_sampling, sample_conditioned, with_overrides
+from ldmcli.diffusion.sample import (
+    Callback,
+    Guide,
+    InitLatents,
+    KnownRegion,
+    check_sampling,
+    sample_conditioned,
+    with_overrides,
+)
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.sampling import memory
 from ldmcli.sampling.classifier import ClassGuidance
@@ -31,7 +39,8 @@ class Draw:
     model's null. inputs: prepared inputs of further conditions. guide: of all samples alike; classes: a classifier and
     the class that each sample is led to. settings: those of SampleSettings, None = the model's
     own. size: (height, width) px, multiples of the model's; None = as trained. tile: latent positions a side above
-    which the networks see overlapping tiles, 0 = all at once; max_memory: GiB of activations.
+    which the networks see overlapping tiles, 0 = all at once; max_memory: GiB of activations. callback: is given what
+    each step leads to.
     """
 
     ids: Sequence[int]
@@ -47,6 +56,7 @@ class Draw:
     classes: ClassGuidance | None = None
     tile: int = 0
     max_memory: float = MAX_MEMORY
+    callback: Callback | None = None
 
     def of(self, ids: Sequence[int]) -> "Draw":
         """The draw of samples `ids` of a request whose values this holds: sample k takes entry k mod their number."""
@@ -94,6 +104,7 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
         known=draw.known,
         guide=draw.guides,
         tile=draw.tile,
+        callback=draw.callback,
     )
 
 

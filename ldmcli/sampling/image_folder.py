@@ -6,7 +6,7 @@ The same request again makes only what is missing; a signal leaves whole files o
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,14 @@ class ImageFolder:
         *,
         conditions: Sequence[str] = (),
         inputs: Sequence[Path] = (),
+        sheets: Sequence[str] = (SHEET,),
         overwrite: bool = False,
     ):
         self.out, self.fmt, self.seconds = out, request["format"], 0.0
         self.names = numbered(out, request["total"], self.fmt)
-        self._results = Results(out, self.names, request, conditions=conditions, inputs=inputs, overwrite=overwrite)
+        self._results = Results(
+            out, self.names, request, conditions=conditions, inputs=inputs, sheets=sheets, overwrite=overwrite
+        )
         self.todo = self._results.todo
 
     def write(
@@ -54,10 +57,11 @@ class ImageFolder:
         sheet: Callable[[], list[list[np.ndarray]]],
         *,
         action: str,
+        more: Callable[[], Mapping[str, bytes]] = dict,
     ) -> None:
         """Makes and writes the images of `batches`, then the sheet. make: images of a batch, each with pictures of its
-        conditions by name; metadata: what an image carries, by number; sheet: its rows. Raises Interrupted after a
-        signal."""
+        conditions by name; metadata: what an image carries, by number; sheet: its rows; more: further `sheets`
+        by name. Raises Interrupted after a signal."""
         started = time.perf_counter()
         with self._results as results, StopRequest() as stop, console.progress(len(self.todo), action) as bar:
             for batch in batches:
@@ -69,6 +73,8 @@ class ImageFolder:
                 self._end_if_stopped(stop)
             self.seconds = time.perf_counter() - started
             results.write(self.out / SHEET, png_bytes(grid(sheet())))
+            for name, data in more().items():
+                results.write(self.out / name, data)
 
     def document(self) -> dict[str, Any]:
         """What --json prints of the folder."""
