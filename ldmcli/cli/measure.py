@@ -32,6 +32,14 @@ ReferenceSplit = setting(
     panel=DATA,
     default="the validation rows",
 )
+AlsoSplit = option(
+    Text,
+    "--also-split",
+    "NAME",
+    "Super-resolution and inpainting: a second reference, as train; its distances have the name behind them.",
+    panel=DATA,
+    default="none",
+)
 ReferenceCount = option(
     Text,
     "--reference-count",
@@ -177,7 +185,7 @@ _LED = {"guide_factor": GuideFactor, **opt.GUIDING, **opt.CLASSIFIER}
 _LIMITS = {"save_statistics": SaveStatistics, "compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
 
 
-_REFERENCE = {"data": Reference, "split": ReferenceSplit, "reference_count": ReferenceCount}
+_REFERENCE = {"data": Reference, "split": ReferenceSplit, "reference_count": ReferenceCount, "also_split": AlsoSplit}
 
 
 @command({**opt.ROWS, **_REFERENCE}, _MEASURED, opt.DRAWING, _HOW, _LED, _LIMITS, opt.TALK)
@@ -218,6 +226,7 @@ def eval_fid(given: ParsedOptions) -> None:
         "size": config.size_of(given.size),
         "weights": "raw" if given.weights == "raw" else None,
         "split": given.split or None,
+        "also_split": given.also_split,
         "reference_count": reference_count_of(given.reference_count),
         "save_statistics": given.save_statistics,
         "progress": console.progress,
@@ -249,7 +258,11 @@ def list_protocols(json: bool) -> None:
     rows = []
     for name, one in PROTOCOLS.items():
         numbers = ", ".join(f"{key} {_published(value)}" for key, value in one.published.items())
-        sets = [f"n {one.sets['n']:,}", f"{one.sets['steps']} steps" if "steps" in one.sets else ""]
+        n = one.sets["n"]
+        sets = [
+            f"n {n:,}" if isinstance(n, int) else f"n {n}",
+            f"{one.sets['steps']} steps" if "steps" in one.sets else "",
+        ]
         rows.append((name, one.table, ", ".join(filter(None, sets)), numbers))
     console.out(console.table(rows, ["protocol", "of", "takes", "published"]))
 
@@ -400,7 +413,11 @@ def published_by_key(result: dict[str, Any]) -> dict[str, str]:
     stated = result.get("protocol") or {}
     if not stated.get("name"):
         return {}
-    return {lookup(result, name)[0]: _published(value) for name, value in stated["published"].items()}
+    found = {}
+    for name, value in stated["published"].items():
+        metric, _, split = name.partition("_")  # fid_train: against another split
+        found[lookup(result, metric)[0] + (f"_{split}" if split else "")] = _published(value)
+    return found
 
 
 def _number(value: float | None) -> str:

@@ -50,6 +50,7 @@ LabelColumn = _data("data.label_column", "NAME", "Column of classes.", default="
 ObjectsColumn = _data("data.objects_column", "NAME", "Column of boxes (bbox as x,y,w,h and category).", default="found")
 MapColumn = _data("data.map_column", "NAME", "Column of class maps.", default="found")
 Size = _data("data.size", "N|HxW", "Height and width in pixels.", default="64, or what the model was trained at")
+MinSide = _data("data.min_side", "PX", "Leave out pictures with a shorter side than this.", default="0, none")
 Crop = _data("data.crop", ("center", "random"), "Which square of an oblong image.")
 Flip = switch("data.flip", "Mirror half of the images.", panel=DATA)
 SkipBad = switch("data.skip_bad", "Go on without images that can't be read, and say how many.", panel=DATA)
@@ -372,6 +373,7 @@ ROWS = {
     "objects_column": ObjectsColumn,
     "map_column": MapColumn,
     "size": Size,
+    "min_side": MinSide,
     "skip_bad": SkipBad,
 }
 CONFIGURATION = {"preset": Preset, "recipe": Recipe, "assignments": Assignments}

@@ -39,6 +39,7 @@ class DataSettings:
     min_objects: int = 0  # rows with fewer boxes are left out …
     max_objects: int = 0  # … and those with more; 0 = no bound
     min_box_area: float = 0.0  # boxes smaller than this share of the picture don't count
+    min_side: int = 0  # rows whose picture has a shorter side than this are left out; 0 = no bound
     max_pixels: int = 89_478_485  # a larger image counts as bad
     skip_bad: bool = False
     cache: bool = True  # latents (train-ldm): encode once, where pictures are seen alike each time (no random crops)
@@ -64,13 +65,13 @@ class DataSettings:
             )
         if self.crop_min < 1 and self.crop != "random":
             raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
-        at_least("data", 0, self, "limit", "workers", "min_objects", "max_objects")
+        at_least("data", 0, self, "limit", "workers", "min_objects", "max_objects", "min_side")
         share("data", self, "min_box_area")
         if self.max_objects and self.max_objects < self.min_objects:
             raise UsageError(f"data.max_objects = {self.max_objects}: less than data.min_objects = {self.min_objects}")
-        if self.streaming and (self.min_objects or self.max_objects or self.min_box_area):
+        if self.streaming and (self.min_objects or self.max_objects or self.min_box_area or self.min_side):
             raise UsageError(
-                "data.min_objects, max_objects and min_box_area need all rows beforehand; leave "
+                "data.min_objects, max_objects, min_box_area and min_side need all rows beforehand; leave "
                 "data.streaming (--streaming) away"
             )
         at_least("data", 1, self, "max_pixels")

@@ -57,10 +57,38 @@ def divided(rows: Rows, settings: DataSettings, split: str, held: set[int] | Non
     elif held is not None:
         rows = rows.select([i for i in range(len(rows)) if (i in held) == (split == "validation")])
         rows.split = split
-    rows = with_boxes(rows, settings)
+    rows = large_enough(with_boxes(rows, settings), settings)
     if split == "train" and settings.limit and not is_shapes(settings.source):
         rows = rows.select(range(min(settings.limit, len(rows))))
     return rows
+
+
+def large_enough(rows: Rows, settings: DataSettings) -> Rows:
+    """The rows whose pictures have no side below data.min_side (App. E.3.4); what is left out is noted. Raises
+    InputError where none is left."""
+    if not settings.min_side:
+        return rows
+    sides = parallel_map(lambda i: _short_side(rows, i), range(len(rows)), WORKERS)
+    kept = [i for i, side in enumerate(sides) if side is None or side >= settings.min_side]
+    if not kept:
+        raise InputError(
+            f"{sanitise(rows.source)}, {rows.split}: all {len(rows)} pictures have a side below "
+            f"{settings.min_side} px; lower data.min_side (--min-side)"
+        )
+    chosen = rows.select(kept)
+    if len(kept) < len(rows):
+        left_out = len(rows) - len(kept)
+        chosen.notes.append(
+            f"{left_out} of {len(rows)} {rows.split} rows, with a side below {settings.min_side} px, left out"
+        )
+    return chosen
+
+
+def _short_side(rows: Rows, i: int) -> int | None:
+    try:
+        return min(rows.shape(i))
+    except BadImage:
+        return None  # left to the check of all pictures, which names it
 
 
 def split_sizes(settings: DataSettings) -> dict[str, int]:

@@ -46,7 +46,7 @@ from ldmcli.evaluation.measure import (
     share_groups,
     warn_of_lossy,
 )
-from ldmcli.evaluation.metrics import CODES, CONDITION, METRICS, OF_SETS, PERCEPTUAL, needing
+from ldmcli.evaluation.metrics import CODES, CONDITION, FEATURES, METRICS, OF_SETS, PERCEPTUAL, STATISTICS, needing
 from ldmcli.evaluation.protocols import applied, differences, statement
 from ldmcli.evaluation.reference_statistics import Statistics, write_statistics
 from ldmcli.evaluation.references import limited, reference_rows, set_reference
@@ -194,7 +194,7 @@ def open_instruments(request: EvaluationRequest, result: EvaluationResult) -> In
 
 def pairs_of_images(request: EvaluationRequest, instruments: Instruments, result: EvaluationResult) -> Measured:
     """Two folders, or two .npz, image by image."""
-    first, second = paired_sources(Path(request.pairs[0]), Path(request.pairs[1]), request.n)
+    first, second = paired_sources(Path(request.pairs[0]), Path(request.pairs[1]), request.count)
     return paired(instruments, result, first, second)
 
 
@@ -203,7 +203,7 @@ def autoencoder_images(request: EvaluationRequest, instruments: Instruments, res
     autoencoder = request.autoencoder
     data, size = own_data(autoencoder, request.data), request.size or trained_size(autoencoder)
     if is_npz(data):
-        original = open_images(data, request.n)
+        original = open_images(data, request.count)
     else:
         rows, settings = reference_rows(instruments, result, data, request.split, size, autoencoder)
         count = limited(result, rows) if request.n is None else _count(rows, request.n)
@@ -224,8 +224,8 @@ def autoencoder_images(request: EvaluationRequest, instruments: Instruments, res
     return measured
 
 
-def _count(rows: Any, n: int) -> int:
-    return check_count(len(rows), n, f"{rows.source} ({rows.split})")
+def _count(rows: Any, n: int | str) -> int:
+    return len(rows) if isinstance(n, str) else check_count(len(rows), n, f"{rows.source} ({rows.split})")
 
 
 def task(request: EvaluationRequest, instruments: Instruments, result: EvaluationResult) -> Measured:
@@ -254,16 +254,40 @@ def task(request: EvaluationRequest, instruments: Instruments, result: Evaluatio
             result.add(f"{key}_{name}", f"{other.labels[key]}, {name}", value)
         for group, found in other.groups.items():
             result.groups[group]["metrics"] |= {f"{key}_{name}": value for key, value in found["metrics"].items()}
+    if request.also_split is not None:
+        second_reference(request, instruments, result, measured[0], size)
     if result.groups:
         result.protocol["by_masked_share"] = result.groups
     return measured
+
+
+def second_reference(
+    request: EvaluationRequest,
+    instruments: Instruments,
+    result: EvaluationResult,
+    generated: FeatureSet,
+    size: tuple[int, int],
+) -> None:
+    """Adds what sets have against the rows of another split (the second number of Tab. 4), with its name behind."""
+    other, split = EvaluationResult(), str(request.also_split)
+    of_sets = replace(instruments, metrics=tuple(instruments.needing(STATISTICS, FEATURES)))
+    data = own_data(request.model, request.data)
+    rows, settings = reference_rows(of_sets, other, data, split, size, request.model)
+    ids = evenly_spaced(len(rows), limited(other, rows, request.reference_count))
+    streamed = request.reference_count is not None
+    found = measure_reference(of_sets, other, rows_source(rows, settings, ids), streamed)
+    set_metrics(of_sets, other, generated, found)
+    for key, value in other.values.items():
+        result.add(f"{key}_{split}", f"{other.labels[key]}, against {split}", value)
+    result.protocol["also_reference"] = other.protocol["reference"]
+    result.warnings += [f"{split}: {text}" for text in other.warnings]
 
 
 def unpaired(request: EvaluationRequest, instruments: Instruments, result: EvaluationResult) -> Measured:
     """Samples of a model, or given images, against a reference that need not have as many."""
     model, data = request.model, request.data
     if model is None:
-        source = open_images(request.images, request.n)
+        source = open_images(request.images, request.count)
         size = request.size or first_size(source)
     else:
         size, data = request.size or trained_size(model), own_data(model, data)
@@ -272,7 +296,8 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
     if data is not None and not is_npz(data):
         rows, settings = reference_rows(instruments, result, data, request.split, size, model)
     if model is not None:
-        n = request.n or (GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT))
+        some = GENERATED_LIMIT if rows is None else min(len(rows), GENERATED_LIMIT)
+        n = (some if rows is None else len(rows)) if isinstance(request.n, str) else request.n or some
         led = {"classifier": request.classifier, "classifier_scale": request.classifier_scale}
         source = model_source(model, rows, n, size=size, balanced=request.balanced, **request.draw, **led)
         result.protocol["sampling"] = sampling_protocol(model, request.draw)

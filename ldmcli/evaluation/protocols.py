@@ -22,10 +22,10 @@ class Protocol:
     """How one number, or one row of a table, was measured.
 
     table: where it stands, of which model. subject: "model", "autoencoder" or "task". sets: arguments of `evaluate`.
-    conditions: what the model is conditioned on. rows: about how many the paper's reference has; 0 = as many as are
-    measured. row_settings: which rows of the data take part, by names of `DataSettings`. published: numbers by the
-    names of metrics; parts: the same by share of the masks. unpublished: parts of `sets` that the paper does not state,
-    with where ours comes from.
+    conditions: what the model is conditioned on; task: settings of its task. rows: about how many the paper's reference
+    has; 0 = as many as are measured. row_settings: which rows of the data take part, by names of `DataSettings`.
+    published: numbers by the names of metrics; parts: the same by share of the masks. unpublished: parts of `sets` that
+    the paper does not state, with where ours comes from.
     """
 
     table: str
@@ -34,6 +34,7 @@ class Protocol:
     published: Mapping[str, Number]
     parts: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
+    task: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 0
     row_settings: Mapping[str, Any] = field(default_factory=dict)
     unpublished: tuple[str, ...] = ()
@@ -109,6 +110,7 @@ def _efficiency(row: str, fid: float) -> Protocol:
     how = {"n": 2000, "split": "validation", "size": (256, 256), "masks": "lama-thick", "metrics": ("fid",)}
     unpublished = ("steps and eta: as the script of the published model", OF_MASKS)
     return Protocol(
+        task={"name": "inpaint"},
         table=f"Tab. 6, {row}, FID@2k after epoch 6",
         subject="task",
         sets={**INPAINTED, **how},
@@ -120,12 +122,30 @@ def _efficiency(row: str, fid: float) -> Protocol:
 def _places(row: str, fid: float, lpips: tuple[float, float], hard: tuple[float, tuple[float, float]]) -> Protocol:
     how = {"n": 30_000, "split": "test", "size": (512, 512), "masks": "lama-thick", "perceptual": "vgg"}
     return Protocol(
+        task={"name": "inpaint"},
         table=f"Tab. 7, {row}, Places",
         subject="task",
         sets={**INPAINTED, **how, "metrics": ("fid", "lpips")},
         published={"fid": fid, "lpips": lpips},
         parts={"40-50 %": {"fid": hard[0], "lpips": hard[1]}},
         unpublished=("steps and eta: as the script of the published model", OF_MASKS),
+    )
+
+
+def _enlarged(
+    row: str, steps: int, fids: tuple[float, float], is_: float, psnr: float, ssim: float, **more: Any
+) -> Protocol:
+    how = {"n": "all", "split": "validation", "also_split": "train", "reference_count": "all", "size": (256, 256)}
+    measured = {"metrics": ("fid", "is", "psnr", "ssim"), "steps": steps, "eta": 1.0}
+    return Protocol(
+        table=f"Tab. 4 and 11, {row}, ImageNet validation 64 to 256",
+        subject="task",
+        task={"name": "sr", "scale": 4, "degradation": "bicubic"},
+        sets={**SAMPLED, **how, **measured, **more},
+        published={"fid": fids[0], "fid_train": fids[1], "is": is_, "psnr": psnr, "ssim": ssim},
+        rows=50_000,
+        row_settings={"min_side": 256},
+        unpublished=("eta: 1, as the notebook of the published model", "SSIM: Wang's, of the original repository"),
     )
 
 
@@ -174,6 +194,10 @@ PROTOCOLS: dict[str, Protocol] = {
     "tab10-imagenet-g1.25": _imagenet("LDM-4-G, scale 1.25", 250, 1.25, 3.95, 178.22, 0.81, 0.55),
     "tab10-imagenet-ldm8": _imagenet("LDM-8, 2.9M steps", 200, 1.0, 17.41, 72.92, 0.65, 0.62),
     "tab10-imagenet-ldm8-4.8m": _imagenet("LDM-8, 4.8M steps", 200, 1.0, 15.51, 79.03, 0.65, 0.63),
+    "tab4-sr": _enlarged("LDM-4", 100, (2.8, 4.8), 166.3, 24.4, 0.69, tone=0.0),
+    "tab4-sr-15ep": _enlarged("LDM-4, 15 more epochs", 100, (2.6, 4.6), 169.76, 24.4, 0.69, tone=0.0),
+    "tab11-sr-pixels": _enlarged("pixel-based DM", 100, (5.1, 7.1), 163.06, 24.1, 0.59, tone=0.0),
+    "tab11-sr-guided": _enlarged("LDM-4, guided", 50, (4.4, 6.4), 153.7, 25.8, 0.74, guide_factor=4),
     "tab6-pixels": _efficiency("LDM-1, no first stage", 24.74),
     "tab6-kl-attn": _efficiency("LDM-4, KL, with attention", 15.21),
     "tab6-vq-attn": _efficiency("LDM-4, VQ, with attention", 14.99),
@@ -220,12 +244,15 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def check_protocol(name: str, subject: str, conditions: tuple[str, ...]) -> None:
+def check_protocol(name: str, subject: str, conditions: tuple[str, ...], task: Mapping[str, Any]) -> None:
     """Raises UsageError where a protocol is of another kind of run, or of models conditioned on something else."""
     protocol = protocol_of(name)
     if subject != protocol.subject:
         kinds = {"model": "a model's samples", "autoencoder": "an autoencoder", "task": "a model with a task"}
         raise UsageError(f"--protocol {name}: measures {kinds[protocol.subject]}, which is not what was given")
+    for key, value in protocol.task.items():
+        if task.get(key) != value:
+            raise UsageError(f"--protocol {name}: is of models with task.{key} = {value}; this one has {task.get(key)}")
     if set(conditions) != set(protocol.conditions):
         wanted, there = (" and ".join(names) or "nothing" for names in (protocol.conditions, conditions))
         raise UsageError(f"--protocol {name}: is of models conditioned on {wanted}; this one is on {there}")

@@ -11,7 +11,18 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import TASK_CONDITIONS, DataSettings
 from ldmcli.evaluation.baselines import task_of
 from ldmcli.evaluation.image_streams import loaded
-from ldmcli.evaluation.metrics import CODES, CONDITION, IMAGES, LOGITS, METRICS, OF_PAIRS, OF_SETS, needing
+from ldmcli.evaluation.metrics import (
+    CODES,
+    CONDITION,
+    FEATURES,
+    IMAGES,
+    LOGITS,
+    METRICS,
+    OF_PAIRS,
+    OF_SETS,
+    STATISTICS,
+    needing,
+)
 from ldmcli.evaluation.protocols import check_protocol
 from ldmcli.evaluation.reference_statistics import ALL, refuse_foreign_statistics
 from ldmcli.sampling.classifier import LoadedClassifier, load_classifier
@@ -48,6 +59,7 @@ class EvaluationRequest:
     )
     split: str = "validation"
     reference_count: int | str | None = None  # rows of a reference; "all"; None = all, at most 10,000
+    also_split: str | None = None  # of models with a task: another split whose rows are a second reference
     save_statistics: str | Path | None = None  # .npz that `data` reads again
     # by what
     metrics: Sequence[str] | None = None  # of METRICS; None = what is usual for the subject
@@ -58,7 +70,7 @@ class EvaluationRequest:
     differs: tuple[str, ...] = ()  # arguments that are given and not the protocol's; `applied` says them
     row_settings: Mapping[str, Any] = field(default_factory=dict)  # settings of the data that the protocol has
     # how
-    n: int | None = None  # images that are measured; None = all, of a model at most 1,000
+    n: int | str | None = None  # images that are measured; None = all, of a model at most 1,000; "all", of a model, too
     seed: int | None = 0
     steps: int | None = None
     guidance: float | Mapping[str, float] | None = None  # one scale, or one a condition
@@ -73,6 +85,7 @@ class EvaluationRequest:
     masks: str | Path | None = None  # of a model of task inpaint: a kind of task.masks, or a folder
     blend: int | None = None  # as `inpaint_images` takes them; None: as `ldm inpaint` does
     whole: bool = False
+    tone: float | None = None  # of a model of task sr: as `upscale_images` takes it
     balanced: bool = False  # as many samples of each class, instead of the rows' classes
     weights: str = "ema"  # "ema" or "raw", of a model named by its run
     # lead sample k to row k made this many times smaller (Tab. 4; models without a task or of task sr), and compare
@@ -97,6 +110,8 @@ class EvaluationRequest:
         count = self.reference_count
         if count is not None and count != ALL and not (isinstance(count, int) and count >= 2):
             raise UsageError(f"--reference-count {count}: a number of rows from 2 on, or {ALL}")
+        if isinstance(self.n, str) and (self.n != ALL or self.model is None):
+            raise UsageError(f"-n {self.n}: a number of images; {ALL} is for models")
 
     @property
     def subject(self) -> str:
@@ -104,6 +119,11 @@ class EvaluationRequest:
         if self.model is not None and (task_of(self.model) != "generate" or self.guide_factor is not None):
             return "task"
         return next(name for name in SUBJECTS if getattr(self, name) is not None)
+
+    @property
+    def count(self) -> int | None:
+        """n, None where all images are measured."""
+        return None if isinstance(self.n, str) else self.n
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -123,7 +143,7 @@ class EvaluationRequest:
     @property
     def filling(self) -> dict[str, Any]:
         """What is said of masks, and of how answers are pasted, by the names of `task_sources`."""
-        pasting = {"blend": self.blend, "whole": self.whole or None}
+        pasting = {"blend": self.blend, "whole": self.whole or None, "tone": self.tone}
         pasting = {name: value for name, value in pasting.items() if value is not None}
         return {**({} if self.masks is None else {"masks": self.masks}), **({"pasting": pasting} if pasting else {})}
 
@@ -153,7 +173,7 @@ def opened(request: EvaluationRequest) -> EvaluationRequest:
     if request.model is not None:
         return _with_classifier(replace(request, model=loaded(request.model, "diffusion", request.weights)))
     if request.protocol:
-        check_protocol(request.protocol, request.subject, ())
+        check_protocol(request.protocol, request.subject, (), {})
     names = (*SAMPLING, "negative_prompt", "guide_factor", "balanced", "classifier")
     given = [name for name in names if getattr(request, name)]
     if given:
@@ -192,13 +212,19 @@ def check(request: EvaluationRequest) -> None:
                 )
             )
     if request.protocol:
-        check_protocol(request.protocol, subject, given_conditions(request))
+        task = {} if request.model is None else vars(request.model.config.task)
+        check_protocol(request.protocol, subject, given_conditions(request), task)
     if request.balanced and request.conditions != (Class.name,):
         raise UsageError("--balanced: is for models that are conditioned on a class alone")
-    if request.filling and (request.model is None or task_of(request.model) != "inpaint"):
+    filled = request.filling.keys() | request.filling.get("pasting", {}).keys()
+    if filled - {"pasting", "tone"} and (request.model is None or task_of(request.model) != "inpaint"):
         raise UsageError(
             "--masks, --blend and --whole: say how holes are filled; use them with a model of task inpaint"
         )
+    if request.tone is not None and (request.model is None or task_of(request.model) != "sr"):
+        raise UsageError("tone: says how enlarged pictures are corrected; use it with a model of task sr")
+    if request.also_split is not None and (subject != "task" or not needing(metrics, STATISTICS, FEATURES)):
+        raise UsageError("--also-split: a second reference of models with a task, and of a metric of sets, as fid")
     coded = needing(metrics, CODES)
     if coded and subject != "autoencoder":
         raise UsageError(f"--metrics {coded[0]}: says how an autoencoder's codes are used; use --autoencoder")
@@ -212,9 +238,9 @@ def check(request: EvaluationRequest) -> None:
         raise UsageError("--images: name the reference with --data")
     if is_npz(data) and request.conditions and (subject == "task" or needing(metrics, CONDITION)):
         raise UsageError(f"--data {data}: holds no conditions; name a data set")
-    if request.n is not None and request.n < 2 and needing(metrics, *OF_SETS):
+    if isinstance(request.n, int) and request.n < 2 and needing(metrics, *OF_SETS):
         raise InputError(f"-n {request.n}: a distribution needs at least 2 images")
-    if request.reference_count is not None and subject not in ("model", "images"):
+    if request.reference_count is not None and subject not in ("model", "images") and not request.also_split:
         raise UsageError("--reference-count: images are compared one by one here, so there are as many; use -n")
     if request.save_statistics is not None:
         _check_saving(request)
