@@ -137,7 +137,8 @@ def class_guidance(model: TrainedDiffusion, classifier: Any, values: Sequence[An
         classifier = load_classifier(classifier, model.device)
     classifier.check_fits(model)
     if names := model.class_names:  # the classifier may count the same classes in another order
-        numbers = [model.conditions.entries[Class.name].index(value) for value in values if value != ALL]
+        own: Any = model.conditions.entries[Class.name]
+        numbers = [own.index(value) for value in values if value != ALL]
         values = [names[k] if k < len(names) else k for k in numbers] or names
     every = not values or list(values) == [ALL]
     labels = list(range(len(classifier.names))) if every else [classifier.index(value) for value in values]

@@ -352,6 +352,7 @@ def _planned(training: Training) -> dict[str, Any]:
         flops = autoencoder_costs(settings, size)["autoencoder"].forward_flops
         shape = meta_autoencoder(settings.autoencoder).latent_shape(*size)
     else:
+        assert isinstance(settings, DiffusionConfig)
         network = meta_autoencoder(training.stage)
         shape = network.latent_shape(*_image_size(settings))
         specs = assumed_specs(settings, network, {})
