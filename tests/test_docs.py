@@ -44,6 +44,7 @@ PARSED = {
     r"--gpus|torchrun|accelerate launch": "several processes; test_two_processes and test_launch start them",
     r"^ldm demo": "test_help_examples runs a demo",
     r"--max-hours|--max-minutes|max_minutes": "hours; test_resume ends a run by --max-hours",
+    r"reference\.npz": "one line reads what the other writes; test_reference does both",
     r"runs/imagenet-ldm4": "50,000 samples; test_protocols measures by a small protocol",
     r"my-other-ae": "two autoencoders; test_several measures a KL and a VQ one",
     r"eval_samples|runs/my-measured": "a thousand samples an evaluation; test_sample_quality draws a few",

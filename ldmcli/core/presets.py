@@ -332,7 +332,7 @@ MODELS: dict[str, Preset] = {
         "fills holes in photographs of Places", _Shape(387_245_827, 416, "vq-f4-noattn", Z4, planes=4),
         (256, (1, 2, 3, 4), (8, 4, 2)), (1e-6, 128, 360_000), task__name="inpaint", diffusion__num_heads=8,
         diffusion__resblock_updown=True, diffusion__loss="l1", diffusion__beta_end=0.0205, data__crop="random",
-        sample__steps=50),
+        task__masks="lama-thick", sample__steps=50),
     "bsr_sr": _model(
         "four times as many pixels, from degraded photographs", _Shape(113_622_563, 306, "vq-f4", Z4, planes=3),
         (160, (1, 2, 2, 4), (16, 8)), (6.4e-5, 64, 860_000), task__name="sr", task__scale=4,
