@@ -101,8 +101,9 @@ class Group(TyperGroup):
     def format_help(self, ctx, formatter) -> None:
         lines = ["Usage: ldm COMMAND [OPTIONS]", "", *_wrap(self.help or "", 0), ""]
         panels: dict[str, list[str]] = {}
+        indent = max(map(len, COMMANDS)) + 4
         for name, (_, summary, panel) in COMMANDS.items():
-            panels.setdefault(panel, []).append(_row(name, summary, 16))
+            panels.setdefault(panel, []).append(_row(name, summary, indent))
         for panel, rows in panels.items():
             lines += [_heading(panel), *rows, ""]
         rows = [

@@ -158,7 +158,7 @@ def test_ldm_alone_shows_help_and_ends_with_code_2():
 
 def test_completion_offers_the_commands(ldm_process):
     ended = ldm_process(env={"_LDM_COMPLETE": "complete_bash", "COMP_WORDS": "ldm train-", "COMP_CWORD": "1"})
-    assert ended.stdout.split() == ["train-ae", "train-ldm"]
+    assert ended.stdout.split() == ["train-ae", "train-ldm", "train-classifier"]
 
 
 def test_completion_offers_options_and_their_words(ldm_process):
