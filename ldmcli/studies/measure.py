@@ -31,7 +31,7 @@ from ldmcli.sampling.load import load
 
 BATCH = 32
 SHEET_IMAGES = 8  # reconstructions and samples that the page shows of each run
-RATE_IMAGES = 64
+RATE_IMAGES = 32
 RECONSTRUCTION_METRICS = ("fid", "is", "psnr", "ssim")
 SAMPLE_METRICS = ("fid", "kid", "pr", "is")
 
