@@ -14,6 +14,8 @@ import pytest
 import tiny
 from PIL import Image
 
+from ldmcli.studies import measure
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "paper.md"
 DATA = ("celebahq", "imagenet", "coco", "places", "landscapes", "my-photos")
 # name of a run → what `ldm train-ldm` is given for the small one in its place
@@ -38,10 +40,12 @@ SHORTER = {
     "sample": {"--steps": "2", "-n": "2"},
     "upscale": {"--steps": "2"},
     "inpaint": {"--steps": "2"},
-    "eval-fid": {"--steps": "2", "-n": "10", "--reference-count": "12"},
+    "eval-fid": {"--steps": "2", "-n": "10", "--features": "effnet-lite0"},
     "neighbours": {"-n": "2", "-k": "3", "--features": "effnet-lite0"},
     "study": {
+        "--data": "imagenet",
         "--f": "1,4",
+        "--parameters": "200k",
         "--size": "32",
         "--steps": "1",
         "--sampling-steps": "1,2",
@@ -72,7 +76,7 @@ def shortened(command: str) -> list[str]:
     for option, value in SHORTER.get(name, {}).items():
         if option in words:
             words[words.index(option) + 1] = value
-        elif option not in ("--steps", "-n", "--reference-count") or "--model" in words or name in ("upscale", "study"):
+        elif option not in ("--steps", "-n") or "--model" in words or name == "study":
             words += [option, value]
     return [name, *words]
 
@@ -80,7 +84,8 @@ def shortened(command: str) -> list[str]:
 @pytest.fixture(scope="module")
 def at_home(tmp_path_factory):
     """A folder with the runs, data sets and files that the page names."""
-    with examples.small_networks(tmp_path_factory.mktemp("paper")) as folder:
+    with pytest.MonkeyPatch.context() as patch, examples.small_networks(tmp_path_factory.mktemp("paper")) as folder:
+        patch.setattr(measure, "RATE_IMAGES", 2)
         _pictures(folder / "imagenet")
         for name in DATA:
             if name != "imagenet":
@@ -151,6 +156,8 @@ def test_a_command_of_the_page_runs(row, command, at_home):
     if "--score" in command:
         pytest.skip("needs answers of people; tests/studies/test_ab.py scores some")
     words = tuple(shortened(command))
+    if words[0] == "train-ldm" and "--plan" not in words:
+        words += ("--out", "new/" + words[words.index("--recipe") + 1])
     if words not in _ended:
         _ended[words] = tiny.ldm(*words)
     ending = _ended[words]
