@@ -60,6 +60,8 @@ LACKING = {
     "tab7-": "--metrics fid --split validation",
     "tab8-": "-n 10",
     "tab9-": "--reference-count 12",
+    "tab4-": "--min-side 8",
+    "tab11-": "--min-side 8",
 }
 SIZES = {"512x1024": "64x128", "512": "64"}
 

@@ -59,9 +59,9 @@ def _unconditional(
 
 
 def _imagenet(
-    row: str, steps: int, guidance: float, fid: float, is_: float, precision: float, recall: float
+    row: str, steps: int, guidance: float, fid: float, is_: float, precision: float, recall: float, **more: float
 ) -> Protocol:
-    how = {"steps": steps, "eta": 1.0, "guidance": guidance, "balanced": True, "metrics": ("fid", "is", "pr")}
+    how = {"steps": steps, "eta": 1.0, "guidance": guidance, "balanced": True, "metrics": ("fid", "is", "pr"), **more}
     return Protocol(
         table=f"Tab. 3 and 10, {row}",
         subject="model",
@@ -194,6 +194,12 @@ PROTOCOLS: dict[str, Protocol] = {
     "tab10-imagenet-g1.25": _imagenet("LDM-4-G, scale 1.25", 250, 1.25, 3.95, 178.22, 0.81, 0.55),
     "tab10-imagenet-ldm8": _imagenet("LDM-8, 2.9M steps", 200, 1.0, 17.41, 72.92, 0.65, 0.62),
     "tab10-imagenet-ldm8-4.8m": _imagenet("LDM-8, 4.8M steps", 200, 1.0, 15.51, 79.03, 0.65, 0.63),
+    "tab10-imagenet-ldm8-g": _imagenet(
+        "LDM-8-G, 2.9M steps", 200, 1.0, 8.11, 190.43, 0.83, 0.36, classifier_scale=10.0
+    ),
+    "tab10-imagenet-ldm8-g-4.8m": _imagenet(
+        "LDM-8-G, 4.8M steps", 200, 1.0, 7.76, 209.52, 0.84, 0.35, classifier_scale=10.0
+    ),
     "tab4-sr": _enlarged("LDM-4", 100, (2.8, 4.8), 166.3, 24.4, 0.69, tone=0.0),
     "tab4-sr-15ep": _enlarged("LDM-4, 15 more epochs", 100, (2.6, 4.6), 169.76, 24.4, 0.69, tone=0.0),
     "tab11-sr-pixels": _enlarged("pixel-based DM", 100, (5.1, 7.1), 163.06, 24.1, 0.59, tone=0.0),
