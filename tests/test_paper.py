@@ -40,7 +40,7 @@ SHORTER = {
     "sample": {"--steps": "2", "-n": "2"},
     "upscale": {"--steps": "2"},
     "inpaint": {"--steps": "2"},
-    "eval-fid": {"--steps": "2", "-n": "10", "--features": "effnet-lite0"},
+    "eval-fid": {"--steps": "1", "-n": "10", "--features": "effnet-lite0"},
     "neighbours": {"-n": "2", "-k": "3", "--features": "effnet-lite0"},
     "study": {
         "--data": "imagenet",
@@ -60,8 +60,6 @@ LACKING = {
     "tab7-": "--metrics fid --split validation",
     "tab8-": "-n 10",
     "tab9-": "--reference-count 12",
-    "tab4-": "--min-side 8",
-    "tab11-": "--min-side 8",
 }
 SIZES = {"512x1024": "64x128", "512": "64"}
 
@@ -123,12 +121,12 @@ def _pictures(folder: Path) -> None:
     """Split folders of 16 and 12 pictures with captions, classes, boxes and maps."""
     for split, count in (("train", 16), ("validation", 12)):
         lines = []
-        paths = tiny.noisy_images(folder / split, count, 64)
+        paths = tiny.noisy_images(folder / split, count, 256)
         for k, path in enumerate(paths):
-            Image.fromarray((np.add.outer(np.arange(64), np.arange(64)) // (40 + k) % 2).astype(np.uint8)).save(
+            Image.fromarray((np.add.outer(np.arange(256), np.arange(256)) // (160 + k) % 2).astype(np.uint8)).save(
                 folder / split / f"map{k}.png"
             )
-            boxes = {"bbox": [[4, 4, 40, 40], [20, 10, 40, 50]], "category": ["cat", "dog"]}
+            boxes = {"bbox": [[16, 16, 160, 160], [80, 40, 160, 200]], "category": ["cat", "dog"]}
             lines.append(
                 {
                     "file_name": path.name,
