@@ -411,7 +411,8 @@ def test_sample_hands_its_options_on_as_one_request(sampled):
     )
     assert ended.code == 0 and ended.stdout == "x\n"
     model, request, out, more = sampled[0]
-    assert (model, out, more) == ("runs/a", Path("x"), {"overwrite": False, "fmt": "webp", "metadata": False})
+    assert (model, out) == ("runs/a", Path("x"))
+    assert more == {"overwrite": False, "fmt": "webp", "metadata": False, "progress": None}
     assert request.prompts == ("a [red] circle", "b") and (request.n, request.steps, request.seed) == (2, 5, 3)
     assert request.size == (32, 48) and request.guidance_interval == (0.1, 0.9)
     assert (request.sampler, request.weights, request.eta) == ("ddim", "raw", None)
