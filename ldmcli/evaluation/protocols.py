@@ -145,7 +145,11 @@ def _enlarged(
         published={"fid": fids[0], "fid_train": fids[1], "is": is_, "psnr": psnr, "ssim": ssim},
         rows=50_000,
         row_settings={"min_side": 256},
-        unpublished=("eta: 1, as the notebook of the published model", "SSIM: Wang's, of the original repository"),
+        unpublished=(
+            "eta: 1, as the notebook of the published model",
+            "SSIM: Wang's, of the original repository",
+            *(("guide: rule and scale, which are our defaults",) if "guide_factor" in more else ()),
+        ),
     )
 
 
@@ -203,7 +207,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "tab4-sr": _enlarged("LDM-4", 100, (2.8, 4.8), 166.3, 24.4, 0.69, tone=0.0),
     "tab4-sr-15ep": _enlarged("LDM-4, 15 more epochs", 100, (2.6, 4.6), 169.76, 24.4, 0.69, tone=0.0),
     "tab11-sr-pixels": _enlarged("pixel-based DM", 100, (5.1, 7.1), 163.06, 24.1, 0.59, tone=0.0),
-    "tab11-sr-guided": _enlarged("LDM-4, guided", 50, (4.4, 6.4), 153.7, 25.8, 0.74, guide_factor=4),
+    "tab11-sr-guided": _enlarged("LDM-4, guided", 50, (4.4, 6.4), 153.7, 25.8, 0.74, guide_factor=4, tone=0.0),
     "tab6-pixels": _efficiency("LDM-1, no first stage", 24.74),
     "tab6-kl-attn": _efficiency("LDM-4, KL, with attention", 15.21),
     "tab6-vq-attn": _efficiency("LDM-4, VQ, with attention", 14.99),
