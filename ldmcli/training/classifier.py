@@ -214,7 +214,7 @@ class ClassifierObjective:
     def preview(self, path: Path) -> None:
         """Writes a sheet: noisy latents of validation rows, decoded, a row a quarter of the timesteps, each with the
         class that is found in it."""
-        ids, autoencoder = list(range(min(SHOWN, self.count))), self._autoencoder_in_use()
+        ids, autoencoder = list(range(min(SHOWN, self.count))), self.latents.autoencoder_in_use
         rows = []
         for quarter in range(QUARTERS):
             z_t, t = self._noisy(quarter, ids)
@@ -223,22 +223,10 @@ class ClassifierObjective:
             rows.append([labelled(one, self.names[k]) for one, k in zip(pictures, found)])
         save_grid(path, rows)
 
-    def _autoencoder_in_use(self) -> LoadedAutoencoder:
-        first = self.autoencoder
-        return LoadedAutoencoder(first.network, self.latents.scale, first.fingerprint, first.config, first.place)
-
     def run_statistics(self) -> dict[str, Any]:
         """stats.json: scale and shape of the latents, names of the classes, hash of the autoencoder."""
-        scale = self.latents.scale
         return {
-            "latent_scale": {
-                "kind": self.config.diffusion.latent_scale,
-                "mean": list(scale.mean),
-                "std": list(scale.std),
-                "images": self.latents.scale_images,
-            },
-            "latent_shape": list(self.latents.shape),
-            "size": list(self.size),
+            **self.latents.statistics(self.config.diffusion.latent_scale),
             "class_names": self.names,
             "autoencoder": self.autoencoder.fingerprint,
         }

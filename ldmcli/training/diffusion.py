@@ -221,9 +221,7 @@ class DiffusionObjective:
 
     def as_model(self) -> LoadedDiffusion:
         """The model as users load it."""
-        first = self.autoencoder
-        autoencoder = LoadedAutoencoder(first.network, self.latents.scale, first.fingerprint, first.config, first.place)
-        return LoadedDiffusion(self.model, autoencoder, self.config, "")
+        return LoadedDiffusion(self.model, self.latents.autoencoder_in_use, self.config, "")
 
     def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Validation loss at fixed timesteps and noise, and metrics of samples (train.eval_samples)."""
@@ -241,16 +239,8 @@ class DiffusionObjective:
 
     def run_statistics(self) -> dict[str, Any]:
         """stats.json: scale and shape of the latents, what conditions learned, hash of the autoencoder, preview."""
-        scale = self.latents.scale
         return {
-            "latent_scale": {
-                "kind": self.config.diffusion.latent_scale,
-                "mean": list(scale.mean),
-                "std": list(scale.std),
-                "images": self.latents.scale_images,
-            },
-            "latent_shape": list(self.latents.shape),
-            "size": list(self.size),
+            **self.latents.statistics(self.config.diffusion.latent_scale),
             "conditions": self.specs,
             "autoencoder": self.autoencoder.fingerprint,
             "preview": self.preview_request(),

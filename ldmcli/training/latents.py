@@ -60,6 +60,21 @@ class LatentStore:
         self.scale = LatentScale.identity(self.shape[0])
         self.scale_images: int | None = None  # that the scale was measured on; None = not known
 
+    @property
+    def autoencoder_in_use(self) -> LoadedAutoencoder:
+        """The first stage with the latents' scale."""
+        first = self.autoencoder
+        return LoadedAutoencoder(first.network, self.scale, first.fingerprint, first.config, first.place)
+
+    def statistics(self, kind: str) -> dict[str, Any]:
+        """What stats.json says of them. kind: diffusion.latent_scale."""
+        mean, std = list(self.scale.mean), list(self.scale.std)
+        return {
+            "latent_scale": {"kind": kind, "mean": mean, "std": std, "images": self.scale_images},
+            "latent_shape": list(self.shape),
+            "size": list(self.size),
+        }
+
     def open_cache(self, rows: Any, check: Callable[[], None]) -> None:
         """Encodes what the cache lacks of `rows`, each process its part. check: called between batches, may raise.
 
