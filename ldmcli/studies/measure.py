@@ -165,8 +165,15 @@ def measure_rate_distortion(bench: Bench, name: str, model: Any) -> list[dict[st
 
 
 def _reference_rows(data: DataSettings, size: tuple[int, int]) -> tuple[Any, DataSettings]:
+    """Held-out rows; of a set that has fewer than two, as `ldm eval-fid` does, the training's."""
     settings = replace(data, size=size)
-    return open_reference(settings, "validation")[0], settings
+    rows = open_reference(settings, "validation")[0]
+    if len(rows) >= 2:
+        return rows, settings
+    console.warn_once(
+        "study-reference", f"{rows.source}: too few images are held out; its training images are measured"
+    )
+    return open_reference(settings, "train")[0], settings
 
 
 def _set_metrics(bench: Bench, images: list[np.ndarray], rows: Any, settings: DataSettings) -> EvaluationResult:
