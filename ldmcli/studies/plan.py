@@ -283,8 +283,9 @@ def levels(side: int) -> tuple[list[float], tuple[int, ...]]:
 def equal_parameters(
     settings: DiffusionConfig, stage: AutoencoderSettings, side: int, target: int = 0
 ) -> dict[str, Any]:
-    """Widths at which a model for latents of `side` has `target` parameters (0 = those of the default network),
-    as settings. The width of the first level is found with the usual ratios, then the last level's."""
+    """Widths at which a model for latents of `side` has `target` parameters (0 = those of the default network), as
+    settings. The width of the first level is found with the usual ratios, then the last level's. Raises UsageError for
+    numbers that no width comes near."""
     target = target or _parameters(replace(settings, diffusion=_default_shape(settings.diffusion)), DEFAULT_STAGE)
     ratios, factors = levels(side)
 
@@ -310,7 +311,13 @@ def equal_parameters(
             middle = times(1, (low + high) / 2)
             low, high = (middle, high) if off((start, middle)) <= 1 else (low, middle)
         candidates += [(start, low), (start, high)]
-    chosen = shaped(*min(candidates, key=lambda widths: abs(off(widths) - 1)))
+    nearest = min(candidates, key=lambda widths: abs(off(widths) - 1))
+    if not 0.5 <= off(nearest) <= 2:
+        raise UsageError(
+            f"--parameters {target}: a model in latents of {side} positions a side has "
+            f"{off(nearest) * target / 1e6:.2g} M or more; ask for as many"
+        )
+    chosen = shaped(*nearest)
     return {
         "diffusion.channels": chosen.channels,
         "diffusion.channel_mult": chosen.channel_mult,

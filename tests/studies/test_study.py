@@ -99,6 +99,7 @@ def test_the_plan_trains_nothing(tmp_path):
         (("--grid", "train.lr"), 2, "write SECTION.NAME=A,B"),
         (("--grid", "autoencoder.f=4,8"), 2, "say it with --f"),
         (("--parameters", "many"), 2, "--parameters many"),
+        (("--parameters", "10"), 2, "M or more; ask for as many"),
         (("--autoencoder", "nowhere"), 4, "no run of `ldm train-ae`"),
         (("--runs", "nowhere"), 4, "nowhere: no such run folder"),
         (("--features", "nowhere.safetensors"), 3, "nowhere.safetensors"),
@@ -172,7 +173,7 @@ def _check(found):
     ],
 )
 def test_first_stages_and_conditions_of_every_kind(options, condition, tmp_path):
-    ending = ldm("study", *TINY, "--f", "4", *options, "--out", tmp_path / "s", "--json")
+    ending = ldm("study", *TINY, "--f", "4", "--parameters", "400k", *options, "--out", tmp_path / "s", "--json")
     assert ending.code == 0, ending.stderr
     stage, model = ending.json["first_stages"][0], ending.json["models"][0]
     assert model["rate_distortion"] and model["sampling"]
