@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,13 +166,15 @@ def test_two_processes_measure_what_one_does(arguments, whole, tmp_path, monkeyp
     monkeypatch.setattr(sample_quality, "BATCH", 5)
     run = tmp_path / "run"
     assert tiny.ldm(*arguments(tmp_path / "one", steps=2)).code == 0
-    both = ranks(tmp_path, 2, *arguments(run, steps=2), before=in_blocks_of_five)
+    both = ranks(tmp_path, 2, *arguments(run, steps=2), before=partial(in_blocks_of_five, os.environ["EIGHT"]))
     assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
     one, two = (evaluations(folder)[2] for folder in (tmp_path / "one", run))
     assert two == pytest.approx(one, rel=1e-3)
 
 
-def in_blocks_of_five() -> None:
+def in_blocks_of_five(weights: str) -> None:
+    """In a process whose server may have been started before there were weights."""
+    os.environ["EIGHT"] = weights
     use_cheap_features()
     sample_quality.BATCH = 5
 
