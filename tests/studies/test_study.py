@@ -32,8 +32,10 @@ def _quick(monkeypatch, tmp_path):
 # --- the plan ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("condition", ("", "class", "text", "text+layout", "map"))
-@pytest.mark.parametrize("size", (32, 64, 256))
+@pytest.mark.parametrize(
+    ("size", "condition"),
+    [(32, ""), (64, ""), (256, ""), (64, "class"), (256, "text"), (64, "text+layout"), (256, "map")],
+)
 def test_models_of_a_study_have_equal_numbers_of_parameters(size, condition):
     layers = (("--size", {"data.size": size, "condition.kinds": condition}),)
     factors = (1, 4, 8) if size == 32 else (1, 2, 4, 8, 16, 32)
