@@ -209,7 +209,8 @@ def _model(request: StudyRequest, f: int, choice: Mapping[str, str], seed: int, 
         "train.seed": seed,
         "sample.sampler": request.sampler,
         "train.evaluations": request.evaluations,
-        **({"train.eval_samples": request.eval_samples} if request.eval_samples else {}),
+        "train.eval_samples": request.eval_samples,
+        "train.eval_features": request.features or "",
         **_length(request.minutes, request.steps),
     }
     here = [(origin, _belongs("diffusion", values)) for origin, values in request.layers]

@@ -77,8 +77,8 @@ def _measure(
         for name, variant, path in [*((one.name, one.variant, out / one.name) for one in stages), *named]
     ]
     found = [_measure_model(request, bench, one.name, one.variant, one.seed, out / one.name) for one in models]
-    for path in map(Path, request.runs):
-        found.append(_measure_model(request, bench, path.resolve().name, path.resolve().name, None, path))
+    for name, path in distinct_names(request.runs).items():
+        found.append(_measure_model(request, bench, name, name, None, path))
     machine = next((one["machine"] for one in found if one.get("machine")), None)
     return {
         "ldm": __version__,
@@ -112,6 +112,16 @@ def _measure_model(
         "sampling": sampling,
         "rate_distortion": measure_rate_distortion(bench, name, model),
     }
+
+
+def distinct_names(paths: Sequence[str]) -> dict[str, Path]:
+    """{name: path} of finished runs: the folder's name, with as many of the folders around it as tell them apart."""
+    places = list(dict.fromkeys(Path(path).absolute() for path in paths))
+    for length in range(1, max((len(place.parts) for place in places), default=1) + 1):
+        named = {"-".join(place.parts[-length:]).strip("/-"): place for place in places}
+        if len(named) == len(places):
+            break
+    return named
 
 
 def run_facts(path: Path) -> dict[str, Any]:

@@ -197,6 +197,26 @@ def test_finished_runs_are_measured_without_training(tiny_runs, tmp_path, monkey
     assert [model["variant"] for model in ending.json["models"]] == ["plain", "text"]
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    ending = ldm("study", *TINY, "--f", "4", "--out", tmp_path / "s")
+    assert ending.code == 2 and "start it without a launcher" in ending.stderr and not (tmp_path / "s").exists()
+
+
+def test_runs_of_one_name_are_told_apart():
+    """Else they would count as seeds of one model, and write over one another's measurements."""
+    assert list(study.distinct_names(("x/a/run", "x/b/run"))) == ["a-run", "b-run"]
+    assert list(study.distinct_names(("x/one", "x/two", "x/two"))) == ["one", "two"]
+    assert study.distinct_names(()) == {}
+
+
+def test_models_are_measured_by_one_network_in_training_and_after():
+    request = StudyRequest(factors=(1,), features="effnet-lite0", eval_samples=16, parameters=500_000)
+    train = plan_trainings(request)[0].resolved.config.train
+    assert (train.eval_features, train.eval_samples) == ("effnet-lite0", 16)
+
+
 def test_a_training_that_diverges_is_left_out_and_named(tmp_path, monkeypatch):
     train = study.train
 
