@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldmcli.core import config
-from ldmcli.evaluation import features
+from ldmcli.evaluation import extractors
 
 SMALL = {
     "data.limit": 24,
@@ -46,10 +46,10 @@ def small_networks(folder: Path) -> Iterator[Path]:
             patch.setenv(name, value)
         patch.setattr("ldmcli.reports.demo._resolved", small_resolved)
         patch.setattr("ldmcli.reports.demo.HELD_OUT", 6)
-        patch.setitem(features.NETWORKS, "effnet-lite0", replace(features.NETWORKS["effnet-lite0"], size=32))
-        features._cached.cache_clear()  # an extractor of 224 px that another test has opened
+        patch.setitem(extractors.NETWORKS, "effnet-lite0", replace(extractors.NETWORKS["effnet-lite0"], size=32))
+        extractors._cached.cache_clear()  # an extractor of 224 px that another test has opened
         yield folder
-    features._cached.cache_clear()
+    extractors._cached.cache_clear()
 
 
 def small_resolved(kind: str, values: dict, preset: str = ""):

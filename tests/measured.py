@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from ldmcli.core.files import sha256_file
 from ldmcli.core.settings import DiffusionConfig
-from ldmcli.evaluation import features
+from ldmcli.evaluation import extractors
+from ldmcli.evaluation.features import content_hash
 
 
 class TinyNet(torch.nn.Module):
@@ -26,14 +27,14 @@ class TinyNet(torch.nn.Module):
         return pooled, pooled * 4
 
 
-def tiny_extractor(path: Path) -> features.Extractor:
+def tiny_extractor(path: Path) -> extractors.Extractor:
     """The extractor of `TinyNet`, whose weights are written to `path`."""
     generator = torch.Generator().manual_seed(0)
     save_file({"conv.weight": torch.randn(8, 3, 5, 5, generator=generator), "conv.bias": torch.zeros(8)}, path)
     digest = sha256_file(path)
     rule = "bicubic (antialiased)"
-    network = features.Network(TinyNet, "pool (8)", 8, 16, rule, "FD (tiny)", "tiny8", (digest,), "x")
-    return features.Extractor("tiny", network, path, digest)
+    network = extractors.Network(TinyNet, "pool (8)", 8, 16, rule, "FD (tiny)", "tiny8", (digest,), "x")
+    return extractors.Extractor("tiny", network, path, digest)
 
 
 def pictures(n, seed=0, size=16):
@@ -64,7 +65,7 @@ class Rows:
     class_names: tuple = ("one", "two")
     notes: tuple = ()
 
-    fingerprint = property(lambda self: features.content_hash(self.images))
+    fingerprint = property(lambda self: content_hash(self.images))
 
     def __len__(self):
         return len(self.images)

@@ -21,7 +21,8 @@ from ldmcli.core.errors import UsageError
 from ldmcli.evaluation.baselines import guided_sources, task_sources
 from ldmcli.evaluation.compare import compare, lookup, read_result, with_comparison
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
-from ldmcli.evaluation.features import FeatureSet, default_features, open_extractor
+from ldmcli.evaluation.extractors import default_features, open_extractor
+from ldmcli.evaluation.features import FeatureSet
 from ldmcli.evaluation.image_streams import (
     CodeCounts,
     ImageStream,

@@ -11,7 +11,8 @@ import numpy as np
 
 from ldmcli.core.errors import InputError
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
-from ldmcli.evaluation.features import Collector, Extractor, FeatureSet, extract, in_blocks
+from ldmcli.evaluation.extractors import Extractor
+from ldmcli.evaluation.features import Collector, FeatureSet, extract, in_blocks
 from ldmcli.evaluation.image_streams import ImageStream
 from ldmcli.evaluation.metrics import (
     BLOCK,

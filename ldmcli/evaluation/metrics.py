@@ -16,7 +16,8 @@ import torch
 
 from ldmcli.core.errors import InputError
 from ldmcli.evaluation.condition_fidelity import LABELS, LAYOUT, MAP, measure
-from ldmcli.evaluation.features import Extractor, FeatureSet, in_blocks
+from ldmcli.evaluation.extractors import Extractor
+from ldmcli.evaluation.features import FeatureSet, in_blocks
 from ldmcli.evaluation.reference_statistics import Statistics, gaussian
 from ldmcli.evaluation.result import Scores
 from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, kid, precision_recall, psnr, ssim

@@ -18,7 +18,8 @@ from ldmcli.core.settings import DataSettings
 from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.data.joined_rows import JoinedRows
 from ldmcli.data.sources import divided, held_out, open_rows, split_sizes, whole_rows
-from ldmcli.evaluation.features import Collector, Extractor, FeatureSet, extract, in_blocks
+from ldmcli.evaluation.extractors import Extractor
+from ldmcli.evaluation.features import Collector, FeatureSet, extract, in_blocks
 from ldmcli.evaluation.image_streams import ImageStream, evenly_spaced, npz_source
 from ldmcli.maths.metrics import Gaussian
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldmcli.core import files
 from ldmcli.core.errors import ModelError
-from ldmcli.evaluation.features import FEATURES
+from ldmcli.evaluation.extractors import FEATURES
 from ldmcli.maths import rng
 from ldmcli.networks.feature_nets import EfficientNetLite0, load_frozen
 

@@ -18,7 +18,7 @@ from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.shape_reading import score
 from ldmcli.data.sources import open_rows
-from ldmcli.evaluation.features import open_extractor
+from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.maths.metrics import frechet_from_features
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.reports.report import write_demo_report, write_pages

@@ -19,7 +19,8 @@ from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.runs import is_run, locate
 from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation.baselines import task_of
-from ldmcli.evaluation.features import Extractor, content_hash, in_blocks, open_extractor
+from ldmcli.evaluation.extractors import Extractor, open_extractor
+from ldmcli.evaluation.features import content_hash, in_blocks
 from ldmcli.evaluation.image_streams import (
     ImageStream,
     evenly_spaced,

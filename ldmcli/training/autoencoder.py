@@ -13,7 +13,7 @@ from ldmcli.core import files
 from ldmcli.core.settings import AutoencoderConfig
 from ldmcli.data.augment import batch_indices, load_pixels
 from ldmcli.data.batches import rank_slice
-from ldmcli.evaluation.features import open_extractor
+from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.evaluation.metrics import reconstruction_metrics
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels

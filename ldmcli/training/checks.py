@@ -18,7 +18,7 @@ from ldmcli.data.decode import colour
 from ldmcli.data.shape_rows import check_source
 from ldmcli.diffusion.sample import check_sampling
 from ldmcli.diffusion.schedule import make_schedule
-from ldmcli.evaluation.features import Extractor
+from ldmcli.evaluation.extractors import Extractor
 from ldmcli.networks.perceptual import check_perceptual
 from ldmcli.training import cost
 from ldmcli.training.best import find_metric

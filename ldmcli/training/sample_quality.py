@@ -17,7 +17,8 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig, TrainSettings
 from ldmcli.evaluation.baselines import answer_for_rows
 from ldmcli.evaluation.compare import read_key
-from ldmcli.evaluation.features import FEATURES, Extractor, FeatureSet, extract, open_extractor
+from ldmcli.evaluation.extractors import FEATURES, Extractor, open_extractor
+from ldmcli.evaluation.features import FeatureSet, extract
 from ldmcli.evaluation.image_streams import condition_source, evenly_spaced, rows_source, sample_for_rows
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments, set_metrics
 from ldmcli.evaluation.metrics import IS_SPLITS, METRICS, finite_mean, image_values

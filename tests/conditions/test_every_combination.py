@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import ldmcli
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.sources import open_rows
-from ldmcli.evaluation import evaluate, features
+from ldmcli.evaluation import evaluate, extractors
 from ldmcli.training import sample_quality
 
 SIZE, ROWS = 16, 6
@@ -88,9 +88,11 @@ def materials(tmp_path_factory):
 def cheap_features(materials, monkeypatch):
     """Features that cost nothing: whether a model can be measured is the question here, not how good it is."""
     path = materials[0] / "eight.safetensors"
-    network = features.Network(Eight, "pool (8)", 8, 16, "bicubic (antialiased)", "FD (eight)", "eight8", ("x",), "x")
+    network = extractors.Network(Eight, "pool (8)", 8, 16, "bicubic (antialiased)", "FD (eight)", "eight8", ("x",), "x")
     for module in (evaluate, sample_quality):
-        monkeypatch.setattr(module, "open_extractor", lambda name=None: features.Extractor("eight", network, path, "x"))
+        monkeypatch.setattr(
+            module, "open_extractor", lambda name=None: extractors.Extractor("eight", network, path, "x")
+        )
     monkeypatch.setenv("LDM_CACHE", str(materials[0] / "cache"))
 
 

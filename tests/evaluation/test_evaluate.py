@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation import evaluate as module
-from ldmcli.evaluation import features
+from ldmcli.evaluation import extractors, features
 from ldmcli.evaluation.compare import compare, lookup
 from ldmcli.evaluation.evaluate import evaluate
 from ldmcli.evaluation.image_streams import evenly_spaced
@@ -242,7 +242,7 @@ def test_without_a_named_reference_the_models_own_data_is_taken(rows):
 
 
 def test_missing_weights_end_the_command_before_anything_is_drawn(rows, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "open_extractor", features.open_extractor)
+    monkeypatch.setattr(module, "open_extractor", extractors.open_extractor)
     monkeypatch.setenv("LDM_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("LDM_OFFLINE", "1")
     model = Model()

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldmcli.core.errors import InputError, UsageError
-from ldmcli.evaluation import features
-from ldmcli.evaluation.features import FEATURES, NETWORKS, Extractor, default_features, extract, open_extractor
+from ldmcli.evaluation import extractors
+from ldmcli.evaluation.extractors import FEATURES, NETWORKS, Extractor, default_features, open_extractor
+from ldmcli.evaluation.features import extract
 from ldmcli.networks import feature_nets as nets
 
 
@@ -157,7 +158,7 @@ def test_missing_inception_weights_are_named_with_hash_and_place(tmp_path, monke
 
 def test_inception_is_the_default_where_its_weights_are(tmp_path, monkeypatch, random_inception):
     monkeypatch.setenv("LDM_WEIGHTS", str(tmp_path))
-    (tmp_path / features.INCEPTION_URL.rsplit("/", 1)[-1]).write_bytes(random_inception.read_bytes())
+    (tmp_path / extractors.INCEPTION_URL.rsplit("/", 1)[-1]).write_bytes(random_inception.read_bytes())
     assert default_features() == "inception"
     assert open_extractor(None, torch.device("cpu")).name == "inception"
 
@@ -174,7 +175,7 @@ def test_unknown_names_and_files_are_refused(tmp_path):
 
 
 def test_opening_an_extractor_leaves_the_random_stream_alone():
-    features._cached.cache_clear()
+    extractors._cached.cache_clear()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

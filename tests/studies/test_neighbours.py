@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import ldm
 
 from ldmcli.core import runs
-from ldmcli.evaluation import features
+from ldmcli.evaluation import extractors
 from ldmcli.studies.neighbours import Nearest, closer_share
 
 
@@ -19,10 +19,10 @@ from ldmcli.studies.neighbours import Nearest, closer_share
 def small_extractor():
     """EfficientNet-lite0 on pictures of 32 px."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(features.NETWORKS, "effnet-lite0", replace(features.NETWORKS["effnet-lite0"], size=32))
-        features._cached.cache_clear()
+        patch.setitem(extractors.NETWORKS, "effnet-lite0", replace(extractors.NETWORKS["effnet-lite0"], size=32))
+        extractors._cached.cache_clear()
         yield
-    features._cached.cache_clear()
+    extractors._cached.cache_clear()
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 200])

@@ -38,7 +38,7 @@ from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.sample import KnownRegion, sample_conditioned
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import make_schedule
-from ldmcli.evaluation import features
+from ldmcli.evaluation import extractors
 from ldmcli.maths import rng
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import CONDITIONERS, load_tokenizer, train_vocabulary
@@ -515,14 +515,14 @@ def test_every_preset_can_be_planned(name, monkeypatch):
 # --- networks that measure -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", features.NETWORKS)
+@pytest.mark.parametrize("name", extractors.NETWORKS)
 def test_features_are_those_of_a_cpu(name):
     torch.manual_seed(0)
-    network = features.NETWORKS[name]
+    network = extractors.NETWORKS[name]
     net, found = network.build().eval().requires_grad_(False), []
     for place in (contextlib.nullcontext, pretended):
         with place() as device:
-            extractor = object.__new__(features.Extractor)
+            extractor = object.__new__(extractors.Extractor)
             extractor.name, extractor.network, extractor.block = name, network, 2
             extractor.device, extractor.net = device or CPU, net.to(device or CPU)
             found.append(extractor.features(list(PIXELS)))

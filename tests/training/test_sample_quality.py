@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import ldmcli
 from ldmcli.core.errors import ModelError
-from ldmcli.evaluation import features
+from ldmcli.evaluation import extractors
 from ldmcli.training import sample_quality
 from ldmcli.training.sample_quality import SampleQuality
 
@@ -40,8 +40,8 @@ class Eight(torch.nn.Module):
 
 def use_cheap_features() -> None:
     path = Path(os.environ["EIGHT"])
-    network = features.Network(Eight, "pool (8)", 8, 16, "bicubic (antialiased)", "FD (eight)", "eight8", ("x",), "x")
-    extractor = features.Extractor("eight", network, path, "x")
+    network = extractors.Network(Eight, "pool (8)", 8, 16, "bicubic (antialiased)", "FD (eight)", "eight8", ("x",), "x")
+    extractor = extractors.Extractor("eight", network, path, "x")
     sample_quality.open_extractor = lambda name=None: extractor
 
 
