@@ -27,14 +27,14 @@ class TinyNet(torch.nn.Module):
         return pooled, pooled * 4
 
 
-def tiny_extractor(path: Path) -> extractors.Extractor:
-    """The extractor of `TinyNet`, whose weights are written to `path`."""
-    generator = torch.Generator().manual_seed(0)
+def tiny_extractor(path: Path, seed: int = 0, name: str = "tiny") -> extractors.Extractor:
+    """The extractor of a `TinyNet`, whose weights are written to `path`."""
+    generator = torch.Generator().manual_seed(seed)
     save_file({"conv.weight": torch.randn(8, 3, 5, 5, generator=generator), "conv.bias": torch.zeros(8)}, path)
     digest = sha256_file(path)
     rule = "bicubic (antialiased)"
-    network = extractors.Network(TinyNet, "pool (8)", 8, 16, rule, "FD (tiny)", "tiny8", (digest,), "x")
-    return extractors.Extractor("tiny", network, path, digest)
+    network = extractors.Network(TinyNet, "pool (8)", 8, 16, rule, f"FD ({name})", f"{name}8", (digest,), "x")
+    return extractors.Extractor(name, network, path, digest)
 
 
 def pictures(n, seed=0, size=16):

@@ -6,7 +6,7 @@ of the table (`metrics.py`). The result is one dict, `ldm eval-fid --json` print
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ldmcli.core.errors import UsageError
 from ldmcli.evaluation.baselines import guided_sources, task_sources
 from ldmcli.evaluation.compare import compare, lookup, read_result, with_comparison
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
-from ldmcli.evaluation.extractors import default_features, open_extractor
+from ldmcli.evaluation.extractors import Extractor, default_features, open_extractor
 from ldmcli.evaluation.features import FeatureSet
 from ldmcli.evaluation.image_streams import (
     CodeCounts,
@@ -69,7 +69,8 @@ __all__ = ["METRICS", "compare", "evaluate", "lookup"]
 
 GENERATED_LIMIT = 1_000  # samples of a model where nobody says how many
 
-Measured = tuple[FeatureSet, FeatureSet | Statistics | None]  # what is measured, and the reference
+Sets = Sequence[FeatureSet | Statistics]  # what each network found in the same images; empty without images
+Measured = tuple[Sequence[FeatureSet], Sets]  # what is measured, and the reference
 
 
 def evaluate(**arguments: Any) -> dict[str, Any]:
@@ -96,7 +97,9 @@ def _ready(arguments: dict[str, Any]) -> EvaluationRequest:
     return with_row_settings(request)
 
 
-def _measured(request: EvaluationRequest, earlier: dict | None, known: dict[str, FeatureSet]) -> dict[str, Any]:
+def _measured(
+    request: EvaluationRequest, earlier: dict | None, known: dict[str, tuple[FeatureSet, ...]]
+) -> dict[str, Any]:
     """The document of a request. known: features of originals by the keys of their streams, which are added."""
     started = time.monotonic()
     result = EvaluationResult()
@@ -119,8 +122,7 @@ def state_protocol(
     rows: of the reference, None where nobody knows how many."""
     if not request.protocol:
         return
-    extractor = instruments.extractor
-    features = extractor.name if extractor is not None and extractor.known else None
+    features = next((one.name for one in instruments.extractors[:1] if one.known), None)
     conditioned = bool(given_conditions(request))
     reasons = differences(request.protocol, request.differs, n=n, rows=rows, features=features, conditioned=conditioned)
     result.protocol["protocol"] = statement(request.protocol, reasons)
@@ -146,7 +148,7 @@ def _measured_each(subject: str, measured: list[Any], arguments: dict[str, Any])
     metrics = arguments.get("metrics")
     if not metrics and subject == "autoencoder" and any(request.autoencoder.network.is_vq for request in requests):
         metrics = (*requests[0].chosen, "codebook")
-    known: dict[str, FeatureSet] = {}
+    known: dict[str, tuple[FeatureSet, ...]] = {}
     found = [_measured(replace(request, data=data, metrics=metrics), None, known) for request in requests]
     named = [
         {"name": request.name or f"{subject} {k + 1}", **result}
@@ -156,16 +158,13 @@ def _measured_each(subject: str, measured: list[Any], arguments: dict[str, Any])
 
 
 def save_reference(
-    request: EvaluationRequest,
-    instruments: Instruments,
-    result: EvaluationResult,
-    reference: FeatureSet | Statistics | None,
+    request: EvaluationRequest, instruments: Instruments, result: EvaluationResult, reference: Sets
 ) -> None:
     """Writes the reference's statistics where the request wants them. Raises UsageError where there are none."""
-    if reference is None or instruments.extractor is None:
+    if not reference or not instruments.extractors:
         raise UsageError("--save-statistics: nothing was measured against a reference")
     path = Path(str(request.save_statistics))
-    write_statistics(path, reference, instruments.extractor, result.protocol.get("reference", {}))
+    write_statistics(path, reference[0], instruments.extractors[0], result.protocol.get("reference", {}))
     result.protocol["saved_statistics"] = str(path)
 
 
@@ -175,19 +174,32 @@ def open_instruments(request: EvaluationRequest, result: EvaluationResult) -> In
     Raises InputError for weights that are missing or damaged, UsageError for unknown names.
     """
     chosen = request.chosen
-    extractor = open_extractor(request.features) if needing(chosen, *OF_SETS) else None
+    extractors = open_networks(request.networks) if needing(chosen, *OF_SETS) else ()
     perceptual = perceptual_net(request.perceptual) if needing(chosen, PERCEPTUAL) else None
-    if extractor is not None and request.features is None and default_features() != "inception":
+    if extractors and request.features is None and default_features() != "inception":
         result.warnings.append(
-            f"{extractor.display}, not FID: Inception's weights are not here "
+            f"{extractors[0].display}, not FID: Inception's weights are not here "
             "(--features inception gets them, or says where to put them)"
         )
-    if extractor is not None and not extractor.known:
-        result.warnings.append(
-            f"weights of {extractor.name} are not known (SHA-256 {extractor.sha256[:12]}): "
-            "numbers of others do not compare"
-        )
-    return Instruments(chosen, extractor, perceptual, request.progress or no_progress)
+    for extractor in extractors:
+        if not extractor.known:
+            result.warnings.append(
+                f"weights of {extractor.name} are not known (SHA-256 {extractor.sha256[:12]}): "
+                "numbers of others do not compare"
+            )
+    return Instruments(chosen, extractors, perceptual, request.progress or no_progress)
+
+
+def open_networks(names: Sequence[Any]) -> tuple[Extractor, ...]:
+    """The extractors by these names (`open_extractor`), each once. Raises UsageError where numbers of two would stand
+    under one key."""
+    found = list({one.sha256: one for one in map(open_extractor, names)}.values())
+    for k, extractor in enumerate(found):
+        if any(extractor.suffix == other.suffix for other in found[:k]):
+            raise UsageError(
+                f"--features: two networks whose numbers are called …_{extractor.suffix}; measure by one at a time"
+            )
+    return tuple(found)
 
 
 # --- who is measured against what ------------------------------------------------------------------------------
@@ -266,7 +278,7 @@ def second_reference(
     request: EvaluationRequest,
     instruments: Instruments,
     result: EvaluationResult,
-    generated: FeatureSet,
+    generated: Sequence[FeatureSet],
     size: tuple[int, int],
 ) -> None:
     """Adds what sets have against the rows of another split (the second number of Tab. 4), with its name behind."""
@@ -334,24 +346,23 @@ MEASURES: dict[str, Callable[[EvaluationRequest, Instruments, EvaluationResult],
 
 
 def report(
-    instruments: Instruments,
-    result: EvaluationResult,
-    generated: FeatureSet,
-    reference: FeatureSet | Statistics | None,
-    seconds: float,
+    instruments: Instruments, result: EvaluationResult, generated: Sequence[FeatureSet], reference: Sets, seconds: float
 ) -> dict[str, Any]:
-    """The document that `ldm eval-fid --json` prints."""
-    extractor = instruments.extractor
-    count = reference.n if isinstance(reference, Statistics) else len(reference) if reference is not None else 0
-    dim = extractor.dim if extractor else 0
+    """The document that `ldm eval-fid --json` prints. Of several networks the first one's distance is that of
+    `frechet`, `extractor` and `reliable`."""
+    extractor = next(iter(instruments.extractors), None)
+    real = next(iter(reference), None)
+    count = real.n if isinstance(real, Statistics) else len(real) if real is not None else 0
+    n, dim = len(generated[0]), extractor.dim if extractor else 0
     return {
         "metrics": result.values,
         "labels": result.labels,
         "frechet": extractor.metric_key if extractor and "fid" in instruments.metrics else None,
-        "n_generated": len(generated),
+        "n_generated": n,
         "n_reference": count,
-        "reliable": len(generated) > dim and (count is None or count > dim or reference is None),
+        "reliable": n > dim and (count is None or count > dim or real is None),
         "extractor": extractor.protocol if extractor else None,
+        "extractors": [one.protocol for one in instruments.extractors],
         **result.protocol,
         "versions": {"ldm": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "seconds": round(seconds, 2),

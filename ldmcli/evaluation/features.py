@@ -49,11 +49,11 @@ def in_blocks(stream: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 class Collector:
-    """Builds a FeatureSet block by block. Without an extractor it keeps hashes and sizes only."""
+    """Builds the FeatureSets of several networks block by block, from pictures that are read once."""
 
-    def __init__(self, extractor: Extractor | None):
-        self.extractor = extractor
-        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
+    def __init__(self, extractors: Sequence[Extractor]):
+        self.extractors = tuple(extractors)
+        self.parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in extractors]
         self.hashes: list[str] = []
         self.sizes: set[tuple[int, int]] = set()
 
@@ -61,28 +61,46 @@ class Collector:
         """Takes uint8 (H, W, 3) images, of any sizes."""
         self.hashes += [content_hash(image) for image in block]
         self.sizes |= {(int(image.shape[0]), int(image.shape[1])) for image in block}
-        if self.extractor is not None:
-            self.parts.append(self.extractor.features_and_logits(block))
+        for extractor, parts in zip(self.extractors, self.parts):
+            parts.append(extractor.features_and_logits(block))
 
-    def add_known(self, found: FeatureSet, ids: list[int]) -> None:
-        """Takes images `ids` of a set whose features are known."""
-        self.hashes += [found.hashes[i] for i in ids]
-        self.sizes |= found.sizes
-        self.parts.append((found.features[ids], found.logits[ids]))
+    def result(self) -> tuple[FeatureSet, ...]:
+        """Everything that was added: a set for each network; without one a set of hashes and sizes alone."""
+        return tuple(joined(parts, self.hashes, self.sizes) for parts in self.parts or [[]])
 
-    def result(self) -> FeatureSet:
-        """Everything that was added."""
-        empty = np.zeros((0, 0), np.float32)
-        features, logits = zip(*self.parts) if self.parts else ((empty,), (empty,))
-        return FeatureSet(np.concatenate(features), np.concatenate(logits), self.hashes, self.sizes)
+
+def joined(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], hashes: list[str], sizes: set[tuple[int, int]]
+) -> FeatureSet:
+    """The FeatureSet of (features, logits) in parts."""
+    empty = np.zeros((0, 0), np.float32)
+    features, logits = zip(*parts) if parts else ((empty,), (empty,))
+    return FeatureSet(np.concatenate(features), np.concatenate(logits), hashes, sizes)
+
+
+def concatenated(sets: Sequence[FeatureSet]) -> FeatureSet:
+    """Sets of one network, one behind the other."""
+    hashes, sizes = (
+        [name for one in sets for name in one.hashes],
+        set[tuple[int, int]]().union(*(s.sizes for s in sets)),
+    )
+    return joined([(one.features, one.logits) for one in sets], hashes, sizes)
 
 
 def extract(
-    images: Iterable[np.ndarray], extractor: Extractor | None, advance: Callable[[int], None] = lambda count: None
+    images: Iterable[np.ndarray], extractor: Extractor, advance: Callable[[int], None] = lambda count: None
 ) -> FeatureSet:
     """The FeatureSet of a stream of uint8 (H, W, 3) images."""
-    collector = Collector(extractor)
-    for block in in_blocks(images, extractor.block if extractor else 16):
+    return extract_all(images, (extractor,), advance)[0]
+
+
+def extract_all(
+    images: Iterable[np.ndarray], extractors: Sequence[Extractor], advance: Callable[[int], None] = lambda count: None
+) -> tuple[FeatureSet, ...]:
+    """A FeatureSet for each network of a stream of uint8 (H, W, 3) images, which is read once; without a network one
+    set of hashes and sizes alone."""
+    collector = Collector(extractors)
+    for block in in_blocks(images, max([extractor.block for extractor in extractors], default=16)):
         collector.add(block)
         advance(len(block))
     return collector.result()

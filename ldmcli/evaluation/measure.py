@@ -12,7 +12,7 @@ import numpy as np
 from ldmcli.core.errors import InputError
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
 from ldmcli.evaluation.extractors import Extractor
-from ldmcli.evaluation.features import Collector, FeatureSet, extract, in_blocks
+from ldmcli.evaluation.features import Collector, FeatureSet, extract_all, in_blocks
 from ldmcli.evaluation.image_streams import ImageStream
 from ldmcli.evaluation.metrics import (
     BLOCK,
@@ -36,24 +36,29 @@ REFERENCE_LIMIT = KEPT  # rows of a data set that a reference takes where nobody
 
 @dataclass(frozen=True)
 class Instruments:
-    """What measures: the requested metrics, and the networks that they need. known: features of originals by the key
-    of their stream, which several evaluations share."""
+    """What measures: the requested metrics, and the networks that they need; sets are compared by each of the
+    extractors. known: features of originals by the key of their stream, which several evaluations share."""
 
     metrics: tuple[str, ...]
-    extractor: Extractor | None
+    extractors: tuple[Extractor, ...]
     perceptual: Any
     progress: Callable[[int, str], Any]
-    known: dict[str, FeatureSet] = field(default_factory=dict)
+    known: dict[str, tuple[FeatureSet, ...]] = field(default_factory=dict)
 
     def needing(self, *needs: str) -> list[str]:
         """Those of the metrics that need one of these, in the order of the table."""
         return needing([name for name in METRICS if name in self.metrics], *needs)
 
+    def network_named(self, extractor: Extractor) -> str:
+        """The network in brackets, for warnings; "" where there is only one."""
+        return f" ({extractor.title})" if len(self.extractors) > 1 else ""
+
 
 def measure_stream(
     instruments: Instruments, result: EvaluationResult, source: ImageStream
-) -> tuple[FeatureSet, list[np.ndarray]]:
-    """The features of a stream, and its images where metrics of conditions read them; adds what needs images alone."""
+) -> tuple[tuple[FeatureSet, ...], list[np.ndarray]]:
+    """The features of a stream by each network, and its images where metrics of conditions read them; adds what needs
+    images alone."""
     kept: list[np.ndarray] = []
     keep = bool(needing(instruments.metrics, CONDITION))
     values: dict[str, list[float]] = {name: [] for name in instruments.needing(IMAGES)}
@@ -67,7 +72,7 @@ def measure_stream(
             yield image
 
     with instruments.progress(source.count, "generated") as bar:
-        features = extract(seen(), instruments.extractor, bar.advance)
+        features = extract_all(seen(), instruments.extractors, bar.advance)
     for name in values:
         _add_mean(instruments, result, name, values[name])
     return features, kept
@@ -79,38 +84,39 @@ def measure_reference(
     reference: ImageStream | Statistics | None,
     streamed: bool = False,
     save: bool = False,
-) -> FeatureSet | Statistics | None:
-    """The features of a stream, or what is known of a reference already: all features where they are.
+) -> tuple[FeatureSet | Statistics, ...]:
+    """What each network finds in a stream, or what is known of a reference already: all features where they are. ()
+    without a reference.
 
     streamed: of a long stream mean and covariance, and the features of some images where they are needed or saved.
     """
-    extractor = instruments.extractor
-    if reference is None or extractor is None:
-        return None
+    extractors = instruments.extractors
+    if reference is None or not extractors:
+        return ()
     rows_needed = bool(needing(instruments.metrics, FEATURES))
     if isinstance(reference, Statistics):
         result.protocol["reference"] = {"source": reference.source, "statistics": "mu, sigma"}
         if reference.protocol:
             result.protocol["reference"]["of"] = reference.protocol
         if reference.rows is not None and len(reference.rows) == reference.n:
-            return reference.rows
+            return (reference.rows,)
         if not rows_needed or reference.rows is not None or reference.images is None:
-            return _stated(result, reference, rows_needed)
+            return _stated(result, (reference,), rows_needed)
         with instruments.progress(reference.images.count, "reference") as bar:
-            rows = reference_features(extractor, reference.images, bar.advance, REFERENCE_LIMIT)
-        return _stated(result, replace(reference, rows=rows), rows_needed)
+            rows = reference_features(extractors, reference.images, bar.advance, REFERENCE_LIMIT)[0]
+        return _stated(result, (replace(reference, rows=rows),), rows_needed)
     result.protocol["reference"] = reference.protocol
     with instruments.progress(reference.count, "reference") as bar:
         if not streamed or reference.count <= REFERENCE_LIMIT:
-            return reference_features(extractor, reference, bar.advance, REFERENCE_LIMIT)
-        found = streamed_statistics(extractor, reference, bar.advance, rows_needed or save)
+            return reference_features(extractors, reference, bar.advance, REFERENCE_LIMIT)
+        found = streamed_statistics(extractors, reference, bar.advance, rows_needed or save)
     return _stated(result, found, rows_needed)
 
 
-def _stated(result: EvaluationResult, found: Statistics, rows_needed: bool) -> Statistics:
+def _stated(result: EvaluationResult, found: tuple[Statistics, ...], rows_needed: bool) -> tuple[Statistics, ...]:
     """The statistics; of how many images the features are that some metrics need is said."""
-    if rows_needed and found.rows is not None:
-        result.protocol["reference_features"] = {"rows": len(found.rows)}
+    if rows_needed and found[0].rows is not None:
+        result.protocol["reference_features"] = {"rows": len(found[0].rows)}
     return found
 
 
@@ -120,11 +126,11 @@ def paired(
     generated: ImageStream,
     reference: ImageStream,
     groups: Mapping[str, Sequence[int]] = MappingProxyType({}),
-) -> tuple[FeatureSet, FeatureSet]:
+) -> tuple[tuple[FeatureSet, ...], tuple[FeatureSet, ...]]:
     """Measures two streams of the same length image by image, and for metrics of sets, set by set. groups: {name:
     positions} of pairs that are measured by themselves, too."""
     values: dict[str, list[float]] = {name: [] for name in instruments.needing(*OF_EACH)}
-    sides = Collector(instruments.extractor), Collector(instruments.extractor)
+    sides = Collector(instruments.extractors), Collector(instruments.extractors)
     known = instruments.known.get(reference.key)
     with instruments.progress(reference.count, "pairs") as bar:
         for block in in_blocks(zip(generated.stream(), reference.stream()), BLOCK):
@@ -145,22 +151,25 @@ def paired(
     set_metrics(instruments, result, *features, copies=False)
     for name, ids in groups.items():
         of_group = {metric: [numbers[i] for i in ids] for metric, numbers in values.items()}
-        part = _of_group(instruments, of_group, features[0].of(ids), features[1].of(ids))
+        sets = [[one.of(ids) for one in side] for side in features]
+        part = _of_group(instruments, of_group, *sets)
         result.groups[name] = {"n": len(ids), "metrics": part.values}
     return features
 
 
 def _of_group(
-    instruments: Instruments, values: Mapping[str, list[float]], generated: FeatureSet, reference: FeatureSet
+    instruments: Instruments,
+    values: Mapping[str, list[float]],
+    generated: Sequence[FeatureSet],
+    reference: Sequence[FeatureSet],
 ) -> EvaluationResult:
     """The numbers of some of the pairs; of sets only where two images or more are among them."""
-    result, extractor = EvaluationResult(), instruments.extractor
+    result = EvaluationResult()
     for name, found in values.items():
         _add_mean(instruments, result, name, found)
-    if extractor is not None and len(generated) > 1:
-        for name in instruments.needing(*OF_SETS):
-            scores = METRICS[name].compute(FeatureSets(generated, reference, extractor))
-            result.add_scores(scores, METRICS[name].labels(name), (extractor.suffix, extractor.title))
+    if len(generated[0]) > 1:
+        for sets in _by_network(instruments, generated, reference):
+            _add_sets(instruments, result, sets)
     return result
 
 
@@ -196,27 +205,45 @@ def condition_metrics(instruments: Instruments, result: EvaluationResult, sample
 def set_metrics(
     instruments: Instruments,
     result: EvaluationResult,
-    generated: FeatureSet,
-    reference: FeatureSet | Statistics | None,
+    generated: Sequence[FeatureSet],
+    reference: Sequence[FeatureSet | Statistics],
     copies: bool = True,
 ) -> None:
-    """Adds everything that compares two sets of features, and warnings about the sets. copies: whether equal images on
-    both sides are worth one."""
-    extractor = instruments.extractor
-    if extractor is None:
-        return
-    _check_counts(result, extractor.dim, generated, reference)
-    if isinstance(reference, FeatureSet):
-        _warn_of_sets(result, generated, reference, copies)
-    sets = FeatureSets(generated, reference, extractor)
+    """Adds everything that compares two sets of features, by each network, and warnings about the sets.
+
+    generated, reference: a set for each of the extractors, in their order; reference is empty where there is none.
+    copies: whether equal images on both sides are worth a warning.
+    """
+    all_sets = _by_network(instruments, generated, reference)
+    for sets in all_sets:
+        _check_counts(result, sets, instruments.network_named(sets.extractor))
+    if all_sets and isinstance(all_sets[0].reference, FeatureSet):
+        _warn_of_sets(result, all_sets[0].generated, all_sets[0].reference, copies)
+    for sets in all_sets:
+        _add_sets(instruments, result, sets)
+
+
+def _by_network(
+    instruments: Instruments, generated: Sequence[FeatureSet], reference: Sequence[FeatureSet | Statistics]
+) -> list[FeatureSets]:
+    known: Sequence[FeatureSet | Statistics | None] = reference or [None] * len(instruments.extractors)
+    return [
+        FeatureSets(made, real, extractor) for made, real, extractor in zip(generated, known, instruments.extractors)
+    ]
+
+
+def _add_sets(instruments: Instruments, result: EvaluationResult, sets: FeatureSets) -> None:
+    """Adds the metrics of sets by one network."""
+    extractor = sets.extractor
     for name in instruments.needing(*OF_SETS):
-        metric = METRICS[name]
-        result.add_scores(metric.compute(sets), metric.labels(name), (extractor.suffix, extractor.title))
+        scores = METRICS[name].compute(sets)
+        named = instruments.network_named(extractor)
+        scores = replace(scores, warnings=[f"{text}{named}" for text in scores.warnings])
+        result.add_scores(scores, METRICS[name].labels(name), (extractor.suffix, extractor.title))
 
 
-def _check_counts(
-    result: EvaluationResult, dimensions: int, generated: FeatureSet, reference: FeatureSet | Statistics | None
-) -> None:
+def _check_counts(result: EvaluationResult, sets: FeatureSets, named: str) -> None:
+    generated, reference, dimensions = sets.generated, sets.reference, sets.extractor.dim
     counts = {"generated": len(generated)}
     known = reference.n if isinstance(reference, Statistics) else len(reference) if reference is not None else None
     if known is not None:
@@ -229,7 +256,7 @@ def _check_counts(
             )
         if count < dimensions:
             result.warnings.append(
-                f"{count:,} {side} images for {dimensions:,} dimensions: the distance is biased "
+                f"{count:,} {side} images for {dimensions:,} dimensions{named}: the distance is biased "
                 "upwards; compare only with numbers of the same n"
             )
 

@@ -3,7 +3,7 @@
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.data.joined_rows import JoinedRows
 from ldmcli.data.sources import divided, held_out, open_rows, split_sizes, whole_rows
 from ldmcli.evaluation.extractors import Extractor
-from ldmcli.evaluation.features import Collector, FeatureSet, extract, in_blocks
+from ldmcli.evaluation.features import FeatureSet, concatenated, extract_all, in_blocks
 from ldmcli.evaluation.image_streams import ImageStream, evenly_spaced, npz_source
 from ldmcli.maths.metrics import Gaussian
 
@@ -160,38 +160,60 @@ def has_moments(path: Path) -> bool:
         return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
 
 
+def is_sample_set(path: Path) -> bool:
+    """Whether an .npz has images, or is no .npz that can be read; then whoever opens it says what is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "arr_0.npy" in archive.namelist() or not {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return True
+
+
 def streamed_statistics(
-    extractor: Extractor, source: ImageStream, advance: Callable[[int], None], keep: bool
-) -> Statistics:
-    """Mean and covariance of a stream of any length, in memory for `KEPT` rows of features at most. keep: so many rows,
-    evenly spaced, are kept."""
-    found, kept, seen = Gaussian.empty(extractor.dim), Collector(None), 0
-    wanted = set(evenly_spaced(source.count, min(source.count, KEPT))) if keep else set()
+    extractors: Sequence[Extractor], source: ImageStream, advance: Callable[[int], None], keep: bool
+) -> tuple[Statistics, ...]:
+    """Mean and covariance of a stream of any length by each network, in memory for `KEPT` rows of features at most.
+    keep: so many rows, evenly spaced, are kept."""
+    moments = [Gaussian.empty(extractor.dim) for extractor in extractors]
+    kept: list[list[FeatureSet]] = [[] for _ in extractors]
+    wanted, seen = set(evenly_spaced(source.count, min(source.count, KEPT))) if keep else set(), 0
     for chunk in in_blocks(source.stream(), CHUNK):
-        features = extract(chunk, extractor, advance)
-        found.update(features.features)
         of_chunk = [i for i in range(len(chunk)) if seen + i in wanted]
-        kept.add_known(features, of_chunk)
+        for found, parts, features in zip(moments, kept, extract_all(chunk, extractors, advance)):
+            found.update(features.features)
+            parts.append(features.of(of_chunk))
         seen += len(chunk)
-    rows = kept.result() if keep else None
-    return Statistics(mu=found.mean, sigma=found.covariance, n=found.n, source=source.name, rows=rows)
+    rows = [concatenated(parts) if keep else None for parts in kept]
+    return tuple(
+        Statistics(mu=found.mean, sigma=found.covariance, n=found.n, source=source.name, rows=some)
+        for found, some in zip(moments, rows)
+    )
 
 
 def reference_features(
-    extractor: Extractor, source: ImageStream, advance: Callable[[int], None], limit: int
-) -> FeatureSet:
-    """Features of a reference, from the cache where the same content met the same extractor before."""
-    path = _cache_path(extractor, source) if source.count <= limit else None
-    if path is not None and path.is_file() and (kept := _read(path)) is not None:
+    extractors: Sequence[Extractor], source: ImageStream, advance: Callable[[int], None], limit: int
+) -> tuple[FeatureSet, ...]:
+    """Features of a reference by each network, from the cache where the same content met the same network before; one
+    pass over the images gives all that are missing."""
+    paths = [_cache_path(extractor, source) if source.count <= limit else None for extractor in extractors]
+    known = [None if path is None or not path.is_file() else _read(path) for path in paths]
+    missing = [k for k, found in enumerate(known) if found is None]
+    if not missing:
         advance(source.count)
-        return kept
-    found = extract(source.stream(), extractor, advance)
-    if path is not None and len(found):
-        try:
-            _write(path, found)
-        except (LdmError, OSError) as error:
-            console.warn(f"features of the reference are not kept: {error}")
-    return found
+    made = extract_all(source.stream(), [extractors[k] for k in missing], advance) if missing else ()
+    for k, found in zip(missing, made):
+        known[k] = found
+        _keep(paths[k], found)
+    return tuple(found for found in known if found is not None)
+
+
+def _keep(path: Path | None, found: FeatureSet) -> None:
+    if path is None or not len(found):
+        return
+    try:
+        _save(path, _arrays(found))
+    except (LdmError, OSError) as error:
+        console.warn(f"features of the reference are not kept: {error}")
 
 
 def _cache_path(extractor: Extractor, source: ImageStream) -> Path | None:
@@ -203,17 +225,13 @@ def _cache_path(extractor: Extractor, source: ImageStream) -> Path | None:
 
 
 def _read(path: Path) -> FeatureSet | None:
-    """What `_write` kept; None where it is damaged, so that it is computed again."""
+    """What `_keep` kept; None where it is damaged, so that it is computed again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             found = _feature_set(file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return found if np.isfinite(found.features).all() else None
-
-
-def _write(path: Path, found: FeatureSet) -> None:
-    _save(path, _arrays(found))
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:

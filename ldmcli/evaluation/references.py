@@ -10,7 +10,14 @@ from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation.image_streams import ImageStream, evenly_spaced, open_images, rows_source
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments
 from ldmcli.evaluation.metrics import FEATURES, OF_SETS, needing
-from ldmcli.evaluation.reference_statistics import ALL, Statistics, has_moments, open_reference, read_statistics
+from ldmcli.evaluation.reference_statistics import (
+    ALL,
+    Statistics,
+    has_moments,
+    is_sample_set,
+    open_reference,
+    read_statistics,
+)
 from ldmcli.evaluation.result import EvaluationResult
 
 
@@ -68,14 +75,18 @@ def set_reference(
     """What sets are compared with: rows of a data set, images, or their statistics; None where no metric does that.
 
     count: as `limited`; of images in a file or folder, the first. Raises InputError for metrics that need what a file
-    of statistics does not hold, UsageError for a number of images that statistics are not of.
+    of statistics does not hold, UsageError for a number of images that statistics are not of, and for statistics alone
+    where several networks measure.
     """
-    if data is None or instruments.extractor is None:
+    if data is None or not instruments.extractors:
         return None
     if rows is not None and settings is not None:
         return rows_source(rows, settings, evenly_spaced(len(rows), limited(result, rows, count)))
     n = count if isinstance(count, int) else None
-    statistics = read_statistics(Path(data), instruments.extractor, n)
+    extractor, *others = instruments.extractors
+    if others and not is_sample_set(Path(data)):
+        raise UsageError(f"{data}: holds statistics of one network; name that one alone with --features")
+    statistics = None if others else read_statistics(Path(data), extractor, n)
     if statistics is None:
         return _images_alone(instruments, result, data, n)
     lacking = sorted(needing(instruments.metrics, FEATURES))
@@ -87,10 +98,9 @@ def set_reference(
 
 
 def _images_alone(instruments: Instruments, result: EvaluationResult, data: Any, n: int | None) -> ImageStream:
-    """The images of an .npz; where mean and covariance of another network lie beside them, that is said."""
-    if instruments.extractor is not None and has_moments(Path(data)):
-        result.warnings.append(
-            f"{data}: its mean and covariance are of another network than {instruments.extractor.name}; its images "
-            "are the reference"
-        )
+    """The images of an .npz; where mean and covariance that do not serve lie beside them, that is said."""
+    if has_moments(Path(data)):
+        names = " and ".join(extractor.name for extractor in instruments.extractors)
+        others = "of another network than" if len(instruments.extractors) == 1 else "not of all of"
+        result.warnings.append(f"{data}: its mean and covariance are {others} {names}; its images are the reference")
     return open_images(data, n)

@@ -63,7 +63,9 @@ class EvaluationRequest:
     save_statistics: str | Path | None = None  # .npz that `data` reads again
     # by what
     metrics: Sequence[str] | None = None  # of METRICS; None = what is usual for the subject
-    features: str | None = None
+    features: str | Sequence[Any] | None = (
+        None  # networks, as `open_extractor` takes each; "a,b" or a sequence: several
+    )
     perceptual: str = ""
     compare: str | Path | dict | None = None  # an earlier result
     protocol: str | None = None  # a name of PROTOCOLS, whose arguments are in force where none are given
@@ -124,6 +126,14 @@ class EvaluationRequest:
     def count(self) -> int | None:
         """n, None where all images are measured."""
         return None if isinstance(self.n, str) else self.n
+
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        """What `open_extractor` is given, once for each network."""
+        given = self.features
+        if isinstance(given, str) and "," in given and not Path(given).exists():
+            given = [name.strip() for name in given.split(",") if name.strip()]
+        return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -271,6 +281,8 @@ def own_data(run: Any, data: Any) -> Any:
 def _check_saving(request: EvaluationRequest) -> None:
     """Raises UsageError where there are no statistics of a reference to save, or no place for them."""
     path, data = Path(str(request.save_statistics)), request.data
+    if len(request.networks) > 1:
+        raise UsageError("--save-statistics: a file holds the statistics of one network; name one with --features")
     if path.suffix != ".npz":
         raise UsageError(f"--save-statistics {path}: name a file that ends in .npz, so that --data reads it")
     if not needing(request.chosen, *OF_SETS) or (request.subject == "images" and data is None):

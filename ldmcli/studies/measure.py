@@ -182,7 +182,7 @@ def _set_metrics(bench: Bench, images: list[np.ndarray], rows: Any, settings: Da
     extractor, result = bench.extractor, EvaluationResult()
     count = min(len(rows), REFERENCE_LIMIT)
     source = rows_source(rows, settings, evenly_spaced(len(rows), check_count(len(rows), count, rows.source)))
-    reference: FeatureSet = reference_features(extractor, source, lambda done: None, REFERENCE_LIMIT)
+    reference: FeatureSet = reference_features((extractor,), source, lambda done: None, REFERENCE_LIMIT)[0]
     sets = FeatureSets(extract(images, extractor), reference, extractor)
     for name in SAMPLE_METRICS:
         metric = METRICS[name]

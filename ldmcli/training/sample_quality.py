@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DiffusionConfig, TrainSettings
 from ldmcli.evaluation.baselines import answer_for_rows
 from ldmcli.evaluation.compare import read_key
 from ldmcli.evaluation.extractors import FEATURES, Extractor, open_extractor
-from ldmcli.evaluation.features import FeatureSet, extract
+from ldmcli.evaluation.features import FeatureSet, concatenated, extract
 from ldmcli.evaluation.image_streams import condition_source, evenly_spaced, rows_source, sample_for_rows
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments, set_metrics
 from ldmcli.evaluation.metrics import IS_SPLITS, METRICS, finite_mean, image_values
@@ -134,10 +132,10 @@ class SampleQuality:
     def _metrics(self, blocks: list[Block]) -> dict[str, float]:
         if self.reference is None:
             self.reference = self._reference()
-        features, result = _joined([block.features for block in blocks]), EvaluationResult()
+        features, result = concatenated([block.features for block in blocks]), EvaluationResult()
         names = tuple(name for name in OF_SETS if name != "is" or features.logits.shape[1])
-        instruments = Instruments(names, self.extractor, None, no_progress)
-        set_metrics(instruments, result, features, self.reference)
+        instruments = Instruments(names, (self.extractor,), None, no_progress)
+        set_metrics(instruments, result, (features,), (self.reference,))
         for name in blocks[0].pairs:
             result.add(name, name, finite_mean([value for block in blocks for value in block.pairs[name]], math.inf))
         return {key: value for key, value in result.values.items() if value is not None and not read_key(key)[1]}
@@ -146,10 +144,5 @@ class SampleQuality:
         """Features of all held-out rows, or, of a task, of those that are answered."""
         data = replace(self.config.data, size=self.size)
         ids = self.ids if self.paired else evenly_spaced(len(self.rows), min(len(self.rows), REFERENCE_LIMIT))
-        return reference_features(self.extractor, rows_source(self.rows, data, ids), lambda n: None, REFERENCE_LIMIT)
-
-
-def _joined(parts: Sequence[FeatureSet]) -> FeatureSet:
-    features, logits = (np.concatenate([getattr(one, name) for one in parts]) for name in ("features", "logits"))
-    hashes = [name for one in parts for name in one.hashes]
-    return FeatureSet(features, logits, hashes, set().union(*(one.sizes for one in parts)))
+        source = rows_source(self.rows, data, ids)
+        return reference_features((self.extractor,), source, lambda n: None, REFERENCE_LIMIT)[0]
