@@ -61,11 +61,15 @@ Pairs = option(
 )
 SEVERAL = ("model", "autoencoder")  # of which there may be several in a call
 Metrics = option(Text, "--metrics", "NAME[,NAME]", METRICS_HELP, panel=SAMPLING, default="what fits")
+NETWORKS_HELP = "Network of the features: inception, effnet-lite0, effnet-lite2, vgg16, or a file"
 Features = option(
+    Text, "--features", "NAME|FILE", f"{NETWORKS_HELP}.", panel=SAMPLING, default="the best at hand, stated"
+)
+SeveralFeatures = option(
     Text,
     "--features",
-    "NAME|FILE",
-    "Network of the features: inception, effnet-lite0, vgg16, or a file.",
+    "NAME|FILE[,…]",
+    f"{NETWORKS_HELP}; a,b: several, in one pass over the images.",
     panel=SAMPLING,
     default="the best at hand, stated",
 )
@@ -178,7 +182,7 @@ _HOW = {
     "whole": Whole,
     "negative_prompt": opt.NegativePrompt,
     "metrics": Metrics,
-    "features": Features,
+    "features": SeveralFeatures,
     "count": EvalCount,
 }
 _LED = {"guide_factor": GuideFactor, **opt.GUIDING, **opt.CLASSIFIER}
