@@ -17,6 +17,7 @@ for _name in [name for name in os.environ if name.startswith("LDM_")]:
 os.environ["LDM_TRAIN_EVAL_FRECHET"] = "false"  # seconds a run for a number that tests of it ask for themselves
 os.environ["LDM_TRAIN_MIXED_PRECISION"] = "no"  # "auto" goes by the time that a product takes: no test may
 
+from documents import as_printed, check_document, check_printed  # noqa: E402
 from tiny import Ending  # noqa: E402, since NumPy reads OMP_NUM_THREADS as it is loaded
 from tiny_runs import TinyRuns  # noqa: E402
 
@@ -37,9 +38,27 @@ def ldm_process(tmp_path):
             text=True,
             timeout=timeout,
         )
+        check_printed(list(map(str, args)), done.returncode, done.stdout)
         return Ending(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def documents_of_python() -> Iterator[None]:
+    """Holds every document that `evaluate` gives to the published schema."""
+    from ldmcli.evaluation import evaluate as module
+
+    measured = module._measured
+
+    def checked(*arguments: object) -> dict:
+        document = measured(*arguments)
+        check_document(as_printed(document))
+        return document
+
+    module._measured = checked
+    yield
+    module._measured = measured
 
 
 @pytest.fixture(scope="session")

@@ -350,7 +350,7 @@ def test_the_package_list_names_every_folder_with_code():
     assert setup["package-dir"]["ldmcli.recipes"] == "recipes"
 
 
-def test_a_wheel_carries_the_recipes_and_finds_them(tmp_path):
+def test_a_wheel_carries_recipes_and_schema_and_finds_the_recipes(tmp_path):
     pytest.importorskip("setuptools", "70.1")
     subprocess.run(
         [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('built')"],
@@ -364,6 +364,7 @@ def test_a_wheel_carries_the_recipes_and_finds_them(tmp_path):
         archive.extractall(tmp_path / "site")
     assert {f"ldmcli/recipes/{name}.toml" for name in RECIPES} <= set(names)
     assert not [name for name in names if name.startswith("recipes/")], "a top-level package named recipes"
+    assert [name for name in names if name.endswith("/share/ldm/evaluation.schema.json")]
     run = [sys.executable, "-c", "from ldmcli.core import config; print(config.recipe_path('vq-f4'))"]
     ended = subprocess.run(
         run, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, check=True, capture_output=True, text=True
@@ -376,7 +377,8 @@ def _copy_of_sources(tmp_path: Path) -> Path:
     target = tmp_path / "sources"
     for name in ("ldmcli", "recipes"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, target)
+    (target / "docs").mkdir()
+    for name in ("pyproject.toml", "README.md", "docs/evaluation.schema.json"):
+        shutil.copy(ROOT / name, target / name)
     (target / "built").mkdir()
     return target

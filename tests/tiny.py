@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from documents import check_printed
 from PIL import Image
 
 QUIET_LOOP = ("--batch-size", 4, "--mixed-precision", "no", "--sample-every", 0, "--eval-every", 0)
@@ -66,6 +67,7 @@ def ldm(*args) -> Ending:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(arg) for arg in args])
+    check_printed(list(map(str, args)), int(code), out.getvalue())
     return Ending(int(code), out.getvalue(), err.getvalue())
 
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ Compare = option(
     panel=OUTPUT,
     default="none",
 )
+Junit = option(
+    Path | None,
+    "--junit",
+    "FILE",
+    "Write JUnit XML for continuous integration: a test case a metric.",
+    panel=OUTPUT,
+    default="none",
+)
 FailAbove = option(
     list[str] | None,
     "--fail-above",
@@ -186,7 +195,13 @@ _HOW = {
     "count": EvalCount,
 }
 _LED = {"guide_factor": GuideFactor, **opt.GUIDING, **opt.CLASSIFIER}
-_LIMITS = {"save_statistics": SaveStatistics, "compare": Compare, "fail_above": FailAbove, "fail_below": FailBelow}
+_LIMITS = {
+    "save_statistics": SaveStatistics,
+    "compare": Compare,
+    "fail_above": FailAbove,
+    "fail_below": FailBelow,
+    "junit": Junit,
+}
 
 
 _REFERENCE = {"data": Reference, "split": ReferenceSplit, "reference_count": ReferenceCount, "also_split": AlsoSplit}
@@ -200,8 +215,62 @@ def eval_fid(given: ParsedOptions) -> None:
     """
     if given.protocol == "list":
         return list_protocols(given.json)
-    limits = [(*parse_limit("--fail-above", text), True) for text in given.fail_above or ()]
-    limits += [(*parse_limit("--fail-below", text), False) for text in given.fail_below or ()]
+    limits = limits_of(given)
+    report = given.junit if console.is_rank_0() else None
+    with errors_in(report):
+        from ldmcli.evaluation.evaluate import evaluate
+        from ldmcli.evaluation.limits import misses
+
+        result = evaluate(**request_of(given))
+        show(result, given.json)
+        missed = [misses(one, limits) for one in result.get("results", [result])]
+    if report is not None:
+        from ldmcli.reports.junit import write_report
+
+        write_report(report, result, missed)
+    if any(missed):
+        raise ThresholdError("; ".join(text for one in missed for texts in one.values() for text in texts))
+
+
+def errors_in(report: Path | None) -> AbstractContextManager[None]:
+    """A context whose failures are written to a report, where there is to be one. Raises UsageError where its file is
+    not ours."""
+    if report is None:
+        return nullcontext()
+    from ldmcli.reports.junit import claim, errors_reported
+
+    claim(report)
+    return errors_reported(report)
+
+
+def limits_of(given: ParsedOptions) -> list[Any]:
+    """The limits of --fail-above and --fail-below. Raises UsageError for what is none, and for unknown metrics."""
+    from ldmcli.evaluation.limits import Limit
+
+    found = []
+    for name, texts, above in (("--fail-above", given.fail_above, True), ("--fail-below", given.fail_below, False)):
+        for text in texts or ():
+            metric, value = parse_limit(name, text)
+            check_name(name, metric)
+            found.append(Limit(metric, value, above))
+    return found
+
+
+def show(result: dict[str, Any], json: bool) -> None:
+    """The document on stdout, as JSON or as a table; its warnings on stderr, below the table."""
+    from ldmcli.reports.evaluation_table import describe_all
+
+    if json:
+        console.emit_json(result)
+    else:
+        console.out(describe_all(result, console.width()))
+    warnings = [text for one in (result, *result.get("results", ())) for text in one.get("warnings", ())]
+    for text in dict.fromkeys(warnings):
+        console.warn(text)
+
+
+def request_of(given: ParsedOptions) -> dict[str, Any]:
+    """The arguments of `evaluate` that the options give. Raises UsageError where they exclude each other."""
     metrics = tuple(name for name in re.split(r"[,+\s]+", (given.metrics or "").lower()) if name)
     measured = what_is_measured(given)
     if given.weights == "raw" and "model" not in measured:
@@ -235,25 +304,13 @@ def eval_fid(given: ParsedOptions) -> None:
         "save_statistics": given.save_statistics,
         "progress": console.progress,
     }
-    from ldmcli.evaluation.evaluate import evaluate
-
-    for name, _, above in limits:
-        check_name(f"--fail-{'above' if above else 'below'}", name)
-    result = evaluate(**{name: value for name, value in request.items() if value is not None})
-    warnings = [text for one in (result, *result.get("results", ())) for text in one.get("warnings", ())]
-    for text in dict.fromkeys(warnings):
-        console.warn(text)
-    if given.json:
-        console.emit_json(result)
-    else:
-        console.out(describe_all(result))
-    for one in result.get("results", [result]):
-        check_limits(one, limits)
+    return {name: value for name, value in request.items() if value is not None}
 
 
 def list_protocols(json: bool) -> None:
     """Prints the protocols: what each sets, and the numbers that were published."""
     from ldmcli.evaluation.protocols import PROTOCOLS, statement
+    from ldmcli.reports.evaluation_table import published
 
     if json:
         stated = {name: {**statement(name, []), "sets": dict(one.sets)} for name, one in PROTOCOLS.items()}
@@ -261,7 +318,7 @@ def list_protocols(json: bool) -> None:
         return
     rows = []
     for name, one in PROTOCOLS.items():
-        numbers = ", ".join(f"{key} {_published(value)}" for key, value in one.published.items())
+        numbers = ", ".join(f"{key} {published(value)}" for key, value in one.published.items())
         n = one.sets["n"]
         sets = [
             f"n {n:,}" if isinstance(n, int) else f"n {n}",
@@ -269,10 +326,6 @@ def list_protocols(json: bool) -> None:
         ]
         rows.append((name, one.table, ", ".join(filter(None, sets)), numbers))
     console.out(console.table(rows, ["protocol", "of", "takes", "published"]))
-
-
-def _published(value: Any) -> str:
-    return " ± ".join(f"{one:g}" for one in value) if isinstance(value, (list, tuple)) else f"{value:g}"
 
 
 def what_is_measured(given: ParsedOptions) -> dict[str, Any]:
@@ -338,91 +391,3 @@ def check_name(option: str, name: str) -> None:
         proper = [*METRICS, *(word for word, metric in words.items() if metric not in words)]
         hint = config.did_you_mean(difflib.get_close_matches(name, proper, n=1))
         raise UsageError(f"{option} {name}: no such metric{hint}")
-
-
-def check_limits(result: dict[str, Any], limits: list[tuple[str, float, bool]]) -> None:
-    """ThresholdError where a metric misses a limit (one without a value misses all) or got worse than in --compare."""
-    from ldmcli.evaluation.compare import lookup
-
-    missed = []
-    for name, limit, above in limits:
-        key, value = lookup(result, name)
-        if value is None or not (value <= limit if above else value >= limit):
-            missed.append(f"{key} = {_number(value)} is {'above' if above else 'below'} {limit:g}")
-    for key in result.get("worse", ()):
-        change = result["compared"][key]
-        missed.append(f"{key} = {_number(change['new'])} is worse than {_number(change['old'])} in --compare")
-    if missed:
-        raise ThresholdError("; ".join(missed))
-
-
-def describe_all(result: dict[str, Any]) -> str:
-    """The document of an evaluation for people: one result, or a table with a row for each of several."""
-    if "results" not in result:
-        return describe(result)
-    results = result["results"]
-    names = list(dict.fromkeys(key for one in results for key in one["metrics"] if "_std" not in key))
-    labels = {key: label for one in results for key, label in one["labels"].items()}
-    rows = [[one["name"], *(_with_deviation(one["metrics"], key) for key in names)] for one in results]
-    counts = f"n = {results[0]['n_generated']:,} measured, {results[0].get('n_reference') or 0:,} reference"
-    return "\n".join([console.table(rows, ["run", *(labels[key] for key in names)]), counts])
-
-
-def _with_deviation(values: dict[str, float | None], key: str) -> str:
-    """A number with its deviation, where it has one: kid_NET_std of kid_NET_mean, psnr_std_bicubic of psnr_bicubic."""
-    first, _, rest = key.partition("_")
-    names = (f"{key}_std", f"{key.removesuffix('_mean')}_std", f"{first}_std_{rest}")
-    value, deviation = values.get(key), next((values[name] for name in names if name in values), None)
-    return _number(value) + (f" ± {deviation:.3g}" if value is not None and deviation is not None else "")
-
-
-def describe(result: dict[str, Any]) -> str:
-    """The document of an evaluation as lines for people: a number a row, then how many images it stands on."""
-    labels = result.get("labels", {})
-    published = published_by_key(result)
-    rows = [
-        (labels.get(key, key), _number(value), *([published.get(key, "")] if published else []))
-        for key, value in result["metrics"].items()
-    ]
-    counts = f"n = {result.get('n_generated', 0):,} measured, {result.get('n_reference') or 0:,} reference"
-    if held := result.get("held_out"):
-        counts += f" ({held['rows']:,} held out of {held['of']:,} rows)"
-    if "weights" in result:
-        counts += {"ema": "; averaged weights (EMA)", "raw": "; weights of the last step (raw)"}[result["weights"]]
-    if "step" in result:
-        counts += f"; checkpoint of step {result['step']:,}"
-    heads = ["metric", "value", *([f"published ({result['protocol']['table']})"] if published else [])]
-    parts = [console.table(rows, heads), counts]
-    if shares := result.get("by_masked_share"):
-        names = [key for key in result["metrics"] if "_std" not in key]
-        printed = result["protocol"].get("published_by_masked_share", {}) if published else {}
-        lines = [
-            [share, str(one["n"]), *(_with_deviation(one["metrics"], key) for key in names)]
-            + (
-                [", ".join(f"{key} {_published(value)}" for key, value in printed.get(share, {}).items())]
-                if printed
-                else []
-            )
-            for share, one in shares.items()
-        ]
-        heads = ["share masked", "n", *(labels.get(key, key) for key in names), *(["published"] if printed else [])]
-        parts.append(console.table(lines, heads))
-    return "\n".join(parts)
-
-
-def published_by_key(result: dict[str, Any]) -> dict[str, str]:
-    """The published numbers by the keys of a result; none where the name of its protocol is withheld."""
-    from ldmcli.evaluation.compare import lookup
-
-    stated = result.get("protocol") or {}
-    if not stated.get("name"):
-        return {}
-    found = {}
-    for name, value in stated["published"].items():
-        metric, _, split = name.partition("_")  # fid_train: against another split
-        found[lookup(result, metric)[0] + (f"_{split}" if split else "")] = _published(value)
-    return found
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g}"

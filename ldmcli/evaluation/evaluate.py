@@ -62,7 +62,7 @@ from ldmcli.evaluation.request import (
     own_data,
     with_row_settings,
 )
-from ldmcli.evaluation.result import EvaluationResult
+from ldmcli.evaluation.result import SCHEMA, EvaluationResult
 from ldmcli.networks.perceptual import perceptual_net
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup"]
@@ -154,7 +154,7 @@ def _measured_each(subject: str, measured: list[Any], arguments: dict[str, Any])
         {"name": request.name or f"{subject} {k + 1}", **result}
         for k, (request, result) in enumerate(zip(requests, found))
     ]
-    return {"results": named, "warnings": warnings}
+    return {"schema": SCHEMA, "results": named, "warnings": warnings}
 
 
 def save_reference(
@@ -355,6 +355,7 @@ def report(
     count = real.n if isinstance(real, Statistics) else len(real) if real is not None else 0
     n, dim = len(generated[0]), extractor.dim if extractor else 0
     return {
+        "schema": SCHEMA,
         "metrics": result.values,
         "labels": result.labels,
         "frechet": extractor.metric_key if extractor and "fid" in instruments.metrics else None,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+SCHEMA = "ldm-evaluation-1"  # what a document says it is: docs/evaluation.schema.json describes it
+
 
 @dataclass
 class Scores:

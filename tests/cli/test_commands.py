@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+from documents import document
 from tiny import ldm
 from typer.models import OptionInfo
 
@@ -463,14 +464,11 @@ def test_a_mistake_in_sample_is_one_line(sampled, args, code, expected):
     assert ended.stderr.startswith("ldm: ") and expected in ended.stderr and ended.stderr.count("\n") == 1
 
 
-RESULT = {
-    "metrics": {"fd_effnet_lite0": 20.0, "kid_effnet_lite0_mean": 0.5, "psnr": 30.0, "recall": None},
-    "labels": {"fd_effnet_lite0": "FD (EfficientNet-lite0)"},
-    "frechet": "fd_effnet_lite0",
-    "n_generated": 1000,
-    "n_reference": 2000,
-    "warnings": ["few images"],
-}
+RESULT = document(
+    {"fd_effnet_lite0": 20.0, "kid_effnet_lite0_mean": 0.5, "psnr": 30.0, "recall": None},
+    labels={"fd_effnet_lite0": "FD (EfficientNet-lite0)"},
+    warnings=["few images"],
+)
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_a_result_by_the_protocol_carries_its_name_and_the_published_numbers(sma
 
 
 def commands_describe(found):
-    from ldmcli.cli.measure import describe
+    from ldmcli.reports.evaluation_table import describe
 
     return describe(found)
 
