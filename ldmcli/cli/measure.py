@@ -62,7 +62,10 @@ Pairs = option(
 )
 SEVERAL = ("model", "autoencoder")  # of which there may be several in a call
 Metrics = option(Text, "--metrics", "NAME[,NAME]", METRICS_HELP, panel=SAMPLING, default="what fits")
-NETWORKS_HELP = "Network of the features: inception, effnet-lite0, effnet-lite2, vgg16, or a file"
+NETWORKS_HELP = (
+    "Network of the features: inception, effnet-lite0, effnet-lite2, vgg16, a weights file, a folder with DINOv2 or "
+    "CLIP, or FILE.py:NAME of an encoder of your own"
+)
 Features = option(
     Text, "--features", "NAME|FILE", f"{NETWORKS_HELP}.", panel=SAMPLING, default="the best at hand, stated"
 )

@@ -97,7 +97,7 @@ StudyFeatures = option(
     Text,
     "--features",
     "NAME|FILE",
-    "Network of the features: inception, effnet-lite0, or a file.",
+    "Network of the features, as eval-fid takes it.",
     panel=SAMPLING,
     default="the best at hand, stated",
 )

@@ -193,7 +193,7 @@ def open_instruments(request: EvaluationRequest, result: EvaluationResult) -> In
 def open_networks(names: Sequence[Any]) -> tuple[Extractor, ...]:
     """The extractors by these names (`open_extractor`), each once. Raises UsageError where numbers of two would stand
     under one key."""
-    found = list({one.sha256: one for one in map(open_extractor, names)}.values())
+    found = list({(one.name, one.sha256): one for one in map(open_extractor, names)}.values())
     for k, extractor in enumerate(found):
         if any(extractor.suffix == other.suffix for other in found[:k]):
             raise UsageError(

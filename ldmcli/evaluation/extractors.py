@@ -4,8 +4,9 @@ Only torch-fidelity's Inception-v3 makes a number that is called FID. Every othe
 named after itself.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
+from ldmcli.evaluation.own_encoders import CheckedEncoder, find_encoder, is_place, own_encoder
 from ldmcli.networks import feature_nets as nets
+from ldmcli.networks.vision_folders import VisionEncoder, load_vision_network, read_vision_folder
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -32,16 +35,20 @@ LITE2_SHA = "9656183eaeaf"
 class Network:
     """What an architecture fixes. `known`: starts of the SHA-256 of weights whose numbers others can compare."""
 
-    build: type[nn.Module]
+    build: type[nn.Module] | None  # None: an extractor is given its network with the weights
     layer: str
     dim: int
-    size: int  # px
+    size: int  # px a side of what the network gets; 0: pictures as they are
     rule: str
     display: str
     suffix: str  # of metric names
     known: tuple[str, ...]
     marker: str  # a tensor name that tells this network from those after it in `NETWORKS`
+    shorter: int = 0  # px of the shorter side before the middle is cut out; 0: nothing is cut off
+    normalisation: str = ""  # where the network's own code does not fix it
 
+
+KINDS = {"dinov2": "DINOv2", "clip": "CLIP"}  # of folders, for people
 
 # Files of weights are recognised in this order: Lite2 has all names that Lite0 has, and more.
 NETWORKS = {
@@ -112,9 +119,14 @@ class Extractor:
     path: Path
     sha256: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    loaded: InitVar[VisionEncoder | CheckedEncoder | None] = None  # the network; None: made by `network.build`
 
-    def __post_init__(self):
-        self.net = nets.load_frozen(self.network.build, self.path).to(self.device)
+    def __post_init__(self, loaded: VisionEncoder | CheckedEncoder | None):
+        found: Any = loaded
+        if found is None:
+            assert self.network.build is not None
+            found = nets.load_frozen(self.network.build, self.path)
+        self.net: Callable[[Tensor], tuple[Tensor, Tensor]] = found.to(self.device)
         self.block = 8 if self.device.type == "cpu" else 64
 
     @property
@@ -158,16 +170,25 @@ class Extractor:
     @property
     def protocol(self) -> dict[str, Any]:
         """What a number is worth nothing without."""
-        net = self.network
         return {
             "name": self.name,
-            "layer": net.layer,
-            "dim": net.dim,
+            "layer": self.network.layer,
+            "dim": self.network.dim,
             "weights_sha256": self.sha256,
             "weights_known": self.known,
-            "resize": f"{net.rule} to {net.size}x{net.size}, not rounded",
+            "resize": self._preparation,
             "input": "uint8, RGB",
         }
+
+    @property
+    def _preparation(self) -> str:
+        net = self.network
+        if not net.size:
+            return "none"
+        how = f"{net.rule} to {net.size}x{net.size}"
+        if net.shorter:
+            how = f"{net.rule} to a shorter side of {net.shorter}, the middle {net.size}x{net.size}"
+        return f"{how}, not rounded" + (f"; {net.normalisation}" if net.normalisation else "")
 
     def features(self, images: Any) -> np.ndarray:
         """(N, dim) float32 of uint8 NHWC images: an array, a tensor, or a list of arrays of any sizes."""
@@ -182,26 +203,37 @@ class Extractor:
         features, logits = zip(*parts)
         return np.concatenate(features), np.concatenate(logits)
 
-    @torch.inference_mode()
     def _run(self, images: list) -> tuple[np.ndarray, np.ndarray]:
-        x = self._prepare(images)
-        # a short block is filled up: other batch sizes take other kernels, which round differently
-        filled = torch.cat([x, x.new_zeros(self.block - len(x), *x.shape[1:])])
-        found = self.net(filled.contiguous(memory_format=torch.channels_last))
-        features, logits = (values[: len(x)].float().cpu().numpy() for values in found)
+        tensors = [self._checked(image) for image in images]
+        if self.network.size:
+            return self._of_batch(torch.cat([self._resized(image) for image in tensors]))
+        shapes = [image.shape for image in tensors]
+        features, logits = np.zeros((len(images), self.dim), np.float32), np.zeros((len(images), 0), np.float32)
+        for shape in dict.fromkeys(shapes):
+            ids = [k for k, other in enumerate(shapes) if other == shape]
+            features[ids], _ = self._of_batch(torch.stack([tensors[k] for k in ids]))
         return features, logits
 
-    def _prepare(self, images: list) -> Tensor:
-        """(B, 3, size, size) float in [0, 255]; each image is resized by itself."""
-        out = []
-        for image in images:
-            # arrays of Pillow are read-only, which torch cannot say of a tensor
-            image = torch.tensor(image) if isinstance(image, np.ndarray) else image
-            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise InputError(f"{self.name}: takes uint8 images (H, W, 3), got {image.dtype} {tuple(image.shape)}")
-            x = image.to(self.device).permute(2, 0, 1)[None].float()
-            out.append(nets.resize(x, self.network.size, self.network.rule))
-        return torch.cat(out)
+    @torch.inference_mode()
+    def _of_batch(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        # a short block is filled up: other batch sizes take other kernels, which round differently
+        filled = torch.cat([x, x[-1:].expand(self.block - len(x), -1, -1, -1)])
+        if self.network.size:
+            filled = filled.contiguous(memory_format=torch.channels_last)
+        features, logits = (values[: len(x)].float().cpu().numpy() for values in self.net(filled))
+        return features, logits
+
+    def _checked(self, image: Any) -> Tensor:
+        # arrays of Pillow are read-only, which torch cannot say of a tensor
+        image = torch.tensor(image) if isinstance(image, np.ndarray) else image
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise InputError(f"{self.name}: takes uint8 images (H, W, 3), got {image.dtype} {tuple(image.shape)}")
+        return image.to(self.device)
+
+    def _resized(self, image: Tensor) -> Tensor:
+        """(1, 3, size, size) float in [0, 255]; each image is resized by itself."""
+        net, x = self.network, image.permute(2, 0, 1)[None].float()
+        return nets.resize(x, net.size, net.rule, net.shorter)
 
 
 # --- which extractor -------------------------------------------------------------------------------------------
@@ -234,18 +266,37 @@ def default_features() -> str:
     return "inception" if here else "effnet-lite0"
 
 
-def open_extractor(name: str | None = None, device: torch.device | None = None) -> Extractor:
-    """The extractor called `name`, or one from a weights file (.safetensors or .pth); None = `default_features`.
-
-    Raises InputError when weights are missing, damaged or of an unknown network, UsageError for an unknown name.
-    """
-    name = name or default_features()
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name in FEATURES:
-        return _opened(name, FEATURES[name](), device)
+def check_features(name: Any, option: str = "--features") -> None:
+    """Raises UsageError for a name that is none of a network. option: where it was given."""
+    if not isinstance(name, (str, Path)) or str(name) in FEATURES or Path(name).is_dir() or is_place(str(name)):
+        return
     if Path(name).suffix not in (".safetensors", ".pth"):
-        raise UsageError(f"--features {name}: choose one of {', '.join(FEATURES)}, or a .safetensors or .pth file")
-    path = Path(name)
+        raise UsageError(
+            f"{option} {name}: choose one of {', '.join(FEATURES)}, a .safetensors or .pth file, a folder with DINOv2 "
+            "or CLIP, or FILE.py:NAME of an encoder of your own"
+        )
+
+
+def open_extractor(name: Any = None, device: torch.device | None = None) -> Extractor:
+    """The extractor of a name of `FEATURES`, of a weights file (.safetensors or .pth), of a folder with DINOv2 or CLIP,
+    of FILE.py:NAME or package.module:NAME, or of an encoder itself (`own_encoders.Encoder`); None = `default_features`.
+
+    Raises InputError when weights are missing, damaged or of an unknown network, and for what goes wrong in an encoder;
+    UsageError for an unknown name.
+    """
+    name = default_features() if name is None else name
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(name, (str, Path)):
+        return _of_encoder(own_encoder(name), device)
+    path, given = Path(name), str(name)
+    if given in FEATURES:
+        return _opened(given, FEATURES[given](), device)
+    if path.is_dir():
+        stamps = tuple(one.stat().st_mtime_ns for one in sorted(path.iterdir()) if one.is_file())
+        return _cached_folder(path.resolve(), stamps, str(device))
+    if is_place(given):
+        return _of_encoder(find_encoder(given), device)
+    check_features(given)
     state = nets.read_weights(path)
     kinds = [kind for kind, network in NETWORKS.items() if network.marker in state]
     if not kinds:
@@ -260,3 +311,36 @@ def _opened(name: str, path: Path, device: torch.device) -> Extractor:
 @lru_cache(maxsize=8)
 def _cached(name: str, path: Path, changed: int, device: str) -> Extractor:
     return Extractor(name, NETWORKS[name], path, sha256_file(path), torch.device(device))
+
+
+@lru_cache(maxsize=4)
+def _cached_folder(path: Path, changed: tuple[int, ...], device: str) -> Extractor:
+    folder = read_vision_folder(path)
+    title, short = folder.architecture
+    prepared = folder.preparation
+    network = Network(
+        None,
+        folder.layer,
+        folder.dim,
+        prepared.size,
+        prepared.rule,
+        f"FD ({KINDS[folder.kind]} {title})",
+        f"{folder.kind}_{short}",
+        (),
+        "",
+        prepared.shorter,
+        prepared.normalisation,
+    )
+    net = load_vision_network(folder)
+    name = f"{folder.kind}-{short}"
+    return Extractor(name, network, folder.weights, sha256_file(folder.weights), torch.device(device), net)
+
+
+def _of_encoder(found: CheckedEncoder, device: torch.device) -> Extractor:
+    """Raises InputError for an encoder that is called as a network of `NETWORKS`."""
+    suffix = re.sub("[.-]", "_", found.name.lower())
+    if suffix in {"inception", "inception_custom", *(network.suffix for network in NETWORKS.values())}:
+        raise InputError(f"{found.place}: is called {found.name}, as a network that is known here; choose another name")
+    size = found.size or 0
+    network = Network(None, found.layer, found.dim, size, found.rule, f"FD ({found.name})", suffix, (), "")
+    return Extractor(found.name, network, found.path, found.sha256, device, found)

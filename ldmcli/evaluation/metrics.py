@@ -120,7 +120,9 @@ def _inception_score(sets: FeatureSets) -> Scores:
     """Inception Score (Salimans et al. 2016, Sec. 4); None for fewer images than splits."""
     mean = std = None
     warnings = []
-    if len(sets.generated) >= IS_SPLITS:
+    if not sets.generated.logits.shape[1]:
+        warnings.append(f"no IS: {sets.extractor.title} has no classes")
+    elif len(sets.generated) >= IS_SPLITS:
         mean, std = inception_score(sets.generated.logits, splits=IS_SPLITS)
     else:
         warnings.append(f"no IS: {len(sets.generated)} images for {IS_SPLITS} splits")

@@ -63,9 +63,7 @@ class EvaluationRequest:
     save_statistics: str | Path | None = None  # .npz that `data` reads again
     # by what
     metrics: Sequence[str] | None = None  # of METRICS; None = what is usual for the subject
-    features: str | Sequence[Any] | None = (
-        None  # networks, as `open_extractor` takes each; "a,b" or a sequence: several
-    )
+    features: Any = None  # what `open_extractor` takes; "a,b" or a sequence: several
     perceptual: str = ""
     compare: str | Path | dict | None = None  # an earlier result
     protocol: str | None = None  # a name of PROTOCOLS, whose arguments are in force where none are given

@@ -9,7 +9,8 @@ import math
 import os
 import urllib.request
 from collections import OrderedDict
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from ldmcli.core.files import atomic_path, plain_name, require_finite
 
 TIMEOUT = 3.0  # seconds that a server may stay silent
 OFFLINE = ("LDM_OFFLINE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of values in [0, 1]
 
 # repeat, in, out, kernel, stride of the first, expansion
 LITE0 = (
@@ -132,24 +135,33 @@ def tensorflow_bilinear(size: int, target: int) -> Tensor:
     return matrix.index_put_((rows, high), share, accumulate=True)
 
 
-@lru_cache(maxsize=16)
-def antialiased_bicubic(size: int, target: int) -> Tensor:
-    """(target, size) matrix of bicubic resize with antialiasing (a = -0.5), as Pillow and torch have it."""
+@lru_cache(maxsize=32)
+def antialiased(size: int, target: int, mode: str) -> Tensor:
+    """(target, size) matrix of a resize with antialiasing, as Pillow and torch have it. mode: "bilinear", or "bicubic"
+    (a = -0.5)."""
     columns = torch.eye(size)[None, None]
-    return F.interpolate(columns, size=(target, size), mode="bicubic", antialias=True, align_corners=False)[0, 0]
+    return F.interpolate(columns, size=(target, size), mode=mode, antialias=True, align_corners=False)[0, 0]
 
 
-RESIZE = {"bilinear (TensorFlow 1)": tensorflow_bilinear, "bicubic (antialiased)": antialiased_bicubic}
+RESIZE: dict[str, Callable[[int, int], Tensor]] = {
+    "bilinear (TensorFlow 1)": tensorflow_bilinear,
+    "bilinear (antialiased)": partial(antialiased, mode="bilinear"),
+    "bicubic (antialiased)": partial(antialiased, mode="bicubic"),
+}
 
 
-def resize(x: Tensor, target: int, rule: str) -> Tensor:
-    """x: (B, C, H, W) float in [0, 255] → (B, C, target, target), as two matrix products; not rounded."""
-    matrix = RESIZE[rule]
-    for axis in (-1, -2):
-        if x.shape[axis] != target:
-            weights = matrix(x.shape[axis], target).to(x)
+def resize(x: Tensor, target: int, rule: str, shorter: int = 0) -> Tensor:
+    """x: (B, C, H, W) float in [0, 255] → (B, C, target, target), as two matrix products; not rounded.
+
+    shorter: px of the shorter side, of which the middle is cut out; 0: each side is resized to `target`.
+    """
+    sides = [shorter * side // min(x.shape[-2:]) if shorter else target for side in x.shape[-2:]]
+    for axis, side in ((-1, sides[1]), (-2, sides[0])):
+        if x.shape[axis] != side:
+            weights = RESIZE[rule](x.shape[axis], side).to(x)
             x = x @ weights.T if axis == -1 else weights @ x
-    return x.clamp(0, 255)
+    top, left = ((side - target) // 2 for side in sides)
+    return x[..., top : top + target, left : left + target].clamp(0, 255)
 
 
 # --- networks --------------------------------------------------------------------------------------------------
@@ -240,7 +252,7 @@ class _Torchvision(nn.Module):
 
         net = getattr(torchvision.models, name)(weights=None)
         self.features, self.classifier = net.features, net.classifier
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         self.register_buffer("mean", 255 * mean[:, None, None], persistent=False)
         self.register_buffer("std", 255 * std[:, None, None], persistent=False)
 

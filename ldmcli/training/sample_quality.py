@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig, TrainSettings
 from ldmcli.evaluation.baselines import answer_for_rows
 from ldmcli.evaluation.compare import read_key
-from ldmcli.evaluation.extractors import FEATURES, Extractor, open_extractor
+from ldmcli.evaluation.extractors import Extractor, check_features, open_extractor
 from ldmcli.evaluation.features import FeatureSet, concatenated, extract
 from ldmcli.evaluation.image_streams import condition_source, evenly_spaced, rows_source, sample_for_rows
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments, set_metrics
@@ -45,12 +45,8 @@ class Block:
 def open_features(train: TrainSettings) -> Extractor:
     """The network of train.eval_features. Raises UsageError for an unknown name, InputError where its weights are
     missing or damaged."""
-    name = train.eval_features
-    if name and name not in FEATURES and not name.endswith((".safetensors", ".pth")):
-        raise UsageError(
-            f"train.eval_features = {name!r}: choose one of {', '.join(FEATURES)}, or a .safetensors or .pth file"
-        )
-    return open_extractor(name or None)
+    check_features(train.eval_features or None, "train.eval_features")
+    return open_extractor(train.eval_features or None)
 
 
 def metric_keys(config: DiffusionConfig, size: tuple[int, int], extractor: Extractor) -> list[str]:

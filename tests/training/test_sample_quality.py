@@ -259,7 +259,11 @@ def test_higher_is_better_where_it_is_and_autoencoders_keep_theirs(tmp_path, mon
         ("train-ldm", ("train.eval_samples=4",), "train.eval_samples = 4: at least 10 are needed"),
         ("train-ldm", ("train.eval_samples=-1",), "train.eval_samples = -1: must not be negative"),
         ("train-ldm", ("train.eval_steps=9999",), "9999"),
-        ("train-ldm", ("train.eval_features=resnet", "train.eval_samples=10"), "train.eval_features = 'resnet'"),
+        (
+            "train-ldm",
+            ("train.eval_features=resnet", "train.eval_samples=10"),
+            "train.eval_features resnet: choose one of",
+        ),
         (
             "train-ldm",
             ("train.keep_best=fid",),
