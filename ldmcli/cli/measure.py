@@ -14,7 +14,7 @@ from ldmcli.core.errors import ThresholdError, UsageError
 from ldmcli.core.runs import locate
 
 METRICS_HELP = (
-    "fid, kid, is, pr; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?); "
+    "fid, kid, mind, is, pr, dc; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?); "
     "codebook (of --autoencoder: codes used)."
 )
 

@@ -50,7 +50,7 @@ from ldmcli.evaluation.measure import (
 from ldmcli.evaluation.metrics import CODES, CONDITION, FEATURES, METRICS, OF_SETS, PERCEPTUAL, STATISTICS, needing
 from ldmcli.evaluation.protocols import applied, differences, statement
 from ldmcli.evaluation.reference_statistics import Statistics, write_statistics
-from ldmcli.evaluation.references import limited, reference_rows, set_reference
+from ldmcli.evaluation.references import limited, reference_rows, set_reference, without_features
 from ldmcli.evaluation.request import (
     BATCH,
     EvaluationRequest,
@@ -314,7 +314,9 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
         led = {"classifier": request.classifier, "classifier_scale": request.classifier_scale}
         source = model_source(model, rows, n, size=size, balanced=request.balanced, **request.draw, **led)
         result.protocol["sampling"] = sampling_protocol(model, request.draw)
-    reference = set_reference(instruments, result, rows, settings, data, request.reference_count)
+    count, named = request.reference_count, bool(request.metrics)
+    reference = set_reference(instruments, result, rows, settings, data, count, named)
+    instruments = without_features(instruments, result, reference)
     known = reference.count if isinstance(reference, ImageStream) else reference.n if reference is not None else None
     state_protocol(request, instruments, result, source.count, known)
     generated, images = measure_stream(instruments, result, source)

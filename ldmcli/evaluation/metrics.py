@@ -20,13 +20,15 @@ from ldmcli.evaluation.extractors import Extractor
 from ldmcli.evaluation.features import FeatureSet, in_blocks
 from ldmcli.evaluation.reference_statistics import Statistics, gaussian
 from ldmcli.evaluation.result import Scores
-from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, kid, precision_recall, psnr, ssim
+from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, kid, psnr, ssim
+from ldmcli.maths.mind import mind
+from ldmcli.maths.neighbour_metrics import NEAREST, NEIGHBOURS, density_coverage, precision_recall
 from ldmcli.maths.pixels import pixels_to_tensor
 
 KID = {"subsets": 100, "subset_size": 1000, "seed": 2020}
 KERNEL = "(x.y/D + 1)^3, unbiased"
 IS_SPLITS = 10
-NEIGHBOURS = 3
+MIND = {"directions": 1000, "seed": 2020}
 BLOCK = 16
 
 Images = Sequence[np.ndarray]  # uint8 (H, W, 3) each
@@ -138,6 +140,21 @@ def _precision_recall(sets: FeatureSets) -> Scores:
     return Scores({"precision": precision, "recall": recall}, {"pr": stated}, few)
 
 
+def _mind(sets: FeatureSets) -> Scores:
+    """MIND (arXiv 2605.06797): sliced Wasserstein distance; the larger set is cut to the size of the smaller one."""
+    generated, reference = sets.generated.features, _rows(sets)
+    value = mind(generated, reference, directions=MIND["directions"], seed=MIND["seed"])
+    return Scores({"mind": value}, {"mind": {**MIND, "rows": min(len(generated), len(reference))}})
+
+
+def _density_coverage(sets: FeatureSets) -> Scores:
+    """Density and coverage (Naeem et al. 2020, Eq. 4–5); None where a set is too small."""
+    density, coverage = density_coverage(sets.generated.features, _rows(sets), NEAREST)
+    few = [f"no density and coverage: a set has no more than {NEAREST} images"] if density is None else []
+    stated = {"k": NEAREST, "balls": "of reference images, without their border"}
+    return Scores({"density": density, "coverage": coverage}, {"dc": stated}, few)
+
+
 def codebook_use(counts: np.ndarray | None) -> Scores:
     """Share of the codes (0 … 1) that stand in any latent, and the perplexity exp(-sum p log p) of how often each does,
     1 … codebook size; None for an autoencoder without a codebook."""
@@ -205,7 +222,9 @@ METRICS: dict[str, Metric] = {
         compute=_kid,
         label={"kid_mean": "KID ({net})"},
         beside={"kid_std": "KID ({net}), deviation over subsets"},
+        default_of=("model", "images"),
     ),
+    "mind": Metric(needs=FEATURES, compute=_mind, label={"mind": "MIND ({net})"}, default_of=("model", "images")),
     "is": Metric(
         needs=LOGITS,
         compute=_inception_score,
@@ -217,6 +236,12 @@ METRICS: dict[str, Metric] = {
         needs=FEATURES,
         compute=_precision_recall,
         label={"precision": "precision ({net})", "recall": "recall ({net})"},
+        better="higher",
+    ),
+    "dc": Metric(
+        needs=FEATURES,
+        compute=_density_coverage,
+        label={"density": "density ({net})", "coverage": "coverage ({net})"},
         better="higher",
     ),
     "psnr": Metric(

@@ -71,12 +71,13 @@ def set_reference(
     settings: DataSettings | None,
     data: Any,
     count: int | str | None,
+    named: bool,
 ) -> ImageStream | Statistics | None:
     """What sets are compared with: rows of a data set, images, or their statistics; None where no metric does that.
 
-    count: as `limited`; of images in a file or folder, the first. Raises InputError for metrics that need what a file
-    of statistics does not hold, UsageError for a number of images that statistics are not of, and for statistics alone
-    where several networks measure.
+    count: as `limited`; of images in a file or folder, the first. named: whether people named the metrics. Raises
+    InputError for named ones that need what a file of statistics does not hold, UsageError for a number of images that
+    statistics are not of, and for statistics alone where several networks measure.
     """
     if data is None or not instruments.extractors:
         return None
@@ -90,11 +91,24 @@ def set_reference(
     if statistics is None:
         return _images_alone(instruments, result, data, n)
     lacking = sorted(needing(instruments.metrics, FEATURES))
-    if lacking and statistics.rows is None and statistics.images is None:
+    if lacking and named and statistics.rows is None and statistics.images is None:
         raise InputError(f"--metrics {lacking[0]}: needs the images of the reference; {data} has mu and sigma only")
     if n is not None and statistics.images is None:
         raise UsageError(f"--reference-count {n}: {data} holds statistics of {statistics.n or 'other'} images")
     return statistics
+
+
+def without_features(
+    instruments: Instruments, result: EvaluationResult, reference: ImageStream | Statistics | None
+) -> Instruments:
+    """Without the usual metrics that need features which this reference does not have; that is said."""
+    lacking = needing(instruments.metrics, FEATURES)
+    if not lacking or not isinstance(reference, Statistics):
+        return instruments
+    if reference.rows is not None or reference.images is not None:
+        return instruments
+    result.warnings.append(f"no {', '.join(lacking)}: {reference.source} has mu and sigma only, no images")
+    return replace(instruments, metrics=tuple(name for name in instruments.metrics if name not in lacking))
 
 
 def _images_alone(instruments: Instruments, result: EvaluationResult, data: Any, n: int | None) -> ImageStream:

@@ -1,6 +1,7 @@
-"""Numerics of the metrics, in float64: Fréchet distance, KID, precision and recall, Inception Score, PSNR, SSIM.
+"""Numerics of the metrics, in float64: Fréchet distance, KID, Inception Score, PSNR, SSIM, and all of features in one.
 
-Features come from elsewhere; nothing here knows an extractor. `generated` always stands before `reference`.
+Features come from elsewhere; nothing here knows an extractor. `generated` always stands before `reference`. Distances
+of sorted projections are in `mind`, metrics of neighbours in `neighbour_metrics`.
 """
 
 from collections.abc import Sequence
@@ -13,40 +14,11 @@ from numpy.typing import ArrayLike
 from scipy.ndimage import correlate1d
 
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.maths.feature_rows import Array, mean_of, need_two, numbers, pair_of, rows_of, tiles
+from ldmcli.maths.mind import mind
+from ldmcli.maths.neighbour_metrics import density_coverage, precision_recall
 
-Array = np.ndarray
-
-FEATURE_METRICS = ("fid", "kid", "pr", "is")  # of features alone, in the order of `metrics_from_features`
-BLOCK = 2**22  # numbers in a block of distances: 32 MiB
-
-
-def _numbers(value: Any, name: str, dtype: Any = np.float64) -> Array:
-    """An array of a list, an array, a picture, or a tensor of any device and type; InputError for what is none."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = (value.double() if value.is_floating_point() else value).numpy()
-    try:
-        return np.asarray(value, dtype=dtype)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name}: {type(value).__name__} that is no array of numbers") from None
-
-
-def _rows(features: ArrayLike, name: str) -> Array:
-    """(N, D) float64 of finite numbers, from a list, an array or a tensor; InputError otherwise."""
-    rows = _numbers(features, f"{name} features")
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise InputError(f"{name} features have shape {rows.shape}: need (N, D), a row for each image")
-    if not np.isfinite(rows).all():
-        bad = int((~np.isfinite(rows)).any(axis=1).sum())
-        raise InputError(f"{name} features: NaN or Inf in {bad} of {len(rows)} rows")
-    return rows
-
-
-def _pair(generated: ArrayLike, reference: ArrayLike) -> tuple[Array, Array]:
-    a, b = _rows(generated, "generated"), _rows(reference, "reference")
-    if a.shape[1] != b.shape[1]:
-        raise InputError(f"generated features have {a.shape[1]} dimensions, reference features {b.shape[1]}")
-    return a, b
+FEATURE_METRICS = ("fid", "kid", "pr", "is", "mind", "dc")  # of features alone, as `metrics_from_features` takes them
 
 
 @dataclass
@@ -67,7 +39,7 @@ class Gaussian:
 
     def update(self, features: ArrayLike) -> None:
         """Adds rows, (B, D), any B."""
-        rows = _rows(features, "batch of")
+        rows = rows_of(features, "batch of").astype(np.float64, copy=False)
         if rows.shape[1] != len(self.mean):
             raise InputError(f"features have {rows.shape[1]} dimensions, those before {len(self.mean)}")
         if len(rows):
@@ -88,13 +60,8 @@ class Gaussian:
     @property
     def covariance(self) -> Array:
         """(D, D) with divisor n − 1; InputError below two rows."""
-        _need_two(self.n, "this set")
+        need_two(self.n, "this set")
         return self.m2 / (self.n - 1)
-
-
-def _need_two(n: int, name: str) -> None:
-    if n < 2:
-        raise InputError(f"{name} has {n} image{'' if n == 1 else 's'}: a covariance needs at least 2")
 
 
 def _factor(sigma: Array) -> Array:
@@ -118,8 +85,8 @@ def frechet(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike
 
     Not clamped: equal Gaussians give ±1e-14 or so. Exact to rounding for singular covariances, too.
     """
-    mu1, mu2 = _numbers(mu1, "mu1"), _numbers(mu2, "mu2")
-    sigma1, sigma2 = _numbers(sigma1, "sigma1"), _numbers(sigma2, "sigma2")
+    mu1, mu2 = numbers(mu1, "mu1"), numbers(mu2, "mu2")
+    sigma1, sigma2 = numbers(sigma1, "sigma1"), numbers(sigma2, "sigma2")
     shapes = [mu1.shape, mu2.shape, sigma1.shape, sigma2.shape]
     d = mu1.shape[0] if mu1.ndim else 0
     if shapes != [(d,), (d,), (d, d), (d, d)] or d == 0:
@@ -129,20 +96,26 @@ def frechet(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike
     return _frechet(mu1, mu2, _factor(sigma1), _factor(sigma2), np.trace(sigma1) + np.trace(sigma2))
 
 
-def _centred_factor(rows: Array) -> tuple[Array, Array, float]:
+def centred_factor(rows: Array) -> tuple[Array, Array, float]:
     """Mean, F with F Fᵀ = Σ, tr Σ. With fewer rows than dimensions the centred rows are F: no Σ is formed."""
-    mean = rows.mean(axis=0)
-    scaled = (rows - mean) / np.sqrt(len(rows) - 1)
-    return mean, scaled.T if len(rows) <= rows.shape[1] else _factor(scaled.T @ scaled), float((scaled**2).sum())
+    mean, scale = mean_of(rows), np.sqrt(len(rows) - 1)
+    if len(rows) <= rows.shape[1]:
+        scaled = (rows - mean) / scale
+        return mean, scaled.T, float((scaled**2).sum())
+    sigma = np.zeros((rows.shape[1], rows.shape[1]))
+    for part in tiles(len(rows)):
+        scaled = (rows[part] - mean) / scale
+        sigma += scaled.T @ scaled
+    return mean, _factor(sigma), float(np.trace(sigma))
 
 
 def frechet_from_features(generated: ArrayLike, reference: ArrayLike) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features, (N, D) each; InputError below two rows."""
-    a, b = _pair(generated, reference)
-    _need_two(len(a), "the generated set")
-    _need_two(len(b), "the reference set")
-    mu1, factor1, trace1 = _centred_factor(a)
-    mu2, factor2, trace2 = _centred_factor(b)
+    a, b = pair_of(generated, reference)
+    need_two(len(a), "the generated set")
+    need_two(len(b), "the reference set")
+    mu1, factor1, trace1 = centred_factor(a)
+    mu2, factor2, trace2 = centred_factor(b)
     return _frechet(mu1, mu2, factor1, factor2, trace1 + trace2)
 
 
@@ -155,7 +128,7 @@ def kid(
     Kernel (x·y/D + 1)³; a subset of generated, then one of the reference rows, without replacement, from
     RandomState(seed): the subsets of torch-fidelity. InputError when a set is smaller than a subset.
     """
-    a, b = _pair(generated, reference)
+    a, b = pair_of(generated, reference)
     if subsets < 1 or subset_size < 2:
         raise UsageError(f"KID of {subsets} subsets of {subset_size}: need at least 1 of 2")
     if min(len(a), len(b)) < subset_size:
@@ -173,58 +146,10 @@ def kid(
 
     values = np.empty(subsets)
     for i in range(subsets):
-        x = a[rng.choice(len(a), subset_size, replace=False)]
-        y = b[rng.choice(len(b), subset_size, replace=False)]
+        x = a[rng.choice(len(a), subset_size, replace=False)].astype(np.float64)
+        y = b[rng.choice(len(b), subset_size, replace=False)].astype(np.float64)
         values[i] = without_diagonal(kernel(x, x)) + without_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
     return float(values.mean()), float(values.std())
-
-
-def _squared_distances(a: Array, b: Array) -> Array:
-    """(len(a), len(b)). From ‖a‖² + ‖b‖² − 2 a·b, and where that cancels, from the difference: equal rows give 0."""
-    norms = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None]
-    squared = norms - 2 * (a @ b.T)
-    i, j = np.nonzero(squared < 1e-9 * norms)
-    for start in range(0, len(i), 4096):
-        part = slice(start, start + 4096)
-        squared[i[part], j[part]] = ((a[i[part]] - b[j[part]]) ** 2).sum(axis=1)
-    return squared
-
-
-def _blocks(n: int, width: int) -> list[slice]:
-    rows = max(1, BLOCK // max(1, width))
-    return [slice(start, start + rows) for start in range(0, n, rows)]
-
-
-def _squared_radii(rows: Array, k: int) -> Array:
-    """Squared distance of every row to its k-th neighbour, itself not counted."""
-    parts = [
-        # entry k of a row that holds the zero distance to itself
-        np.partition(_squared_distances(rows[block], rows), k, axis=1)[:, k]
-        for block in _blocks(len(rows), len(rows))
-    ]
-    return np.concatenate(parts)
-
-
-def _share_covered(points: Array, centres: Array, squared_radii: Array) -> float:
-    """Share of points that lie inside, or on, the ball of at least one centre."""
-    covered = 0
-    for block in _blocks(len(points), len(centres)):
-        covered += int((_squared_distances(points[block], centres) <= squared_radii).any(axis=1).sum())
-    return covered / len(points)
-
-
-def precision_recall(generated: ArrayLike, reference: ArrayLike, k: int = 3) -> tuple[float, float] | tuple[None, None]:
-    """Precision and recall (Kynkäänniemi et al. 2019, Eq. 2), in [0, 1], or None twice where a set has no k-th
-    neighbour (n ≤ k). generated, reference: (N, D) each.
-
-    Precision: share of generated rows within the k-neighbour ball of a reference row; recall the other way round.
-    """
-    a, b = _pair(generated, reference)
-    if min(len(a), len(b)) <= k:
-        return None, None
-    centre = b.mean(axis=0)  # distances stay, cancellation in them goes
-    a, b = a - centre, b - centre
-    return _share_covered(a, b, _squared_radii(b, k)), _share_covered(b, a, _squared_radii(a, k))
 
 
 def inception_score(
@@ -235,7 +160,7 @@ def inception_score(
 
     logits: (N, classes). Rows are shuffled by RandomState(seed); split i is rows ⌊iN/splits⌋ … (torch-fidelity).
     """
-    rows = _rows(logits, "logit")
+    rows = rows_of(logits, "logit").astype(np.float64, copy=False)
     n = len(rows)
     if n < splits:
         raise InputError(f"Inception Score in {splits} splits: there are only {n} images")
@@ -262,22 +187,26 @@ def metrics_from_features(
     logits: ArrayLike | None = None,
     kid_subsets: int = 100,
     kid_subset_size: int = 1000,
+    mind_directions: int = 1000,
     seed: int = 2020,
 ) -> dict[str, float | None]:
-    """Metrics of (N, D) feature arrays, in float64: fid, kid_mean, kid_std, precision, recall, is_mean, is_std.
+    """Metrics of (N, D) feature arrays, in float64: fid, kid_mean, kid_std, precision, recall, is_mean, is_std, mind,
+    density, coverage.
 
-    metrics: of "fid", "kid", "pr", "is"; None = all, "is" only where its `logits` (N, classes) of the generated
-    images are given. precision and recall are None when a set has three images or fewer.
+    metrics: of "fid", "kid", "pr", "is", "mind", "dc"; None = all, "is" only where its `logits` (N, classes) of the
+    generated images are given. precision and recall are None when a set has three images or fewer, density and coverage
+    when one has five or fewer. float32 arrays, also memory-mapped ones, are read block by block.
     """
     if metrics is None:
-        metrics = FEATURE_METRICS if logits is not None else FEATURE_METRICS[:-1]
+        metrics = [name for name in FEATURE_METRICS if name != "is" or logits is not None]
     unknown = [name for name in metrics if name not in FEATURE_METRICS]
     if unknown:
         raise UsageError(f"no metric {unknown[0]!r}: choose among {', '.join(FEATURE_METRICS)}")
+    of_pairs = [name for name in metrics if name != "is"]
     values: dict[str, float | None] = {}
-    if set(metrics) != {"is"}:
+    if of_pairs:
         if reference is None:
-            raise InputError("fid, kid and pr compare with a reference: its features are missing")
+            raise InputError(f"{', '.join(of_pairs)}: compared with a reference, whose features are missing")
         if "fid" in metrics:
             values["fid"] = frechet_from_features(generated, reference)
         if "kid" in metrics:
@@ -290,6 +219,10 @@ def metrics_from_features(
         if logits is None:
             raise InputError("the Inception Score needs logits of the generated images")
         values["is_mean"], values["is_std"] = inception_score(logits, seed=seed)
+    if "mind" in metrics and reference is not None:
+        values["mind"] = mind(generated, reference, directions=mind_directions, seed=seed)
+    if "dc" in metrics and reference is not None:
+        values["density"], values["coverage"] = density_coverage(generated, reference)
     return values
 
 
@@ -300,7 +233,7 @@ def _as_bytes(image: Array) -> Array:
 
 
 def _images(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
-    first, second = (_as_bytes(_numbers(image, "an image", None)) for image in (a, b))
+    first, second = (_as_bytes(numbers(image, "an image", None)) for image in (a, b))
     for image in (first, second):
         if image.dtype != np.uint8 or image.ndim != 3 or image.size == 0:
             raise InputError(f"an image of shape {image.shape} and type {image.dtype}: need uint8 (H, W, C)")

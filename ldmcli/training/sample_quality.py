@@ -28,7 +28,7 @@ from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.training import cost
 from ldmcli.training.distributed import Distributed
 
-OF_SETS = ("fid", "kid", "is", "pr")  # of `METRICS`
+OF_SETS = ("fid", "kid", "mind", "is", "pr")  # of `METRICS`
 OF_PAIRS = ("psnr", "ssim")  # beside them, for super-resolution and inpainting
 LEAST = IS_SPLITS  # samples; the other metrics need fewer
 SSIM_SIDE = 11  # px, its window

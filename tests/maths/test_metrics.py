@@ -8,6 +8,7 @@ import pytest
 from golden_cases import shared
 
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.maths import feature_rows
 from ldmcli.maths import metrics as st
 
 SETS = ("a", "b", "rank_deficient", "offset", "collapsed", "identical")
@@ -212,7 +213,8 @@ def test_precision_counts_generated_and_recall_counts_reference_points():
 def test_precision_and_recall_do_not_depend_on_the_size_of_blocks(monkeypatch):
     a, b = rng().normal(size=(60, 4)), 0.7 + rng().normal(size=(50, 4))
     whole = st.precision_recall(a, b)
-    monkeypatch.setattr(st, "BLOCK", 130)
+    monkeypatch.setattr(feature_rows, "BLOCK", 130)
+    monkeypatch.setattr(feature_rows, "TILE", 7)
     assert st.precision_recall(a, b) == whole
     assert 0 < whole[0] < 1
 
@@ -225,7 +227,7 @@ def test_precision_and_recall_are_absent_when_a_set_has_no_third_neighbour():
 
 def test_distances_between_equal_rows_are_exactly_zero():
     rows = 7 + rng().normal(size=(30, 50))
-    assert (np.diagonal(st._squared_distances(rows, rows.copy())) == 0).all()
+    assert (np.diagonal(feature_rows.squared_distances(rows, rows.copy())) == 0).all()
 
 
 def test_inception_score_is_one_for_equal_logits_and_the_number_of_classes_for_sure_and_balanced_ones():
@@ -258,7 +260,18 @@ def test_ssim_of_two_flat_images_is_the_luminance_term():
 def test_metrics_from_features_gives_what_was_asked_for():
     a, b, logits = rng().normal(size=(30, 4)), rng().normal(size=(25, 4)) + 1, rng().normal(size=(30, 6))
     everything = st.metrics_from_features(a, b, logits=logits, kid_subsets=2, kid_subset_size=20, seed=1)
-    assert set(everything) == {"fid", "kid_mean", "kid_std", "precision", "recall", "is_mean", "is_std"}
+    assert set(everything) == {
+        "fid",
+        "kid_mean",
+        "kid_std",
+        "precision",
+        "recall",
+        "is_mean",
+        "is_std",
+        "mind",
+        "density",
+        "coverage",
+    }
     assert everything["fid"] == st.frechet_from_features(a, b)
     assert everything["kid_mean"] == st.kid(a, b, subsets=2, subset_size=20, seed=1)[0]
     assert everything["recall"] == st.precision_recall(a, b)[1]
