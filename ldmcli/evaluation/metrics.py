@@ -20,7 +20,8 @@ from ldmcli.evaluation.extractors import Extractor
 from ldmcli.evaluation.features import FeatureSet, in_blocks
 from ldmcli.evaluation.reference_statistics import Statistics, gaussian
 from ldmcli.evaluation.result import Scores
-from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, kid, psnr, ssim
+from ldmcli.maths.kernel_distance import kid
+from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, psnr, ssim
 from ldmcli.maths.mind import mind
 from ldmcli.maths.neighbour_metrics import NEAREST, NEIGHBOURS, density_coverage, precision_recall
 from ldmcli.maths.pixels import pixels_to_tensor

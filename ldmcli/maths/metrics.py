@@ -1,7 +1,7 @@
-"""Numerics of the metrics, in float64: Fréchet distance, KID, Inception Score, PSNR, SSIM, and all of features in one.
+"""Numerics of the metrics, in float64: Fréchet distance, Inception Score, PSNR, SSIM, and all of features in one call.
 
-Features come from elsewhere; nothing here knows an extractor. `generated` always stands before `reference`. Distances
-of sorted projections are in `mind`, metrics of neighbours in `neighbour_metrics`.
+Features come from elsewhere; nothing here knows an extractor. `generated` always stands before `reference`. KID is in
+`kernel_distance`, MIND in `mind`, metrics of neighbours in `neighbour_metrics`.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from scipy.ndimage import correlate1d
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.maths.feature_rows import Array, mean_of, need_two, numbers, pair_of, rows_of, tiles
+from ldmcli.maths.kernel_distance import kid
 from ldmcli.maths.mind import mind
 from ldmcli.maths.neighbour_metrics import density_coverage, precision_recall
 
@@ -64,11 +65,16 @@ class Gaussian:
         return self.m2 / (self.n - 1)
 
 
-def _factor(sigma: Array) -> Array:
+def factor_of(sigma: Array) -> Array:
     """F with F Fᵀ = Σ, (D, rank). Eigenvalues that are rounding noise are dropped: their roots would not be small."""
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     kept = values > len(sigma) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def frechet_of(mu1: Array, factor1: Array, mu2: Array, factor2: Array) -> float:
+    """Fréchet distance of means (D,) and factors of covariances, F Fᵀ = Σ."""
+    return _frechet(mu1, mu2, factor1, factor2, float((factor1**2).sum() + (factor2**2).sum()))
 
 
 def _frechet(mu1: Array, mu2: Array, factor1: Array, factor2: Array, traces: float) -> float:
@@ -93,7 +99,7 @@ def frechet(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike
         raise InputError(f"means and covariances of shapes {shapes}: need (D,), (D,), (D, D), (D, D)")
     if not all(np.isfinite(array).all() for array in (mu1, mu2, sigma1, sigma2)):
         raise InputError("means or covariances hold NaN or Inf")
-    return _frechet(mu1, mu2, _factor(sigma1), _factor(sigma2), np.trace(sigma1) + np.trace(sigma2))
+    return _frechet(mu1, mu2, factor_of(sigma1), factor_of(sigma2), np.trace(sigma1) + np.trace(sigma2))
 
 
 def centred_factor(rows: Array) -> tuple[Array, Array, float]:
@@ -106,7 +112,7 @@ def centred_factor(rows: Array) -> tuple[Array, Array, float]:
     for part in tiles(len(rows)):
         scaled = (rows[part] - mean) / scale
         sigma += scaled.T @ scaled
-    return mean, _factor(sigma), float(np.trace(sigma))
+    return mean, factor_of(sigma), float(np.trace(sigma))
 
 
 def frechet_from_features(generated: ArrayLike, reference: ArrayLike) -> float:
@@ -117,39 +123,6 @@ def frechet_from_features(generated: ArrayLike, reference: ArrayLike) -> float:
     mu1, factor1, trace1 = centred_factor(a)
     mu2, factor2, trace2 = centred_factor(b)
     return _frechet(mu1, mu2, factor1, factor2, trace1 + trace2)
-
-
-def kid(
-    generated: ArrayLike, reference: ArrayLike, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
-) -> tuple[float, float]:
-    """Kernel Inception Distance (Bińkowski et al. 2018): mean and population deviation over random subsets of the
-    unbiased MMD², which may be negative. generated, reference: (N, D) each.
-
-    Kernel (x·y/D + 1)³; a subset of generated, then one of the reference rows, without replacement, from
-    RandomState(seed): the subsets of torch-fidelity. InputError when a set is smaller than a subset.
-    """
-    a, b = pair_of(generated, reference)
-    if subsets < 1 or subset_size < 2:
-        raise UsageError(f"KID of {subsets} subsets of {subset_size}: need at least 1 of 2")
-    if min(len(a), len(b)) < subset_size:
-        raise InputError(
-            f"KID takes subsets of {subset_size}, but there are {len(a)} generated and {len(b)} reference images; "
-            f"choose a subset size of at most {min(len(a), len(b))}"
-        )
-    rng = np.random.RandomState(seed)
-
-    def kernel(x: Array, y: Array) -> Array:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def without_diagonal(k: Array) -> float:
-        return float((k.sum(axis=1) - np.diagonal(k)).sum()) / (subset_size * (subset_size - 1))
-
-    values = np.empty(subsets)
-    for i in range(subsets):
-        x = a[rng.choice(len(a), subset_size, replace=False)].astype(np.float64)
-        y = b[rng.choice(len(b), subset_size, replace=False)].astype(np.float64)
-        values[i] = without_diagonal(kernel(x, x)) + without_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
-    return float(values.mean()), float(values.std())
 
 
 def inception_score(

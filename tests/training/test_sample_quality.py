@@ -23,7 +23,15 @@ from ldmcli.training.sample_quality import SampleQuality
 
 DATA = ("--data", "shapes", "--limit", 24, "--size", "16x16", "--val-fraction", 0.5)
 MEASURED = ("--eval-every", 2, "--log-every", 1, "--set", "train.eval_samples=12", "--set", "train.eval_steps=2")
-KEYS = {"val_loss", "fd_eight8", "kid_eight8_mean", "is_eight8_mean", "precision_eight8", "recall_eight8"}
+KEYS = {
+    "val_loss",
+    "fd_eight8",
+    "kid_eight8_mean",
+    "mind_eight8",
+    "is_eight8_mean",
+    "precision_eight8",
+    "recall_eight8",
+}
 
 
 class Eight(torch.nn.Module):
@@ -103,7 +111,7 @@ def test_metrics_are_those_of_the_averaged_weights_at_that_step(whole, monkeypat
     from ldmcli.evaluation import evaluate as module
 
     monkeypatch.setattr(module, "open_extractor", sample_quality.open_extractor)
-    result = ldmcli.evaluate(model=f"{whole}@4", n=12, steps=2, metrics=("fid", "kid", "is", "pr"))
+    result = ldmcli.evaluate(model=f"{whole}@4", n=12, steps=2, metrics=("fid", "kid", "mind", "is", "pr"))
     assert result["step"] == 4
     assert {key: result["metrics"][key] for key in KEYS - {"val_loss"}} == {
         key: value for key, value in evaluations(whole)[4].items() if key != "val_loss"
