@@ -1,6 +1,6 @@
 """Documentation keeps its word: command lines, Python, links, file names and generated pages.
 
-Each line of a `bash` block in README.md, CONTRIBUTING.md, docs/ and recipes/README.md is run as it is typed, with small
+Each line of a `bash` block in README.md, CONTRIBUTING.md, docs/, recipes/ and examples/ is run as typed, with small
 networks, in a folder with the pictures that it names. What cannot run here stands in PARSED with the reason, and goes
 through the real parser and the real configuration. Commands inside sentences and tables are parsed.
 """
@@ -14,10 +14,10 @@ import shlex
 from functools import cache
 from pathlib import Path
 
-import examples
 import numpy as np
 import pytest
 import tiny
+import typed_lines
 from PIL import Image
 
 from ldmcli import cli
@@ -29,6 +29,7 @@ WRITTEN = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "recipes/README.md",
+    ROOT / "examples/README.md",
 ]
 PAGES = [*WRITTEN, *sorted((ROOT / "docs" / "commands").glob("*.md"))]
 LANGUAGES = {"bash", "python", "json", "toml", "text"}
@@ -178,7 +179,7 @@ def generator() -> dict:
 @pytest.fixture(scope="module")
 def filled_folder(tmp_path_factory):
     """The folders of pictures that the pages speak of, and small settings."""
-    with examples.small_networks(tmp_path_factory.mktemp("docs")) as folder:
+    with typed_lines.small_networks(tmp_path_factory.mktemp("docs")) as folder:
         tiny.noisy_images(Path("my-photos"), 12)
         rows = [json.dumps({"file_name": f"{k:02d}.png", "caption": f"a bicycle, number {k}"}) for k in range(12)]
         Path("my-photos", "metadata.jsonl").write_text("\n".join(rows))
@@ -310,7 +311,7 @@ def test_links_and_files_that_a_page_names_exist(page):
             path = (page.parent / file).resolve() if file else page
             assert path.exists(), target
             assert not anchor or anchor in anchors(path), target
-    for file in re.findall(r"`((?:docs|ldmcli|recipes|tests)/[\w./-]*[\w/])`", text):
+    for file in re.findall(r"`((?:docs|ldmcli|recipes|tests|examples)/[\w./-]*[\w/])`", text):
         assert (ROOT / file).exists(), file
 
 

@@ -8,10 +8,10 @@ import re
 import shlex
 from pathlib import Path
 
-import examples
 import numpy as np
 import pytest
 import tiny
+import typed_lines
 from PIL import Image
 
 from ldmcli.studies import measure
@@ -91,7 +91,7 @@ def shortened(command: str) -> list[str]:
 @pytest.fixture(scope="module")
 def at_home(tmp_path_factory):
     """A folder with the runs, data sets and files that the page names."""
-    with pytest.MonkeyPatch.context() as patch, examples.small_networks(tmp_path_factory.mktemp("paper")) as folder:
+    with pytest.MonkeyPatch.context() as patch, typed_lines.small_networks(tmp_path_factory.mktemp("paper")) as folder:
         patch.setattr(measure, "RATE_IMAGES", 2)
         _pictures(folder / "imagenet")
         for name in DATA:

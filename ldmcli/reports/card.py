@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.outputs import write_page
 from ldmcli.reports import run_report, run_view
 from ldmcli.reports.charts import figure
+from ldmcli.reports.evaluation_table import cells
 from ldmcli.reports.run_report import last_name
 from ldmcli.reports.run_view import RunView, read_run
 
@@ -155,9 +157,19 @@ def _metrics(run: RunView) -> str:
         parts.append("\n".join(["| metric | value | |", "|---|---|---|", *rows]))
         parts.append(run_report.protocol_text(run))
     for name, found in run_view.evaluation_files(run).items():
-        lines = [f"| {_text(key)} | {_text(value)} |" for key, value in run_report.flat(found)]
-        parts.append("\n".join([f"### {_text(name)}", "", "| | |", "|---|---|", *lines]))
+        heads, numbers = cells(found)
+        if numbers:
+            parts.append("\n".join([f"### {_text(name)}", "", *_table(heads, numbers)]))
+            found = run_report.beside_numbers(found)
+        lines = _table(["", ""], run_report.flat(found))
+        parts.append("\n".join(lines if numbers else [f"### {_text(name)}", "", *lines]))
     return "\n\n".join(["## Metrics", *(part for part in parts if part)]) if parts else ""
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = [f"| {' | '.join(map(_text, row))} |" for row in rows]
+    return [f"| {' | '.join(map(_text, heads))} |", "|" + "---|" * len(heads), *lines]
 
 
 def _settings(run: RunView) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldmcli.core.errors import LdmError
 from ldmcli.evaluation.compare import higher_is_better, lookup, read_key
 from ldmcli.evaluation.metrics import OF_SETS
+from ldmcli.evaluation.result import SCHEMA
 from ldmcli.reports.charts import figure
 
-INTERVAL, FLOOR = "95 % interval", "floor"
+INTERVAL, FLOOR = LAST = "95 % interval", "floor"
 WEIGHTS = {"ema": "averaged weights (EMA)", "raw": "weights of the last step (raw)"}
 
 
@@ -53,8 +55,7 @@ class Number:
 def numbers_table(result: Mapping[str, Any], width: int = 80) -> str:
     """The numbers with as many columns beside them as the width has room for."""
     found = numbers(result)
-    titles = list(dict.fromkeys(title for one in found for title in one.beside))
-    titles.sort(key=[*(title for title in titles if title not in (INTERVAL, FLOOR)), INTERVAL, FLOOR].index)
+    titles = _titles(found)
     headings = list(dict.fromkeys(one.network for one in found))
     for count in range(len(titles), -1, -1):
         columns = titles[:count]
@@ -68,10 +69,28 @@ def numbers_table(result: Mapping[str, Any], width: int = 80) -> str:
     return table
 
 
+def _titles(found: Sequence[Number]) -> list[str]:
+    """Titles of the columns beside the values, interval and floor last."""
+    titles = dict.fromkeys(title for one in found for title in one.beside)
+    return [*(title for title in titles if title not in LAST), *(title for title in LAST if title in titles)]
+
+
+def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of one result for a page, whose width is not limited; ([], []) of any other document."""
+    if document.get("schema") != SCHEMA or "metrics" not in document:
+        return [], []
+    try:
+        found = numbers({**document, "extractors": []})  # labels keep their networks
+    except (AttributeError, KeyError, TypeError, ValueError, LdmError):  # changed by hand
+        return [], []
+    titles = _titles(found)
+    return ["metric", "value", *titles], [row for one in found for row in one.rows(titles)]
+
+
 def numbers(result: Mapping[str, Any]) -> list[Number]:
     """The rows of a result. What says how much a number is worth stands below it."""
     labels = result.get("labels", {})
-    published, several = _published(result), len(networks_of(result)) > 1
+    printed, several = _published(result), len(networks_of(result)) > 1
     found: list[Number] = []
     above, parent = "", ""  # the label and the key of the newest number that stands for itself
     for key, value in result["metrics"].items():
@@ -81,7 +100,7 @@ def numbers(result: Mapping[str, Any]) -> list[Number]:
         above, parent = (above, parent) if below else (label, key)
         heading = _network_of(result, parent) if several else ""
         beside = {INTERVAL: _interval(estimate.get("interval")), FLOOR: _floor(estimate.get("floor"))}
-        beside |= {title: text for title, text in [(published[0], published[1].get(key, ""))] if title}
+        beside |= {printed[0]: printed[1].get(key, "")}
         shown = _without_network(shown, key) if heading else shown
         found.append(Number(shown, _number(value), {k: v for k, v in beside.items() if v}, below, heading))
     return found

@@ -16,6 +16,7 @@ from ldmcli.data import shape_reading
 from ldmcli.data.sources import is_shapes
 from ldmcli.reports import html
 from ldmcli.reports.charts import Series, figure, finite, line_chart
+from ldmcli.reports.evaluation_table import cells
 from ldmcli.reports.html import safe
 from ldmcli.reports.run_view import (
     RunView,
@@ -272,8 +273,21 @@ def evenly_spaced(entries: Sequence, most: int = PREVIEWS) -> list:
 def evaluations(run: RunView, summary: dict[str, Any] | None = None) -> str:
     """Every evaluation that lies in the folder (eval*.json), and `summary`."""
     found = evaluation_files(run) | ({"summary": summary} if summary else {})
-    parts = [f"<h3>{safe(name)}</h3>{html.table(flat(one), ('', ''))}" for name, one in found.items()]
-    return html.section("Evaluations", "".join(parts))
+    return html.section("Evaluations", "".join(_evaluation(name, one) for name, one in found.items()))
+
+
+def _evaluation(name: str, found: dict[str, Any]) -> str:
+    heads, rows = cells(found)
+    if not rows:
+        return f"<h3>{safe(name)}</h3>{html.table(flat(found), ('', ''))}"
+    how = html.folded("How it was measured", html.table(flat(beside_numbers(found)), ("", "")))
+    return f"<h3>{safe(name)}</h3>{html.table(rows, heads)}{how}"
+
+
+def beside_numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """The document of an evaluation without its numbers and what they are worth."""
+    numbers = ("metrics", "labels", "estimates", "of_each")
+    return {key: value for key, value in found.items() if key not in numbers}
 
 
 def nearest_training_pictures(run: RunView) -> str:

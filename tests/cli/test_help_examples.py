@@ -11,10 +11,10 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-import examples
 import numpy as np
 import pytest
 import tiny
+import typed_lines
 from PIL import Image
 
 from ldmcli.cli import COMMANDS
@@ -24,7 +24,7 @@ from ldmcli.cli.commands import EXAMPLES, example_line
 @pytest.fixture(scope="module")
 def empty_folder(tmp_path_factory):
     """An empty folder to type in, with small settings."""
-    with examples.small_networks(tmp_path_factory.mktemp("examples")) as folder:
+    with typed_lines.small_networks(tmp_path_factory.mktemp("examples")) as folder:
         yield folder
 
 

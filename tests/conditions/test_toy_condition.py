@@ -2,11 +2,11 @@
 
 import json
 
-import examples
 import numpy as np
 import pytest
 import tiny
 import torch
+import typed_lines
 from PIL import Image
 from torch import nn
 
@@ -78,7 +78,7 @@ def data(tmp_path_factory):
 def model(tmp_path_factory, data):
     """A model that is told the tone of a picture."""
     folder = tmp_path_factory.mktemp("toy")
-    with examples.small_networks(folder):
+    with typed_lines.small_networks(folder):
         rows = ("--data", data, "--size", "20x20", "--val-fraction", 0.3)
         tiny.train_ae(folder / "ae", data=rows)
         told = ("--condition", "tone", "--set", "sample.n=2", "--sample-every", 3)

@@ -1,9 +1,9 @@
 """A sampler of one's own is one entry of SAMPLERS: `ldm sample`, previews and evaluation take it by its name."""
 
-import examples
 import numpy as np
 import pytest
 import tiny
+import typed_lines
 
 from ldmcli.diffusion.samplers import SAMPLERS, Sampler
 
@@ -29,7 +29,7 @@ TOY = Sampler(frozen, order=1, stochastic=False, evaluations=lambda steps: steps
 def model(tmp_path_factory):
     """A text model whose previews were made by the toy sampler; features are those of small pictures."""
     folder = tmp_path_factory.mktemp("toy")
-    with examples.small_networks(folder), pytest.MonkeyPatch.context() as patch:
+    with typed_lines.small_networks(folder), pytest.MonkeyPatch.context() as patch:
         patch.setitem(SAMPLERS, "toy", TOY)
         tiny.train_ae(folder / "ae")
         toy = ("--set", "sample.sampler=toy", "--set", "sample.steps=3", "--set", "sample.n=2")

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from documents import document, estimate, floor
 
 from ldmcli.core import config, files, runs
 from ldmcli.data import shape_reading, shapes
@@ -184,6 +185,19 @@ def test_training_time_counts_the_steps_after_the_last_line_of_the_log(tmp_path)
 def test_a_metric_that_carries_its_extractor_is_known(tmp_path):
     run = make_run(tmp_path / "run", "autoencoder", log=[line(1), {"step": 1, "val/fd_effnet_lite0": 12.5}])
     assert "Fréchet distance, effnet lite012.5" in "".join(read(write_report(run)).text)
+
+
+def test_an_evaluation_stands_with_intervals_and_floors(tmp_path):
+    """Of a document that was changed by hand the page shows what is left."""
+    run = make_run(tmp_path / "run")
+    worth = {"fd_tiny8": estimate(128.1, 136.9, floor=floor(61.2, 1.33, None))}
+    found = document({"fd_tiny8": 132.44, "psnr": None}, labels={"fd_tiny8": "FD (tiny)"}, estimates=worth)
+    files.write_json(run / "eval-whole.json", found)
+    files.write_json(run / "eval-spoilt.json", found | {"estimates": {"fd_tiny8": {"floor": 1}}})
+    page, card = write_report(run).read_text(encoding="utf-8"), write_card(run).read_text(encoding="utf-8")
+    for text in ("FD (tiny)", "128.1 … 136.9", "61.2 ± 1.3", "95 % interval", "eval-spoilt"):
+        assert text in page and text in re.sub(r"\\(.)", r"\1", card), text
+    assert page.count("estimates · fd tiny8") == card.count("estimates · fd tiny8") == 1, "of the spoilt one"
 
 
 def test_changed_settings_stand_out(tmp_path):
