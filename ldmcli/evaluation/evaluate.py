@@ -37,6 +37,7 @@ from ldmcli.evaluation.image_streams import (
     sampling_protocol,
     trained_size,
 )
+from ldmcli.evaluation.judges import Teacher, judges_among, trained_against
 from ldmcli.evaluation.measure import (
     Instruments,
     condition_metrics,
@@ -187,7 +188,26 @@ def open_instruments(request: EvaluationRequest, result: EvaluationResult) -> In
                 f"weights of {extractor.name} are not known (SHA-256 {extractor.sha256[:12]}): "
                 "numbers of others do not compare"
             )
+    judges = judges_among(_teachers(request), extractors, perceptual) if extractors or perceptual is not None else []
+    if judges:
+        result.protocol["trained_against"] = [judge.document() for judge in judges]
+        result.warnings += [judge.warning() for judge in judges]
     return Instruments(chosen, extractors, perceptual, request.progress or no_progress)
+
+
+def _teachers(request: EvaluationRequest) -> list[Teacher]:
+    """Networks that what is measured was trained against, or is led by."""
+    run = request.model if request.model is not None else request.autoencoder
+    led = request.guide_factor is not None and request.guiding.metric == "lpips" and request.guiding.scale
+    by = [Teacher(**perceptual_net(request.perceptual).identity, where="--guide-metric")] if led else []
+    return by + ([] if run is None else trained_against(run))
+
+
+def _protocol_of(extractor: Extractor, result: EvaluationResult) -> dict[str, Any]:
+    """The protocol of a network, with the settings by which what it measures was trained against it."""
+    judged = result.protocol.get("trained_against", ())
+    where = [entry["where"] for entry in judged if entry["judges"] == extractor.suffix]
+    return extractor.protocol | ({"trained_against": where} if where else {})
 
 
 def open_networks(names: Sequence[Any]) -> tuple[Extractor, ...]:
@@ -356,6 +376,7 @@ def report(
     real = next(iter(reference), None)
     count = real.n if isinstance(real, Statistics) else len(real) if real is not None else 0
     n, dim = len(generated[0]), extractor.dim if extractor else 0
+    protocols = [_protocol_of(one, result) for one in instruments.extractors]
     return {
         "schema": SCHEMA,
         "metrics": result.values,
@@ -364,8 +385,8 @@ def report(
         "n_generated": n,
         "n_reference": count,
         "reliable": n > dim and (count is None or count > dim or real is None),
-        "extractor": extractor.protocol if extractor else None,
-        "extractors": [one.protocol for one in instruments.extractors],
+        "extractor": protocols[0] if protocols else None,
+        "extractors": protocols,
         **result.protocol,
         "versions": {"ldm": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "seconds": round(seconds, 2),

@@ -20,13 +20,15 @@ from ldmcli.networks.latent_scale import LatentScale
 class AutoencoderBundle:
     """A first stage. tensors: as `networks.autoencoder.Autoencoder` names them; scale: None where it was never
     measured; notes: readings that were chosen and what was left out, one line each, kept in run.json; fingerprint:
-    content hash of the tensors, "" where nobody has computed it."""
+    content hash of the tensors, "" where nobody has computed it; trained_against: networks in the loss, as
+    `evaluation.judges.Teacher` has them, None where nobody wrote them down."""
 
     config: AutoencoderConfig
     tensors: dict[str, Tensor]
     scale: LatentScale | None = None
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    trained_against: list[dict[str, str]] | None = None
 
 
 @dataclass
@@ -47,6 +49,7 @@ class DiffusionBundle:
     tokenizer: Path | None = None
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    trained_against: list[dict[str, str]] | None = None
 
 
 @dataclass

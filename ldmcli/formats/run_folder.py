@@ -13,11 +13,12 @@ from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import Config, config_hash, flat, from_toml, to_toml
 from ldmcli.core.errors import LdmError, ModelError
-from ldmcli.core.settings import AutoencoderConfig, ClassifierConfig, DiffusionConfig
+from ldmcli.core.settings import ClassifierConfig, DiffusionConfig
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, ClassifierBundle, DiffusionBundle
 from ldmcli.networks.latent_scale import LatentScale
 
 WEIGHTS = "model.safetensors"
+TEACHERS = "trained_against"  # in the metadata of weights
 
 
 def read(path: Path, weights: str = "ema") -> Bundle:
@@ -52,6 +53,7 @@ def read(path: Path, weights: str = "ema") -> Bundle:
         tokenizer if "text" in config.condition.kinds and tokenizer.is_dir() else None,
         _notes(path),
         metadata.get("content_sha256", ""),
+        _teachers(metadata),
     )
 
 
@@ -70,7 +72,7 @@ def read_weights(path: Path, network: str, weights: str = "ema") -> tuple[dict[s
     if weights == "ema" and "ema.safetensors" in files.read_json(checkpoint / "manifest.json")["files"]:
         tensors |= files.load_tensors(checkpoint / "ema.safetensors")[0]
     written = files.tensors_metadata(run / WEIGHTS) if (run / WEIGHTS).is_file() else {}
-    return tensors, {name: text for name, text in written.items() if name == "settings"}
+    return tensors, {name: text for name, text in written.items() if name in ("settings", TEACHERS)}
 
 
 def read_autoencoder(path: Path) -> AutoencoderBundle:
@@ -83,13 +85,13 @@ def read_autoencoder(path: Path) -> AutoencoderBundle:
     config = read_config("autoencoder", path)
     tensors, metadata = read_weights(name, "autoencoder")
     if checkpoint is not None:
-        return AutoencoderBundle(config, tensors, None, _notes(path))
+        return AutoencoderBundle(config, tensors, None, _notes(path), trained_against=_teachers(metadata))
     if "latent_scale" in metadata:  # of these very weights, whatever stats.json was measured on
         stats = {"latent_scale": json.loads(metadata["latent_scale"])}
     else:
         stats = files.read_json(path / "stats.json") if (path / "stats.json").exists() else {}
     scale = read_scale(stats, 0) if stats.get("latent_scale") else None
-    return AutoencoderBundle(config, tensors, scale, _notes(path), metadata["content_sha256"])
+    return AutoencoderBundle(config, tensors, scale, _notes(path), metadata["content_sha256"], _teachers(metadata))
 
 
 def read_classifier(path: Path) -> ClassifierBundle:
@@ -159,6 +161,10 @@ def _newest_checkpoint(path: Path) -> Path:
     return newest
 
 
+def _teachers(metadata: Mapping[str, str]) -> list[dict[str, str]] | None:
+    return json.loads(metadata[TEACHERS]) if TEACHERS in metadata else None
+
+
 def _notes(path: Path) -> list[str]:
     return list(runs.read_run(path).get("notes") or [])
 
@@ -193,10 +199,12 @@ def write(bundle: Bundle, path: Path, source: Mapping[str, Any] | None = None) -
     return fingerprint
 
 
-def _metadata(config: DiffusionConfig | AutoencoderConfig) -> dict[str, str]:
+def _metadata(bundle: Bundle) -> dict[str, str]:
+    teachers = {} if bundle.trained_against is None else {TEACHERS: json.dumps(bundle.trained_against)}
     return {
-        "config_sha256": config_hash(config),
-        "settings": json.dumps(settings_of_weights(config)),
+        **teachers,
+        "config_sha256": config_hash(bundle.config),
+        "settings": json.dumps(settings_of_weights(bundle.config)),
         "step": "0",
         "weights": "converted",
         "ldm_version": __version__,
@@ -209,7 +217,7 @@ def _scale_entry(scale: LatentScale, kind: str) -> dict[str, Any]:
 
 def _write_autoencoder(bundle: AutoencoderBundle, path: Path) -> str:
     stats: dict[str, Any] = {"size": list(bundle.config.data.size)}
-    metadata = _metadata(bundle.config)
+    metadata = _metadata(bundle)
     if bundle.scale is not None:
         stats["latent_scale"] = _scale_entry(bundle.scale, "converted")
         metadata["latent_scale"] = json.dumps(stats["latent_scale"])
@@ -231,7 +239,7 @@ def _write_diffusion(bundle: DiffusionBundle, path: Path) -> str:
             "autoencoder": own,
         },
     )
-    return files.save_tensors(path / WEIGHTS, bundle.tensors, _metadata(bundle.config))
+    return files.save_tensors(path / WEIGHTS, bundle.tensors, _metadata(bundle))
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:

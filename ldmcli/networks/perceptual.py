@@ -6,6 +6,7 @@ parent to training mode adds no noise.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError
+from ldmcli.core.files import sha256_file, tensors_hash
 from ldmcli.networks.feature_nets import find_weights, read_weights
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -53,6 +55,17 @@ class PerceptualNet(nn.Module):
     def train(self, mode: bool = True) -> "PerceptualNet":
         """Stays in evaluation mode, whatever the surrounding module does."""
         return super().train(False)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What tells it from others: network (as torchvision calls it), weights_sha256 of the file of its trunk, and
+        trunk_sha256 of the trunk's tensors, which files of other kinds share."""
+        trunk = {name: value.cpu() for name, value in self.trunk.state_dict().items()}
+        return {
+            "network": BACKBONES[self.kind].builder,
+            "weights_sha256": sha256_file(Path(self.origin)) if Path(self.origin).is_file() else "",
+            "trunk_sha256": tensors_hash(trunk),
+        }
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         self._check(x)
@@ -167,7 +180,7 @@ def perceptual_net(name: str = "") -> PerceptualNet:
     """
     kind = name or "vgg"
     if kind in BACKBONES:
-        path = _published(kind)
+        path = find_weights(_published_url(kind))
         state = read_weights(path)
     else:
         path = Path(name)
@@ -177,7 +190,12 @@ def perceptual_net(name: str = "") -> PerceptualNet:
     return PerceptualNet(kind, trunk, read_heads(kind), origin=str(path))
 
 
-def _published(kind: str) -> Path:
+def published_name(kind: str) -> str:
+    """File of torchvision's weights of a backbone; it ends in the beginning of their SHA-256: vgg16-397923af.pth."""
+    return Path(_published_url(kind)).name
+
+
+def _published_url(kind: str) -> str:
     from torchvision.models import get_model_weights
 
-    return find_weights(get_model_weights(BACKBONES[kind].builder).DEFAULT.url)
+    return get_model_weights(BACKBONES[kind].builder).DEFAULT.url

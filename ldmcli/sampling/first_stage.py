@@ -24,6 +24,7 @@ class LoadedAutoencoder:
     pixels go when the network has no weights, which would say so (LDM-1)."""
 
     kind = "autoencoder"
+    trained_against: list[dict[str, str]] | None = None  # as the bundle has it
 
     def __init__(
         self,

@@ -25,7 +25,9 @@ def build_autoencoder(bundle: AutoencoderBundle, device: torch.device, where: st
     network.eval().requires_grad_(False).to(device)
     scale = bundle.scale or LatentScale.identity(network.latent_channels)
     fingerprint = bundle.fingerprint or fingerprint_of(bundle.tensors)
-    return LoadedAutoencoder(network, scale, fingerprint, bundle.config, device)
+    found = LoadedAutoencoder(network, scale, fingerprint, bundle.config, device)
+    found.trained_against = bundle.trained_against
+    return found
 
 
 def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | Path = "") -> LoadedDiffusion:
@@ -45,7 +47,9 @@ def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | 
         else build_autoencoder(bundle.autoencoder, device, where)
     )
     autoencoder.scale = bundle.scale
-    return LoadedDiffusion(model, autoencoder, config, bundle.fingerprint or fingerprint_of(bundle.tensors))
+    found = LoadedDiffusion(model, autoencoder, config, bundle.fingerprint or fingerprint_of(bundle.tensors))
+    found.trained_against = bundle.trained_against
+    return found
 
 
 def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAutoencoder:

@@ -29,6 +29,7 @@ class TrainedDiffusion:
     """
 
     kind = "diffusion"
+    trained_against: list[dict[str, str]] | None = None  # as the bundle has it
 
     def __init__(
         self, network: DiffusionModel, autoencoder: LoadedAutoencoder, config: DiffusionConfig, fingerprint: str

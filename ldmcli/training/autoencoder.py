@@ -15,6 +15,7 @@ from ldmcli.data.augment import batch_indices, load_pixels
 from ldmcli.data.batches import rank_slice
 from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.evaluation.metrics import reconstruction_metrics
+from ldmcli.formats.run_folder import TEACHERS
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor, tensor_to_pixels
 from ldmcli.networks.autoencoder import Autoencoder
@@ -259,5 +260,8 @@ class AutoencoderObjective:
         The weights carry the scale of their latents: a kill between the two files must not pair it with others.
         """
         files.write_json(self.run / "stats.json", stats)
-        metadata = metadata | {"latent_scale": json.dumps(stats["latent_scale"])}
+        teachers = []
+        if self.perceptual is not None and self.config.loss.perceptual_weight > 0:
+            teachers.append({**self.perceptual.identity, "where": "loss.perceptual"})
+        metadata = metadata | {"latent_scale": json.dumps(stats["latent_scale"]), TEACHERS: json.dumps(teachers)}
         files.save_tensors(self.run / "model.safetensors", weights, metadata)

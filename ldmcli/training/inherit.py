@@ -20,7 +20,8 @@ def copy_autoencoder(autoencoder: LoadedAutoencoder, source: Path, target: Path)
     another format."""
     if not runs.is_run(source):
         assert autoencoder.config is not None, "loaded from a file, so with its settings"
-        write(AutoencoderBundle(autoencoder.config, autoencoder.network.state_dict(), autoencoder.scale), target)
+        tensors, teachers = autoencoder.network.state_dict(), autoencoder.trained_against
+        write(AutoencoderBundle(autoencoder.config, tensors, autoencoder.scale, trained_against=teachers), target)
         return
     target.mkdir(exist_ok=True)
     for name in ("config.toml", "stats.json", "model.safetensors", "run.json"):
