@@ -11,11 +11,11 @@ from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Text, command, flag, option, setting
 from ldmcli.core import config, console
 from ldmcli.core.errors import ThresholdError, UsageError
-from ldmcli.core.runs import locate
+from ldmcli.core.runs import is_run, locate
 
 METRICS_HELP = (
     "fid, kid, mind, is, pr, dc; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?); "
-    "codebook (of --autoencoder: codes used)."
+    "codebook (of --autoencoder: codes used); novelty (share that copies training pictures)."
 )
 
 Reference = setting(
@@ -224,9 +224,14 @@ def eval_fid(given: ParsedOptions) -> None:
         from ldmcli.evaluation.evaluate import evaluate
         from ldmcli.evaluation.limits import misses
 
-        result = evaluate(**request_of(given))
+        request = request_of(given)
+        result = evaluate(**request)
         show(result, given.json)
         missed = [misses(one, limits) for one in result.get("results", [result])]
+    if "novelty_folder" in request:
+        from ldmcli.reports.report import write_pages
+
+        write_pages(request["novelty_folder"])
     if report is not None:
         from ldmcli.reports.junit import write_report
 
@@ -306,8 +311,16 @@ def request_of(given: ParsedOptions) -> dict[str, Any]:
         "reference_count": reference_count_of(given.reference_count),
         "save_statistics": given.save_statistics,
         "progress": console.progress,
+        "novelty_folder": run_of(measured) if "novelty" in metrics else None,
     }
     return {name: value for name, value in request.items() if value is not None}
+
+
+def run_of(measured: dict[str, Any]) -> Path | None:
+    """The run folder of the one model that is measured, where its nearest pairs are kept; None for anything else."""
+    name = measured.get("model")
+    run = locate(Path(name))[0] if isinstance(name, str) else None
+    return run if run is not None and is_run(run) else None
 
 
 def list_protocols(json: bool) -> None:

@@ -33,6 +33,7 @@ _WRITTEN = re.compile(
             r"\.lock",
             r"samples/step-\d+\.png",
             r"neighbours/neighbours\.(png|json)",
+            r"novelty\.(png|json)",
             r"checkpoints/step-\d+/([\w.-]+\.safetensors|state\.json|manifest\.json)",
             r"tokenizer/(vocab\.(txt|json)|merges\.txt|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json)",
             r"tensorboard/(.+/)?(events\.out\.tfevents\..+|hparams\.yml)",

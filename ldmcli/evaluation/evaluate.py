@@ -18,6 +18,7 @@ import torch
 from ldmcli import __version__
 from ldmcli.core import console, runs
 from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation.baselines import guided_sources, task_sources
 from ldmcli.evaluation.compare import compare, lookup, read_result, with_comparison
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
@@ -43,14 +44,27 @@ from ldmcli.evaluation.measure import (
     condition_metrics,
     measure_reference,
     measure_stream,
+    novelty_metrics,
     paired,
     set_metrics,
     share_groups,
     warn_of_lossy,
 )
-from ldmcli.evaluation.metrics import CODES, CONDITION, FEATURES, METRICS, OF_SETS, PERCEPTUAL, STATISTICS, needing
+from ldmcli.evaluation.metrics import (
+    CODES,
+    CONDITION,
+    FEATURES,
+    METRICS,
+    NOVELTY,
+    OF_SETS,
+    PERCEPTUAL,
+    STATISTICS,
+    needing,
+)
+from ldmcli.evaluation.novelty import NoveltySets
+from ldmcli.evaluation.novelty_sheet import check_place, keep_novelty
 from ldmcli.evaluation.protocols import applied, differences, statement
-from ldmcli.evaluation.reference_statistics import Statistics, write_statistics
+from ldmcli.evaluation.reference_statistics import Statistics, open_reference, write_statistics
 from ldmcli.evaluation.references import limited, reference_rows, set_reference, without_features
 from ldmcli.evaluation.request import (
     BATCH,
@@ -68,6 +82,7 @@ from ldmcli.networks.perceptual import perceptual_net
 
 __all__ = ["METRICS", "compare", "evaluate", "lookup"]
 
+STATED = ("step", "weights", "sampling")  # beside the nearest pairs in a run's folder
 GENERATED_LIMIT = 1_000  # samples of a model where nobody says how many
 
 Sets = Sequence[FeatureSet | Statistics]  # what each network found in the same images; empty without images
@@ -109,6 +124,8 @@ def _measured(
         if request.model is not None:
             result.protocol["weights"] = request.weights if request.model.config.train.ema else "raw"
         result.protocol |= runs.step_document(Path(request.name))
+    if request.novelty_folder is not None:
+        check_place(request.novelty_folder)
     generated, reference = MEASURES[request.subject](request, instruments, result)
     if request.save_statistics is not None:
         save_reference(request, instruments, result, reference)
@@ -175,7 +192,7 @@ def open_instruments(request: EvaluationRequest, result: EvaluationResult) -> In
     Raises InputError for weights that are missing or damaged, UsageError for unknown names.
     """
     chosen = request.chosen
-    extractors = open_networks(request.networks) if needing(chosen, *OF_SETS) else ()
+    extractors = open_networks(request.networks) if needing(chosen, *OF_SETS, NOVELTY) else ()
     perceptual = perceptual_net(request.perceptual) if needing(chosen, PERCEPTUAL) else None
     if extractors and request.features is None and default_features() != "inception":
         result.warnings.append(
@@ -294,6 +311,35 @@ def task(request: EvaluationRequest, instruments: Instruments, result: Evaluatio
     return measured
 
 
+def novelty(
+    request: EvaluationRequest,
+    instruments: Instruments,
+    result: EvaluationResult,
+    generated: Sequence[FeatureSet],
+    images: Sequence[np.ndarray],
+    size: tuple[int, int],
+) -> None:
+    """Adds what share of the samples copies the training rows of the data, and keeps the nearest pairs in the run's
+    folder where the request wants it."""
+    data = request.data if request.model is None else own_data(request.model, request.data)
+    settings = replace(data if isinstance(data, DataSettings) else DataSettings(source=str(data)), size=size)
+    training, held_out = (open_reference(settings, split)[0] for split in ("train", "validation"))
+    sets = NoveltySets(
+        images=images,
+        features=generated,
+        extractors=instruments.extractors,
+        training=training,
+        held_out=held_out,
+        settings=settings,
+        size=size,
+        progress=instruments.progress,
+    )
+    found = novelty_metrics(instruments, result, sets)
+    if found is not None and request.novelty_folder is not None:
+        beside: dict[str, Any] = {key: value for key, value in result.protocol.items() if key in STATED}
+        keep_novelty(request.novelty_folder, found, {**beside, "ldm_version": __version__})
+
+
 def second_reference(
     request: EvaluationRequest,
     instruments: Instruments,
@@ -335,8 +381,10 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
         source = model_source(model, rows, n, size=size, balanced=request.balanced, **request.draw, **led)
         result.protocol["sampling"] = sampling_protocol(model, request.draw)
     count, named = request.reference_count, bool(request.metrics)
-    reference = set_reference(instruments, result, rows, settings, data, count, named)
-    instruments = without_features(instruments, result, reference)
+    reference = None
+    if needing(instruments.metrics, *OF_SETS):
+        reference = set_reference(instruments, result, rows, settings, data, count, named)
+        instruments = without_features(instruments, result, reference)
     known = reference.count if isinstance(reference, ImageStream) else reference.n if reference is not None else None
     state_protocol(request, instruments, result, source.count, known)
     generated, images = measure_stream(instruments, result, source)
@@ -346,12 +394,15 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
         how = {"config": model.config, "size": size, "progress": instruments.progress}
         samples = ConditionedSamples(images=images, rows=rows, training=training, ids=ids, **how)
         condition_metrics(instruments, result, samples)
+    if needing(instruments.metrics, NOVELTY):
+        novelty(request, instruments, result, generated, images, size)
     result.protocol["generated"] = source.protocol
     warn_of_lossy(result, source, reference.lossy if isinstance(reference, ImageStream) else False)
     save = request.save_statistics is not None
     streamed = save or request.reference_count is not None
     found = measure_reference(instruments, result, reference, streamed, save)
-    set_metrics(instruments, result, generated, found)
+    if needing(instruments.metrics, *OF_SETS):
+        set_metrics(instruments, result, generated, found)
     return generated, found
 
 
@@ -381,6 +432,7 @@ def report(
         "schema": SCHEMA,
         "metrics": result.values,
         "labels": result.labels,
+        **({"estimates": result.estimates} if result.estimates else {}),
         "frechet": extractor.metric_key if extractor and "fid" in instruments.metrics else None,
         "n_generated": n,
         "n_reference": count,

@@ -20,6 +20,7 @@ from ldmcli.evaluation.metrics import (
     FEATURES,
     IMAGES,
     METRICS,
+    NOVELTY,
     OF_EACH,
     OF_SETS,
     PERCEPTUAL,
@@ -28,6 +29,7 @@ from ldmcli.evaluation.metrics import (
     image_values,
     needing,
 )
+from ldmcli.evaluation.novelty import Novelty, NoveltySets
 from ldmcli.evaluation.reference_statistics import KEPT, Statistics, reference_features, streamed_statistics
 from ldmcli.evaluation.result import EvaluationResult, Scores
 
@@ -57,10 +59,10 @@ class Instruments:
 def measure_stream(
     instruments: Instruments, result: EvaluationResult, source: ImageStream
 ) -> tuple[tuple[FeatureSet, ...], list[np.ndarray]]:
-    """The features of a stream by each network, and its images where metrics of conditions read them; adds what needs
-    images alone."""
+    """The features of a stream by each network, and its images where metrics of conditions or copies read them; adds
+    what needs images alone."""
     kept: list[np.ndarray] = []
-    keep = bool(needing(instruments.metrics, CONDITION))
+    keep = bool(needing(instruments.metrics, CONDITION, NOVELTY))
     values: dict[str, list[float]] = {name: [] for name in instruments.needing(IMAGES)}
 
     def seen() -> Iterator[np.ndarray]:
@@ -200,6 +202,17 @@ def condition_metrics(instruments: Instruments, result: EvaluationResult, sample
     """Adds what says whether samples show their conditions."""
     for name in needing(instruments.metrics, CONDITION):
         result.add_scores(METRICS[name].compute(samples), METRICS[name].labels(name))
+
+
+def novelty_metrics(instruments: Instruments, result: EvaluationResult, sets: NoveltySets) -> Novelty | None:
+    """Adds what share of the samples are copies of training pictures; gives the nearest pairs, too."""
+    found = None
+    for name in needing(instruments.metrics, NOVELTY):
+        found = METRICS[name].compute(sets)
+        result.add_scores(found.by_pixels, METRICS[name].labels(name))
+        for scores, extractor in zip(found.by_network, sets.extractors):
+            result.add_scores(scores, METRICS[name].labels(name), (extractor.suffix, extractor.title))
+    return found
 
 
 def set_metrics(

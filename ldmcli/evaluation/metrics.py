@@ -18,6 +18,7 @@ from ldmcli.core.errors import InputError
 from ldmcli.evaluation.condition_fidelity import LABELS, LAYOUT, MAP, measure
 from ldmcli.evaluation.extractors import Extractor
 from ldmcli.evaluation.features import FeatureSet, in_blocks
+from ldmcli.evaluation.novelty import measure_novelty
 from ldmcli.evaluation.reference_statistics import Statistics, gaussian
 from ldmcli.evaluation.result import Scores
 from ldmcli.maths.kernel_distance import kid
@@ -42,6 +43,7 @@ STATISTICS = "statistics"  # compute(FeatureSets) -> Scores; of the reference me
 FEATURES = "features"  # compute(FeatureSets) -> Scores; of the reference every row of features is needed
 LOGITS = "logits"  # compute(FeatureSets) -> Scores; there need be no reference
 CONDITION = "condition"  # compute(ConditionedSamples) -> Scores
+NOVELTY = "novelty"  # compute(NoveltySets) -> Novelty
 CODES = "codes"  # compute(how often each code stands in latents, or None without a codebook) -> Scores
 
 OF_SETS = (STATISTICS, FEATURES, LOGITS)
@@ -268,6 +270,17 @@ METRICS: dict[str, Metric] = {
         label={"codebook_used": "codes used (share)", "codebook_perplexity": "perplexity of codes"},
         better="higher",
         titles={"codebook": "codebook"},
+    ),
+    "novelty": Metric(
+        needs=NOVELTY,
+        compute=measure_novelty,
+        label={"copied": "copied training pictures (share)", "copied_features": "copied, by features ({net}; share)"},
+        beside={
+            "copied_low": "copied training pictures, low end of 95 %",
+            "copied_high": "copied training pictures, high end of 95 %",
+            "copied_held_out": "copied, of held-out pictures (should be about 0)",
+        },
+        titles={"copied": "Share that copies training pictures"},
     ),
     LAYOUT: _fidelity(LAYOUT),
     MAP: _fidelity(MAP),

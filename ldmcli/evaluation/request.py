@@ -18,6 +18,7 @@ from ldmcli.evaluation.metrics import (
     IMAGES,
     LOGITS,
     METRICS,
+    NOVELTY,
     OF_PAIRS,
     OF_SETS,
     STATISTICS,
@@ -96,6 +97,7 @@ class EvaluationRequest:
     classifier: Any = None  # what `load_classifier` gave, or a run: leads samples to the classes of the rows
     classifier_scale: float = 1.0
     progress: Callable[[int, str], Any] | None = None
+    novelty_folder: Path | None = None  # where novelty.json and novelty.png with the nearest pairs are kept
     name: str = ""  # of the run that is measured, where it was given by name; `opened` says it
 
     def __post_init__(self) -> None:
@@ -236,6 +238,8 @@ def check(request: EvaluationRequest) -> None:
     coded = needing(metrics, CODES)
     if coded and subject != "autoencoder":
         raise UsageError(f"--metrics {coded[0]}: says how an autoencoder's codes are used; use --autoencoder")
+    if needing(metrics, NOVELTY):
+        _check_novelty(request)
     paired = needing(metrics, *OF_PAIRS)
     if paired and subject in ("model", "images"):
         raise UsageError(
@@ -252,6 +256,21 @@ def check(request: EvaluationRequest) -> None:
         raise UsageError("--reference-count: images are compared one by one here, so there are as many; use -n")
     if request.save_statistics is not None:
         _check_saving(request)
+
+
+def _check_novelty(request: EvaluationRequest) -> None:
+    """Raises UsageError where there are no samples that could be copies, or no training pictures to compare with."""
+    if request.subject not in ("model", "images"):
+        what = (
+            "this model's pictures start from given ones, which they are to resemble"
+            if request.subject == "task"
+            else "needs samples: use --model or --images"
+        )
+        raise UsageError(f"--metrics novelty: {what}")
+    if request.data is None and request.subject == "images":
+        raise UsageError("--metrics novelty: name the data with --data, whose training rows may have been copied")
+    if is_npz(request.data):
+        raise UsageError(f"--metrics novelty: {request.data} has no training and held-out rows; name a data set")
 
 
 def given_conditions(request: EvaluationRequest) -> tuple[str, ...]:

@@ -10,13 +10,15 @@ SCHEMA = "ldm-evaluation-1"  # what a document says it is: docs/evaluation.schem
 class Scores:
     """What a metric finds in whole sets of images.
 
-    values: by name as people type it, "kid_mean"; None = there is none. protocol: what a result states beside its
+    values: by name as people type it, "kid_mean"; None = there is none. estimates: what they are worth, by the same
+    names. protocol: what a result states beside its
     numbers, by its keys. warnings: why a value is missing, and the like.
     """
 
     values: dict[str, float | None]
     protocol: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    estimates: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -27,6 +29,7 @@ class EvaluationResult:
     labels: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    estimates: dict[str, dict[str, Any]] = field(default_factory=dict)  # what numbers are worth, by key
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: n and metrics} of parts of the images
 
     def add(self, key: str, label: str, value: float | None) -> None:
@@ -39,6 +42,9 @@ class EvaluationResult:
         ending, title = network
         for name, value in scores.values.items():
             first, _, rest = name.partition("_")
-            self.add("_".join(filter(None, (first, ending, rest))), labels[name].replace("{net}", title), value)
+            key = "_".join(filter(None, (first, ending, rest)))
+            self.add(key, labels[name].replace("{net}", title), value)
+            if name in scores.estimates:
+                self.estimates[key] = scores.estimates[name]
         self.protocol |= scores.protocol
         self.warnings += scores.warnings

@@ -12,7 +12,8 @@ from tiny import ldm
 
 from ldmcli.core import runs
 from ldmcli.evaluation import extractors
-from ldmcli.studies.neighbours import Nearest, closer_share
+from ldmcli.maths.nearest import Nearest
+from ldmcli.studies.neighbours import closer_share
 
 
 @pytest.fixture(scope="module", autouse=True)

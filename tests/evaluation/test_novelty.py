@@ -1,0 +1,212 @@
+"""Does it copy: planted copies are read as many as there are, whatever their form, and nothing else is a copy."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+from tiny import ldm
+
+from ldmcli.core import runs
+from ldmcli.core.errors import InputError
+from ldmcli.core.settings import DataSettings
+from ldmcli.evaluation import extractors, novelty
+from ldmcli.evaluation.image_streams import evenly_spaced
+from ldmcli.evaluation.novelty import LEAST_HELD_OUT, Controls, CopyMeter, controls, planted, read
+from ldmcli.evaluation.reference_statistics import open_reference
+
+SIZE = (32, 32)
+
+
+def soft_noise(seed: int) -> np.ndarray:
+    """A picture unlike that of any other seed."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(*SIZE, 3)), (2.5, 2.5, 0))
+    return np.clip(128 + 60 * noise / noise.std(), 0, 255).astype(np.uint8)
+
+
+class Rows:
+    """Pictures as rows of a data set."""
+
+    source, split, fingerprint = "pictures", "train", "0"
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def pixels(self, i, *where):
+        return self.images[i]
+
+    def name(self, i):
+        return f"row {i}"
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[CopyMeter, list[np.ndarray]]:
+    """Soft noise: a meter by 40 held-out pictures, and 100 pictures that nobody trained on."""
+    images = [soft_noise(seed) for seed in range(340)]
+    return CopyMeter(Rows(images[:200]), Rows(images[200:240]), SIZE), images[240:]
+
+
+@pytest.fixture(scope="module")
+def shapes() -> tuple[CopyMeter, list[np.ndarray]]:
+    """The embedded shapes, where held-out pictures are near to training ones."""
+    settings = DataSettings(source="shapes", size=SIZE, limit=400)
+    training, held_out = (open_reference(settings, split)[0] for split in ("train", "validation"))
+    images = [held_out.pixels(i, SIZE, "center", (0.5, 0.5)) for i in range(200)]
+    return CopyMeter(training, Rows(images[:100]), SIZE), images[100:]
+
+
+@pytest.mark.parametrize("data", ["noisy", "shapes"])
+def test_planted_copies_are_read_as_many_as_there_are(data, request):
+    meter, novel = request.getfixturevalue(data)
+    assert not meter.controls.failure
+    copies = [image for images in zip(*planted(meter.training).values()) for image in images]
+    copies += [meter.training.at(i) for i in range(20)]
+    for share in (0, 10, 50):
+        mixed = [*copies[:share], *novel[share:100]]
+        found = meter.read(mixed)[0]
+        assert abs(found.share - share / 100) <= 0.05, (share, found)
+        assert found.interval[0] <= share / 100 <= found.interval[1]
+    assert meter.read(copies)[0].share == 1
+
+
+@pytest.mark.parametrize("data", ["noisy", "shapes"])
+def test_the_row_that_was_copied_is_named_in_whatever_form(data, request):
+    meter, _ = request.getfixturevalue(data)
+    planted_rows = evenly_spaced(len(meter.training), 8)
+    for images in planted(meter.training).values():
+        _, rows, distances = meter.read(images)
+        assert (distances < meter.limit).all() and rows.tolist() == planted_rows
+
+
+@pytest.mark.parametrize("sigma", [1, 2, 5])
+def test_blurred_pictures_are_no_copies(noisy, sigma):
+    meter, novel = noisy
+    soft = [ndimage.gaussian_filter(image.astype(float), (sigma, sigma, 0)).astype(np.uint8) for image in novel]
+    flat = [np.full_like(image, image.mean((0, 1)).astype(np.uint8)) for image in novel[:20]]
+    assert meter.read(soft)[0].share <= 0.03 and meter.read(flat)[0].below == 0
+
+
+def test_held_out_pictures_that_are_training_pictures_do_not_calibrate():
+    images = [soft_noise(seed) for seed in range(60)]
+    meter = CopyMeter(Rows(images[:30]), Rows([*images[:5], *images[30:]]), SIZE)
+    assert (meter.left_out, len(meter.held_out)) == (5, 30) and meter.limit > 0.1
+    with pytest.raises(InputError, match=f"19 held-out pictures.*at least {LEAST_HELD_OUT}"):
+        CopyMeter(Rows(images[:30]), Rows([*images[:5], *images[30:49]]), SIZE)
+
+
+def test_where_held_out_pictures_are_as_near_as_copies_nothing_is_read():
+    draw = np.random.default_rng(0)
+    near = {"as they are": np.zeros(8), "JPEG": draw.random(8)}
+    found: Controls = controls(near, draw.random(100))
+    assert "planted copies" in found.failure and "JPEG" in found.failure
+    assert not controls({"as they are": np.zeros(8)}, draw.random(100) + 0.1).failure
+    assert read(np.array([0.0, 1.0]), np.linspace(0.5, 1, 60)).below == 1
+
+
+def test_memory_does_not_grow_with_training_pictures():
+    """Of each training picture no more than its coarse pixels is kept."""
+    meter = CopyMeter(
+        Rows([soft_noise(k % 50) for k in range(600)]), Rows([soft_noise(k) for k in range(60, 90)]), SIZE
+    )
+    kept = sum(block.nbytes for block in meter.training._coarse)
+    assert kept == 600 * 192 and len(meter.training.hashes) == 50
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_extractor():
+    """EfficientNet-lite0 on pictures of 32 px."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(extractors.NETWORKS, "effnet-lite0", replace(extractors.NETWORKS["effnet-lite0"], size=32))
+        extractors._cached.cache_clear()
+        yield
+    extractors._cached.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """120 pictures to train on, of which a quarter is held out, and 40 samples: 10 copies, 30 new ones."""
+    base = tmp_path_factory.mktemp("novelty")
+    for name, seeds in (("data", range(120)), ("samples", range(500, 530))):
+        (base / name).mkdir()
+        for seed in seeds:
+            Image.fromarray(soft_noise(seed)).save(base / name / f"{seed:03d}.png")
+    settings = DataSettings(source=str(base / "data"), size=SIZE, val_fraction=0.25)
+    training = open_reference(settings, "train")[0]
+    for k in range(10):
+        image = training.pixels(k, SIZE, "center", (0.5, 0.5))
+        Image.fromarray(image[:, ::-1] if k % 2 else image).save(base / "samples" / f"a{k}.png")
+    return base / "data", base / "samples"
+
+
+def test_the_command_reads_pictures_in_pixels_and_in_features(folders):
+    data, samples = folders
+    line = ("eval-fid", "--images", samples, "--data", data, "--val-fraction", 0.25, "--metrics", "novelty")
+    ending = ldm(*line, "--features", "effnet-lite0", "--json")
+    assert ending.code == 0, ending.stderr
+    found = ending.json
+    assert found["metrics"]["copied"] == pytest.approx(0.25, abs=0.05)
+    low, high = found["estimates"]["copied"]["interval"]
+    assert low < 0.25 < high
+    assert found["metrics"]["copied_effnet_lite0_features"] == pytest.approx(0.25, abs=0.1)
+    document = found["novelty"]
+    assert document["exact"] == 5 and document["n"] == 40 and document["n_training"] + document["n_held_out"] == 120
+    assert len(document["pairs"]) == 8 and all(pair["copy"] for pair in document["pairs"])
+    assert set(document["controls"]["planted"]["found"].values()) == {1.0}
+    assert document["controls"]["held_out"]["read"] < 0.1
+    shown = ldm(*line, "--features", "effnet-lite0", "--fail-above", "copied=0.1")
+    assert shown.code == 8 and "copied training pictures" in shown.stdout
+
+
+@pytest.mark.parametrize("kind", ["text", "map"])
+def test_a_run_keeps_and_shows_its_nearest_pairs(tiny_runs, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(novelty, "HELD_OUT", 24)
+    run = tmp_path / "run"
+    shutil.copytree(tiny_runs[kind], run)
+    line = (
+        "eval-fid",
+        "--model",
+        run,
+        "--metrics",
+        "novelty",
+        "-n",
+        3,
+        "--steps",
+        1,
+        "--data",
+        "shapes",
+        "--limit",
+        60,
+    )
+    ending = ldm(*line, "--features", "effnet-lite0", "--json")
+    assert ending.code == 0, ending.stderr
+    assert 0 <= ending.json["novelty"]["below"] <= 3 and "copied" in ending.json["metrics"]
+    kept = json.loads((run / "novelty.json").read_text())
+    assert kept["kind"] == "ldm novelty" and kept["n"] == 3 and kept["sampling"]["steps"] == 1
+    assert Image.open(run / "novelty.png").size[0] > 3 * 20
+    assert {"novelty.png", "novelty.json"} <= {path.name for path in runs.own_files(run)}
+
+
+@pytest.mark.parametrize(
+    "options, code, words",
+    [
+        (("--model", "{sr}"), 2, "they are to resemble"),
+        (("--images", "{samples}"), 2, "--data"),
+        (("--autoencoder", "{kl}"), 2, "needs samples"),
+        (("--images", "{samples}", "--data", "{data}", "--val-fraction", "0.1"), 3, "12 held-out pictures"),
+    ],
+)
+def test_what_can_not_be_read_is_said_in_a_line(tiny_runs, folders, options, code, words):
+    data, samples = folders
+    named = {"sr": tiny_runs["sr"], "kl": tiny_runs["kl"], "data": data, "samples": samples}
+    ending = ldm("eval-fid", *(one.format(**named) for one in options), "--metrics", "novelty")
+    assert ending.code == code and words in ending.line, ending.stderr
