@@ -300,8 +300,7 @@ def task(request: EvaluationRequest, instruments: Instruments, result: Evaluatio
     for name, stream in baselines.items():
         other = EvaluationResult()
         paired(instruments, other, stream, truth, groups)
-        for key, value in other.values.items():
-            result.add(f"{key}_{name}", f"{other.labels[key]}, {name}", value)
+        result.take(other, f"_{name}", f", {name}")
         for group, found in other.groups.items():
             result.groups[group]["metrics"] |= {f"{key}_{name}": value for key, value in found["metrics"].items()}
     if request.also_split is not None:
@@ -356,8 +355,7 @@ def second_reference(
     streamed = request.reference_count is not None
     found = measure_reference(of_sets, other, rows_source(rows, settings, ids), streamed)
     set_metrics(of_sets, other, generated, found)
-    for key, value in other.values.items():
-        result.add(f"{key}_{split}", f"{other.labels[key]}, against {split}", value)
+    result.take(other, f"_{split}", f", against {split}")
     result.protocol["also_reference"] = other.protocol["reference"]
     result.warnings += [f"{split}: {text}" for text in other.warnings]
 

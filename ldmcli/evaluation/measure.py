@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from ldmcli.core.errors import InputError
+from ldmcli.core.files import sha256_file
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
+from ldmcli.evaluation.estimates import add_of_images, add_of_sets
 from ldmcli.evaluation.extractors import Extractor
 from ldmcli.evaluation.features import Collector, FeatureSet, extract_all, in_blocks
 from ldmcli.evaluation.image_streams import ImageStream
@@ -31,7 +33,7 @@ from ldmcli.evaluation.metrics import (
 )
 from ldmcli.evaluation.novelty import Novelty, NoveltySets
 from ldmcli.evaluation.reference_statistics import KEPT, Statistics, reference_features, streamed_statistics
-from ldmcli.evaluation.result import EvaluationResult, Scores
+from ldmcli.evaluation.result import EvaluationResult, Scores, key_of
 
 REFERENCE_LIMIT = KEPT  # rows of a data set that a reference takes where nobody says how many
 
@@ -46,6 +48,7 @@ class Instruments:
     perceptual: Any
     progress: Callable[[int, str], Any]
     known: dict[str, tuple[FeatureSet, ...]] = field(default_factory=dict)
+    estimates: bool = True  # whether it is measured, too, what the numbers are worth
 
     def needing(self, *needs: str) -> list[str]:
         """Those of the metrics that need one of these, in the order of the table."""
@@ -166,7 +169,7 @@ def _of_group(
     reference: Sequence[FeatureSet],
 ) -> EvaluationResult:
     """The numbers of some of the pairs; of sets only where two images or more are among them."""
-    result = EvaluationResult()
+    result, instruments = EvaluationResult(), replace(instruments, estimates=False)
     for name, found in values.items():
         _add_mean(instruments, result, name, found)
     if len(generated[0]) > 1:
@@ -193,9 +196,18 @@ def _add_mean(instruments: Instruments, result: EvaluationResult, name: str, val
         network = (net.kind, net.kind)
         scores.protocol[name] = {"net": net.kind, "version": "0.1", "weights": Path(net.origin).name}
     result.add_scores(scores, labels, network)
+    if instruments.estimates:
+        of = None if METRICS[name].needs != PERCEPTUAL else perceptual_name(instruments.perceptual)
+        add_of_images(result, key_of(name, network[0]), values, METRICS[name], of)
     if len(finite) < len(values):
         count = f"{name}_equal_images"
         result.add(count, labels[count], len(values) - len(finite))
+
+
+def perceptual_name(net: Any) -> str | None:
+    """Name and start of the hash of the weights of a perceptual network; None of one without a file."""
+    path = Path(net.origin)
+    return f"{net.kind}@{sha256_file(path)[:12]}" if path.is_file() else None
 
 
 def condition_metrics(instruments: Instruments, result: EvaluationResult, samples: ConditionedSamples) -> None:
@@ -253,6 +265,8 @@ def _add_sets(instruments: Instruments, result: EvaluationResult, sets: FeatureS
         named = instruments.network_named(extractor)
         scores = replace(scores, warnings=[f"{text}{named}" for text in scores.warnings])
         result.add_scores(scores, METRICS[name].labels(name), (extractor.suffix, extractor.title))
+        if instruments.estimates:
+            add_of_sets(result, name, METRICS[name], sets, scores)
 
 
 def _check_counts(result: EvaluationResult, sets: FeatureSets, named: str) -> None:

@@ -21,11 +21,21 @@ from ldmcli.evaluation.features import FeatureSet, in_blocks
 from ldmcli.evaluation.novelty import measure_novelty
 from ldmcli.evaluation.reference_statistics import Statistics, gaussian
 from ldmcli.evaluation.result import Scores
+from ldmcli.maths.distance_errors import (
+    Extrapolated,
+    Moments,
+    extrapolated_frechet,
+    frechet_error,
+    kid_error,
+    mind_error,
+)
 from ldmcli.maths.kernel_distance import kid
 from ldmcli.maths.metrics import frechet, frechet_from_features, inception_score, psnr, ssim
 from ldmcli.maths.mind import mind
+from ldmcli.maths.neighbour_errors import density_coverage_errors, precision_recall_errors
 from ldmcli.maths.neighbour_metrics import NEAREST, NEIGHBOURS, density_coverage, precision_recall
 from ldmcli.maths.pixels import pixels_to_tensor
+from ldmcli.maths.uncertainty import Error
 
 KID = {"subsets": 100, "subset_size": 1000, "seed": 2020}
 KERNEL = "(x.y/D + 1)^3, unbiased"
@@ -73,6 +83,10 @@ class Metric:
     condition: what the model must be conditioned on, of a metric that needs CONDITION.
     default_of: what it is measured of where no metrics are named: "model", "images", "autoencoder", "task", "pairs".
     titles: what reports call it, by the first word of its keys, where that is not how its label begins.
+    bounds: the least and the greatest value that there is.
+    errors: of a metric of sets, (FeatureSets, all numbers by name) -> {name: Error}; None: groups of images are left
+        out.
+    extrapolate: (FeatureSets, value, Error) -> its value at infinitely many images.
     """
 
     needs: str
@@ -85,6 +99,9 @@ class Metric:
     condition: str = ""
     default_of: tuple[str, ...] = ()
     titles: Mapping[str, str] = field(default_factory=dict)
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    errors: Callable[[FeatureSets, dict[str, float]], Mapping[str, Error | None]] | None = None
+    extrapolate: Callable[[FeatureSets, float, Error], Extrapolated | None] | None = None
 
     def values(self, name: str) -> dict[str, str]:
         """{name: label} of its values, without what stands beside. name: its own in the table."""
@@ -113,12 +130,37 @@ def _fid(sets: FeatureSets) -> Scores:
     return Scores({name: value}, {"covariance_divisor": "n - 1"})
 
 
+def _fid_errors(sets: FeatureSets, values: dict[str, float]) -> dict[str, Error]:
+    return dict.fromkeys(values, frechet_error(Moments.of_rows(sets.generated.features), _moments(sets)))
+
+
+def _fid_extrapolated(sets: FeatureSets, value: float, error: Error) -> Extrapolated | None:
+    reference = _moments(sets) if isinstance(sets.reference, Statistics) else _rows(sets)
+    return extrapolated_frechet(sets.generated.features, reference, value, error)
+
+
+def _moments(sets: FeatureSets) -> Moments:
+    """The reference as a Gaussian."""
+    given = sets.reference
+    if not isinstance(given, Statistics):
+        return Moments.of_rows(_rows(sets))
+    return Moments.of_statistics(
+        given.mu, given.sigma, given.rows.features if given.rows is not None else None, given.n
+    )
+
+
 def _kid(sets: FeatureSets) -> Scores:
     """Kernel Inception Distance (Bińkowski et al. 2018, Sec. 4), over subsets no larger than the smaller set."""
     generated, reference = sets.generated.features, _rows(sets)
     size = min(KID["subset_size"], len(generated), len(reference))
     mean, std = kid(generated, reference, subsets=KID["subsets"], subset_size=size, seed=KID["seed"])
     return Scores({"kid_mean": mean, "kid_std": std}, {"kid": {**KID, "kernel": KERNEL, "subset_size": size}})
+
+
+def _kid_errors(sets: FeatureSets, values: dict[str, float]) -> dict[str, Error | None]:
+    generated, reference = sets.generated.features, _rows(sets)
+    size = min(KID["subset_size"], len(generated), len(reference))
+    return {"kid_mean": kid_error(generated, reference, size, KID["subsets"], values["kid_std"])}
 
 
 def _inception_score(sets: FeatureSets) -> Scores:
@@ -135,12 +177,32 @@ def _inception_score(sets: FeatureSets) -> Scores:
     return Scores({"is_mean": mean, "is_std": std}, protocol, warnings)
 
 
+def _inception_score_errors(sets: FeatureSets, values: dict[str, float]) -> dict[str, Error]:
+    _, std = inception_score(sets.generated.logits, splits=IS_SPLITS)
+    error = Error(std / math.sqrt(IS_SPLITS - 1), None, f"exact (t of {IS_SPLITS} splits)", IS_SPLITS - 1)
+    return {"is_mean": error}
+
+
 def _precision_recall(sets: FeatureSets) -> Scores:
     """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1–2), in [0, 1]; None where a set is too small."""
     precision, recall = precision_recall(sets.generated.features, _rows(sets), NEIGHBOURS)
     few = [f"no precision and recall: a set has no more than {NEIGHBOURS} images"] if precision is None else []
     stated = {"k": NEIGHBOURS, "precision": "share of generated images inside balls of reference images"}
     return Scores({"precision": precision, "recall": recall}, {"pr": stated}, few)
+
+
+def _precision_recall_errors(sets: FeatureSets, values: dict[str, float]) -> dict[str, Error]:
+    return _by_halves(sets, NEIGHBOURS, precision_recall_errors, values, ("precision", "recall"))
+
+
+def _by_halves(
+    sets: FeatureSets, k: int, errors: Callable[..., Any], values: dict[str, float], names: tuple[str, str]
+) -> dict[str, Error]:
+    """Errors of metrics of neighbours; none where a half of a set has no k-th one."""
+    generated, reference = sets.generated.features, _rows(sets)
+    if min(len(generated), len(reference)) < 2 * k + 2:
+        return {}
+    return dict(zip(names, errors(generated, reference, (values[names[0]], values[names[1]]), k)))
 
 
 def _mind(sets: FeatureSets) -> Scores:
@@ -150,12 +212,20 @@ def _mind(sets: FeatureSets) -> Scores:
     return Scores({"mind": value}, {"mind": {**MIND, "rows": min(len(generated), len(reference))}})
 
 
+def _mind_errors(sets: FeatureSets, values: dict[str, float]) -> dict[str, Error | None]:
+    return {"mind": mind_error(sets.generated.features, _rows(sets), MIND["directions"], MIND["seed"])}
+
+
 def _density_coverage(sets: FeatureSets) -> Scores:
     """Density and coverage (Naeem et al. 2020, Eq. 4–5); None where a set is too small."""
     density, coverage = density_coverage(sets.generated.features, _rows(sets), NEAREST)
     few = [f"no density and coverage: a set has no more than {NEAREST} images"] if density is None else []
     stated = {"k": NEAREST, "balls": "of reference images, without their border"}
     return Scores({"density": density, "coverage": coverage}, {"dc": stated}, few)
+
+
+def _density_coverage_errors(sets: FeatureSets, values: dict[str, float]) -> dict[str, Error]:
+    return _by_halves(sets, NEAREST, density_coverage_errors, values, ("density", "coverage"))
 
 
 def codebook_use(counts: np.ndarray | None) -> Scores:
@@ -217,6 +287,13 @@ METRICS: dict[str, Metric] = {
         needs=STATISTICS,
         compute=_fid,
         label={"fid": "FID", "fd": "FD ({net})"},
+        beside={
+            "fid_extrapolated": "FID, of infinitely many images",
+            "fd_extrapolated": "FD ({net}), of infinitely many images",
+        },
+        bounds=(0, math.inf),
+        errors=_fid_errors,
+        extrapolate=_fid_extrapolated,
         default_of=("model", "images", "autoencoder", "task"),
         titles={"fd": "Fréchet distance"},
     ),
@@ -225,27 +302,41 @@ METRICS: dict[str, Metric] = {
         compute=_kid,
         label={"kid_mean": "KID ({net})"},
         beside={"kid_std": "KID ({net}), deviation over subsets"},
+        errors=_kid_errors,
         default_of=("model", "images"),
     ),
-    "mind": Metric(needs=FEATURES, compute=_mind, label={"mind": "MIND ({net})"}, default_of=("model", "images")),
+    "mind": Metric(
+        needs=FEATURES,
+        compute=_mind,
+        label={"mind": "MIND ({net})"},
+        default_of=("model", "images"),
+        bounds=(0, math.inf),
+        errors=_mind_errors,
+    ),
     "is": Metric(
         needs=LOGITS,
         compute=_inception_score,
         label={"is_mean": "IS ({net})"},
         better="higher",
         beside={"is_std": "IS ({net}), deviation over splits"},
+        bounds=(1, math.inf),
+        errors=_inception_score_errors,
     ),
     "pr": Metric(
         needs=FEATURES,
         compute=_precision_recall,
         label={"precision": "precision ({net})", "recall": "recall ({net})"},
         better="higher",
+        bounds=(0, 1),
+        errors=_precision_recall_errors,
     ),
     "dc": Metric(
         needs=FEATURES,
         compute=_density_coverage,
         label={"density": "density ({net})", "coverage": "coverage ({net})"},
         better="higher",
+        bounds=(0, math.inf),  # of coverage 1, as its interval knows
+        errors=_density_coverage_errors,
     ),
     "psnr": Metric(
         needs=PAIRS,
@@ -261,9 +352,10 @@ METRICS: dict[str, Metric] = {
         label="SSIM (Wang)",
         better="higher",
         bound="at most 1",
+        bounds=(-1, 1),
         default_of=("pairs", "autoencoder", "task"),
     ),
-    "lpips": Metric(needs=PERCEPTUAL, compute=_lpips, label="LPIPS ({net})"),
+    "lpips": Metric(needs=PERCEPTUAL, compute=_lpips, label="LPIPS ({net})", bounds=(0, math.inf)),
     "codebook": Metric(
         needs=CODES,
         compute=codebook_use,

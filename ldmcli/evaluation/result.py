@@ -11,14 +11,20 @@ class Scores:
     """What a metric finds in whole sets of images.
 
     values: by name as people type it, "kid_mean"; None = there is none. estimates: what they are worth, by the same
-    names. protocol: what a result states beside its
-    numbers, by its keys. warnings: why a value is missing, and the like.
+    names, of a metric that says so itself. protocol: what a result states beside its numbers, by its keys. warnings:
+    why a value is missing, and the like.
     """
 
     values: dict[str, float | None]
     protocol: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     estimates: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def key_of(name: str, ending: str) -> str:
+    """The key of a value that holds for a network: its ending goes behind the first word, kid_effnet_lite0_mean."""
+    first, _, rest = name.partition("_")
+    return "_".join(filter(None, (first, ending, rest)))
 
 
 @dataclass
@@ -31,6 +37,13 @@ class EvaluationResult:
     warnings: list[str] = field(default_factory=list)
     estimates: dict[str, dict[str, Any]] = field(default_factory=dict)  # what numbers are worth, by key
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)  # {name: n and metrics} of parts of the images
+    of_each: dict[str, list[float | None]] = field(default_factory=dict)  # values image by image, by keys of means
+
+    def take(self, other: "EvaluationResult", ending: str, label: str) -> None:
+        """Adds the numbers of another one, with something behind their keys and labels."""
+        for key, value in other.values.items():
+            self.add(f"{key}{ending}", f"{other.labels[key]}{label}", value)
+        self.estimates |= {f"{key}{ending}": one for key, one in other.estimates.items()}
 
     def add(self, key: str, label: str, value: float | None) -> None:
         """A number under its key."""
@@ -38,11 +51,10 @@ class EvaluationResult:
 
     def add_scores(self, scores: Scores, labels: dict[str, str], network: tuple[str, str] = ("", "")) -> None:
         """The scores of a metric, whose labels are by the names of its values. network: end of keys, and name for
-        people, of the network that the numbers hold for; it goes behind the first word: kid_effnet_lite0_mean."""
+        people, of the network that the numbers hold for."""
         ending, title = network
         for name, value in scores.values.items():
-            first, _, rest = name.partition("_")
-            key = "_".join(filter(None, (first, ending, rest)))
+            key = key_of(name, ending)
             self.add(key, labels[name].replace("{net}", title), value)
             if name in scores.estimates:
                 self.estimates[key] = scores.estimates[name]

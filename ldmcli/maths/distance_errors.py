@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldmcli.maths.feature_rows import Array, pair_of, tiles
-from ldmcli.maths.kernel_distance import mmd_errors
+from ldmcli.maths.feature_rows import Array, tiles
+from ldmcli.maths.kernel_distance import jackknife_variances
 from ldmcli.maths.metrics import centred_factor, factor_of, frechet_of
 from ldmcli.maths.mind import drawn, projected
 from ldmcli.maths.uncertainty import Error, quantile
@@ -79,10 +79,10 @@ def kid_error(generated: Array, reference: Array, subset_size: int, subsets: int
     """
     if min(len(generated), len(reference)) < 3:
         return None
-    found = mmd_errors(*pair_of(generated, reference))
+    own, other = jackknife_variances(generated, reference)
     whole = len(generated) == len(reference) == subset_size
     drawing = 0.0 if whole else std**2 / subsets / 2
-    errors = (math.sqrt(found.generated + drawing), math.sqrt(found.reference + drawing))
+    errors = (math.sqrt(own + drawing), math.sqrt(other + drawing))
     method = "jackknife" if whole else f"jackknife, and the deviation of {subsets} subsets"
     return Error(*errors, method, min(len(generated), len(reference)) - 1)
 

@@ -130,7 +130,7 @@ class SampleQuality:
             self.reference = self._reference()
         features, result = concatenated([block.features for block in blocks]), EvaluationResult()
         names = tuple(name for name in OF_SETS if name != "is" or features.logits.shape[1])
-        instruments = Instruments(names, (self.extractor,), None, no_progress)
+        instruments = Instruments(names, (self.extractor,), None, no_progress, estimates=False)
         set_metrics(instruments, result, (features,), (self.reference,))
         for name in blocks[0].pairs:
             result.add(name, name, finite_mean([value for block in blocks for value in block.pairs[name]], math.inf))

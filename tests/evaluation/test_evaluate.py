@@ -59,7 +59,8 @@ def test_the_distance_is_that_of_the_features_and_carries_the_extractor_in_its_n
     first, second = pictures(14, 1), pictures(11, 2)
     result = evaluate(images=folder(tmp_path / "a", first), data=npz(tmp_path / "b.npz", second))
     expected = frechet_from_features(tiny.features(first), tiny.features(second))
-    assert list(result["metrics"]) == ["fd_tiny8", "kid_tiny8_mean", "kid_tiny8_std", "mind_tiny8"]
+    keys = ["fd_tiny8", "fd_tiny8_extrapolated", "kid_tiny8_mean", "kid_tiny8_std", "mind_tiny8"]
+    assert list(result["metrics"]) == keys
     assert result["metrics"]["fd_tiny8"] == pytest.approx(expected, rel=1e-9) and expected > 0
     assert result["labels"]["fd_tiny8"] == "FD (tiny)" and "fid" not in result["metrics"]
     assert (result["n_generated"], result["n_reference"], result["reliable"]) == (14, 11, True)
