@@ -54,6 +54,9 @@ class TrainSettings:
     # train-ldm: samples of fixed seeds that each evaluation measures against the held-out rows; 0 = none
     eval_samples: int = 0
     eval_steps: int = 0  # sampling steps of these; 0 = sample.steps
+    # with eval_samples: the share of these that copies training pictures, of which 10,000 at most are looked through;
+    # keep_best then keeps the best evaluation that shows no copies
+    eval_novelty: bool = False
     eval_features: str = ""  # network of features, as --features of eval-fid; "" = the best at hand
     max_hours: float = 0.0  # save and end before; 0 = no limit
     max_minutes: float = 0.0  # steps end early so that training takes this long, cooldown included; 0 = no limit

@@ -7,7 +7,7 @@ JPEG files and shifted, planted among held-out ones, and held-out pictures thems
 blocks, and no more is kept than 192 bytes of each, of at most `HELD_ROWS`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -233,14 +233,14 @@ class CopyMeter:
         other = TrainingPictures(held_out, size)
         if not len(training):
             raise InputError("novelty: there are no training pictures to compare with")
-        _need_held_out(len(other))
+        need_held_out(len(other))
         self.held_out = [other.at(i) for i in evenly_spaced(len(other), min(HELD_OUT, len(other)))]
         self.planted = planted(self.training)
         copies = [image for images in self.planted.values() for image in images]
         distances = nearest_pictures(self.training, [*self.held_out, *copies], advance)[1]
         unseen = [k for k, image in enumerate(self.held_out) if content_hash(image) not in self.training.hashes]
         self.left_out = len(self.held_out) - len(unseen)
-        _need_held_out(len(unseen))
+        need_held_out(len(unseen))
         by_form = np.split(distances[len(self.held_out) :], len(self.planted))
         self.held_out = [self.held_out[k] for k in unseen]
         self.distances = distances[unseen]
@@ -257,7 +257,14 @@ class CopyMeter:
         return read(distances, self.distances), rows, distances
 
 
-def _need_held_out(count: int) -> None:
+def shows_copies(metrics: Mapping[str, float]) -> bool:
+    """Whether an evaluation of a training reads more copies than chance gives: the low end of its interval is above
+    what held-out pictures are read as. False where nobody looked."""
+    return "copied_low" in metrics and metrics["copied_low"] > metrics.get("copied_held_out", 0.0)
+
+
+def need_held_out(count: int) -> None:
+    """Raises InputError for fewer than 20 held-out pictures."""
     if count < LEAST_HELD_OUT:
         raise InputError(
             f"novelty: {count} held-out pictures that are no training pictures; at least {LEAST_HELD_OUT} say how near "

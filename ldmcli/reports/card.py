@@ -10,7 +10,7 @@ from ldmcli.conditions import CONDITIONS
 from ldmcli.core.console import clean, redact
 from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.outputs import write_page
-from ldmcli.reports import run_report, run_view
+from ldmcli.reports import copying, run_report, run_view
 from ldmcli.reports.charts import figure
 from ldmcli.reports.evaluation_table import cells
 from ldmcli.reports.run_report import last_name
@@ -202,6 +202,9 @@ def _limits(run: RunView) -> str:
 
 def _repeats(run: RunView) -> str:
     """What is known of training images that come back."""
+    text = copying.pairs_text(copying.kept(run))
+    if text:
+        return f"[Nearest training pictures](novelty.png): {_text(text)} Nobody has looked for bias."
     text = run_report.neighbours_text(run_view.neighbours(run))
     if not text:
         return "Nobody has checked whether it repeats training images, or looked for bias."

@@ -10,7 +10,7 @@ from ldmcli.core import console
 from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import LdmError
 from ldmcli.core.outputs import write_page
-from ldmcli.reports import html, run_report
+from ldmcli.reports import copying, html, run_report
 from ldmcli.reports.card import write_card
 from ldmcli.reports.html import safe
 from ldmcli.reports.run_view import RunView, read_run
@@ -33,6 +33,7 @@ def write_report(run_dir: Path, summary: dict[str, Any] | None = None, out: Path
         + run_report.previews(run)
         + run_report.curves(run)
         + run_report.evaluations(run, summary)
+        + copying.section(run)
         + run_report.nearest_training_pictures(run)
         + run_report.protocol(run)
         + run_report.settings(run)

@@ -16,6 +16,7 @@ from ldmcli.data import shape_reading
 from ldmcli.data.sources import is_shapes
 from ldmcli.reports import html
 from ldmcli.reports.charts import Series, figure, finite, line_chart
+from ldmcli.reports.copying import CURVE
 from ldmcli.reports.evaluation_table import cells
 from ldmcli.reports.html import safe
 from ldmcli.reports.run_view import (
@@ -189,7 +190,7 @@ def _validation_remark(run: RunView, metric: str) -> str:
 def curves(run: RunView) -> str:
     """Charts of metrics.jsonl; those without a place of their own are folded away."""
     values = logged_values(run.log)
-    used: set[str] = set()
+    used: set[str] = set(CURVE)  # they have a section of their own
 
     def chart(title: str, unit: str, names: dict[str, str], note: str = "") -> str:
         found = {key: name for key, name in names.items() if key in values}

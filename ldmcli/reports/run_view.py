@@ -11,6 +11,7 @@ from ldmcli.core import config as configuration
 from ldmcli.core import files, runs
 from ldmcli.core.errors import LdmError
 from ldmcli.core.settings import DiffusionConfig
+from ldmcli.evaluation.compare import read_key
 from ldmcli.evaluation.metrics import report_title
 from ldmcli.reports.charts import finite
 from ldmcli.training.validation import VALIDATION_ROWS
@@ -81,14 +82,14 @@ def read_config(path: Path, run_kind: str) -> configuration.Config | None:
 
 
 def latest_metrics(run: RunView) -> dict[str, float]:
-    """The newest validation of the log, else what run.json keeps: {metric: value}."""
+    """The newest validation of the log, else what run.json keeps: {metric: value}, without ends of intervals."""
     for line in reversed(run.log):
         found = {k.removeprefix("val/"): v for k, v in line.items() if k.startswith("val/")}
         if found:
             break
     else:
         found = run.state.get("metrics") or {}
-    return {k: v for k, v in found.items() if finite([(0, v)])}
+    return {k: v for k, v in found.items() if finite([(0, v)]) and not read_key(k)[1]}
 
 
 def metric_label(key: str) -> tuple[str, str, str]:

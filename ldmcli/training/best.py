@@ -8,6 +8,7 @@ from typing import Any
 from ldmcli.core import runs
 from ldmcli.core.errors import UsageError
 from ldmcli.evaluation.compare import higher_is_better, lookup
+from ldmcli.evaluation.novelty import shows_copies
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class BestCheckpoint:
             return True
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Takes note of an evaluation at `step`; whether it is the best so far. One that lacks the metric is not."""
-        if not self.name or self.lacks(metrics):
+        """Takes note of an evaluation at `step`; whether it is the best so far. One that lacks the metric, or whose
+        samples are copies of training pictures (train.eval_novelty), is not."""
+        if not self.name or self.lacks(metrics) or shows_copies(metrics):
             return False
         key, value = find_metric(metrics, self.name)
         if not isinstance(value, int | float) or not math.isfinite(value):

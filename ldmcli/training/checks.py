@@ -143,6 +143,8 @@ def check_evaluations(config: AutoencoderConfig | DiffusionConfig | ClassifierCo
         )
     if not isinstance(config, DiffusionConfig) and train.eval_samples:
         raise UsageError("train.eval_samples: only train-ldm draws samples; other trainings are measured without")
+    if train.eval_novelty:
+        _check_novelty(config)
     if isinstance(config, DiffusionConfig) and train.eval_steps:
         check_sampling(replace(config.sample, steps=train.eval_steps), make_schedule(config.diffusion))
     if train.keep_best and not (train.eval_every or train.evaluations):
@@ -152,6 +154,18 @@ def check_evaluations(config: AutoencoderConfig | DiffusionConfig | ClassifierCo
         extractor = open_features(train)
     if train.keep_best:
         find_metric(dict.fromkeys(_measured(config, size, extractor), 0.0), train.keep_best)
+
+
+def _check_novelty(config: AutoencoderConfig | DiffusionConfig | ClassifierConfig) -> None:
+    """Raises UsageError where no samples are drawn that could be copies, or training rows can't be looked up."""
+    if not isinstance(config, DiffusionConfig) or not config.train.eval_samples:
+        raise UsageError("train.eval_novelty: looks through samples for copies; set train.eval_samples of train-ldm")
+    if config.task.name != "generate":
+        raise UsageError(
+            f"train.eval_novelty: pictures of task {config.task.name} start from given ones, which they are to resemble"
+        )
+    if config.data.streaming:
+        raise UsageError("train.eval_novelty: looks up training pictures, which a stream does not let; set it to false")
 
 
 def _measured(

@@ -118,7 +118,7 @@ class DiffusionObjective:
     def _prepare_conditions(self) -> None:
         """Where batches take conditions from."""
         self.source = ConditionDataset(self.rows, self.config, self.size, training=True)
-        self.held_out = DiffusionValidation(self.config, self.validation, self.size)
+        self.held_out = DiffusionValidation(self.config, self.validation, self.size, self.rows)
         for source in (self.source, self.held_out.dataset):
             source.align_categories(self.model.conditions)
         self.inputs = ConditionInputs(self.source, self.model.conditions)

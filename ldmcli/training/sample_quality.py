@@ -7,10 +7,13 @@ them in blocks whose size does not depend on their number, so the metrics do not
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
+from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig, TrainSettings
 from ldmcli.evaluation.baselines import answer_for_rows
@@ -20,6 +23,7 @@ from ldmcli.evaluation.features import FeatureSet, concatenated, extract
 from ldmcli.evaluation.image_streams import condition_source, evenly_spaced, rows_source, sample_for_rows
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments, set_metrics
 from ldmcli.evaluation.metrics import IS_SPLITS, METRICS, finite_mean, image_values
+from ldmcli.evaluation.novelty import CopyMeter, need_held_out
 from ldmcli.evaluation.reference_statistics import reference_features
 from ldmcli.evaluation.request import BATCH, no_progress
 from ldmcli.evaluation.result import EvaluationResult, Scores
@@ -30,6 +34,8 @@ from ldmcli.training.distributed import Distributed
 
 OF_SETS = ("fid", "kid", "mind", "is", "pr")  # of `METRICS`
 OF_PAIRS = ("psnr", "ssim")  # beside them, for super-resolution and inpainting
+COPIES = ("copied", "copied_low", "copied_high", "copied_held_out")  # with train.eval_novelty
+NOVELTY_ROWS = 10_000  # training rows that are looked through for copies
 LEAST = IS_SPLITS  # samples; the other metrics need fewer
 SSIM_SIDE = 11  # px, its window
 
@@ -40,6 +46,7 @@ class Block:
 
     features: FeatureSet
     pairs: dict[str, list[float]]
+    images: list[np.ndarray] = field(default_factory=list)  # where they are looked through for copies
 
 
 def open_features(train: TrainSettings) -> Extractor:
@@ -57,7 +64,8 @@ def metric_keys(config: DiffusionConfig, size: tuple[int, int], extractor: Extra
         if name == "fid":
             values = {extractor.metric_key.partition("_")[0]: 0.0}
         result.add_scores(Scores(values), METRICS[name].labels(name), (extractor.suffix, extractor.title))
-    return [*result.values, *(_paired_metrics(size) if config.task.name != "generate" else ())]
+    copies = COPIES if config.train.eval_novelty else ()
+    return [*result.values, *copies, *(_paired_metrics(size) if config.task.name != "generate" else ())]
 
 
 def _paired_metrics(size: tuple[int, int]) -> list[str]:
@@ -67,10 +75,12 @@ def _paired_metrics(size: tuple[int, int]) -> list[str]:
 class SampleQuality:
     """Measures train.eval_samples samples against the held-out `rows`, at the size in pixels that is trained on.
 
-    Raises InputError where the rows are too few.
+    training: rows that samples may be copies of. Raises InputError where the rows are too few.
     """
 
-    def __init__(self, config: DiffusionConfig, rows: Any, size: tuple[int, int], extractor: Extractor):
+    def __init__(
+        self, config: DiffusionConfig, rows: Any, size: tuple[int, int], extractor: Extractor, training: Any = None
+    ):
         train, self.paired = config.train, config.task.name != "generate"
         self.config, self.rows, self.size, self.extractor, self.seed = config, rows, size, extractor, train.seed
         self.count = min(train.eval_samples, len(rows)) if self.paired else train.eval_samples
@@ -79,6 +89,10 @@ class SampleQuality:
                 f"train.eval_samples = {train.eval_samples}: at least 2 held-out rows are needed, there "
                 f"is {len(rows) or 'none'}; raise data.val_fraction"
             )
+        self.training = training if train.eval_novelty else None
+        if self.training is not None:
+            need_held_out(len(rows))
+        self.copies: CopyMeter | None = None  # on rank 0, from the first evaluation on
         self.settings = {"steps": train.eval_steps} if train.eval_steps else {}
         self.ids = evenly_spaced(len(rows), self.count)  # of the row that each sample is conditioned on
         self.dataset: Any = None
@@ -88,7 +102,9 @@ class SampleQuality:
     def note(self) -> str:
         """What is measured, for the first lines of a training."""
         rows = min(len(self.rows), REFERENCE_LIMIT)
-        return f"evaluations measure {self.count:,} samples against {rows:,} held-out rows, by {self.extractor.title}"
+        text = f"evaluations measure {self.count:,} samples against {rows:,} held-out rows, by {self.extractor.title}"
+        looked = 0 if self.training is None else min(len(self.training), NOVELTY_ROWS)
+        return text + (f"; they are looked through for copies of {looked:,} training pictures" if looked else "")
 
     def measure(
         self, model: LoadedDiffusion, dist: Distributed, stopped: Callable[[], bool]
@@ -120,7 +136,7 @@ class SampleQuality:
         ids = [self.ids[k] for k in numbers]
         if not self.paired:
             images = sample_for_rows(model, self.dataset, ids, numbers[0], self.seed, self.size, self.settings)
-            return Block(extract(images, self.extractor), {})
+            return Block(extract(images, self.extractor), {}, [] if self.training is None else list(images))
         images = answer_for_rows(model, self.dataset, ids, numbers, self.seed, self.settings)
         real = [self.rows.pixels(i, self.size, "center", (0.5, 0.5)) for i in ids]
         return Block(extract(images, self.extractor), image_values(_paired_metrics(self.size), list(images), real))
@@ -134,7 +150,23 @@ class SampleQuality:
         set_metrics(instruments, result, (features,), (self.reference,))
         for name in blocks[0].pairs:
             result.add(name, name, finite_mean([value for block in blocks for value in block.pairs[name]], math.inf))
-        return {key: value for key, value in result.values.items() if value is not None and not read_key(key)[1]}
+        found = {key: value for key, value in result.values.items() if value is not None and not read_key(key)[1]}
+        return found | self._copied([image for block in blocks for image in block.images])
+
+    def _copied(self, images: list[np.ndarray]) -> dict[str, float]:
+        """{key: share} of copies of training pictures among samples, {} where nobody looks or controls fail."""
+        if self.training is None:
+            return {}
+        if self.copies is None:
+            rows = evenly_spaced(len(self.training), min(len(self.training), NOVELTY_ROWS))
+            training = self.training if len(rows) == len(self.training) else self.training.select(rows)
+            self.copies = CopyMeter(training, self.rows, self.size)
+        failure = self.copies.controls.failure
+        if failure:
+            console.warn_once("eval_novelty", f"samples are not looked through for copies: {failure}")
+            return {}
+        found, held_out = self.copies.read(images)[0], self.copies.controls.held_out.share
+        return dict(zip(COPIES, (found.share, *found.interval, held_out)))
 
     def _reference(self) -> FeatureSet:
         """Features of all held-out rows, or, of a task, of those that are answered."""

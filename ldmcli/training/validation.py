@@ -35,9 +35,12 @@ Losses = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 
 
 class DiffusionValidation:
-    """Validation rows as latents and inputs of conditions, both kept in memory, so that every validation is alike."""
+    """Validation rows as latents and inputs of conditions, both kept in memory, so that every validation is alike.
 
-    def __init__(self, config: DiffusionConfig, rows: Any, size: tuple[int, int]):
+    training: the rows that are trained on, of which samples may be copies.
+    """
+
+    def __init__(self, config: DiffusionConfig, rows: Any, size: tuple[int, int], training: Any):
         self.config, self.rows, self.size = config, rows, size
         image_sized = sum(CONDITIONS[name].image_sized for name in config.kinds)
         fitting = HELD_BYTES // max(1, image_sized * 4 * size[0] * size[1])
@@ -49,7 +52,7 @@ class DiffusionValidation:
         self.latents = torch.empty(0)
         self.quality: SampleQuality | None = None
         if config.train.eval_samples:
-            self.quality = SampleQuality(config, rows, size, open_features(config.train))
+            self.quality = SampleQuality(config, rows, size, open_features(config.train), training)
 
     def note(self) -> str:
         """What a validation leaves out because the run is short, and how samples are measured; "" = nothing."""

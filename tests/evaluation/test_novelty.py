@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from scipy import ndimage
 from tiny import ldm
@@ -16,8 +17,9 @@ from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation import extractors, novelty
 from ldmcli.evaluation.image_streams import evenly_spaced
-from ldmcli.evaluation.novelty import LEAST_HELD_OUT, Controls, CopyMeter, controls, planted, read
+from ldmcli.evaluation.novelty import LEAST_HELD_OUT, Controls, CopyMeter, Reading, controls, planted, read
 from ldmcli.evaluation.reference_statistics import open_reference
+from ldmcli.reports import copying, run_view
 
 SIZE = (32, 32)
 
@@ -193,6 +195,8 @@ def test_a_run_keeps_and_shows_its_nearest_pairs(tiny_runs, tmp_path, monkeypatc
     kept = json.loads((run / "novelty.json").read_text())
     assert kept["kind"] == "ldm novelty" and kept["n"] == 3 and kept["sampling"]["steps"] == 1
     assert Image.open(run / "novelty.png").size[0] > 3 * 20
+    assert "Does it copy?" in (run / "report.html").read_text()
+    assert "](novelty.png)" in (run / "README.md").read_text()
     assert {"novelty.png", "novelty.json"} <= {path.name for path in runs.own_files(run)}
 
 
@@ -210,3 +214,88 @@ def test_what_can_not_be_read_is_said_in_a_line(tiny_runs, folders, options, cod
     named = {"sr": tiny_runs["sr"], "kl": tiny_runs["kl"], "data": data, "samples": samples}
     ending = ldm("eval-fid", *(one.format(**named) for one in options), "--metrics", "novelty")
     assert ending.code == code and words in ending.line, ending.stderr
+
+
+# --- while a model trains --------------------------------------------------------------------------------------
+
+DATA = ("--data", "shapes", "--limit", 60, "--size", "16x16", "--val-fraction", 0.5)
+LOOKS = ("--set", "train.eval_samples=10", "--set", "train.eval_steps=1", "--set", "train.eval_novelty=true")
+NETWORK = ("--set", "train.eval_features=effnet-lite0")
+
+
+def test_a_training_logs_the_share_that_copies(ae, tmp_path, monkeypatch):
+    monkeypatch.setattr(novelty, "HELD_OUT", 24)
+    found = iter([(0.0, 0.0), (1.0, 0.9), (1.0, 0.9)])
+    monkeypatch.setattr(novelty, "read", lambda *given: Reading(*_reading(*next(found))))
+    monkeypatch.setattr(Controls, "failure", "")
+    monkeypatch.setattr(novelty, "controls", lambda *given: Controls({}, 0.5, *[Reading(0, (0, 0.1), 0, 9)] * 2))
+    run = tmp_path / "run"
+    more = (*LOOKS, *NETWORK, "--eval-every", 2, "--save-every", 1, "--keep", 1, "--set", "train.keep_best=fid")
+    ending = tiny.train_ldm(run, ae, *more, data=DATA, steps=6)
+    assert "looked through for copies of" in ending.stderr
+    lines = [line for line in tiny.log(run) if "val/copied" in line]
+    assert [line["val/copied"] for line in lines] == [0, 1, 1]
+    assert [line["val/copied_low"] for line in lines] == [0, 0.9, 0.9]
+    assert tiny.state(run)["best"]["step"] == 2, "the later ones copy"
+    page = (run / "report.html").read_text()
+    assert "Copying begins at step 4" in page and "run@best" in page
+
+
+def _reading(share, low):
+    return share, (low, 1.0), 0, 10
+
+
+@pytest.mark.parametrize(
+    "more, code, words",
+    [
+        (("--set", "train.eval_novelty=true"), 2, "set train.eval_samples"),
+        ((*LOOKS, "--val-fraction", "0.1"), 3, "12 held-out pictures"),
+        ((*LOOKS, "--set", "data.streaming=true"), 2, "a stream"),
+    ],
+)
+def test_a_training_that_can_not_look_says_so_at_once(ae, folders, tmp_path, more, code, words):
+    data = ("--data", folders[0], "--size", "16x16")
+    ending = tiny.train_ldm(tmp_path / "run", ae, *NETWORK, *more, data=data, steps=1, code=code)
+    assert words in ending.line
+
+
+def run_with(tmp_path: Path, copied: list[tuple[float, float]], distances: list[float], **state) -> run_view.RunView:
+    """A run of 300 pictures whose evaluations every 100 steps read these shares and low ends."""
+    lines = [
+        {
+            "step": 100 * k,
+            "images": 3200 * k,
+            "val/fd_x": distance,
+            "val/copied": share,
+            "val/copied_low": low,
+            "val/copied_high": share + 0.05,
+            "val/copied_held_out": 0.01,
+        }
+        for k, ((share, low), distance) in enumerate(zip(copied, distances), 1)
+    ]
+    state = {"kind": "diffusion", "data": {"rows": 300}, **state}
+    return run_view.RunView(tmp_path / "emoji", state, lines, {}, None)
+
+
+def test_the_report_says_when_copying_begins_and_which_checkpoint_to_use(tmp_path):
+    copied = [(0, 0), (0.1, 0.05), (0.01, 0), (0.02, 0.0), (0.12, 0.06), (0.6, 0.5)]
+    run = run_with(tmp_path, copied, [90, 80, 55, 60, 50, 30], best={"step": 300, "metric": "fd_x", "value": 55})
+    text = copying.curve_text(run)
+    assert "Copying begins at step 500 (epoch 53.3): 12 % of the samples (95 %: 6.0 % to 17 %)" in text
+    assert "lasts to the end, where it is 60 %" in text
+    assert "Use the checkpoint of step 300 (epoch 32), the best before by Fréchet distance, x (55)" in text
+    assert "use it as emoji@best" in text
+    assert "better later (30 at step 600), but there 60 % of the samples are copies" in text
+    assert copying.section(run).count("<figure") == 1
+
+
+def test_the_report_of_a_model_that_does_not_copy(tmp_path):
+    text = copying.curve_text(run_with(tmp_path, [(0, 0), (0.3, 0.2), (0.01, 0)], [9, 2, 5]))
+    assert "No copying that lasts" in text and "step 300" in text
+    assert "the best of all" in text and "its checkpoint was not kept" in text and "(5)" in text
+
+
+def test_the_report_of_a_model_that_copies_from_the_start(tmp_path):
+    text = copying.curve_text(run_with(tmp_path, [(0.5, 0.4), (1, 0.9)], [9, 2]))
+    assert "Copying begins at step 100" in text and "none is free of copies" in text
+    assert copying.curve_text(run_with(tmp_path, [], [])) == copying.section(run_with(tmp_path, [], [])) == ""
