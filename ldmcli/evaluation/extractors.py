@@ -270,6 +270,8 @@ def check_features(name: Any, option: str = "--features") -> None:
     """Raises UsageError for a name that is none of a network. option: where it was given."""
     if not isinstance(name, (str, Path)) or str(name) in FEATURES or Path(name).is_dir() or is_place(str(name)):
         return
+    if "," in str(name):
+        raise UsageError(f"{option} {name}: one network measures here; name one")
     if Path(name).suffix not in (".safetensors", ".pth"):
         raise UsageError(
             f"{option} {name}: choose one of {', '.join(FEATURES)}, a .safetensors or .pth file, a folder with DINOv2 "

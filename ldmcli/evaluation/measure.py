@@ -271,6 +271,10 @@ def _add_sets(instruments: Instruments, result: EvaluationResult, sets: FeatureS
 
 def _check_counts(result: EvaluationResult, sets: FeatureSets, named: str) -> None:
     generated, reference, dimensions = sets.generated, sets.reference, sets.extractor.dim
+    if len(set(generated.hashes)) > 1 and (generated.features == generated.features[0]).all():
+        result.warnings.append(
+            f"{sets.extractor.title} sees no difference between the generated images: its numbers say nothing"
+        )
     counts = {"generated": len(generated)}
     known = reference.n if isinstance(reference, Statistics) else len(reference) if reference is not None else None
     if known is not None:

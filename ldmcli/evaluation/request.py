@@ -129,10 +129,12 @@ class EvaluationRequest:
 
     @property
     def networks(self) -> tuple[Any, ...]:
-        """What `open_extractor` is given, once for each network."""
+        """What `open_extractor` is given, once for each network. Raises UsageError where none is named."""
         given = self.features
         if isinstance(given, str) and "," in given and not Path(given).exists():
             given = [name.strip() for name in given.split(",") if name.strip()]
+        if isinstance(given, (list, tuple)) and not given:
+            raise UsageError(f"--features {self.features}: names no network")
         return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
     @property

@@ -13,10 +13,10 @@ from golden_cases import relative, shared
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldmcli.core.errors import InputError
+from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file, tensors_hash
 from ldmcli.evaluation.evaluate import evaluate
-from ldmcli.evaluation.extractors import FEATURES, open_extractor
+from ldmcli.evaluation.extractors import FEATURES, check_features, open_extractor
 from ldmcli.evaluation.own_encoders import find_encoder
 from ldmcli.networks.feature_nets import IMAGENET_MEAN, IMAGENET_STD
 from ldmcli.networks.vision_folders import CLIP_MEAN, CLIP_STD
@@ -359,6 +359,22 @@ def test_an_encoder_that_is_none_is_refused_in_one_line(tmp_path, code, said):
     with pytest.raises(InputError) as caught:
         open_extractor(f"{tmp_path / 'bad.py'}:E", CPU).features(pictures())
     assert said in str(caught.value) and "bad.py" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_encoder_that_is_blind_is_said_to_be(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for k, image in enumerate(pictures(3, (8, 8), seed=ord(folder))):
+            Image.fromarray(image).save(tmp_path / folder / f"{k}.png")
+    (tmp_path / "blind.py").write_text(encoder())
+    given = {"pairs": (tmp_path / "a", tmp_path / "b"), "metrics": ("fid",)}
+    found = evaluate(**given, features=f"{tmp_path / 'blind.py'}:E")
+    assert found["metrics"]["fd_mine"] == 0 and "mine sees no difference" in str(found["warnings"])
+    for nothing in (",", [], ()):
+        with pytest.raises(UsageError, match="names no network"):
+            evaluate(**given, features=nothing)
+    with pytest.raises(UsageError, match="train.eval_features a,b: one network measures here"):
+        check_features("a,b", "train.eval_features")
 
 
 def test_code_that_is_not_there_is_named(tmp_path):
