@@ -21,6 +21,7 @@ from ldmcli.cli.commands import COMMANDS
 from ldmcli.cli.helptext import Command, Group
 from ldmcli.cli.parsing import plain_name
 from ldmcli.core import console, launch
+from ldmcli.core.allocator import keep_freed_memory
 from ldmcli.core.errors import ExitCode, Interrupted, LdmError, UsageError
 
 _MEMORY_WORDS = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "MPS backend out of memory")
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns its exit code (the table in the README) and raises nothing but SystemExit."""
     argv = list(sys.argv[1:] if argv is None else argv)
     console.open_streams()
+    keep_freed_memory()
     root = command_line()
     if os.environ.get("_LDM_COMPLETE"):
         root.main(args=argv, prog_name="ldm")
