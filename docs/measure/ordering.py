@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from ldmcli.core.allocator import keep_freed_memory
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.extractors import open_extractor
@@ -97,6 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    keep_freed_memory()
     table = ordering(given.data, given.n, given.size, given.features.split(","), given.seed)
     if given.json:
         given.json.write_text(json.dumps(table, indent=1))

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import ldmcli
+from ldmcli.core.allocator import keep_freed_memory
 from ldmcli.core.settings import DataSettings
 from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.extractors import open_extractor
@@ -98,6 +99,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/ranking"), help="where features are kept")
     given = parser.parse_args()
+    keep_freed_memory()
     given.out.mkdir(parents=True, exist_ok=True)
     networks = {name: open_extractor(name) for name in given.features.split(",")}
     real = kept(given.out / "training.npz", lambda: training_pictures(given.data, given.size), networks)
