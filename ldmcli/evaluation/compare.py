@@ -5,15 +5,20 @@ Keys carry the extractor and the plain method that a number is of (`kid_effnet_l
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.evaluation.baselines import PLAIN_METHODS, UNGUIDED
-from ldmcli.evaluation.metrics import METRICS, Metric
+from ldmcli.evaluation.metrics import LOGITS, METRICS, OF_PAIRS, OF_SETS, Metric
 from ldmcli.evaluation.reference_statistics import SAME
+from ldmcli.maths.uncertainty import mean_error
 
 NOISE = 1e-9  # relative change that is rounding
+SIGNIFICANT = 0.05
 
 
 def read_key(key: str) -> tuple[Metric | None, bool]:
@@ -84,24 +89,21 @@ def higher_is_better(key: str) -> bool:
 
 
 def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Changes since an earlier result: {"metrics": {key: {old, new, change}}, "worse": [keys], "warnings": […]}.
+    """Changes since an earlier result: {"metrics": {key: {old, new, change, real, p, why}}, "worse": [keys],
+    "warnings": […]}. worse: what got worse beyond chance, or, where nobody knows chance, at all.
 
-    Raises InputError where the numbers mean different things: another extractor, layer or resize rule.
+    real: whether the change is more than chance (see `by_holm`); None where that is not known, and where the numbers do
+    not compare, whose change is None, too. why says it in words. Raises InputError where no numbers compare: none are
+    shared, or all are of another extractor, layer or resize rule.
     """
-    for key in SAME:
-        now, before = ((document.get("extractor") or {}).get(key) for document in (result, old))
-        if now and before and now != before:
-            raise InputError(f"--compare: the earlier result has another extractor ({key} {before!r}, now {now!r})")
+    others = other_networks(result, old)
     shared = [key for key in result["metrics"] if key in old["metrics"] and not read_key(key)[1]]
     if not shared:
         raise InputError(f"--compare: the earlier result has none of these metrics ({', '.join(result['metrics'])})")
-    changes, worse = {}, []
-    for key in shared:
-        new, before = result["metrics"][key], old["metrics"][key]
-        known = isinstance(new, (int, float)) and isinstance(before, (int, float))
-        changes[key] = {"old": before, "new": new, "change": new - before if known else None}
-        if known and (before - new if higher_is_better(key) else new - before) > NOISE * max(abs(before), 1):
-            worse.append(key)
+    if others and len(networks(result)) == 1:
+        raise InputError(f"--compare: the earlier result has {next(iter(others.values()))}")
+    changes = by_holm({key: _change(key, result, old, others) for key in shared})
+    worse = [key for key, change in changes.items() if _is_worse(key, change)]
     warnings = [
         f"{key}{_in_words(old.get(key), result.get(key))}"
         for key in ("n_generated", "n_reference", "reference", "sampling")
@@ -110,5 +112,145 @@ def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": changes, "worse": worse, "warnings": warnings}
 
 
+def networks(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The protocols of the networks that a result's numbers are by, by their names."""
+    return {one.get("name", ""): one for one in result.get("extractors") or [result.get("extractor") or {}]}
+
+
+def other_networks(result: dict[str, Any], old: dict[str, Any]) -> dict[str, str]:
+    """{name@hash of a network of the result: in what that of the earlier result differs}."""
+    before = networks(old)
+    pairs = [(now, before[name]) for name, now in networks(result).items() if name in before]
+    first = [document.get("extractor") or {} for document in (result, old)]
+    if len(networks(result)) == len(before) == 1 or first[0].get("name") == first[1].get("name"):
+        pairs.append((first[0], first[1]))
+    found = {}
+    for now, then in pairs:
+        differ = [key for key in SAME if now.get(key) and then.get(key) and now[key] != then[key]]
+        if differ:
+            named = f"{now.get('name')}@{str(now.get('weights_sha256'))[:12]}"
+            found[named] = f"another extractor ({differ[0]} {then[differ[0]]!r}, now {now[differ[0]]!r})"
+    return found
+
+
+def _is_worse(key: str, change: dict[str, Any]) -> bool:
+    difference = change["change"]
+    if difference is None or change["real"] is False:
+        return False
+    lost = -difference if higher_is_better(key) else difference
+    return lost > NOISE * max(abs(change["old"]), 1)
+
+
 def _in_words(old: Any, new: Any) -> str:
     return "" if isinstance(old, dict) or isinstance(new, dict) else f" ({old} then, {new} now)"
+
+
+# --- chance ----------------------------------------------------------------------------------------------------
+
+
+def _change(key: str, result: dict[str, Any], old: dict[str, Any], others: dict[str, str]) -> dict[str, Any]:
+    """A number of both results, and, where both have errors, how likely so large a change is by chance."""
+    new, before = result["metrics"][key], old["metrics"][key]
+    found: dict[str, Any] = {"old": before, "new": new, "change": None, "real": None, "p": None, "why": ""}
+    if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in (new, before)):
+        return found | {"why": "one of them has no value"}
+    estimates = [(document.get("estimates") or {}).get(key) or {} for document in (result, old)]
+    if all(estimates) and (reason := _not_comparable(key, result, old, others, estimates)):
+        return found | {"why": f"they do not compare: {reason}"}
+    found["change"] = new - before
+    if (paired := _of_pairs(key, result, old)) is not None:
+        return found | paired
+    if any(one.get("error_generated") is None for one in estimates):
+        return found | {"why": "chance is unknown: not both have an error"}
+    same = same_reference(result, old)
+    errors = [one["error_generated"] for one in estimates]
+    errors += [] if same else [one.get("error_reference") or 0.0 for one in estimates]
+    freedom = max(1, min(result.get("n_generated") or 2, old.get("n_generated") or 2) - 1)
+    against = "" if same else ", and the errors of both references"
+    return found | {"p": _chance(new - before, math.hypot(*errors), freedom), "why": f"independent images{against}"}
+
+
+def _chance(change: float, error: float, freedom: int) -> float:
+    """Of a change so large, either way, by chance alone."""
+    if abs(change) <= NOISE * error or change == 0:
+        return 1.0
+    return float(2 * stats.t.sf(abs(change) / error, freedom)) if error > 0 else 0.0
+
+
+def _of_pairs(key: str, result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any] | None:
+    """Chance of values image by image of the same originals; None where they are not at hand."""
+    sides = [(document.get("of_each") or {}).get(key) or [] for document in (result, old)]
+    originals = result.get("originals")
+    if not originals or originals != old.get("originals") or len(sides[0]) != len(sides[1]):
+        return None
+    if any((a is None) != (b is None) for a, b in zip(*sides)):  # equal images on one side only: other means
+        return None
+    differences = [a - b for a, b in zip(*sides) if a is not None]
+    error = mean_error(differences)
+    if error is None:
+        return None
+    mean = math.fsum(differences) / len(differences)
+    rounded = abs(mean) <= 1e-6  # of_each has six digits
+    p = 1.0 if rounded else _chance(mean, error.total, len(differences) - 1)
+    return {"p": p, "why": "image by image, of the same originals"}
+
+
+def same_reference(result: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether both are measured against the same images."""
+    contents = [document.get("reference_content") for document in (result, old)]
+    if all(contents):
+        return contents[0] == contents[1]
+    sides = [document.get("reference") or {} for document in (result, old)]
+    prints = [one.get("fingerprint") for one in sides]
+    alike = prints[0] == prints[1] if all(prints) else sides[0] == sides[1]
+    keys = ("split", "rows", "size", "resize")
+    shape = all(sides[0].get(key) == sides[1].get(key) for key in keys)
+    return alike and shape and result.get("n_reference") == old.get("n_reference")
+
+
+def _not_comparable(
+    key: str, result: dict[str, Any], old: dict[str, Any], others: dict[str, str], estimates: list[Any]
+) -> str:
+    """Why two numbers with errors do not compare; "" where they do."""
+    metric = read_key(key)[0]
+    named = [one.get("network") for one in estimates]
+    if named[0] in others:
+        return others[named[0]]
+    if all(named) and named[0] != named[1]:
+        return f"another network ({named[1]} then, {named[0]} now)"
+    if metric is None or metric.needs not in (*OF_SETS, *OF_PAIRS):
+        return ""
+    sides = [document.get("reference") or {} for document in (old, result)]
+    for what in ("source", "split"):
+        if metric.needs != LOGITS and not same_reference(result, old) and sides[0].get(what) != sides[1].get(what):
+            return f"another reference ({what} {sides[0].get(what)} then, {sides[1].get(what)} now)"
+    if metric.at_any_n or metric.needs in OF_PAIRS:
+        return ""
+    counts = ("n_generated", "n_reference") if metric.needs != LOGITS else ("n_generated",)
+    for count in counts:
+        if old.get(count) != result.get(count):
+            words = f"{count} was {old.get(count)}, now {result.get(count)}, and the value depends on it"
+            return words + _biases(key, estimates, old, result)
+    return ""
+
+
+def _biases(key: str, estimates: list[Any], old: dict[str, Any], result: dict[str, Any]) -> str:
+    """How much of two Fréchet distances their extrapolations say is bias."""
+    beyond = [(one.get("extrapolated") or {}).get("value") for one in estimates]
+    if None in beyond:
+        return ""
+    then, now = old["metrics"][key] - beyond[1], result["metrics"][key] - beyond[0]
+    return f" (the bias was about {then:.3g}, now {now:.3g})"
+
+
+def by_holm(changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The changes with `real`: p below 5 % after Holm's correction (1979) for all numbers that are tested together, by
+    which p is multiplied, too."""
+    known = sorted((key for key, change in changes.items() if change["p"] is not None), key=lambda k: changes[k]["p"])
+    out, highest = dict(changes), 0.0
+    for place, key in enumerate(known):
+        change = changes[key]
+        highest = min(1.0, max(highest, change["p"] * (len(known) - place)))
+        why = change["why"] + (f"; p by Holm over {len(known)} numbers" if len(known) > 1 else "")
+        out[key] = change | {"p": highest, "real": highest < SIGNIFICANT, "why": why}
+    return out

@@ -438,6 +438,7 @@ def report(
         "extractor": protocols[0] if protocols else None,
         "extractors": protocols,
         **result.protocol,
+        **({"of_each": result.of_each} if result.of_each else {}),
         "versions": {"ldm": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "seconds": round(seconds, 2),
         "warnings": result.warnings,

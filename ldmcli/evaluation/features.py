@@ -30,6 +30,11 @@ class FeatureSet:
         return FeatureSet(features, logits, [self.hashes[i] for i in ids], self.sizes)
 
 
+def digest_of(hashes: Sequence[str]) -> str:
+    """One hash of those of several images, in their order."""
+    return hashlib.blake2b("\n".join(hashes).encode(), digest_size=16).hexdigest()
+
+
 def content_hash(image: np.ndarray) -> str:
     """Hash of an image's pixels and shape."""
     shape = "x".join(map(str, image.shape)).encode()

@@ -14,7 +14,7 @@ from ldmcli.core.files import sha256_file
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
 from ldmcli.evaluation.estimates import add_of_images, add_of_sets
 from ldmcli.evaluation.extractors import Extractor
-from ldmcli.evaluation.features import Collector, FeatureSet, extract_all, in_blocks
+from ldmcli.evaluation.features import Collector, FeatureSet, digest_of, extract_all, in_blocks
 from ldmcli.evaluation.image_streams import ImageStream
 from ldmcli.evaluation.metrics import (
     BLOCK,
@@ -24,6 +24,7 @@ from ldmcli.evaluation.metrics import (
     METRICS,
     NOVELTY,
     OF_EACH,
+    OF_PAIRS,
     OF_SETS,
     PERCEPTUAL,
     FeatureSets,
@@ -153,6 +154,7 @@ def paired(
     features = sides[0].result(), known or sides[1].result()
     if reference.key:
         instruments.known[reference.key] = features[1]
+    result.protocol["originals"] = digest_of(features[1][0].hashes)
     set_metrics(instruments, result, *features, copies=False)
     for name, ids in groups.items():
         of_group = {metric: [numbers[i] for i in ids] for metric, numbers in values.items()}
@@ -196,6 +198,9 @@ def _add_mean(instruments: Instruments, result: EvaluationResult, name: str, val
         network = (net.kind, net.kind)
         scores.protocol[name] = {"net": net.kind, "version": "0.1", "weights": Path(net.origin).name}
     result.add_scores(scores, labels, network)
+    if METRICS[name].needs in OF_PAIRS and len(values) <= KEPT:
+        rounded = [round(value, 6) if math.isfinite(value) else None for value in values]
+        result.of_each[key_of(name, network[0])] = rounded
     if instruments.estimates:
         of = None if METRICS[name].needs != PERCEPTUAL else perceptual_name(instruments.perceptual)
         add_of_images(result, key_of(name, network[0]), values, METRICS[name], of)
@@ -243,6 +248,7 @@ def set_metrics(
     for sets in all_sets:
         _check_counts(result, sets, instruments.network_named(sets.extractor))
     if all_sets and isinstance(all_sets[0].reference, FeatureSet):
+        result.protocol["reference_content"] = digest_of(sorted(all_sets[0].reference.hashes))
         _warn_of_sets(result, all_sets[0].generated, all_sets[0].reference, copies)
     for sets in all_sets:
         _add_sets(instruments, result, sets)

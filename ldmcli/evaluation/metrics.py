@@ -83,7 +83,7 @@ class Metric:
     condition: what the model must be conditioned on, of a metric that needs CONDITION.
     default_of: what it is measured of where no metrics are named: "model", "images", "autoencoder", "task", "pairs".
     titles: what reports call it, by the first word of its keys, where that is not how its label begins.
-    bounds: the least and the greatest value that there is.
+    bounds: the least and the greatest value that there is. at_any_n: of sets, whether it is as large for any number.
     errors: of a metric of sets, (FeatureSets, all numbers by name) -> {name: Error}; None: groups of images are left
         out.
     extrapolate: (FeatureSets, value, Error) -> its value at infinitely many images.
@@ -100,6 +100,7 @@ class Metric:
     default_of: tuple[str, ...] = ()
     titles: Mapping[str, str] = field(default_factory=dict)
     bounds: tuple[float, float] = (-math.inf, math.inf)
+    at_any_n: bool = False
     errors: Callable[[FeatureSets, dict[str, float]], Mapping[str, Error | None]] | None = None
     extrapolate: Callable[[FeatureSets, float, Error], Extrapolated | None] | None = None
 
@@ -302,6 +303,7 @@ METRICS: dict[str, Metric] = {
         compute=_kid,
         label={"kid_mean": "KID ({net})"},
         beside={"kid_std": "KID ({net}), deviation over subsets"},
+        at_any_n=True,
         errors=_kid_errors,
         default_of=("model", "images"),
     ),
