@@ -4,6 +4,7 @@ Only torch-fidelity's Inception-v3 makes a number that is called FID. Every othe
 named after itself.
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
@@ -166,6 +167,14 @@ class Extractor:
     def network_name(self) -> str:
         """Name and weights, for a number that may stand alone: effnet-lite0@579344248a93."""
         return f"{self.name}@{self.sha256[:12]}"
+
+    @property
+    def identity(self) -> str:
+        """What its numbers are kept under: the SHA-256 of its weights, and of its code and preparation where the
+        architecture does not fix them."""
+        if self.network.build is not None:
+            return self.sha256
+        return hashlib.sha256(f"{self.sha256} {self.network.layer} {self._preparation}".encode()).hexdigest()
 
     @property
     def protocol(self) -> dict[str, Any]:

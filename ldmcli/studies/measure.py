@@ -76,7 +76,7 @@ def measure_first_stage(bench: Bench, name: str, run: Path) -> dict[str, Any]:
     """R-FID, R-IS, PSNR, SSIM and LPIPS of reconstructions (Tab. 8), and codes in use; a sheet beside it."""
     autoencoder: Any = load(run)
     folder = bench.folder / name
-    identity = {"weights": autoencoder.fingerprint, "features": bench.extractor.sha256, "n": bench.n, "version": 1}
+    identity = {"weights": autoencoder.fingerprint, "features": bench.extractor.identity, "n": bench.n, "version": 1}
 
     def compute() -> dict[str, Any]:
         rows, settings = _reference_rows(autoencoder.config.data, trained_size(autoencoder))
@@ -133,7 +133,7 @@ def measure_sampling(bench: Bench, name: str, model: Any, steps: int, seed: int 
     held-out images. The first images stay as a sheet."""
     folder = bench.folder / name
     protocol = {"n": bench.n, "steps": steps, "sampler": bench.sampler, "seed": seed, "version": 1}
-    identity = {"weights": model.fingerprint, "features": bench.extractor.sha256, **protocol}
+    identity = {"weights": model.fingerprint, "features": bench.extractor.identity, **protocol}
 
     def compute() -> dict[str, Any]:
         rows, settings = _reference_rows(model.config.data, model.trained_size)

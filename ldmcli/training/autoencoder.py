@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.core import files
+from ldmcli.core import console, files
 from ldmcli.core.settings import AutoencoderConfig
 from ldmcli.data.augment import batch_indices, load_pixels
 from ldmcli.data.batches import rank_slice
 from ldmcli.evaluation.extractors import open_extractor
+from ldmcli.evaluation.judges import Teacher, judges_among
 from ldmcli.evaluation.metrics import reconstruction_metrics
 from ldmcli.formats.run_folder import TEACHERS
 from ldmcli.maths import rng
@@ -217,6 +218,8 @@ class AutoencoderObjective:
                 if train.eval_frechet and len(pixels) >= FRECHET_IMAGES
                 else None
             )
+            for judge in judges_among(self._teachers(), [extractor] if extractor else [], None):
+                console.warn_once(judge.key, judge.warning())
             return reconstruction_metrics(np.stack(pixels), made, self.perceptual, extractor)
 
         return self.dist.on_rank_0(measure)
@@ -254,14 +257,18 @@ class AutoencoderObjective:
             "size": list(self.size),
         }
 
+    def _teachers(self) -> list[Teacher]:
+        """Networks in the loss."""
+        if self.perceptual is None or not self.config.loss.perceptual_weight:
+            return []
+        return [Teacher(**self.perceptual.identity, where="loss.perceptual")]
+
     def save_inference_files(self, weights: dict[str, Tensor], metadata: dict[str, str], stats: dict[str, Any]) -> None:
         """Writes what use needs: weights and statistics.
 
         The weights carry the scale of their latents: a kill between the two files must not pair it with others.
         """
         files.write_json(self.run / "stats.json", stats)
-        teachers = []
-        if self.perceptual is not None and self.config.loss.perceptual_weight > 0:
-            teachers.append({**self.perceptual.identity, "where": "loss.perceptual"})
-        metadata = metadata | {"latent_scale": json.dumps(stats["latent_scale"]), TEACHERS: json.dumps(teachers)}
+        teachers = json.dumps([vars(one) for one in self._teachers()])
+        metadata = metadata | {"latent_scale": json.dumps(stats["latent_scale"]), TEACHERS: teachers}
         files.save_tensors(self.run / "model.safetensors", weights, metadata)

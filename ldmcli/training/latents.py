@@ -64,7 +64,9 @@ class LatentStore:
     def autoencoder_in_use(self) -> LoadedAutoencoder:
         """The first stage with the latents' scale."""
         first = self.autoencoder
-        return LoadedAutoencoder(first.network, self.scale, first.fingerprint, first.config, first.place)
+        found = LoadedAutoencoder(first.network, self.scale, first.fingerprint, first.config, first.place)
+        found.trained_against = first.trained_against
+        return found
 
     def statistics(self, kind: str) -> dict[str, Any]:
         """What stats.json says of them. kind: diffusion.latent_scale."""

@@ -21,6 +21,7 @@ from ldmcli.evaluation.compare import read_key
 from ldmcli.evaluation.extractors import Extractor, check_features, open_extractor
 from ldmcli.evaluation.features import FeatureSet, concatenated, extract
 from ldmcli.evaluation.image_streams import condition_source, evenly_spaced, rows_source, sample_for_rows
+from ldmcli.evaluation.judges import judges_among, trained_against
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments, set_metrics
 from ldmcli.evaluation.metrics import IS_SPLITS, METRICS, finite_mean, image_values
 from ldmcli.evaluation.novelty import CopyMeter, need_held_out
@@ -117,6 +118,8 @@ class SampleQuality:
             small = cost.certainly_fits(BATCH, self.size, memory.MAX_MEMORY * 2**30)
             self.batch = BATCH if small else memory.largest_batch(model, self.size, memory.MAX_MEMORY, BATCH)
             self.dataset = condition_source(model, self.rows, self.size, self.seed)
+            for judge in judges_among(trained_against(model), [self.extractor], None):
+                console.warn(judge.warning())
         blocks = [range(k, min(k + self.batch, self.count)) for k in range(0, self.count, self.batch)]
         found: list[Block] = []
         for first in range(0, len(blocks), dist.world_size):

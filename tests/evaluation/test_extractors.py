@@ -174,6 +174,7 @@ def test_what_prepares_the_pictures_is_part_of_the_network(tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPARED | {"image_mean": [0.5, 0.5, 0.5]}))
     second = open_extractor(folder, CPU)
     assert first.sha256 == second.sha256 and first.protocol["resize"] != second.protocol["resize"]
+    assert first.identity != second.identity and open_extractor("effnet-lite0", CPU).identity.startswith("579344248a93")
 
 
 def without_a_tensor(folder):

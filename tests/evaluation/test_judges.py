@@ -28,7 +28,10 @@ def places(tmp_path_factory):
     torch.save(load_file(teacher), folder / "same.pth")
     save_file({name: value * 1.5 for name, value in load_file(teacher).items()}, folder / "other.safetensors")
     tiny.train_ae(folder / "ae", *AT_LOSS, f"loss.perceptual={teacher}", steps=1)
-    tiny.train_ldm(folder / "ldm", folder / "ae", "--condition", "none", steps=1)
+    settings = ("eval_samples=10", f"eval_features={teacher}", "eval_steps=1", "evaluations=1")
+    words = [word for one in settings for word in ("--set", f"train.{one}")]
+    ending = tiny.train_ldm(folder / "ldm", folder / "ae", "--condition", "none", *words, steps=1)
+    (folder / "said.txt").write_text(ending.stderr)
     return folder
 
 
@@ -47,6 +50,11 @@ def test_a_run_keeps_what_it_was_trained_against(places):
     assert of_autoencoder.weights_sha256 == of_model.weights_sha256 == sha256_file(teacher)
     assert of_autoencoder.named == f"squeezenet1_1@{sha256_file(teacher)[:12]}"
     assert trained_against(load(f"{places / 'ae'}@1"))[0].trunk_sha256 == of_autoencoder.trunk_sha256
+
+
+def test_a_training_says_that_its_evaluations_are_by_such_a_network(places):
+    said = (places / "said.txt").read_text()
+    assert said.count("SqueezeNet 1.1 judges what was trained against it (loss.perceptual of the autoencoder)") == 1
 
 
 def test_settings_say_it_of_runs_that_kept_nothing(places, tmp_path):
