@@ -2,6 +2,8 @@
 
     python tests/interval_coverage.py gaussians [--sets 100] [--seed 0] [-n 100 500 1000]
     python tests/interval_coverage.py FEATURES.npy …    the same of random rows of features, (N, D)
+    python tests/interval_coverage.py FEATURES.npy --changed CHANGED.npy …    how often --compare tells sets apart:
+        random rows from random others, and from changed ones, of the first pictures of FEATURES.npy
 
 
 A line a case: of how many sets the interval covers the truth, and how wide it is in deviations of the value over sets
@@ -12,9 +14,13 @@ mean at these sizes.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
+from ldmcli.evaluation.compare import compare
+from ldmcli.evaluation.features import FeatureSet
+from ldmcli.evaluation.metrics import METRICS, FeatureSets
 from ldmcli.maths.distance_errors import Moments, extrapolated_frechet, frechet_error, kid_error, mind_error
 from ldmcli.maths.kernel_distance import kid
 from ldmcli.maths.metrics import frechet_from_features
@@ -132,14 +138,45 @@ def resampled(rows: np.ndarray, sets: int, seed: int, sizes: list[int]) -> None:
                 print(f"contrast x {wide:<7} d {rows.shape[1]:3} n {n:5}  {line}", flush=True)
 
 
+def document(generated: np.ndarray, reference: np.ndarray) -> dict:
+    """What an evaluation by the usual metrics says of these features, as far as comparing needs it."""
+    found = {"metrics": {}, "estimates": {}, "n_generated": len(generated), "n_reference": len(reference)}
+    sides = [FeatureSet(rows, rows, [str(i) for i in range(len(rows))], set()) for rows in (generated, reference)]
+    sets = FeatureSets(*sides, SimpleNamespace(display="FD (net)"))
+    for name in ("fid", "kid", "mind"):
+        values = METRICS[name].compute(sets).values
+        for value, error in METRICS[name].errors(sets, values).items():
+            if values.get(value) is not None:
+                found["metrics"][value] = values[value]
+                found["estimates"][value] = {"error_generated": error.generated, "error_reference": error.reference}
+    return found
+
+
+def told_apart(rows: np.ndarray, changed: np.ndarray, sets: int, seed: int, sizes: list[int]) -> None:
+    """Prints of how many pairs of sets --compare calls any of the usual metrics really different."""
+    rng, first = np.random.default_rng(seed), len(changed)
+    for n in sizes:
+        alike = other = 0
+        for _ in range(sets):
+            ids, rest = rng.permutation(first), first + rng.permutation(len(rows) - first)
+            mine, theirs = (ids[:n], ids[n : 2 * n]) if 2 * n <= first else (ids[:n], rest[n : 2 * n])
+            reference, old = rows[rest[:n]], document(rows[theirs], rows[rest[:n]])
+            alike += any(one["real"] for one in compare(document(rows[mine], reference), old)["metrics"].values())
+            other += any(one["real"] for one in compare(document(changed[mine], reference), old)["metrics"].values())
+        print(f"n {n:5}  of {sets} pairs called different: alike {alike}, changed {other}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what")
     parser.add_argument("--sets", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--changed")
     parser.add_argument("-n", type=int, nargs="+", default=[100, 500, 1000])
     arguments = parser.parse_args()
     if arguments.what == "gaussians":
         gaussians(arguments.sets, arguments.seed, arguments.n)
+    elif arguments.changed:
+        told_apart(np.load(arguments.what), np.load(arguments.changed), arguments.sets, arguments.seed, arguments.n)
     else:
         resampled(np.load(arguments.what).astype(np.float64), arguments.sets, arguments.seed, arguments.n)

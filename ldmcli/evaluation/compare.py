@@ -103,6 +103,8 @@ def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     if others and len(networks(result)) == 1:
         raise InputError(f"--compare: the earlier result has {next(iter(others.values()))}")
     changes = by_holm({key: _change(key, result, old, others) for key in shared})
+    if sampled := _sampled_otherwise(result, old):
+        changes = {key: one | {"why": f"{one['why']}; {sampled}"} for key, one in changes.items()}
     worse = [key for key, change in changes.items() if _is_worse(key, change)]
     warnings = [
         f"{key}{_in_words(old.get(key), result.get(key))}"
@@ -131,6 +133,13 @@ def other_networks(result: dict[str, Any], old: dict[str, Any]) -> dict[str, str
             named = f"{now.get('name')}@{str(now.get('weights_sha256'))[:12]}"
             found[named] = f"another extractor ({differ[0]} {then[differ[0]]!r}, now {now[differ[0]]!r})"
     return found
+
+
+def _sampled_otherwise(result: dict[str, Any], old: dict[str, Any]) -> str:
+    """In what the samples of the results differ: "sampled with steps 20 then, 50 now"; "" where that is not known."""
+    now, then = (document.get("sampling") or {} for document in (result, old))
+    names = [name for name in now if name in then and now[name] != then[name] and not isinstance(now[name], dict)]
+    return f"sampled with {', '.join(f'{one} {then[one]} then, {now[one]} now' for one in names)}" if names else ""
 
 
 def _is_worse(key: str, change: dict[str, Any]) -> bool:

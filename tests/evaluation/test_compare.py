@@ -138,6 +138,12 @@ def test_kid_and_means_over_images_compare_at_any_number_of_images():
     assert found["metrics"]["kid_net_mean"]["real"] is False
 
 
+def test_other_sampling_is_named_beside_the_verdict():
+    result, old = (changed(sampling={"steps": steps, "seed": 0}) for steps in (50, 20))
+    change = compare(result, old)["metrics"]["psnr"]
+    assert change["why"].endswith("sampled with steps 20 then, 50 now") and change["real"] is False
+
+
 def test_other_weights_of_the_only_network_are_refused():
     one = changed(extractors=[NET])
     with pytest.raises(InputError, match="another extractor"):
