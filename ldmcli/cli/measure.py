@@ -7,11 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Text, command, flag, option, setting
-from ldmcli.core import config, console
+from ldmcli.core import config, console, launch
 from ldmcli.core.errors import ThresholdError, UsageError
 from ldmcli.core.runs import is_run, locate
+from ldmcli.core.world import joined
 
 METRICS_HELP = (
     "fid, kid, mind, is, pr, dc; psnr, ssim, lpips (pairs, tasks sr and inpaint); layout, map (are they obeyed?); "
@@ -210,7 +213,7 @@ _LIMITS = {
 _REFERENCE = {"data": Reference, "split": ReferenceSplit, "reference_count": ReferenceCount, "also_split": AlsoSplit}
 
 
-@command({**opt.ROWS, **_REFERENCE}, _MEASURED, opt.DRAWING, _HOW, _LED, _LIMITS, opt.TALK)
+@command({**opt.ROWS, **_REFERENCE}, _MEASURED, opt.DRAWING, _HOW, _LED, _LIMITS, {"gpus": opt.Gpus}, opt.TALK)
 def eval_fid(given: ParsedOptions) -> None:
     """Metrics of generated images against a data set: FID, KID, IS, precision and recall, PSNR, SSIM, LPIPS.
 
@@ -219,13 +222,19 @@ def eval_fid(given: ParsedOptions) -> None:
     if given.protocol == "list":
         return list_protocols(given.json)
     limits = limits_of(given)
+    code = launch.relaunch_if_needed(given.gpus, given.argv)
+    if code is not None:
+        raise typer.Exit(code)
     report = given.junit if console.is_rank_0() else None
     with errors_in(report):
         from ldmcli.evaluation.evaluate import evaluate
         from ldmcli.evaluation.limits import misses
 
         request = request_of(given)
-        result = evaluate(**request)
+        with joined() as world:
+            result = evaluate(**request, **({"world": world} if world.world_size > 1 else {}))
+        if not world.is_rank_0:
+            return
         show(result, given.json)
         missed = [misses(one, limits) for one in result.get("results", [result])]
     if "novelty_folder" in request:

@@ -8,6 +8,7 @@ adds is what it is better than that. A model without a task and one of super-res
 (Sec. 4.4, Tab. 4); beside it stand the same samples without the guide.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,9 +22,18 @@ import torch
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import MASKS, TASK_CONDITIONS
 from ldmcli.data.arrays import to_pixels
+from ldmcli.data.cache import cache_key
 from ldmcli.data.degradations import degrade, resize, to_uint8
 from ldmcli.data.masks import masked_share
-from ldmcli.evaluation.image_streams import ImageStream, check_columns, condition_source, sample_for_rows
+from ldmcli.evaluation.features import content_hash
+from ldmcli.evaluation.image_streams import (
+    ImageStream,
+    batches,
+    check_columns,
+    condition_source,
+    positions,
+    sample_for_rows,
+)
 from ldmcli.evaluation.mask_files import folder_masks
 from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
@@ -69,23 +79,42 @@ def task_sources(
     elif masks is not None:
         dataset.given_masks = folder_masks(Path(masks), rows, ids, size)
     protocol = {**truth.protocol, "fingerprint": model.fingerprint, "task": task}
-    answers = _answers(model, dataset, ids, seed, batch_size, {**settings, **pasting})
-    answers_stream = ImageStream(name="model", count=len(ids), stream=answers, protocol={**protocol, "source": "model"})
     plain = {"bicubic": _bicubic} if task == "sr" else _fillings(model.config.task.fill)
-    baselines = {
-        name: replace(
-            answers_stream, name=name, protocol={**protocol, "source": name}, stream=_each(dataset, ids, task, method)
-        )
-        for name, method in plain.items()
-    }
-    stated: dict[str, Any] = {"task": task, "baselines": list(baselines)}
+    stated: dict[str, Any] = {"task": task, "baselines": list(plain)}
+    drawn = [protocol, size, seed, {**settings, **pasting}, dataset.config.task]  # what the answers depend on
     if task == "sr":
         stated |= {"scale": model.config.task.scale, "degradation": model.config.task.degradation}
     else:
-        holes = [float(hole.mean()) for _, hole in _pairs(dataset, ids)]
-        stated |= {"masked_share": masked_share(holes), "masks": str(masks or dataset.config.task.masks), **pasting}
-        stated["shares"] = holes
+        holes = [(float(hole.mean()), content_hash(hole)) for _, hole in _pairs(dataset, ids)]
+        stated["shares"] = shares = [share for share, _ in holes]
+        stated |= {"masked_share": masked_share(shares), "masks": str(masks or dataset.config.task.masks), **pasting}
+        drawn.append([name for _, name in holes])
+    answers_stream = ImageStream(
+        name="model",
+        count=len(ids),
+        read=_answers(model, dataset, ids, seed, batch_size, {**settings, **pasting}),
+        protocol={**protocol, "source": "model"},
+        key=_key(truth, drawn),
+        batch=batch_size,
+        action="sampling",
+    )
+    baselines = {
+        name: replace(
+            answers_stream,
+            name=name,
+            protocol={**protocol, "source": name},
+            read=_each(dataset, ids, task, method),
+            key=_key(truth, [name, *drawn]),
+            action="filling" if task == "inpaint" else "enlarging",
+        )
+        for name, method in plain.items()
+    }
     return answers_stream, baselines, stated
+
+
+def _key(truth: ImageStream, drawn: Any) -> str:
+    """Names images by the true ones beside them and by how they were made; "" where the true ones have no name."""
+    return truth.key and cache_key(truth.key, json.dumps(drawn, default=str))
 
 
 def guided_sources(
@@ -109,15 +138,7 @@ def guided_sources(
     is no multiple of the factor.
     """
     task = task_of(model)
-    if task == "inpaint":
-        raise UsageError(f"--guide-factor: leads models that generate or enlarge; this one is for {task}")
-    if task == "sr" and factor != model.config.task.scale:
-        raise UsageError(f"--guide-factor {factor}: this model enlarges by {model.config.task.scale}")
-    if any(side % factor for side in size):
-        raise InputError(
-            f"--guide-factor {factor}: pictures of {size[1]}x{size[0]} px can't be made {factor} times "
-            "smaller; name a factor that divides both sides"
-        )
+    _check_guided(model, factor, size)
     check_columns(rows, tuple(model.conditions.kinds))
     dataset = condition_source(model, rows, size, seed)
     low = _made_small(rows, size, factor) if task == "generate" else partial(_condition, dataset, task)
@@ -127,23 +148,44 @@ def guided_sources(
             how = {**settings, "guiding": guiding if guided else None}
             return _answers(model, dataset, ids, seed, batch_size, how)
 
-        def stream() -> Iterator[np.ndarray]:
-            for numbers, block in _blocks(ids, batch_size):
+        def read(blocks: Sequence[range]) -> Iterator[np.ndarray]:
+            for numbers in batches(blocks, batch_size):
+                block = [ids[k] for k in numbers]
                 pixels = to_pixels(np.stack([low(i) for i in block]))
                 guide = guiding.guide(model, pixels, size, size) if guided else None
                 yield from sample_for_rows(model, dataset, block, numbers[0], seed, size, settings, guide)
 
-        return stream
+        return read
 
     protocol = {**truth.protocol, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
-    guided_stream = ImageStream(name="guided", count=len(ids), stream=samples(True), protocol=protocol)
-    others = {UNGUIDED: samples(False), "bicubic": lambda: (_bicubic(low(i), size) for i in ids)}
+    drawn = [protocol, size, seed, settings, factor, guiding.document()]
+    how: dict[str, Any] = {"count": len(ids), "batch": batch_size, "action": "sampling"}
+    guided_stream = ImageStream(name="guided", read=samples(True), protocol=protocol, key=_key(truth, drawn), **how)
+    others = {
+        UNGUIDED: samples(False),
+        "bicubic": lambda blocks: (_bicubic(low(ids[k]), size) for k in positions(blocks)),
+    }
     plain = {
-        name: replace(guided_stream, name=name, protocol={**protocol, "source": name}, stream=stream)
-        for name, stream in others.items()
+        name: replace(
+            guided_stream, name=name, protocol={**protocol, "source": name}, read=read, key=_key(truth, [name, *drawn])
+        )
+        for name, read in others.items()
     }
     stated = {"task": "guided", "baselines": list(plain), "guide_factor": factor, **guiding.document()}
     return guided_stream, plain, stated
+
+
+def _check_guided(model, factor: int, size: tuple[int, int]) -> None:
+    task = task_of(model)
+    if task == "inpaint":
+        raise UsageError(f"--guide-factor: leads models that generate or enlarge; this one is for {task}")
+    if task == "sr" and factor != model.config.task.scale:
+        raise UsageError(f"--guide-factor {factor}: this model enlarges by {model.config.task.scale}")
+    if any(side % factor for side in size):
+        raise InputError(
+            f"--guide-factor {factor}: pictures of {size[1]}x{size[0]} px can't be made {factor} times "
+            "smaller; name a factor that divides both sides"
+        )
 
 
 def _made_small(rows, size: tuple[int, int], factor: int):
@@ -158,12 +200,6 @@ def has_biharmonic() -> bool:
     from importlib.util import find_spec
 
     return find_spec("skimage") is not None
-
-
-def _blocks(ids: list[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
-    for start in range(0, len(ids), batch_size):
-        block = ids[start : start + batch_size]
-        yield range(start, start + len(block)), block
 
 
 def answer_for_rows(
@@ -181,11 +217,11 @@ def answer_for_rows(
 
 
 def _answers(model, dataset, ids, seed, batch_size, settings):
-    def stream() -> Iterator[np.ndarray]:
-        for numbers, block in _blocks(ids, batch_size):
-            yield from answer_for_rows(model, dataset, block, numbers, seed, settings)
+    def read(blocks: Sequence[range]) -> Iterator[np.ndarray]:
+        for numbers in batches(blocks, batch_size):
+            yield from answer_for_rows(model, dataset, [ids[k] for k in numbers], numbers, seed, settings)
 
-    return stream
+    return read
 
 
 def _droppable_values(model, dataset, ids: list[int]) -> dict[str, list]:
@@ -194,12 +230,11 @@ def _droppable_values(model, dataset, ids: list[int]) -> dict[str, list]:
 
 
 def _each(dataset, ids, task: str, method):
+    def read(blocks: Sequence[range]) -> Iterator[np.ndarray]:
+        for k in positions(blocks):
+            yield method(_condition(dataset, task, ids[k]), dataset.size)
 
-    def stream() -> Iterator[np.ndarray]:
-        for i in ids:
-            yield method(_condition(dataset, task, i), dataset.size)
-
-    return stream
+    return read
 
 
 def _condition(dataset, task: str, i: int) -> Any:

@@ -14,7 +14,7 @@ from scipy import stats
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.evaluation.baselines import PLAIN_METHODS, UNGUIDED
 from ldmcli.evaluation.metrics import LOGITS, METRICS, OF_PAIRS, OF_SETS, Metric
-from ldmcli.evaluation.reference_statistics import SAME
+from ldmcli.evaluation.passes import SAME
 from ldmcli.maths.uncertainty import mean_error
 
 NOISE = 1e-9  # relative change that is rounding

@@ -1,7 +1,7 @@
-"""A set of images through an extractor: features, content hashes and sizes, block by block."""
+"""A set of images as an extractor sees it: features, content hashes and sizes."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -53,59 +53,14 @@ def in_blocks(stream: Iterable[T], size: int) -> Iterator[list[T]]:
         yield block
 
 
-class Collector:
-    """Builds the FeatureSets of several networks block by block, from pictures that are read once."""
-
-    def __init__(self, extractors: Sequence[Extractor]):
-        self.extractors = tuple(extractors)
-        self.parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in extractors]
-        self.hashes: list[str] = []
-        self.sizes: set[tuple[int, int]] = set()
-
-    def add(self, block: list[np.ndarray]) -> None:
-        """Takes uint8 (H, W, 3) images, of any sizes."""
-        self.hashes += [content_hash(image) for image in block]
-        self.sizes |= {(int(image.shape[0]), int(image.shape[1])) for image in block}
-        for extractor, parts in zip(self.extractors, self.parts):
-            parts.append(extractor.features_and_logits(block))
-
-    def result(self) -> tuple[FeatureSet, ...]:
-        """Everything that was added: a set for each network; without one a set of hashes and sizes alone."""
-        return tuple(joined(parts, self.hashes, self.sizes) for parts in self.parts or [[]])
-
-
-def joined(
-    parts: Sequence[tuple[np.ndarray, np.ndarray]], hashes: list[str], sizes: set[tuple[int, int]]
-) -> FeatureSet:
-    """The FeatureSet of (features, logits) in parts."""
-    empty = np.zeros((0, 0), np.float32)
-    features, logits = zip(*parts) if parts else ((empty,), (empty,))
-    return FeatureSet(np.concatenate(features), np.concatenate(logits), hashes, sizes)
-
-
 def concatenated(sets: Sequence[FeatureSet]) -> FeatureSet:
-    """Sets of one network, one behind the other."""
-    hashes, sizes = (
-        [name for one in sets for name in one.hashes],
-        set[tuple[int, int]]().union(*(s.sizes for s in sets)),
-    )
-    return joined([(one.features, one.logits) for one in sets], hashes, sizes)
+    """Sets of one network, one or more, one behind the other."""
+    features, logits = (np.concatenate([getattr(one, name) for one in sets]) for name in ("features", "logits"))
+    sizes = set[tuple[int, int]]().union(*(one.sizes for one in sets))
+    return FeatureSet(features, logits, [name for one in sets for name in one.hashes], sizes)
 
 
-def extract(
-    images: Iterable[np.ndarray], extractor: Extractor, advance: Callable[[int], None] = lambda count: None
-) -> FeatureSet:
-    """The FeatureSet of a stream of uint8 (H, W, 3) images."""
-    return extract_all(images, (extractor,), advance)[0]
-
-
-def extract_all(
-    images: Iterable[np.ndarray], extractors: Sequence[Extractor], advance: Callable[[int], None] = lambda count: None
-) -> tuple[FeatureSet, ...]:
-    """A FeatureSet for each network of a stream of uint8 (H, W, 3) images, which is read once; without a network one
-    set of hashes and sizes alone."""
-    collector = Collector(extractors)
-    for block in in_blocks(images, max([extractor.block for extractor in extractors], default=16)):
-        collector.add(block)
-        advance(len(block))
-    return collector.result()
+def extract(images: Sequence[np.ndarray] | np.ndarray, extractor: Extractor) -> FeatureSet:
+    """The FeatureSet of uint8 (H, W, 3) images."""
+    hashes, sizes = [content_hash(image) for image in images], {(int(x.shape[0]), int(x.shape[1])) for x in images}
+    return FeatureSet(*extractor.features_and_logits(list(images)), hashes, sizes)

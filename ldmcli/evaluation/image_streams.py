@@ -1,8 +1,13 @@
 """Where the images of an evaluation come from: streams of uint8 (H, W, 3) arrays, and what is to be said of them."""
 
+import hashlib
+import json
+import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +21,10 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
 from ldmcli.core.settings import DataSettings
 from ldmcli.data import pictures
+from ldmcli.data.cache import cache_key
 from ldmcli.data.decode import decode
 from ldmcli.data.pictures import by_pair_name, pair_name
 from ldmcli.diffusion.sample import Guide
-from ldmcli.evaluation.features import in_blocks
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.sampling.classifier import ClassGuidance, LoadedClassifier, class_guidance
 from ldmcli.sampling.draw import Draw, draw_images
@@ -31,15 +36,33 @@ LOSSY = (".jpg", ".jpeg")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStream:
-    """`stream()` starts the images from the beginning. `key` names their content, "" where it is not known ahead.
-    protocol: where they come from and how they were made, JSON."""
+    """Images that are read when they are asked for.
+
+    read: gives the images of rising ranges of positions, in their order. key: names their content as far as it is known
+    ahead, else ""; content: names what `key` leaves open, of a range. place: names where images lie that have no key.
+    batch: images that are made at a time. action: what their reading is, "reading" or "sampling". protocol: where they
+    come from and how they were made, JSON.
+    """
 
     name: str
     count: int
-    stream: Callable[[], Iterator[np.ndarray]]
+    read: Callable[[Sequence[range]], Iterator[np.ndarray]]
     protocol: dict[str, Any] = field(default_factory=dict)
     lossy: bool = False
     key: str = ""
+    content: Callable[[range], str] | None = None
+    place: str = ""
+    batch: int = 1
+    action: str = "reading"
+
+    def stream(self) -> Iterator[np.ndarray]:
+        """All images from the beginning."""
+        return self.read([range(self.count)])
+
+
+def positions(blocks: Sequence[range]) -> Iterator[int]:
+    """The positions of all blocks, one after the other."""
+    return (k for block in blocks for k in block)
 
 
 def check_count(count: int, n: int | None, what: str) -> int:
@@ -73,9 +96,11 @@ def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = 
     return ImageStream(
         name=str(folder),
         count=len(files),
-        stream=lambda: (read_image(path) for path in files),
+        read=lambda blocks: (read_image(files[k]) for k in positions(blocks)),
         protocol={"source": str(folder), "resize": "none"},
         lossy=lossy,
+        content=lambda block: cache_key(*(sha256_file(files[k]) for k in block)),
+        place=f"{folder.resolve()}:{len(files)}",
     )
 
 
@@ -84,11 +109,12 @@ def npz_source(path: Path, n: int | None = None) -> ImageStream:
     shape = _arr_0(path)[1]
     count = check_count(shape[0], n, str(path))
 
-    def stream() -> Iterator[np.ndarray]:
+    def read(blocks: Sequence[range]) -> Iterator[np.ndarray]:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             _header(member, path)
-            size = int(np.prod(shape[1:]))
-            for _ in range(count):
+            size, start = int(np.prod(shape[1:])), member.tell()
+            for k in positions(blocks):
+                member.seek(start + k * size)
                 data = member.read(size)
                 if len(data) < size:
                     raise InputError(f"{path}: arr_0 is cut short")
@@ -96,7 +122,7 @@ def npz_source(path: Path, n: int | None = None) -> ImageStream:
 
     key = f"{sha256_file(path)}:{count}"
     return ImageStream(
-        name=str(path), count=count, stream=stream, protocol={"source": str(path), "resize": "none"}, key=key
+        name=str(path), count=count, read=read, protocol={"source": str(path), "resize": "none"}, key=key
     )
 
 
@@ -182,7 +208,7 @@ def rows_source(rows, settings: DataSettings, ids: list[int]) -> ImageStream:
         count=len(ids),
         protocol=protocol,
         key=key,
-        stream=lambda: (rows.pixels(i, size, "center", (0.5, 0.5)) for i in ids),
+        read=lambda blocks: (rows.pixels(ids[k], size, "center", (0.5, 0.5)) for k in positions(blocks)),
     )
 
 
@@ -205,13 +231,14 @@ def model_source(
     told = conditions if classifier is None or balanced else tuple(dict.fromkeys((*conditions, Class.name)))
     check_columns(rows, told)
     ids = evenly_spaced(len(rows), n) if told else []
-    dataset = condition_source(model, rows, size, seed) if told else None
+    dataset: Any = condition_source(model, rows, size, seed) if told else None
     classes = len(model.class_names) if balanced else 0
     spatial = any(not CONDITIONS[name].static for name in conditions)
+    told_values: dict[str, list] = {name: [] for name in told}  # of the first rows, as far as they were asked for
 
-    def stream() -> Iterator[np.ndarray]:
-        for start in range(0, n, batch_size):
-            end = min(start + batch_size, n)
+    def read(blocks: Sequence[range]) -> Iterator[np.ndarray]:
+        for batch in batches(blocks, batch_size):
+            start, end = batch.start, batch.stop
             if spatial and dataset is not None:
                 block, led = ids[start:end], None
                 if classifier is not None:
@@ -219,33 +246,53 @@ def model_source(
                     led = class_guidance(model, classifier, wanted, classifier_scale)
                 yield from sample_for_rows(model, dataset, block, start, seed, size, settings, classes=led)
                 continue
-            values = {name: dataset.foreign_values(name, ids[:end]) for name in told} if dataset else {}
+            for name, known in told_values.items():
+                known += dataset.foreign_values(name, ids[len(known) : end])
+            values: dict[str, list] = {name: known[:end] for name, known in told_values.items()}
             if balanced:
                 values = {Class.name: [k % classes for k in range(end)]}
-            made = model.sample(
-                **arguments_of(values),
-                n=1 if values else end,
-                classifier=classifier,
-                classifier_scale=classifier_scale,
-                first=start,
-                seed=seed,
-                size=size,
-                batch_size=batch_size,
-                **settings,
-            )
-            yield from (np.asarray(image) for image in made)
+            how = {"n": 1 if values else end, "first": start, "seed": seed, "size": size, "batch_size": batch_size}
+            how |= {"classifier": classifier, "classifier_scale": classifier_scale, **settings}
+            yield from (np.asarray(image) for image in model.sample(**arguments_of(values), **how))
 
     protocol = {
+        **_made_by(model, seed),
+        **({"classes": "each in turn"} if balanced else {}),
+        **({} if classifier is None else {"classifier": classifier.fingerprint, "classifier_scale": classifier_scale}),
+    }
+
+    return ImageStream(
+        name="model",
+        count=n,
+        read=read,
+        protocol=protocol,
+        key=cache_key(json.dumps([protocol, settings, size, n], default=str)),
+        content=partial(_values_hash, dataset, told, ids) if told else None,
+        batch=batch_size,
+        action="sampling",
+    )
+
+
+def _values_hash(dataset, told: Sequence[str], ids: list[int], block: range) -> str:
+    """Hash of what samples of a block are told."""
+    values = [dataset.foreign_values(name, ids[block.start : block.stop]) for name in told]
+    return hashlib.sha256(pickle.dumps(values)).hexdigest()
+
+
+def _made_by(model, seed: int) -> dict[str, Any]:
+    return {
         "source": "model",
         "fingerprint": model.fingerprint,
         "conditions": list(model.conditions.kinds),
-        **({"classes": "each in turn"} if balanced else {}),
         "seed": seed,
         "float_to_uint8": "clamp, round half to even",
         "resize": "none",
-        **({} if classifier is None else {"classifier": classifier.fingerprint, "classifier_scale": classifier_scale}),
     }
-    return ImageStream(name="model", count=n, stream=stream, protocol=protocol)
+
+
+def batches(blocks: Sequence[range], size: int) -> Iterator[range]:
+    """The blocks in parts of at most `size` positions."""
+    return (range(k, min(k + size, block.stop)) for block in blocks for k in range(block.start, block.stop, size))
 
 
 def check_columns(rows, conditions: tuple[str, ...]) -> None:
@@ -300,21 +347,30 @@ class CodeCounts:
             indices = self.autoencoder.quantize(self.autoencoder.scale.restore(z))[1]
             self.found += np.bincount(indices.flatten().cpu().numpy(), minlength=len(self.found))
 
+    def taken(self) -> dict[str, np.ndarray]:
+        """{"codes": what was counted since it was taken last}; {} without a codebook."""
+        if self.found is None:
+            return {}
+        taken, self.found = self.found, np.zeros_like(self.found)
+        return {"codes": taken}
+
 
 def reconstructions(
     autoencoder, source: ImageStream, batch_size: int, counts: CodeCounts | None = None
-) -> Callable[[], Iterator[np.ndarray]]:
-    """The stream of a source's images after `encode` (the mode) and `decode`."""
+) -> Callable[[Sequence[range]], Iterator[np.ndarray]]:
+    """How a source's images are read after `encode` (the mode) and `decode`."""
     import torch
 
-    def stream() -> Iterator[np.ndarray]:
-        for block in in_blocks(source.stream(), batch_size):
-            z = autoencoder.encode(torch.from_numpy(np.stack(block)))
+    def read(blocks: Sequence[range]) -> Iterator[np.ndarray]:
+        originals = source.read(blocks)
+        for batch in batches(blocks, batch_size):
+            images = np.stack(list(islice(originals, len(batch))))
+            z = autoencoder.encode(torch.from_numpy(images))
             if counts is not None:
                 counts.add(z)
             yield from tensor_to_pixels(autoencoder.decode(z))
 
-    return stream
+    return read
 
 
 def loaded(run: Any, run_kind: str, weights: str = "ema"):

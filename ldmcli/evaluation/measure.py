@@ -1,8 +1,10 @@
 """Streams of images through the metrics of the table: image by image, and set by set."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,17 +12,19 @@ from typing import Any
 import numpy as np
 
 from ldmcli.core.errors import InputError
-from ldmcli.core.files import sha256_file
+from ldmcli.core.files import sha256_file, tensors_hash
+from ldmcli.core.world import World
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
 from ldmcli.evaluation.estimates import add_of_images, add_of_sets
 from ldmcli.evaluation.extractors import Extractor
-from ldmcli.evaluation.features import Collector, FeatureSet, digest_of, extract_all, in_blocks
-from ldmcli.evaluation.image_streams import ImageStream
+from ldmcli.evaluation.features import FeatureSet, digest_of
+from ldmcli.evaluation.image_streams import CodeCounts, ImageStream
+from ldmcli.evaluation.kept_parts import PartStore
 from ldmcli.evaluation.metrics import (
-    BLOCK,
     CONDITION,
     FEATURES,
     IMAGES,
+    LOGITS,
     METRICS,
     NOVELTY,
     OF_EACH,
@@ -33,6 +37,7 @@ from ldmcli.evaluation.metrics import (
     needing,
 )
 from ldmcli.evaluation.novelty import Novelty, NoveltySets
+from ldmcli.evaluation.passes import Found, Pass, Tally, in_order_of_content, nothing, run_pass
 from ldmcli.evaluation.reference_statistics import KEPT, Statistics, reference_features, streamed_statistics
 from ldmcli.evaluation.result import EvaluationResult, Scores, key_of
 
@@ -42,7 +47,8 @@ REFERENCE_LIMIT = KEPT  # rows of a data set that a reference takes where nobody
 @dataclass(frozen=True)
 class Instruments:
     """What measures: the requested metrics, and the networks that they need; sets are compared by each of the
-    extractors. known: features of originals by the key of their stream, which several evaluations share."""
+    extractors. known: features of originals by the key of their stream, which several evaluations share. world: the
+    processes that share the work."""
 
     metrics: tuple[str, ...]
     extractors: tuple[Extractor, ...]
@@ -50,6 +56,15 @@ class Instruments:
     progress: Callable[[int, str], Any]
     known: dict[str, tuple[FeatureSet, ...]] = field(default_factory=dict)
     estimates: bool = True  # whether it is measured, too, what the numbers are worth
+    world: World = field(default_factory=World)
+    tally: Tally = field(default_factory=Tally)
+    stores: list[PartStore] = field(default_factory=list)  # of the passes so far; removed when the result is complete
+
+    def run(self, run: Pass) -> Found:
+        """Everything that a pass finds. Collective."""
+        self.stores.append(run.store(self.world))
+        with self.progress(run.count, run.label) as bar:
+            return run_pass(run, self.stores[-1], self.world, self.tally, bar.advance)
 
     def needing(self, *needs: str) -> list[str]:
         """Those of the metrics that need one of these, in the order of the table."""
@@ -62,26 +77,32 @@ class Instruments:
 
 def measure_stream(
     instruments: Instruments, result: EvaluationResult, source: ImageStream
-) -> tuple[tuple[FeatureSet, ...], list[np.ndarray]]:
+) -> tuple[tuple[FeatureSet, ...], Sequence[np.ndarray]]:
     """The features of a stream by each network, and its images where metrics of conditions or copies read them; adds
-    what needs images alone."""
-    kept: list[np.ndarray] = []
-    keep = bool(needing(instruments.metrics, CONDITION, NOVELTY))
-    values: dict[str, list[float]] = {name: [] for name in instruments.needing(IMAGES)}
+    what needs images alone. Images and features are on rank 0 alone. Collective."""
+    names = instruments.needing(IMAGES)
+    wanted = bool(needing(instruments.metrics, CONDITION, NOVELTY))
+    keep = wanted and source.action == "sampling"  # files are read again
+    run = Pass(
+        label="generated",
+        streams=(source,),
+        extractors=(instruments.extractors,),
+        logits=bool(instruments.needing(LOGITS)),
+        values=partial(image_values, names),
+        arrays=_as_they_are if keep else nothing,
+        identity=(*names, *(["images"] if keep else [])),
+    )
+    found = instruments.run(run)
+    for name in names if instruments.world.is_rank_0 else ():
+        _add_mean(instruments, result, name, found.values[name])
+    images: Sequence[np.ndarray] = list(found.arrays.get("images", ()))
+    if wanted and not keep and instruments.world.is_rank_0:
+        images = list(source.stream())
+    return found.sides[0], images
 
-    def seen() -> Iterator[np.ndarray]:
-        for image in source.stream():
-            if keep:
-                kept.append(image)
-            for name, found in image_values(values, [image]).items():
-                values[name] += found
-            yield image
 
-    with instruments.progress(source.count, "generated") as bar:
-        features = extract_all(seen(), instruments.extractors, bar.advance)
-    for name in values:
-        _add_mean(instruments, result, name, values[name])
-    return features, kept
+def _as_they_are(images: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {"images": np.stack(images)}
 
 
 def measure_reference(
@@ -92,7 +113,7 @@ def measure_reference(
     save: bool = False,
 ) -> tuple[FeatureSet | Statistics, ...]:
     """What each network finds in a stream, or what is known of a reference already: all features where they are. ()
-    without a reference.
+    without a reference, and on processes other than rank 0. Collective.
 
     streamed: of a long stream mean and covariance, and the features of some images where they are needed or saved.
     """
@@ -100,6 +121,7 @@ def measure_reference(
     if reference is None or not extractors:
         return ()
     rows_needed = bool(needing(instruments.metrics, FEATURES))
+    shared = instruments.world, instruments.tally
     if isinstance(reference, Statistics):
         result.protocol["reference"] = {"source": reference.source, "statistics": "mu, sigma"}
         if reference.protocol:
@@ -109,19 +131,19 @@ def measure_reference(
         if not rows_needed or reference.rows is not None or reference.images is None:
             return _stated(result, (reference,), rows_needed)
         with instruments.progress(reference.images.count, "reference") as bar:
-            rows = reference_features(extractors, reference.images, bar.advance, REFERENCE_LIMIT)[0]
-        return _stated(result, (replace(reference, rows=rows),), rows_needed)
+            found = reference_features(extractors, reference.images, bar.advance, REFERENCE_LIMIT, *shared)
+        return _stated(result, tuple(replace(reference, rows=rows) for rows in found), rows_needed)
     result.protocol["reference"] = reference.protocol
     with instruments.progress(reference.count, "reference") as bar:
         if not streamed or reference.count <= REFERENCE_LIMIT:
-            return reference_features(extractors, reference, bar.advance, REFERENCE_LIMIT)
-        found = streamed_statistics(extractors, reference, bar.advance, rows_needed or save)
-    return _stated(result, found, rows_needed)
+            return reference_features(extractors, reference, bar.advance, REFERENCE_LIMIT, *shared)
+        statistics = streamed_statistics(extractors, reference, bar.advance, rows_needed or save, *shared)
+    return _stated(result, statistics, rows_needed)
 
 
 def _stated(result: EvaluationResult, found: tuple[Statistics, ...], rows_needed: bool) -> tuple[Statistics, ...]:
     """The statistics; of how many images the features are that some metrics need is said."""
-    if rows_needed and found[0].rows is not None:
+    if found and rows_needed and found[0].rows is not None:
         result.protocol["reference_features"] = {"rows": len(found[0].rows)}
     return found
 
@@ -132,32 +154,46 @@ def paired(
     generated: ImageStream,
     reference: ImageStream,
     groups: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    counts: CodeCounts | None = None,
 ) -> tuple[tuple[FeatureSet, ...], tuple[FeatureSet, ...]]:
-    """Measures two streams of the same length image by image, and for metrics of sets, set by set. groups: {name:
-    positions} of pairs that are measured by themselves, too."""
-    values: dict[str, list[float]] = {name: [] for name in instruments.needing(*OF_EACH)}
-    sides = Collector(instruments.extractors), Collector(instruments.extractors)
+    """Measures two streams of the same length image by image, and for metrics of sets, set by set; gives both sides'
+    sets, on rank 0. Collective.
+
+    groups: {name: positions} of pairs that are measured by themselves, too. counts: of the codes in the latents that
+    images are made of; has those of all images afterwards.
+    """
+    names = instruments.needing(*OF_EACH)
     known = instruments.known.get(reference.key)
-    with instruments.progress(reference.count, "pairs") as bar:
-        for block in in_blocks(zip(generated.stream(), reference.stream()), BLOCK):
-            made, real = [a for a, _ in block], [b for _, b in block]
-            for name, found in image_values(values, made, real, instruments.perceptual).items():
-                values[name] += found
-            sides[0].add(made)
-            if known is None:
-                sides[1].add(real)
-            bar.advance(len(block))
+    net = instruments.perceptual
+    run = Pass(
+        label="pairs",
+        streams=(generated, reference),
+        extractors=(instruments.extractors, instruments.extractors if known is None else ()),
+        logits=bool(instruments.needing(LOGITS)),
+        values=lambda made, real: image_values(names, made, real, net),
+        sums=(lambda made, real: counts.taken()) if counts is not None else nothing,
+        identity=(
+            *names,
+            *([net.kind, tensors_hash(net.state_dict())] if net is not None else []),
+            str(counts is None),
+        ),
+    )
+    found = instruments.run(run)
     result.protocol |= {"generated": generated.protocol, "reference": reference.protocol}
     warn_of_lossy(result, generated, reference.lossy)
-    for name in values:
-        _add_mean(instruments, result, name, values[name])
-    features = sides[0].result(), known or sides[1].result()
+    features = found.sides[0], found.sides[1] if known is None else known
     if reference.key:
         instruments.known[reference.key] = features[1]
     result.protocol["originals"] = digest_of(features[1][0].hashes)
+    if counts is not None:
+        counts.found = found.sums.get("codes")
+    for name in names if instruments.world.is_rank_0 else ():
+        _add_mean(instruments, result, name, found.values[name])
     set_metrics(instruments, result, *features, copies=False)
+    if not instruments.world.is_rank_0:
+        return features
     for name, ids in groups.items():
-        of_group = {metric: [numbers[i] for i in ids] for metric, numbers in values.items()}
+        of_group = {metric: [numbers[i] for i in ids] for metric, numbers in found.values.items()}
         sets = [[one.of(ids) for one in side] for side in features]
         part = _of_group(instruments, of_group, *sets)
         result.groups[name] = {"n": len(ids), "metrics": part.values}
@@ -216,9 +252,13 @@ def perceptual_name(net: Any) -> str | None:
 
 
 def condition_metrics(instruments: Instruments, result: EvaluationResult, samples: ConditionedSamples) -> None:
-    """Adds what says whether samples show their conditions."""
-    for name in needing(instruments.metrics, CONDITION):
-        result.add_scores(METRICS[name].compute(samples), METRICS[name].labels(name))
+    """Adds what says whether samples show their conditions. Rank 0 does it. Collective."""
+
+    def add() -> None:
+        for name in needing(instruments.metrics, CONDITION):
+            result.add_scores(METRICS[name].compute(samples), METRICS[name].labels(name))
+
+    instruments.world.on_rank_0(add)
 
 
 def novelty_metrics(instruments: Instruments, result: EvaluationResult, sets: NoveltySets) -> Novelty | None:
@@ -242,8 +282,20 @@ def set_metrics(
     """Adds everything that compares two sets of features, by each network, and warnings about the sets.
 
     generated, reference: a set for each of the extractors, in their order; reference is empty where there is none.
-    copies: whether equal images on both sides are worth a warning.
+    copies: whether equal images on both sides are worth a warning. Rows are drawn from images in the order of their
+    content. Rank 0 does it. Collective.
     """
+    instruments.world.on_rank_0(lambda: _set_metrics(instruments, result, generated, reference, copies))
+
+
+def _set_metrics(
+    instruments: Instruments,
+    result: EvaluationResult,
+    generated: Sequence[FeatureSet],
+    reference: Sequence[FeatureSet | Statistics],
+    copies: bool,
+) -> None:
+    started = time.perf_counter()
     all_sets = _by_network(instruments, generated, reference)
     for sets in all_sets:
         _check_counts(result, sets, instruments.network_named(sets.extractor))
@@ -252,6 +304,7 @@ def set_metrics(
         _warn_of_sets(result, all_sets[0].generated, all_sets[0].reference, copies)
     for sets in all_sets:
         _add_sets(instruments, result, sets)
+    instruments.tally.add("metrics", 0, time.perf_counter() - started)
 
 
 def _by_network(
@@ -266,6 +319,7 @@ def _by_network(
 def _add_sets(instruments: Instruments, result: EvaluationResult, sets: FeatureSets) -> None:
     """Adds the metrics of sets by one network."""
     extractor = sets.extractor
+    sets = replace(sets, generated=in_order_of_content(sets.generated), reference=_in_order(sets.reference))
     for name in instruments.needing(*OF_SETS):
         scores = METRICS[name].compute(sets)
         named = instruments.network_named(extractor)
@@ -273,6 +327,14 @@ def _add_sets(instruments: Instruments, result: EvaluationResult, sets: FeatureS
         result.add_scores(scores, METRICS[name].labels(name), (extractor.suffix, extractor.title))
         if instruments.estimates:
             add_of_sets(result, name, METRICS[name], sets, scores)
+
+
+def _in_order(reference: FeatureSet | Statistics | None) -> FeatureSet | Statistics | None:
+    if isinstance(reference, FeatureSet):
+        return in_order_of_content(reference)
+    if reference is None or reference.rows is None:
+        return reference
+    return replace(reference, rows=in_order_of_content(reference.rows))
 
 
 def _check_counts(result: EvaluationResult, sets: FeatureSets, named: str) -> None:

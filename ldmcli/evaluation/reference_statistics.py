@@ -15,16 +15,15 @@ from ldmcli.core import console
 from ldmcli.core.errors import InputError, LdmError, UsageError
 from ldmcli.core.files import atomic_path
 from ldmcli.core.settings import DataSettings
+from ldmcli.core.world import World
 from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.data.joined_rows import JoinedRows
 from ldmcli.data.sources import divided, held_out, open_rows, split_sizes, whole_rows
 from ldmcli.evaluation.extractors import Extractor
-from ldmcli.evaluation.features import FeatureSet, concatenated, extract_all, in_blocks
+from ldmcli.evaluation.features import FeatureSet, concatenated
 from ldmcli.evaluation.image_streams import ImageStream, evenly_spaced, npz_source
+from ldmcli.evaluation.passes import SAME, Pass, Tally, parts_in_order, run_pass, same_numbers
 from ldmcli.maths.metrics import Gaussian
-
-SAME = ("weights_sha256", "layer", "resize")  # what two extractors must share for their numbers to compare
-
 
 CHUNK = 1024  # images whose features are added to a covariance at once
 KEPT = 10_000  # rows of features that are kept of a reference
@@ -170,40 +169,66 @@ def is_sample_set(path: Path) -> bool:
 
 
 def streamed_statistics(
-    extractors: Sequence[Extractor], source: ImageStream, advance: Callable[[int], None], keep: bool
+    extractors: Sequence[Extractor],
+    source: ImageStream,
+    advance: Callable[[int], None],
+    keep: bool,
+    world: World | None = None,
+    tally: Tally | None = None,
 ) -> tuple[Statistics, ...]:
-    """Mean and covariance of a stream of any length by each network, in memory for `KEPT` rows of features at most.
-    keep: so many rows, evenly spaced, are kept."""
+    """Mean and covariance of a stream of any length by each network, in memory for `KEPT` rows of features at most; ()
+    on processes other than rank 0. keep: so many rows, evenly spaced, are kept. Collective."""
+    world, tally = world or World(), tally or Tally()
     moments = [Gaussian.empty(extractor.dim) for extractor in extractors]
     kept: list[list[FeatureSet]] = [[] for _ in extractors]
-    wanted, seen = set(evenly_spaced(source.count, min(source.count, KEPT))) if keep else set(), 0
-    for chunk in in_blocks(source.stream(), CHUNK):
-        of_chunk = [i for i in range(len(chunk)) if seen + i in wanted]
-        for found, parts, features in zip(moments, kept, extract_all(chunk, extractors, advance)):
-            found.update(features.features)
-            parts.append(features.of(of_chunk))
-        seen += len(chunk)
-    rows = [concatenated(parts) if keep else None for parts in kept]
+    waiting: list[list[np.ndarray]] = [[] for _ in extractors]
+    wanted = set(evenly_spaced(source.count, min(source.count, KEPT))) if keep else set()
+    run = Pass(label="reference", streams=(source,), extractors=(tuple(extractors),))
+    store = run.store(world)
+    for block, part in parts_in_order(run, store, world, tally, advance):
+        side = part.sides[0]
+        of_block = [k for k in range(len(block)) if block.start + k in wanted]
+        for found, some, rows, (features, logits) in zip(moments, kept, waiting, side.found):
+            some.append(FeatureSet(features, logits, side.hashes, set(side.sizes)).of(of_block))
+            rows.append(features)
+            if sum(map(len, rows)) >= CHUNK or block.stop == source.count:  # many rows at once: a merge costs D² each
+                found.update(np.concatenate(rows))
+                rows.clear()
+    if not world.is_rank_0:
+        return ()
+    store.remove()
+    sets = [concatenated(some) if keep else None for some in kept]
     return tuple(
         Statistics(mu=found.mean, sigma=found.covariance, n=found.n, source=source.name, rows=some)
-        for found, some in zip(moments, rows)
+        for found, some in zip(moments, sets)
     )
 
 
 def reference_features(
-    extractors: Sequence[Extractor], source: ImageStream, advance: Callable[[int], None], limit: int
+    extractors: Sequence[Extractor],
+    source: ImageStream,
+    advance: Callable[[int], None],
+    limit: int,
+    world: World | None = None,
+    tally: Tally | None = None,
 ) -> tuple[FeatureSet, ...]:
     """Features of a reference by each network, from the cache where the same content met the same network before; one
-    pass over the images gives all that are missing."""
+    pass over the images gives all that are missing. () on processes other than rank 0. Collective."""
+    world, tally = world or World(), tally or Tally()
     paths = [_cache_path(extractor, source) if source.count <= limit else None for extractor in extractors]
-    known = [None if path is None or not path.is_file() else _read(path) for path in paths]
-    missing = [k for k, found in enumerate(known) if found is None]
+    known = [_read(path) if world.is_rank_0 else None for path in paths]
+    missing: list[int] = world.on_rank_0(lambda: [k for k, found in enumerate(known) if found is None])
     if not missing:
         advance(source.count)
-    made = extract_all(source.stream(), [extractors[k] for k in missing], advance) if missing else ()
-    for k, found in zip(missing, made):
-        known[k] = found
-        _keep(paths[k], found)
+        tally.known += source.count
+    else:
+        run = Pass(label="reference", streams=(source,), extractors=(tuple(extractors[k] for k in missing),))
+        store = run.store(world)
+        made = run_pass(run, store, world, tally, advance).sides[0]
+        for k, found in zip(missing, made if world.is_rank_0 else ()):
+            known[k] = found
+            _keep(paths[k], found)
+        store.remove()
     return tuple(found for found in known if found is not None)
 
 
@@ -219,13 +244,15 @@ def _keep(path: Path | None, found: FeatureSet) -> None:
 def _cache_path(extractor: Extractor, source: ImageStream) -> Path | None:
     if not source.key:
         return None
-    identity = [str(extractor.protocol[key]) for key in SAME]
     root = cache_root("")
-    return None if root is None else root / "features" / f"{cache_key('reference-1', source.key, *identity)}.npz"
+    name = cache_key("reference-1", source.key, *same_numbers(extractor))
+    return None if root is None else root / "features" / f"{name}.npz"
 
 
-def _read(path: Path) -> FeatureSet | None:
-    """What `_keep` kept; None where it is damaged, so that it is computed again."""
+def _read(path: Path | None) -> FeatureSet | None:
+    """What `_keep` kept; None where there is nothing, or it is damaged, so that it is computed again."""
+    if path is None or not path.is_file():
+        return None
     try:
         with np.load(path, allow_pickle=False) as file:
             found = _feature_set(file)

@@ -9,6 +9,7 @@ from typing import Any
 from ldmcli.conditions.class_ import Class
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import TASK_CONDITIONS, DataSettings
+from ldmcli.core.world import World
 from ldmcli.evaluation.baselines import task_of
 from ldmcli.evaluation.image_streams import loaded
 from ldmcli.evaluation.metrics import (
@@ -98,6 +99,7 @@ class EvaluationRequest:
     classifier_scale: float = 1.0
     progress: Callable[[int, str], Any] | None = None
     novelty_folder: Path | None = None  # where novelty.json and novelty.png with the nearest pairs are kept
+    world: World | None = None  # the processes that share the work and all call this; None = this one is alone
     name: str = ""  # of the run that is measured, where it was given by name; `opened` says it
 
     def __post_init__(self) -> None:

@@ -1,29 +1,24 @@
 """A training process among the others: device, precision, rank, and the collective calls that the loop needs."""
 
 import os
-import pickle
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
 
 import torch
 
-from ldmcli.core.errors import LdmError, ResourceError, UsageError
+from ldmcli.core.errors import ResourceError, UsageError
 from ldmcli.core.files import tensors_hash
 from ldmcli.core.settings import TrainSettings
+from ldmcli.core.world import CONTROL_TIMEOUT, World
 from ldmcli.maths import rng
 from ldmcli.training.optimizer import bf16_is_fast
 
-CONTROL_TIMEOUT = timedelta(hours=24)  # while one process writes, evaluates, encodes or reads, the others wait
 
-
-class Distributed:
+class Distributed(World):
     """One process of a training. Accelerate gives device, wrapping, backward and gathering; precision is ours.
 
     Gradients, and what else a backward pass needs of others, go through Accelerate's group, whose timeout is
-    train.gradient_timeout. Objects and decisions go through a group of their own on the CPU with a timeout of a day:
-    no phase of one process, however long, ends the others; one that dies closes its connections, which does.
+    train.gradient_timeout. Objects and decisions go through a group of their own (`World`).
     """
 
     def __init__(self, settings: TrainSettings):
@@ -45,10 +40,8 @@ class Distributed:
                 "`ldm … --gpus N`, or `accelerate launch --multi_gpu --num_processes N -m ldmcli …`"
             )
         self.device = self.accelerator.device
-        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.control: Any = None  # the process group of objects and decisions
-        if self.world_size > 1:
-            self.control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if started > 1 else None
+        super().__init__(self.accelerator.process_index, self.accelerator.num_processes, control)
         self.dtype = self.on_rank_0(lambda: autocast_dtype(settings.mixed_precision, self.device))
 
     @property
@@ -66,11 +59,6 @@ class Distributed:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return "Apple GPU (MPS)" if self.device.type == "mps" else ""
-
-    @property
-    def is_rank_0(self) -> bool:
-        """Whether this process writes the run folder and reports."""
-        return self.rank == 0
 
     def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A micro-batch on this process's device. float64 stays on the host: Apple GPUs have none, and what is
@@ -90,50 +78,6 @@ class Distributed:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(rng.key(seed, "dropout", *path, self.rank))
             yield
-
-    def on_rank_0(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on rank 0; all processes get its result (pickled), or raise its LdmError. Collective."""
-        result: list[Any] = [None, None]
-        if self.is_rank_0:
-            try:
-                result[0] = function()
-            except LdmError as error:
-                result[1] = error
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(result, src=0, group=self.control)
-        if result[1] is not None:
-            raise result[1]
-        return result[0]
-
-    def on_all_ranks(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on every process; where one raises an LdmError, all do, and none is left waiting. Collective.
-
-        All have returned from `function` when this returns. `function` itself must not be collective.
-        """
-        result, error = None, None
-        try:
-            result = function()
-        except LdmError as caught:
-            error = caught
-        if self.all_reduce_max([float(error is not None)])[0]:
-            raise error or next(e for e in self.gather(error) if e is not None)
-        return result
-
-    def gather(self, value: Any) -> list[Any]:
-        """One picklable object of each process, in order of rank. Collective."""
-        if self.world_size == 1:
-            return [value]
-        out: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(out, pickle.loads(pickle.dumps(value)), group=self.control)
-        return out
-
-    def all_reduce_max(self, values: list[float]) -> list[float]:
-        """Element-wise maximum over processes of a few numbers. Collective."""
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.control)
-        return tensor.tolist()
 
     def mean(self, values: dict[str, float], weight: float) -> dict[str, float]:
         """Mean over processes of equally named numbers, each with the `weight` of its process. Collective."""

@@ -9,6 +9,7 @@ import torch
 from ldmcli.core import console, runs
 from ldmcli.core.errors import Interrupted, LdmError
 from ldmcli.core.settings import TrainSettings
+from ldmcli.core.world import GONE
 from ldmcli.training.distributed import Distributed
 
 
@@ -48,7 +49,7 @@ def out_of_resources(error: BaseException, dist: Distributed, settings: TrainSet
             f"another process did not come to the backward pass within {settings.gradient_timeout:g} s "
             "(train.gradient_timeout); find what held it up, or raise that"
         )
-    if any(words in said for words in ("connection closed", "connection reset", "broken pipe")):
+    if any(words in said for words in GONE):
         return "another process of this training ended; what it said tells why, and the same command goes on"
     return ""
 

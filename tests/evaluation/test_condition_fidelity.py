@@ -221,7 +221,7 @@ def answers(monkeypatch):
 
 
 def test_super_resolution_beside_bicubic(answers, monkeypatch):
-    monkeypatch.setattr("ldmcli.evaluation.evaluate.evenly_spaced", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.subjects.evenly_spaced", lambda count, n: list(range(n)))
     result = evaluation.evaluate(model=TaskModel("sr"), metrics=["psnr", "ssim"], n=6, batch_size=4, steps=3)
     values = result["metrics"]
     assert values["psnr"] == float("inf") and values["ssim"] == pytest.approx(1)
@@ -234,7 +234,7 @@ def test_super_resolution_beside_bicubic(answers, monkeypatch):
 
 
 def test_inpainting_pastes_known_pixels_and_states_the_share(answers, monkeypatch):
-    monkeypatch.setattr("ldmcli.evaluation.evaluate.evenly_spaced", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.subjects.evenly_spaced", lambda count, n: list(range(n)))
     monkeypatch.setattr("ldmcli.evaluation.baselines.has_biharmonic", lambda: False)
     result = evaluation.evaluate(model=TaskModel("inpaint"), metrics=["psnr"], n=5)
     assert result["metrics"]["psnr"] == float("inf")  # black outside of holes, and yet equal: known pixels are pasted
@@ -245,7 +245,7 @@ def test_inpainting_pastes_known_pixels_and_states_the_share(answers, monkeypatc
 
 def test_biharmonic_filling_where_it_is_installed(answers, monkeypatch):
     pytest.importorskip("skimage")
-    monkeypatch.setattr("ldmcli.evaluation.evaluate.evenly_spaced", lambda count, n: list(range(n)))
+    monkeypatch.setattr("ldmcli.evaluation.subjects.evenly_spaced", lambda count, n: list(range(n)))
     result = evaluation.evaluate(model=TaskModel("inpaint"), metrics=["psnr"], n=3)
     assert 10 < result["metrics"]["psnr_biharmonic"] < 60
 

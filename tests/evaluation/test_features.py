@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.evaluation import extractors
 from ldmcli.evaluation.extractors import FEATURES, NETWORKS, Extractor, default_features, open_extractor
-from ldmcli.evaluation.features import extract, extract_all
+from ldmcli.evaluation.features import extract
 from ldmcli.networks import feature_nets as nets
 
 
@@ -185,6 +185,6 @@ def test_opening_an_extractor_leaves_the_random_stream_alone():
 
 def test_a_set_keeps_a_hash_and_a_size_of_each_image(lite0):
     images = [*noise_images(3), noise_images(1, 30)[0], noise_images(1)[0]]
-    found = extract_all(images, ())[0]
+    found = extract(images, lite0)
     assert len(found) == 5 and len(set(found.hashes)) == 4 and found.sizes == {(24, 24), (30, 30)}
-    assert extract(iter(images[:3]), lite0).features.shape == (3, 1280)
+    assert found.features.shape == (5, 1280)

@@ -1,0 +1,110 @@
+"""A process among the others that a launcher started: rank, device, and the collective calls that any work needs.
+
+Objects and decisions go through a process group on the CPU with a timeout of a day: no phase of one process, however
+long, ends the others; one that dies closes its connections, which does.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from ldmcli.core import launch
+from ldmcli.core.errors import LdmError, ResourceError, UsageError
+
+CONTROL_TIMEOUT = timedelta(hours=24)  # while one process writes, evaluates, encodes or reads, the others wait
+GONE = ("connection closed", "connection reset", "broken pipe")  # what gloo says when another process has ended
+
+
+class World:
+    """This process and the others. Without arguments: a process that is alone."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, control: Any = None):
+        self.rank, self.world_size = rank, world_size
+        self.control = control  # the process group of objects and decisions; None of a process that is alone
+
+    @property
+    def is_rank_0(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def on_rank_0(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on rank 0; all processes get its result (pickled), or raise its LdmError. Collective."""
+        result: list[Any] = [None, None]
+        if self.is_rank_0:
+            try:
+                result[0] = function()
+            except LdmError as error:
+                result[1] = error
+        if self.world_size > 1:
+            import torch
+
+            torch.distributed.broadcast_object_list(result, src=0, group=self.control)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def on_all_ranks(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on every process; where one raises an LdmError, all do, and none is left waiting. Collective.
+
+        All have returned from `function` when this returns. `function` itself must not be collective.
+        """
+        result, error = None, None
+        try:
+            result = function()
+        except LdmError as caught:
+            error = caught
+        if self.all_reduce_max([float(error is not None)])[0]:
+            errors = self.gather(error)  # from those that have one, too: nobody leaves while another waits
+            raise error or next(one for one in errors if one is not None)
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """One picklable object of each process, in order of rank. Collective."""
+        if self.world_size == 1:
+            return [value]
+        import torch
+
+        out: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(out, pickle.loads(pickle.dumps(value)), group=self.control)
+        return out
+
+    def all_reduce_max(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over processes of a few numbers. Collective."""
+        if self.world_size == 1:
+            return values
+        import torch
+
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world that the launcher's variables describe, for work without gradients; each process has its GPU.
+
+    Raises ResourceError where another process ends within it, UsageError where there are more processes than GPUs.
+    """
+    rank, size, local = launch.world()
+    if size == 1:
+        yield World()
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {rank}: no GPU {local} on this machine; start as many processes as there are GPUs"
+            )
+        torch.cuda.set_device(local)
+    torch.distributed.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
+    try:
+        yield World(rank, size, torch.distributed.group.WORLD)
+    except RuntimeError as error:
+        if any(words in str(error).lower() for words in GONE):
+            raise ResourceError("another process of this command ended; what it said tells why") from error
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
