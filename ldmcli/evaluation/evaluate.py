@@ -95,7 +95,7 @@ def say_throughput(document: dict[str, Any]) -> None:
     """One line about how fast each stage was."""
     found = document["throughput"]
     stages = [
-        f"{name} {one['images_per_s']:.3g} images/s ({one['seconds']:.1f} s)"
+        f"{name} {one['images_per_s']:,.{0 if one['images_per_s'] >= 10 else 2}f} images/s ({one['seconds']:.1f} s)"
         if one["images_per_s"]
         else f"{name} {one['seconds']:.1f} s"
         for name, one in found["stages"].items()
