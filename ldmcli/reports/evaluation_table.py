@@ -1,5 +1,6 @@
 """The document of an evaluation as tables for people: every number with its interval and its floor, in 80 columns."""
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -115,11 +116,18 @@ def _estimate_of(result: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _interval(bounds: Sequence[float] | None) -> str:
-    return "" if bounds is None else " … ".join(map(_number, bounds))
+    return "" if bounds is None else " … ".join(_to_digits_of(bound, bounds[1] - bounds[0]) for bound in bounds)
 
 
 def _floor(floor: Mapping[str, Any] | None) -> str:
-    return "" if floor is None else f"{_number(floor['value'])} ± {floor['std']:.2g}"
+    return "" if floor is None else " ± ".join(_to_digits_of(floor[name], floor["std"]) for name in ("value", "std"))
+
+
+def _to_digits_of(value: float, spread: float) -> str:
+    """A number with the decimals of which chance leaves two: 14.1832 by 4.7 is 14.2."""
+    if not spread > 0:
+        return _number(value)
+    return f"{value:z,.{max(0, 1 - math.floor(math.log10(spread)))}f}"
 
 
 def _published(result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:

@@ -56,7 +56,7 @@ def test_a_number_stands_beside_its_interval_and_its_floor():
     lines = shown(result("effnet_lite0"))
     assert re.split(r" {2,}", lines[0]) == ["metric", "value", "95 % interval", "floor"]
     assert row(lines, "FD (EfficientNet-lite0)")[1:] == ["132.4", "128.1 … 136.9", "61.2 ± 1.3"]
-    assert row(lines, "  at infinite n")[1:] == ["61.2", "50.2 … 72.1"]
+    assert row(lines, "  at infinite n")[1:] == ["61.2", "50 … 72"]
     assert row(lines, "  deviation over subsets")[1:] == ["0.002"]
     assert row(lines, "recall (EfficientNet-lite0)")[1:] == ["none"]
 
@@ -68,6 +68,21 @@ def test_below_stand_counts_network_and_what_the_floor_is():
     uneven = result("effnet_lite0")
     uneven["estimates"]["fd_effnet_lite0"]["floor"] = floor(60.0, 1, None, (300, 100))
     assert "floor: two parts of the real pictures, 300 and 100" in shown(uneven)
+
+
+@pytest.mark.parametrize(
+    "ends, words",
+    [
+        ((11.8312, 16.5333), "11.8 … 16.5"),
+        ((-0.005359, 0.002868), "-0.0054 … 0.0029"),
+        ((-0.00001, 0.9), "0.00 … 0.90"),
+        ((12345.6, 23456.7), "12,346 … 23,457"),
+        ((0.0, 0.0), "0 … 0"),
+    ],
+)
+def test_an_interval_has_the_digits_that_chance_leaves(ends, words):
+    found = document({"psnr": 14.18}, estimates={"psnr": estimate(*ends)})
+    assert row(shown(found), "psnr")[2] == words
 
 
 def test_several_networks_are_headings():
