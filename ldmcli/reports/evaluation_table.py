@@ -14,6 +14,7 @@ from ldmcli.evaluation.result import SCHEMA
 from ldmcli.reports.charts import figure
 
 INTERVAL, FLOOR = LAST = "95 % interval", "floor"
+LEAST_P = 0.001  # that is shown
 WEIGHTS = {"ema": "averaged weights (EMA)", "raw": "weights of the last step (raw)"}
 
 
@@ -234,16 +235,21 @@ def _floors(result: Mapping[str, Any]) -> list[str]:
 
 def changes_table(result: Mapping[str, Any], width: int = 80) -> str:
     """Each number beside its earlier value, whether the change is more than chance, and why that is so."""
+    changes, several = result["compared"], len(networks_of(result)) > 1
     rows: list[list[str]] = []
     reasons: dict[str, list[str]] = {}
-    for key, change in result["compared"].items():
-        label = result.get("labels", {}).get(key, key)
-        rows.append([label, *(_number(change[name]) for name in ("old", "new")), _signed(change), verdict(key, change)])
-        if change.get("why"):
-            reasons.setdefault(change["why"], []).append(label)
+    for network in dict.fromkeys(_network_of(result, key) for key in changes):
+        rows += [[network]] if network and several else []
+        for key, change in changes.items():
+            if _network_of(result, key) == network:
+                label = _without_network(result.get("labels", {}).get(key, key), key)
+                old, new = (_number(change[name]) for name in ("old", "new"))
+                rows.append([label, old, new, _signed(change), verdict(key, change)])
+                reasons.setdefault(change.get("why") or "", []).append(label)
     lines = [_aligned(["compared", "earlier", "now", "change", "verdict"], rows, right=(1, 2, 3))]
     for why, names in reasons.items():
-        lines += _wrapped(why if len(names) == len(rows) else f"{', '.join(names)}: {why}", width)
+        text = why if len(reasons) == 1 else f"{', '.join(dict.fromkeys(names))}: {why}"
+        lines += _wrapped(text, width) if why else []
     return "\n".join(["", *lines, ""])
 
 
@@ -253,7 +259,8 @@ def verdict(key: str, change: Mapping[str, Any]) -> str:
         return "can't be compared"
     if "real" not in change or (change["real"] is None and change["change"]):
         return "chance unknown"
-    chance = "" if change.get("p") is None else f" (p {change['p']:.2g})"
+    p = change.get("p")
+    chance = "" if p is None else f" (p < {LEAST_P})" if p < LEAST_P else f" (p {p:.2g})"
     if not change["real"]:
         return f"chance{chance}" if change["change"] else "the same"
     better = (change["change"] > 0) == higher_is_better(key)

@@ -112,6 +112,7 @@ def test_without_estimates_there_are_two_columns():
     [
         ({"new": 132.4, "change": -7.6, "real": True, "p": 0.0031, "why": ""}, "-7.6  real, better (p 0.0031)"),
         ({"new": 150.0, "change": 10.0, "real": True, "p": 0.01, "why": ""}, "+10  real, worse (p 0.01)"),
+        ({"new": 150.0, "change": 10.0, "real": True, "p": 1e-9, "why": ""}, "+10  real, worse (p < 0.001)"),
         ({"new": 140.1, "change": 0.1, "real": False, "p": 0.8, "why": ""}, "+0.1  chance (p 0.8)"),
         ({"new": 140.0, "change": 0.0, "real": False, "p": None, "why": ""}, "0  the same"),
         ({"new": 141.0, "change": 1.0}, "+1  chance unknown"),
@@ -130,7 +131,7 @@ def test_reasons_are_said_once_with_the_numbers_that_they_are_of():
     changes = {"fd_effnet_lite0": one, "kid_effnet_lite0_mean": one, "recall_effnet_lite0": one | {"why": "few"}}
     text = " ".join(line.strip() for line in shown(result("effnet_lite0", compared=changes, worse=[])))
     assert text.count("another network: a then, b now") == 1
-    assert "FD (EfficientNet-lite0), KID (EfficientNet-lite0): another network" in text
+    assert "FD, KID: another network" in text and "recall: few" in text
 
 
 @pytest.mark.parametrize("suffixes", [("effnet_lite0",), ("effnet_lite0", "effnet_lite2")])
@@ -151,3 +152,13 @@ def test_a_number_that_is_not_finite_or_large_is_readable():
     lines = shown(document({"psnr": None, "ssim": 123456.0, "lpips_vgg": -1e-5}))
     assert [line.split()[1] for line in lines[2:5]] == ["none", "123,456", "-1.00e-05"]
     assert "inf" in describe_all(document({"psnr": float("inf")}))
+
+
+def test_changes_by_several_networks_stand_below_their_names():
+    one = {"old": 123456.0, "new": 0.00012345, "change": -123455.99, "real": True, "p": 1e-9, "why": "independent"}
+    keys = ("fd_effnet_lite0", "kid_effnet_lite0_mean", "fd_effnet_lite2")
+    lines = shown(result("effnet_lite0", "effnet_lite2", compared=dict.fromkeys(keys, one), worse=[]))
+    lines = lines[next(k for k, line in enumerate(lines) if line.startswith("compared")) :]
+    named = [line.split("  ")[0] for line in lines[2:7]]
+    assert named == ["effnet-lite0@555555555555", "FD", "KID", "effnet-lite2@aaaaaaaaaaaa", "FD"]
+    assert "independent" in lines
