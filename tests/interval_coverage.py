@@ -156,13 +156,15 @@ def told_apart(rows: np.ndarray, changed: np.ndarray, sets: int, seed: int, size
     """Prints of how many pairs of sets --compare calls any of the usual metrics really different."""
     rng, first = np.random.default_rng(seed), len(changed)
     for n in sizes:
-        alike = other = 0
+        alike, other = 0, 0 if n <= first else None
         for _ in range(sets):
             ids, rest = rng.permutation(first), first + rng.permutation(len(rows) - first)
-            mine, theirs = (ids[:n], ids[n : 2 * n]) if 2 * n <= first else (ids[:n], rest[n : 2 * n])
-            reference, old = rows[rest[:n]], document(rows[theirs], rows[rest[:n]])
-            alike += any(one["real"] for one in compare(document(rows[mine], reference), old)["metrics"].values())
-            other += any(one["real"] for one in compare(document(changed[mine], reference), old)["metrics"].values())
+            reference = rows[rest[:n]]
+            old, new = (document(rows[rest[k * n : (k + 1) * n]], reference) for k in (1, 2))
+            alike += any(one["real"] for one in compare(new, old)["metrics"].values())
+            if other is not None:
+                worse = document(changed[ids[:n]], reference)
+                other += any(one["real"] for one in compare(worse, old)["metrics"].values())
         print(f"n {n:5}  of {sets} pairs called different: alike {alike}, changed {other}", flush=True)
 
 

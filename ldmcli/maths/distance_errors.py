@@ -112,6 +112,7 @@ def mind_error(generated: Array, reference: Array, directions: int, seed: int) -
 # --- infinitely many images ------------------------------------------------------------------------------------
 
 PARTS = (2, 3, 4)  # a set is cut into so many parts, and all but one are measured; of 2, one
+MANY = 2**22  # numbers of a set, above which there are fewer parts: each costs as much as the distance itself
 LEAST = 8  # rows of a set
 
 
@@ -146,7 +147,7 @@ def extrapolated_frechet(
         return None
     rng = np.random.default_rng([seed, n, m])
     shares, values, points = [1.0], [value], [(n, m, value)]
-    for parts in PARTS:
+    for parts in PARTS if generated.size <= MANY else PARTS[:2]:
         first, second = rng.permutation(n) % parts, rng.permutation(m) % parts
         found, sizes = [], (0, 0)
         for part in range(parts):
