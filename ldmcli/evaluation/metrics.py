@@ -368,11 +368,11 @@ METRICS: dict[str, Metric] = {
     "novelty": Metric(
         needs=NOVELTY,
         compute=measure_novelty,
-        label={"copied": "copied training pictures (share)", "copied_features": "copied, by features ({net}; share)"},
+        label={"copied": "copied training pictures", "copied_features": "copied ({net})"},
         beside={
             "copied_low": "copied training pictures, low end of 95 %",
             "copied_high": "copied training pictures, high end of 95 %",
-            "copied_held_out": "copied, of held-out pictures (should be about 0)",
+            "copied_held_out": "copied training pictures, of held-out ones",
         },
         titles={"copied": "Share that copies training pictures"},
     ),
