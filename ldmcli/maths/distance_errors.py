@@ -51,7 +51,7 @@ def frechet_error(generated: Moments, reference: Moments) -> Error:
         "" if errors[1] is not None else ", without that of the reference, of which only mean and covariance are known"
     )
     sizes = [own.n for own, _, _ in sides if own.n is not None]
-    return Error(errors[0], errors[1], f"influence function{left_out}", min(sizes) - 1)
+    return Error(errors[0], errors[1], f"influence function{left_out}", min(sizes) - 1, squared=True)
 
 
 def _influence(own: Moments, other_mean: Array, basis: Array, values: Array) -> Array:
@@ -106,7 +106,7 @@ def mind_error(generated: Array, reference: Array, directions: int, seed: int) -
             influence[side] += np.bincount(order[side].ravel(), potential.ravel(), n)
     scale = 3 * generated.shape[1] / directions
     errors = scale * np.sqrt(influence.var(axis=1, ddof=1) / n)
-    return Error(float(errors[0]), float(errors[1]), "influence function", n - 1)
+    return Error(float(errors[0]), float(errors[1]), "influence function", n - 1, squared=True)
 
 
 # --- infinitely many images ------------------------------------------------------------------------------------

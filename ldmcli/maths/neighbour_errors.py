@@ -14,6 +14,7 @@ from ldmcli.maths.feature_rows import Array, blocks, distances_to_all, mean_of
 from ldmcli.maths.uncertainty import Error, share_interval
 
 CUTS = 24
+FREEDOM = CUTS // 2  # degrees of freedom of their mean: cuts of one set are not independent
 
 
 @dataclass
@@ -42,7 +43,7 @@ def density_coverage_errors(
     """Errors of density and coverage, whose values these are, of sets of 2 k + 2 rows or more."""
     found = halves(generated, reference, k, strict=True)
     own, both = variance(found.depth["points"]) / k**2, variance(found.depth["both"]) / k**2
-    density = Error(math.sqrt(own), math.sqrt(max(both - own, 0)), f"{CUTS} random halves", CUTS)
+    density = Error(math.sqrt(own), math.sqrt(max(both - own, 0)), f"{CUTS} random halves", FREEDOM)
     return density, _share_error(values[1], found.hit, "points", len(reference))
 
 
@@ -50,8 +51,8 @@ def _share_error(share: float, found: dict[str, Array], own: str, n: int) -> Err
     """own: what of `Halves` is the generated set; n: how many the share is of."""
     of_own = variance(found[own])
     total = max(variance(found["both"]), of_own)
-    ends = share_interval(share, total, n, CUTS)
-    return Error(math.sqrt(of_own), math.sqrt(total - of_own), f"{CUTS} random halves (Wilson)", CUTS, ends)
+    ends = share_interval(share, total, n, FREEDOM)
+    return Error(math.sqrt(of_own), math.sqrt(total - of_own), f"{CUTS} random halves (Wilson)", FREEDOM, ends)
 
 
 def variance(pairs: Array) -> float:

@@ -22,7 +22,7 @@ class Error:
     """Standard errors of one value: `generated` and `reference` are what these sets add, None where that is not known.
 
     method: how they were found. freedom: degrees of freedom, for the t distribution. interval: where it is not value ±
-    t · error.
+    t · error. squared: whether the value is a squared distance, whose root is nearer to a normal variable.
     """
 
     generated: float | None
@@ -30,6 +30,7 @@ class Error:
     method: str
     freedom: float = math.inf
     interval: tuple[float, float] | None = None
+    squared: bool = False
 
     @property
     def total(self) -> float:
@@ -41,6 +42,9 @@ def interval(value: float, error: Error, bounds: tuple[float, float] = (-math.in
     """The 95 % interval of a value within the bounds of its metric."""
     half = quantile(error.freedom) * error.total
     low, high = error.interval or (value - half, value + half)
+    if error.squared and half < value:  # nearer to 0 the root has no error to first order
+        root = math.sqrt(value)
+        low, high = (root - half / root / 2) ** 2, (root + half / root / 2) ** 2
     return max(low, bounds[0]), min(high, bounds[1])
 
 

@@ -38,6 +38,13 @@ def test_a_mean_has_the_interval_of_student():
     assert un.mean_error([1.0]) is None
 
 
+def test_the_interval_of_a_squared_distance_is_that_of_its_root_but_near_zero():
+    error = un.Error(0.5, None, "", squared=True)
+    half = 1.959964 * 0.5 / 4
+    assert un.interval(4.0, error) == pytest.approx(((2 - half) ** 2, (2 + half) ** 2), rel=1e-6)
+    assert un.interval(0.01, error, (0, math.inf)) == pytest.approx((0, 0.01 + 1.959964 * 0.5), rel=1e-6)
+
+
 @pytest.mark.parametrize("share, ends", [(0.0, (0.0, 0.0370)), (0.05, (0.0215, 0.1118)), (1.0, (0.9630, 1.0))])
 def test_a_share_of_a_hundred_has_the_interval_of_wilson(share, ends):
     assert un.share_interval(share, share * (1 - share) / 100, 100) == pytest.approx(ends, abs=1e-4)
