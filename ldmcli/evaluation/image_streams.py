@@ -63,6 +63,7 @@ class ImageStream:
 def positions(blocks: Sequence[range]) -> Iterator[int]:
     """The positions of all blocks, one after the other."""
     return (k for block in blocks for k in block)
+    names: Sequence[str] = ()  # of the images, where they are files
 
 
 def check_count(count: int, n: int | None, what: str) -> int:
@@ -101,6 +102,7 @@ def folder_source(folder: Path, n: int | None = None, besides: Sequence[Path] = 
         lossy=lossy,
         content=lambda block: cache_key(*(sha256_file(files[k]) for k in block)),
         place=f"{folder.resolve()}:{len(files)}",
+        names=[path.relative_to(folder).as_posix() for path in files],
     )
 
 

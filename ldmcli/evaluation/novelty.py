@@ -48,6 +48,7 @@ LEAST_HELD_OUT = 20
 HELD_ROWS = 100_000  # training pictures whose coarse pixels are kept between two searches
 PLANTED = 8  # training pictures that are planted in each form
 FOUND = 0.9  # share of the planted copies that must be found
+SEEN_BY_NETWORKS = ("as they are", "mirrored")  # forms of copies that features must find; others they may miss
 CLEAN = 0.05  # share of copies that held-out pictures may have, by the low end of its interval
 PAIRS = 8  # nearest pairs that are shown
 
@@ -164,11 +165,11 @@ def read(distances: np.ndarray, held_out: np.ndarray) -> Reading:
 def planted(training: TrainingPictures) -> dict[str, list[np.ndarray]]:
     """A few training pictures in each form that a copy is to be found in."""
     rows = evenly_spaced(len(training), min(PLANTED, len(training)))
-    sides = ((2, 0), (0, 2), (-2, 0), (0, -2))
+    sides, qualities = ((2, 0), (0, 2), (-2, 0), (0, -2)), QUALITIES[::10]
     return {
         "as they are": [training.at(row) for row in rows],
         "mirrored": [mirrored(training.at(row)) for row in rows],
-        "JPEG": [as_jpeg(training.at(row), QUALITIES[k % len(QUALITIES)]) for k, row in enumerate(rows)],
+        "JPEG": [as_jpeg(training.at(row), qualities[k % len(qualities)]) for k, row in enumerate(rows)],
         "shifted": [moved(training.at(row), False, *sides[k % len(sides)]) for k, row in enumerate(rows)],
     }
 
@@ -187,14 +188,17 @@ class Controls:
     held_out: Reading
 
     @property
+    def missed(self) -> str:
+        """The forms of which too few planted copies are found, with the share that is; "" without any."""
+        return ", ".join(f"{form} {100 * one:.0f} %" for form, one in self.found.items() if one < FOUND)
+
+    @property
     def failure(self) -> str:
         """Why the reading can't be trusted; "" where it can."""
-        overall = float(np.mean(list(self.found.values())))
-        if overall < FOUND:
-            worst = min(self.found, key=lambda form: self.found[form])
+        if float(np.mean(list(self.found.values()))) < FOUND:
             return (
-                f"only {100 * overall:.0f} % of planted copies of training pictures are found ({worst}: "
-                f"{100 * self.found[worst]:.0f} %), since held-out pictures are as near to training pictures"
+                f"too few planted copies of training pictures are found ({self.missed}): held-out pictures are as near "
+                "to training pictures"
             )
         if self.held_out.interval[0] > CLEAN:
             return f"held-out pictures are read as {100 * self.held_out.share:.0f} % copies"
@@ -224,8 +228,8 @@ def controls(by_form: dict[str, np.ndarray], held_out: np.ndarray) -> Controls:
 class CopyMeter:
     """Reads the share of copies by pixels. Held-out pictures and planted copies are looked at once, when it is made.
 
-    held_out: rows that were not trained on; those that equal a training picture are left out. Raises InputError where
-    fewer than 20 are left, or there are no training rows.
+    held_out: rows that were not trained on; those that equal a training picture are left out.
+    Raises InputError where fewer than 20 are left, or there are no training rows.
     """
 
     def __init__(self, training: Any, held_out: Any, size: Size, advance: Callable[[int], None] = lambda n: None):
@@ -312,6 +316,7 @@ class NoveltySets:
     settings: DataSettings
     size: Size
     progress: Callable[[int, str], Any]
+    names: Sequence[str] = ()  # of the samples, where they are files
 
 
 @dataclass(frozen=True)
@@ -330,8 +335,9 @@ def measure_novelty(sets: NoveltySets) -> Novelty:
     with sets.progress(len(sets.training), "training pictures") as bar:
         meter = CopyMeter(sets.training, sets.held_out, sets.size, bar.advance)
     pictures = [fitted(image, sets.size) for image in sets.images]
-    found, rows, distances = meter.read(pictures)
+    reading, rows, distances = meter.read(pictures)
     failure = meter.controls.failure
+    found = None if failure else reading
     order = np.argsort(distances, kind="stable")[:PAIRS].tolist()
     document = {
         **_document(found, meter.controls, meter.limit),
@@ -344,6 +350,7 @@ def measure_novelty(sets: NoveltySets) -> Novelty:
         "pairs": [
             {
                 "sample": k,
+                **({"file": sets.names[k]} if sets.names else {}),
                 "row": int(rows[k]),
                 "name": sets.training.name(int(rows[k])),
                 "distance": float(distances[k]),
@@ -353,22 +360,18 @@ def measure_novelty(sets: NoveltySets) -> Novelty:
         ],
     }
     by_network = [_by_features(sets, meter, pictures, k, document) for k in range(len(sets.extractors))]
-    warnings = [f"no share of copies: {failure}"] if failure else []
-    scores = Scores(
-        {"copied": None if failure else found.share},
-        {"novelty": document},
-        warnings,
-        {} if failure else {"copied": _estimate(found)},
-    )
+    scores = _scores("copied", found, [f"no share of copies: {failure}"] if failure else [])
+    scores.protocol["novelty"] = document
     pairs = [(pictures[k], meter.training.at(int(rows[k])), float(distances[k])) for k in order]
     return Novelty(scores, by_network, pairs)
 
 
-def _document(found: Reading, checked: Controls, limit: float) -> dict[str, Any]:
+def _document(found: Reading | None, checked: Controls, limit: float) -> dict[str, Any]:
+    """A reading as JSON; without its share where a control fails."""
     return {
-        "copied": None if checked.failure else found.share,
-        "interval": None if checked.failure else list(found.interval),
-        "below": found.below,
+        "copied": None if found is None else found.share,
+        "interval": None if found is None else list(found.interval),
+        "below": None if found is None else found.below,
         "threshold": limit,
         "controls": checked.document,
     }
@@ -386,19 +389,22 @@ def _by_features(
     n, known = len(pictures), len(pictures) + len(meter.held_out)
     unseen, by_form = distances[n:known], np.split(distances[known:], len(meter.planted))
     checked = controls(dict(zip(meter.planted, by_form)), unseen)
-    found = read(distances[:n], unseen)
+    plain = all(checked.found[form] >= FOUND for form in SEEN_BY_NETWORKS)
+    found = read(distances[:n], unseen) if plain else None
     document.setdefault("by_features", {})[extractor.suffix] = _document(found, checked, threshold(unseen).value)
-    warnings = [f"no share of copies by {extractor.title}: {checked.failure}"] if checked.failure else []
-    named = f"{extractor.name}@{extractor.sha256[:12]}"
-    return Scores(
-        {"copied_features": None if checked.failure else found.share},
-        {},
-        warnings,
-        {} if checked.failure else {"copied_features": _estimate(found, named)},
-    )
+    what = "copies that are missed are not in its share" if plain else "so it reads no share"
+    warnings = [f"{extractor.title} misses planted copies ({checked.missed} found): {what}"] if checked.missed else []
+    return _scores("copied_features", found, warnings, f"{extractor.name}@{extractor.sha256[:12]}")
 
 
-def _estimate(found: Reading, network: str | None = None) -> dict[str, Any]:
+def _scores(name: str, found: Reading | None, warnings: list[str], network: str | None = None) -> Scores:
+    """A reading, or that there is none, under its name, with what it is worth."""
+    if found is None:
+        return Scores({name: None}, warnings=warnings)
+    return Scores({name: found.share}, warnings=warnings, estimates={name: _estimate(found, network)})
+
+
+def _estimate(found: Reading, network: str | None) -> dict[str, Any]:
     """What a share is worth, as the estimates of other numbers."""
     return {
         "interval": list(found.interval),

@@ -9,11 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ldmcli import __version__
 from ldmcli.core import console
-from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation.baselines import guided_sources, task_sources
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
 from ldmcli.evaluation.features import FeatureSet
@@ -36,22 +32,19 @@ from ldmcli.evaluation.measure import (
     condition_metrics,
     measure_reference,
     measure_stream,
-    novelty_metrics,
     paired,
     set_metrics,
     share_groups,
     warn_of_lossy,
 )
 from ldmcli.evaluation.metrics import CODES, CONDITION, FEATURES, METRICS, NOVELTY, OF_SETS, STATISTICS, needing
-from ldmcli.evaluation.novelty import NoveltySets
-from ldmcli.evaluation.novelty_sheet import keep_novelty
+from ldmcli.evaluation.novelty_request import novelty
 from ldmcli.evaluation.protocols import differences, statement
-from ldmcli.evaluation.reference_statistics import Statistics, open_reference
+from ldmcli.evaluation.reference_statistics import Statistics
 from ldmcli.evaluation.references import limited, reference_rows, set_reference, without_features
 from ldmcli.evaluation.request import BATCH, EvaluationRequest, given_conditions, is_npz, own_data
 from ldmcli.evaluation.result import EvaluationResult
 
-STATED = ("step", "weights", "sampling")  # beside the nearest pairs in a run's folder
 GENERATED_LIMIT = 1_000  # samples of a model where nobody says how many
 
 Sets = Sequence[FeatureSet | Statistics]  # what each network found in the same images; empty without images
@@ -165,35 +158,6 @@ def _task_streams(
     return truth, sources(model, rows, ids, truth, size=size, **request.draw)
 
 
-def novelty(
-    request: EvaluationRequest,
-    instruments: Instruments,
-    result: EvaluationResult,
-    generated: Sequence[FeatureSet],
-    images: Sequence[np.ndarray],
-    size: tuple[int, int],
-) -> None:
-    """Adds what share of the samples copies the training rows of the data, and keeps the nearest pairs in the run's
-    folder where the request wants it."""
-    data = request.data if request.model is None else own_data(request.model, request.data)
-    settings = replace(data if isinstance(data, DataSettings) else DataSettings(source=str(data)), size=size)
-    training, held_out = (open_reference(settings, split)[0] for split in ("train", "validation"))
-    sets = NoveltySets(
-        images=images,
-        features=generated,
-        extractors=instruments.extractors,
-        training=training,
-        held_out=held_out,
-        settings=settings,
-        size=size,
-        progress=instruments.progress,
-    )
-    found = novelty_metrics(instruments, result, sets)
-    if found is not None and request.novelty_folder is not None:
-        beside: dict[str, Any] = {key: value for key, value in result.protocol.items() if key in STATED}
-        keep_novelty(request.novelty_folder, found, {**beside, "ldm_version": __version__})
-
-
 def second_reference(
     request: EvaluationRequest,
     instruments: Instruments,
@@ -268,7 +232,9 @@ def unpaired(request: EvaluationRequest, instruments: Instruments, result: Evalu
         samples = ConditionedSamples(images=images, rows=rows, training=training, ids=ids, **how)
         condition_metrics(instruments, result, samples)
     if needing(instruments.metrics, NOVELTY):
-        instruments.world.on_rank_0(lambda: novelty(request, instruments, result, generated, images, size))
+        instruments.world.on_rank_0(
+            lambda: novelty(request, instruments, result, generated, images, source.names, size)
+        )
     result.protocol["generated"] = source.protocol
     warn_of_lossy(result, source, reference.lossy if isinstance(reference, ImageStream) else False)
     save = request.save_statistics is not None

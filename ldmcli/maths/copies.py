@@ -19,8 +19,7 @@ THUMBNAIL = 32  # px, of the first alignment
 COARSE = 8  # px a side: what candidates are looked up by
 REACH = 3  # px, shift either way
 GRIDS = (16, 8)  # a side, of brightness and of colour
-QUALITIES = (50, 60, 70, 80, 90)  # of JPEG, whose marks a copy may have
-REFINED = (-4, -3, -2, -1, 1, 2, 3, 4)
+QUALITIES = range(50, 96)  # of JPEG, whose marks a copy may have
 FAINT = 16.0  # grey levels of contrast that are added to a picture's own
 CALIBRATION = 0.02  # share of held-out pictures that may be nearer than the threshold
 LEVEL = 0.95
@@ -122,14 +121,14 @@ def contrast(image: np.ndarray) -> float:
 
 def copy_distance(image: np.ndarray, row: np.ndarray) -> float:
     """How far a picture is from being a copy of `row`, both uint8 of one size: the distance of the aligned pictures on
-    the grids, where `row` may have been through a JPEG file of quality 50 … 94, over the picture's contrast
+    the grids, where `row` may have been through a JPEG file of quality 50 … 95, over the picture's contrast
     (+ 16 grey levels). 0 = a copy."""
     reach = reach_of(image.shape[:2])
     aligned = moved(row, *best_move_for(image, row, reach))
     found = grid_distance(image, aligned, reach)
     harmed = grid_distance(aligned, as_jpeg(aligned, QUALITIES[0]), reach)
     if harmed / 16 < found <= 2 * harmed:  # a picture that differs by more was no worse a JPEG file of it
-        found = min(found, _jpeg_distance(image, aligned, reach))
+        found = min(found, *(grid_distance(image, as_jpeg(aligned, quality), reach) for quality in QUALITIES))
     return found / (contrast(image) + FAINT)
 
 
@@ -137,17 +136,6 @@ def best_move_for(image: np.ndarray, row: np.ndarray, reach: int) -> tuple[bool,
     """The move of `row` by which it comes nearest to `image`."""
     mirror, dy, dx = best_move(shifted_errors(row, image[None], reach)[0])
     return mirror, dy, dx
-
-
-def _jpeg_distance(image: np.ndarray, aligned: np.ndarray, border: int) -> float:
-    """The distance to the JPEG file that is nearest."""
-
-    def at(quality: int) -> float:
-        return grid_distance(image, as_jpeg(aligned, quality), border)
-
-    found = {quality: at(quality) for quality in QUALITIES}
-    best = min(found, key=lambda quality: found[quality])
-    return min(found[best], *(at(best + step) for step in REFINED))
 
 
 # --- shares ----------------------------------------------------------------------------------------------------
@@ -171,9 +159,11 @@ class Threshold:
 
 
 def threshold(held_out: np.ndarray, share: float = CALIBRATION) -> Threshold:
-    """The threshold that about `share` of held-out pictures, whose distances these are (n ≥ 1), are below."""
-    rank = max(1, round(share * len(held_out)))
-    return Threshold(float(np.sort(held_out)[rank - 1]), rank, len(held_out))
+    """The threshold that about `share` of held-out pictures, whose distances these are (n ≥ 1), are below; more where
+    so many of them are copies themselves, so that copies are below it, too."""
+    n, copies = len(held_out), int((held_out == 0).sum())
+    rank = min(max(1, round(share * n), copies + 1), n)
+    return Threshold(float(np.sort(held_out)[rank - 1]), rank, n)
 
 
 def copied_share(distances: np.ndarray, limit: Threshold) -> tuple[float, tuple[float, float]]:
