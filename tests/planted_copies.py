@@ -17,7 +17,7 @@ from ldmcli.evaluation.reference_statistics import open_reference
 from ldmcli.maths.copies import as_jpeg, mirrored, moved
 
 SHARES = (0.0, 0.1, 0.5, 1.0)
-COPIES = 400
+COPIES = 240
 DRAWS = 200
 
 

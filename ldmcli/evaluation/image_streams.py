@@ -50,6 +50,7 @@ class ImageStream:
     protocol: dict[str, Any] = field(default_factory=dict)
     lossy: bool = False
     key: str = ""
+    names: Sequence[str] = ()  # of the images, where they are files
     content: Callable[[range], str] | None = None
     place: str = ""
     batch: int = 1
@@ -63,7 +64,6 @@ class ImageStream:
 def positions(blocks: Sequence[range]) -> Iterator[int]:
     """The positions of all blocks, one after the other."""
     return (k for block in blocks for k in block)
-    names: Sequence[str] = ()  # of the images, where they are files
 
 
 def check_count(count: int, n: int | None, what: str) -> int:

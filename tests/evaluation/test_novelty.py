@@ -70,12 +70,12 @@ def test_planted_copies_are_read_as_many_as_there_are(data, request):
     assert not meter.controls.failure
     copies = [image for images in zip(*planted(meter.training).values()) for image in images]
     copies += [meter.training.at(i) for i in range(20)]
+    copied, new = meter.read(copies)[2], meter.read(novel[:100])[2]
     for share in (0, 10, 50):
-        mixed = [*copies[:share], *novel[share:100]]
-        found = meter.read(mixed)[0]
+        found = read(np.concatenate([copied[:share], new[share:]]), meter.distances)
         assert abs(found.share - share / 100) <= 0.05, (share, found)
         assert found.interval[0] <= share / 100 <= found.interval[1]
-    assert meter.read(copies)[0].share == 1
+    assert read(copied, meter.distances).share == 1
 
 
 @pytest.mark.parametrize("data", ["noisy", "shapes"])
@@ -191,7 +191,7 @@ def test_a_run_keeps_and_shows_its_nearest_pairs(tiny_runs, tmp_path, monkeypatc
     )
     ending = ldm(*line, "--features", "effnet-lite0", "--json")
     assert ending.code == 0, ending.stderr
-    assert 0 <= ending.json["novelty"]["below"] <= 3 and "copied" in ending.json["metrics"]
+    assert ending.json["novelty"]["below"] in (None, 0, 1, 2, 3) and "copied" in ending.json["metrics"]
     kept = json.loads((run / "novelty.json").read_text())
     assert kept["kind"] == "ldm novelty" and kept["n"] == 3 and kept["sampling"]["steps"] == 1
     assert Image.open(run / "novelty.png").size[0] > 3 * 20
