@@ -9,6 +9,7 @@ Fréchet distance and KID of each block of --few samples against as many trainin
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def samples(run: str, n: int, steps: int, seed: int):
     model = ldmcli.load(run)
     for first in range(0, n, BLOCK):
         count = min(BLOCK, n - first)
-        yield [np.asarray(image) for image in model.sample(n=count, first=first, seed=seed, steps=steps)]
+        yield [np.asarray(image) for image in model.sample(n=first + count, first=first, seed=seed, steps=steps)]
 
 
 def training_pictures(data: str, size: int):
@@ -96,12 +97,17 @@ if __name__ == "__main__":
     parser.add_argument("--few", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=10, help="network calls a sample")
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--pixels", type=int, help="side of what the network sees, where not its own: less time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/ranking"), help="where features are kept")
     given = parser.parse_args()
     keep_freed_memory()
     given.out.mkdir(parents=True, exist_ok=True)
     networks = {name: open_extractor(name) for name in given.features.split(",")}
+    if given.pixels:
+        networks = {
+            name: replace(one, network=replace(one.network, size=given.pixels)) for name, one in networks.items()
+        }
     real = kept(given.out / "training.npz", lambda: training_pictures(given.data, given.size), networks)
     models = []
     for run in given.runs:
