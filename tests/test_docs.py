@@ -49,6 +49,7 @@ PARSED = {
     r"runs/imagenet-ldm4": "50,000 samples; test_protocols measures by a small protocol",
     r"my-other-ae": "two autoencoders; test_several measures a KL and a VQ one",
     r"eval_samples|runs/my-measured": "a thousand samples an evaluation; test_sample_quality draws a few",
+    r"--metrics novelty": "twenty held-out pictures and more; test_novelty reads samples of small runs",
     r"runs/study|answers\.json": "minutes of training, answers of people; test_study and test_ab have small ones",
     r"\$seed": "one of many seeds",
 }
