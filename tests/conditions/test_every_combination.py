@@ -88,10 +88,12 @@ def materials(tmp_path_factory):
 def cheap_features(materials, monkeypatch):
     """Features that cost nothing: whether a model can be measured is the question here, not how good it is."""
     path = materials[0] / "eight.safetensors"
-    network = extractors.Network(Eight, "pool (8)", 8, 16, "bicubic (antialiased)", "FD (eight)", "eight8", ("x",), "x")
+    network = extractors.Network(
+        Eight, "pool (8)", 8, 16, "bicubic (antialiased)", "FD (eight)", "eight8", ("000000",), "x"
+    )
     for module in (evaluate, sample_quality):
         monkeypatch.setattr(
-            module, "open_extractor", lambda name=None: extractors.Extractor("eight", network, path, "x")
+            module, "open_extractor", lambda name=None: extractors.Extractor("eight", network, path, "0" * 64)
         )
     monkeypatch.setenv("LDM_CACHE", str(materials[0] / "cache"))
 
@@ -148,7 +150,7 @@ def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, ma
     }[task]
     assert (np.asarray(use(**arguments, **DRAW)[0]) == drawn).all()
 
-    metrics, count = ("fid,kid,is", 10) if task == "generate" else ("fid,kid,psnr,ssim", 2)
+    metrics, count = ("fid,kid,mind,is", 10) if task == "generate" else ("fid,kid,mind,psnr,ssim", 2)
     ending = tiny.ldm("eval-fid", "--model", run, "--metrics", metrics, "-n", count, *settings, "--json")
     assert ending.code == 0, ending.stderr
     found = ending.json["metrics"]
