@@ -1,11 +1,13 @@
 """Which rows a step sees, how they are shared out, and batches made ahead in threads."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ldmcli.core.errors import InputError
+from ldmcli.data import batches as batches_module
 from ldmcli.data.batches import Prefetcher, epoch_positions, micro_batches, rank_slice
 
 
@@ -98,14 +100,14 @@ def test_batches_are_made_in_other_threads_while_the_loop_works():
         assert batches.get(0) != threading.current_thread().name
 
 
-def test_waiting_is_measured():
-    gate = threading.Event()
-    with Prefetcher(lambda step: gate.wait(10) and step, 0, workers=1) as batches:
-        timer = threading.Timer(0.05, gate.set)
-        timer.start()
+def test_waiting_is_measured(monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter([10.0, 12.5, 20.0, 20.25]).__next__)
+    monkeypatch.setattr(batches_module, "time", clock)
+    with Prefetcher(lambda step: step, 0, workers=1) as batches:
         assert batches.waited_s == 0.0
         batches.get(0)
-        assert batches.waited_s >= 0.04
+        batches.get(1)
+        assert batches.waited_s == 2.75
 
 
 def test_closing_ends_the_threads_and_may_be_repeated():
