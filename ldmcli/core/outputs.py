@@ -104,6 +104,18 @@ def refuse_foreign(paths: Iterable[Path], declared: Mapping[str, str] | None = N
         )
 
 
+def refuse_foreign_document(path: Path, kind: str) -> None:
+    """Raises UsageError where a JSON file is there that is no document of this `kind`."""
+    if not os.path.lexists(path):
+        return
+    try:
+        found = files.read_json(path)
+    except ModelError:
+        found = None
+    if not isinstance(found, dict) or found.get("kind") != kind:
+        raise UsageError(f"{path}: not written by ldm, so it is not replaced; move it away or choose another --out")
+
+
 def write_page(path: Path, text: str) -> None:
     """Writes a page of text (HTML or Markdown) that ends in a comment with its own hash. Raises UsageError where a page
     is there that was changed by hand, or never was one of these."""

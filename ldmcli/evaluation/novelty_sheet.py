@@ -7,8 +7,7 @@ import numpy as np
 
 from ldmcli.conditions.pictures import labelled
 from ldmcli.core import files
-from ldmcli.core.errors import ModelError, UsageError
-from ldmcli.core.outputs import refuse_foreign
+from ldmcli.core.outputs import refuse_foreign, refuse_foreign_document
 from ldmcli.evaluation.novelty import Novelty
 from ldmcli.sampling.contact_sheets import grid, png_bytes
 
@@ -26,14 +25,7 @@ def pairs_sheet(pairs: list[tuple[np.ndarray, np.ndarray, float]]) -> np.ndarray
 def check_place(folder: Path) -> None:
     """Raises UsageError where files that `ldm` did not write are in the way."""
     refuse_foreign([folder / SHEET])
-    path = folder / DOCUMENT
-    if path.exists():
-        try:
-            found = files.read_json(path)
-        except ModelError:
-            found = None
-        if not isinstance(found, dict) or found.get("kind") != KIND:
-            raise UsageError(f"{path}: not written by ldm, so it is not replaced; move it away")
+    refuse_foreign_document(folder / DOCUMENT, KIND)
 
 
 def keep_novelty(folder: Path, found: Novelty, beside: dict[str, Any]) -> None:

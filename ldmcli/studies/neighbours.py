@@ -14,8 +14,8 @@ import numpy as np
 from ldmcli import __version__
 from ldmcli.conditions.pictures import labelled
 from ldmcli.core import console, files
-from ldmcli.core.errors import InputError, ModelError, UsageError
-from ldmcli.core.outputs import refuse_foreign
+from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.outputs import refuse_foreign, refuse_foreign_document
 from ldmcli.core.runs import is_run, locate
 from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation.baselines import task_of
@@ -184,22 +184,11 @@ def neighbours_to_folder(out: Path | None, default: Path, **request: Any) -> dic
     run = locate(Path(request["model"]))[0] if request.get("model") else None
     inside = out is None and run is not None and is_run(run)
     folder = out or (run / "neighbours" if inside and run is not None else default)
-    _refuse_foreign(folder)
+    refuse_foreign([folder / SHEET])
+    refuse_foreign_document(folder / DOCUMENT, KIND)
     document, sheet = find_neighbours(**request)
     files.write_bytes(folder / SHEET, png_bytes(sheet))
     files.write_json(folder / DOCUMENT, document)
     if inside and run is not None:
         write_pages(run)
     return {"out": str(folder), "sheet": str(folder / SHEET), **document}
-
-
-def _refuse_foreign(folder: Path) -> None:
-    refuse_foreign([folder / SHEET])
-    path = folder / DOCUMENT
-    if path.exists():
-        try:
-            found = files.read_json(path)
-        except ModelError:
-            found = None
-        if not isinstance(found, dict) or found.get("kind") != KIND:
-            raise UsageError(f"{path}: not written by ldm, so it is not replaced; move it away or choose another --out")
