@@ -3,7 +3,9 @@
     python docs/measure/against_torch_fidelity.py --images 1000 --turns 1 --memory 1000 10000
 
 Pictures are of the embedded shapes, at 64 px. In turns: torch-fidelity, `ldm` with an empty cache, `ldm` with the
-reference in its cache; each is a process of its own. Printed: distance, seconds, peak memory, then the ratios.
+reference in its cache; each is a process of its own. Printed: distance, seconds, peak memory, then the ratios, and the
+distance of torch-fidelity's statistics with the root of their covariances in float64: with fewer images than features
+the covariances are singular, and there its own root is not exact.
 """
 
 import argparse
@@ -18,8 +20,14 @@ from statistics import median
 
 THEIRS = """
 import json, sys
-from torch_fidelity import calculate_metrics
-first, second, weights = sys.argv[1:]
+import numpy as np
+from torch_fidelity import calculate_metrics, metric_fid
+first, second, weights, statistics = sys.argv[1:]
+distance = metric_fid.fid_statistics_to_metric
+def kept(a, b, verbose):
+    np.savez(statistics, mu1=a["mu"], sigma1=a["sigma"], mu2=b["mu"], sigma2=b["sigma"])
+    return distance(a, b, verbose)
+metric_fid.fid_statistics_to_metric = kept
 found = calculate_metrics(input1=first, input2=second, fid=True, cuda=False, cache=False, verbose=False,
                           feature_extractor_weights_path=weights)
 print(json.dumps(found["frechet_inception_distance"]))
@@ -76,6 +84,16 @@ def turn(name: str, words: list[str], environment: dict[str, str]) -> dict[str, 
     return {"distance": distance, "seconds": seconds, "memory": memory}
 
 
+def exact_distance(statistics: Path) -> float:
+    """The Fréchet distance of two Gaussians in a file."""
+    import numpy as np
+
+    from ldmcli import frechet
+
+    with np.load(statistics) as found:
+        return frechet(*(found[name] for name in ("mu1", "sigma1", "mu2", "sigma2")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=1000, help="pictures in each folder")
@@ -98,7 +116,7 @@ def main() -> None:
 
         found: dict[str, list[dict[str, float]]] = {"theirs": [], "cold": [], "cached": []}
         for k in range(given.turns):
-            words = [sys.executable, "-c", THEIRS, str(made), str(real), str(weights)]
+            words = [sys.executable, "-c", THEIRS, str(made), str(real), str(weights), str(folder / "theirs.npz")]
             found["theirs"].append(turn("torch-fidelity", words, threads))
             for name in ("cold", "cached"):
                 found[name].append(ours(f"ldm, {name}", made, str(weights), folder / f"cache {k}"))
@@ -106,6 +124,8 @@ def main() -> None:
             theirs, own = found["theirs"][0]["distance"], found["cold"][0]["distance"]
             times = {name: median(one["seconds"] for one in turns) for name, turns in found.items()}
             print(f"relative difference {abs(own - theirs) / theirs:.1e} (goal 1e-4)")
+            exact = exact_distance(folder / "theirs.npz")
+            print(f"their statistics, exact root: FID {exact:.6f}, relative difference {abs(own - exact) / exact:.1e}")
             print(f"times as fast, cold {times['theirs'] / times['cold']:.2f} (goal 1.5)")
             print(f"times as fast, reference cached {times['theirs'] / times['cached']:.2f} (goal 3)")
         for count in given.memory:
