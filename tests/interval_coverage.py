@@ -1,10 +1,9 @@
 """How often 95 % intervals cover the truth, by simulation; docs/experiments.md has the figures.
 
     python tests/interval_coverage.py gaussians [--sets 100] [--seed 0] [-n 100 500 1000]
-    python tests/interval_coverage.py FEATURES.npy …    the same of random rows of features, (N, D)
-    python tests/interval_coverage.py FEATURES.npy --changed CHANGED.npy …    how often --compare tells sets apart:
-        random rows from random others, and from changed ones, of the first pictures of FEATURES.npy
-
+    python tests/interval_coverage.py DATA …    the same of the features of random rows of a data set, at 64 px
+    python tests/interval_coverage.py DATA --blur 1 …    how often --compare tells sets apart: random rows from random
+        others, and from the first quarter of the rows blurred by so many pixels (Gaussian, standard deviation)
 
 A line a case: of how many sets the interval covers the truth, and how wide it is in deviations of the value over sets
 (3.92 would be exact). The truth of KID and of the extrapolated distance is that of the populations, of the others their
@@ -17,9 +16,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+from PIL import Image, ImageFilter
 
+from ldmcli.core.settings import DataSettings
+from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.compare import compare
-from ldmcli.evaluation.features import FeatureSet
+from ldmcli.evaluation.extractors import open_extractor
+from ldmcli.evaluation.features import FeatureSet, extract
 from ldmcli.evaluation.metrics import METRICS, FeatureSets
 from ldmcli.maths.distance_errors import Moments, extrapolated_frechet, frechet_error, kid_error, mind_error
 from ldmcli.maths.kernel_distance import kid
@@ -168,17 +171,30 @@ def told_apart(rows: np.ndarray, changed: np.ndarray, sets: int, seed: int, size
         print(f"n {n:5}  of {sets} pairs called different: alike {alike}, changed {other}", flush=True)
 
 
+def features_of(source: str, name: str, blur: float) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, D) of the training rows of a data set, and of the first quarter of them, blurred."""
+    rows, extractor = open_rows(DataSettings(source=source, size=(64, 64)), split="train"), open_extractor(name)
+    images = [rows.pixels(i, (64, 64), "center", (0.5, 0.5)) for i in range(len(rows))]
+    way = ImageFilter.GaussianBlur(blur)
+    blurred = [np.asarray(Image.fromarray(image).filter(way)) for image in images[: len(images) // 4 if blur else 0]]
+    whole = extract(images, extractor).features
+    return whole, extract(blurred, extractor).features if blur else whole[:0]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what")
     parser.add_argument("--sets", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--changed")
+    parser.add_argument("--blur", type=float, default=0.0)
+    parser.add_argument("--features", default="effnet-lite0")
     parser.add_argument("-n", type=int, nargs="+", default=[100, 500, 1000])
     arguments = parser.parse_args()
     if arguments.what == "gaussians":
         gaussians(arguments.sets, arguments.seed, arguments.n)
-    elif arguments.changed:
-        told_apart(np.load(arguments.what), np.load(arguments.changed), arguments.sets, arguments.seed, arguments.n)
     else:
-        resampled(np.load(arguments.what).astype(np.float64), arguments.sets, arguments.seed, arguments.n)
+        features, changed = features_of(arguments.what, arguments.features, arguments.blur)
+        if len(changed):
+            told_apart(features, changed, arguments.sets, arguments.seed, arguments.n)
+        else:
+            resampled(features.astype(np.float64), arguments.sets, arguments.seed, arguments.n)
