@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny as commands
 from measured import Autoencoder, folder, npz, pictures, tiny_extractor
+from PIL import Image
 from processes import Command, ranks
 
 from ldmcli.core import launch
@@ -125,6 +126,20 @@ def test_reconstructions_go_through_the_autoencoder_once(monkeypatch):
 
 
 # --- the order of files, and the batch ---------------------------------------------------------------------------
+
+
+def test_numbers_do_not_depend_on_how_a_png_file_was_written(images, tmp_path):
+    ways = ({"compress_level": 0}, {"optimize": True}, {"compress_level": 9, "dpi": (72, 72)})
+    other = npz(tmp_path / "other.npz", pictures(20, 2))
+    found = [evaluate(images=images, data=other, metrics=[*SETS, "mind", "dc"])["metrics"]]
+    for k, way in enumerate(ways):
+        saved = tmp_path / f"saved {k}"
+        saved.mkdir()
+        for path in images.iterdir():
+            Image.open(path).save(saved / path.name, **way)
+            assert (saved / path.name).read_bytes() != path.read_bytes()
+        found.append(evaluate(images=saved, data=other, metrics=[*SETS, "mind", "dc"])["metrics"])
+    assert all(one == found[0] for one in found)
 
 
 def test_numbers_do_not_depend_on_names_and_order_of_files(images, tmp_path):
