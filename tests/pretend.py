@@ -4,7 +4,7 @@ What a GPU refuses is refused here, too: tensors of two devices in one operation
 array of a tensor that was not brought back. Everything else runs, backward passes as well, with the CPU's numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,9 @@ _GETTERS = {
     getattr(Tensor, name).__get__: kind for name, kind in (("is_cuda", "cuda"), ("is_mps", "mps"), ("is_cpu", "cpu"))
 }
 _DEVICE = Tensor.device.__get__
+_OF_NUMBERS = (torch.tensor, torch.as_tensor)  # what they make on a device is copied there, and waited for
+
+WATCHERS: list[Callable[[bool], None]] = []  # told of every copy to and from the device: whether it is non_blocking
 
 
 def is_on(tensor: Tensor) -> bool:
@@ -86,6 +89,8 @@ class _Calls(TorchFunctionMode):
         if function is Tensor.cpu:
             return self._moved(args[0], "cpu")
         if self._is_ours(kwargs.get("device")):
+            if function in _OF_NUMBERS:
+                _tell(False)
             return _label(function(*args, **{**kwargs, "device": "cpu"}))
         if kwargs.get("device") is not None and str(kwargs["device"]) == "cpu":
             return _unlabelled(function(*args, **kwargs))
@@ -97,7 +102,9 @@ class _Calls(TorchFunctionMode):
                 (),
                 {**kwargs, "device": self.device if _labelled(args[0]) else "cpu", "dtype": args[0].dtype},
             )
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(
+            *args, **{k: v for k, v in kwargs.items() if k != "copy"}
+        )
         if device is not None and not self._is_ours(device) and device.type != "cpu":
             return tensor.to(*args, **kwargs)
         ours = self._is_ours(device) if device is not None else _labelled(tensor)
@@ -105,10 +112,17 @@ class _Calls(TorchFunctionMode):
             raise TypeError(f"Cannot convert a tensor of {dtype or tensor.dtype} to {self.device}: it has no float64")
         options = {} if layout is None else {"memory_format": layout}
         moves = ours != _labelled(tensor)
+        if moves:
+            _tell(non_blocking)
         if moves and not ours:  # float64 is allowed from here on
             tensor = _unlabelled(tensor.clone())
         out = tensor.to(dtype or tensor.dtype, copy=(moves and ours) or kwargs.get("copy", False), **options)
         return _label(out) if ours else out
+
+
+def _tell(non_blocking: bool) -> None:
+    for watcher in WATCHERS:
+        watcher(non_blocking)
 
 
 def _unlabelled(tensor: Tensor) -> Tensor:
