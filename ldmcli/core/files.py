@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldmcli.core import tensor_stream
 from ldmcli.core.errors import LdmError, ModelError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -173,15 +174,11 @@ def sha256_file(path: Path) -> str:
 
 
 def tensors_hash(tensors: dict) -> str:
-    """Hex SHA-256 over names, dtypes, shapes and bytes of CPU tensors, in order of name."""
-    import torch
-
+    """Hex SHA-256 over names, dtypes, shapes and bytes of tensors, in order of name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        for _ in tensor_stream.hashed_pieces(name, tensors[name], digest):
+            pass
     return digest.hexdigest()
 
 
@@ -192,7 +189,7 @@ def plain_name(name: str) -> str:
 
 def require_finite(tensors: dict, where: Path | str, error: type[LdmError] = ModelError) -> None:
     """Raises `error`, naming them, where tensors hold NaN or Inf: samples of a model with such weights are black."""
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise error(
@@ -201,27 +198,35 @@ def require_finite(tensors: dict, where: Path | str, error: type[LdmError] = Mod
         )
 
 
-def _finite(tensor) -> bool:
+def is_finite(tensor) -> bool:
+    """Whether a tensor of floating-point numbers holds no NaN and no Inf."""
     # a sum is quicker than a look at each number, and only finite where all are; large finite ones may overflow it
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> str:
-    """Writes tensors (moved to the CPU) as safetensors with their content hash in the metadata; returns the hash."""
-    from safetensors.torch import save_file
+    """Writes tensors as safetensors with the hash of their content in the metadata; returns the hash."""
 
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    digest = tensors_hash(tensors)
+    def described(content: str) -> dict[str, str]:
+        return {"format": "pt", "content_sha256": content, **(metadata or {})}
+
+    with _new_tensor_file(path, tensors) as file:
+        return tensor_stream.write_named(file, tensors, described)
+
+
+def save_listed_tensors(path: Path, tensors: dict) -> str:
+    """Writes tensors as safetensors whose hash stands elsewhere, in a list of files; returns the file's SHA-256."""
+    with _new_tensor_file(path, tensors) as file:
+        return tensor_stream.write_plain(file, tensors, {"format": "pt"})
+
+
+@contextmanager
+def _new_tensor_file(path: Path, tensors: dict):
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with writing(path, size):
         require_space(path, size)
-    with atomic_path(path, size) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt", "content_sha256": digest, **(metadata or {})})
-        except Exception as error:  # safetensors wraps the system's error in a class of its own
-            code = next((code for code in _FULL if f"os error {code}" in str(error)), None)
-            raise OSError(code, os.strerror(code), str(path)) if code else error from error
-    return digest
+    with atomic_path(path, size) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def tensors_metadata(path: Path) -> dict[str, str]:
@@ -235,10 +240,13 @@ def tensors_metadata(path: Path) -> dict[str, str]:
         raise ModelError(f"{path}: damaged, not a readable safetensors file ({error})") from error
 
 
-def load_tensors(path: Path, *, verify: bool = True, finite: bool = True) -> tuple[dict, dict[str, str]]:
-    """(tensors on the CPU, metadata) of a file written by `save_tensors`.
+def load_tensors(
+    path: Path, *, verify: bool = True, finite: bool = True, sha256: str = ""
+) -> tuple[dict, dict[str, str]]:
+    """(tensors on the CPU, metadata) of a file written by `save_tensors`, or by `save_listed_tensors`.
 
-    Raises ModelError when the file is missing, cut, or (verify) its content is not what was written, or (finite)
+    sha256: of the file, as a list of files has it; without one the file says its content's hash itself. Raises
+    ModelError when the file is missing, cut, or (verify) its content is not what was written, or (verify and finite)
     holds NaN or Inf.
     """
     from safetensors import safe_open
@@ -251,8 +259,12 @@ def load_tensors(path: Path, *, verify: bool = True, finite: bool = True) -> tup
         raise ModelError(f"{path}: missing") from error
     except Exception as error:
         raise ModelError(f"{path}: damaged, not a readable safetensors file ({error})") from error
-    if verify and metadata.get("content_sha256", "") != tensors_hash(tensors):
+    if verify and not (sha256_file(path) == sha256 if sha256 else _is_named(tensors, metadata)):
         raise ModelError(f"{path}: damaged, its content does not match its hash; restore it from a copy")
     if verify and finite:
         require_finite(tensors, path)
     return tensors, metadata
+
+
+def _is_named(tensors: dict, metadata: dict[str, str]) -> bool:
+    return metadata.get("content_sha256", "") == tensors_hash(tensors)

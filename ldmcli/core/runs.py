@@ -11,7 +11,9 @@ import platform
 import re
 import shutil
 import socket
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,6 +59,7 @@ class RunFolder:
         self.path = path
         self.begun = False  # whether run.json says of this process that it is training
         self._lock: IO[str] | None = None
+        self._updating = threading.Lock()  # of run.json: a checkpoint's writer changes it beside the loop
 
     def acquire(self) -> None:
         """Creates the folder and becomes its only writer. Raises UsageError when another process is."""
@@ -102,7 +105,8 @@ class RunFolder:
 
     def update(self, **changes: Any) -> None:
         """Merges `changes` into run.json, replacing it atomically."""
-        files.write_json(self.path / "run.json", {**self.state(), **changes, "updated": _now()})
+        with self._updating:
+            files.write_json(self.path / "run.json", {**self.state(), **changes, "updated": _now()})
 
     def state(self) -> dict[str, Any]:
         """The content of run.json; {} where there is none."""
@@ -178,13 +182,20 @@ def _cpu_name() -> str:
 
 
 def write_checkpoint(
-    run: RunFolder, step: int, tensors: dict[str, dict], state: dict[str, Any], keep: int, best: int | None = None
+    run: RunFolder,
+    step: int,
+    tensors: dict[str, dict],
+    state: dict[str, Any],
+    keep: int,
+    best: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes checkpoints/step-NNNNNNNN: one safetensors file an entry of `tensors`, state.json, manifest.json.
 
-    Everything is flushed under a temporary name, the manifest last, then one rename. Older checkpoints beyond `keep`
-    are removed only after the new one was read back and its hashes agree; that of step `best` stays. Raises
-    ResourceError when the disk is full: the earlier checkpoints then stand as they were.
+    Each byte is hashed once, while it is written. Everything is flushed under a temporary name, the manifest last,
+    then one rename. Older checkpoints beyond `keep` are removed only after the new one is there, in its full size; that
+    of step `best` stays. `check()` may raise between two files, to give the checkpoint up. Raises ResourceError when
+    the disk is full: the earlier checkpoints then stand as they were.
     """
     root = run.path / "checkpoints"
     final = root / f"step-{step:08d}"
@@ -198,12 +209,16 @@ def write_checkpoint(
         with files.writing(final, needed):
             temporary.mkdir(parents=True)
             files.require_space(root, needed)
+        hashes = {}
         for name, group in tensors.items():
-            files.save_tensors(temporary / f"{name}.safetensors", group)
+            check()
+            hashes[f"{name}.safetensors"] = files.save_listed_tensors(temporary / f"{name}.safetensors", group)
             _pause(f"after {name}")
         files.write_json(temporary / "state.json", {**state, "step": step})
-        listed = {p.name: {"size": p.stat().st_size, "sha256": files.sha256_file(p)} for p in temporary.iterdir()}
+        hashes["state.json"] = files.sha256_file(temporary / "state.json")
+        listed = {name: {"size": (temporary / name).stat().st_size, "sha256": found} for name, found in hashes.items()}
         _pause("before manifest")
+        check()
         files.write_json(temporary / "manifest.json", {"step": step, "files": listed})
         _pause("before rename")
         with files.writing(final):
@@ -225,7 +240,7 @@ def _pause(point: str) -> None:
 
 def rotate_checkpoints(run: RunFolder, newest: Path, keep: int, best: int | None = None) -> None:
     """Removes all but the `keep` newest checkpoints and that of step `best`, once `newest` is whole."""
-    if problems(newest):
+    if problems(newest, hashes=False):
         return
     others = [path for step, path in _named(run.path / "checkpoints") if path != newest and step != best]
     for path in others[max(keep - 1, 0) :]:
@@ -253,19 +268,31 @@ def checkpoint_steps(path: Path) -> list[int]:
     return sorted(step for step, _ in _named(path / "checkpoints"))
 
 
-def problems(checkpoint: Path) -> str:
-    """'' when a checkpoint is complete and its hashes agree, else what is wrong with it."""
+def problems(checkpoint: Path, *, hashes: bool = True) -> str:
+    """'' when a checkpoint is complete and its hashes (or, without `hashes`, its sizes) agree, else what is wrong."""
     try:
         manifest = files.read_json(checkpoint / "manifest.json")
         for name, entry in manifest["files"].items():
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != entry["size"] or files.sha256_file(path) != entry["sha256"]:
+            whole = path.stat().st_size == entry["size"]
+            if not whole or (hashes and files.sha256_file(path) != entry["sha256"]):
                 return f"{name} is damaged"
     except (LdmError, KeyError, TypeError, AttributeError) as error:
         return f"no valid manifest ({error})"
     return ""
+
+
+def checkpoint_tensors(checkpoint: Path, name: str) -> dict:
+    """Tensors of a file of a checkpoint, by the file's name without its ending. Raises ModelError where it is missing,
+    is not what was written, or holds NaN or Inf."""
+    file = f"{name}.safetensors"
+    try:
+        listed = files.read_json(checkpoint / "manifest.json")["files"][file]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{checkpoint / file}: missing, or not in manifest.json") from error
+    return files.load_tensors(checkpoint / file, sha256=listed)[0]
 
 
 def newest_checkpoint(path: Path, warn=lambda text: None) -> Path | None:

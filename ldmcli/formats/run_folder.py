@@ -68,9 +68,9 @@ def read_weights(path: Path, network: str, weights: str = "ema") -> tuple[dict[s
     if checkpoint is None and weights == "ema":
         return files.load_tensors(run / WEIGHTS)
     checkpoint = checkpoint or _newest_checkpoint(run)
-    tensors, _ = files.load_tensors(checkpoint / f"{network}.safetensors")
+    tensors = runs.checkpoint_tensors(checkpoint, network)
     if weights == "ema" and "ema.safetensors" in files.read_json(checkpoint / "manifest.json")["files"]:
-        tensors |= files.load_tensors(checkpoint / "ema.safetensors")[0]
+        tensors |= runs.checkpoint_tensors(checkpoint, "ema")
     written = files.tensors_metadata(run / WEIGHTS) if (run / WEIGHTS).is_file() else {}
     return tensors, {name: text for name, text in written.items() if name in ("settings", TEACHERS)}
 

@@ -1,8 +1,9 @@
 """Checkpoints of a training: saved so that the same command resumes it exactly, and loaded again."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,11 @@ from torch import Tensor
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import Config, config_hash
-from ldmcli.core.errors import DivergedError, ModelError
+from ldmcli.core.errors import DivergedError, LdmError, ModelError
 from ldmcli.formats.run_folder import settings_of_weights
+from ldmcli.training.background import Background, Groups, HostCopy, bytes_of
 from ldmcli.training.best import BestCheckpoint
+from ldmcli.training.cost import available_bytes
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.objective import Objective
 from ldmcli.training.progress import Progress
@@ -28,6 +31,7 @@ class Checkpointer:
         self.folder, self.config, self.dist, self.objective, self.state = folder, config, dist, objective, state
         self.best = BestCheckpoint(folder, config.train.keep_best)
         self._saved = -1  # the step that was saved last
+        self._copy, self._writer = HostCopy(pinned=dist.device.type == "cuda"), Background()
 
     def resume(self, allow: tuple[str, ...]) -> bool:
         """Loads the newest checkpoint; False where there is none. allow: with "data", other training data may be used.
@@ -74,22 +78,44 @@ class Checkpointer:
                 f"for bit as it would have (OMP_NUM_THREADS={stored['threads']} does that)"
             )
         for name, module in state.networks.items():
-            tensors, _ = files.load_tensors(path / f"{name}.safetensors")
-            module.load_state_dict(tensors)
-            moments, _ = files.load_tensors(path / f"optimizer-{name}.safetensors", finite=False)
+            module.load_state_dict(_read(path, name))
+            moments = _read(path, f"optimizer-{name}", finite=False)
             state.optimizers[name].load_state_dict({k: v.to(device) for k, v in moments.items()})
         if state.ema:
-            averaged, _ = files.load_tensors(path / "ema.safetensors")
-            state.ema.load(averaged, state.progress.ema_count)
+            state.ema.load(_read(path, "ema"), state.progress.ema_count)
         if (path / "extra.safetensors").exists():
-            self.objective.load_extra_state(files.load_tensors(path / "extra.safetensors")[0])
+            self.objective.load_extra_state(_read(path, "extra"))
 
-    def save(self) -> None:
-        """Writes a checkpoint and the inference weights. All processes wait for it and share its errors.
+    def save(self, *, wait: bool = True) -> None:
+        """Writes a checkpoint and the inference weights. All processes share its errors. Collective.
 
+        Without `wait` it returns when the tensors are copied, and a thread writes the copy: `failed` and the next call
+        tell how that went. Where memory does not hold a copy it waits all the same. At most one write is under way.
         Raises DivergedError where a tensor holds NaN or Inf: the last good checkpoint stands.
         """
-        self.dist.on_rank_0(self._write)
+        self.dist.on_rank_0(lambda: self._save(wait))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the write of a checkpoint has failed, on this process: `raise_failure` says how."""
+        return self._writer.failed
+
+    def raise_failure(self) -> None:
+        """Raises, on all processes, what ended a write. Collective."""
+        self.dist.on_rank_0(self._writer.wait)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Nothing is under way afterwards. A second Ctrl-C gives up what is; another error lets it be completed."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._writer.give_up()
+        try:
+            self._writer.wait()
+        except Exception:
+            if kind is None:  # else the first error is the one to report
+                raise
 
     def save_best(self, metrics: dict[str, float]) -> None:
         """Saves where an evaluation at this step is the best so far, and keeps that checkpoint (train.keep_best)."""
@@ -102,19 +128,25 @@ class Checkpointer:
             console.warn_once("keep_best", f"{self.best.name} was not measured, so no checkpoint is kept for it")
         return self.best.observe(self.state.progress.step, metrics)
 
-    def _write(self) -> None:
-        progress = self.state.progress
-        if progress.step == self._saved:  # but it may be another one that is the best now
-            newest = self.folder.path / "checkpoints" / f"step-{progress.step:08d}"
+    def _save(self, wait: bool) -> None:
+        self._writer.wait()
+        step = self.state.progress.step
+        if step == self._saved:  # but it may be another one that is the best now
+            newest = self.folder.path / "checkpoints" / f"step-{step:08d}"
             runs.rotate_checkpoints(self.folder, newest, self.config.train.keep, self.best.step)
             return
-        groups = self._tensors()
-        for group in groups.values():
-            if not all(bool(t.isfinite().all()) for t in group.values() if t.is_floating_point()):
-                raise DivergedError(
-                    f"{self.folder.path}: weights or optimiser state hold NaN or Inf; not saved, the "
-                    "last good checkpoint stands"
-                )
+        self._saved = step
+        contents = self._contents()
+        needed = bytes_of(contents.groups) - self._copy.held
+        if wait or needed > 0.8 * available_bytes(torch.device("cpu")):
+            self._write(contents)
+        else:
+            copied = replace(contents, groups=self._copy.take(contents.groups))
+            self._writer.start(lambda: self._write(copied))
+
+    def _contents(self) -> "_Contents":
+        """All that this step's checkpoint holds, the tensors as they are in use."""
+        progress, groups = self.state.progress, self._tensors()
         stored = {
             **asdict(progress),
             "data_fingerprint": self.objective.rows.fingerprint,
@@ -122,12 +154,30 @@ class Checkpointer:
             "batch_size": self.config.train.batch_size,
             "threads": torch.get_num_threads(),
         }
-        runs.write_checkpoint(self.folder, progress.step, groups, stored, self.config.train.keep, self.best.step)
-        self._write_inference_files()
-        self.folder.update(step=progress.step, checkpoint=progress.step)
-        self._saved = progress.step
+        try:
+            statistics = self.state.with_ema_weights(self.objective.run_statistics)
+        except LdmError:
+            self._require_finite(groups)  # with such weights nothing can be measured
+            raise
+        return _Contents(progress.step, groups, stored, statistics, self.best.step)
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+    def _write(self, contents: "_Contents") -> None:
+        self._require_finite(contents.groups)
+        step, keep = contents.step, self.config.train.keep
+        writing = (contents.groups, contents.stored, keep, contents.best)
+        runs.write_checkpoint(self.folder, step, *writing, check=self._writer.check)
+        self._write_inference_files(contents)
+        self.folder.update(step=step, checkpoint=step)
+
+    def _require_finite(self, groups: Groups) -> None:
+        for group in groups.values():
+            if not all(files.is_finite(t) for t in group.values() if t.is_floating_point()):
+                raise DivergedError(
+                    f"{self.folder.path}: weights or optimiser state hold NaN or Inf; not saved, the "
+                    "last good checkpoint stands"
+                )
+
+    def _tensors(self) -> Groups:
         """A checkpoint's tensors, by file."""
         groups = {name: module.state_dict() for name, module in self.state.networks.items()}
         groups |= {f"optimizer-{name}": optimizer.state_dict() for name, optimizer in self.state.optimizers.items()}
@@ -137,16 +187,34 @@ class Checkpointer:
             groups["extra"] = extra
         return groups
 
-    def _write_inference_files(self) -> None:
-        state = self.state
-        weights = {k: v.detach().cpu() for k, v in state.main.state_dict().items()}
-        if state.ema:
-            weights |= {k: v.cpu() for k, v in state.ema.shadow.items()}
+    def _write_inference_files(self, contents: "_Contents") -> None:
+        groups = contents.groups
         metadata = {
             "config_sha256": config_hash(self.config),
             "settings": json.dumps(settings_of_weights(self.config)),
-            "step": str(state.progress.step),
-            "weights": "ema" if state.ema else "raw",
+            "step": str(contents.step),
+            "weights": "ema" if "ema" in groups else "raw",
             "ldm_version": __version__,
         }
-        self.objective.save_inference_files(weights, metadata, state.with_ema_weights(self.objective.run_statistics))
+        weights = groups[self.objective.main_network] | groups.get("ema", {})
+        self.objective.save_inference_files(weights, metadata, contents.statistics)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What is written at a step: tensors by file, state.json, stats.json, and the step of the best checkpoint."""
+
+    step: int
+    groups: Groups
+    stored: dict[str, Any]
+    statistics: dict[str, Any]
+    best: int | None
+
+
+def _read(checkpoint: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:
+    """Tensors of a file of a checkpoint whose hashes were found right."""
+    path = checkpoint / f"{name}.safetensors"
+    tensors, _ = files.load_tensors(path, verify=False)
+    if finite:
+        files.require_finite(tensors, path)
+    return tensors

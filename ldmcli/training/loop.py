@@ -111,6 +111,10 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains to the last step, evaluates; returns run.json's content, {} beside rank 0."""
+        with self.checkpointer:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self._start()
         data = self.config.data
         self.batches = Prefetcher(
@@ -213,7 +217,10 @@ class Trainer:
             self.dist.check_equal(self.objective.networks)
         late = s.max_hours and time.monotonic() - self.started > s.max_hours * 3600 * HOURS_MARGIN
         own = self.request.stop or (StopReason.TIME_LIMIT if late else StopReason.NONE)
-        reason, save = self.dist.all_reduce_max([float(own), float(self.request.save_requested)])
+        flags = [float(own), float(self.request.save_requested), float(self.checkpointer.failed)]
+        reason, save, failed = self.dist.all_reduce_max(flags)
+        if failed:
+            self.checkpointer.raise_failure()
         if reason:  # whoever ends us may not wait for an evaluation
             self._stop(reason)
         if step < s.steps:
@@ -222,7 +229,7 @@ class Trainer:
             if due(s.sample_every):
                 self._preview()
             if due(s.save_every) or save:
-                self.checkpointer.save()
+                self.checkpointer.save(wait=bool(save))
 
     def _start(self) -> None:
         objective, dist, step = self.objective, self.dist, self.progress.step

@@ -64,6 +64,8 @@ def test_a_second_command_in_a_running_runs_folder_is_refused_until_the_first_is
     """Reliability 9: code 2, process and host are named, nothing is touched; after `kill -9` the lock is stale."""
     out = tmp_path / "run"
     first = Command(tmp_path / "log", *arguments(out), env={"LDM_DEBUG_PAUSE": "before rename=600"})
+    # the first save is under way, and the second waits for it
+    assert first.until(lambda: len(runs.read_log(out)) == 2), first.stderr
     assert first.until((out / "checkpoints" / ".step-00000001.tmp" / "manifest.json").exists), first.stderr
     before = contents(out)
     for more in ((), ("--fresh",)):

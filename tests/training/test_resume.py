@@ -138,7 +138,8 @@ def test_a_run_killed_ten_times_at_random_moments_ends_as_if_it_had_not_been(tra
         else:
             wait_for_steps(command, out, step + chance.randrange(3), chance.random() / 20)
         assert command.kill() == -signal.SIGKILL, command.stderr
-        assert newest_step(out) >= max(step, whole_lines(out) - 1), f"attempt {attempt}: {command.stderr}"
+        # one step is trained while the checkpoint of the one before is written
+        assert newest_step(out) >= max(step, whole_lines(out) - 2), f"attempt {attempt}: {command.stderr}"
     ending = tiny.ldm(*line)
     assert ending.code == 0, ending.stderr
     assert_same_run(out, reference[trainer])
@@ -208,7 +209,7 @@ def test_kill_minus_9_of_the_whole_process_group_of_a_command_loses_one_save_at_
             time.sleep(0.01)
         os.killpg(command.pid, signal.SIGKILL)
         assert command.wait() == -signal.SIGKILL
-    assert newest_step(out) >= whole_lines(out) - 1 >= 2
+    assert newest_step(out) >= whole_lines(out) - 2 >= 1
     assert tiny.ldm(*line).code == 0
     assert_same_run(out, reference["train-ae"])
 
