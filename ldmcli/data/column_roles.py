@@ -247,7 +247,7 @@ def _category_names(table: Table, column: str) -> list[str]:
     """As the data state them, else the names and numbers found."""
     if column in table.classes:
         return table.classes[column]
-    return _natural(
+    return natural(
         {
             name
             for i, value in enumerate(table.columns[column])
@@ -259,7 +259,7 @@ def _category_names(table: Table, column: str) -> list[str]:
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
-def _natural(names) -> list[str]:
+def natural(names) -> list[str]:
     """Names in order: by number when all are whole numbers, else as text."""
     numeric = all(name.lstrip("-").isdecimal() for name in names)
     return sorted(names, key=(lambda name: (int(name), name)) if numeric else None)
@@ -275,7 +275,7 @@ def label_names_of(tables: dict[str, Table], settings: DataSettings) -> list[str
             return table.classes[column]
         if column is not None:
             values |= {name for value in table.columns[column] if (name := _label_name(value)) is not None}
-    return _natural(values)
+    return natural(values)
 
 
 def _label_name(value) -> str | None:

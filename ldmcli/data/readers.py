@@ -9,9 +9,10 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ldmcli.core.config import did_you_mean, suggestions
 from ldmcli.core.errors import InputError
@@ -25,6 +26,7 @@ from ldmcli.data.table import Table, typed_table
 from ldmcli.data.webdataset import read_archives
 
 TABLE_FILES = (*DATA_FILES, *TABLES)
+T = TypeVar("T")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?$")
 
 
@@ -163,13 +165,31 @@ def _from_hub(settings: DataSettings) -> dict[str, Table]:
 def load_hub(settings: DataSettings, **options):
     """A hub data set as a datasets.DatasetDict (or its streaming kind). Raises InputError in one line."""
     source = settings.source
-    if _looks_like_a_path(source):
-        raise InputError(f"--data {sanitise(source)}: no such file or folder{_near_name(expanded(Path(source)))}")
+    _refuse_paths(source)
     import datasets
 
+    return _asked(source, lambda: datasets.load_dataset(source, settings.config_name or None, **options))
+
+
+def hub_files(settings: DataSettings) -> dict[str, tuple[list[str], Any]]:
+    """The addresses of a hub data set's Parquet files and their features (None = as in the files), by split; {} where
+    it is no Parquet. Raises as `load_hub`."""
+    source = settings.source
+    _refuse_paths(source)
+    import datasets
+
+    builder = _asked(source, lambda: datasets.load_dataset_builder(source, settings.config_name or None))
+    found = {str(split): [str(one) for one in part] for split, part in (builder.config.data_files or {}).items()}
+    if not found or any(not one.lower().endswith(".parquet") for part in found.values() for one in part):
+        return {}
+    return {split_of(name) or name: (part, builder.info.features) for name, part in found.items()}
+
+
+def _asked(source: str, ask: Callable[[], T]) -> T:
+    """What the datasets library gives. Raises InputError in one line."""
     _mind_the_network()
     try:
-        return datasets.load_dataset(source, settings.config_name or None, **options)
+        return ask()
     except Exception as error:  # the library raises dozens of kinds; its first line says what happened
         near = did_you_mean(suggestions(source, ["shapes"]))
         first = sanitise(str(error).partition("\n")[0] or type(error).__name__, 160)
@@ -177,6 +197,11 @@ def load_hub(settings: DataSettings, **options):
             f"--data {sanitise(source)}: no such folder here, and the hub does not give it ({first}){near}; "
             f"with a network, fetch it once: hf download --repo-type dataset {sanitise(source)}"
         ) from None
+
+
+def _refuse_paths(source: str) -> None:
+    if _looks_like_a_path(source):
+        raise InputError(f"--data {sanitise(source)}: no such file or folder{_near_name(expanded(Path(source)))}")
 
 
 def _looks_like_a_path(source: str) -> bool:

@@ -1,272 +1,197 @@
-"""Rows one after the other, for data sets that are too large to be reached by number (`--streaming`): `stream` gives
-them in order, `StreamedRows` has the interface of `Rows`, where row p is position p of the endless stream.
+"""The rows of a data set that is too large to be looked at beforehand (`--streaming`), under the interface of `Rows`,
+where row p is position p of the endless stream of a training.
 
-Train is endless, epoch after epoch, mixed by (seed, epoch): wholly where rows can be reached by number, within a buffer
-of 1,000 rows where they come from Parquet files or the hub. Validation is one pass, in order. Everything is the same
-on every call, so a run goes on at position p by reading past what lies before it in its epoch.
+What stands at a position is a function of the seed and of the number of rows in each part (`shards.Index`): files and
+their parts come in an order by (seed, epoch), about a thousand rows of neighbouring parts are mixed (a window). So a
+run goes on at any step by reading the parts of that step, and a process reads and decodes what it takes of each batch.
 """
 
-import hashlib
-import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
 from ldmcli.core.errors import InputError
-from ldmcli.core.files import expanded
 from ldmcli.core.settings import DataSettings
-from ldmcli.data.batches import epoch_positions
-from ldmcli.data.column_roles import choose_columns
 from ldmcli.data.decode import BadImage, sanitise
-from ldmcli.data.folder import split_of
-from ldmcli.data.pictures import find
-from ldmcli.data.readers import by_split, data_files, describe_features, load_hub, with_paths
-from ldmcli.data.rows import Room, Rows
-from ldmcli.data.shape_rows import is_shapes
-from ldmcli.data.sources import existing_split, open_rows, rows_of, share_of, validation_split
-from ldmcli.data.table import Table
+from ldmcli.data.rows import ROLES, Room, Rows
+from ldmcli.data.shards import Index, Shards, is_held_out, read_part
+from ldmcli.maths import rng
 
-HEAD_ROWS = 2048  # what vocabulary, class names, latent scale and fingerprint are learned from
-KEPT_ROWS = 8192  # how far back a position can still be read
-VALIDATION_ROWS = 512
-SHUFFLE_BUFFER = 1000
+HEAD_ROWS = 2048  # first positions, of which vocabulary, class names and latent scale are learned
+WINDOW_ROWS = 1000  # that are mixed, at least
 
 
-def stream(settings: DataSettings, split: str = "train", start: int = 0, *, seed: int = 0) -> Iterator[Rows]:
-    """Rows from position `start` on, each as `Rows` of length 1 (its index is 0). Rows that cannot be decoded are left
-    to the caller. Without a validation split, rows are held out by hash as in `open_rows`, but none is added where the
-    fraction gives none. Raises InputError when there are no rows."""
-    one_pass = _epochs(settings, split)
-    if one_pass is None:
-        yield from _by_number(open_rows(settings, split=split), split, start, seed)
-        return
-    epoch = 0
-    while True:
-        count = 0
-        for count, row in enumerate(one_pass([seed, epoch]), 1):
-            if count > start:
-                yield row
-        if count == 0:
-            raise InputError(f"{sanitise(settings.source)}: no {split} rows in the stream")
-        if split != "train":
-            return
-        epoch += max(start // count, 1)
-        start = start % count if start > count else 0
+@dataclass(frozen=True)
+class Windows:
+    """An epoch of a stream: parts in their order, cut into windows. starts: the place in the epoch at which each window
+    begins, and the end of the last; most: parts of a window."""
+
+    parts: list[list[int]]
+    starts: np.ndarray
+    most: int
 
 
-def _by_number(rows: Rows, split: str, start: int, seed: int) -> Iterator[Rows]:
-    if split != "train":
-        yield from (rows.select([i]) for i in range(start, len(rows)))
-        return
-    for position in itertools.count(start):
-        yield rows.select(epoch_positions(position, 1, len(rows), seed)[0])
+def windows_of(index: Index, seed: int, epoch: int) -> Windows:
+    """Files in an order by (seed, epoch), and the parts of each in another; a window has WINDOW_ROWS rows or more, and
+    where it can be the parts of one file. All rows where the data have fewer."""
+    by_file: dict[int, list[int]] = {}
+    for part, file in enumerate(index.files):
+        by_file.setdefault(file, []).append(part)
+    groups = list(by_file.values())
+    parts: list[list[int]] = []
+    rows = WINDOW_ROWS
+    for k in rng.permutation(rng.key(seed, "files"), epoch, len(groups)):
+        own = groups[k]
+        order = rng.permutation(rng.key(seed, "parts", int(k)), epoch, len(own))
+        for place in order:
+            if rows >= WINDOW_ROWS:
+                parts.append([])
+                rows = 0
+            parts[-1].append(own[place])
+            rows += index.lengths[own[place]]
+        rows = WINDOW_ROWS if rows >= WINDOW_ROWS // 2 else rows  # the next file begins its own
+    if len(parts) > 1 and sum(index.lengths[part] for part in parts[-1]) < WINDOW_ROWS // 2:
+        parts[-2:] = [parts[-2] + parts[-1]]
+    sizes = [sum(index.lengths[part] for part in window) for window in parts]
+    return Windows(parts, np.concatenate([[0], np.cumsum(sizes)]), max(map(len, parts)))
 
 
-def _epochs(settings: DataSettings, split: str) -> Callable[[list[int]], Iterator[Rows]] | None:
-    """A function of the key of an epoch that gives one pass of rows; None where rows can be reached by number."""
-    parts = _parts(settings)
-    if parts is None:
-        return None
-    wanted = existing_split(settings.split, list(parts), "--split", settings)
-    held_out = validation_split(settings, list(parts), wanted)
-    part = parts[held_out if split == "validation" and held_out else wanted]
-    column_types, classes = describe_features(part.features)
-    limit = settings.limit if split == "train" and settings.limit else None
+def spread(place: int, rows: int, batch: int) -> int:
+    """The row of a window, parts one behind the other, that is taken at `place` of it.
 
-    def one_pass(key: list[int]) -> Iterator[Rows]:
-        values = itertools.islice(part.rows(), limit)
-        for k, value in enumerate(shuffle_buffer(values, key) if split == "train" else values):
-            row = _single(value, column_types, classes, settings, split, k, part.base)
-            if held_out or (share_of(row.content_hash(0)) < settings.val_fraction) == (split == "validation"):
-                yield row
-
-    return one_pass
+    Batches are rows of a table that is filled column by column: each has rows of all parts, and a process, which takes
+    neighbouring columns, finds its rows in neighbouring parts. Each row is taken at one place.
+    """
+    step, column = divmod(place, batch)
+    steps = -(-rows // batch)
+    full = rows - (steps - 1) * batch  # columns that reach into the last batch
+    if column < full:
+        return column * steps + step
+    return full * steps + (column - full) * (steps - 1) + step
 
 
-def shuffle_buffer(values: Iterable, key: list[int], buffer: int = SHUFFLE_BUFFER) -> Iterator:
-    """The values in a random order by `key`: each leaves a buffer of the given size at a random moment."""
-    draw = np.random.default_rng(key)
-    held: list = []
-    for value in values:
-        if len(held) < buffer:
-            held.append(value)
-            continue
-        k = int(draw.integers(buffer))
-        held[k], value = value, held[k]
-        yield value
-    yield from (held[k] for k in draw.permutation(len(held)))
+class _Parts:
+    """The parts that were read last, each read once however many threads ask."""
 
+    @dataclass
+    class _Part:
+        lock: threading.Lock = field(default_factory=threading.Lock)
+        rows: Rows | None = None
 
-@contextmanager
-def _naming(path: Path):
-    """Turns the reader's complaints into one line with the file's name."""
-    import pyarrow
+    def __init__(self, read: Callable[[int], Rows]):
+        self._read, self._lock = read, threading.Lock()
+        self._parts: OrderedDict[int, _Parts._Part] = OrderedDict()
+        self.most = 2
 
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{sanitise(path)}: cannot be read as parquet ({sanitise(error)})") from None
-
-
-class _LocalPart:
-    """Parquet files read batch by batch."""
-
-    def __init__(self, files: list[Path]):
-        from datasets import Features
-        from pyarrow import parquet
-
-        self.files, self.base = files, files[0].parent
-        with _naming(files[0]):
-            self.features = Features.from_arrow_schema(parquet.read_schema(files[0]))
-
-    def rows(self) -> Iterator[dict]:
-        from pyarrow import parquet
-
-        for path in self.files:
-            with _naming(path), parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=256):
-                    yield from batch.to_pylist()
-
-
-class _HubPart:
-    """A split of a hub data set, streamed by the datasets library with its pictures still encoded."""
-
-    base = None
-
-    def __init__(self, dataset):
-        import datasets
-
-        self.features = dataset.features or dataset._resolve_features().features
-        for column in (c for c, feature in self.features.items() if isinstance(feature, datasets.Image)):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        self.dataset = dataset
-
-    def rows(self) -> Iterator[dict]:
-        return iter(self.dataset)
-
-
-def _parts(settings: DataSettings) -> dict[str, "_LocalPart | _HubPart"] | None:
-    path = expanded(Path(settings.source))
-    if is_shapes(settings.source):
-        return None
-    if not path.exists():
-        return {split_of(name) or name: _HubPart(part) for name, part in load_hub(settings, streaming=True).items()}
-    is_saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
-    found = [] if is_saved else data_files(find(path)) if path.is_dir() else [path]
-    if not found or any(one.suffix.lower() != ".parquet" for one in found):
-        return None
-    files = by_split(found, path) if path.is_dir() else {"train": found}
-    return {name: _LocalPart(part) for name, part in files.items()}
-
-
-def _single(value: dict, column_types, classes, settings: DataSettings, split: str, k: int, base: Path | None) -> Rows:
-    table = Table(
-        1, {column: [cell] for column, cell in value.items()}, column_types, classes, lambda _: f"streamed row {k}"
-    )
-    if base is not None:
-        table = with_paths(table, base, settings.image_column)
-    label = choose_columns(table, settings).get("label")
-    if label is not None and label not in classes:
-        table.column_types = {
-            column: kind for column, kind in column_types.items() if column != label
-        }  # its classes are unknown
-    return rows_of(table, settings, split, classes.get(label or "", []))
+    def get(self, part: int) -> Rows:
+        """Its rows. Raises as the read."""
+        with self._lock:
+            found = self._parts.setdefault(part, self._Part())
+            self._parts.move_to_end(part)
+            while len(self._parts) > self.most:
+                self._parts.popitem(last=False)
+        with found.lock:
+            if found.rows is None:
+                found.rows = self._read(part)
+            return found.rows
 
 
 class StreamedRows:
-    """Training rows of a stream. `len` counts the head, which stays in memory; getters take any position.
+    """Training rows of a stream. `len` counts the first positions, of which things are learned; getters take any.
 
-    Reading is in order: a run that goes on at position p reads past what lies before it. Positions further back than
-    8,192 rows are read again from the start. Pictures that cannot be decoded end with InputError, or with data.skip_bad
-    are passed over, alike on all processes.
+    Where no validation split exists, a row below data.val_fraction of the range of its hash belongs to validation, and
+    the next of its window stands in its place; so does it, with data.skip_bad, for a picture that cannot be decoded,
+    which else ends with InputError. All processes see the same.
     """
 
-    room = Room(0)  # what it keeps is counted in rows
+    room = Room(0)  # pictures are not kept
+    notes: list[str] = []
 
-    def __init__(self, settings: DataSettings, seed: int):
-        self._settings, self._seed = settings, seed
-        self._lock = threading.RLock()
-        self._restart()
-        self.head = [self._read_next() for _ in range(HEAD_ROWS)]
-        first = self.head[0]
-        self.source, self.split, self.columns, self.notes = first.source, first.split, first.columns, first.notes
-        self.class_names = first.class_names
-
-    def _restart(self) -> None:
-        self._next = 0
-        self._kept: OrderedDict[int, Rows] = OrderedDict()
-        self._iterator = stream(self._settings, "train", seed=self._seed)
-
-    def _read_next(self) -> Rows:
-        for row in self._iterator:
-            try:
-                row.image(0)
-            except BadImage as error:
-                if not self._settings.skip_bad:
-                    raise InputError(
-                        f"{error}; a stream is not checked beforehand: leave bad pictures out with --skip-bad"
-                    ) from error
-                continue
-            self._kept[self._next] = row
-            self._next += 1
-            if len(self._kept) > KEPT_ROWS:
-                self._kept.popitem(last=False)
-            return row
-        raise InputError(f"{self._settings.source}: the stream ended")
-
-    def at(self, position: int) -> Rows:
-        """The row at a position of the stream, as `Rows` of length 1."""
-        with self._lock:
-            if position < len(getattr(self, "head", ())):
-                return self.head[position]
-            if position < self._next and position not in self._kept:
-                self._restart()
-            while position >= self._next:
-                self._read_next()
-            return self._kept[position]
+    def __init__(self, shards: Shards, index: Index, settings: DataSettings, *, seed: int, batch: int, divided: bool):
+        """batch: positions that are taken together. divided: whether rows of validation have to be left out."""
+        if settings.limit:
+            index = index.limited(settings.limit)
+        self._rows = sum(index.lengths)
+        if not self._rows:
+            raise InputError(f"{sanitise(settings.source)}: no train rows in the stream")
+        self._index, self._settings, self._seed, self._batch, self._divided = index, settings, seed, batch, divided
+        self._parts = _Parts(lambda part: read_part(shards, index, part))
+        self._windows = lru_cache(maxsize=2)(lambda epoch: windows_of(index, seed, epoch))
+        self._order = lru_cache(maxsize=256)(
+            lambda part, epoch, count: rng.permutation(rng.key(seed, "rows", part), epoch, count)
+        )
+        self._replaced: dict[int, int] = {}  # positions of bad pictures: how far from there the row was found
+        self.source, self.split = settings.source, "train"
+        self.columns, self.class_names, self.fingerprint = dict(index.columns), index.class_names, index.fingerprint
 
     def __len__(self) -> int:
-        return len(self.head)
+        return HEAD_ROWS
+
+    def _candidates(self, position: int) -> Iterator[tuple[int, Rows, int]]:
+        """(how far from its place, rows of a part, number in them) of what may stand at a position, best first."""
+        epoch, place = divmod(position, self._rows)
+        windows = self._windows(epoch)
+        number = int(np.searchsorted(windows.starts, place, side="right")) - 1
+        window, start = windows.parts[number], int(windows.starts[number])
+        self._parts.most = 2 * windows.most
+        ends = np.cumsum([self._index.lengths[part] for part in window])
+        first = spread(place - start, int(ends[-1]), self._batch)
+        for off in range(self._replaced.get(position, 0), int(ends[-1])):
+            row = (first + off) % int(ends[-1])
+            k = int(np.searchsorted(ends, row, side="right"))
+            part, inside = window[k], row - int(ends[k]) + self._index.lengths[window[k]]
+            rows = self._parts.get(part)
+            count = min(len(rows), self._index.lengths[part])
+            i = int(self._order(part, epoch, count)[inside % count])
+            if not (self._divided and is_held_out(rows, i, self._settings)):
+                yield off, rows, i
+        raise InputError(f"{sanitise(self.source)}: no train rows that can be used near position {position}")
+
+    def at(self, position: int) -> tuple[Rows, int]:
+        """The row at a position: rows of a part, and its number in them."""
+        return next(self._candidates(position))[1:]
 
     def has(self, role: str) -> bool:
-        """Whether rows have a caption, label, objects or map."""
-        return self.head[0].has(role)
+        """Whether rows have a caption, label, objects or map; of any other name, whether there is such a column."""
+        return role in self.columns if role in ROLES else role in self._index.cells
 
     def name(self, i: int) -> str:
-        """What the stream calls the row."""
-        return f"position {i} of the stream"
+        """What the data call the row at position i."""
+        rows, row = self.at(i)
+        return rows.name(row)
 
-    def pixels(self, i: int, size, crop="center", u=(0.5, 0.5)):
-        """As `Rows.pixels`, for position i."""
-        return self.at(i).pixels(0, size, crop, u)
+    def pixels(self, i: int, size, crop="center", u=(0.5, 0.5)) -> np.ndarray:
+        """As `Rows.pixels`, for position i. Raises InputError for a picture that cannot be decoded."""
+        failed = False
+        for off, rows, row in self._candidates(i):
+            try:
+                found = rows.pixels(row, size, crop, u)
+            except BadImage as error:
+                if failed := self._settings.skip_bad:
+                    continue
+                raise InputError(
+                    f"{error}; a stream is not checked beforehand: leave bad pictures out with --skip-bad"
+                ) from error
+            if failed:
+                self._replaced[i] = off
+            return found
+        raise AssertionError("`_candidates` raises at its end")
 
     def caption(self, i: int) -> str:
         """As `Rows.caption`, for position i."""
-        return self.at(i).caption(0)
+        rows, row = self.at(i)
+        return rows.caption(row)
 
     def label(self, i: int) -> int:
         """As `Rows.label`, for position i."""
-        return self.at(i).label(0)
+        rows, row = self.at(i)
+        return rows.label(row)
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the first 64 rows: a stream is not read whole to know it."""
-        digest = hashlib.sha256("".join(row.content_hash(0) for row in self.head[:64]).encode())
-        return f"stream-{digest.hexdigest()[:25]}"
-
-
-class StreamedValidation(StreamedRows):
-    """The first rows of the validation stream, at most 512."""
-
-    def __init__(self, settings: DataSettings):
-        self.head = list(itertools.islice(stream(settings, "validation"), VALIDATION_ROWS))
-        if not self.head:
-            raise InputError(f"{settings.source}: no validation rows in the stream; raise data.val_fraction")
-        first = self.head[0]
-        self._lock = threading.RLock()
-        self.source, self.split, self.columns, self.notes = first.source, first.split, first.columns, first.notes
-        self.class_names = first.class_names
+    def cell(self, i: int, column: str):
+        """As `Rows.cell`, for position i."""
+        rows, row = self.at(i)
+        return rows.cell(row, column)

@@ -33,6 +33,21 @@ class Table:
     name: Callable[[int], str] = "row {}".format
     notes: list[str] = field(default_factory=list)
 
+    def select(self, rows: Sequence[int]) -> "Table":
+        """These rows alone, in lists: of the others nothing is kept."""
+        columns: dict[str, Sequence] = {name: [cells[i] for i in rows] for name, cells in self.columns.items()}
+        names = [self.name(i) for i in rows]
+        return Table(len(rows), columns, self.column_types, self.classes, names.__getitem__, self.notes)
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """Tables one below the other; a column that one lacks is empty there."""
+    types = {name: kind for table in reversed(tables) for name, kind in table.column_types.items()}
+    columns = {name: [cell for t in tables for cell in t.columns.get(name, [None] * t.length)] for name in types}
+    names = [table.name(i) for table in tables for i in range(table.length)]
+    notes = list(dict.fromkeys(note for table in tables for note in table.notes))
+    return Table(len(names), dict(columns), types, tables[0].classes, names.__getitem__, notes)
+
 
 def typed_table(columns: Mapping[str, Sequence], names: list[str], notes: list[str]) -> Table:
     """A table of plain values, whose types are found by looking at them."""

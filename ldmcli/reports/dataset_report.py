@@ -6,7 +6,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ldmcli.core.settings import MAX_TEXT_LENGTH, DataSettings
 from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.rows import WORKERS, Rows, parallel_map
 from ldmcli.data.shape_rows import is_shapes
+from ldmcli.data.shards import first_rows, open_shards
 from ldmcli.data.sources import open_rows, split_sizes
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
 
@@ -81,12 +81,9 @@ def _default_out(source: str) -> Path:
 def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
     """Rows by split, and notes on splits: without a train split, all that there are."""
     if settings.streaming and not is_shapes(settings.source):
-        from ldmcli.data.streaming import stream  # needs torch, which the rest of `ldm data` does without
-
-        first = islice(stream(settings), min(settings.limit or STREAMED, STREAMED))
-        return {"train": [(row, 0) for row in first]}, [
-            "a stream: only its first rows were looked at, and how many there are is not known"
-        ]
+        shards, divided = open_shards(settings, "train")
+        rows = first_rows(shards, shards.index(), divided, "train", min(settings.limit or STREAMED, STREAMED))
+        return {"train": [(rows, i) for i in range(len(rows))]}, ["a stream: only its first rows were looked at"]
     sizes = split_sizes(settings)
     if settings.split == "train" and sizes and "train" not in sizes:
         opened = {

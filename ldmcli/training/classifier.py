@@ -152,13 +152,14 @@ class ClassifierObjective:
         mine = rank_slice(train.batch_size, dist.rank, dist.world_size)
         ids, where = batch_indices(self.rows, self.config, step, mine)
         at, seed = where.tolist(), train.seed
+        latents = self.latents.batch(self.rows, self.config, ids, where)  # first: a stream passes over bad pictures
         labels = [self._labels[i] if self._labels else self.rows.label(int(i)) for i in ids]
         return {
             "row": torch.from_numpy(ids.copy()),
             "label": torch.tensor(labels),
             "noise": rng.normal(seed, at, self.latents.shape, "noise"),
             "u": rng.uniform(seed, at, "timestep"),
-            **self.latents.batch(self.rows, self.config, ids, where),
+            **latents,
         }
 
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):

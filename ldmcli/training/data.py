@@ -5,9 +5,12 @@ from typing import Any
 
 from ldmcli.core import console
 from ldmcli.data.rows import Room
+from ldmcli.data.shards import first_rows, open_shards
 from ldmcli.data.sources import decode_all, divided, drop_unreadable, held_out, is_shapes, whole_rows
-from ldmcli.data.streaming import StreamedRows, StreamedValidation
+from ldmcli.data.streaming import StreamedRows
 from ldmcli.training.distributed import Distributed
+
+STREAMED_VALIDATION = 512  # rows of validation that a stream gives
 
 
 def open_data(config, dist: Distributed, size: tuple[int, int]):
@@ -18,10 +21,7 @@ def open_data(config, dist: Distributed, size: tuple[int, int]):
     """
     settings = replace(config.data, size=size)
     if settings.streaming:
-        seed = config.train.seed
-        rows, validation = dist.on_all_ranks(lambda: (StreamedRows(settings, seed), StreamedValidation(settings)))
-        _log_notes(rows, validation)
-        return rows, validation, []
+        return _stream(config, settings, dist)
     whole, undivided = dist.on_all_ranks(lambda: whole_rows(settings, "train"))
     other, held = whole, None
     if undivided:
@@ -34,11 +34,29 @@ def open_data(config, dist: Distributed, size: tuple[int, int]):
     rows = divided(whole, settings, "train", held)
     validation = divided(other, settings, "validation", held)
     rows, bad = _without_unreadable(rows, settings, dist)
-    validation, worse = _without_unreadable(
-        validation, replace(settings, crop="center", crop_min=1.0, crop_max=1.0), dist
-    )
+    validation, worse = _without_unreadable(validation, _uncropped(settings), dist)
     _log_notes(rows, validation)
     return rows, validation, [*bad, *worse]
+
+
+def _stream(config, settings, dist: Distributed):
+    """`open_data` of a stream: the parts are counted by one process, and each reads what it takes of them."""
+    shards, both = dist.on_all_ranks(lambda: open_shards(settings, "train"))
+    index = dist.on_rank_0(shards.index)
+    seed, batch = config.train.seed, config.train.batch_size
+    rows = dist.on_all_ranks(lambda: StreamedRows(shards, index, settings, seed=seed, batch=batch, divided=both))
+    if not both:
+        shards, _ = dist.on_all_ranks(lambda: open_shards(settings, "validation"))
+        index = replace(dist.on_rank_0(shards.index), class_names=rows.class_names)
+    validation = dist.on_all_ranks(lambda: first_rows(shards, index, both, "validation", STREAMED_VALIDATION))
+    validation, bad = _without_unreadable(validation, _uncropped(settings), dist)
+    _log_notes(rows, validation)
+    return rows, validation, bad
+
+
+def _uncropped(settings):
+    """How validation rows are seen."""
+    return replace(settings, crop="center", crop_min=1.0, crop_max=1.0)
 
 
 def _log_notes(rows, validation) -> None:

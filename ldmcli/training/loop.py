@@ -118,11 +118,7 @@ class Trainer:
         self._start()
         data = self.config.data
         self.batches = Prefetcher(
-            self.objective.batch,
-            self.progress.step,
-            depth=3,
-            workers=min(data.workers, 1) if data.streaming else data.workers,
-            limit=self.settings.steps,
+            self.objective.batch, self.progress.step, depth=3, workers=data.workers, limit=self.settings.steps
         )
         self.meter = ThroughputMeter(self.batches)
         try:

@@ -13,11 +13,10 @@ from PIL import Image
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
-from ldmcli.data import folder, streaming
+from ldmcli.data import folder
 from ldmcli.data.column_roles import choose_columns
 from ldmcli.data.readers import open_tables
 from ldmcli.data.sources import decode_all, drop_unreadable, open_rows
-from ldmcli.data.streaming import shuffle_buffer, stream
 
 SIZE = (8, 8)
 
@@ -384,9 +383,8 @@ def test_a_saved_dataset_and_an_arrow_file_open_like_the_parquet_they_came_from(
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
     path = put(tmp_path / "x.parquet", b"PAR1 nonsense PAR1")
-    for call in (open_rows, lambda chosen: next(stream(chosen))):
-        with pytest.raises(InputError, match="x.parquet: cannot be read as parquet"):
-            call(settings(path))
+    with pytest.raises(InputError, match="x.parquet: cannot be read as parquet"):
+        open_rows(settings(path))
 
 
 def tar(path: Path, *entries: tuple[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
@@ -733,57 +731,6 @@ def test_whole_sets_open_with_their_splits_and_columns(tmp_path, made, sizes, ro
     both = [open_rows(settings(root), split=split) for split in ("train", "validation")]
     assert tuple(map(len, both)) == sizes and set(both[0].columns) == roles
     assert both[1].pixels(0, SIZE).shape == (8, 8, 3)
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
-def taken(chosen, n: int, start: int = 0, seed: int = 0) -> list[str]:
-    rows = stream(chosen, "train", start, seed=seed)
-    return [next(rows).content_hash(0) for _ in range(n)]
-
-
-@pytest.mark.parametrize("kind", ["parquet", "folder", "shapes"])
-def test_a_stream_goes_on_where_it_was_left(tmp_path, kind):
-    parquet(tmp_path / "parquet", n=30)
-    pictures(tmp_path / "folder", *(f"{k}.png" for k in range(10)))
-    chosen = settings("shapes", limit=12) if kind == "shapes" else settings(tmp_path / kind)
-    whole = taken(chosen, 70)
-    for start in (0, 5, 28, 31, 63):
-        assert taken(chosen, 5, start) == whole[start : start + 5]
-    assert taken(chosen, 20, seed=1) != whole[:20]
-
-
-def test_an_epoch_of_a_stream_has_every_training_row_once_in_a_new_order(tmp_path):
-    parquet(tmp_path, n=40)
-    train = open_rows(settings(tmp_path))
-    wanted = {train.content_hash(i) for i in range(len(train))}
-    first, second = np.array(taken(settings(tmp_path), 2 * len(train))).reshape(2, -1).tolist()
-    assert set(first) == set(second) == wanted and first != second
-
-
-def test_validation_of_a_stream_is_the_held_out_rows_in_order(tmp_path):
-    parquet(tmp_path, n=100)
-    held_out = open_rows(settings(tmp_path, val_fraction=0.2), split="validation")
-    found = [row.content_hash(0) for row in stream(settings(tmp_path, val_fraction=0.2), "validation")]
-    assert found == [held_out.content_hash(i) for i in range(len(held_out))]
-
-
-def test_streamed_rows_have_captions_labels_and_pixels(tmp_path):
-    import datasets
-
-    made = dataset(6, text=[f"t{k}" for k in range(6)], label=[0, 1] * 3)
-    made.cast_column("label", datasets.ClassLabel(names=["a", "b"])).to_parquet(tmp_path / "train.parquet")
-    row = next(stream(settings(tmp_path)))
-    k = int(row.pixels(0, SIZE)[0, 0, 0]) - 1
-    assert row.caption(0) == f"t{k}" and row.class_names[row.label(0)] == "ab"[k % 2]
-
-
-def test_a_buffer_mixes_without_losing_or_repeating():
-    values = list(shuffle_buffer(range(100), [0, 1], buffer=10))
-    assert sorted(values) == list(range(100)) and values != list(range(100))
-    assert all(value < k + 11 for k, value in enumerate(values))
-    assert list(shuffle_buffer(range(3), [0], buffer=10)) != [] and streaming.SHUFFLE_BUFFER == 1000
 
 
 def test_several_names_are_shortened_with_their_number():

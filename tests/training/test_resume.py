@@ -382,7 +382,7 @@ def stream(tmp_path_factory):
 def test_a_streamed_run_stopped_at_7_and_13_equals_one_that_was_not(
     trainer, tmp_path, arguments, stream, signal_at, monkeypatch
 ):
-    """Reliability 5 with a streamed set: positions past the rows that are kept are found again, none twice."""
+    """Reliability 5 with a streamed set: what stands at a position follows from the seed and the data alone."""
     from ldmcli.data import streaming
 
     monkeypatch.setattr(streaming, "HEAD_ROWS", 24)  # 60 positions are asked for

@@ -117,6 +117,17 @@ def test_a_run_goes_on_with_2_processes_and_1_again_at_the_same_losses(trainer, 
     assert_same_losses(changed, whole)
 
 
+def test_two_processes_share_a_stream_at_the_losses_of_one(tmp_path, arguments):
+    """Each reads what it takes of a batch; which rows a batch has depends on neither."""
+    (tmp_path / "data").mkdir()
+    for k, path in enumerate(tiny.noisy_images(tmp_path / "noisy", 30, 16)):
+        path.rename(tmp_path / "data" / f"{k:02}.png")
+    own = ("--data", tmp_path / "data", "--limit", 0, "--streaming", "--set", "data.val_fraction=0.2")
+    assert tiny.ldm(*arguments("train-ae", tmp_path / "whole", *own)).code == 0
+    run_on_two(tmp_path, *arguments("train-ae", tmp_path / "run", *own))
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
+
+
 def test_two_processes_take_the_rows_of_one_and_none_twice(tmp_path, arguments):
     """Reliability 8: the rows of each step, in order, are those of one process, whatever the share."""
     run_on_two(tmp_path, *arguments("train-ae", tmp_path / "run", steps=10), before=note_rows)
