@@ -15,6 +15,7 @@ from ldmcli.maths.feature_rows import Array
 
 CONFIDENCE = 0.95
 GROUPS = 10  # of a delete-group jackknife
+MOST_FACTOR = 2.0  # logarithm of how far beyond itself a squared distance may reach, where its error is larger than it
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Error:
     """Standard errors of one value: `generated` and `reference` are what these sets add, None where that is not known.
 
     method: how they were found. freedom: degrees of freedom, for the t distribution. interval: where it is not value ±
-    t · error. squared: whether the value is a squared distance, whose root is nearer to a normal variable.
+    t · error. squared: whether the value is a squared distance, whose errors to both sides are unequal.
     """
 
     generated: float | None
@@ -39,12 +40,17 @@ class Error:
 
 
 def interval(value: float, error: Error, bounds: tuple[float, float] = (-math.inf, math.inf)) -> tuple[float, float]:
-    """The 95 % interval of a value within the bounds of its metric."""
+    """The 95 % interval of a value within the bounds of its metric.
+
+    The error of a squared distance grows with its value, and one that came out small has an error that is too small, so
+    to the right the interval is that of the logarithm, to the left that of the root (docs/experiments.md).
+    """
     half = quantile(error.freedom) * error.total
     low, high = error.interval or (value - half, value + half)
-    if error.squared and half < value:  # nearer to 0 the root has no error to first order
+    if error.squared and value > 0:
         root = math.sqrt(value)
-        low, high = (root - half / root / 2) ** 2, (root + half / root / 2) ** 2
+        low = max(0.0, root - half / root / 2) ** 2
+        high = max(high, value * math.exp(min(half / value, MOST_FACTOR)))
     return max(low, bounds[0]), min(high, bounds[1])
 
 

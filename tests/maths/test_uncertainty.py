@@ -38,11 +38,12 @@ def test_a_mean_has_the_interval_of_student():
     assert un.mean_error([1.0]) is None
 
 
-def test_the_interval_of_a_squared_distance_is_that_of_its_root_but_near_zero():
-    error = un.Error(0.5, None, "", squared=True)
-    half = 1.959964 * 0.5 / 4
-    assert un.interval(4.0, error) == pytest.approx(((2 - half) ** 2, (2 + half) ** 2), rel=1e-6)
-    assert un.interval(0.01, error, (0, math.inf)) == pytest.approx((0, 0.01 + 1.959964 * 0.5), rel=1e-6)
+def test_the_interval_of_a_squared_distance_is_that_of_its_root_and_of_its_logarithm():
+    half, error = 1.959964 * 0.5, un.Error(0.5, None, "", squared=True)
+    assert un.interval(4.0, error) == pytest.approx(((2 - half / 4) ** 2, 4 * math.exp(half / 4)), rel=1e-6)
+    assert un.interval(0.5, error) == pytest.approx((0.5 * (1 - half) ** 2, 0.5 * math.exp(2 * half)), rel=1e-6)
+    assert un.interval(0.01, error, (0, math.inf)) == pytest.approx((0, 0.01 + half), rel=1e-6)
+    assert un.interval(0.0, error, (0, math.inf)) == pytest.approx((0, half), rel=1e-6)
 
 
 @pytest.mark.parametrize("share, ends", [(0.0, (0.0, 0.0370)), (0.05, (0.0215, 0.1118)), (1.0, (0.9630, 1.0))])
