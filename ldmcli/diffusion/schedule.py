@@ -6,7 +6,7 @@ here: samplers see (x0, ε).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import floor, sqrt
 
 import numpy as np
@@ -54,6 +54,7 @@ class Schedule:
     sigmas: np.ndarray
     prediction: str
     name: str
+    _tables: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_timesteps(self) -> int:
@@ -68,6 +69,17 @@ class Schedule:
         """ᾱ, (T,) float64; for flow α²/(α² + σ²), the ᾱ at which a VP process has the same signal-to-noise ratio."""
         signal = self.alphas**2
         return signal / (signal + self.sigmas**2)
+
+    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """α and σ of every timestep as tensors on a device, (T,) each: brought there once, for the copy makes the host
+        wait. A compiled function takes them over if they were asked for before it was compiled."""
+        key = (str(device), dtype)
+        if key in self._tables:
+            return self._tables[key]
+        alphas, sigmas = (torch.as_tensor(values, dtype=dtype).to(device) for values in (self.alphas, self.sigmas))
+        if not torch.compiler.is_compiling():
+            self._tables[key] = alphas, sigmas
+        return alphas, sigmas
 
 
 def make_schedule(settings: DiffusionSettings) -> Schedule:
@@ -127,8 +139,7 @@ def alpha_sigma(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         # T − ½ − t before the division: 1 − σ would lose the last digits of a small α in float32.
         return (schedule.num_timesteps - 0.5 - t) / schedule.num_timesteps, (t + 0.5) / schedule.num_timesteps
     i = t.round().long() if t.is_floating_point() else t.long()
-    alphas = torch.as_tensor(schedule.alphas, dtype=dtype).to(t.device)
-    sigmas = torch.as_tensor(schedule.sigmas, dtype=dtype).to(t.device)
+    alphas, sigmas = schedule.tables(t.device, dtype)
     return alphas[i], sigmas[i]
 
 

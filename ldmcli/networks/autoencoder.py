@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderSettings
-from ldmcli.networks.blocks import attention, check_divisible, group_norm
+from ldmcli.networks.blocks import as_maps, attention, check_divisible, group_norm, heads_to_map, map_to_tokens
 from ldmcli.networks.vector_quantizer import VectorQuantizer
 
 NORM_EPS = 1e-6
@@ -76,11 +76,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        q, k, v = (map_to_tokens(conv, h).unsqueeze(1) for conv in (self.q, self.k, self.v))
         if not torch.is_grad_enabled():  # other strides keep the fused kernel away, whose memory is linear
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        h = attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(h)
+        return x + heads_to_map(self.proj_out, attention(q, k, v), x.shape)
 
 
 class Downsample(nn.Module):
@@ -163,7 +162,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(as_maps(x))
         for level in self.down:
             h = level(h)
             if isinstance(resample := getattr(level, "downsample", None), Downsample):
@@ -195,7 +194,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, settings.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+        h = self.mid(self.conv_in(as_maps(z)))
         for level in reversed(self.up):
             h = level(h)
             if isinstance(resample := getattr(level, "upsample", None), Upsample):
@@ -258,7 +257,7 @@ class FastEncoder(nn.Module):
         self.conv_out = _conv(width, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.blocks(self.conv_in(F.pixel_unshuffle(x, self.stem)))))
+        return self.conv_out(F.silu(self.blocks(self.conv_in(as_maps(F.pixel_unshuffle(x, self.stem))))))
 
 
 class FastDecoder(nn.Module):
@@ -284,7 +283,7 @@ class FastDecoder(nn.Module):
         self.conv_out = _conv(width, settings.in_channels * self.head**2, 3, gain=0.1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv_out(F.silu(self.blocks(self.conv_in(z)))), self.head)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.blocks(self.conv_in(as_maps(z))))), self.head)
 
 
 class Autoencoder(nn.Module):

@@ -2,10 +2,14 @@
 
 Speed on a CPU, measured (two Zen 4 cores, bf16 autocast): attention by matrix products and softmax beats the fused
 kernel 1.5 to 6 times where gradients are needed, and contiguous maps beat channels_last in GroupNorm's backward.
-So nothing here changes the memory format, and `attention` picks its way from dtype, device and length.
+So there the memory format stays, and `attention` picks its way from dtype, device, length and head size.
+
+On CUDA, where memory is what limits these networks, maps are channels_last, tokens come from them without a copy, and
+norms read and write what autocast computes in; its own policy would have them in float32.
 """
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +17,73 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import UsageError
 
+Zeroed = TypeVar("Zeroed", bound=nn.Module)
+
 # Score matrices up to this many entries a head go the plain way in bf16 on a CPU: beyond, memory decides.
 PLAIN_SCORES = 2**20
 PLAIN_SCORES_GRAD = 2**24
+# CUDA's fast kernels of attention end at this head size; wider heads go the plain way, up to so many scores a head.
+WIDEST_FUSED_HEAD = 256
+PLAIN_SCORES_CUDA = 2**26
+# Older versions turn a channels_last map into a contiguous one in GroupNorm on CUDA, and convolutions turn it back.
+NORMS_TAKE_CHANNELS_LAST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 
 
-def group_norm(channels: int, eps: float, groups: int = 32) -> nn.GroupNorm:
+def cuda_autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in where x is on CUDA and autocast is on, else None."""
+    if x.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return None
+    return torch.get_autocast_dtype("cuda")
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype of CUDA's autocast: what a network begins with decides what its residual sums are kept in.
+    Elsewhere, and without autocast, x itself."""
+    return x.to(cuda_autocast_dtype(x) or x.dtype)
+
+
+def as_maps(x: Tensor) -> Tensor:
+    """(B, c, h, w) in the memory format that the layers behind it are fast in: channels_last on CUDA."""
+    if x.device.type == "cuda" and NORMS_TAKE_CHANNELS_LAST:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that under CUDA's autocast reads and writes its dtype, with means and variances in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, c, …) to the same."""
+        dtype = cuda_autocast_dtype(input)
+        if dtype is None:
+            return super().forward(input)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            return F.group_norm(input.to(dtype), self.num_groups, weight, bias, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that under CUDA's autocast reads and writes its dtype, with means and variances in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, width) to the same."""
+        dtype = cuda_autocast_dtype(input)
+        if dtype is None:
+            return super().forward(input)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+def group_norm(channels: int, eps: float, groups: int = 32) -> GroupNorm:
     """GroupNorm with `groups` groups, or the largest number below that divides `channels`."""
     groups = min(groups, channels)
     while channels % groups:
         groups -= 1
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
 
 
-def zero_init(module: nn.Module) -> nn.Module:
+def zero_init(module: Zeroed) -> Zeroed:
     """The module with all its parameters set to zero: a residual branch that begins as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -35,9 +92,26 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v. q: (B, heads, L, d); k, v: (B, heads, S, d); returns (B, heads, L, d)."""
+    if q.device.type == "cuda":
+        return _attention_on_cuda(q, k, v)
     if _plain_is_faster(q, k):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return scores.softmax(dim=-1).to(v.dtype) @ v
+        return _plain_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def _attention_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Never by the unfused kernel, whose scores are products in float32: that is taken where a head's values do not
+    lie side by side, and where heads are wide the fused one that is left is slow."""
+    low = q.dtype in (torch.bfloat16, torch.float16)
+    if low and q.shape[-1] > WIDEST_FUSED_HEAD and q.shape[-2] * k.shape[-2] <= PLAIN_SCORES_CUDA:
+        with torch.autocast("cuda", enabled=False):  # softmax adds up in float32 whatever it reads and writes
+            return _plain_attention(q, k, v)
+    q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -53,9 +127,34 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def split_qkv(x: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """(B, L, heads·3·d), its channels ordered (head, {q, k, v}, d), to q, k and v: (B, heads, L, d) each."""
+    if x.device.type == "cuda":
+        return tuple(part.transpose(1, 2) for part in x.unflatten(-1, (heads, 3, -1)).unbind(3))
+    # in the order of memory, in which gradients come back as well
+    return tuple(part.transpose(-1, -2) for part in x.transpose(1, 2).unflatten(1, (heads, 3, -1)).unbind(2))
+
+
 def join_heads(x: Tensor) -> Tensor:
     """(B, heads, L, d) to (B, L, heads·d)."""
     return x.transpose(1, 2).flatten(2)
+
+
+def map_to_tokens(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution of a map (B, c, h, w), as tokens (B, h·w, c'). On CUDA a linear map of tokens, whose channels
+    lie side by side as attention needs them."""
+    if x.device.type == "cuda":
+        return F.linear(x.flatten(2).transpose(1, 2), conv.weight.flatten(1), conv.bias)
+    x = x.flatten(2) if isinstance(conv, nn.Conv1d) else x
+    return conv(x).flatten(2).transpose(1, 2)
+
+
+def heads_to_map(conv: nn.Conv1d | nn.Conv2d, x: Tensor, size: torch.Size) -> Tensor:
+    """A 1x1 convolution of attention's result (B, heads, h·w, d), as a map of `size` (B, c, h, w)."""
+    if x.device.type == "cuda":
+        return F.linear(join_heads(x), conv.weight.flatten(1), conv.bias).transpose(1, 2).unflatten(2, size[2:])
+    joined = x.transpose(-1, -2).flatten(1, 2)
+    return (conv(joined) if isinstance(conv, nn.Conv1d) else conv(joined.reshape(size))).reshape(size)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -135,9 +234,9 @@ class TransformerBlock(nn.Module):
         self.attn1 = CrossAttention(width, heads, head_channels)
         self.attn2 = CrossAttention(width, heads, head_channels, context_dim)
         self.ff = FeedForward(width, dropout)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
+        self.norm2 = LayerNorm(width)
+        self.norm3 = LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """x (B, L, width), context (B, M, context_dim) or None: (B, L, width)."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmcli.core.errors import UsageError
+from ldmcli.networks.blocks import as_maps
 
 
 def world_size() -> int:
@@ -93,7 +94,7 @@ class PatchDiscriminator(nn.Module):
                 f"loss.disc_layers = {self.layers}: needs at least {self.smallest_size} px a side, "
                 f"got {x.shape[-2]}x{x.shape[-1]}; take fewer layers or larger images"
             )
-        return self.main(x)
+        return self.main(as_maps(x))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The scale of the latents that the diffusion model works in (latent normalisation, App. G)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ class LatentScale:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    _columns: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def identity(channels: int) -> "LatentScale":
@@ -34,12 +35,24 @@ class LatentScale:
 
     def normalise(self, z: Tensor) -> Tensor:
         """(B, c, h, w) from the autoencoder -> as the diffusion model sees it."""
-        return (z - self._column(self.mean, z)) / self._column(self.std, z)
+        mean, std = self._as_columns(z)
+        return (z - mean) / std
 
     def restore(self, z: Tensor) -> Tensor:
         """Inverse of `normalise`."""
-        return z * self._column(self.std, z) + self._column(self.mean, z)
+        mean, std = self._as_columns(z)
+        return z * std + mean
 
-    @staticmethod
-    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+    def _as_columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (c, 1, 1) beside `like`, brought to a device once: the copy makes the host
+        wait."""
+        key = (str(like.device), like.dtype)
+        if key in self._columns:
+            return self._columns[key]
+        mean, std = (
+            torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        if not torch.compiler.is_compiling():
+            self._columns[key] = mean, std
+        return mean, std

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmcli.core.errors import UsageError
-from ldmcli.networks.blocks import attention, join_heads, split_heads
+from ldmcli.networks.blocks import LayerNorm, as_autocast, attention, join_heads, split_heads
 
 EMBEDDING_STD = 0.02
 
@@ -45,8 +45,8 @@ class Layers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
         for _ in range(layers):
-            self.layers.append(nn.ModuleList([nn.LayerNorm(width), SelfAttention(width, heads, head_channels)]))
-            self.layers.append(nn.ModuleList([nn.LayerNorm(width), FeedForward(width)]))
+            self.layers.append(nn.ModuleList([LayerNorm(width), SelfAttention(width, heads, head_channels)]))
+            self.layers.append(nn.ModuleList([LayerNorm(width), FeedForward(width)]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, width) to the same."""
@@ -79,12 +79,12 @@ class TokenTransformer(nn.Module):
         nn.init.normal_(self.token_emb.weight, std=std)
         self.pos_emb = PositionEmbedding(length, width, std)
         self.attn_layers = layers
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         if logits_head:
             self.to_logits = nn.Linear(width, vocab_size).requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token_emb(tokens) + self.pos_emb(tokens.shape[1])
+        x = as_autocast(self.token_emb(tokens) + self.pos_emb(tokens.shape[1]))
         return self.norm(self.attn_layers(x))
 
 

@@ -16,9 +16,13 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
 from ldmcli.networks.blocks import (
     TransformerBlock,
+    as_maps,
     attention,
     check_divisible,
     group_norm,
+    heads_to_map,
+    map_to_tokens,
+    split_qkv,
     timestep_embedding,
     zero_init,
 )
@@ -163,10 +167,8 @@ class AttentionBlock(TakesTimestep):
         h = self.norm(x)
         code = inputs.position(self.position_key, x)
         h = h if code is None else h + code
-        qkv = self.qkv(h.flatten(2)).unflatten(1, (self.heads, 3, -1))
-        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(2))
-        h = attention(q, k, v).transpose(-1, -2).flatten(1, 2)
-        return x + self.proj_out(h).view_as(x)
+        q, k, v = split_qkv(map_to_tokens(self.qkv, h), self.heads)
+        return x + heads_to_map(self.proj_out, attention(q, k, v), x.shape)
 
 
 class SpatialTransformer(TakesTimestep):
@@ -188,10 +190,10 @@ class SpatialTransformer(TakesTimestep):
         h = self.norm(x)
         code = inputs.position(self.position_key, x)
         h = h if code is None else h + code
-        tokens = self.proj_in(h).flatten(2).transpose(1, 2)
+        tokens = map_to_tokens(self.proj_in, h)
         for block in self.transformer_blocks:
             tokens = block(tokens, inputs.context)
-        return x + self.proj_out(tokens.transpose(1, 2).reshape(x.shape))
+        return x + heads_to_map(self.proj_out, tokens[:, None], x.shape)
 
 
 class LearnedPosition(nn.Module):
@@ -222,14 +224,15 @@ class SinusoidalPosition(nn.Module):
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """The code at `size` = (h, w): (1, width, h, w)."""
-        return F.conv2d(sinusoidal_map(size, self.waves).to(self.weight), self.weight[:, :, None, None])
+        codes = sinusoidal_map(size, self.waves, self.weight.device).to(self.weight)
+        return F.conv2d(codes, self.weight[:, :, None, None])
 
 
-def sinusoidal_map(size: tuple[int, int], waves: int) -> Tensor:
+def sinusoidal_map(size: tuple[int, int], waves: int, device: torch.device | None = None) -> Tensor:
     """sin and cos of π·2^k·y and π·2^k·x, k < waves, y and x in (0, 1) at cell centres: (1, 4·waves, h, w)."""
     planes = []
     for axis, side in enumerate(size):
-        place = (torch.arange(side, dtype=torch.float32) + 0.5) / side
+        place = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
         place = place.view(-1, 1) if axis == 0 else place.view(1, -1)
         for k in range(waves):
             angle = (torch.pi * 2**k * place).expand(size)
@@ -278,7 +281,7 @@ class UNetEncoder(nn.Module):
         """(the middle's map, maps of the skip connections). Raises UsageError where `size_factor` does not divide h and
         w."""
         check_divisible(x.shape[-2], x.shape[-1], self.size_factor, "a latent")
-        h = F.pixel_unshuffle(x, self.settings.patch) if self.settings.patch > 1 else x
+        h = as_maps(F.pixel_unshuffle(x, self.settings.patch) if self.settings.patch > 1 else x)
         skips: list[Tensor] = []
         for i, block in enumerate(self.input_blocks):
             h = self._run(block, h, inputs)

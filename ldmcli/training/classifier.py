@@ -158,14 +158,14 @@ class ClassifierObjective:
             "row": torch.from_numpy(ids.copy()),
             "label": torch.tensor(labels),
             "noise": rng.normal(seed, at, self.latents.shape, "noise"),
-            "u": rng.uniform(seed, at, "timestep"),
+            "t": sample_timesteps(self.config.diffusion, rng.uniform(seed, at, "timestep"), self.schedule),
             **latents,
         }
 
     def loss(self, phase: str, networks: dict, batch: dict[str, Tensor], step: int, norms: bool):
         """(mean cross-entropy of a micro-batch in nats, statistics)."""
         z_0, device = self.latents.of_batch(batch), self.dist.device
-        t = sample_timesteps(self.config.diffusion, batch["u"], self.schedule).to(device)
+        t = batch["t"].to(device)
         z_t = q_sample(z_0, batch["noise"].to(device), *alpha_sigma(self.schedule, t))
         logits, labels = networks["model"](z_t, t).float(), batch["label"].to(device)
         return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(1) == labels).float().mean()}

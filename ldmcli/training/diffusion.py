@@ -18,7 +18,7 @@ from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.augment import batch_indices
 from ldmcli.data.batches import rank_slice
 from ldmcli.diffusion.loss import diffusion_loss
-from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
 from ldmcli.maths import rng
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.sampling.api import LoadedDiffusion
@@ -186,7 +186,7 @@ class DiffusionObjective:
         out = {
             "row": torch.from_numpy(ids.copy()),
             "noise": rng.normal(seed, at, self.latents.shape, "noise"),
-            "u": rng.uniform(seed, at, "timestep"),
+            "t": sample_timesteps(self.config.diffusion, rng.uniform(seed, at, "timestep"), self.schedule),
             **self.latents.batch(self.rows, self.config, ids, where),
         }
         if self.config.kinds:
@@ -205,8 +205,8 @@ class DiffusionObjective:
         z = self.latents.of_batch(batch)
         inputs = {k.removeprefix("condition."): v.to(device) for k, v in batch.items() if k.startswith("condition.")}
         model = partial(networks["model"], encode=self.encode)
-        noise, u = batch["noise"].to(device), batch["u"]
-        return diffusion_loss(model, self.schedule, self.config.diffusion, z, noise, u, inputs).mean(), {}
+        noise, t = batch["noise"].to(device), batch["t"].to(device)
+        return diffusion_loss(model, self.schedule, self.config.diffusion, z, noise, t, inputs).mean(), {}
 
     def after_update(self, step: int) -> dict[str, float]:
         """Nothing."""

@@ -18,6 +18,7 @@ from ldmcli.core import console
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import rank_slice
+from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
 from ldmcli.maths import rng
 from ldmcli.networks.conditioners import Conditions
 from ldmcli.sampling.api import LoadedDiffusion
@@ -30,7 +31,7 @@ from ldmcli.training.sample_quality import SampleQuality, open_features
 VALIDATION_ROWS = 512
 HELD_BYTES, MIN_HELD_ROWS = 1 << 28, 32  # for conditions as large as images
 
-# z (B, c, h, w), noise (B, c, h, w), u (B,) in [0, 1), inputs of conditions → weighted errors (B,)
+# z (B, c, h, w), noise (B, c, h, w), timesteps (B,), inputs of conditions → weighted errors (B,)
 Losses = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 
 
@@ -88,15 +89,16 @@ class DiffusionValidation:
     @torch.no_grad()
     def mean_loss(self, losses: Losses, dist: Distributed) -> float:
         """Mean over the rows at evenly spread quantiles of the timestep, each process its part. Collective."""
-        count, total = len(self.latents), 0.0
+        count, total, settings = len(self.latents), 0.0, self.config.diffusion
+        schedule = make_schedule(settings)
         mine = rank_slice(count, dist.rank, dist.world_size)
         for start in range(mine.start, mine.stop, 64):
             ids = list(range(start, min(start + 64, mine.stop)))
-            u = (torch.tensor(ids, dtype=torch.float64) + 0.5) / count
+            t = sample_timesteps(settings, (torch.tensor(ids, dtype=torch.float64) + 0.5) / count, schedule)
             noise = rng.normal(self.config.train.seed, ids, tuple(self.latents.shape[1:]), "validation")
             inputs = {k: v[ids].to(dist.device) for k, v in self.inputs.items()}
             with dist.autocast():
-                found = losses(self.latents[ids].to(dist.device), noise.to(dist.device), u, inputs)
+                found = losses(self.latents[ids].to(dist.device), noise.to(dist.device), t.to(dist.device), inputs)
             total += float(found.sum())
         return sum(dist.gather(total)) / max(count, 1)
 

@@ -37,7 +37,7 @@ from ldmcli.diffusion import gradient_guidance
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.sample import KnownRegion, sample_conditioned
 from ldmcli.diffusion.samplers import SAMPLERS
-from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
 from ldmcli.evaluation import extractors
 from ldmcli.maths import rng
 from ldmcli.networks.autoencoder import Autoencoder
@@ -299,7 +299,7 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
         "row": torch.arange(2),
         "noise": rng.normal(0, [0, 1], shape, "noise"),
         "pixels": torch.from_numpy(PIXELS),
-        "u": rng.uniform(0, [0, 1], "timestep"),
+        "t": sample_timesteps(model.config.diffusion, rng.uniform(0, [0, 1], "timestep"), objective.schedule),
     }
     if not objective.latents.deterministic:
         batch["posterior"] = rng.normal(0, [0, 1], shape, "posterior")
@@ -573,7 +573,7 @@ def test_a_step_with_autocast_on_cuda(kinds, words):
         moved(model, device)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         z = torch.empty(2, *model.network.latent_shape, device=device)
-        schedule, u = make_schedule(model.config.diffusion), rng.uniform(0, [0, 1], "t")
+        schedule, t = make_schedule(model.config.diffusion), torch.empty(2, device=device)
         network = partial(model.network, encode=model.autoencoder.encode)
-        each = diffusion_loss(network, schedule, model.config.diffusion, z, torch.empty_like(z), u, inputs)
+        each = diffusion_loss(network, schedule, model.config.diffusion, z, torch.empty_like(z), t, inputs)
         assert each.device.type == "cuda" and each.dtype == torch.float32
