@@ -37,7 +37,7 @@ def _from_coarse(
     """Holes filled with what the means of known pixels over 2x2 blocks, filled likewise, say when they are enlarged
     by `mode`; each level is corrected by `correct`."""
     known = (~hole[:, None]).to(x.dtype)
-    if min(x.shape[-2:]) == 1 or bool((known > 0).all()):
+    if min(x.shape[-2:]) == 1 or _seen_to_be_whole(known):
         mean = (x * known).mean((2, 3), keepdim=True) / known.mean((2, 3), keepdim=True).clamp(min=1e-6)
         return torch.where(hole[:, None], mean, x)
     # a last row or column without partner is halved with itself
@@ -46,6 +46,11 @@ def _from_coarse(
     coarse = _from_coarse(total / share.clamp(min=1e-6), share[:, 0] == 0, mode, correct)
     fine = F.interpolate(coarse, size=x.shape[-2:], mode=mode, align_corners=False)
     return correct(torch.where(hole[:, None], fine, x), hole)
+
+
+def _seen_to_be_whole(known: Tensor) -> bool:
+    """Whether coarser levels would change nothing. Asked on the CPU alone: a GPU would have to be waited for."""
+    return known.device.type == "cpu" and not torch.compiler.is_compiling() and bool((known > 0).all())
 
 
 def _minimise_laplacian(x: Tensor, hole: Tensor) -> Tensor:

@@ -399,6 +399,15 @@ class Conditions(nn.Module):
             out |= {f"{condition}.{name}": tensor for name, tensor in null.items()}
         return out
 
+    def complete(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs on their device with what is made of them once there (`Conditioner.complete`)."""
+        return dict(inputs) | {
+            f"{condition}.{name}": tensor
+            for condition, entry in self.conditioners.items()
+            if (own := _own(condition, inputs))
+            for name, tensor in entry.complete(own).items()
+        }
+
     def drop(self, inputs: dict[str, Tensor], dropped: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replaces rows by the null where dropped[kind] (n,) is true; kinds that `dropped` does not name stay."""
         out = dict(inputs)

@@ -65,6 +65,11 @@ class Conditioner(nn.Module):
     def count_only(self) -> None:
         """Leaves out of `forward` what looks at content and keeps nothing for gradients: shapes have none."""
 
+    def complete(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs with what is made of them once, on their device and without weights. `forward` does it where it was
+        not done; done before, it stays out of what is compiled."""
+        return inputs
+
     def null(self, n: int, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The inputs that stand for no condition, n times. given: inputs that they replace, for their size."""
         raise NotImplementedError

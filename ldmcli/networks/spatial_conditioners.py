@@ -151,9 +151,16 @@ class MaskedConditioner(Conditioner):
         """Holes stay black."""
         self.fill = "black"
 
-    def forward(self, inputs: dict[str, Tensor], encode: Encode | None = None) -> Conditioning:
+    @torch.no_grad()
+    def complete(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds "filled" (n, 3, H, W), the images in [-1, 1] as the first stage sees them."""
+        if "filled" in inputs:
+            return inputs
         x = inputs["image"].float() / 127.5 - 1
-        latent = _encoded(encode, thin_plate_fill(x, inputs["hole"]) if self.fill == "smooth" else x)
+        return {**inputs, "filled": thin_plate_fill(x, inputs["hole"]) if self.fill == "smooth" else x}
+
+    def forward(self, inputs: dict[str, Tensor], encode: Encode | None = None) -> Conditioning:
+        latent = _encoded(encode, self.complete(inputs)["filled"])
         return Conditioning(concat=masked_planes(latent, inputs["hole"]))
 
 

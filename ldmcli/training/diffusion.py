@@ -204,6 +204,7 @@ class DiffusionObjective:
         device = self.dist.device
         z = self.latents.of_batch(batch)
         inputs = {k.removeprefix("condition."): v.to(device) for k, v in batch.items() if k.startswith("condition.")}
+        inputs = self.model.conditions.complete(inputs)
         model = partial(networks["model"], encode=self.encode)
         noise, t = batch["noise"].to(device), batch["t"].to(device)
         return diffusion_loss(model, self.schedule, self.config.diffusion, z, noise, t, inputs).mean(), {}
