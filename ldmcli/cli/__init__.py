@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         if launch.report_exit(code, message):
             # after a signal all end by themselves; a failing status would make the launcher end the others
             return ExitCode.OK if isinstance(error, Interrupted) else code
-        if message:
+        if message and not getattr(error, "said_by_rank_0", False):
             console.fail(message)
         return code
     launch.report_exit(code)

@@ -1,16 +1,21 @@
 """`ldm inpaint` and `ldm upscale`: pictures from pictures."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldmcli.cli import options as opt
 from ldmcli.cli.generate import guiding_options, slug
 from ldmcli.cli.parsing import DATA, MACHINE, MODEL, SAMPLING, ParsedOptions, Text, argument, command, option
+from ldmcli.cli.processes import shared
 from ldmcli.cli.train import require_folder
 from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.sampling.request import EditRequest, later_text
+
+if TYPE_CHECKING:
+    from ldmcli.sampling.machine import Machine
 
 Picture = argument(Path, "IMAGE", "A picture, or a folder of them.")
 Mask = argument(
@@ -142,7 +147,7 @@ _MACHINE = {"tile": Tile, "max_memory": MaxMemory}
     opt.DRAWING,
     opt.IMAGES_OUT,
     opt.TALK,
-    _MACHINE,
+    {**opt.USE_MACHINE, **_MACHINE},
 )
 def inpaint(given: ParsedOptions) -> None:
     """Repaint a part of a picture: what is white in MASK, or inside --box.
@@ -153,11 +158,8 @@ def inpaint(given: ParsedOptions) -> None:
     """
     if given.mask is not None and given.box is not None:
         raise UsageError("MASK or --box: give one of them, to say what to repaint")
-    request = _request(given, masks=_one(given.mask), box=_box(given.box), blend=given.blend, resample=given.resample)
-    out = _out(given, request, "inpainted")
-    from ldmcli.sampling.edit_commands import inpaint_to_folder
-
-    _done(given, out, inpaint_to_folder(given.model, request, out, **_how(given)))
+    own = {"masks": _one(given.mask), "box": _box(given.box), "blend": given.blend, "resample": given.resample}
+    shared(given, partial(_edit, given, own, "inpainted"))
 
 
 @command(
@@ -169,7 +171,7 @@ def inpaint(given: ParsedOptions) -> None:
     opt.DRAWING,
     opt.IMAGES_OUT,
     opt.TALK,
-    _MACHINE,
+    {**opt.USE_MACHINE, **_MACHINE},
 )
 def upscale(given: ParsedOptions) -> None:
     """Make pictures larger, with a model trained with --task sr.
@@ -180,11 +182,22 @@ def upscale(given: ParsedOptions) -> None:
     if given.scale not in (2, 4, 8):
         raise UsageError(f"--scale {given.scale}: choose one of 2, 4, 8")
     guiding = guiding_options(given, "--guide-scale SCALE", given.guide_scale is not None)
-    request = _request(given, scale=given.scale, tone=given.tone, **guiding)
-    out = _out(given, request, f"x{given.scale}")
-    from ldmcli.sampling.edit_commands import upscale_to_folder
+    own = {"scale": given.scale, "tone": given.tone, **guiding}
+    shared(given, partial(_edit, given, own, f"x{given.scale}"))
 
-    _done(given, out, upscale_to_folder(given.model, request, out, **_how(given)))
+
+def _edit(given: ParsedOptions, own: dict[str, Any], what: str, machine: "Machine") -> None:
+    """The work of either command. own: what its request says alone; what: the end of the folder's name."""
+    request, out = machine.world.on_rank_0(lambda: _placed(given, _request(given, **own), what))
+    from ldmcli.sampling.edit_commands import inpaint_to_folder, upscale_to_folder
+
+    make = upscale_to_folder if request.scale else inpaint_to_folder
+    how = {"overwrite": given.overwrite, "fmt": given.format, "metadata": given.metadata}
+    result = make(given.model, request, out, machine=machine, **how)
+    if given.json:
+        console.emit_json(result)
+    else:
+        console.out(out)
 
 
 def _request(given: ParsedOptions, **more) -> EditRequest:
@@ -226,21 +239,10 @@ def _one(value: Any) -> tuple[Any, ...]:
     return () if value is None else (value,)
 
 
-def _how(given: ParsedOptions) -> dict:
-    return {"overwrite": given.overwrite, "fmt": given.format, "metadata": given.metadata}
-
-
-def _out(given: ParsedOptions, request: EditRequest, what: str) -> Path:
-    """The folder named, or one for this request: the same for the same command, so that it goes on in it."""
+def _placed(given: ParsedOptions, request: EditRequest, what: str) -> tuple[EditRequest, Path]:
+    """The request with the folder named, or one for it: the same for the same command, so that it goes on in it."""
     described = f"{given.model} {request} {given.format} {given.metadata}{later_text(request)}"
     digest = hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()[:6]
     out = given.out or Path("outputs") / f"{slug(given.image.stem)}-{what}-{digest}"
     require_folder(out)
-    return out
-
-
-def _done(given: ParsedOptions, out: Path, result: dict) -> None:
-    if given.json:
-        console.emit_json(result)
-    else:
-        console.out(out)
+    return request, out

@@ -3,16 +3,21 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import DATA, OUTPUT, ParsedOptions, Text, argument, command, option
+from ldmcli.cli.processes import shared
 from ldmcli.cli.prompts import read_prompts
 from ldmcli.cli.train import require_folder
 from ldmcli.core import config, console
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.sampling.request import SampleRequest, later_text
+
+if TYPE_CHECKING:
+    from ldmcli.sampling.machine import Machine
 
 _REQUEST = {
     "prompt": opt.Prompt,
@@ -43,15 +48,26 @@ ImageSize = option(Text, "--size", "N|HxW", "Height and width in pixels.", panel
 Images = argument(list[Path], "IMAGES...", "Image files, or folders of them.")
 
 
-@command({"model": opt.Model, "weights": opt.Weights}, _REQUEST, {"progress": Progress}, opt.IMAGES_OUT, opt.TALK)
+@command(
+    {"model": opt.Model, "weights": opt.Weights},
+    _REQUEST,
+    {"progress": Progress},
+    opt.IMAGES_OUT,
+    opt.TALK,
+    opt.USE_MACHINE,
+)
 def sample(given: ParsedOptions) -> None:
     """Draw images with a trained model.
 
     Image k depends on --seed and k alone: not on the batch size, the device count, or what else is asked for.
     """
-    request = sample_request(given)
+    shared(given, partial(_sample, given))
+
+
+def _sample(given: ParsedOptions, machine: "Machine") -> None:
+    request = machine.world.on_rank_0(lambda: sample_request(given))  # prompts may come from stdin, which is read once
     out = given.out or Path("outputs") / _stated_name(given, request)
-    require_folder(out)
+    machine.world.on_rank_0(lambda: require_folder(out))
     from ldmcli.sampling.commands import sample_to_folder
 
     result = sample_to_folder(
@@ -62,6 +78,7 @@ def sample(given: ParsedOptions) -> None:
         fmt=given.format,
         metadata=given.metadata,
         progress=given.progress,
+        machine=machine,
     )
     if given.json:
         console.emit_json(result)
@@ -78,17 +95,18 @@ def sample(given: ParsedOptions) -> None:
         "overwrite": opt.Overwrite,
     },
     opt.TALK,
+    opt.USE_MACHINE,
 )
 def reconstruct(given: ParsedOptions) -> None:
     """Pass images through an autoencoder and show each beside its reconstruction, with PSNR.
 
     Several autoencoders give a sheet with all their reconstructions, too.
     """
-    missing = [path for path in given.images if not path.exists()]
-    if missing:
-        raise InputError(f"{missing[0]}: no such file or folder")
-    out = given.out or Path("outputs") / f"{slug(given.images[0].stem)}-reconstructed"
-    require_folder(out)
+    shared(given, partial(_reconstruct, given))
+
+
+def _reconstruct(given: ParsedOptions, machine: "Machine") -> None:
+    out = machine.world.on_rank_0(lambda: _reconstructed_to(given))
     from ldmcli.sampling.reconstruct import reconstruct_to_folder
 
     result = reconstruct_to_folder(
@@ -98,6 +116,7 @@ def reconstruct(given: ParsedOptions) -> None:
         size=config.size_of(given.size),
         overwrite=given.overwrite,
         own_folder=given.out is None,
+        machine=machine,
     )
     if given.json:
         console.emit_json(result)
@@ -107,6 +126,16 @@ def reconstruct(given: ParsedOptions) -> None:
         rows = [(row["image"], *(f"{psnr:.2f}" for psnr in each)) for row, each in zip(result["images"], psnrs)]
         console.out(console.table(rows, ["image", *(f"PSNR / dB {name}".strip() for name in names)]))
         console.out(out)
+
+
+def _reconstructed_to(given: ParsedOptions) -> Path:
+    """The folder for the results. Raises InputError where an image is missing."""
+    missing = [path for path in given.images if not path.exists()]
+    if missing:
+        raise InputError(f"{missing[0]}: no such file or folder")
+    out = given.out or Path("outputs") / f"{slug(given.images[0].stem)}-reconstructed"
+    require_folder(out)
+    return out
 
 
 def sample_request(given: ParsedOptions) -> SampleRequest:

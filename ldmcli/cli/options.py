@@ -23,6 +23,7 @@ from ldmcli.cli.parsing import (
 )
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import GUIDE_METRICS, GUIDE_RULES
+from ldmcli.core.train_settings import MIXED_PRECISION
 from ldmcli.diffusion.samplers import SAMPLERS
 
 _data, _model, _training = (partial(setting, panel=panel) for panel in (DATA, MODEL, TRAINING))
@@ -353,7 +354,7 @@ Gpus = option(
     default="1",
 )
 MixedPrecision = setting(
-    "train.mixed_precision", ("auto", "no", "bf16", "fp16"), "Number format of the heavy arithmetic.", panel=MACHINE
+    "train.mixed_precision", MIXED_PRECISION, "Number format of the heavy arithmetic.", panel=MACHINE
 )
 Compile = switch("train.compile", "torch.compile the networks: slow start, faster steps.", panel=MACHINE)
 Workers = setting("data.workers", "N", "Threads that decode images ahead.", panel=MACHINE)
@@ -394,7 +395,8 @@ LOOP = {
 RUN_OUTPUT = {"out": RunOut, "fresh": Fresh, "allow": Allow, "plan": Plan, "track": Track}
 IMAGES_OUT = {"out": Out, "overwrite": Overwrite, "format": Format, "metadata": Metadata}
 TALK = {"json": Json, "verbose": Verbose, "quiet": Quiet, "offline": Offline}
-TRAIN_MACHINE = {"gpus": Gpus, "mixed_precision": MixedPrecision, "compile": Compile, "workers": Workers}
+USE_MACHINE = {"gpus": Gpus, "mixed_precision": MixedPrecision, "compile": Compile}
+TRAIN_MACHINE = {**USE_MACHINE, "workers": Workers}
 GUIDING = {"guide_scale": GuideScale, "guide_rule": GuideRule, "guide_metric": GuideMetric, "perceptual": Perceptual}
 CLASSIFIER = {"classifier": Classifier, "classifier_scale": ClassifierScale}
 DRAWING = {

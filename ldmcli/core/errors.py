@@ -19,9 +19,13 @@ class ExitCode(IntEnum):
 
 
 class LdmError(Exception):
-    """A failure whose message is one line for a person: what is wrong, where, what to do."""
+    """A failure whose message is one line for a person: what is wrong, where, what to do.
+
+    said_by_rank_0: whether all processes end by it, of which this one need not say it again.
+    """
 
     code: ExitCode = ExitCode.FAULT
+    said_by_rank_0 = False
 
 
 class UsageError(LdmError):

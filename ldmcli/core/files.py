@@ -85,7 +85,8 @@ def writing(path: Path, needed: int = 0):
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """The names in a folder are on the disk when this returns."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -116,8 +117,9 @@ def is_temporary(path: Path) -> bool:
 
 
 @contextmanager
-def atomic_path(path: Path, needed: int = 0):
-    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, else removed."""
+def atomic_path(path: Path, needed: int = 0, *, folder_too: bool = True):
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, else removed. folder_too:
+    whether its new name is flushed as well; of many files in one folder that is done once (`flush_folder`)."""
     temporary = temporary_path(path)
     with writing(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,14 +128,15 @@ def atomic_path(path: Path, needed: int = 0):
             with open(temporary, "rb+") as handle:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            if folder_too:
+                flush_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`, whole or not at all."""
-    with atomic_path(path, len(data)) as temporary:
+def write_bytes(path: Path, data: bytes, *, folder_too: bool = True) -> None:
+    """Replaces `path` by `data`, whole or not at all. folder_too as `atomic_path`."""
+    with atomic_path(path, len(data), folder_too=folder_too) as temporary:
         temporary.write_bytes(data)
 
 

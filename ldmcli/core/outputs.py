@@ -217,8 +217,12 @@ class Results:
         files.write_bytes(path, data)
         self.files[path.name] = hashlib.sha256(data).hexdigest()
 
+    def add(self, hashes: Mapping[str, str]) -> None:
+        """Files of the request that others have written: their SHA-256 by name."""
+        self.files |= hashes
+
     def __enter__(self) -> "Results":
         return self
 
     def __exit__(self, *_: object) -> None:
-        files.write_json(self.out / RECORD, {**self.wanted, "files": self.files})
+        files.write_json(self.out / RECORD, {**self.wanted, "files": dict(sorted(self.files.items()))})

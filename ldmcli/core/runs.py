@@ -224,7 +224,7 @@ def write_checkpoint(
         with files.writing(final):
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
-            files._sync_folder(root)
+            files.flush_folder(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     rotate_checkpoints(run, final, keep, best)

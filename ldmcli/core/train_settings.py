@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from ldmcli.core.errors import UsageError
 from ldmcli.core.setting_checks import at_least, choice, positive, share
 
+MIXED_PRECISION = ("auto", "no", "bf16", "fp16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -64,7 +66,7 @@ class TrainSettings:
 
     def __post_init__(self):
         choice("train", "optimizer", self.optimizer, ("adamw", "muon"))
-        choice("train", "mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        choice("train", "mixed_precision", self.mixed_precision, MIXED_PRECISION)
         choice("train", "schedule", self.schedule, ("constant", "linear", "warmup_cosine"))
         choice("train", "ema_scope", self.ema_scope, ("all", "unet"))
         positive(

@@ -5,16 +5,33 @@ long, ends the others; one that dies closes its connections, which does.
 """
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 from ldmcli.core import launch
 from ldmcli.core.errors import LdmError, ResourceError, UsageError
 
 CONTROL_TIMEOUT = timedelta(hours=24)  # while one process writes, evaluates, encodes or reads, the others wait
 GONE = ("connection closed", "connection reset", "broken pipe")  # what gloo says when another process has ended
+T = TypeVar("T")
+
+
+def default_device() -> Any:
+    """The torch.device of this process: its own GPU, as the launcher numbers them, else MPS, else the CPU.
+
+    Raises UsageError where a launcher has started more processes on this machine than it has GPUs.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    rank, _, local = launch.world()
+    if local >= torch.cuda.device_count():
+        raise UsageError(f"process {rank}: no GPU {local} on this machine; start as many processes as there are GPUs")
+    return torch.device("cuda", local)
 
 
 class World:
@@ -24,10 +41,24 @@ class World:
         self.rank, self.world_size = rank, world_size
         self.control = control  # the process group of objects and decisions; None of a process that is alone
 
+    @cached_property
+    def device(self) -> Any:
+        """The torch.device that this process computes on."""
+        return default_device()
+
     @property
     def is_rank_0(self) -> bool:
         """Whether this process writes and reports."""
         return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of equally known items that this process takes: every one in `world_size`."""
+        return items[self.rank :: self.world_size]
+
+    def agreed(self, error: LdmError) -> LdmError:
+        """An error that all processes raise: rank 0 says it, the others end with its code."""
+        error.said_by_rank_0 = not self.is_rank_0
+        return error
 
     def on_rank_0(self, function: Callable[[], Any]) -> Any:
         """Runs `function` on rank 0; all processes get its result (pickled), or raise its LdmError. Collective."""
@@ -42,7 +73,7 @@ class World:
 
             torch.distributed.broadcast_object_list(result, src=0, group=self.control)
         if result[1] is not None:
-            raise result[1]
+            raise self.agreed(result[1])
         return result[0]
 
     def on_all_ranks(self, function: Callable[[], Any]) -> Any:
@@ -57,7 +88,7 @@ class World:
             error = caught
         if self.all_reduce_max([float(error is not None)])[0]:
             errors = self.gather(error)  # from those that have one, too: nobody leaves while another waits
-            raise error or next(one for one in errors if one is not None)
+            raise self.agreed(next(one for one in errors if one is not None))
         return result
 
     def gather(self, value: Any) -> list[Any]:
@@ -87,18 +118,15 @@ def joined() -> Iterator[World]:
 
     Raises ResourceError where another process ends within it, UsageError where there are more processes than GPUs.
     """
-    rank, size, local = launch.world()
+    rank, size, _ = launch.world()
     if size == 1:
         yield World()
         return
     import torch
 
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UsageError(
-                f"process {rank}: no GPU {local} on this machine; start as many processes as there are GPUs"
-            )
-        torch.cuda.set_device(local)
+    device = default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
     try:
         yield World(rank, size, torch.distributed.group.WORLD)

@@ -112,4 +112,4 @@ def _shift_eps(x0: Tensor, eps: Tensor, change: Tensor, alpha: float, sigma: flo
 
 def latent_decoder(autoencoder) -> Callable[[Tensor], Tensor]:
     """`LoadedAutoencoder.decode` that passes gradients."""
-    return lambda z: autoencoder.network.decode(autoencoder.scale.restore(z))
+    return lambda z: autoencoder.network.decode(autoencoder.scale.restore(z)).float()

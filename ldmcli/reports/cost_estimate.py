@@ -21,9 +21,9 @@ from ldmcli.core.config import Resolved
 from ldmcli.core.durations import rough_duration
 from ldmcli.core.presets import PRESETS
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, ClassifierConfig, DiffusionConfig
+from ldmcli.core.world import default_device
 from ldmcli.formats.open_model import format_of
 from ldmcli.formats.run_folder import read_config
-from ldmcli.sampling.first_stage import default_device
 from ldmcli.sampling.load import load_autoencoder
 from ldmcli.training import checks, cost
 from ldmcli.training.distributed import autocast_dtype

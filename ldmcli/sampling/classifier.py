@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldmcli.conditions.class_ import ALL, Class
 from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.core.world import default_device
 from ldmcli.diffusion.gradient_guidance import classifier_guide
 from ldmcli.diffusion.samplers import Denoise
 from ldmcli.diffusion.schedule import Schedule, make_schedule
@@ -20,7 +21,6 @@ from ldmcli.formats.run_folder import fingerprint_of, read_classifier
 from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.noisy_classifier import NoisyClassifier
-from ldmcli.sampling.first_stage import default_device
 from ldmcli.sampling.model import TrainedDiffusion
 
 SCALE_TOLERANCE = 0.02  # of a standard deviation: scales measured on other rows of the same data differ by less

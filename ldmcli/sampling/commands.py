@@ -26,8 +26,9 @@ from ldmcli.sampling.classifier import ClassGuidance, class_guidance, group_coun
 from ldmcli.sampling.contact_sheets import in_rows
 from ldmcli.sampling.draw import Draw, draw_images, tile_side, warn_of_idle_guidance
 from ldmcli.sampling.guiding import guide_to, guiding_of
-from ldmcli.sampling.image_folder import ImageFolder, Images, contents, in_batches
+from ldmcli.sampling.image_folder import ImageFolder, Images, contents
 from ldmcli.sampling.load import find_model, load
+from ldmcli.sampling.machine import ALONE, Machine, stated_precision
 from ldmcli.sampling.memory import MAX_MEMORY
 from ldmcli.sampling.progress import SAMPLES, progress_bytes
 from ldmcli.sampling.request import SampleRequest, document_of, named_files, sampling_of, sampling_used
@@ -44,17 +45,23 @@ def sample_to_folder(
     fmt: str = "png",
     metadata: bool = True,
     progress: str | None = None,
+    machine: Machine = ALONE,
 ) -> dict[str, Any]:
     """Samples what `request` says into `out`: 000000.png …, grid.png. Returns the document that --json prints.
     progress: "row" or "gif" shows how the first samples came about, in progress.png or progress.gif.
 
     Sample k depends on the seed and k alone; the same command again makes only what is missing. A signal leaves whole
-    images only and ends with 130 or 143.
+    images only and ends with 130 or 143. machine: its processes share the work; the document is that of rank 0.
     """
-    path, loaded = _generating_model(model, request)
-    led = _class_guidance(loaded, request)
-    values = _parse(loaded, request, led)
-    draw = replace(request_draw(loaded, request, values), classes=led)
+
+    def ready() -> tuple[Path, LoadedDiffusion, dict[str, list], Draw]:
+        path, loaded = _generating_model(model, request, machine)
+        led = _class_guidance(loaded, request)
+        values = _parse(loaded, request, led)
+        return path, loaded, values, replace(request_draw(loaded, request, values), classes=led)
+
+    path, loaded, values, draw = machine.world.on_all_ranks(ready)
+    led = draw.classes
     groups = group_count(values, led)
     n = request.n or (1 if values or led else loaded.config.sample.n)
     shown_as = [PROGRESS[progress]] if progress else []
@@ -65,10 +72,11 @@ def sample_to_folder(
         inputs=named_files(request),
         sheets=[SHEET, *shown_as],
         overwrite=overwrite,
+        world=machine.world,
     )
     describe = _describe(loaded, path, request) | _led_document(request, led)
     folder.write(
-        in_batches(folder.todo, request.batch_size or _batch_size(loaded, draw)),
+        folder.in_batches(request.batch_size or _batch_size(loaded, draw)),
         _making(loaded, draw, request, values),
         (lambda k: _metadata(k, values, request, describe) | _led_class(k, led)) if metadata else None,
         lambda: _sheet(folder.names, n, groups, values, loaded),
@@ -113,10 +121,10 @@ def _making(
     return make
 
 
-def _generating_model(model: str | None, request: SampleRequest) -> tuple[Path, LoadedDiffusion]:
+def _generating_model(model: str | None, request: SampleRequest, machine: Machine) -> tuple[Path, LoadedDiffusion]:
     """The run named, or the newest. Raises UsageError for one that does not generate from noise."""
     path = find_model(model, "diffusion")
-    loaded = load(path, weights=request.weights)
+    loaded = load(path, weights=request.weights, mixed_precision=machine.mixed_precision, compile=machine.compile)
     if not isinstance(loaded, LoadedDiffusion):
         raise UsageError(
             f"{path}: an autoencoder; `ldm sample` needs a diffusion run (`ldm reconstruct` takes this one)"
@@ -185,6 +193,7 @@ def _record(
 ) -> dict[str, Any]:
     """What request.json keeps: all that changes the images."""
     record = {"model": loaded.fingerprint, **document_of(request), "total": total, "format": fmt}
+    record |= stated_precision(loaded.precision)
     if led is not None:
         record["classifier"] = led.classifier.fingerprint
     if outputs.spatial(values):
@@ -239,6 +248,7 @@ def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> di
         "negative_prompt": request.negative_prompt,
         **({"guide": request.guide.name, **guiding_of(request).document()} if request.guide else {}),
         **used,
+        **stated_precision(loaded.precision),
     }
 
 

@@ -78,7 +78,8 @@ class Draw:
 def draw_images(model: TrainedDiffusion, draw: Draw) -> np.ndarray:
     """uint8 (n, H, W, 3). Raises ModelError for NaN or Inf."""
     z = draw_latents(model, draw)
-    return tensor_to_pixels(memory.decode(model.autoencoder, z, draw.tile, draw.max_memory))
+    with model.autoencoder.autocast():
+        return tensor_to_pixels(memory.decode(model.autoencoder, z, draw.tile, draw.max_memory))
 
 
 @torch.no_grad()
@@ -90,22 +91,23 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
         settings = replace(settings, guidance=1.0)  # no values are given, so there is nothing to lead to
     check_sampling(settings, model.schedule)
     _warn_of_guidance(model, settings, draw.negative_prompt)
-    return sample_conditioned(
-        model.network,
-        model.schedule,
-        settings,
-        ids=draw.ids,
-        seed=draw.seed,
-        inputs=inputs,
-        negative=negative_inputs(model.conditions, draw.negative_prompt, len(draw.ids)),
-        encode=partial(memory.encode, model.autoencoder, tile=draw.tile, max_memory=draw.max_memory),
-        shape=model.latent_shape(draw.size),
-        init=draw.init,
-        known=draw.known,
-        guide=draw.guides,
-        tile=draw.tile,
-        callback=draw.callback,
-    )
+    with model.autoencoder.autocast():
+        return sample_conditioned(
+            model.network,
+            model.schedule,
+            settings,
+            ids=draw.ids,
+            seed=draw.seed,
+            inputs=inputs,
+            negative=negative_inputs(model.conditions, draw.negative_prompt, len(draw.ids)),
+            encode=partial(memory.encode, model.autoencoder, tile=draw.tile, max_memory=draw.max_memory),
+            shape=model.latent_shape(draw.size),
+            init=draw.init,
+            known=draw.known,
+            guide=draw.guides,
+            tile=draw.tile,
+            callback=draw.callback,
+        )
 
 
 def _inputs(model: TrainedDiffusion, draw: Draw) -> tuple[dict[str, Tensor], list[str]]:

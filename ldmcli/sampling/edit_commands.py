@@ -19,6 +19,7 @@ from ldmcli.core import console, runs
 from ldmcli.core.config import from_toml
 from ldmcli.core.errors import InputError, LdmError, ModelError, UsageError
 from ldmcli.core.settings import DiffusionConfig
+from ldmcli.core.world import World
 from ldmcli.data.decode import decode, probe
 from ldmcli.maths.compositing import fill_smoothly
 from ldmcli.sampling import memory
@@ -30,6 +31,7 @@ from ldmcli.sampling.guiding import guiding_of
 from ldmcli.sampling.image_folder import ImageFolder, Images, contents, in_batches
 from ldmcli.sampling.inpainting import inpaint_images
 from ldmcli.sampling.load import load
+from ldmcli.sampling.machine import ALONE, Machine, stated_precision
 from ldmcli.sampling.request import EditRequest, document_of, sampling_of, sampling_used
 from ldmcli.sampling.super_resolution import check_guided, upscale_images
 
@@ -37,12 +39,12 @@ SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
 LARGEST_BATCH = 8
 
 
-def suitable_model(model: str | None, request: EditRequest) -> tuple[Path, LoadedDiffusion]:
+def suitable_model(model: str | None, request: EditRequest, machine: Machine = ALONE) -> tuple[Path, LoadedDiffusion]:
     """The run named, or the newest that can do it, which is then said. Raises UsageError or ModelError, saying what
     there is."""
     command = "upscale" if request.scale else "inpaint"
     path = Path(model) if model else _newest(request.scale)
-    loaded = load(path, weights=request.weights)
+    loaded = load(path, weights=request.weights, mixed_precision=machine.mixed_precision, compile=machine.compile)
     if not isinstance(loaded, LoadedDiffusion):
         raise UsageError(f"{path}: an autoencoder; `ldm {command}` needs a diffusion run")
     task = loaded.config.task
@@ -93,17 +95,24 @@ def _newest(scale: int) -> Path:
     return fitting[0]
 
 
-def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how) -> dict[str, Any]:
+def inpaint_to_folder(
+    model: str | None, request: EditRequest, out: Path, *, machine: Machine = ALONE, **how
+) -> dict[str, Any]:
     """Each picture with its hole repainted, n times, into `out`; result k is of picture k mod their number.
 
     Returns the document that --json prints. Known pixels come back as they were (in png). As `sample_to_folder` for
-    everything else: nothing is overwritten, the same command goes on, a signal leaves whole files.
+    everything else: nothing is overwritten, the same command goes on, a signal leaves whole files, processes share the
+    work.
     """
-    sources = edit_sources(request)
-    sizes = [probe(source.image) for source in sources]
-    for source, size in zip(sources, sizes):
-        source.hole(size)
-    path, loaded = suitable_model(model, request)
+
+    def ready() -> tuple[list[EditSource], list[tuple[int, int]], Path, LoadedDiffusion]:
+        sources = edit_sources(request)
+        sizes = [probe(source.image) for source in sources]
+        for source, size in zip(sources, sizes):
+            source.hole(size)
+        return sources, sizes, *suitable_model(model, request, machine)
+
+    sources, sizes, path, loaded = machine.world.on_all_ranks(ready)
 
     def draw(ids: list[int], which: list[EditSource]) -> list[np.ndarray]:
         images = np.stack([source.pixels() for source in which])
@@ -127,20 +136,27 @@ def inpaint_to_folder(model: str | None, request: EditRequest, out: Path, **how)
         return [image, holed(image, source.hole(image.shape[:2]))]
 
     edit = _Edit("inpaint", loaded.trained_size, draw, shown)
-    return _to_folder(edit, path, loaded, request, sources, sizes, out, **how)
+    return _to_folder(edit, path, loaded, request, sources, sizes, out, machine.world, **how)
 
 
-def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how) -> dict[str, Any]:
+def upscale_to_folder(
+    model: str | None, request: EditRequest, out: Path, *, machine: Machine = ALONE, **how
+) -> dict[str, Any]:
     """Each picture `scale` times as large, n times, into `out`; otherwise as `inpaint_to_folder`."""
-    sources = edit_sources(request)
-    sizes = [probe(source.image) for source in sources]
-    path, loaded = suitable_model(model, request)
-    largest = max(sizes, key=lambda size: size[0] * size[1])
-    size = (largest[0] * request.scale, largest[1] * request.scale)
-    if request.guide_scale:
-        check_guided(
-            tile_side(loaded, size, sampling_of(request), tile=request.tile, max_memory=request.max_memory), size
-        )
+
+    def ready() -> tuple[list[EditSource], list[tuple[int, int]], Path, LoadedDiffusion, tuple[int, int]]:
+        sources = edit_sources(request)
+        sizes = [probe(source.image) for source in sources]
+        path, loaded = suitable_model(model, request, machine)
+        largest = max(sizes, key=lambda size: size[0] * size[1])
+        size = (largest[0] * request.scale, largest[1] * request.scale)
+        if request.guide_scale:
+            check_guided(
+                tile_side(loaded, size, sampling_of(request), tile=request.tile, max_memory=request.max_memory), size
+            )
+        return sources, sizes, path, loaded, size
+
+    sources, sizes, path, loaded, size = machine.world.on_all_ranks(ready)
 
     def draw(ids: list[int], which: list[EditSource]) -> list[np.ndarray]:
         low = np.stack([source.pixels() for source in which])
@@ -161,7 +177,7 @@ def upscale_to_folder(model: str | None, request: EditRequest, out: Path, **how)
         return [np.asarray(decode(source.image))]
 
     edit = _Edit("upscale", size, draw, shown)
-    return _to_folder(edit, path, loaded, request, sources, sizes, out, **how)
+    return _to_folder(edit, path, loaded, request, sources, sizes, out, machine.world, **how)
 
 
 def _sampling_record(request: EditRequest) -> dict[str, Any]:
@@ -225,15 +241,17 @@ def _to_folder(
     sources: list[EditSource],
     sizes: list[tuple[int, int]],
     out: Path,
+    world: World,
     *,
     overwrite: bool = False,
     fmt: str = "png",
     metadata: bool = True,
 ) -> dict[str, Any]:
     """Makes what is missing of n results a source."""
-    _check(loaded, request, sources, sizes)
+    world.on_all_ranks(lambda: _check(loaded, request, sources, sizes))
     read = [file for source in sources for file in source.files]
-    folder = ImageFolder(out, _record(edit, loaded, request, sources, read, fmt), inputs=read, overwrite=overwrite)
+    record = world.on_rank_0(lambda: _record(edit, loaded, request, sources, read, fmt))
+    folder = ImageFolder(out, record, inputs=read, overwrite=overwrite, world=world)
     if folder.todo and fmt == "jpg" and edit.command == "inpaint":
         console.warn("--format jpg: known pixels change a little as the file is packed; png keeps them")
     most = request.batch_size or memory.largest_batch(loaded, edit.largest, request.max_memory, LARGEST_BATCH)
@@ -245,6 +263,7 @@ def _to_folder(
         "ldm_version": __version__,
         **_plain(sampling_used(loaded.config.sample, request)),
         **(guiding_of(request).document() if request.guide_scale else {}),
+        **stated_precision(loaded.precision),
     }
 
     def make(ids: list[int]) -> Images:
@@ -255,7 +274,7 @@ def _to_folder(
         return {**_about(sources[k % len(sources)], request), "seed": request.seed, "sample": k, **describe}
 
     folder.write(
-        _of_one_size(folder.todo, sizes, most),
+        _of_one_size(folder.todo, sizes, folder.largest_batch(most)),
         make,
         image_metadata if metadata else None,
         lambda: _sheet([edit.before(source) for source in sources[:SHEET_ROWS]], folder.names, len(sources)),
@@ -284,6 +303,7 @@ def _record(
         "total": request.n * len(sources),
         "format": fmt,
         "pictures": contents(read),
+        **stated_precision(loaded.precision),
     }
 
 

@@ -1,5 +1,6 @@
 """A first stage in use: encoding and decoding of images (Sec. 3.1), with the scale of its latents."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,13 +11,7 @@ from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings
 from ldmcli.data.arrays import latents, to_pixels
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
 from ldmcli.networks.latent_scale import LatentScale
-
-
-def default_device() -> torch.device:
-    """CUDA, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+from ldmcli.sampling.machine import autocast, precision_of
 
 
 class LoadedAutoencoder:
@@ -25,6 +20,7 @@ class LoadedAutoencoder:
 
     kind = "autoencoder"
     trained_against: list[dict[str, str]] | None = None  # as the bundle has it
+    dtype: torch.dtype | None = None  # of heavy arithmetic within `autocast`; None = float32
 
     def __init__(
         self,
@@ -42,10 +38,25 @@ class LoadedAutoencoder:
         """Where the weights are."""
         return next((p.device for p in self.network.parameters()), self.place)
 
+    @property
+    def precision(self) -> str:
+        """float32, bfloat16 or float16: that of pictures that commands make."""
+        return precision_of(self.dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A context in which the networks run in `precision`; outside they are exact. What they give is float32."""
+        return autocast(self.device, self.dtype)
+
+    def compile(self) -> None:
+        """Compiles the networks when they are first used at a size."""
+        if not self.network.is_identity:
+            self.network.encoder.compile(dynamic=False)
+            self.network.decoder.compile(dynamic=False)
+
     @torch.no_grad()
     def moments(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
         """KL: (mean, log-variance), each (B, c, h, w), unscaled; VQ and pixels: the latent before quantisation."""
-        moments = self.network.moments(self._pixels(x))
+        moments = self.network.moments(self._pixels(x)).float()
         return split_moments(moments) if self._is_kl else moments
 
     def _pixels(self, x: Any) -> Tensor:
@@ -63,7 +74,7 @@ class LoadedAutoencoder:
         """Images (as `arrays.to_pixels` takes them) -> normalised latents (B, c, h, w): the mode, or with `sample`
         (True or a generator) a draw. Raises InputError for what is no picture, UsageError for sides that f does not
         divide."""
-        moments = self.network.moments(self._pixels(x))
+        moments = self.network.moments(self._pixels(x)).float()
         return self.scale.normalise(self._draw(moments, sample))
 
     def _draw(self, moments: Tensor, sample: bool | torch.Generator) -> Tensor:
@@ -80,12 +91,12 @@ class LoadedAutoencoder:
     def decode(self, z: Any) -> Tensor:
         """Normalised latents (B, c, h, w) -> pixels (B, 3, H, W), about [-1, 1], not clamped. Raises UsageError for
         another shape, InputError for NaN."""
-        return self.network.decode(self.scale.restore(self._latents(z)))
+        return self.network.decode(self.scale.restore(self._latents(z))).float()
 
     @torch.no_grad()
     def decode_unscaled(self, z: Any) -> Tensor:
         """The decoder on latents without scaling (VQ: quantised first). Raises as `decode`."""
-        return self.network.decode(self._latents(z))
+        return self.network.decode(self._latents(z)).float()
 
     @torch.no_grad()
     def quantize(self, z: Any) -> tuple[Tensor, Tensor]:

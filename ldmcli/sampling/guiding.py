@@ -16,6 +16,7 @@ from ldmcli.diffusion.gradient_guidance import half_squared_error, image_guide, 
 from ldmcli.diffusion.sample import Guide
 from ldmcli.maths.tiles import center_slices
 from ldmcli.networks.perceptual import PerceptualNet, perceptual_net
+from ldmcli.sampling.machine import full_precision
 from ldmcli.sampling.model import TrainedDiffusion
 from ldmcli.sampling.request import EditRequest, SampleRequest
 
@@ -62,7 +63,12 @@ class ImageGuiding:
             return half_squared_error
         network = _network(self.perceptual).to(low.device)
         network.check_size((low.shape[-2], low.shape[-1]))
-        return lambda a, b: network(a, b).flatten()
+
+        def distance(a: Tensor, b: Tensor) -> Tensor:
+            with full_precision(a.device):  # a distance is what its network was fitted to give
+                return network(a, b).flatten()
+
+        return distance
 
 
 def guiding_of(request: SampleRequest | EditRequest) -> ImageGuiding:

@@ -1,12 +1,15 @@
 """A folder of results while it is written: numbered images with their settings inside, a sheet, request.json.
 
-The same request again makes only what is missing; a signal leaves whole files only.
+The same request again makes only what is missing; a signal leaves whole files only. Several processes share a request:
+rank 0 looks at the folder and keeps its record, each draws its batches of a round, and all end together.
 """
 
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldmcli.core import console, files
-from ldmcli.core.errors import Interrupted, UsageError
+from ldmcli.core.background import BackgroundWriter
+from ldmcli.core.errors import Interrupted, LdmError, UsageError
 from ldmcli.core.outputs import SHEET, Results, beside
 from ldmcli.core.signals import StopRequest
+from ldmcli.core.world import World
 from ldmcli.sampling.contact_sheets import grid, png_bytes
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -28,8 +33,9 @@ class ImageFolder:
     """The folder `out` of a request. todo: numbers of the images that are missing.
 
     request: what is sampled, as request.json keeps it, with "total", the number of images, and "format". conditions:
-    those that are shown beside each image. inputs: files that the command reads. Raises UsageError, before anything is
-    touched, where the folder holds what would be lost.
+    those that are shown beside each image. inputs: files that the command reads. world: the processes that write it
+    together, all of which make one of these. Raises UsageError, before anything is touched, where the folder holds what
+    would be lost. Collective.
     """
 
     def __init__(
@@ -41,13 +47,28 @@ class ImageFolder:
         inputs: Sequence[Path] = (),
         sheets: Sequence[str] = (SHEET,),
         overwrite: bool = False,
+        world: World | None = None,
     ):
         self.out, self.fmt, self.seconds = out, request["format"], 0.0
-        self.names = numbered(out, request["total"], self.fmt)
-        self._results = Results(
-            out, self.names, request, conditions=conditions, inputs=inputs, sheets=sheets, overwrite=overwrite
-        )
-        self.todo = self._results.todo
+        self.world = world or World()
+        self._results: Results | None = None  # of rank 0
+
+        def look() -> tuple[list[Path], list[int]]:
+            names = numbered(out, request["total"], self.fmt)
+            self._results = Results(
+                out, names, request, conditions=conditions, inputs=inputs, sheets=sheets, overwrite=overwrite
+            )
+            return names, self._results.todo
+
+        self.names, self.todo = self.world.on_rank_0(look)
+
+    def in_batches(self, most: int) -> list[list[int]]:
+        """What is to be made, in order, in parts of at most `most` that give every process work."""
+        return in_batches(self.todo, self.largest_batch(most))
+
+    def largest_batch(self, most: int) -> int:
+        """At most `most` images, or fewer where a process would be left without work."""
+        return max(1, min(most, -(-len(self.todo) // self.world.world_size)))
 
     def write(
         self,
@@ -61,32 +82,79 @@ class ImageFolder:
     ) -> None:
         """Makes and writes the images of `batches`, then the sheet. make: images of a batch, each with pictures of its
         conditions by name; metadata: what an image carries, by number; sheet: its rows; more: further `sheets`
-        by name. Raises Interrupted after a signal."""
-        started = time.perf_counter()
-        with self._results as results, StopRequest() as stop, console.progress(len(self.todo), action) as bar:
-            for batch in batches:
-                for k, (image, conditions) in zip(batch, make(batch)):
-                    for name, picture in conditions.items():  # before the image, whose presence says that all are there
-                        results.write(beside(self.names[k], name), png_bytes(picture))
-                    results.write(self.names[k], image_bytes(image, self.fmt, metadata(k) if metadata else None))
-                bar.advance(len(batch))
-                self._end_if_stopped(stop)
+        by name. Raises Interrupted after a signal to any of the processes. Collective."""
+        started, world = time.perf_counter(), self.world
+        with self._recorded() as writer, StopRequest() as stop, console.progress(len(self.todo), action) as bar:
+            for start in range(0, len(batches), world.world_size):
+                of_round = batches[start : start + world.world_size]
+                mine = next(iter(world.share(of_round)), [])
+                world.on_all_ranks(partial(self._write, writer, mine, make, metadata))
+                bar.advance(sum(map(len, of_round)))
+                self._end_if_stopped(stop, writer)
+            world.on_all_ranks(writer.wait)
             self.seconds = time.perf_counter() - started
-            results.write(self.out / SHEET, png_bytes(grid(sheet())))
-            for name, data in more().items():
-                results.write(self.out / name, data)
+            world.on_rank_0(lambda: self._write_sheets({SHEET: png_bytes(grid(sheet())), **more()}))
+
+    def _write(
+        self,
+        writer: BackgroundWriter,
+        ids: list[int],
+        make: Callable[[list[int]], Images],
+        metadata: Callable[[int], dict[str, Any]] | None,
+    ) -> None:
+        for k, (image, conditions) in zip(ids, make(ids) if ids else ()):
+            writer.submit(partial(self._files, k, image, conditions, metadata(k) if metadata else None))
+
+    def _files(
+        self, k: int, image: Image.Image, conditions: dict[str, np.ndarray], metadata: dict[str, Any] | None
+    ) -> Iterator[tuple[Path, bytes]]:
+        """The files of an image, itself last: its presence says that all are there."""
+        for name, picture in conditions.items():
+            yield beside(self.names[k], name), png_bytes(picture)
+        yield self.names[k], image_bytes(image, self.fmt, metadata)
+
+    def _write_sheets(self, sheets: Mapping[str, bytes]) -> None:
+        assert self._results is not None
+        for name, data in sheets.items():
+            self._results.write(self.out / name, data)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[BackgroundWriter]:
+        """A writer whose files are in request.json afterwards, and those of the others where they end, too."""
+        writer = BackgroundWriter(self.out)
+        together = False
+        with ExitStack() as stack:
+            if self._results is not None:
+                stack.enter_context(self._results)
+            try:
+                yield writer
+                together = True
+            except LdmError:  # is raised in all processes
+                together = True
+                raise
+            finally:
+                writer.close()
+                hashes = self.world.gather(writer.hashes) if together else [writer.hashes]
+                if self._results is not None:
+                    for one in hashes:
+                        self._results.add(one)
 
     def document(self) -> dict[str, Any]:
         """What --json prints of the folder."""
         return {"out": str(self.out), "images": [str(name) for name in self.names], "grid": str(self.out / SHEET)}
 
-    def _end_if_stopped(self, stop: StopRequest) -> None:
-        if stop.stop:
-            left = sum(not name.exists() for name in self.names)
-            raise Interrupted(
+    def _end_if_stopped(self, stop: StopRequest, writer: BackgroundWriter) -> None:
+        number = int(self.world.all_reduce_max([stop.stop])[0])
+        if not number:
+            return
+        self.world.on_all_ranks(writer.wait)
+        left = self.world.on_rank_0(lambda: sum(not name.exists() for name in self.names))
+        raise self.world.agreed(
+            Interrupted(
                 f"{self.out}: stopped with {left} of {len(self.names)} images missing; the same command draws them",
-                stop.stop,
+                number,
             )
+        )
 
 
 def numbered(out: Path, total: int, fmt: str) -> list[Path]:

@@ -6,6 +6,7 @@ import torch
 
 from ldmcli.core import console, runs
 from ldmcli.core.errors import ModelError
+from ldmcli.core.world import default_device
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading, strict_load
 from ldmcli.formats.open_model import format_of, read
 from ldmcli.formats.run_folder import fingerprint_of, read_autoencoder
@@ -14,7 +15,8 @@ from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.sampling.api import LoadedDiffusion
-from ldmcli.sampling.first_stage import LoadedAutoencoder, default_device, pixel_autoencoder
+from ldmcli.sampling.first_stage import LoadedAutoencoder, pixel_autoencoder
+from ldmcli.sampling.machine import inference_dtype
 
 
 def build_autoencoder(bundle: AutoencoderBundle, device: torch.device, where: str | Path = "") -> LoadedAutoencoder:
@@ -84,6 +86,8 @@ def load(
     config: str | Path | None = None,
     heads: str | int = "",
     tokenizer: str | Path | None = None,
+    mixed_precision: str = "auto",
+    compile: bool = False,
 ) -> LoadedAutoencoder | LoadedDiffusion:
     """A model, ready for use: a run folder, a checkpoint of CompVis/latent-diffusion, a diffusers folder, a hub id.
 
@@ -91,7 +95,8 @@ def load(
 
     weights: "ema" or "raw"; config: the YAML of a checkpoint, by default the one beside it; heads: attention heads
     where a checkpoint loads under several readings ("legacy", "config" or a number); tokenizer: a folder, for a text
-    model whose vocabulary is not beside it. Raises ModelError.
+    model whose vocabulary is not beside it. mixed_precision: of the pictures that it makes (`inference_dtype`);
+    compile: its networks, when they are first used. Raises ModelError.
     """
     path, chosen = Path(path), torch.device(device) if device else default_device()
     reading = Reading(
@@ -100,10 +105,15 @@ def load(
         heads=str(heads),
         tokenizer=Path(tokenizer) if tokenizer else None,
     )
-    bundle = read(path, reading)
+    dtype, bundle = inference_dtype(mixed_precision, chosen), read(path, reading)
     if isinstance(bundle, AutoencoderBundle):
-        return build_autoencoder(bundle, chosen, path)
-    return build_diffusion(bundle, chosen, path)
+        found: LoadedAutoencoder | LoadedDiffusion = build_autoencoder(bundle, chosen, path)
+    else:
+        found = build_diffusion(bundle, chosen, path)
+    (found if isinstance(found, LoadedAutoencoder) else found.autoencoder).dtype = dtype
+    if compile:
+        found.compile()
+    return found
 
 
 def find_model(model: str | None, run_kind: str) -> Path:

@@ -20,6 +20,7 @@ from ldmcli.data.arrays import to_pixels
 from ldmcli.maths.tiles import blend, overlapping_tiles
 from ldmcli.networks.chunked_autoencoder import Pieces
 from ldmcli.sampling.first_stage import LoadedAutoencoder
+from ldmcli.sampling.machine import full_precision
 from ldmcli.sampling.model import TrainedDiffusion
 
 MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine
@@ -37,10 +38,11 @@ def encode(autoencoder: LoadedAutoencoder, images, tile: int = 0, max_memory: fl
     if not tile or network.is_identity or max(x.shape[-2:]) <= tile * f:
         return autoencoder.encode(x)
     if network.settings.family == "paper":
-        moments = _pieces(tile * f, max_memory).moments(network, x)
+        with full_precision(x.device):  # maps between two operations are float32
+            moments = _pieces(tile * f, max_memory).moments(network, x)
     else:
         plan = overlapping_tiles((x.shape[-2], x.shape[-1]), tile * f, tile * f // 3 // f * f, unit=f, down=f)
-        moments = blend(lambda k: network.moments(plan.cut(x, plan.corners[k])), plan)
+        moments = blend(lambda k: network.moments(plan.cut(x, plan.corners[k])).float(), plan)
     return autoencoder.scale.normalise(autoencoder._draw(moments, sample=False))
 
 
@@ -53,9 +55,10 @@ def decode(autoencoder: LoadedAutoencoder, z: Tensor, tile: int = 0, max_memory:
         return autoencoder.decode(z)
     z = autoencoder.scale.restore(z.to(autoencoder.device))
     if network.settings.family == "paper":
-        return _pieces(tile * network.f, max_memory).decode(network, z)
+        with full_precision(z.device):
+            return _pieces(tile * network.f, max_memory).decode(network, z)
     plan = overlapping_tiles((z.shape[-2], z.shape[-1]), tile, tile // 3, up=network.f)
-    return blend(lambda k: network.decode(plan.cut(z, plan.corners[k])), plan)
+    return blend(lambda k: network.decode(plan.cut(z, plan.corners[k])).float(), plan)
 
 
 def _pieces(side: int, gib: float) -> Pieces:

@@ -43,6 +43,16 @@ class TrainedDiffusion:
         return next(self.network.parameters()).device
 
     @property
+    def precision(self) -> str:
+        """float32, bfloat16 or float16: that of pictures that are drawn. `predict` and its like are exact."""
+        return self.autoencoder.precision
+
+    def compile(self) -> None:
+        """Compiles UNet and first stage when they are first used at a size."""
+        self.network.unet.compile(dynamic=False)
+        self.autoencoder.compile()
+
+    @property
     def conditions(self) -> Conditions:
         """τ_θ of each condition."""
         return self.network.conditions

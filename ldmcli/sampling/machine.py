@@ -1,0 +1,63 @@
+"""What a command runs on: the processes that share it, the number format of its networks, and compiled ones."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ldmcli.core.errors import UsageError
+from ldmcli.core.train_settings import MIXED_PRECISION
+from ldmcli.core.world import World
+
+FULL = "float32"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """world: the processes, all of which make the same calls. mixed_precision: "auto", "no", "bf16" or "fp16", see
+    `inference_dtype`. compile: whether networks are compiled when they are first used at a size."""
+
+    world: World = field(default_factory=World)
+    mixed_precision: str = "auto"
+    compile: bool = False
+
+
+ALONE = Machine()
+
+
+def inference_dtype(setting: str, device: torch.device) -> torch.dtype | None:
+    """The format of the heavy arithmetic in use (not in training) of networks; None is float32.
+
+    auto: bfloat16 on GPUs that have it (NVIDIA from Ampere on), float16 on older ones, float32 on CPUs and Apple's.
+    Raises UsageError for another setting, and for float16 on a CPU.
+    """
+    if setting not in MIXED_PRECISION:
+        raise UsageError(f"--mixed-precision {setting}: choose one of {', '.join(MIXED_PRECISION)}")
+    if setting == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if setting == "fp16" and device.type == "cpu":
+        raise UsageError("--mixed-precision fp16: needs a GPU; use bf16 or no")
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[setting]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """A context in which convolutions and matrix products run in this format; None: as they are."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast, for what needs float32."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def precision_of(dtype: torch.dtype | None) -> str:
+    """float32, bfloat16 or float16."""
+    return FULL if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def stated_precision(precision: str) -> dict[str, str]:
+    """What files beside pictures say of it: nothing of float32."""
+    return {} if precision == FULL else {"precision": precision}
