@@ -53,14 +53,7 @@ def sample_to_folder(
     Sample k depends on the seed and k alone; the same command again makes only what is missing. A signal leaves whole
     images only and ends with 130 or 143. machine: its processes share the work; the document is that of rank 0.
     """
-
-    def ready() -> tuple[Path, LoadedDiffusion, dict[str, list], Draw]:
-        path, loaded = _generating_model(model, request, machine)
-        led = _class_guidance(loaded, request)
-        values = _parse(loaded, request, led)
-        return path, loaded, values, replace(request_draw(loaded, request, values), classes=led)
-
-    path, loaded, values, draw = machine.world.on_all_ranks(ready)
+    path, loaded, values, draw = machine.world.on_all_ranks(lambda: _ready(model, request, machine))
     led = draw.classes
     groups = group_count(values, led)
     n = request.n or (1 if values or led else loaded.config.sample.n)
@@ -99,6 +92,16 @@ def sample_to_folder(
         "images_per_s": rate,
         **describe,
     }
+
+
+def _ready(
+    model: str | None, request: SampleRequest, machine: Machine
+) -> tuple[Path, LoadedDiffusion, dict[str, list], Draw]:
+    """The model, the values of its conditions, and the draw of all samples."""
+    path, loaded = _generating_model(model, request, machine)
+    led = _class_guidance(loaded, request)
+    values = _parse(loaded, request, led)
+    return path, loaded, values, replace(request_draw(loaded, request, values), classes=led)
 
 
 def _making(
