@@ -43,6 +43,7 @@ PARSED = {
     r"--to compvis": "the paper's networks; test_convert writes small ones",
     r"--compile|--micro-batch": "a compiler, much memory; test_micro_batch splits batches",
     r"--gpus|torchrun|accelerate launch": "several processes; test_two_processes and test_launch start them",
+    r"^ldm bench": "published sizes, or a file of before; tests/bench measures small ones",
     r"^ldm demo": "test_help_examples runs a demo",
     r"--max-hours|--max-minutes|max_minutes": "hours; test_resume ends a run by --max-hours",
     r"reference\.npz": "one line reads what the other writes; test_reference does both",
@@ -57,6 +58,7 @@ PARSED = {
 OTHERS = {
     r"^make (\w+)": "a target of the Makefile",
     r"^python (\S+\.py)": "a file of this repository",
+    r"^python -m ldmcli bench": "needs a GPU; tests/bench runs the suite with tiny networks",
     r"^python -c": "a measurement of this machine",
     r"^#SBATCH": "for Slurm",
 }

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "runs": ("manage", "List runs with kind, data, step and metric.", _LOOK),
     "recipes": ("manage", "List the recipes that come with ldm.", _LOOK),
     "presets": ("manage", "List presets, such as the paper's networks.", _LOOK),
+    "bench": ("bench", "How fast models train, sample and decode on this machine.", _LOOK),
     "doctor": ("manage", "Check this machine: versions, devices, memory, disk.", _LOOK),
 }
 
@@ -47,6 +48,7 @@ demo --minutes 10 --out runs/demo
 study --f 4,8 --size 32 --steps 20 --sampling-steps 2,4 -n 16 --eval-samples 0 --out runs/shapes-study
 recipes
 presets
+bench --batch-size 2 --steps 2 --seconds 0.2
 doctor
 """
 EXAMPLES = {words[0]: words for words in map(shlex.split, _EXAMPLES.strip().splitlines())}
