@@ -292,7 +292,7 @@ def loss_of(model: LoadedDiffusion, device: torch.device) -> torch.Tensor:
     objective.config, objective.dist = model.config, SimpleNamespace(device=device)
     objective.latents = LatentStore(model.autoencoder, model.config.data, objective.dist, PIXELS.shape[1:3])
     objective.latents.scale = model.autoencoder.scale
-    objective.encode = model.autoencoder.encode
+    objective.encode, objective.model = model.autoencoder.encode, model.network
     objective.schedule = make_schedule(model.config.diffusion)
     shape = model.network.latent_shape
     batch = {
