@@ -21,6 +21,8 @@ from ldmcli.training.objective import Objective
 from ldmcli.training.progress import Progress
 from ldmcli.training.state import TrainState
 
+SHARE_OF_MEMORY = 0.8  # of what is free, that a copy of the tensors may take
+
 
 class Checkpointer:
     """Saves and loads the state of one run. All processes call `resume` and `save`; rank 0 writes."""
@@ -31,6 +33,7 @@ class Checkpointer:
         self.folder, self.config, self.dist, self.objective, self.state = folder, config, dist, objective, state
         self.best = BestCheckpoint(folder, config.train.keep_best)
         self._saved = -1  # the step that was saved last
+        self._made_room = False
         self._copy, self._writer = HostCopy(pinned=dist.device.type == "cuda"), Background()
 
     def resume(self, allow: tuple[str, ...]) -> bool:
@@ -137,12 +140,24 @@ class Checkpointer:
             return
         self._saved = step
         contents = self._contents()
-        needed = bytes_of(contents.groups) - self._copy.held
-        if wait or needed > 0.8 * available_bytes(torch.device("cpu")):
+        if wait or not self._has_room(contents.groups):
             self._write(contents)
         else:
             copied = replace(contents, groups=self._copy.take(contents.groups))
             self._writer.start(lambda: self._write(copied))
+
+    def make_room(self) -> None:
+        """Takes the memory of the copies, beside the training and once, where a save will need it."""
+        step, train = self.state.progress.step, self.config.train
+        will_come = step // train.save_every < (train.steps - 1) // train.save_every
+        if not self._made_room and self.dist.is_rank_0 and will_come:
+            groups = self._tensors()
+            if self._has_room(groups):
+                self._writer.start(lambda: self._copy.reserve(groups))
+        self._made_room = True
+
+    def _has_room(self, groups: Groups) -> bool:
+        return bytes_of(groups) - self._copy.held < SHARE_OF_MEMORY * available_bytes(torch.device("cpu"))
 
     def _contents(self) -> "_Contents":
         """All that this step's checkpoint holds, the tensors as they are in use."""

@@ -226,6 +226,7 @@ class Trainer:
                 self._preview()
             if due(s.save_every) or save:
                 self.checkpointer.save(wait=bool(save))
+            self.checkpointer.make_room()
 
     def _start(self) -> None:
         objective, dist, step = self.objective, self.dist, self.progress.step

@@ -39,6 +39,7 @@ def test_a_copy_keeps_what_was_there_in_the_same_memory(slab, monkeypatch):
             assert torch.equal(taken[name][key], tensor) and taken[name][key].is_contiguous()
             places[name, key] = taken[name][key].data_ptr()
     held = copy.held
+    copy.reserve(source)
     again = copy.take(source)
     assert copy.held == held and all(again[n][k].data_ptr() == place for (n, k), place in places.items())
     assert torch.equal(again["model"]["weight"], GROUPS["model"]["weight"] + 1)
