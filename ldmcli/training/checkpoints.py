@@ -39,12 +39,15 @@ class Checkpointer:
     def resume(self, allow: tuple[str, ...]) -> bool:
         """Loads the newest checkpoint; False where there is none. allow: with "data", other training data may be used.
 
-        Raises ModelError where no checkpoint is whole, where one does not fit, or where the data changed.
+        Rank 0 reads, hashes each byte once, and sends the others what they need. Raises ModelError where no checkpoint
+        is whole, where one does not fit, or where the data changed. Collective.
         """
         path = self.dist.on_rank_0(self._newest)
         if path is None:
             return False
-        self.dist.on_all_ranks(lambda: self._load(path, allow))
+        stored = self.dist.on_rank_0(lambda: files.read_json(path / "state.json"))
+        self.dist.on_all_ranks(lambda: self._take_over(stored, path.name, allow))
+        self._load(path)
         step, steps = self.state.progress.step, self.config.train.steps
         if self.dist.is_rank_0:
             self.folder.trim_log(step, ended=step >= steps)
@@ -64,9 +67,9 @@ class Checkpointer:
             self.folder.trim_log(0)  # what an attempt logged that was ended before its first checkpoint
         return path
 
-    def _load(self, path: Path, allow: tuple[str, ...]) -> None:
-        stored = files.read_json(path / "state.json")
-        rows, state, device = self.objective.rows, self.state, self.dist.device
+    def _take_over(self, stored: dict[str, Any], name: str, allow: tuple[str, ...]) -> None:
+        """Progress of the checkpoint `name`, whose state.json is `stored`. Raises ModelError."""
+        rows, state = self.objective.rows, self.state
         if stored["data_fingerprint"] != rows.fingerprint and "data" not in allow:
             raise ModelError(
                 f"{self.folder.path}: the training data changed since the run was started ({stored['rows']} rows "
@@ -75,19 +78,25 @@ class Checkpointer:
             )
         state.progress = Progress.from_state(stored)
         threads = torch.get_num_threads()
-        if self.dist.is_rank_0 and device.type == "cpu" and stored.get("threads", threads) != threads:
+        if self.dist.is_rank_0 and self.dist.device.type == "cpu" and stored.get("threads", threads) != threads:
             console.warn(
-                f"{path.name}: trained with {stored['threads']} threads, now {threads}: the run goes on, but not bit "
+                f"{name}: trained with {stored['threads']} threads, now {threads}: the run goes on, but not bit "
                 f"for bit as it would have (OMP_NUM_THREADS={stored['threads']} does that)"
             )
+
+    def _load(self, path: Path) -> None:
+        state, device = self.state, self.dist.device
+
+        def of_rank_0(name: str, to: torch.device = device, finite: bool = True) -> dict[str, Tensor]:
+            return self.dist.tensors_of_rank_0(lambda: _read(path, name, finite), lambda _, tensor: tensor.to(to))
+
         for name, module in state.networks.items():
-            module.load_state_dict(_read(path, name))
-            moments = _read(path, f"optimizer-{name}", finite=False)
-            state.optimizers[name].load_state_dict({k: v.to(device) for k, v in moments.items()})
+            module.load_state_dict(of_rank_0(name))
+            state.optimizers[name].load_state_dict(of_rank_0(f"optimizer-{name}", finite=False))
         if state.ema:
-            state.ema.load(_read(path, "ema"), state.progress.ema_count)
-        if (path / "extra.safetensors").exists():
-            self.objective.load_extra_state(_read(path, "extra"))
+            state.ema.load(of_rank_0("ema"), state.progress.ema_count)
+        if self.dist.on_rank_0((path / "extra.safetensors").exists):
+            self.objective.load_extra_state(of_rank_0("extra", torch.device("cpu")))
 
     def save(self, *, wait: bool = True) -> None:
         """Writes a checkpoint and the inference weights. All processes share its errors. Collective.
@@ -226,7 +235,7 @@ class _Contents:
     best: int | None
 
 
-def _read(checkpoint: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:
+def _read(checkpoint: Path, name: str, finite: bool) -> dict[str, Tensor]:
     """Tensors of a file of a checkpoint whose hashes were found right."""
     path = checkpoint / f"{name}.safetensors"
     tensors, _ = files.load_tensors(path, verify=False)

@@ -1,17 +1,18 @@
 """A training process among the others: device, precision, rank, and the collective calls that the loop needs."""
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 
 from ldmcli.core.errors import ResourceError, UsageError
-from ldmcli.core.files import tensors_hash
 from ldmcli.core.settings import TrainSettings
 from ldmcli.core.world import CONTROL_TIMEOUT, World
 from ldmcli.maths import rng
 from ldmcli.training.optimizer import bf16_is_fast
+from ldmcli.training.sharding import is_shard
 
 
 class Distributed(World):
@@ -22,6 +23,7 @@ class Distributed(World):
     """
 
     def __init__(self, settings: TrainSettings):
+        refuse_foreign()
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -39,6 +41,7 @@ class Distributed(World):
                 f"{started} processes were started but this one sees {self.accelerator.num_processes}; start with "
                 "`ldm … --gpus N`, or `accelerate launch --multi_gpu --num_processes N -m ldmcli …`"
             )
+        refuse_foreign(str(self.accelerator.distributed_type).rpartition(".")[2])
         self.device = self.accelerator.device
         control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if started > 1 else None
         super().__init__(self.accelerator.process_index, self.accelerator.num_processes, control)
@@ -89,13 +92,62 @@ class Distributed(World):
         total = tensor.tolist()
         return {name: value / total[0] for name, value in zip(names, total[1:])}
 
+    def tensors_of_rank_0(
+        self, read: Callable[[], dict[str, torch.Tensor]], place: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What `read` gives on rank 0, on all processes: each tensor as `place(name, tensor)` makes it of one on the
+        CPU, so that no other process holds them all on its host. Raises rank 0's LdmError on all. Collective."""
+        found: dict[str, torch.Tensor] = {}
+
+        def described() -> list[tuple[str, torch.Size, torch.dtype]]:
+            found.update(read())
+            return [(name, tensor.shape, tensor.dtype) for name, tensor in found.items()]
+
+        out = {}
+        for name, shape, dtype in self.on_rank_0(described):
+            tensor = found.pop(name).contiguous() if self.is_rank_0 else torch.empty(shape, dtype=dtype)
+            if self.world_size > 1 and tensor.numel():  # as bytes: not every backend knows every type
+                torch.distributed.broadcast(tensor.reshape(-1).view(torch.uint8), 0, group=self.control)
+            out[name] = place(name, tensor)
+        return out
+
     def check_equal(self, modules: dict[str, torch.nn.Module]) -> None:
-        """Raises ResourceError where weights differ between processes. Collective."""
-        own = tensors_hash({f"{n}.{k}": t.cpu() for n, m in modules.items() for k, t in m.state_dict().items()})
-        hashes = self.gather(own)
-        if len(set(hashes)) > 1:
-            odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+        """Raises ResourceError where weights differ between processes; those that each has a part of are left out.
+        Collective."""
+        named = {f"{n}.{k}": t for n, m in modules.items() for k, t in m.state_dict().items() if not is_shard(t)}
+        sums = self.gather(checksum([named[name] for name in sorted(named)]))
+        if len(set(sums)) > 1:
+            odd = next(rank for rank, value in enumerate(sums) if value != sums[0])
             raise ResourceError(f"the weights of process {odd} differ from those of process 0; stop and resume the run")
+
+
+def checksum(tensors: list[torch.Tensor]) -> int:
+    """A number of 64 bits that any changed bit changes, and two that change with a chance of about 2^-64: sums of the
+    tensors' bits as integers, each weighed by its place. Made on the tensors' device, in one pass over them."""
+    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device if tensors else "cpu")
+    for tensor in tensors:
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        total = total * 1_000_003 + tensor.detach().contiguous().reshape(-1).view(whole).sum(dtype=torch.int64)
+    return int(total)
+
+
+# launchers whose processes keep parts of a model by their own rules, as Accelerate's variables name them
+_FOREIGN = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP"}
+_FOREIGN |= {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config"}
+_OWN_KINDS = ("NO", "MULTI_CPU", "MULTI_GPU")
+
+
+def refuse_foreign(kind: str = "NO") -> None:
+    """Raises UsageError where Accelerate was set up to split models itself. kind: its `distributed_type`."""
+    asked = [
+        name for variable, name in _FOREIGN.items() if os.environ.get(variable, "").lower() in ("1", "true", "yes")
+    ]
+    if asked or kind not in _OWN_KINDS:
+        raise UsageError(
+            f"Accelerate is set up for {asked[0] if asked else kind}, which `ldm` does not train with; start with "
+            "`ldm … --gpus N`, torchrun or `accelerate launch --multi_gpu`, and where one GPU does not hold the "
+            "model's weights and optimiser add --set train.shard=true"
+        )
 
 
 def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:

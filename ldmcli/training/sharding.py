@@ -1,0 +1,106 @@
+"""Weights, gradients, optimiser and averages cut into one part a process (`train.shard`; FSDP2, Zhao et al. 2023).
+
+A block's weights are gathered for as long as it computes. What this process keeps of a parameter is a plain tensor,
+its *part*: optimiser and average work on parts, and know of no other process. Checkpoints hold whole tensors.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ldmcli.networks.unet import TimestepSequential
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether processes hold one part each of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def shard(network: nn.Module, device: torch.device, processes: int) -> None:
+    """Cuts the parameters of a network, whose values must be equal on all processes, in place: block by block, then
+    what is left. Collective."""
+    mesh = init_device_mesh(device.type, (processes,))
+    for block in _blocks(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """Parts of a network that compute one after the other: the blocks of a UNet, and the layers of other networks."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in network.modules():
+        parts: list[nn.Module] = [module] if isinstance(module, TimestepSequential) else []
+        parts += list(module) if isinstance(module, nn.ModuleList) and type(module) is nn.ModuleList else []
+        for part in parts:
+            if part not in inside and any(True for _ in part.parameters()):
+                found.append(part)
+                inside |= set(part.modules())
+    return found
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory; the tensor itself where that is all of it."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, other: Tensor) -> Tensor:
+    """A part as what it is: of a tensor that is cut as `other` is, where that is cut."""
+    if not isinstance(other, DTensor):
+        return part
+    mesh, places = other.device_mesh, other.placements
+    return DTensor.from_local(part, mesh, places, run_check=False, shape=other.shape, stride=other.stride())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor. Collective where it is cut."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, equal on all processes, cut as `other` is; on its device."""
+    tensor = tensor.to(other.device)
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def load(network: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """`load_state_dict` of whole tensors, equal on all processes, into a network that may be cut."""
+    own = network.state_dict()
+    network.load_state_dict({k: cut_like(v, own[k]) if k in own else v for k, v in tensors.items()}, strict=strict)
+
+
+def reduced_norm(norm: Tensor) -> Tensor:
+    """The norm of whole tensors, of that of this process's parts. Collective."""
+    squares = norm.float().square()
+    torch.distributed.all_reduce(squares)
+    return squares.sqrt()
+
+
+@contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """A context in which a network that may be cut computes alone on any process, with all its weights. Collective."""
+    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not network, recurse=False)
+
+
+@contextmanager
+def unsynchronised(network: nn.Module, wanted: bool) -> Iterator[None]:
+    """A context in which backward passes add up gradients of this process, where that is wanted."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(not wanted)
+    yield

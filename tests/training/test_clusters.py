@@ -1,0 +1,95 @@
+"""Launchers of others, replicas, models cut into parts, and processes that end."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from processes import ranks
+
+from ldmcli.core import files, runs
+from ldmcli.training.distributed import checksum
+
+
+@pytest.mark.parametrize(
+    "variable, name",
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ],
+)
+def test_a_configuration_of_accelerate_that_splits_models_is_refused_by_name(variable, name, tmp_path, monkeypatch):
+    """Before anything is loaded or written; what to do instead is said."""
+    monkeypatch.setenv(variable, "true")
+    ending = tiny.train_ae(tmp_path / "run", code=2)
+    assert f"Accelerate is set up for {name}, " in ending.line and "train.shard=true" in ending.line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"])
+def test_whatever_else_makes_accelerate_split_models_is_refused_too(kind, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    assert f"Accelerate is set up for {kind}, " in tiny.train_ae(tmp_path / "run", code=2).line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_any_changed_bit_changes_the_sum_that_replicas_are_compared_by(dtype):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for _ in range(4)] + [torch.zeros(0)]
+    known = checksum(tensors)
+    assert known == checksum([tensor.clone() for tensor in tensors])
+    for tensor in tensors[:4]:
+        raw = tensor.view(torch.uint8).reshape(-1)
+        for place in range(0, len(raw), 7):
+            raw[place] ^= 1
+            assert checksum(tensors) != known
+            raw[place] ^= 1
+    assert checksum(tensors[::-1]) != known
+
+
+def test_a_zero_with_another_sign_is_another_weight():
+    assert checksum([torch.tensor([0.0])]) != checksum([torch.tensor([-0.0])])
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_resume_hashes_each_byte_once(tmp_path, monkeypatch):
+    out, hashed, one = tmp_path / "run", [], files.sha256_file
+    tiny.train_ae(out, "--save-every", 2, steps=4)
+    monkeypatch.setattr(files, "sha256_file", lambda path: (hashed.append(path), one(path))[1])
+    monkeypatch.setattr(files, "tensors_hash", None)
+    tiny.train_ae(out, "--save-every", 2, steps=5)
+    newest = out / "checkpoints" / "step-00000004"
+    read = [path.name for path in hashed if path.parent == newest]
+    assert sorted(read) == sorted(path.name for path in newest.iterdir() if path.name != "manifest.json")
+
+
+def read_by_rank_0_alone() -> None:
+    """What the other processes would read from checkpoints is not there for them."""
+    if os.environ["RANK"] != "0":
+        files.load_tensors = files.sha256_file = runs.newest_checkpoint = None
+
+
+def test_the_other_processes_go_on_without_reading_a_checkpoint(tmp_path):
+    """Nor do they need to see its files: on another machine these may come late."""
+    line = ("train-ae", *tiny.SHAPES, *tiny.AE_NETWORK, *tiny.QUIET_LOOP, "--log-every", 1, "--set", "train.cooldown=0")
+    for steps in (2, 4):
+        both = ranks(tmp_path, 2, *line, "--steps", steps, "--out", tmp_path / "run", before=read_by_rank_0_alone)
+        assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
+    whole = tmp_path / "whole"
+    assert tiny.ldm(*line, "--steps", 4, "--out", whole).code == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
+
+
+def losses(run: Path) -> list[float]:
+    """Of each step."""
+    named = ({k: v for k, v in entry.items() if k.startswith("loss_")} for entry in tiny.log(run))
+    return [value for found in named for value in found.values()]
