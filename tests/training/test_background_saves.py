@@ -158,7 +158,7 @@ def test_an_error_of_the_thread_ends_all_processes(tmp_path):
     line = ("train-ae", *tiny.SHAPES, *tiny.AE_NETWORK, *tiny.QUIET_LOOP, "--steps", 1000, "--save-every", 2)
     both = ranks(tmp_path, 2, *line, "--batch-size", 4, "--out", tmp_path / "run", before=fill_the_disk)
     assert [command.wait() for command in both] == [6, 6], both[0].stderr
-    assert all("is full: " in command.stderr.splitlines()[-1] for command in both)
+    assert "is full: " in both[0].stderr.splitlines()[-1]
     assert tiny.state(tmp_path / "run")["state"] == "failed"
 
 
