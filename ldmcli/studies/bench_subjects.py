@@ -21,7 +21,7 @@ from ldmcli.core.runs import RunFolder
 from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.batches import Prefetcher, rank_slice
-from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
 from ldmcli.formats.bundle import AutoencoderBundle, ClassifierBundle, Reading
 from ldmcli.formats.open_model import read
 from ldmcli.maths import rng
@@ -179,7 +179,7 @@ class SyntheticDiffusion(DiffusionObjective):
         out = {
             "row": row,
             "noise": rng.normal(train.seed, at, self.latents.shape, "noise"),
-            "u": rng.uniform(train.seed, at, "timestep"),
+            "t": sample_timesteps(self.config.diffusion, rng.uniform(train.seed, at, "timestep"), self.schedule),
             "moments": self._moments[row],
         }
         if not self.latents.deterministic:
