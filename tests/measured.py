@@ -1,5 +1,6 @@
 """What tests of evaluation measure, and by what: a tiny extractor, pictures, and stand-ins for rows and models."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +87,7 @@ class Rows:
 class Model:
     """A diffusion model whose sample k is a function of (seed, k) and of what it is told."""
 
-    kind, fingerprint = "diffusion", "f" * 64
+    kind, fingerprint, precision = "diffusion", "f" * 64, "float32"
 
     def __init__(self, kinds=("text",)):
         self.config = DiffusionConfig()
@@ -102,7 +103,10 @@ class Model:
 class Autoencoder:
     """Reconstructions are the images, 8 grey levels darker."""
 
-    kind, fingerprint, config = "autoencoder", "a" * 64, None
+    kind, fingerprint, config, precision = "autoencoder", "a" * 64, None, "float32"
+
+    def autocast(self):
+        return nullcontext()
 
     def encode(self, x):
         return x.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -213,7 +213,7 @@ _LIMITS = {
 _REFERENCE = {"data": Reference, "split": ReferenceSplit, "reference_count": ReferenceCount, "also_split": AlsoSplit}
 
 
-@command({**opt.ROWS, **_REFERENCE}, _MEASURED, opt.DRAWING, _HOW, _LED, _LIMITS, {"gpus": opt.Gpus}, opt.TALK)
+@command({**opt.ROWS, **_REFERENCE}, _MEASURED, opt.DRAWING, _HOW, _LED, _LIMITS, opt.USE_MACHINE, opt.TALK)
 def eval_fid(given: ParsedOptions) -> None:
     """Metrics of generated images against a data set: FID, KID, IS, precision and recall, PSNR, SSIM, LPIPS.
 
@@ -315,6 +315,8 @@ def request_of(given: ParsedOptions) -> dict[str, Any]:
         "batch_size": given.batch_size,
         "size": config.size_of(given.size),
         "weights": "raw" if given.weights == "raw" else None,
+        "mixed_precision": given.mixed_precision,
+        "compile": given.compile or None,
         "split": given.split or None,
         "also_split": given.also_split,
         "reference_count": reference_count_of(given.reference_count),

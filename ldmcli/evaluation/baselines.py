@@ -39,6 +39,7 @@ from ldmcli.maths.patchmatch import patchmatch_fill
 from ldmcli.maths.smooth_inpainting import thin_plate_fill
 from ldmcli.sampling.guiding import ImageGuiding
 from ldmcli.sampling.inpainting import inpaint_images
+from ldmcli.sampling.machine import stated_precision
 from ldmcli.sampling.super_resolution import upscale_images
 
 FILLINGS = {"smooth": lambda x, hole: thin_plate_fill(x[None], hole[None])[0], "patches": patchmatch_fill}
@@ -78,7 +79,7 @@ def task_sources(
         dataset.config = replace(dataset.config, task=replace(dataset.config.task, masks=str(masks)))
     elif masks is not None:
         dataset.given_masks = folder_masks(Path(masks), rows, ids, size)
-    protocol = {**truth.protocol, "fingerprint": model.fingerprint, "task": task}
+    protocol = {**truth.protocol, **stated_precision(model.precision), "fingerprint": model.fingerprint, "task": task}
     plain = {"bicubic": _bicubic} if task == "sr" else _fillings(model.config.task.fill)
     stated: dict[str, Any] = {"task": task, "baselines": list(plain)}
     drawn = [protocol, size, seed, {**settings, **pasting}, dataset.config.task]  # what the answers depend on
@@ -158,6 +159,7 @@ def guided_sources(
         return read
 
     protocol = {**truth.protocol, "fingerprint": model.fingerprint, "task": "guided", "source": "model"}
+    protocol |= stated_precision(model.precision)
     drawn = [protocol, size, seed, settings, factor, guiding.document()]
     how: dict[str, Any] = {"count": len(ids), "batch": batch_size, "action": "sampling"}
     guided_stream = ImageStream(name="guided", read=samples(True), protocol=protocol, key=_key(truth, drawn), **how)

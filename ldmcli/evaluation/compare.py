@@ -16,6 +16,7 @@ from ldmcli.evaluation.baselines import PLAIN_METHODS, UNGUIDED
 from ldmcli.evaluation.metrics import LOGITS, METRICS, OF_PAIRS, OF_SETS, Metric
 from ldmcli.evaluation.passes import SAME
 from ldmcli.maths.uncertainty import mean_error
+from ldmcli.sampling.machine import FULL
 
 NOISE = 1e-9  # relative change that is rounding
 SIGNIFICANT = 0.05
@@ -111,6 +112,8 @@ def compare(result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         for key in ("n_generated", "n_reference", "reference", "sampling")
         if old.get(key) != result.get(key)
     ]
+    then, now = (document.get("precision", FULL) for document in (old, result))
+    warnings += [f"precision{_in_words(then, now)}"] if then != now else []
     return {"metrics": changes, "worse": worse, "warnings": warnings}
 
 
@@ -137,9 +140,14 @@ def other_networks(result: dict[str, Any], old: dict[str, Any]) -> dict[str, str
 
 def _sampled_otherwise(result: dict[str, Any], old: dict[str, Any]) -> str:
     """In what the samples of the results differ: "sampled with steps 20 then, 50 now"; "" where that is not known."""
-    now, then = (document.get("sampling") or {} for document in (result, old))
+    now, then = (_sampling_of(document) for document in (result, old))
     names = [name for name in now if name in then and now[name] != then[name] and not isinstance(now[name], dict)]
     return f"sampled with {', '.join(f'{one} {then[one]} then, {now[one]} now' for one in names)}" if names else ""
+
+
+def _sampling_of(document: dict[str, Any]) -> dict[str, Any]:
+    """How samples were made; documents of versions that knew one number format do not name it."""
+    return {**(document.get("sampling") or {}), "precision": document.get("precision", FULL)}
 
 
 def _is_worse(key: str, change: dict[str, Any]) -> bool:

@@ -74,6 +74,8 @@ def _measured(
         if request.model is not None:
             result.protocol["weights"] = request.weights if request.model.config.train.ema else "raw"
         result.protocol |= runs.step_document(Path(request.name))
+    if (run := request.model if request.model is not None else request.autoencoder) is not None:
+        result.protocol["precision"] = run.precision
     if request.novelty_folder is not None:
         check_place(request.novelty_folder)
     generated, reference = MEASURES[request.subject](request, instruments, result)

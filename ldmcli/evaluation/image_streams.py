@@ -29,6 +29,7 @@ from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.sampling.classifier import ClassGuidance, LoadedClassifier, class_guidance
 from ldmcli.sampling.draw import Draw, draw_images
 from ldmcli.sampling.load import load
+from ldmcli.sampling.machine import stated_precision
 from ldmcli.sampling.request import SAMPLING
 
 LOSSY = (".jpg", ".jpeg")
@@ -289,6 +290,7 @@ def _made_by(model, seed: int) -> dict[str, Any]:
         "seed": seed,
         "float_to_uint8": "clamp, round half to even",
         "resize": "none",
+        **stated_precision(model.precision),
     }
 
 
@@ -367,18 +369,21 @@ def reconstructions(
         originals = source.read(blocks)
         for batch in batches(blocks, batch_size):
             images = np.stack(list(islice(originals, len(batch))))
-            z = autoencoder.encode(torch.from_numpy(images))
+            with autoencoder.autocast():
+                z = autoencoder.encode(torch.from_numpy(images))
+                rebuilt = tensor_to_pixels(autoencoder.decode(z))
             if counts is not None:
                 counts.add(z)
-            yield from tensor_to_pixels(autoencoder.decode(z))
+            yield from rebuilt
 
     return read
 
 
-def loaded(run: Any, run_kind: str, weights: str = "ema"):
-    """A run of this kind, from its folder (weights "ema" or "raw") or as it is. Raises UsageError for another kind."""
+def loaded(run: Any, run_kind: str, weights: str = "ema", **how: Any):
+    """A run of this kind, from its folder (weights "ema" or "raw", how: mixed_precision and compile of `load`) or as it
+    is. Raises UsageError for another kind."""
     if isinstance(run, (str, Path)):
-        run = load(run, weights=weights)
+        run = load(run, weights=weights, **how)
     if run.kind != run_kind:
         raise UsageError(f"this is a run of kind {run.kind}; evaluation asked for {run_kind}")
     return run

@@ -90,6 +90,8 @@ class EvaluationRequest:
     tone: float | None = None  # of a model of task sr: as `upscale_images` takes it
     balanced: bool = False  # as many samples of each class, instead of the rows' classes
     weights: str = "ema"  # "ema" or "raw", of a model named by its run
+    mixed_precision: str | None = None  # as `load` takes them, of a model or autoencoder named by its run
+    compile: bool = False
     # lead sample k to row k made this many times smaller (Tab. 4; models without a task or of task sr), and compare
     guide_factor: int | None = None
     guide_scale: float | None = None  # how, as `LoadedDiffusion.sample` takes it; LPIPS by `perceptual`
@@ -184,17 +186,21 @@ def opened(request: EvaluationRequest) -> EvaluationRequest:
         raise UsageError("--classifier-scale: says how much --classifier counts; give --classifier RUN, too")
     run = request.model if request.model is not None else request.autoencoder
     request = replace(request, name=str(run) if isinstance(run, (str, Path)) else "")
+    how: dict[str, Any] = {"mixed_precision": request.mixed_precision or "auto", "compile": request.compile}
     if request.model is not None:
-        return _with_classifier(replace(request, model=loaded(request.model, "diffusion", request.weights)))
+        return _with_classifier(replace(request, model=loaded(request.model, "diffusion", request.weights, **how)))
     if request.protocol:
         check_protocol(request.protocol, request.subject, (), {})
     names = (*SAMPLING, "negative_prompt", "guide_factor", "balanced", "classifier")
     given = [name for name in names if getattr(request, name)]
     if given:
         raise UsageError(f"--{given[0].replace('_', '-')}: says how a model samples; use it with --model")
-    if request.autoencoder is None:
-        return request
-    return replace(request, autoencoder=loaded(request.autoencoder, "autoencoder"))
+    if request.autoencoder is not None:
+        return replace(request, autoencoder=loaded(request.autoencoder, "autoencoder", **how))
+    for name in ("mixed_precision", "compile"):
+        if getattr(request, name):
+            raise UsageError(f"--{name.replace('_', '-')}: is of what makes images; use --model or --autoencoder")
+    return request
 
 
 def _with_classifier(request: EvaluationRequest) -> EvaluationRequest:

@@ -44,6 +44,7 @@ from ldmcli.evaluation.reference_statistics import Statistics
 from ldmcli.evaluation.references import limited, reference_rows, set_reference, without_features
 from ldmcli.evaluation.request import BATCH, EvaluationRequest, given_conditions, is_npz, own_data
 from ldmcli.evaluation.result import EvaluationResult
+from ldmcli.sampling.machine import stated_precision
 
 GENERATED_LIMIT = 1_000  # samples of a model where nobody says how many
 
@@ -76,7 +77,7 @@ def pairs_of_images(request: EvaluationRequest, instruments: Instruments, result
 
 def autoencoder_images(request: EvaluationRequest, instruments: Instruments, result: EvaluationResult) -> Measured:
     """An autoencoder's reconstructions against their originals."""
-    autoencoder = request.autoencoder
+    autoencoder, precision = request.autoencoder, stated_precision(request.autoencoder.precision)
     original = instruments.world.on_all_ranks(lambda: _originals(request, instruments, result))
     state_protocol(request, instruments, result, original.count, original.count)
     protocol = {
@@ -84,6 +85,7 @@ def autoencoder_images(request: EvaluationRequest, instruments: Instruments, res
         "autoencoder": autoencoder.fingerprint,
         "float_to_uint8": "clamp, round half to even",
         "latent": "mode of the posterior",
+        **precision,
     }
     counts = CodeCounts(autoencoder) if needing(instruments.metrics, CODES) else None
     batch = request.batch_size or BATCH
@@ -91,7 +93,7 @@ def autoencoder_images(request: EvaluationRequest, instruments: Instruments, res
         original,
         name="reconstructions",
         protocol=protocol,
-        key=original.key and f"{original.key}:{autoencoder.fingerprint}",
+        key=original.key and ":".join([original.key, autoencoder.fingerprint, *precision.values()]),
         read=reconstructions(autoencoder, original, batch, counts),
         batch=batch,
         action="reconstructing",

@@ -192,7 +192,7 @@ def test_a_judge_is_kept_and_found_again(tmp_path, monkeypatch):
 class TaskModel:
     """A model whose answers are given by a function of (true picture, what the model was told)."""
 
-    kind, fingerprint = "diffusion", "f" * 64
+    kind, fingerprint, precision = "diffusion", "f" * 64, "float32"
 
     def __init__(self, task: str, level: int = 1):
         self.config = config(f"shapes:{level}", task)
