@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -149,8 +150,8 @@ def slow_pictures(seconds: float) -> None:
     commands.draw_images = lambda model, drawn: time.sleep(seconds) or draw(model, drawn)
 
 
-def started(folder: Path, model: Path, out: Path, before) -> list[Command]:
-    prompts = ("--prompt", "a red star", "-n", 6, "--batch-size", 1)
+def started(folder: Path, model: Path, out: Path, before, n: int = 6) -> list[Command]:
+    prompts = ("--prompt", "a red star", "-n", n, "--batch-size", 1)
     return ranks(folder, 2, "sample", "--model", model, *FAST, *prompts, "--out", out, before=before)
 
 
@@ -177,6 +178,20 @@ def test_a_signal_to_one_process_stops_all_and_the_same_command_goes_on(tiny_run
     assert tiny.ldm(*words, "--out", out).code == 0
     assert tiny.ldm(*words, "--out", tmp_path / "whole").code == 0
     assert files(out) == files(tmp_path / "whole")
+
+
+def patient(seconds: float) -> None:
+    """A phase of rank 1 that lasts longer than process groups wait where nobody says how long."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timedelta(seconds=seconds / 2)
+    if os.environ["RANK"] == "1":
+        slow_pictures(seconds)
+
+
+def test_a_long_phase_of_one_process_ends_nobody(tiny_runs, tmp_path):
+    both = started(tmp_path, tiny_runs["text"], tmp_path / "out", partial(patient, 2.0), n=2)
+    assert [one.wait() for one in both] == [0, 0], both[0].stderr + both[1].stderr
 
 
 def test_a_process_that_vanishes_ends_the_others(tiny_runs, tmp_path):
