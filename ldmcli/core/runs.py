@@ -4,21 +4,20 @@ Layout (contract): config.toml, run.json, model.safetensors, checkpoints/step-NN
 tokenizer/, stats.json, report.html, README.md. Nothing in it refers to an absolute path that use needs.
 """
 
-import fcntl
 import json
 import os
 import platform
 import re
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ldmcli.core import files
-from ldmcli.core.errors import LdmError, ModelError, UsageError
+from ldmcli.core.errors import LdmError, ModelError
+from ldmcli.core.locks import LOCK, OWNER, FolderLock
 from ldmcli.core.outputs import PAGES, page_is_ours
 
 _STEP_NAME = re.compile(r"^step-(\d{8,})$")
@@ -32,7 +31,7 @@ _WRITTEN = re.compile(
             rf"autoencoder/{_PART}",
             r"metrics\.jsonl",
             r"bad-batch\.json",
-            r"\.lock",
+            r"\.lock(-owner)?",
             r"samples/step-\d+\.png",
             r"neighbours/neighbours\.(png|json)",
             r"novelty\.(png|json)",
@@ -58,33 +57,18 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.begun = False  # whether run.json says of this process that it is training
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(path)
         self._updating = threading.Lock()  # of run.json: a checkpoint's writer changes it beside the loop
 
     def acquire(self) -> None:
         """Creates the folder and becomes its only writer. Raises UsageError when another process is."""
         with files.writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / ".lock", "a+")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            handle.close()
-            raise UsageError(f"{self.path}: {holder} is writing here; wait for it or choose another --out") from error
-        handle.seek(0)
-        handle.truncate()
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
-        self._lock = handle
+        self._lock.acquire()
 
     def release(self) -> None:
         """Lets another writer in."""
-        if self._lock:
-            self._lock.truncate(0)
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def clear(self) -> None:
         """Removes an earlier run's files (for --fresh); files that are not a run's stay, wherever they lie in it."""
@@ -93,7 +77,7 @@ class RunFolder:
                 self.update(state="interrupted", step=0, checkpoint=0, reason="begun anew with --fresh")
             except ModelError:
                 pass  # run.json is damaged, and gone in a moment
-        ours = [path for path in own_files(self.path) if path.name != ".lock"]
+        ours = [path for path in own_files(self.path) if path.name not in (LOCK, OWNER)]
         for path in sorted(ours, key=lambda path: path == self.path / "run.json"):
             path.unlink(missing_ok=True)
         below = {folder for path in ours for folder in path.parents if self.path in folder.parents}

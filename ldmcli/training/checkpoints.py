@@ -157,13 +157,15 @@ class Checkpointer:
 
     def make_room(self) -> None:
         """Takes the memory of the copies, beside the training and once, where a save will need it."""
+        if self._made_room or not self.dist.is_rank_0:
+            return
+        self._made_room = True
         step, train = self.state.progress.step, self.config.train
         will_come = step // train.save_every < (train.steps - 1) // train.save_every
-        if not self._made_room and self.dist.is_rank_0 and will_come:
+        if will_come and not self._copy.held:
             groups = self._tensors()
             if self._has_room(groups):
                 self._writer.start(lambda: self._copy.reserve(groups))
-        self._made_room = True
 
     def _has_room(self, groups: Groups) -> bool:
         return bytes_of(groups) - self._copy.held < SHARE_OF_MEMORY * available_bytes(torch.device("cpu"))

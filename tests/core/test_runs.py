@@ -1,5 +1,7 @@
 """The run folder among other commands, on full disks, in places that cannot be written, and with too little data."""
 
+import errno
+import fcntl
 import os
 import resource
 import signal
@@ -89,6 +91,60 @@ def test_of_two_starts_at_the_same_moment_one_trains(tmp_path):
     assert lost.wait() == 2 and f"process {won.pid} on " in lost.stderr
     assert won.until((out / "checkpoints" / ".step-00000001.tmp").exists) and won.running
     won.kill()
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """`without_locks(errno)`: a file system that answers every request for a lock so."""
+
+    def refuse(number: int) -> None:
+        def flock(handle, operation):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_stands_for_the_lock_where_the_file_system_has_none(number, tmp_path, without_locks):
+    """Reliability 9, on a cluster's disk: one warning, the run trains, and nothing is left."""
+    without_locks(number)
+    out = tmp_path / "run"
+    for steps in (1, 2):
+        ending = tiny.ldm(*arguments(out, steps=steps))
+        assert ending.code == 0, ending.stderr
+        assert ending.stderr.count("no locks on this file system") == 1
+        assert not (out / ".lock-owner").exists()
+
+
+@pytest.mark.parametrize(
+    "owner, code",
+    [
+        (f"process {os.getppid()} on {socket.gethostname()}", 2),  # is alive
+        ("process 7 on another-machine", 2),  # nobody here can tell
+        ("", 2),  # about to be written
+        (f"process {2**22 - 1} on {socket.gethostname()}", 0),  # was killed
+    ],
+)
+def test_the_file_that_stands_for_a_lock_is_as_good_as_its_owner(owner, code, tmp_path, without_locks):
+    """Reliability 9: the owner and what to do are named; a dead one of this machine holds nothing."""
+    without_locks(errno.ENOSYS)
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".lock-owner").write_text(owner)
+    ending = tiny.ldm(*arguments(out, steps=1))
+    assert ending.code == code, ending.stderr
+    if code:
+        assert f"{owner or 'another process'} is writing here" in ending.line
+        assert f"remove {out / '.lock-owner'}" in ending.line
+        assert (out / ".lock-owner").read_text() == owner and not (out / "run.json").exists()
+
+
+def test_only_a_lock_that_is_held_means_another_process(tmp_path, without_locks):
+    without_locks(errno.EWOULDBLOCK)
+    ending = tiny.ldm(*arguments(tmp_path / "run"))
+    assert ending.code == 2 and "another process is writing here; wait for it" in ending.line
 
 
 def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Launchers of others, replicas, models cut into parts, and processes that end."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,32 @@ def losses(run: Path) -> list[float]:
     """Of each step."""
     named = ({k: v for k, v in entry.items() if k.startswith("loss_")} for entry in tiny.log(run))
     return [value for found in named for value in found.values()]
+
+
+# --- processes that end ----------------------------------------------------------------------------------------------
+
+
+def break_down(rank: int, method: str) -> None:
+    from ldmcli.training.loop import Trainer
+
+    inner = getattr(Trainer, method)
+
+    def breaking(self, *args):
+        if self.dist.rank == rank and self.progress.step == 2:
+            raise ValueError("a fault")
+        return inner(self, *args)
+
+    setattr(Trainer, method, breaking)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("method", ["_train_step", "_forward_backward", "_after_step"])
+def test_a_fault_of_one_process_ends_the_others_with_code_6(rank, method, tmp_path):
+    """Whether they wait for its batch, its gradients or its word; and none hangs while it leaves."""
+    line = ("train-ae", *tiny.SHAPES, *tiny.AE_NETWORK, *tiny.QUIET_LOOP, "--steps", 9, "--out", tmp_path / "run")
+    both = ranks(tmp_path, 2, *line, before=partial(break_down, rank, method))
+    codes = [command.wait(60) for command in both]
+    assert codes == [1 if one == rank else 6 for one in (0, 1)], both[0].stderr + both[1].stderr
+    other = both[1 - rank].stderr.splitlines()
+    assert rank == 0 or "another process of this training ended" in other[-1]
+    assert tiny.state(tmp_path / "run")["exit_code"] == codes[0]
