@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,8 @@ from ldmcli.core.errors import UsageError
 from ldmcli.core.runs import RunFolder
 from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.core.signals import StopRequest
-from ldmcli.data.batches import Prefetcher, rank_slice
-from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
+from ldmcli.data.batches import Prefetcher
+from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.formats.bundle import AutoencoderBundle, ClassifierBundle, Reading
 from ldmcli.formats.open_model import read
 from ldmcli.maths import rng
@@ -138,14 +140,44 @@ def example_inputs(subject: Subject, count: int) -> dict[str, Tensor]:
 
 
 class _Rows:
-    """Made-up rows."""
+    """Made-up rows: random pictures, which stand there decoded and cut."""
+
+    def __init__(self, size: tuple[int, int], count: int = POOL):
+        draw = np.random.default_rng(0)
+        self._pixels = draw.integers(0, 256, (count, *size, 3), dtype=np.uint8)
 
     def __len__(self) -> int:
-        return POOL
+        return len(self._pixels)
 
     def name(self, index: int) -> str:
         """As errors name a row."""
         return f"made-up row {index}"
+
+    def pixels(self, index: int, *how: Any) -> np.ndarray:
+        """uint8 (height, width, 3)."""
+        return self._pixels[index]
+
+
+class _Moments:
+    """In the place of a cache of latents: random moments of each row."""
+
+    def __init__(self, channels: int, latent: tuple[int, int, int]):
+        self._moments = rng.normal(0, range(POOL), (channels, *latent[1:]), "bench").numpy()
+
+    def moments(self, ids: list[int], *how: Any) -> np.ndarray:
+        """float32 (n, channels, h, w)."""
+        return self._moments[ids]
+
+
+class _Inputs:
+    """In the place of the conditions of rows: the same inputs for each."""
+
+    def __init__(self, inputs: dict[str, Tensor]):
+        self._inputs = inputs
+
+    def batch(self, ids: np.ndarray, *how: Any) -> dict[str, Tensor]:
+        """Prepared inputs of rows."""
+        return {name: tensor[: len(ids)] for name, tensor in self._inputs.items()}
 
 
 class SyntheticDiffusion(DiffusionObjective):
@@ -160,36 +192,15 @@ class SyntheticDiffusion(DiffusionObjective):
         self.latents = LatentStore(subject.stage, config.data, dist, subject.size)
         self.latents.scale = subject.stage.scale
         self.schedule = make_schedule(config.diffusion)
-        self.rows = self.validation = _Rows()
+        self.rows = self.validation = _Rows((1, 1))
         self.bad = []
         channels = self.latents.shape[0] * (1 if self.latents.deterministic else 2)
-        self._moments = rng.normal(0, range(POOL), (channels, *self.latents.shape[1:]), "bench")
-        self._inputs = example_inputs(subject, config.train.batch_size)
+        self.latents.cache = cast(Any, _Moments(channels, self.latents.shape))
+        self.inputs = cast(Any, _Inputs(example_inputs(subject, config.train.batch_size)))
 
     def activation_bytes(self) -> float:
         """Bytes that the backward pass keeps of one image: nothing is encoded."""
         return cost.diffusion_cost(self.config, self.specs, self.latents.shape, self.size).activation_bytes
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """As of a training whose latents are cached: random numbers by position, condition dropout, moments."""
-        train, dist, conditions = self.config.train, self.dist, self.model.conditions
-        mine = rank_slice(train.batch_size, dist.rank, dist.world_size)
-        at = list(range(step * train.batch_size + mine.start, step * train.batch_size + mine.stop))
-        row = torch.tensor(at) % POOL
-        out = {
-            "row": row,
-            "noise": rng.normal(train.seed, at, self.latents.shape, "noise"),
-            "t": sample_timesteps(self.config.diffusion, rng.uniform(train.seed, at, "timestep"), self.schedule),
-            "moments": self._moments[row],
-        }
-        if not self.latents.deterministic:
-            out["posterior"] = rng.normal(train.seed, at, self.latents.shape, "posterior")
-        dropped = {
-            name: rng.uniform(train.seed, at, "drop", name) < self.config.condition.drop
-            for name in self.config.condition.kinds
-        }
-        inputs = {name: tensor[: len(at)] for name, tensor in self._inputs.items()}
-        return out | {f"condition.{name}": tensor for name, tensor in conditions.drop(inputs, dropped).items()}
 
 
 class SyntheticAutoencoder(AutoencoderObjective):
@@ -209,22 +220,8 @@ class SyntheticAutoencoder(AutoencoderObjective):
         self.latent_shape = subject.latent
         codes = config.autoencoder.codebook_size if self.autoencoder.is_vq else 0
         self.used_codes, self._last_vectors = torch.zeros(codes, dtype=torch.bool), None
-        self.rows = self.validation = _Rows()
+        self.rows = self.validation = _Rows(self.size)
         self.bad = []
-        generator = torch.Generator().manual_seed(0)
-        count = min(POOL, config.train.batch_size)
-        self._pixels = torch.randint(0, 256, (count, *self.size, 3), dtype=torch.uint8, generator=generator)
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Pictures and, for KL, noise by position."""
-        train, dist = self.config.train, self.dist
-        mine = rank_slice(train.batch_size, dist.rank, dist.world_size)
-        at = list(range(step * train.batch_size + mine.start, step * train.batch_size + mine.stop))
-        row = torch.tensor(at) % len(self._pixels)
-        out = {"row": row, "pixels": self._pixels[row]}
-        for phase in self.phases(step) if not self.autoencoder.is_vq else ():
-            out[f"noise.{phase}"] = rng.normal(train.seed, at, self.latent_shape, "posterior", phase)
-        return out
 
 
 def _random_perceptual(name: str, device: torch.device) -> PerceptualNet:
