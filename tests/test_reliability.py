@@ -202,8 +202,8 @@ def in_small_shards() -> None:
     from ldmcli.training.latents import LatentStore
 
     cache.SHARD_ROWS = 8
-    encode = LatentStore.encode_rows
-    LatentStore.encode_rows = lambda self, rows, ids: (time.sleep(0.1), encode(self, rows, ids))[1]
+    encode = LatentStore.encode_views
+    LatentStore.encode_views = lambda self, pixels: (time.sleep(0.1), encode(self, pixels))[1]
 
 
 @pytest.mark.parametrize("moment", ["shard", "write"])

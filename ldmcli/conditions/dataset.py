@@ -51,7 +51,7 @@ class ConditionDataset:
         if condition.static or not self.training:
             views = [View(int(i), int(at)) for i, at in zip(ids, positions)]
         else:
-            crops, mirrored = crop_and_flip(self.config, np.asarray(positions))
+            crops, mirrored = crop_and_flip(self.rows, self.config, ids, np.asarray(positions))
             views = [View(int(i), int(at), tuple(u), bool(m)) for i, at, u, m in zip(ids, positions, crops, mirrored)]
         if pixels is not None:
             views = [replace(view, seen=seen) for view, seen in zip(views, pixels)]

@@ -42,15 +42,16 @@ class DataSettings:
     min_side: int = 0  # rows whose picture has a shorter side than this are left out; 0 = no bound
     max_pixels: int = 89_478_485  # a larger image counts as bad
     skip_bad: bool = False
-    cache: bool = True  # latents (train-ldm): encode once, where pictures are seen alike each time (no random crops)
+    cache: bool = True  # latents (train-ldm): encode once; random crops are cached with data.cache_views
+    cache_views: int = 0  # random crops of each picture that are encoded and cached; 0 = random crops are not cached
     cache_dtype: str = "float32"  # float32 | float16
     cache_dir: str = ""  # "" = $LDM_CACHE, else .cache/ldm in the home folder
     workers: int = 2  # threads that decode ahead of the loop
 
     @property
     def caches_latents(self) -> bool:
-        """Whether latents are encoded once and kept: `cache`, and each picture is cut alike in every epoch."""
-        return self.cache and not self.streaming and self.crop == "center"
+        """Whether latents are encoded once and kept: `cache`, and each picture is cut in few ways."""
+        return self.cache and not self.streaming and (self.crop == "center" or self.cache_views > 0)
 
     def __post_init__(self):
         choice("data", "crop", self.crop, ("center", "random"))
@@ -65,7 +66,9 @@ class DataSettings:
             )
         if self.crop_min < 1 and self.crop != "random":
             raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
-        at_least("data", 0, self, "limit", "workers", "min_objects", "max_objects", "min_side")
+        if self.cache_views and self.crop != "random":
+            raise UsageError("data.cache_views: only random crops are several; add data.crop = random")
+        at_least("data", 0, self, "limit", "workers", "cache_views", "min_objects", "max_objects", "min_side")
         share("data", self, "min_box_area")
         if self.max_objects and self.max_objects < self.min_objects:
             raise UsageError(f"data.max_objects = {self.max_objects}: less than data.min_objects = {self.min_objects}")

@@ -1,10 +1,10 @@
-"""Latents encoded once: a content-addressed store of posterior moments, of each image and of its mirror image.
+"""Latents encoded once: a content-addressed store of posterior moments, of each image in all its views.
 
-The store of one (autoencoder, transform, dtype) is a folder of immutable shards: `NAME.npy` holds moments
-(N, v, c, h, w), where the second axis is (as is, mirrored), or as is alone where flips are off; `NAME.json` lists the
-content hash of each row and is written after it. A row is found by its content hash, so changed pixels, another
-autoencoder or another transform miss, only what is new is encoded, and runs share what they have in common. A shard
-without its list does not exist: a killed build loses one shard at most.
+The store of one (autoencoder, transform, precision) is a folder of immutable shards: `NAME.npy` holds moments
+(N, v, c, h, w), where the second axis are views: crops, each as it is and, where flips are on, mirrored; `NAME.json`
+lists the content hash of each row and is written after it. A row is found by its content hash, so changed pixels,
+another autoencoder or another transform miss, only what is new is encoded, and runs share what they have in common. A
+shard without its list does not exist: a killed build loses one shard at most.
 
 A large set has more shards than a process may have open files or maps: rows are read by their place in a file, and
 only the files that were read last stay open.
@@ -17,8 +17,9 @@ import os
 import resource
 import tempfile
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ldmcli.core import console, files
 from ldmcli.core.errors import ResourceError, UsageError
 
 SHARD_ROWS = 1024
+LONGEST_PAUSE = 5.0  # seconds between two looks for what other machines wrote
 MOST_OPEN = 256  # files; fewer where the limit of the process is lower
 
 
@@ -185,43 +187,29 @@ class LatentCache:
             for row, name in enumerate(names):
                 self._where.setdefault(name, (len(self._shards) - 1, row))
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Indices of rows that still have to be encoded, one for each distinct content: of the share of one process.
+    def missing(self) -> np.ndarray:
+        """bool, one a row: not there, and the first row of its content."""
+        firsts = {key: index for index, key in reversed(list(enumerate(self.keys)))}
+        found = np.zeros(len(self.keys), bool)
+        found[[index for key, index in firsts.items() if key not in self._where]] = True
+        return found
 
-        Shares are cut before asking what is there: processes that looked at different moments leave no row out.
-        """
-        first = {key: index for index, key in reversed(list(enumerate(self.keys)))}
-        return [index for index in sorted(first.values())[rank::world] if self.keys[index] not in self._where]
-
-    def build(
-        self,
-        encode: Callable[[list[int]], np.ndarray],
-        *,
-        rank: int = 0,
-        world: int = 1,
-        batch: int = 64,
-        advance: Callable[[int], None] = lambda n: None,
-        check: Callable[[], None] = lambda: None,
-    ) -> int:
-        """Encodes this process's share of what is missing; returns how many rows that was.
-
-        `encode(indices)` gives moments (n, views, c, h, w). `check()` may raise to stop between batches (signals).
-        """
-        self.refresh()
-        todo = self.missing(rank, world)
-        files.require_space(self.folder, len(todo) * self.views * int(np.prod(self.shape)) * self.dtype.itemsize)
-        for start in range(0, len(todo), SHARD_ROWS):
-            part = todo[start : start + SHARD_ROWS]
-            pieces: list[np.ndarray] = []
-            try:
-                for offset in range(0, len(part), batch):
-                    check()
-                    pieces.append(encode(part[offset : offset + batch]).astype(self.dtype))
-                    advance(len(pieces[-1]))
-            finally:  # what is encoded is kept when a signal or an error ends this
-                if pieces:
-                    self._write(np.concatenate(pieces), [self.keys[index] for index in part[: sum(map(len, pieces))]])
-        return len(todo)
+    def build(self, count: int, encoded: Iterable[tuple[list[int], np.ndarray]]) -> None:
+        """Writes what `encoded` gives: rows, and their moments (n, views, c, h, w); of `count` rows at most. What was
+        given is kept when `encoded` raises. Raises ResourceError where there is no space for so many."""
+        files.require_space(self.folder, count * self.views * int(np.prod(self.shape)) * self.dtype.itemsize)
+        waiting = np.empty((0, self.views, *self.shape), self.dtype)
+        names: list[str] = []
+        try:
+            for rows, moments in encoded:
+                waiting = np.concatenate([waiting, moments.astype(self.dtype)])
+                names += [self.keys[row] for row in rows]
+                while len(names) >= SHARD_ROWS:
+                    self._write(waiting[:SHARD_ROWS], names[:SHARD_ROWS])
+                    waiting, names = waiting[SHARD_ROWS:], names[SHARD_ROWS:]
+        finally:  # what is encoded is kept when a signal or an error ends this
+            if names:
+                self._write(waiting, names)
 
     def _write(self, moments: np.ndarray, names: list[str]) -> None:
         name = hashlib.sha256("".join(names).encode()).hexdigest()[:20]
@@ -236,33 +224,41 @@ class LatentCache:
             "(`ulimit -n`), or end what else holds so many"
         )
 
-    def seal(self) -> None:
+    def seal(self, patience: float = 0) -> None:
         """Call when all processes have built: resolves each row to its place. Raises ResourceError if one is missing:
-        what was encoded is gone, or another process wrote it elsewhere."""
-        self.refresh()
-        gone = sum(key not in self._where for key in self.keys)
-        if gone:
-            raise ResourceError(
-                f"{self.folder}: {gone:,} of {len(self.keys):,} latents that were encoded can't be "
-                "found; all processes must see one cache (data.cache_dir or LDM_CACHE) that nothing "
-                "clears meanwhile; the same command encodes what is missing"
-            )
+        what was encoded is gone, or another process wrote it elsewhere. patience: seconds to wait for files of other
+        machines, which a network's file system may list late."""
+        end, pause = time.monotonic() + patience, 0.1
+        while gone := self._gone():
+            if time.monotonic() >= end:
+                raise ResourceError(
+                    f"{self.folder}: {gone:,} of {len(self.keys):,} latents that were encoded can't be "
+                    "found; all processes must see one cache (data.cache_dir or LDM_CACHE) that nothing "
+                    "clears meanwhile; the same command encodes what is missing"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
         self._index = np.array([self._where[key] for key in self.keys], np.int64).reshape(-1, 2)
+
+    def _gone(self) -> int:
+        """How many rows are not there, after a new look."""
+        self.refresh()
+        return sum(key not in self._where for key in self.keys)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def moments(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> np.ndarray:
-        """Moments (n, c, h, w) float32 of data rows, as they are or mirrored. Raises ResourceError where a shard is
-        gone or cut."""
-        flags = [False] * len(rows) if mirrored is None else mirrored
+    def moments(self, rows: Sequence[int], views: Sequence[int] | None = None) -> np.ndarray:
+        """Moments (n, c, h, w) float32 of data rows, each in one of its views (the first where none is named). Raises
+        ResourceError where a shard is gone or cut."""
+        wanted = [0] * len(rows) if views is None else views
         out = np.empty((len(rows), *self.shape), np.float32)
         size = int(np.prod(self.shape)) * self.dtype.itemsize
-        for position, (row, flag) in enumerate(zip(rows, flags)):
+        for position, (row, view) in enumerate(zip(rows, wanted)):
             number, place = self._index[row]
             shard = self._shards[number]
             try:
-                found = self._files.read(shard.path, shard.start + (int(place) * self.views + int(flag)) * size, size)
+                found = self._files.read(shard.path, shard.start + (int(place) * self.views + int(view)) * size, size)
             except OSError as error:
                 if _none_left(error):
                     raise self._refused(error) from error

@@ -2,8 +2,9 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -250,18 +251,11 @@ class Rows:
         chosen.readable, chosen.room, chosen.transparent_rows = self.readable, self.room, self.transparent_rows
         return chosen
 
-    def describe(self) -> str:
-        """One line for people: source, split, count, columns, what was left out."""
-        roles = ", ".join(f"{role} = {sanitise(column, 40)}" for role, column in self.columns.items())
-        classes = f"; {len(self.class_names)} classes" if self.has("label") else ""
-        return "; ".join([f"{sanitise(self.source)}, {self.split}: {len(self):,} rows", roles + classes, *self.notes])
-
     def preload(
         self, size: tuple[int, int], crop: str = "center", *, indices=None, progress=None, workers: int = WORKERS
     ) -> list[BadImage]:
-        """Decodes rows and keeps them in memory at `size` while there is room; returns the bad ones. With crop =
-        "random" the resized whole is kept, so that every crop can still be cut. Rows that are not among them are kept
-        when they are first read."""
+        """Decodes rows and keeps them at `size` while there is room (with crop = "random" the resized whole, of which
+        every crop can be cut); returns the bad ones. Other rows are kept when they are first read."""
         indices = range(len(self)) if indices is None else indices
         self.forget()
         self._kept_as = (tuple(size), crop)
@@ -274,6 +268,14 @@ class Rows:
             if progress is not None:
                 progress.advance(1)
         return bad
+
+    def holds(self, i: int) -> bool:
+        """Whether the picture is kept in memory."""
+        return int(self._ids[i]) in self._kept
+
+    def keep_when_read(self, size: tuple[int, int], crop: str) -> None:
+        """Keeps pictures in memory from here on, when they are first read, while there is room."""
+        self._kept_as = (tuple(size), crop)
 
     def _keep(self, i: int, picture: np.ndarray) -> None:
         row = int(self._ids[i])
@@ -319,12 +321,19 @@ class Rows:
         return to_size(picture, whole, "center", self._settings.resize)
 
 
-def parallel_map(work: Callable, items, workers: int) -> Iterator:
-    """Results in order; at most a few batches ahead, so that what nobody keeps is freed."""
-    items = list(items)
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for start in range(0, len(items), 256):
-            yield from pool.map(work, items[start : start + 256])
+def parallel_map(work: Callable, items: Iterable, workers: int, ahead: int = 256) -> Iterator:
+    """Results in order, made in threads while the caller is busy; at most `ahead` of them, so that what nobody keeps is
+    freed."""
+    pool, waiting = ThreadPoolExecutor(max(workers, 1)), deque[Future]()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _read(encoded: Callable[[int], bytes] | None, row: int, name: str) -> bytes:

@@ -5,6 +5,8 @@ hash of their encoded picture: those below `data.val_fraction` of the range of t
 all; equal pictures fall on the same side, and adding rows moves no other row. With a single row it is both.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ldmcli.core.errors import InputError, UsageError
@@ -170,6 +172,22 @@ def decode_all(rows: Rows, settings: DataSettings, *, indices=None, progress=Non
     in memory at data.size. `progress` has `advance(n)`."""
     size = settings.size if any(settings.size) else SHAPES_SIZE
     return rows.preload(size, settings.crop, indices=indices, progress=progress, workers=workers or WORKERS)
+
+
+def bad_maps(rows: Rows, indices: Sequence[int], workers: int) -> list[BadImage]:
+    """What is wrong with the class maps of those rows; nothing where they have none, or are drawn."""
+    if is_shapes(rows.source) or not rows.has("map"):
+        return []
+    return [error for error in parallel_map(lambda i: _bad_map(rows, i), indices, workers or WORKERS) if error]
+
+
+def _bad_map(rows: Rows, i: int) -> BadImage | None:
+    try:
+        rows.map(i)
+    except BadImage as error:
+        error.index = i
+        return error
+    return None
 
 
 def drop_unreadable(

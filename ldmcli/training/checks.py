@@ -189,5 +189,6 @@ def notes_of(config: DiffusionConfig | ClassifierConfig) -> list[str]:
     """Where a training deviates from the settings; for the plan and for its start."""
     if not config.data.cache or config.data.caches_latents:
         return []
-    why = "a stream is not read twice" if config.data.streaming else "random crops show other pixels in each epoch"
+    why = "random crops show other pixels in each epoch (data.cache_views caches several of each picture)"
+    why = "a stream is not read twice" if config.data.streaming else why
     return [f"latents are not cached: {why}, so every batch is encoded anew (--no-cache leaves out this line)"]

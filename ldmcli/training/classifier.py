@@ -64,9 +64,9 @@ class ClassifierObjective:
         stage = self.autoencoder.network.settings
         dist.on_all_ranks(lambda: checks.check_classifier(config, stage, self.size, dist.world_size))
         self.latents = LatentStore(self.autoencoder, config.data, dist, self.size)
-        self.rows, self.validation, self.bad = open_data(config, dist, self.size)
-        for rows in (self.rows, self.validation):
-            _check_labels(rows)
+        self.rows, self.validation, self.bad = open_data(
+            config, dist, self.size, look=_check_labels, fill_cache=lambda rows: self.latents.fill_cache(rows, check)
+        )
         self.names = list(self.rows.class_names)
         self._labels = [] if config.data.streaming else [self.rows.label(i) for i in range(len(self.rows))]
         with torch.random.fork_rng(devices=[]):
@@ -76,8 +76,7 @@ class ClassifierObjective:
         if dist.is_rank_0:
             for note in checks.notes_of(config):
                 console.say(note)
-        if config.data.caches_latents:
-            self.latents.open_cache(self.rows, check)
+        self.latents.open_cache(self.rows)
         self.latents.fit_scale(self.rows, config.diffusion.latent_scale, stored)
         self.count = config.train.measured_images(min(len(self.validation), VALIDATION_ROWS))
         self.held_out = self.latents.modes(self.validation, self.count)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldmcli.conditions import CONDITIONS
 from ldmcli.conditions.condition import FitData
-from ldmcli.conditions.dataset import ConditionDataset, ConditionInputs
+from ldmcli.conditions.dataset import ConditionDataset, ConditionInputs, check_columns
 from ldmcli.conditions.fit import check_rows, fit_conditions, open_early, run_tokenizer
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError
@@ -63,7 +63,7 @@ class DiffusionObjective:
         dist.on_all_ranks(lambda: checks.check_diffusion(config, stage, self.size, dist.world_size))
         open_early(config, run, dist)
         self.latents = LatentStore(self.autoencoder, config.data, dist, self.size)
-        self._open_data()
+        self._open_data(check)
         self.schedule = make_schedule(config.diffusion)
         self.specs = dist.on_rank_0(self._fit_conditions)
         tokenizer = run_tokenizer(config, run)
@@ -77,13 +77,13 @@ class DiffusionObjective:
         if dist.is_rank_0:
             for note in checks.notes_of(config):
                 console.say(note)
-        if config.data.caches_latents:
-            self.latents.open_cache(self.rows, check)
+        self.latents.open_cache(self.rows)
         self.latents.fit_scale(self.rows, config.diffusion.latent_scale, self._stored_stats())
         self.held_out.encode(self.latents)
-        if self.latents.cache and not any(CONDITIONS[name].from_pixels for name in config.kinds):
-            for rows in (self.rows, self.validation):
-                rows.forget()  # latents stand for them from here on
+        if self.latents.cache and any(CONDITIONS[name].from_pixels for name in config.kinds):
+            self.rows.keep_when_read(self.size, config.data.crop)
+        elif self.latents.cache:
+            self.validation.forget()  # latents stand for them from here on
         self.encode = self.as_model().autoencoder.encode
 
     def _check_autoencoder(self) -> None:
@@ -98,9 +98,15 @@ class DiffusionObjective:
         path = self.run / "stats.json"
         return files.read_json(path) if path.exists() else {}
 
-    def _open_data(self) -> None:
-        """Rows of training and validation, checked for what conditions need."""
-        rows, validation, bad = open_data(self.config, self.dist, self.size)
+    def _open_data(self, check: Callable[[], None]) -> None:
+        """Rows of training and validation, checked for what conditions need; the cache of latents is filled."""
+        rows, validation, bad = open_data(
+            self.config,
+            self.dist,
+            self.size,
+            look=lambda rows: check_columns(rows, self.config.condition.kinds),
+            fill_cache=lambda rows: self.latents.fill_cache(rows, check),
+        )
         first, second = check_rows(self.config, rows, validation, self.dist)
         self.rows, self.validation, self.bad = first.rows, second.rows, [*bad, *first.bad, *second.bad]
         self._found = {name: (first.found[name], second.found[name]) for name in first.found}

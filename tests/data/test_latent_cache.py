@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,12 @@ import torch
 from PIL import Image
 from tiny import ADAM, checkpoint, ldm, noisy_images, same, train_ae, train_ldm
 
+from ldmcli.core.errors import ResourceError
+from ldmcli.data import cache as cache_module
+from ldmcli.data import rows, sources
+from ldmcli.data.augment import cached_crops, cached_views, crop_and_flip, load_pixels
+from ldmcli.data.cache import LatentCache
+from ldmcli.training import latents
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.latents import LatentStore
 
@@ -23,16 +30,15 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Numbers of training rows that were encoded, one entry a call."""
+    """Numbers of rows that were encoded for the cache, one entry a call."""
     counts = []
-    encode = LatentStore.encode_rows
+    encode = LatentStore.encode_views
 
-    def counted(self, rows, ids):
-        if rows.split == "train":
-            counts.append(len(ids))
-        return encode(self, rows, ids)
+    def counted(self, pixels):
+        counts.append(len(pixels))
+        return encode(self, pixels)
 
-    monkeypatch.setattr(LatentStore, "encode_rows", counted)
+    monkeypatch.setattr(LatentStore, "encode_views", counted)
     return counts
 
 
@@ -65,6 +71,37 @@ def test_a_second_run_finds_all_latents_of_the_first(ae, folder, tmp_path, encod
     ending = train(tmp_path, "two", ae, folder)
     assert sum(encoded) == rows_of(tmp_path / "one") and "found in the cache" in ending.stderr
     assert same(checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two"))
+
+
+def test_pictures_whose_latents_are_cached_are_not_decoded_again(ae, folder, tmp_path, monkeypatch):
+    """The first start decodes each once; the second those of validation."""
+    names, decode = [], rows.decode
+    monkeypatch.setattr(rows, "decode", lambda content, **more: names.append(more["name"]) or decode(content, **more))
+    few = ("--set", "data.val_fraction=0.3")
+    monkeypatch.setattr(sources, "FEW", 0)  # sides of few pictures are looked at for one that can be read
+    train(tmp_path, "one", ae, folder, *few)
+    assert len(names) == len(set(names)) == 12
+    del names[:]
+    train(tmp_path, "two", ae, folder, *few)
+    assert len(names) == len(set(names)) == 12 - rows_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_bad_pictures_are_found_while_others_are_encoded(skip, ae, folder, tmp_path, encoded):
+    """A copy of one as well, though it is tried once; and at every start alike."""
+    for path in sorted(folder.iterdir())[:2]:
+        path.write_bytes(path.read_bytes()[:100])
+    first = sorted(folder.iterdir())[0]
+    (folder / "copy.png").write_bytes(first.read_bytes())
+    for name in ("one", "two"):
+        more = ("--skip-bad", "--set", "data.val_fraction=0.01")
+        ending = train(tmp_path, name, ae, folder, *more[0 if skip else 1 :], code=0 if skip else 3)
+        if not skip:
+            assert "pictures cannot be read" in ending.line and "copy.png" in ending.line
+            return
+        left_out = json.loads((tmp_path / name / "run.json").read_text())["data"]["left_out"]
+        assert sorted(line.split(":")[0] for line in left_out) == ["00.png", "01.png", "copy.png"]
+    assert sum(encoded) == rows_of(tmp_path / "one")
 
 
 def test_pixels_that_change_behind_the_same_name_size_and_time_are_encoded_again(ae, folder, tmp_path, encoded):
@@ -150,6 +187,70 @@ def test_without_the_cache_the_same_is_learned(ae, folder, tmp_path):
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def crops(count: int, *more) -> tuple:
+    return ("--crop", "random", "--set", f"data.cache_views={count}", *more)
+
+
+@pytest.mark.parametrize("zoom", [(), ("--set", "data.crop_min=0.5")])
+def test_random_crops_are_cached_in_several_views(zoom, ae, tmp_path, encoded, objectives):
+    """Each is what the encoder makes of the crop; runs of other seeds share them, and see each in turn."""
+    for path in noisy_images(tmp_path / "data", 8, 40):
+        Image.open(path).crop((0, 0, 40, 24)).save(path)  # crops have room to lie in
+    for name in ("one", "two"):
+        seed = ("--seed", 1) if name == "two" else ()
+        train(tmp_path, name, ae, tmp_path / "data", *crops(3, "--flip", *zoom), *seed)
+    assert encoded == [rows_of(tmp_path / "one")]
+    objective = objectives[0]
+    data, store = objective.config.data, objective.latents
+    seen: dict[int, set] = {}
+    for step in range(30):
+        batch = objective.batch(step)
+        for row, moments in zip(batch["row"].tolist(), batch["moments"]):
+            seen.setdefault(row, set()).add(moments.numpy().tobytes())
+    assert {len(kinds) for kinds in seen.values()} <= {5, 6} and len(seen) == len(objective.rows)
+    row = next(row for row, kinds in seen.items() if len(kinds) == 6)
+    places = cached_crops(data, objective.rows.content_hash(row))
+    cut = np.stack([objective.rows.pixels(row, (20, 20), "random", u) for u in places])[None]
+    made = store.encode_views(cut)[0]
+    assert len({view.tobytes() for view in cut[0]}) == 3
+    for kind in seen[row]:
+        stored = np.frombuffer(kind, np.float32).reshape(made[0].shape)
+        assert min(np.abs(stored - one).max() for one in made) < 1e-5
+
+
+@pytest.mark.parametrize("task", [("--task", "sr"), ("--task", "inpaint"), ("--condition", "map+layout")])
+def test_conditions_see_the_crop_that_the_latent_is_of(task, ae, tmp_path, objectives):
+    """With cached views and with --no-cache training sees the same pictures, maps and boxes: where the crop lies is
+    asked of the same function."""
+    data = ("shapes", "--limit", 6) if "map+layout" in task else (tmp_path / "data",)
+    noisy_images(tmp_path / "data", 6, 30)
+    train_ldm(tmp_path / "run", ae, *task, *crops(2), data=("--data", *data, "--size", 20), steps=1)
+    (objective,) = objectives
+    where = np.arange(12)
+    ids = np.array([int(i) for i in objective.batch(0)["row"]] * 3)
+    u, _ = crop_and_flip(objective.rows, objective.config, ids, where)
+    assert len({tuple(place) for place in u.tolist()}) > 4
+    store, objective.latents.cache = objective.latents.cache, None
+    views = cached_views(objective.config, where)
+    pixels = load_pixels(objective.rows, objective.config, ids, where, (20, 20)).numpy()
+    made = objective.latents.encode_views(pixels[:, None])[:, 0]
+    assert np.abs(made - store.moments(ids.tolist(), views.tolist())).max() < 1e-5
+    name = objective.config.kinds[0]
+    (told,) = [objective.source.values(name, ids[:1], where[:1])]
+    again = objective.source.values(name, ids[:1], where[:1], pixels[:1])
+    for a, b in zip(parts(told[0]), parts(again[0])):
+        assert np.array_equal(a, b)
+
+
+def parts(value):
+    return value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+
+
+def test_views_are_of_random_crops_alone(ae, folder, tmp_path):
+    ending = train(tmp_path, "run", ae, folder, "--set", "data.cache_views=2", code=2)
+    assert "data.crop = random" in ending.line
+
+
 @pytest.mark.parametrize("asked", [(), ("--cache",), ("--set", "data.cache=true")])
 def test_random_crops_turn_the_cache_off_and_say_so(asked, ae, folder, tmp_path, objectives):
     """Reliability 27: a cache would freeze the crops. They win, also over a cache that was asked for by name."""
@@ -195,18 +296,15 @@ def test_a_stop_while_encoding_keeps_whole_entries_and_the_next_start_makes_the_
     """Reliability 27: a signal between two batches of the encoder ends with its code; no half entry is read."""
     import signal
 
-    encode = LatentStore.encode_rows
+    encode = LatentStore.encode_views
 
-    def stopped(self, rows, ids):
+    def stopped(self, pixels):
         os.kill(os.getpid(), signal.SIGTERM)
-        return encode(self, rows, ids)
+        return encode(self, pixels)
 
-    from ldmcli.data.cache import LatentCache
-
-    build = LatentCache.build
     with monkeypatch.context() as patch:
-        patch.setattr(LatentStore, "encode_rows", stopped)
-        patch.setattr(LatentCache, "build", lambda self, encode, **more: build(self, encode, **{**more, "batch": 4}))
+        patch.setattr(LatentStore, "encode_views", stopped)
+        patch.setattr(latents, "ENCODED", 4)
         ending = train(tmp_path, "run", ae, folder, code=143)
     assert "the same command goes on" in ending.line
     (listing,) = (tmp_path / "cache").rglob("*.json")
@@ -241,14 +339,76 @@ def test_equal_pictures_share_an_entry(ae, folder, tmp_path, encoded):
     assert ldm("runs", "--json").code == 0
 
 
-def test_processes_that_look_at_different_moments_leave_no_row_out(tmp_path):
-    """The second process looks only when the first has written its share, as happens where one is late."""
-    from ldmcli.data.cache import LatentCache
+def encoded_as_numbers(rows, shape=(1, 1, 2, 2)):
+    """A cache's `encoded`: moments that say which row they are of."""
+    return [([int(i)], np.full((1, *shape), i, np.float32)) for i in rows]
 
+
+def test_processes_share_what_is_missing_and_leave_no_row_out(tmp_path):
+    """What an earlier start left behind is not dealt out: each process gets an equal part of the rest."""
     keys = [f"{k:02d}" for k in range(9)]
-    late, early = (LatentCache(tmp_path, keys, (1, 2, 2), "float32", 1) for _ in range(2))
-    encode = lambda ids: np.stack([np.full((1, 1, 2, 2), i, np.float32) for i in ids])  # noqa: E731
-    early.build(encode, rank=0, world=2)
-    late.build(encode, rank=1, world=2)
-    late.seal()
-    assert late.moments(range(9))[:, 0, 0, 0].tolist() == list(range(9))
+    LatentCache(tmp_path, keys, (1, 2, 2), "float32", 1).build(9, encoded_as_numbers([0, 2, 4, 6]))
+    both = [LatentCache(tmp_path, [*keys, "01"], (1, 2, 2), "float32", 1) for _ in range(2)]
+    for cache in both:
+        cache.refresh()
+    missing = np.flatnonzero(both[0].missing())
+    assert missing.tolist() == [1, 3, 5, 7, 8]
+    for rank, cache in enumerate(both):
+        cache.build(5, encoded_as_numbers(missing[rank::2]))
+    both[0].seal()
+    assert both[0].moments(range(10))[:, 0, 0, 0].tolist() == [*range(9), 1]
+
+
+@pytest.mark.parametrize("patience", [0, 30])
+def test_what_a_network_lists_late_is_waited_for(patience, tmp_path, monkeypatch):
+    """Another machine's shard shows up while `seal` waits; without patience it is missing."""
+    cache = LatentCache(tmp_path, ["a", "b"], (1, 2, 2), "float32", 1)
+    waits = []
+
+    def write_at_the_third(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            LatentCache(tmp_path, ["a", "b"], (1, 2, 2), "float32", 1).build(2, encoded_as_numbers([0, 1]))
+
+    monkeypatch.setattr(cache_module.time, "sleep", write_at_the_third)
+    if not patience:
+        with pytest.raises(ResourceError, match="2 of 2 latents"):
+            cache.seal(patience)
+        return
+    cache.seal(patience)
+    assert len(waits) == 3 and waits == sorted(set(waits)) and cache.moments([1])[0, 0, 0, 0] == 1
+
+
+def test_latents_of_another_precision_are_others(ae, folder, tmp_path, encoded):
+    """Those that a GPU made in bfloat16 are not taken for those of float32."""
+    for name, precision in (("full", "no"), ("half", "bf16"), ("again", "bf16")):
+        train(tmp_path, name, ae, folder, "--mixed-precision", precision)
+    assert encoded == [rows_of(tmp_path / "full")] * 2
+
+
+def test_pictures_are_decoded_while_others_are_encoded(ae, folder, tmp_path, monkeypatch):
+    """The first batch waits until the pictures behind it were decoded: in the same thread they never would be."""
+    monkeypatch.setattr(latents, "ENCODED", 4)
+    decoded, behind = [], threading.Event()
+    decode, encode = rows.decode, LatentStore.encode_views
+
+    def noted(content, **more):
+        decoded.append(more["name"])
+        if len(decoded) > 8:
+            behind.set()
+        return decode(content, **more)
+
+    def waiting(self, pixels):
+        assert behind.wait(60)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(rows, "decode", noted)
+    monkeypatch.setattr(LatentStore, "encode_views", waiting)
+    train(tmp_path, "run", ae, folder)
+
+
+def test_few_pictures_are_encoded_at_a_time_where_memory_is_little(ae, folder, tmp_path, monkeypatch, encoded):
+    train(tmp_path, "much", ae, folder)
+    monkeypatch.setattr(latents, "memory_bytes", lambda: 200_000)
+    train(tmp_path, "little", ae, folder, "--set", "data.background=black")
+    assert encoded[0] == sum(encoded[1:]) and max(encoded[1:]) < encoded[0]

@@ -61,7 +61,7 @@ def test_tokens_tell_boxes_in_the_whole_picture_and_where_the_crop_lies(flip, sh
     made.rows.boxes_are_shares = shares
     where = list(range(24))
     ids = [0] * len(where)
-    crops, mirrored = crop_and_flip(made.config, np.asarray(where))
+    crops, mirrored = crop_and_flip(made.rows, made.config, ids, np.asarray(where))
     layout, seen = condition(), set()
     told = layout.prepare(made.values("layout", ids, where))["ids"]
     assert any(mirrored) == flip

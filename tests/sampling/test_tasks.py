@@ -164,7 +164,7 @@ def test_small_and_holed_images_are_made_of_the_pixels_seen_and_depend_on_seed_a
 def views_of(source, where):
     from ldmcli.data.augment import crop_and_flip
 
-    return list(zip(*crop_and_flip(source.config, np.asarray(where))))
+    return list(zip(*crop_and_flip(source.rows, source.config, where, np.asarray(where))))
 
 
 def parts(value) -> tuple:

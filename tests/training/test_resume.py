@@ -490,23 +490,23 @@ def test_a_signal_while_latents_are_cached_keeps_what_is_encoded(tmp_path, argum
     """Reliability 4: encoding ends between two batches with code 143, and the next start encodes the rest."""
     from ldmcli.training.latents import LatentStore
 
-    encode, asked = LatentStore.encode_rows, []
+    encode, asked = LatentStore.encode_views, []
 
-    def interrupted(self, rows, ids):
-        asked.append(len(ids))
+    def interrupted(self, pixels):
+        asked.append(len(pixels))
         os.kill(os.getpid(), signal.SIGTERM)
-        return encode(self, rows, ids)
+        return encode(self, pixels)
 
     line = arguments("train-ldm", tmp_path / "run", "--set", f"data.cache_dir={tmp_path / 'own'}", "--limit", 80)
-    monkeypatch.setattr(LatentStore, "encode_rows", interrupted)
+    monkeypatch.setattr(LatentStore, "encode_views", interrupted)
     ending = tiny.ldm(*line)
     assert ending.code == 143 and asked == [64] and not list((tmp_path / "own").rglob("*.tmp"))
 
-    def counted(self, rows, ids):
-        asked.append(len(ids))
-        return encode(self, rows, ids)
+    def counted(self, pixels):
+        asked.append(len(pixels))
+        return encode(self, pixels)
 
-    monkeypatch.setattr(LatentStore, "encode_rows", counted)
+    monkeypatch.setattr(LatentStore, "encode_views", counted)
     assert tiny.ldm(*line, "--steps", 1).code == 0
     assert asked[1] == 16
 
