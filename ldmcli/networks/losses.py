@@ -143,7 +143,7 @@ def _adversarial_term(
     """The term, the weight in effect, and statistics (where `d_weight` is the weight without the factor)."""
     g_loss = -adversary.logits_fake.float().mean()
     weight = adversarial_weight(nll, g_loss, settings, last_layer)
-    stats = {"g_loss": g_loss.detach(), "d_weight": weight, "disc_factor": weight.new_tensor(adversary.factor)}
+    stats = {"g_loss": g_loss.detach(), "d_weight": weight, "disc_factor": torch.full_like(weight, adversary.factor)}
     return g_loss, weight * adversary.factor, stats
 
 
@@ -156,7 +156,7 @@ def adversarial_weight(nll: Tensor | None, g_loss: Tensor, settings: LossSetting
     (validation) λ = 0, as in the original.
     """
     if not settings.adaptive_weight or nll is None:
-        return g_loss.new_tensor(settings.disc_weight)
+        return torch.full_like(g_loss, settings.disc_weight)
     if not (nll.requires_grad and g_loss.requires_grad):
         return g_loss.new_zeros(())
     ratio = gradient_norm(nll, last_layer) / (gradient_norm(g_loss, last_layer) + 1e-4)

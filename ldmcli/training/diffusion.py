@@ -84,7 +84,7 @@ class DiffusionObjective:
             self.rows.keep_when_read(self.size, config.data.crop)
         elif self.latents.cache:
             self.validation.forget()  # latents stand for them from here on
-        self.encode = self.as_model().autoencoder.encode
+        self.encode = self.as_model().autoencoder.encode_unchecked
 
     def _check_autoencoder(self) -> None:
         wanted, found = self._stored_stats().get("autoencoder"), self.autoencoder.fingerprint
