@@ -40,6 +40,8 @@ class TrainSettings:
     seed: int = 0
     mixed_precision: str = "auto"  # auto | no | bf16 | fp16
     compile: bool = False
+    # several processes, train-ldm: each keeps its part of the weights, gradients, averages and optimiser (FSDP2)
+    shard: bool = False
     # several processes: seconds that a backward pass waits for the others; whatever else they do may take hours
     gradient_timeout: float = 600.0
     max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5
@@ -88,6 +90,10 @@ class TrainSettings:
         share("train", self, "ema_decay")
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
+        if self.shard and self.optimizer != "adamw":
+            raise UsageError("train.shard: Muon needs whole matrices; add --set train.optimizer=adamw")
+        if self.shard and self.compile:
+            raise UsageError("train.shard: networks that are cut are not compiled; leave --compile out")
         self._check_cycles()
         if self.spike and self.spike < 2:
             raise UsageError(f"train.spike = {self.spike:g}: must be at least 2 (norms vary that much), or 0 = off")

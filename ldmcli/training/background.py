@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ldmcli.training.sharding import whole
+
 SLAB = 256 << 20  # bytes; a power of two, because pinned memory is given out in those
 _ALIGNED = 64
 
@@ -32,11 +34,11 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, groups: Groups) -> Groups:
-        """The tensors as they are now, on the CPU, contiguous; the copy before is overwritten. Returns when all are
-        there."""
+        """The tensors as they are now, on the CPU, contiguous and whole; the copy before is overwritten. Returns when
+        all are there. Collective where tensors are cut."""
         out: Groups = {name: {} for name in groups}
         for name, key, tensor, room in self._rooms(groups):
-            out[name][key] = room.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=self.pinned)
+            out[name][key] = room.view(tensor.dtype).view(tensor.shape).copy_(whole(tensor), non_blocking=self.pinned)
         if self.pinned:
             torch.cuda.synchronize()
         return out

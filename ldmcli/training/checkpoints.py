@@ -1,6 +1,7 @@
 """Checkpoints of a training: saved so that the same command resumes it exactly, and loaded again."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ldmcli.core import console, files, runs
 from ldmcli.core.config import Config, config_hash
 from ldmcli.core.errors import DivergedError, LdmError, ModelError
 from ldmcli.formats.run_folder import settings_of_weights
+from ldmcli.training import sharding
 from ldmcli.training.background import Background, Groups, HostCopy, bytes_of
 from ldmcli.training.best import BestCheckpoint
 from ldmcli.training.cost import available_bytes
@@ -85,18 +87,20 @@ class Checkpointer:
             )
 
     def _load(self, path: Path) -> None:
-        state, device = self.state, self.dist.device
+        state = self.state
 
-        def of_rank_0(name: str, to: torch.device = device, finite: bool = True) -> dict[str, Tensor]:
-            return self.dist.tensors_of_rank_0(lambda: _read(path, name, finite), lambda _, tensor: tensor.to(to))
+        def of_rank_0(name: str, place: Callable[[str, Tensor], Tensor], finite: bool = True) -> dict[str, Tensor]:
+            return self.dist.tensors_of_rank_0(lambda: _read(path, name, finite), place)
 
         for name, module in state.networks.items():
-            module.load_state_dict(of_rank_0(name))
-            state.optimizers[name].load_state_dict(of_rank_0(f"optimizer-{name}", finite=False))
+            module.load_state_dict(of_rank_0(name, state.placed(name, "weights")))
+            moments = of_rank_0(f"optimizer-{name}", state.placed(name, "optimizer"), finite=False)
+            state.optimizers[name].load_state_dict(moments)
         if state.ema:
-            state.ema.load(of_rank_0("ema"), state.progress.ema_count)
+            averaged = of_rank_0("ema", state.placed(self.objective.main_network, "ema"))
+            state.ema.load(averaged, state.progress.ema_count)
         if self.dist.on_rank_0((path / "extra.safetensors").exists):
-            self.objective.load_extra_state(of_rank_0("extra", torch.device("cpu")))
+            self.objective.load_extra_state(of_rank_0("extra", lambda _, tensor: tensor))
 
     def save(self, *, wait: bool = True) -> None:
         """Writes a checkpoint and the inference weights. All processes share its errors. Collective.
@@ -105,7 +109,17 @@ class Checkpointer:
         tell how that went. Where memory does not hold a copy it waits all the same. At most one write is under way.
         Raises DivergedError where a tensor holds NaN or Inf: the last good checkpoint stands.
         """
-        self.dist.on_rank_0(lambda: self._save(wait))
+        self.raise_failure()
+        step = self.state.progress.step
+        if step == self._saved:  # but it may be another one that is the best now
+            newest, keep = self.folder.path / "checkpoints" / f"step-{step:08d}", self.config.train.keep
+            self.dist.on_rank_0(lambda: runs.rotate_checkpoints(self.folder, newest, keep, self.best.step))
+            return
+        self._saved = step
+        groups = self._tensors()
+        if is_cut := self.config.train.shard:
+            groups = self._whole(groups)
+        self.dist.on_rank_0(lambda: self._save(groups, wait, copied=is_cut))
 
     @property
     def failed(self) -> bool:
@@ -140,20 +154,23 @@ class Checkpointer:
             console.warn_once("keep_best", f"{self.best.name} was not measured, so no checkpoint is kept for it")
         return self.best.observe(self.state.progress.step, metrics)
 
-    def _save(self, wait: bool) -> None:
-        self._writer.wait()
-        step = self.state.progress.step
-        if step == self._saved:  # but it may be another one that is the best now
-            newest = self.folder.path / "checkpoints" / f"step-{step:08d}"
-            runs.rotate_checkpoints(self.folder, newest, self.config.train.keep, self.best.step)
-            return
-        self._saved = step
-        contents = self._contents()
-        if wait or not self._has_room(contents.groups):
+    def _whole(self, groups: Groups) -> Groups:
+        """On rank 0 a copy of tensors that are cut; the others give their parts. Collective."""
+        if self.dist.is_rank_0:
+            return self._copy.take(groups)
+        for group in groups.values():
+            for tensor in group.values():
+                sharding.whole(tensor)
+        return {}
+
+    def _save(self, groups: Groups, wait: bool, copied: bool) -> None:
+        contents = self._contents(groups)
+        if wait or not (copied or self._has_room(groups)):
             self._write(contents)
-        else:
-            copied = replace(contents, groups=self._copy.take(contents.groups))
-            self._writer.start(lambda: self._write(copied))
+            return
+        if not copied:
+            contents = replace(contents, groups=self._copy.take(groups))
+        self._writer.start(lambda: self._write(contents))
 
     def make_room(self) -> None:
         """Takes the memory of the copies, beside the training and once, where a save will need it."""
@@ -170,9 +187,9 @@ class Checkpointer:
     def _has_room(self, groups: Groups) -> bool:
         return bytes_of(groups) - self._copy.held < SHARE_OF_MEMORY * available_bytes(torch.device("cpu"))
 
-    def _contents(self) -> "_Contents":
-        """All that this step's checkpoint holds, the tensors as they are in use."""
-        progress, groups = self.state.progress, self._tensors()
+    def _contents(self, groups: Groups) -> "_Contents":
+        """All that this step's checkpoint holds."""
+        progress, measure = self.state.progress, self.objective.run_statistics
         stored = {
             **asdict(progress),
             "data_fingerprint": self.objective.rows.fingerprint,
@@ -181,7 +198,8 @@ class Checkpointer:
             "threads": torch.get_num_threads(),
         }
         try:
-            statistics = self.state.with_ema_weights(self.objective.run_statistics)
+            # of models that are cut, nothing is measured with their weights
+            statistics = measure() if self.config.train.shard else self.state.with_ema_weights(measure)
         except LdmError:
             self._require_finite(groups)  # with such weights nothing can be measured
             raise
@@ -208,7 +226,7 @@ class Checkpointer:
         groups = {name: module.state_dict() for name, module in self.state.networks.items()}
         groups |= {f"optimizer-{name}": optimizer.state_dict() for name, optimizer in self.state.optimizers.items()}
         if self.state.ema:
-            groups["ema"] = self.state.ema.shadow
+            groups["ema"] = self.state.averages()
         if extra := self.objective.extra_state():
             groups["extra"] = extra
         return groups

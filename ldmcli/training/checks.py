@@ -39,6 +39,7 @@ def check_autoencoder(config: AutoencoderConfig, world: int) -> None:
     network isn't there."""
     settings, loss, size = config.autoencoder, config.loss, image_size(config.data)
     f = settings.f
+    _check_whole(config.train)
     if f == 1:
         raise UsageError("--f 1 is the identity and has nothing to train; use `ldm train-ldm --autoencoder none`")
     if settings.in_channels != 3:
@@ -75,6 +76,8 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
     """Raises UsageError where a diffusion model for images of `size` pixels cannot be trained on `world` processes in
     latents of `stage`."""
     _check_conditions(config, size)
+    if config.train.shard and world == 1:
+        raise UsageError("train.shard: one process has nobody to share a model with; add --gpus N, or leave it out")
     _check_loop(config.train, config.data, world)
     _check_stage(stage)
     check_sources(config)
@@ -93,12 +96,18 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
 
 def check_classifier(config: ClassifierConfig, stage: AutoencoderSettings, size: tuple[int, int], world: int) -> None:
     """Raises UsageError where a classifier of noisy latents of `stage` cannot be trained on `world` processes."""
+    _check_whole(config.train)
     _check_loop(config.train, config.data, world)
     _check_stage(stage)
     make_schedule(config.diffusion)
     check_evaluations(config, size)
     _check_latents(config.diffusion, stage.f, size)
     cost.meta_classifier(config, 2, cost.meta_autoencoder(stage).latent_shape(*size))
+
+
+def _check_whole(train: TrainSettings) -> None:
+    if train.shard:
+        raise UsageError("train.shard: only diffusion models are cut; leave it out")
 
 
 def _check_stage(stage: AutoencoderSettings) -> None:

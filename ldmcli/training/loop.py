@@ -19,6 +19,7 @@ from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError,
 from ldmcli.core.settings import AutoencoderConfig, ClassifierConfig
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.batches import Prefetcher, micro_batches
+from ldmcli.training import sharding
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.checkpoints import Checkpointer
 from ldmcli.training.classifier import ClassifierObjective
@@ -168,7 +169,7 @@ class Trainer:
         grads = optimizer.gradients()
         if progress.loss_scale != 1:
             torch._foreach_div_(grads, progress.loss_scale)
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self.state.total_norm(grads)
         finite = dist.all_reduce_max([float(not bool(norm.isfinite()))])[0] == 0
         if finite:
             if (scale := self._gradient_scale(phase, float(norm))) < 1:
@@ -180,7 +181,7 @@ class Trainer:
 
     def _forward_backward(self, phase: str, batch: dict[str, Tensor], step: int, norms: bool) -> dict[str, Tensor]:
         """Gradients summed over this process's micro-batches; means of the statistics."""
-        wrapped, dist, batch_size = self.state.wrapped[phase], self.dist, self.settings.batch_size
+        dist, batch_size = self.dist, self.settings.batch_size
         self.state.optimizers[phase].zero_grad()
         parts = micro_batches(len(batch["row"]), self.progress.micro_batch)
         sums: dict[str, Tensor] = {}
@@ -188,7 +189,7 @@ class Trainer:
         for index, part in enumerate(parts):
             size, last = part.stop - part.start, index == len(parts) - 1
             micro_batch = dist.on_device({k: v[part] for k, v in batch.items()})
-            with dist.accelerator.no_sync(wrapped) if not last and dist.world_size > 1 else nullcontext():
+            with self.state.adding_up(phase) if not last else nullcontext():
                 dropout = dist.dropout(self.settings.seed, phase, step, index)
                 with dist.autocast(), self._count_flops(size / batch_size), dropout:
                     # norms are collective, and processes may have different numbers of micro-batches
@@ -231,7 +232,7 @@ class Trainer:
     def _start(self) -> None:
         objective, dist, step = self.objective, self.dist, self.progress.step
         if self.options.init_from and not self.resumed:
-            self.state.main.load_state_dict(dist.on_all_ranks(objective.init_weights), strict=False)
+            sharding.load(self.state.main, dist.on_all_ranks(objective.init_weights), strict=False)
             self.state.restart_ema()
         dist.on_rank_0(lambda: write_run_files(self.folder, self.config, self.options, dist, objective, step))
         if dist.is_rank_0:
@@ -278,7 +279,7 @@ class Trainer:
         step = self.progress.step
         path = self.folder.path / "samples" / f"step-{step:08d}.png"
         try:
-            self.dist.on_rank_0(lambda: self.state.with_ema_weights(lambda: self.objective.preview(path)))
+            self.state.with_ema_weights(lambda: self.dist.on_rank_0(lambda: self.objective.preview(path)))
         except ModelError as error:  # NaN or Inf in samples: the loss decides whether a training goes on
             console.warn(f"no preview at step {step}: {error}")
 

@@ -34,6 +34,7 @@ CHANGEABLE_ON_RESUME = (
     "train.max_minutes",
     "train.track",
     "train.compile",
+    "train.shard",
     "train.gradient_timeout",
     "sample.",
     "data.workers",

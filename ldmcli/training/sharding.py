@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ldmcli.core.settings import TrainSettings
 from ldmcli.networks.unet import TimestepSequential
+from ldmcli.training.optimizer import PhaseOptimizer
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -25,20 +27,22 @@ def shard(network: nn.Module, device: torch.device, processes: int) -> None:
     """Cuts the parameters of a network, whose values must be equal on all processes, in place: block by block, then
     what is left. Collective."""
     mesh = init_device_mesh(device.type, (processes,))
-    for block in _blocks(network):
+    for block in blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
+def blocks(network: nn.Module) -> list[nn.Module]:
     """Parts of a network that compute one after the other: the blocks of a UNet, and the layers of other networks."""
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in network.modules():
-        parts: list[nn.Module] = [module] if isinstance(module, TimestepSequential) else []
-        parts += list(module) if isinstance(module, nn.ModuleList) and type(module) is nn.ModuleList else []
+        parts = [module] if isinstance(module, TimestepSequential) else list(module.children())
+        if not isinstance(module, nn.ModuleList):  # of such a list each item is a part
+            continue
         for part in parts:
-            if part not in inside and any(True for _ in part.parameters()):
+            computes = type(part).forward is not nn.Module.forward
+            if computes and part not in inside and any(True for _ in part.parameters()):
                 found.append(part)
                 inside |= set(part.modules())
     return found
@@ -76,8 +80,11 @@ def load(network: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = Tr
     network.load_state_dict({k: cut_like(v, own[k]) if k in own else v for k, v in tensors.items()}, strict=strict)
 
 
-def reduced_norm(norm: Tensor) -> Tensor:
-    """The norm of whole tensors, of that of this process's parts. Collective."""
+def total_norm(gradients: list[Tensor], cut: bool) -> Tensor:
+    """The norm of all gradients together, of this process's parts where they are cut, on their device. Collective."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not cut:
+        return norm
     squares = norm.float().square()
     torch.distributed.all_reduce(squares)
     return squares.sqrt()
@@ -99,8 +106,43 @@ def gathered(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unsynchronised(network: nn.Module, wanted: bool) -> Iterator[None]:
-    """A context in which backward passes add up gradients of this process, where that is wanted."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(not wanted)
-    yield
+def unsynchronised(network: FSDPModule) -> Iterator[None]:
+    """A context in which backward passes add up gradients of this process alone."""
+    network.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        network.set_requires_gradient_sync(True)
+
+
+class ShardedOptimizer(PhaseOptimizer):
+    """The optimiser of a network that is cut: it knows this process's parts of the parameters, as if they were all."""
+
+    def __init__(self, network: nn.Module, settings: TrainSettings, lr: float | None):
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        super().__init__([(n, nn.Parameter(part_of(p))) for n, p in self.parameters.items()], settings, lr)
+
+    def gradients(self) -> list[Tensor]:
+        """Parts of the gradients of all parameters that have one."""
+        for name, part in self.named:
+            gradient = self.parameters[name].grad
+            part.grad = None if gradient is None else part_of(gradient)
+        return super().gradients()
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        super().zero_grad()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as flat named tensors, those of parameters cut as these are."""
+        return {key: like(value, self._parameter(key, value)) for key, value in super().state_dict().items()}
+
+    def placed(self, key: str, tensor: Tensor) -> Tensor:
+        """A whole tensor of a state, as `load_state_dict` takes it: its part."""
+        return part_of(cut_like(tensor, self._parameter(key, tensor)))
+
+    def _parameter(self, key: str, value: Tensor) -> Tensor:
+        """The parameter that a tensor of the state belongs to; the tensor itself, where it is a number of steps."""
+        return self.parameters[key.removeprefix("adam.").rpartition(".")[0]] if value.ndim else value

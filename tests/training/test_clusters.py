@@ -9,6 +9,7 @@ import tiny
 import torch
 from processes import ranks
 
+import ldmcli
 from ldmcli.core import files, runs
 from ldmcli.training.distributed import checksum
 
@@ -123,3 +124,77 @@ def test_a_fault_of_one_process_ends_the_others_with_code_6(rank, method, tmp_pa
     other = both[1 - rank].stderr.splitlines()
     assert rank == 0 or "another process of this training ended" in other[-1]
     assert tiny.state(tmp_path / "run")["exit_code"] == codes[0]
+
+
+# --- models that are cut ---------------------------------------------------------------------------------------------
+
+
+def diffusion(folder: Path, *more, steps: int) -> list:
+    own = ("--data", "shapes", "--limit", 10, "--size", "20x20", "--condition", "class+text", *tiny.UNET, *tiny.ADAM)
+    own = (*own, "--autoencoder", folder / "ae", "--set", f"data.cache_dir={folder / 'cache'}", "--lr", 1e-3)
+    loop = ("--log-every", 1, "--sample-every", 2, "--save-every", 2, "--micro-batch", 1, "--steps", steps)
+    return ["train-ldm", *own, *tiny.QUIET_LOOP, *loop, "--set", "train.cooldown=0", *more]
+
+
+@pytest.fixture(scope="module")
+def of_one_process(ae, tmp_path_factory) -> Path:
+    """A folder with a diffusion run of six steps that nobody cut."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "ae").symlink_to(ae)
+    assert tiny.ldm(*diffusion(folder, "--out", folder / "run", steps=6)).code == 0
+    return folder
+
+
+def close(ours: dict, theirs: dict) -> None:
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+    for name, tensor in theirs.items():
+        # by its norm: AdamW makes a whole step of the rounding of a gradient near 0
+        apart = float((ours[name] - tensor).double().norm())
+        assert apart <= 1e-3 * float(tensor.double().norm()) + 1e-6, (name, apart)
+
+
+def test_a_model_that_is_cut_learns_what_a_whole_one_does_and_either_goes_on_as_the_other(of_one_process, tmp_path):
+    """Cut to step 2, whole to 4, cut to 6: the losses, checkpoints and weights for use of one process."""
+    folder, out = of_one_process, tmp_path / "run"
+    for steps, cut in ((2, True), (4, False), (6, True)):
+        line = diffusion(folder, "--out", out, "--set", f"train.shard={str(cut).lower()}", steps=steps)
+        both = ranks(tmp_path, 2, *line)
+        assert [command.wait(120) for command in both] == [0, 0], both[0].stderr + both[1].stderr
+    ours, theirs = (
+        [entry["loss_model"] for entry in tiny.log(run) if "lr_factor" in entry] for run in (out, folder / "run")
+    )
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    close(tiny.checkpoint(out), tiny.checkpoint(folder / "run"))
+    close(tiny.weights(out), tiny.weights(folder / "run"))
+    assert (out / "samples/step-00000002.png").exists()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--set", "train.optimizer=adamw"), "one process has nobody to share a model with"),
+        (("--set", "train.optimizer=muon"), "Muon needs whole matrices"),
+        (("--set", "train.optimizer=adamw", "--compile"), "are not compiled"),
+    ],
+)
+def test_what_a_model_that_is_cut_cannot_be_is_refused(more, message, of_one_process, tmp_path):
+    line = diffusion(of_one_process, "--out", tmp_path / "run", "--set", "train.shard=true", *more, steps=1)
+    ending = tiny.ldm(*line)
+    assert ending.code == 2 and message in ending.line
+
+
+def test_only_diffusion_models_are_cut(tmp_path):
+    ending = tiny.train_ae(tmp_path / "run", *tiny.ADAM, "--set", "train.shard=true", code=2)
+    assert "only diffusion models are cut" in ending.line
+
+
+def test_the_blocks_of_a_unet_and_the_layers_of_a_text_transformer_are_gathered_one_by_one(of_one_process):
+    """Not all weights at once, and none twice."""
+    from ldmcli.training.sharding import blocks
+
+    model = ldmcli.load(of_one_process / "run").network
+    found = blocks(model)
+    inside = [p for block in found for p in block.parameters()]
+    assert len(inside) == len(set(inside)) and model.unet.middle_block in found
+    assert all(block in found for block in (*model.unet.input_blocks, *model.unet.output_blocks))
+    assert any(name.startswith("conditions.") and part in found for name, part in model.named_modules())
