@@ -72,6 +72,12 @@ def cache_key(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
+def dealt(missing: Sequence[np.ndarray], rank: int) -> list[int]:
+    """The rows that process `rank` encodes: an equal part of what no process found. missing: `LatentCache.missing` of
+    each process, which on a network's file system may have looked too early for some."""
+    return np.flatnonzero(np.logical_and.reduce(missing))[rank :: len(missing)].tolist()
+
+
 class _File:
     """A file that is open as long as somebody has this object, a reader in another thread included."""
 

@@ -14,7 +14,7 @@ from ldmcli.core.launch import local_processes
 from ldmcli.core.settings import DataSettings
 from ldmcli.data import cache
 from ldmcli.data.augment import cached_crops, cached_views, load_pixels
-from ldmcli.data.cache import LatentCache, cache_key, cache_root
+from ldmcli.data.cache import LatentCache, cache_key, cache_root, dealt
 from ldmcli.data.decode import BadImage, to_size
 from ldmcli.data.readers import memory_bytes
 from ldmcli.data.rows import WORKERS, parallel_map
@@ -104,13 +104,12 @@ class LatentStore:
         views = (data.cache_views or 1) * (1 + data.flip)
         store = self._unsealed = LatentCache(folder, keys, shape, data.cache_dtype, views)
         dist.on_all_ranks(store.refresh)
-        missing = np.logical_and.reduce(dist.gather(store.missing()))
-        todo = np.flatnonzero(missing)[dist.rank :: dist.world_size].tolist()
+        todo = dealt(dist.gather(store.missing()), dist.rank)
         bad: list[BadImage] = []
         with console.progress(len(todo), "encoding latents") if todo else nullcontext() as bar:
             encoded = self._encoded(rows, todo, bad, check, bar.advance if bar else lambda n: None)
             dist.on_all_ranks(lambda: store.build(len(todo), encoded))
-        if not missing.any() and dist.is_rank_0:
+        if not todo and dist.is_rank_0:  # which has the largest part
             console.say(f"latents: all {len(rows)} found in the cache")
         maps = bad_maps(rows, range(dist.rank, len(rows), dist.world_size), data.workers)
         found = _with_copies(rows, keys, sum(dist.gather(bad), []))
