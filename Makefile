@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTEROP := .venv-interop
+PEERS := .venv-peers
 
-.PHONY: demo test test-interop lint docs install clean
+.PHONY: demo test test-interop bench-peers lint docs install clean
 
 demo: install  ## the whole chain on the embedded data set, at most ten minutes
 	$(BIN)/ldm demo
@@ -15,12 +16,20 @@ test: install  ## the test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # diffusers comes into an environment of its own that lies on top of the other one, so that it can change nothing there
-test-interop: install  ## exported models loaded and run by diffusers itself
-	test -x $(INTEROP)/bin/python || $(BIN)/python -m venv $(INTEROP)
+define with-diffusers
+	test -x $(1)/bin/python || $(BIN)/python -m venv $(1)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
-	  "$$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
-	$(INTEROP)/bin/python -m pip install --quiet -e '.[interop]'
+	  "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	$(1)/bin/python -m pip install --quiet -e '.[interop]'
+endef
+
+test-interop: install  ## exported models loaded and run by diffusers itself
+	$(call with-diffusers,$(INTEROP))
 	$(INTEROP)/bin/python -m pytest tests/interop
+
+bench-peers: install  ## speed against diffusers with the same weights; PEERS_OPTIONS=--quick takes half of the time
+	$(call with-diffusers,$(PEERS))
+	$(PEERS)/bin/python docs/measure/against_diffusers.py $(PEERS_OPTIONS)
 
 lint: install  ## style, types, and whether the generated pages are those of the code
 	$(BIN)/ruff check ldmcli tests docs
@@ -40,4 +49,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:  ## remove the environment and caches; runs/ and outputs/ stay
-	rm -rf $(VENV) $(INTEROP) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(INTEROP) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

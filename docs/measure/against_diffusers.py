@@ -164,12 +164,13 @@ class Ours:
         from ldmcli.diffusion.sample import sample_latents
         from ldmcli.diffusion.schedule import make_schedule
         from ldmcli.networks.conditioners import Conditioning
+        from ldmcli.sampling.machine import cast_once
 
         path = GuidancePath((Conditioning(),))
         if name == "text":
             path = GuidancePath((Conditioning(given["null"]), Conditioning(given["given"])), (GUIDANCE,))
         settings = SampleSettings(sampler="ddim", steps=steps, spacing="leading")
-        with torch.no_grad(), autocast(variant):
+        with torch.no_grad(), autocast(variant), cast_once(network):
             return sample_latents(
                 network.predict,
                 make_schedule(settings_of(name)),

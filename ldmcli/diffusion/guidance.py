@@ -15,6 +15,7 @@ always there, as are the planes of a task.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from ldmcli.core.errors import UsageError
 from ldmcli.diffusion.samplers import Denoise
 from ldmcli.diffusion.schedule import Schedule, to_x0_eps
+from ldmcli.networks.blocks import KeptKeys
 from ldmcli.networks.conditioners import CONDITIONERS, Conditioning, Conditions, guidance_order
 from ldmcli.networks.conditioning import Encode
 
@@ -124,22 +126,22 @@ def denoiser(
 
     predict: the network's output (B, c, h, w) for z, timesteps (B,) and a conditioning. Outside `interval` of t / (T −
     1) only the conditioning that was given counts. Conditionings of weight 0 are not computed (scale 1: what was given
-    alone, scale 0: the null alone), the others in one call.
+    alone, scale 0: the null alone), the others in one call. Keys and values of tokens are made in the first call.
     """
     last, given = schedule.num_timesteps - 1, path.conditionings[-1]
     weighted = [(weight, one) for weight, one in zip(path.weights(), path.conditionings) if weight != 0]
 
-    def output(z: Tensor, t: float, conditionings: Sequence[Conditioning]) -> list[Tensor]:
-        n = len(conditionings)
+    kept, together = KeptKeys(), cache(lambda: _stacked([one for _, one in weighted]))
+
+    def output(z: Tensor, t: float, n: int, conditioning: Conditioning) -> list[Tensor]:
         times = torch.full((n * len(z),), t, device=z.device, dtype=torch.float32)
-        if n == 1:
-            return [predict(z, times, conditionings[0]).float()]
-        return list(predict(torch.cat([z] * n), times, _stacked(conditionings)).float().chunk(n))
+        with kept:
+            return list(predict(torch.cat([z] * n) if n > 1 else z, times, conditioning).float().chunk(n))
 
     def guided(z: Tensor, t: float) -> Tensor:
         if not interval[0] <= t / last <= interval[1]:
-            return output(z, t, [given])[0]
-        outputs = output(z, t, [one for _, one in weighted])
+            return output(z, t, 1, given)[0]
+        outputs = output(z, t, len(weighted), weighted[0][1] if len(weighted) == 1 else together())
         if len(outputs) == 1:
             return outputs[0]
         total = weighted[0][0] * outputs[0]

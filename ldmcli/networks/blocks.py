@@ -9,6 +9,7 @@ norms read and write what autocast computes in; its own policy would have them i
 """
 
 import math
+from contextvars import ContextVar, Token
 from typing import TypeVar
 
 import torch
@@ -177,6 +178,35 @@ def check_divisible(height: int, width: int, factor: int, what: str) -> None:
         )
 
 
+_kept: ContextVar["KeptKeys | None"] = ContextVar("kept keys", default=None)
+
+
+class KeptKeys:
+    """Keys and values of tokens that many passes see, as all steps of a sampler do: within `with`, each layer makes
+    them once for each tensor of tokens. Tokens must not be changed in place. Compiled networks make them anew."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._before: list[Token] = []
+
+    def __enter__(self) -> "KeptKeys":
+        self._before.append(_kept.set(self))
+        return self
+
+    def __exit__(self, *exc) -> None:
+        _kept.reset(self._before.pop())
+
+    def of(self, layer: "CrossAttention", tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`layer.keys_and_values(tokens)`."""
+        place = (id(layer), id(tokens))
+        if place in self._made:
+            return self._made[place][1:]
+        keys, values = layer.keys_and_values(tokens)
+        if not keys.requires_grad:  # else they belong to the graph of one pass
+            self._made[place] = (tokens, keys, values)  # with the tokens: of freed ones another tensor gets the id
+        return keys, values
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention over tokens; keys and values from `context`, or from x itself without one.
 
@@ -194,9 +224,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, L, width); shapes as above."""
+        kept = None if context is None or torch.compiler.is_compiling() else _kept.get()
         source = x if context is None else context
-        q, k, v = (split_heads(part, self.heads) for part in (self.to_q(x), self.to_k(source), self.to_v(source)))
-        return self.to_out(join_heads(attention(q, k, v)))
+        k, v = self.keys_and_values(source) if kept is None else kept.of(self, source)
+        return self.to_out(join_heads(attention(split_heads(self.to_q(x), self.heads), k, v)))
+
+    def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, heads, M, d) each, of tokens (B, M, context_dim)."""
+        return split_heads(self.to_k(source), self.heads), split_heads(self.to_v(source), self.heads)
 
 
 class GEGLU(nn.Module):

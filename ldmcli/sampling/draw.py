@@ -1,6 +1,7 @@
 """One draw, for samples, edits, previews and evaluation alike: from conditions and noise to images."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from ldmcli.diffusion.sample import (
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.sampling import memory
 from ldmcli.sampling.classifier import ClassGuidance
+from ldmcli.sampling.machine import cast_once
 from ldmcli.sampling.memory import MAX_MEMORY
 from ldmcli.sampling.model import TrainedDiffusion
 
@@ -91,7 +93,9 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
         settings = replace(settings, guidance=1.0)  # no values are given, so there is nothing to lead to
     check_sampling(settings, model.schedule)
     _warn_of_guidance(model, settings, draw.negative_prompt)
-    with model.autoencoder.autocast():
+    # with a guide there are gradients, and weights that can get them would be part of its graph
+    casts = nullcontext() if model.autoencoder.dtype is None or draw.guides else cast_once(model.network)
+    with model.autoencoder.autocast(), casts:
         return sample_conditioned(
             model.network,
             model.schedule,

@@ -1,6 +1,7 @@
 """What a command runs on: the processes that share it, the number format of its networks, and compiled ones."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,22 @@ def inference_dtype(setting: str, device: torch.device) -> torch.dtype | None:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """A context in which convolutions and matrix products run in this format; None: as they are."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def cast_once(network: torch.nn.Module) -> Iterator[None]:
+    """A context for passes without gradients: those within one `autocast` share the low-precision copies of weights.
+
+    Autocast keeps copies of weights that can get gradients only, until its outermost context ends; so these can.
+    """
+    fixed = [weight for weight in network.parameters() if not weight.requires_grad]
+    for weight in fixed:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in fixed:
+            weight.requires_grad_(False)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

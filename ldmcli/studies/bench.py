@@ -20,11 +20,14 @@ from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.sampling import memory
+from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.draw import Draw, draw_images
+from ldmcli.sampling.first_stage import LoadedAutoencoder
+from ldmcli.sampling.machine import inference_dtype
 from ldmcli.studies.bench_subjects import Asked, Subject, example_inputs, open_subject, opened_training
 from ldmcli.studies.bench_timing import Timing, counted_waits, peak_memory, product_rate, reset_peak_memory, timed
 from ldmcli.training import cost
-from ldmcli.training.distributed import Distributed, autocast_dtype
+from ldmcli.training.distributed import Distributed
 from ldmcli.training.run_end import out_of_memory
 
 SCHEMA = "ldm-bench-1"
@@ -113,9 +116,8 @@ class Meter:
         if batch < dist.world_size:
             raise UsageError(f"--batch-size {batch}: {dist.world_size} processes share it")
         self.own = -(-batch // dist.world_size)  # of this process, where each draws for itself
-        setting = subject.config.train.mixed_precision
-        automatic = setting == "auto" and dist.device.type == "cpu"  # there drawing is in full precision
-        self.draw_dtype = None if automatic else autocast_dtype(setting, dist.device)
+        # of what `ldm sample` and `ldm reconstruct` would take; "auto" may be another than a training's
+        subject.stage.dtype = inference_dtype(subject.config.train.mixed_precision, dist.device)
 
     def train(self, folder: Path) -> dict[str, Any]:
         """The training loop's own steps."""
@@ -146,12 +148,14 @@ class Meter:
         seen: list[int] = []
         counter = model.network.unet.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
         reset_peak_memory(dist.device)
-        with self._drawing(model.network.unet):
+        with self._compiled(model, model.network):
             draw_images(model, draw)
             counter.remove()
             timing = timed(lambda: draw_images(model, draw), self.request.seconds, dist)
         flops = self._sampling_flops(sum(seen) / self.own)
-        row = self._row("sample", timing, flops, self.draw_dtype, steps=len(seen), images=self.own * dist.world_size)
+        row = self._row(
+            "sample", timing, flops, self.subject.stage.dtype, steps=len(seen), images=self.own * dist.world_size
+        )
         return row | {"sampling_steps": settings.get("steps", model.config.sample.steps), "network_calls": len(seen)}
 
     def encode(self) -> dict[str, Any]:
@@ -160,32 +164,31 @@ class Meter:
         pixels = torch.randint(0, 256, (self.own, 3, *self.subject.size), generator=torch.Generator().manual_seed(0))
         x = pixels.to(torch.uint8).to(dist.device)
         reset_peak_memory(dist.device)
-        with self._drawing(stage.network):
+        with self._compiled(stage, stage.network), stage.autocast():
             timing = timed(lambda: stage.encode(x), self.request.seconds, dist)
         flops = self._stage_flops("encode")
-        return self._row("encode", timing, flops, self.draw_dtype, images=self.own * dist.world_size)
+        return self._row("encode", timing, flops, self.subject.stage.dtype, images=self.own * dist.world_size)
 
     def decode(self) -> dict[str, Any]:
         """Latents to pixels, as whole numbers on the host."""
         stage, dist = self.subject.stage, self.dist
         z = rng.normal(0, range(self.own), self.subject.latent, "bench").to(dist.device)
         reset_peak_memory(dist.device)
-        with self._drawing(stage.network):
+        with self._compiled(stage, stage.network), torch.no_grad(), stage.autocast():
             timing = timed(lambda: tensor_to_pixels(memory.decode(stage, z)), self.request.seconds, dist)
         flops = self._stage_flops("decode")
-        return self._row("decode", timing, flops, self.draw_dtype, images=self.own * dist.world_size)
+        return self._row("decode", timing, flops, self.subject.stage.dtype, images=self.own * dist.world_size)
 
     @contextmanager
-    def _drawing(self, network: torch.nn.Module) -> Iterator[None]:
-        """The context of measurements without gradients; compiled where the settings say so."""
-        dtype, kind = self.draw_dtype, self.dist.device.type
+    def _compiled(self, model: LoadedAutoencoder | LoadedDiffusion, network: torch.nn.Module) -> Iterator[None]:
+        """Compiles the networks of a model, where the settings say so, as commands do; afterwards they are not."""
         if self.subject.config.train.compile:
-            network.compile()
+            model.compile()
         try:
-            with torch.no_grad(), torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None):
-                yield
+            yield
         finally:
-            network._compiled_call_impl = None
+            for module in network.modules():
+                module._compiled_call_impl = None
 
     def _row(
         self, work: str, timing: Timing, flops: float, dtype: torch.dtype | None, *, images: int, steps: int = 0
