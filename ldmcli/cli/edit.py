@@ -12,6 +12,7 @@ from ldmcli.cli.processes import shared
 from ldmcli.cli.train import require_folder
 from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
+from ldmcli.core.world import default_device
 from ldmcli.sampling.request import EditRequest, later_text
 
 if TYPE_CHECKING:
@@ -118,13 +119,12 @@ Tile = option(
     default="by --max-memory",
 )
 MaxMemory = option(
-    float,
+    float | None,
     "--max-memory",
     "GIB",
     "Bound on what a pass of the networks takes beside their weights, in GiB.",
     panel=MACHINE,
-    value=4.0,
-    default="4",
+    default="4, or half of the GPU's memory",
 )
 _MODEL = {"model": opt.Model, "weights": opt.Weights}
 _TOLD = {
@@ -205,8 +205,10 @@ def _request(given: ParsedOptions, **more) -> EditRequest:
     for path in (given.image, *more.get("masks", ()), *files["layouts"], *files["maps"]):
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
-    if not 0 < given.max_memory < float("inf"):
+    if given.max_memory is not None and not 0 < given.max_memory < float("inf"):
         raise UsageError(f"--max-memory {given.max_memory:g}: a number of GiB above 0")
+    from ldmcli.sampling.memory import activation_budget
+
     return EditRequest(
         images=(given.image,),
         prompts=_one(given.prompt),
@@ -216,7 +218,7 @@ def _request(given: ParsedOptions, **more) -> EditRequest:
         negative_prompt=given.negative_prompt,
         n=given.count,
         tile=given.tile,
-        max_memory=given.max_memory,
+        max_memory=given.max_memory or activation_budget(default_device()),
         seed=given.seed,
         batch_size=given.batch_size,
         weights=given.weights,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ldmcli.diffusion.guidance import Predict
-from ldmcli.maths.tiles import blend, overlapping_tiles
+from ldmcli.maths.tiles import TilePlan, blend, overlapping_tiles
 from ldmcli.networks.conditioners import Conditioning
 
 
@@ -14,10 +14,15 @@ def tiled_predict(predict: Predict, tile: int, unit: int) -> Predict:
     begin at multiples of `unit`, the UNet's size factor.
     """
 
+    plans: dict[tuple[int, int], TilePlan] = {}
+
     def tiled(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         if max(z.shape[-2:]) <= tile:
             return predict(z, t, conditioning)
-        plan = overlapping_tiles((z.shape[-2], z.shape[-1]), tile, tile // 3, unit=unit)
+        size = (z.shape[-2], z.shape[-1])
+        if size not in plans:  # a device waits for weights that come from the host
+            plans[size] = overlapping_tiles(size, tile, tile // 3, unit=unit).to(z.device)
+        plan = plans[size]
 
         def of_tile(k: int) -> Tensor:
             planes = conditioning.concat

@@ -19,7 +19,7 @@ from ldmcli.core import console, runs
 from ldmcli.core.errors import UsageError
 from ldmcli.core.world import World
 from ldmcli.evaluation.compare import compare, lookup, read_result, with_comparison
-from ldmcli.evaluation.extractors import Extractor, default_features, open_extractor
+from ldmcli.evaluation.extractors import Extractor, default_features, measuring_device, open_extractor
 from ldmcli.evaluation.features import FeatureSet
 from ldmcli.evaluation.image_streams import trained_size
 from ldmcli.evaluation.judges import Teacher, judges_among, trained_against
@@ -152,7 +152,7 @@ def open_instruments(request: EvaluationRequest, result: EvaluationResult) -> In
     """
     chosen = request.chosen
     extractors = open_networks(request.networks) if needing(chosen, *OF_SETS, NOVELTY) else ()
-    perceptual = perceptual_net(request.perceptual) if needing(chosen, PERCEPTUAL) else None
+    perceptual = perceptual_net(request.perceptual).to(measuring_device()) if needing(chosen, PERCEPTUAL) else None
     if extractors and request.features is None and default_features() != "inception":
         result.warnings.append(
             f"{extractors[0].display}, not FID: Inception's weights are not here "

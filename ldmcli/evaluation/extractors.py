@@ -6,7 +6,8 @@ named after itself.
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.files import sha256_file
+from ldmcli.core.world import default_device
 from ldmcli.evaluation.own_encoders import CheckedEncoder, find_encoder, is_place, own_encoder
 from ldmcli.networks import feature_nets as nets
 from ldmcli.networks.vision_folders import VisionEncoder, load_vision_network, read_vision_folder
@@ -215,13 +217,20 @@ class Extractor:
     def _run(self, images: list) -> tuple[np.ndarray, np.ndarray]:
         tensors = [self._checked(image) for image in images]
         if self.network.size:
-            return self._of_batch(torch.cat([self._resized(image) for image in tensors]))
-        shapes = [image.shape for image in tensors]
+            return self._of_batch(self._all_resized(tensors))
         features, logits = np.zeros((len(images), self.dim), np.float32), np.zeros((len(images), 0), np.float32)
-        for shape in dict.fromkeys(shapes):
-            ids = [k for k, other in enumerate(shapes) if other == shape]
-            features[ids], _ = self._of_batch(torch.stack([tensors[k] for k in ids]))
+        for ids in _by_shape(tensors):
+            features[ids], _ = self._of_batch(torch.stack([tensors[k] for k in ids]).to(self.device))
         return features, logits
+
+    def _all_resized(self, images: list[Tensor]) -> Tensor:
+        """(n, 3, size, size) float in [0, 255] of images on the host. A CPU resizes each by itself, a GPU, which would
+        wait for each of them, those of one shape together."""
+        alone = self.device.type == "cpu"
+        resized: dict[int, Tensor] = {}
+        for ids in [[k] for k in range(len(images))] if alone else _by_shape(images):
+            resized |= dict(zip(ids, self._resized(torch.stack([images[k] for k in ids]).to(self.device))))
+        return torch.stack([resized[k] for k in range(len(images))])
 
     @torch.inference_mode()
     def _of_batch(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -229,7 +238,8 @@ class Extractor:
         filled = torch.cat([x, x[-1:].expand(self.block - len(x), -1, -1, -1)])
         if self.network.size:
             filled = filled.contiguous(memory_format=torch.channels_last)
-        features, logits = (values[: len(x)].float().cpu().numpy() for values in self.net(filled))
+        with exact_products():
+            features, logits = (values[: len(x)].float().cpu().numpy() for values in self.net(filled))
         return features, logits
 
     def _checked(self, image: Any) -> Tensor:
@@ -237,12 +247,20 @@ class Extractor:
         image = torch.tensor(image) if isinstance(image, np.ndarray) else image
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise InputError(f"{self.name}: takes uint8 images (H, W, 3), got {image.dtype} {tuple(image.shape)}")
-        return image.to(self.device)
+        return image.cpu()
 
-    def _resized(self, image: Tensor) -> Tensor:
-        """(1, 3, size, size) float in [0, 255]; each image is resized by itself."""
-        net, x = self.network, image.permute(2, 0, 1)[None].float()
-        return nets.resize(x, net.size, net.rule, net.shorter)
+    def _resized(self, images: Tensor) -> Tensor:
+        net = self.network
+        with exact_products():
+            return nets.resize(images.permute(0, 3, 1, 2).float(), net.size, net.rule, net.shorter)
+
+
+def _by_shape(images: list[Tensor]) -> list[list[int]]:
+    """Places of images, those of one shape together."""
+    groups: dict[torch.Size, list[int]] = {}
+    for k, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(k)
+    return list(groups.values())
 
 
 # --- which extractor -------------------------------------------------------------------------------------------
@@ -275,6 +293,29 @@ def default_features() -> str:
     return "inception" if here else "effnet-lite0"
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Convolutions and products of networks that measure in full float32, whatever the process has chosen for others:
+    with TF32 a GPU's features would be another network's."""
+    convolutions = getattr(torch.backends.cudnn, "conv", None)  # from PyTorch 2.9 on, which refuses the older names
+    name, exact = ("allow_tf32", False) if convolutions is None else ("fp32_precision", "ieee")
+    backends = (convolutions or torch.backends.cudnn, torch.backends.cuda.matmul)
+    kept = [getattr(one, name) for one in backends]
+    try:
+        for one in backends:
+            setattr(one, name, exact)
+        yield
+    finally:
+        for one, before in zip(backends, kept):
+            setattr(one, name, before)
+
+
+def measuring_device() -> torch.device:
+    """Where networks measure: on this process's GPU, else on the CPU."""
+    device = default_device()
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def check_features(name: Any, option: str = "--features") -> None:
     """Raises UsageError for a name that is none of a network. option: where it was given."""
     if not isinstance(name, (str, Path)) or str(name) in FEATURES or Path(name).is_dir() or is_place(str(name)):
@@ -296,7 +337,7 @@ def open_extractor(name: Any = None, device: torch.device | None = None) -> Extr
     UsageError for an unknown name.
     """
     name = default_features() if name is None else name
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or measuring_device()
     if not isinstance(name, (str, Path)):
         return _of_encoder(own_encoder(name), device)
     path, given = Path(name), str(name)

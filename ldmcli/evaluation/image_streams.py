@@ -237,24 +237,26 @@ def model_source(
     dataset: Any = condition_source(model, rows, size, seed) if told else None
     classes = len(model.class_names) if balanced else 0
     spatial = any(not CONDITIONS[name].static for name in conditions)
-    told_values: dict[str, list] = {name: [] for name in told}  # of the first rows, as far as they were asked for
 
     def read(blocks: Sequence[range]) -> Iterator[np.ndarray]:
         for batch in batches(blocks, batch_size):
             start, end = batch.start, batch.stop
             if spatial and dataset is not None:
-                block, led = ids[start:end], None
-                if classifier is not None:
-                    wanted = dataset.foreign_values(Class.name, block)
-                    led = class_guidance(model, classifier, wanted, classifier_scale)
+                block = ids[start:end]
+                led = _led(model, dataset, block, classifier, classifier_scale)
                 yield from sample_for_rows(model, dataset, block, start, seed, size, settings, classes=led)
                 continue
-            for name, known in told_values.items():
-                known += dataset.foreign_values(name, ids[len(known) : end])
-            values: dict[str, list] = {name: known[:end] for name, known in told_values.items()}
+            begin = 0 if end % len(batch) else start  # sample k takes entry k modulo their number
+            values: dict[str, list] = {name: dataset.foreign_values(name, ids[begin:end]) for name in told}
             if balanced:
-                values = {Class.name: [k % classes for k in range(end)]}
-            how = {"n": 1 if values else end, "first": start, "seed": seed, "size": size, "batch_size": batch_size}
+                values = {Class.name: [k % classes for k in range(begin, end)]}
+            how = {
+                "n": end // (end - begin) if values else end,
+                "first": start,
+                "seed": seed,
+                "size": size,
+                "batch_size": batch_size,
+            }
             how |= {"classifier": classifier, "classifier_scale": classifier_scale, **settings}
             yield from (np.asarray(image) for image in model.sample(**arguments_of(values), **how))
 
@@ -274,6 +276,13 @@ def model_source(
         batch=batch_size,
         action="sampling",
     )
+
+
+def _led(model, dataset, ids: list[int], classifier: LoadedClassifier | None, scale: float) -> ClassGuidance | None:
+    """What leads samples to the classes of rows."""
+    if classifier is None:
+        return None
+    return class_guidance(model, classifier, dataset.foreign_values(Class.name, ids), scale)
 
 
 def _values_hash(dataset, told: Sequence[str], ids: list[int], block: range) -> str:

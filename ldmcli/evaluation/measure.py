@@ -174,7 +174,11 @@ def paired(
         sums=(lambda made, real: counts.taken()) if counts is not None else nothing,
         identity=(
             *names,
-            *([net.kind, tensors_hash(net.state_dict())] if net is not None else []),
+            *(
+                [net.kind, tensors_hash({name: value.cpu() for name, value in net.state_dict().items()})]
+                if net is not None
+                else []
+            ),
             str(counts is None),
         ),
     )

@@ -16,7 +16,7 @@ import torch
 
 from ldmcli.core.errors import InputError
 from ldmcli.evaluation.condition_fidelity import LABELS, LAYOUT, MAP, measure
-from ldmcli.evaluation.extractors import Extractor
+from ldmcli.evaluation.extractors import Extractor, exact_products
 from ldmcli.evaluation.features import FeatureSet, in_blocks
 from ldmcli.evaluation.novelty import measure_novelty
 from ldmcli.evaluation.reference_statistics import Statistics, gaussian
@@ -264,7 +264,7 @@ def _lpips_of_block(net: Any, pairs: list[tuple[np.ndarray, np.ndarray]]) -> lis
         return [value for pair in pairs for value in _lpips_of_block(net, [pair])]
     device = next(net.buffers()).device
     x, y = (pixels_to_tensor(torch.from_numpy(np.stack(side)), device) for side in zip(*pairs))
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_products():
         return net(x, y).flatten().tolist()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldmcli.core import files
 from ldmcli.core.errors import ModelError
-from ldmcli.evaluation.extractors import FEATURES
+from ldmcli.evaluation.extractors import FEATURES, measuring_device
 from ldmcli.maths import rng
 from ldmcli.networks.feature_nets import EfficientNetLite0, load_frozen
 
@@ -45,13 +45,15 @@ class SegmentationHead(nn.Module):
 
 
 class Segmenter:
-    """Class maps of pictures, by frozen features and a trained head for `classes` classes."""
+    """Class maps of pictures, by frozen features and a trained head for `classes` classes, on the device of
+    measurements."""
 
     def __init__(self, classes: int):
+        self.device = measuring_device()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(0, "judge"))
-            self.head = SegmentationHead(classes)
-        self.trunk = load_frozen(EfficientNetLite0, FEATURES["effnet-lite0"]())
+            self.head = SegmentationHead(classes).to(self.device)
+        self.trunk = load_frozen(EfficientNetLite0, FEATURES["effnet-lite0"]()).to(self.device)
 
     def frozen(self) -> "Segmenter":
         """Itself, for use only."""
@@ -61,7 +63,7 @@ class Segmenter:
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> list[Tensor]:
         """uint8 (n, H, W, 3) -> the features of `FEATURE_STAGES`, (n, channels, h, w) each, half precision."""
-        x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
+        x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device).float()
         factor = SHORT_SIDE / min(x.shape[-2:])
         size = [max(32, round(side * factor / 32) * 32) for side in x.shape[-2:]]
         x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
@@ -82,7 +84,7 @@ class Segmenter:
             block = np.stack(images[start : start + BATCH])
             logits = self.head([one.float() for one in self.features(block)])
             logits = F.interpolate(logits, size=block.shape[1:3], mode="bilinear", align_corners=False)
-            out += list(logits.argmax(1).to(torch.uint8).numpy())
+            out += list(logits.argmax(1).to(torch.uint8).cpu().numpy())
         return out
 
 
@@ -104,14 +106,17 @@ def train_segmenter(
         parts.append(segmenter.features(np.stack([images(i) for i in rows])))
         maps += [truth(i) for i in rows]
         advance(len(rows))
-    features, targets = [torch.cat(stage) for stage in zip(*parts)], torch.from_numpy(np.stack(maps))
+    features, targets = (
+        [torch.cat(stage) for stage in zip(*parts)],
+        torch.from_numpy(np.stack(maps)).to(segmenter.device),
+    )
     optimizer = torch.optim.AdamW(segmenter.head.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
     batch = min(BATCH, count)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (steps - step) / (0.6 * steps))
         epoch, place = divmod(step * batch, count - count % batch)
-        ids = torch.from_numpy(rng.permutation(seed, epoch, count)[place : place + batch])
+        ids = torch.from_numpy(rng.permutation(seed, epoch, count)[place : place + batch]).to(segmenter.device)
         logits = segmenter.head([stage[ids].float() for stage in features])
         logits = F.interpolate(logits, size=targets.shape[1:], mode="bilinear", align_corners=False)
         optimizer.zero_grad()

@@ -38,7 +38,10 @@ def generator(seed: int, *path: Part) -> torch.Generator:
 
 
 def normal(seed: int, ids: Sequence[int], shape: tuple[int, ...], *path: Part, device="cpu") -> Tensor:
-    """Standard normal numbers, (len(ids), *shape) float32; row i depends on (seed, ids[i], *path) and shape alone."""
+    """Standard normal numbers, (len(ids), *shape) float32; row i depends on (seed, ids[i], *path) and shape alone.
+
+    On a CUDA device they arrive when its queue comes to them: the host does not wait.
+    """
     rows = np.empty((len(ids), prod(shape)), np.float32)
     bits = np.random.SFC64(0)
     draw = np.random.Generator(bits).standard_normal
@@ -48,7 +51,10 @@ def normal(seed: int, ids: Sequence[int], shape: tuple[int, ...], *path: Part, d
         words[:3] = np.frombuffer(_digest(seed, (sample, *path), 24), "<u8")
         bits.state = {"bit_generator": "SFC64", "state": {"state": words}, "has_uint32": 0, "uinteger": 0}
         draw(dtype=np.float32, out=row)
-    return torch.from_numpy(rows.reshape(len(ids), *shape)).to(device)
+    made = torch.from_numpy(rows.reshape(len(ids), *shape))
+    if torch.device(device).type == "cuda":
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)
 
 
 def uniform(seed: int, ids: Sequence[int], *path: Part) -> Tensor:

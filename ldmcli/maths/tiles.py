@@ -5,7 +5,7 @@ given as a function.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -56,6 +56,10 @@ class TilePlan:
     up: int = 1
     down: int = 1
 
+    def to(self, device: torch.device) -> "TilePlan":
+        """The plan with its weights on a device, for results that lie there."""
+        return replace(self, weights=[weight.to(device) for weight in self.weights])
+
     def scaled(self, length: int) -> int:
         """A length of the input in positions of the output."""
         return length * self.up // self.down
@@ -105,7 +109,7 @@ def blend(function: Callable[[int], Tensor], plan: TilePlan) -> Tensor:
 
 def coverage(plan: TilePlan) -> Tensor:
     """Sum of the weights at each position of the output, (H', W')."""
-    covered = torch.zeros(*(plan.scaled(length) for length in plan.size))
+    covered = torch.zeros(*(plan.scaled(length) for length in plan.size), device=plan.weights[0].device)
     for k, weight in enumerate(plan.weights):
         covered[plan.place(k)] += weight
     return covered

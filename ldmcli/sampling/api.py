@@ -13,6 +13,7 @@ from ldmcli.conditions.parse import centred, list_values, only_given, parse_cond
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.data.arrays import pictures_of
 from ldmcli.maths.tiles import center_slices
+from ldmcli.sampling import memory
 from ldmcli.sampling.classifier import class_guidance, group_count, without_classes
 from ldmcli.sampling.draw import Draw, draw_images, tile_side
 from ldmcli.sampling.editing import edit_images
@@ -85,7 +86,8 @@ class LoadedDiffusion(TrainedDiffusion):
             size=whole,
             guide=None if guide is None else guide_to(self, pictures_of(guide, "guide")[0], guiding, whole, size),
             classes=led,
-            tile=tile_side(self, whole, settings),
+            tile=tile_side(self, whole, settings, max_memory=memory.activation_budget(self.device)),
+            max_memory=memory.activation_budget(self.device),
         )
         for start in range(0, len(ids), batch_size):
             images += to_pil(draw_images(self, draw.of(ids[start : start + batch_size])), whole, size)

@@ -42,10 +42,18 @@ class LoadedClassifier:
         self.schedule = make_schedule(config.diffusion)
         self.fingerprint = bundle.fingerprint or fingerprint_of(bundle.tensors)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
     def log_probabilities(self, z_t: Tensor, t: float | Tensor) -> Tensor:
         """(B, classes) of latents (B, c, h, w) as the diffusion model sees them, at a timestep or (B,) of them. Passes
         gradients."""
-        times = torch.as_tensor(t, dtype=torch.float32, device=z_t.device).expand(len(z_t))
+        if isinstance(t, Tensor):
+            times = t.to(z_t.device, torch.float32).expand(len(z_t))
+        else:
+            times = torch.full((len(z_t),), t, dtype=torch.float32, device=z_t.device)
         return F.log_softmax(self.network(z_t, times).float(), dim=1)
 
     def index(self, value: Any) -> int:
@@ -108,10 +116,10 @@ class ClassGuidance:
 
     def guide(self, denoise: Denoise) -> Denoise:
         """A denoiser that is led to the labels, one a row of z."""
-        wanted = torch.tensor(list(self.labels))[:, None]
+        wanted = torch.tensor(list(self.labels))[:, None].to(self.classifier.device)
 
         def log_prob(z: Tensor, t: float) -> Tensor:
-            return self.classifier.log_probabilities(z, t).gather(1, wanted.to(z.device))[:, 0]
+            return self.classifier.log_probabilities(z, t).gather(1, wanted)[:, 0]
 
         return classifier_guide(denoise, log_prob, self.scale)
 

@@ -29,10 +29,10 @@ from ldmcli.sampling.guiding import guide_to, guiding_of
 from ldmcli.sampling.image_folder import ImageFolder, Images, contents
 from ldmcli.sampling.load import find_model, load
 from ldmcli.sampling.machine import ALONE, Machine, stated_precision
-from ldmcli.sampling.memory import MAX_MEMORY
 from ldmcli.sampling.progress import SAMPLES, progress_bytes
 from ldmcli.sampling.request import SampleRequest, document_of, named_files, sampling_of, sampling_used
 
+AT_ONCE = (16, 128)  # samples at a time, at most: on a CPU, on a GPU
 Size = tuple[int, int] | None  # (height, width) in pixels; None: as trained
 
 
@@ -69,7 +69,7 @@ def sample_to_folder(
     )
     describe = _describe(loaded, path, request) | _led_document(request, led)
     folder.write(
-        folder.in_batches(request.batch_size or _batch_size(loaded, draw)),
+        folder.in_batches(request.batch_size or memory.batch_that_fits(loaded, draw.size, *AT_ONCE)),
         _making(loaded, draw, request, values),
         (lambda k: _metadata(k, values, request, describe) | _led_class(k, led)) if metadata else None,
         lambda: _sheet(folder.names, n, groups, values, loaded),
@@ -147,7 +147,8 @@ def request_draw(loaded: LoadedDiffusion, request: SampleRequest, values: dict[s
         loaded.conditions.prepare(values)
     negative_inputs(loaded.conditions, request.negative_prompt, 1)
     warn_of_idle_guidance(loaded, request.guidance)
-    tile = tile_side(loaded, size, settings, max_memory=MAX_MEMORY)
+    budget = memory.activation_budget(loaded.device)
+    tile = tile_side(loaded, size, settings, max_memory=budget)
     return Draw(
         ids=(),
         seed=request.seed,
@@ -158,7 +159,7 @@ def request_draw(loaded: LoadedDiffusion, request: SampleRequest, values: dict[s
         init=_init_latents(loaded, request, size, tile),
         guide=_guide(loaded, request, size),
         tile=tile,
-        max_memory=MAX_MEMORY,
+        max_memory=budget,
     )
 
 
@@ -179,11 +180,6 @@ def _guide(loaded: LoadedDiffusion, request: SampleRequest, size: Size) -> Guide
         return None
     picture = np.asarray(decode(Path(request.guide), name=str(request.guide)))
     return guide_to(loaded, picture, guiding_of(request), size, request.size, f"--guide {request.guide}")
-
-
-def _batch_size(loaded: LoadedDiffusion, draw: Draw) -> int:
-    """Samples at a time: 16, or fewer where larger ones than the model was trained on would take too much memory."""
-    return 16 if draw.size is None else memory.largest_batch(loaded, draw.size, MAX_MEMORY, 16)
 
 
 def _record(

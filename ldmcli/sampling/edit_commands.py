@@ -36,7 +36,7 @@ from ldmcli.sampling.request import EditRequest, document_of, sampling_of, sampl
 from ldmcli.sampling.super_resolution import check_guided, upscale_images
 
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
-LARGEST_BATCH = 8
+AT_ONCE = {"cpu": 8, "cuda": 64}  # results at a time, at most
 
 
 def suitable_model(model: str | None, request: EditRequest, machine: Machine = ALONE) -> tuple[Path, LoadedDiffusion]:
@@ -254,7 +254,8 @@ def _to_folder(
     folder = ImageFolder(out, record, inputs=read, overwrite=overwrite, world=world)
     if folder.todo and fmt == "jpg" and edit.command == "inpaint":
         console.warn("--format jpg: known pixels change a little as the file is packed; png keeps them")
-    most = request.batch_size or memory.largest_batch(loaded, edit.largest, request.max_memory, LARGEST_BATCH)
+    most = AT_ONCE.get(loaded.device.type, AT_ONCE["cpu"])
+    most = request.batch_size or memory.largest_batch(loaded, edit.largest, request.max_memory, most)
     describe = {
         "command": edit.command,
         "weights": request.weights,

@@ -23,8 +23,26 @@ from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.machine import full_precision
 from ldmcli.sampling.model import TrainedDiffusion
 
-MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine
+MAX_MEMORY = 4.0  # GiB of activations; a fixed number, so that pictures don't depend on the machine, but for its GPU
+GPU_SHARE = 0.5  # of a GPU's memory that activations may take
 MEMORY_MARGIN = 1.25  # what a pass really takes, over what its tensors do: workspaces, fragmentation
+
+
+def activation_budget(device: torch.device) -> float:
+    """GiB that activations may take where nobody says how many: `MAX_MEMORY`, or half of a CUDA device's memory, whole
+    GiB, so that devices of one kind agree."""
+    if device.type != "cuda":
+        return MAX_MEMORY
+    return max(MAX_MEMORY, float(int(torch.cuda.get_device_properties(device).total_memory / 2**30 * GPU_SHARE)))
+
+
+def batch_that_fits(model: TrainedDiffusion, size: tuple[int, int] | None, on_cpu: int, on_gpu: int) -> int:
+    """Pictures of `size` px (None: as trained) that are drawn at a time: at most `on_cpu`, or, on a CUDA device, as
+    many as half of what is free of its memory takes, up to `on_gpu`."""
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0] / 2**30
+        return largest_batch(model, size or model.trained_size, free * GPU_SHARE, on_gpu)
+    return on_cpu if size is None else largest_batch(model, size, MAX_MEMORY, on_cpu)
 
 
 @torch.no_grad()

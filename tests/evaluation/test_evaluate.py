@@ -210,8 +210,9 @@ def test_prompts_are_spread_evenly_over_the_reference_and_each_sample_is_drawn_o
     model = Model(("text", "class"))
     result = evaluate(model=model, data="made", n=6, batch_size=4, seed=3, steps=7, guidance=2.0)
     assert [call["first"] for call in model.calls] == [0, 4] and model.calls[-1]["total"] == 6
-    assert model.calls[-1]["prompts"] == [f"caption {i}" for i in (0, 2, 4, 6, 8, 10)]
-    assert model.calls[-1]["classes"] == ["one"] * 6
+    prompts = [[f"caption {i}" for i in rows] for rows in ((0, 2, 4, 6), (8, 10))]
+    assert [call["prompts"] for call in model.calls] == prompts, "no prompt is read twice"
+    assert model.calls[-1]["classes"] == ["one"] * 2
     assert model.calls[0]["steps"] == 7 and "sampler" not in model.calls[0]
     assert result["sampling"] == {
         "sampler": "dpm++",

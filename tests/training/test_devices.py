@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pretend
 import pytest
+import syncs
 import tiny
 import torch
 from PIL import Image
@@ -34,6 +35,7 @@ from tiny_models import (
     objective_of,
     tiny_model,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmcli.conditions.fit import assumed_specs
 from ldmcli.core import config as configuration
@@ -43,19 +45,23 @@ from ldmcli.diffusion import gradient_guidance
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.sample import KnownRegion, sample_conditioned
 from ldmcli.diffusion.samplers import SAMPLERS
-from ldmcli.diffusion.schedule import make_schedule
-from ldmcli.evaluation import extractors
+from ldmcli.diffusion.schedule import make_schedule, sampling_levels
+from ldmcli.evaluation import extractors, segmenter
+from ldmcli.evaluation.metrics import METRICS
 from ldmcli.maths import rng
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import load_tokenizer, train_vocabulary
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.noisy_classifier import NoisyClassifier
 from ldmcli.networks.perceptual import PerceptualNet, read_heads
 from ldmcli.reports import cost_estimate as planning
 from ldmcli.sampling import load, memory
 from ldmcli.sampling.api import LoadedDiffusion
-from ldmcli.sampling.draw import Draw, draw_images
+from ldmcli.sampling.classifier import ClassGuidance, LoadedClassifier
+from ldmcli.sampling.draw import Draw, draw_images, draw_latents
 from ldmcli.sampling.inpainting import inpaint_images
+from ldmcli.sampling.machine import inference_dtype
 from ldmcli.sampling.super_resolution import upscale_images
 from ldmcli.training import cost
 from ldmcli.training.autoencoder import AutoencoderObjective
@@ -298,6 +304,47 @@ def test_every_sampler_draws_on_a_gpu_what_it_draws_on_a_cpu(sampler):
                     assert torch.equal(found, expected[steering]), (prediction, steering)
 
 
+def led_by_classes(model: LoadedDiffusion, device: torch.device) -> dict:
+    """What leads samples to the first class, by a tiny classifier."""
+    classifier = object.__new__(LoadedClassifier)
+    torch.manual_seed(2)
+    classifier.network = NoisyClassifier(model.config.diffusion, "mean", 2, model.network.latent_shape).eval()
+    classifier.network.requires_grad_(False).to(device)
+    return {"guide": ClassGuidance(classifier, [0, 1], 1.0).guide}
+
+
+WAITLESS = {
+    "no guidance": (1.0, {}),
+    "one scale": (2.0, {}),
+    "a scale each": ({"class": 2.0, "map": 3.0}, {}),
+    "an interval": (2.0, {"guidance_interval": (0.2, 0.8)}),
+    "a temperature": (2.0, {"temperature": 0.5}),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_step_of_a_sampler_waits_for_a_gpu(sampler, monkeypatch):
+    """As many copies and reads in five steps as in two: those at the beginning and the end."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    model = tiny_model("kl", kinds=("class", "map"))
+    told = model.network.conditions.prepare({kind: VALUES[kind] for kind in ("class", "map")})
+    cases = [(scale, more, "plain") for scale, more in WAITLESS.values()]
+    cases += [(2.0, {}, steering) for steering in (*STEERINGS[1:4], "led")] if sampler in ("ddim", "ddpm") else []
+    with torch.no_grad(), pretend.device("cuda") as device:
+        moved(model, device)
+        for scale, more, steering in cases:
+            how = led_by_classes(model, device) if steering == "led" else steered(steering, model, device)
+            found = []
+            for steps in (1, 2, 5):  # the first time some things are brought to the device to stay
+                eta = 0.5 if sampler == "ddim" else 0.0
+                settings = SampleSettings(sampler=sampler, steps=steps, guidance=scale, eta=eta, **more)
+                with syncs.counted() as waits:
+                    arguments = (model.network, model.schedule, settings)
+                    sample_conditioned(*arguments, ids=[0, 1], seed=0, inputs=told, **how)
+                found.append(waits)
+            assert len(found[1]) == len(found[2]), (scale, more, steering, found[2])
+
+
 @pytest.mark.parametrize("stage", [name for name, settings in STAGES.items() if settings])
 def test_first_stages_encode_and_decode_whole_and_in_tiles(stage):
     ae, results = first_stage(stage), []
@@ -411,10 +458,46 @@ def test_features_are_those_of_a_cpu(name):
     for place in (contextlib.nullcontext, pretended):
         with place() as device:
             extractor = object.__new__(extractors.Extractor)
-            extractor.name, extractor.network, extractor.block = name, network, 2
+            extractor.name, extractor.network, extractor.block = name, network, 3
             extractor.device, extractor.net = device or CPU, net.to(device or CPU)
-            found.append(extractor.features(list(PIXELS)))
+            found.append(extractor.features([PIXELS[0], PIXELS[0, :12], PIXELS[1]]))
     assert (found[0] == found[1]).all()
+
+
+def test_pictures_of_one_shape_are_brought_to_a_gpu_and_resized_together():
+    network = extractors.NETWORKS["squeezenet"]
+    net = network.build().eval().requires_grad_(False)
+    extractor = object.__new__(extractors.Extractor)
+    extractor.name, extractor.network, extractor.block = "squeezenet", network, 6
+    copies = []
+    for count in (2, 6):
+        with pretended() as device, syncs.counted() as waits:
+            extractor.device, extractor.net = device, net.to(device)
+            before = len(waits)
+            extractor.features([PIXELS[k % 2] for k in range(count)])
+            copies.append(len(waits) - before)
+    assert copies[0] == copies[1]
+
+
+def test_a_judge_learns_and_reads_on_a_gpu_what_it_does_on_a_cpu(monkeypatch):
+    maps = [np.full((SIDE, SIDE), k, np.uint8) for k in range(2)]
+    found = []
+    for place in (contextlib.nullcontext, pretended):
+        with place() as device:
+            monkeypatch.setattr(segmenter, "measuring_device", lambda chosen=device or CPU: chosen)
+            judge = segmenter.train_segmenter(PIXELS.__getitem__, maps.__getitem__, 2, 2, steps=2)
+            found.append(judge.maps(list(PIXELS)))
+    assert all((a == b).all() for a, b in zip(*found))
+
+
+def test_lpips_and_its_identity_on_a_gpu_are_those_of_a_cpu():
+    net, found = PerceptualNet("squeeze", recorded_trunk("squeeze", 0), read_heads("squeeze")), []
+    pictures = list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+    for place in (contextlib.nullcontext, pretended):
+        with place() as device:
+            net.to(device or CPU)
+            found.append((METRICS["lpips"].compute(pictures, pictures[::-1], net), net.identity["trunk_sha256"]))
+    assert found[0] == found[1]
 
 
 # --- autocast ------------------------------------------------------------------------------------------------------
@@ -454,3 +537,67 @@ def test_a_step_with_autocast_on_cuda(kinds, words):
         network = partial(model.network, encode=model.autoencoder.encode)
         each = diffusion_loss(network, schedule, model.config.diffusion, z, torch.empty_like(z), t, inputs)
         assert each.device.type == "cuda" and each.dtype == torch.float32
+
+
+class Convolutions(TorchDispatchMode):
+    """Formats of what convolutions are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::convolution":
+            self.seen |= {args[0].dtype, args[1].dtype}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("task", ["generate", "sr"])
+@pytest.mark.parametrize("setting, dtype", [("auto", torch.bfloat16), ("no", torch.float32)])
+def test_networks_in_use_run_in_bfloat16_on_cuda_unless_told_otherwise(setting, dtype, task, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    seen = []
+
+    @contextlib.contextmanager
+    def autocast(device, chosen):
+        seen.append((device.type, chosen))
+        torch.set_autocast_enabled("cuda", chosen is not None)
+        yield
+        torch.set_autocast_enabled("cuda", False)
+
+    monkeypatch.setattr("ldmcli.sampling.first_stage.autocast", autocast)
+    model = tiny_model("paper", task=task)
+    model.autoencoder.dtype = inference_dtype(setting, torch.device("cuda"))
+    values = {} if task == "generate" else {"lowres": VALUES["lowres"]}
+    levels = sampling_levels(model.schedule, 2, "linspace")
+    monkeypatch.setattr("ldmcli.diffusion.sample.sampling_levels", lambda *which, **how: levels)  # fake ones have no t
+    states: list[torch.Tensor] = []
+    with bf16_of_cuda() as device:
+        torch.set_autocast_enabled("cuda", False)
+        moved(model, device)
+        draw = Draw(ids=[0, 1], values=values, callback=lambda i, z, x0: states.extend((z, x0)))
+        with syncs.counted(), Convolutions() as convolutions, torch.no_grad():
+            z = draw_latents(model, draw)
+            with model.autoencoder.autocast():
+                x = memory.decode(model.autoencoder, z)
+    assert convolutions.seen == {dtype} and set(seen) == {("cuda", None if setting == "no" else dtype)}
+    assert {one.dtype for one in (*states, z, x)} == {torch.float32} and x.device.type == "cuda"
+
+
+# --- room on a GPU -------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_s_memory_decides_how_much_goes_through_the_networks_at_once(monkeypatch):
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    cuda = torch.device("cuda")
+    assert memory.activation_budget(CPU) == memory.MAX_MEMORY == 4.0 and memory.activation_budget(cuda) == 40.0
+    card.total_memory = 2 * 2**30
+    assert memory.activation_budget(cuda) == 4.0, "as on a CPU, at least"
+    model = tiny_model("kl")
+    assert memory.batch_that_fits(model, None, 16, 128) == 16
+    one = memory.peak_activation_bytes(model, 4, 4, 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 50 * one, 0))
+    monkeypatch.setattr(LoadedDiffusion, "device", cuda)
+    assert memory.batch_that_fits(model, None, 16, 128) == 50 and memory.batch_that_fits(model, (16, 16), 16, 30) == 30
