@@ -265,7 +265,6 @@ def model_source(
         **({"classes": "each in turn"} if balanced else {}),
         **({} if classifier is None else {"classifier": classifier.fingerprint, "classifier_scale": classifier_scale}),
     }
-
     return ImageStream(
         name="model",
         count=n,
