@@ -87,7 +87,6 @@ class LoadedDiffusion(TrainedDiffusion):
             guide=None if guide is None else guide_to(self, pictures_of(guide, "guide")[0], guiding, whole, size),
             classes=led,
             tile=tile_side(self, whole, settings, max_memory=memory.activation_budget(self.device)),
-            max_memory=memory.activation_budget(self.device),
         )
         for start in range(0, len(ids), batch_size):
             images += to_pil(draw_images(self, draw.of(ids[start : start + batch_size])), whole, size)
