@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldmcli import __version__
-from ldmcli.core import console, files, runs
+from ldmcli.core import console, files, runs, threads
 from ldmcli.core.config import Config, config_hash
 from ldmcli.core.errors import DivergedError, LdmError, ModelError
 from ldmcli.formats.run_folder import settings_of_weights
@@ -79,10 +79,12 @@ class Checkpointer:
                 "--fresh, or go on all the same with --allow data"
             )
         state.progress = Progress.from_state(stored)
-        threads = torch.get_num_threads()
-        if self.dist.is_rank_0 and self.dist.device.type == "cpu" and stored.get("threads", threads) != threads:
+        if self.dist.device.type == "cpu" and self.dist.world_size == 1 and not threads.are_given():
+            torch.set_num_threads(stored.get("threads", torch.get_num_threads()))
+        count = torch.get_num_threads()
+        if self.dist.is_rank_0 and self.dist.device.type == "cpu" and stored.get("threads", count) != count:
             console.warn(
-                f"{name}: trained with {stored['threads']} threads, now {threads}: the run goes on, but not bit "
+                f"{name}: trained with {stored['threads']} threads, now {count}: the run goes on, but not bit "
                 f"for bit as it would have (OMP_NUM_THREADS={stored['threads']} does that)"
             )
 

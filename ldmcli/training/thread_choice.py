@@ -1,0 +1,44 @@
+"""Threads of a training on a CPU, chosen before its first step by what a pass takes."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from ldmcli.core import console, threads
+from ldmcli.training.distributed import Distributed
+from ldmcli.training.run_end import out_of_memory
+
+PASSES = 2  # of each number of threads, after one that does not count
+
+
+def choose_threads(run: Callable[[], object], dist: Distributed, *, resumed: bool, compiled: bool) -> None:
+    """Sets the number of threads to the fewest that are fast at `run`, a pass that leaves nothing behind; says so.
+
+    Where the user has said how many, where a checkpoint did (`resumed`: other threads add up in another order), with
+    compiled networks, which hold the number, on GPUs and with several processes all stays as it is.
+    """
+    most = torch.get_num_threads()
+    if resumed or compiled or most < 2 or threads.are_given() or dist.device.type != "cpu" or dist.world_size > 1:
+        return
+
+    def seconds(count: int) -> float:
+        torch.set_num_threads(count)
+        run()
+        best = float("inf")
+        for _ in range(PASSES):
+            begun = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - begun)
+        return best
+
+    try:
+        chosen, measured = threads.fewest_fast(seconds, most)
+    except Exception as error:
+        torch.set_num_threads(most)
+        if not out_of_memory(error):
+            raise
+        return  # the first step takes less at a time
+    torch.set_num_threads(chosen)
+    times = ", ".join(f"{count}: {took:.2g} s" for count, took in measured.items())
+    console.say(f"threads: {chosen} of {most} (a pass takes with {times}; OMP_NUM_THREADS sets the number)")
