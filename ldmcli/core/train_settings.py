@@ -42,6 +42,9 @@ class TrainSettings:
     compile: bool = False
     # several processes, train-ldm: each keeps its part of the weights, gradients, averages and optimiser (FSDP2)
     shard: bool = False
+    # blocks of the networks are computed again in the backward pass instead of kept: larger micro-batches fit, and a
+    # step takes about a third longer; what is learned is the same
+    checkpointing: bool = False
     # several processes: seconds that a backward pass waits for the others; whatever else they do may take hours
     gradient_timeout: float = 600.0
     max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5

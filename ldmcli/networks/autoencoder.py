@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import AutoencoderSettings
-from ldmcli.networks.blocks import as_maps, attention, check_divisible, group_norm, heads_to_map, map_to_tokens
+from ldmcli.networks.blocks import (
+    as_maps,
+    attention,
+    check_divisible,
+    group_norm,
+    heads_to_map,
+    map_to_tokens,
+    run_block,
+)
 from ldmcli.networks.vector_quantizer import VectorQuantizer
 
 NORM_EPS = 1e-6
@@ -51,6 +59,8 @@ def kl_divergence(moments: Tensor) -> Tensor:
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3, twice, plus a shortcut (1x1 where the width changes). No time embedding."""
 
+    recomputable = True
+
     def __init__(self, in_width: int, out_width: int, dropout: float, groups: int):
         super().__init__()
         self.norm1 = group_norm(in_width, NORM_EPS, groups)
@@ -68,6 +78,8 @@ class ResnetBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """One attention head as wide as the map, over all positions, residual. (B, c, h, w) in and out."""
+
+    recomputable = True
 
     def __init__(self, width: int, groups: int):
         super().__init__()
@@ -116,9 +128,9 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = run_block(block, x)
             if len(self.attn):
-                x = self.attn[i](x)
+                x = run_block(self.attn[i], x)
         return x
 
 
@@ -132,7 +144,9 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(width, width, settings.dropout, settings.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        for block in (self.block_1, self.attn_1, self.block_2):
+            x = run_block(block, x)
+        return x
 
 
 def _level_plan(settings: AutoencoderSettings) -> list[tuple[int, bool]]:
@@ -214,6 +228,8 @@ def _conv(in_width: int, out_width: int, kernel: int, gain: float = 1.0) -> nn.C
 class FastBlock(nn.Module):
     """x + scale · conv(silu(conv(x))) without normalisation; scale = 1/√(number of blocks) bounds the sum."""
 
+    recomputable = True
+
     def __init__(self, width: int, scale: float):
         super().__init__()
         self.scale = scale
@@ -257,7 +273,10 @@ class FastEncoder(nn.Module):
         self.conv_out = _conv(width, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.blocks(self.conv_in(as_maps(F.pixel_unshuffle(x, self.stem))))))
+        h = self.conv_in(as_maps(F.pixel_unshuffle(x, self.stem)))
+        for block in self.blocks:
+            h = run_block(block, h)
+        return self.conv_out(F.silu(h))
 
 
 class FastDecoder(nn.Module):
@@ -283,7 +302,10 @@ class FastDecoder(nn.Module):
         self.conv_out = _conv(width, settings.in_channels * self.head**2, 3, gain=0.1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv_out(F.silu(self.blocks(self.conv_in(as_maps(z))))), self.head)
+        h = self.conv_in(as_maps(z))
+        for block in self.blocks:
+            h = run_block(block, h)
+        return F.pixel_shuffle(self.conv_out(F.silu(h)), self.head)
 
 
 class Autoencoder(nn.Module):

@@ -4,13 +4,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmcli.core.errors import UsageError
-from ldmcli.networks.blocks import LayerNorm, as_autocast, attention, join_heads, split_heads
+from ldmcli.networks.blocks import LayerNorm, as_autocast, attention, join_heads, run_block, split_heads
 
 EMBEDDING_STD = 0.02
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention over all tokens, no mask; the inner width is heads · head_channels."""
+
+    recomputable = True
 
     def __init__(self, width: int, heads: int, head_channels: int):
         super().__init__()
@@ -27,6 +29,8 @@ class SelfAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """Linear to four times the width, GELU (erf), and back."""
+
+    recomputable = True
 
     def __init__(self, width: int):
         super().__init__()
@@ -53,7 +57,7 @@ class Layers(nn.Module):
         for pair in self.layers:
             assert isinstance(pair, nn.ModuleList)
             norm, layer = pair
-            x = x + layer(norm(x))
+            x = x + run_block(layer, norm(x))
         return x
 
 

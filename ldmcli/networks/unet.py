@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
@@ -22,6 +21,7 @@ from ldmcli.networks.blocks import (
     group_norm,
     heads_to_map,
     map_to_tokens,
+    run_block,
     split_qkv,
     timestep_embedding,
     zero_init,
@@ -48,6 +48,9 @@ class TakesTimestep(nn.Module):
 
 class TimestepSequential(nn.ModuleList):
     """Layers in a row, (B, c, h, w) to (B, c', h', w'); those that are `TakesTimestep` also get the step's inputs."""
+
+    recomputable = True
+    recomputes = False
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         for layer in self:
@@ -264,7 +267,6 @@ class UNetEncoder(nn.Module):
     ):
         super().__init__()
         self.settings, self.context_dim, self.sample_size = settings, context_dim, sample_size
-        self.checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
         self.positions = nn.ModuleDict()
         self.widths = level_widths(settings)
         self.time_embed = _two_layers(settings.channels, 4 * settings.channels)
@@ -284,12 +286,12 @@ class UNetEncoder(nn.Module):
         h = as_maps(F.pixel_unshuffle(x, self.settings.patch) if self.settings.patch > 1 else x)
         skips: list[Tensor] = []
         for i, block in enumerate(self.input_blocks):
-            h = self._run(block, h, inputs)
+            h = run_block(block, h, inputs)
             if i == 0:
                 code = inputs.position("input", h)
                 h = h if code is None else h + code
             skips.append(h)
-        return self._run(self.middle_block, h, inputs), skips
+        return run_block(self.middle_block, h, inputs), skips
 
     def embed_timestep(self, t: Tensor) -> Tensor:
         """(B, 4·channels) of timesteps (B,)."""
@@ -304,16 +306,14 @@ class UNetEncoder(nn.Module):
         def position(key: str, like: Tensor) -> Tensor | None:
             if key not in self.positions:
                 return None
-            if key not in made:
-                made[key] = self.positions[key](tuple(like.shape[-2:])).to(like.dtype)
-            return made[key]
+            code = made.get(key)
+            if code is None:
+                code = self.positions[key](tuple(like.shape[-2:])).to(like.dtype)
+                if not self.middle_block.recomputes:  # what blocks compute again has to make the same tensors
+                    made[key] = code
+            return code
 
         return position
-
-    def _run(self, block: nn.Module, x: Tensor, inputs: BlockInputs) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, inputs, use_reentrant=False)
-        return block(x, inputs)
 
     def _build_down(self, in_channels: int) -> list[int]:
         """Fills input_blocks; returns the width that each hands to its skip connection."""
@@ -405,7 +405,7 @@ class UNet(UNetEncoder):
         inputs = BlockInputs(embedding, context, self.position_codes())
         h, skips = self.encode(x, inputs)
         for block in self.output_blocks:
-            h = self._run(block, torch.cat([h, skips.pop()], dim=1), inputs)
+            h = run_block(block, torch.cat([h, skips.pop()], dim=1), inputs)
         h = self.out(h)
         return F.pixel_shuffle(h, self.settings.patch) if self.settings.patch > 1 else h
 

@@ -22,6 +22,7 @@ from ldmcli.core.settings import (
 )
 from ldmcli.data.readers import memory_bytes
 from ldmcli.networks.autoencoder import Autoencoder
+from ldmcli.networks.blocks import set_checkpointing
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.noisy_classifier import NoisyClassifier
@@ -76,6 +77,7 @@ def autoencoder_costs(config: AutoencoderConfig, size: tuple[int, int]) -> dict[
     with on_meta_device():
         pixels = torch.zeros(1, config.autoencoder.in_channels, *size)
         noise = torch.zeros(1, *network.latent_shape(*size))
+    set_checkpointing(network, config.train.checkpointing)
     costs = {"autoencoder": measure_cost(network, lambda: network(pixels, noise).reconstruction)}
     if config.loss.disc_weight > 0:
         with on_meta_device():
@@ -105,6 +107,7 @@ def diffusion_cost(
 ) -> NetworkCost:
     """Of the diffusion model, with one row of conditions. latent: (c, h, w); size: (height, width) in pixels."""
     model = meta_diffusion_model(config, specs, latent)
+    set_checkpointing(model, config.train.checkpointing)
     with on_meta_device():
         inputs = model.conditions.example(size)
         z, t = torch.zeros(1, *latent), torch.zeros(1)
@@ -120,6 +123,7 @@ def meta_classifier(config: ClassifierConfig, classes: int, latent: tuple[int, i
 def classifier_cost(config: ClassifierConfig, classes: int, latent: tuple[int, int, int]) -> NetworkCost:
     """Of a classifier of noisy latents (c, h, w)."""
     model = meta_classifier(config, classes, latent)
+    set_checkpointing(model, config.train.checkpointing)
     with on_meta_device():
         z, t = torch.zeros(1, *latent), torch.zeros(1)
     return measure_cost(model, lambda: model(z, t))
@@ -143,7 +147,20 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def saved_activation_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
-    """Bytes of float32 that a pass on the meta device saves for its backward pass, beside the weights."""
+    """Bytes that a pass saves for its backward pass, beside the weights. Where blocks are computed again (`train.
+    checkpointing`) they are what is saved outside of them, their inputs, and the most that one of them saves."""
+    blocks = [block for block in module.modules() if getattr(block, "recomputes", False)]
+    if not blocks:
+        return _saved_bytes(module, run, [])[0]
+    kept, _ = _saved_bytes(module, run, blocks)
+    set_checkpointing(module, False)
+    _, largest = _saved_bytes(module, run, blocks)
+    set_checkpointing(module, True)
+    return kept + largest
+
+
+def _saved_bytes(module: nn.Module, run: Callable[[], Tensor], blocks: list[nn.Module]) -> tuple[float, float]:
+    """Bytes that a pass saves beside the weights, the inputs of `blocks` among them, and the most that one adds."""
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, Any] = {}  # the storages themselves: a freed one's address would be another one's soon
 
@@ -153,9 +170,29 @@ def saved_activation_bytes(module: nn.Module, run: Callable[[], Tensor]) -> floa
             kept[storage._cdata] = storage
         return tensor
 
+    largest, begun = 0, 0
+
+    def total() -> int:
+        return sum(storage.nbytes() for storage in kept.values())
+
+    def before(block: nn.Module, args: tuple) -> None:
+        nonlocal begun
+        for argument in args:
+            if isinstance(argument, Tensor):
+                keep(argument)
+        begun = total()
+
+    def after(block: nn.Module, args: tuple, out: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, total() - begun)
+
+    handles = [block.register_forward_pre_hook(before) for block in blocks]
+    handles += [block.register_forward_hook(after) for block in blocks]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
         run()
-    return float(sum(storage.nbytes() for storage in kept.values()))
+    for handle in handles:
+        handle.remove()
+    return float(total()), float(largest)
 
 
 def measure_cost(module: nn.Module, run: Callable[[], Tensor]) -> NetworkCost:

@@ -35,6 +35,7 @@ CHANGEABLE_ON_RESUME = (
     "train.track",
     "train.compile",
     "train.shard",
+    "train.checkpointing",
     "train.gradient_timeout",
     "sample.",
     "data.workers",

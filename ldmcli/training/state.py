@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.core.settings import TrainSettings
+from ldmcli.networks.blocks import set_checkpointing
 from ldmcli.training import sharding
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.objective import Objective
@@ -31,6 +32,7 @@ class TrainState:
         for name, module in self.networks.items():
             module.to(dist.device).train()
             self.wrapped[name], self.optimizers[name] = self._prepared(module, objective.learning_rate(name))
+            set_checkpointing(module, settings.checkpointing)
             self.trainable[name] = [p for p in module.parameters() if p.requires_grad]
         self.main = self.networks[objective.main_network]
         self._in_ema = {name: p for name, p in self.main.named_parameters() if objective.in_ema(name)}

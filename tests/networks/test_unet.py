@@ -10,7 +10,7 @@ from recorded import recorded_unet
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DiffusionSettings
-from ldmcli.networks.blocks import attention, group_norm, timestep_embedding
+from ldmcli.networks.blocks import attention, group_norm, set_checkpointing, timestep_embedding
 from ldmcli.networks.text_encoder import SpatialRescaler, TextTransformer
 from ldmcli.networks.unet import UNet, head_count, level_widths
 
@@ -188,7 +188,7 @@ def test_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
         model = tiny(context_dim=6, position="learned", sample_size=(8, 8))
-        model.checkpointing = checkpointing
+        set_checkpointing(model, checkpointing)
         model(noise(1, 4, 8, 8), torch.zeros(1), noise(1, 3, 6)).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*gradients)

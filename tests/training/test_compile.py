@@ -66,7 +66,7 @@ def assert_one_graph(model, backend: str = "eager") -> None:
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, parameters), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kinds", tiny.COMBINED)
+@pytest.mark.parametrize("kinds", [kinds for kinds in tiny.COMBINED if kinds != "class+text"])
 def test_every_condition(kinds, words):
     assert_one_graph(tiny.tiny_model("kl", words, [kind for kind in kinds.split("+") if kind]))
 
