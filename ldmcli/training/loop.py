@@ -118,7 +118,7 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         self._start()
-        choose_threads(self._idle_pass, self.dist, resumed=self.resumed, compiled=self.settings.compile)
+        choose_threads(self.objective, self.state, self._forward_backward, resumed=self.resumed)
         data = self.config.data
         self.batches = Prefetcher(
             self.objective.batch, self.progress.step, depth=3, workers=data.workers, limit=self.settings.steps
@@ -132,15 +132,6 @@ class Trainer:
         finally:
             self.batches.close()
         return self._finish()
-
-    def _idle_pass(self) -> None:
-        """Forward and backward pass of the next step's first micro-batch, whose gradients nobody takes."""
-        step = self.progress.step
-        batch = {name: rows[: self.progress.micro_batch] for name, rows in self.objective.batch(step).items()}
-        phase = self.objective.phases(step)[0]
-        self.state.train_only(phase)
-        self._forward_backward(phase, batch, step, False)
-        self.state.optimizers[phase].zero_grad()
 
     def _train_step(self) -> None:
         """One batch: an update of each network that the step trains."""

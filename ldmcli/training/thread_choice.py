@@ -6,21 +6,32 @@ from collections.abc import Callable
 import torch
 
 from ldmcli.core import console, threads
-from ldmcli.training.distributed import Distributed
+from ldmcli.training.objective import Objective
 from ldmcli.training.run_end import out_of_memory
+from ldmcli.training.state import TrainState
 
 PASSES = 2  # of each number of threads, after one that does not count
 
 
-def choose_threads(run: Callable[[], object], dist: Distributed, *, resumed: bool, compiled: bool) -> None:
-    """Sets the number of threads to the fewest that are fast at `run`, a pass that leaves nothing behind; says so.
+def choose_threads(
+    objective: Objective, state: TrainState, forward_backward: Callable[..., object], *, resumed: bool
+) -> None:
+    """Sets the number of threads to the fewest that are fast at a pass of the next step; says so.
 
     Where the user has said how many, where a checkpoint did (`resumed`: other threads add up in another order), with
     compiled networks, which hold the number, on GPUs and with several processes all stays as it is.
     """
-    most = torch.get_num_threads()
-    if resumed or compiled or most < 2 or threads.are_given() or dist.device.type != "cpu" or dist.world_size > 1:
+    most, dist = torch.get_num_threads(), state.dist
+    fixed = resumed or state.settings.compile or threads.are_given()
+    if fixed or most < 2 or dist.device.type != "cpu" or dist.world_size > 1:
         return
+    step = state.progress.step
+    batch = {name: rows[: state.progress.micro_batch] for name, rows in objective.batch(step).items()}
+    phase = objective.phases(step)[0]
+    state.train_only(phase)
+
+    def run() -> None:
+        forward_backward(phase, batch, step, False)
 
     def seconds(count: int) -> float:
         torch.set_num_threads(count)
@@ -39,6 +50,8 @@ def choose_threads(run: Callable[[], object], dist: Distributed, *, resumed: boo
         if not out_of_memory(error):
             raise
         return  # the first step takes less at a time
+    finally:
+        state.optimizers[phase].zero_grad()  # nobody takes these gradients
     torch.set_num_threads(chosen)
     times = ", ".join(f"{count}: {took:.2g} s" for count, took in measured.items())
     console.say(f"threads: {chosen} of {most} (a pass takes with {times}; OMP_NUM_THREADS sets the number)")

@@ -1,6 +1,8 @@
 """Threads of a training on a CPU: measured once, kept in the checkpoint, never against what the user says."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -11,6 +13,7 @@ from ldmcli.core import threads
 from ldmcli.core.settings import TrainSettings
 from ldmcli.training import thread_choice
 from ldmcli.training.distributed import Distributed
+from ldmcli.training.progress import Progress
 
 DATA = ("--data", "shapes", "--limit", 20, "--size", "20x20")
 
@@ -44,6 +47,27 @@ def test_the_fewest_threads_are_taken_that_more_do_not_beat_by_a_tenth(takes, mo
     assert threads.fewest_fast(takes.__getitem__, most) == (chosen, takes)
 
 
+class Training:
+    """What the choice asks of a training."""
+
+    def __init__(self, compiled: bool = False):
+        settings = TrainSettings(mixed_precision="no", compile=compiled)
+        optimizers = {"model": SimpleNamespace(zero_grad=lambda: None)}
+        self.state: Any = SimpleNamespace(
+            dist=Distributed(settings),
+            settings=settings,
+            progress=Progress(micro_batch=2),
+            optimizers=optimizers,
+            train_only=lambda phase: None,
+        )
+
+    def batch(self, step):
+        return {"row": torch.arange(4)}
+
+    def phases(self, step):
+        return ("model",)
+
+
 @pytest.mark.parametrize(
     ("more", "environment"),
     [({"resumed": True}, {}), ({"compiled": True}, {}), ({}, {"OMP_NUM_THREADS": "2"}), ({}, {"MKL_NUM_THREADS": "1"})],
@@ -52,18 +76,22 @@ def test_nothing_is_measured_where_the_number_is_given(more, environment, nothin
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     called = []
-    dist = Distributed(TrainSettings(mixed_precision="no"))
-    thread_choice.choose_threads(lambda: called.append(1), dist, **{"resumed": False, "compiled": False, **more})
+    training = Training(more.get("compiled", False))
+    resumed = more.get("resumed", False)
+    thread_choice.choose_threads(training, training.state, lambda *of: called.append(of), resumed=resumed)
     assert not called and torch.get_num_threads() == 2
 
 
 def test_where_memory_runs_out_the_threads_are_those_of_before(nothing_said):
-    def fails():
+    sizes = []
+
+    def fails(phase, batch, step, norms):
+        sizes.append(len(batch["row"]))
         raise torch.OutOfMemoryError("out of memory")
 
-    dist = Distributed(TrainSettings(mixed_precision="no"))
-    thread_choice.choose_threads(fails, dist, resumed=False, compiled=False)
-    assert torch.get_num_threads() == 2
+    training = Training()
+    thread_choice.choose_threads(training, training.state, fails, resumed=False)
+    assert torch.get_num_threads() == 2 and sizes == [2]  # a micro-batch, not all of the step
 
 
 def test_a_training_measures_before_its_first_step_and_learns_the_same(tmp_path, nothing_said, monkeypatch):
