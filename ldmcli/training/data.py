@@ -36,7 +36,7 @@ def open_data(
     whole, undivided = dist.on_all_ranks(lambda: whole_rows(settings, "train"))
     other, held = whole, None
     if undivided:
-        _share_hashes(whole, dist)
+        share_hashes(whole, dist)
         held, readable = dist.on_rank_0(lambda: (held_out(whole, settings), whole.readable))
         whole.readable |= readable
     else:
@@ -45,9 +45,7 @@ def open_data(
     rows = divided(whole, settings, "train", held)
     validation = divided(other, settings, "validation", held)
     dist.on_all_ranks(lambda: [look(part) for part in (rows, validation)])
-    _share_hashes(rows, dist)
-    found = fill_cache(rows)
-    rows, bad = _without_unreadable(rows, settings, dist, found)
+    rows, bad = _without_unreadable(rows, settings, dist, fill_cache(rows))
     validation, worse = _without_unreadable(validation, _uncropped(settings), dist)
     _log_notes(rows, validation)
     return rows, validation, [*bad, *worse]
@@ -79,8 +77,8 @@ def _log_notes(rows, validation) -> None:
         console.say(f"data: {note}")
 
 
-def _share_hashes(rows, dist: Distributed) -> None:
-    """Every process hashes its share of the images and gets the hashes of the others."""
+def share_hashes(rows, dist: Distributed) -> None:
+    """Every process hashes its share of the images and gets the hashes of the others. Collective."""
     if is_shapes(rows.source):
         return  # nothing is stored that would have to be read
     shares = [range(rank, len(rows), dist.world_size) for rank in range(dist.world_size)]
@@ -95,7 +93,7 @@ def _without_unreadable(rows, settings, dist: Distributed, bad: list[BadImage] |
         found = dist.gather(decode_all(rows, settings, indices=mine, workers=settings.workers))
         bad = sorted(sum(found, []), key=lambda error: error.index)
     rows.transparent_rows.update(*dist.gather(rows.transparent_rows))
-    _share_hashes(rows, dist)
+    share_hashes(rows, dist)
     return dist.on_all_ranks(lambda: drop_unreadable(rows, settings, bad=bad))
 
 

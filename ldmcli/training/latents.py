@@ -27,6 +27,7 @@ from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.memory import peak_bytes
 from ldmcli.training.cost import certainly_fits
+from ldmcli.training.data import share_hashes
 from ldmcli.training.distributed import Distributed
 
 CACHED_SCALE_ROWS, SCALE_ROWS = 10_000, 512  # rows that the scale is measured on, with and without a cache
@@ -96,6 +97,7 @@ class LatentStore:
         if not all(self.dist.gather(root is not None)) or root is None:
             return None
         data, dist = self.data, self.dist
+        share_hashes(rows, dist)
         shape = (self.shape[0] * (1 if self.deterministic else 2), *self.shape[1:])
         how = [f"{self.size}", data.resize, data.background, data.cache_dtype, f"flips {data.flip}", dist.precision]
         how += [f"{data.max_pixels} px at most", f"crops {data.cache_views} {data.crop_min} {data.crop_max}"]
