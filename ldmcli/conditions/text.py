@@ -47,12 +47,16 @@ class Text(Condition):
     def open_early(self, config: DiffusionConfig, run: Path, ranks: Ranks) -> None:
         """Opens a tokeniser of others."""
         settings = config.condition
-        if (run / TOKENIZER).is_dir():
-            return
-        if settings.text_encoder != "joint":
-            ranks.on_rank_0(lambda: load_tokenizer(settings.text_encoder) and None)
-        elif settings.vocabulary:
-            ranks.on_rank_0(lambda: load_vocabulary(settings.vocabulary) and None)
+
+        def opened() -> None:
+            if (run / TOKENIZER).is_dir():
+                return
+            if settings.text_encoder != "joint":
+                load_tokenizer(settings.text_encoder)
+            elif settings.vocabulary:
+                load_vocabulary(settings.vocabulary)
+
+        ranks.on_rank_0(opened)
 
     def from_row(self, dataset: "ConditionDataset", view: View) -> str:
         """The caption."""

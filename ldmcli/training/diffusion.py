@@ -12,6 +12,7 @@ from ldmcli.conditions import CONDITIONS
 from ldmcli.conditions.condition import FitData
 from ldmcli.conditions.dataset import ConditionDataset, ConditionInputs, check_columns
 from ldmcli.conditions.fit import check_rows, fit_conditions, open_early, run_tokenizer
+from ldmcli.conditions.text import TOKENIZER
 from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
@@ -56,6 +57,7 @@ class DiffusionObjective:
         self.autoencoder: LoadedAutoencoder = dist.on_all_ranks(
             lambda: load_autoencoder(self.autoencoder_path, dist.device)
         )
+        self.stored_stats: dict[str, Any] = dist.on_rank_0(self._stored_stats)  # of an earlier start
         self._check_autoencoder()
         own = self.autoencoder.config
         self.size = checks.image_size(config.data, tuple(own.data.size) if own else (0, 0))
@@ -66,7 +68,8 @@ class DiffusionObjective:
         self._open_data(check)
         self.schedule = make_schedule(config.diffusion)
         self.specs = dist.on_rank_0(self._fit_conditions)
-        tokenizer = run_tokenizer(config, run)
+        with dist.folder_of_rank_0(run, TOKENIZER) as seen:
+            tokenizer = run_tokenizer(config, seen)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(config.train.seed, "init"))
             self.model = DiffusionModel(
@@ -78,7 +81,7 @@ class DiffusionObjective:
             for note in checks.notes_of(config):
                 console.say(note)
         self.latents.open_cache(self.rows)
-        self.latents.fit_scale(self.rows, config.diffusion.latent_scale, self._stored_stats())
+        self.latents.fit_scale(self.rows, config.diffusion.latent_scale, self.stored_stats)
         self.held_out.encode(self.latents)
         if self.latents.cache and any(CONDITIONS[name].from_pixels for name in config.kinds):
             self.rows.keep_when_read(self.size, config.data.crop)
@@ -87,7 +90,7 @@ class DiffusionObjective:
         self.encode = self.as_model().autoencoder.encode_unchecked
 
     def _check_autoencoder(self) -> None:
-        wanted, found = self._stored_stats().get("autoencoder"), self.autoencoder.fingerprint
+        wanted, found = self.stored_stats.get("autoencoder"), self.autoencoder.fingerprint
         if wanted and wanted != found:
             raise ModelError(
                 f"{self.run}: was started in the latents of another autoencoder (hash {wanted[:12]}) than "
@@ -113,7 +116,7 @@ class DiffusionObjective:
 
     def _fit_conditions(self) -> dict[str, dict[str, Any]]:
         """What conditions learn from data: from an earlier start of this run, else from the training rows."""
-        stored = self._stored_stats().get("conditions")
+        stored = self.stored_stats.get("conditions")
         if stored is not None:
             return stored
         stage = self.autoencoder.network

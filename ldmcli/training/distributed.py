@@ -1,12 +1,15 @@
 """A training process among the others: device, precision, rank, and the collective calls that the loop needs."""
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
+from ldmcli.core import files
 from ldmcli.core.errors import ResourceError, UsageError
 from ldmcli.core.settings import TrainSettings
 from ldmcli.core.world import CONTROL_TIMEOUT, World
@@ -110,6 +113,25 @@ class Distributed(World):
                 torch.distributed.broadcast(tensor.reshape(-1).view(torch.uint8), 0, group=self.control)
             out[name] = place(name, tensor)
         return out
+
+    @contextmanager
+    def folder_of_rank_0(self, folder: Path, name: str) -> Iterator[Path]:
+        """A folder in which the small files below `name` are those that rank 0 sees: the folder itself there, a copy
+        on the other processes, whose file system may show late, or never, what rank 0 has written. Collective."""
+
+        def content() -> dict[str, bytes]:
+            return {str(path.relative_to(folder)): path.read_bytes() for path in files.files_below(folder / name)}
+
+        found = self.on_rank_0(content)
+        if self.is_rank_0:
+            yield folder
+            return
+        with tempfile.TemporaryDirectory(prefix="ldm-") as copy:
+            for place, data in found.items():
+                path = Path(copy, place)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            yield Path(copy)
 
     def check_equal(self, modules: dict[str, torch.nn.Module]) -> None:
         """Raises ResourceError where weights differ between processes; those that each has a part of are left out.

@@ -97,6 +97,35 @@ def losses(run: Path) -> list[float]:
     return [value for found in named for value in found.values()]
 
 
+def on_its_own_machine(folder: Path, caches: bool) -> None:
+    """Each process is alone on its machine, and sees no file that another one writes but those below `folder`."""
+    own = folder / f"machine-{os.environ['RANK']}"
+    own.mkdir(exist_ok=True)
+    os.chdir(own)
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    if caches:
+        os.environ["LDM_CACHE"] = str(own / "cache")
+
+
+def test_what_rank_0_writes_is_not_looked_for_by_processes_of_other_machines(of_one_process, tmp_path):
+    """Tokeniser, statistics, checkpoints: begun and gone on with, the run of one process."""
+    for steps in (3, 6):
+        line = diffusion(of_one_process, "--out", "run", steps=steps)
+        both = ranks(tmp_path, 2, *line, before=partial(on_its_own_machine, tmp_path, False))
+        assert [command.wait() for command in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert not (tmp_path / "machine-1/run").exists()
+    assert losses(tmp_path / "machine-0/run") == pytest.approx(losses(of_one_process / "run"), rel=1e-5)
+
+
+def test_caches_that_only_their_own_process_sees_end_the_command_with_code_6(of_one_process, tmp_path):
+    """With what to do in the line, and before step 1."""
+    line = diffusion(of_one_process, "--out", "run", "--set", "data.cache_dir=", steps=1)
+    both = ranks(tmp_path, 2, *line, before=partial(on_its_own_machine, tmp_path, True))
+    assert [command.wait() for command in both] == [6, 6], both[0].stderr + both[1].stderr
+    assert "all processes must see one cache (data.cache_dir or LDM_CACHE)" in both[0].stderr
+    assert not (tmp_path / "machine-0/run/metrics.jsonl").exists()
+
+
 # --- processes that end ----------------------------------------------------------------------------------------------
 
 
