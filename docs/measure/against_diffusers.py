@@ -1,6 +1,7 @@
 """`ldm` against diffusers with the same weights: ratios of speed, in alternating rounds.
 
-    make bench-peers
+    make bench-peers                              # about 11 minutes on two quiet cores
+    make bench-peers PEERS_OPTIONS=--quick        # batch 16 alone, about 6
     .venv-peers/bin/python docs/measure/against_diffusers.py --threads 1 --batches 16 --json peers.json
 
 Networks (random weights, ours exported to stock classes of diffusers, which load them): `unet`, 64 wide, multipliers
@@ -349,19 +350,20 @@ def compare_outputs(sides: dict[str, Side], folder: Path) -> dict[str, float]:
 
 
 def fastest(side: Side, case: str, batch: int) -> str:
-    """The variant that takes least time for one call, after one to warm up; the best of two turns."""
+    """The variant that takes least time for one call, after a small one to warm up."""
+    took = {}
     for variant in side.variants:
         side.seconds(case, min(batch, 4), variant, steps=1)
-    took = {variant: min(side.seconds(case, batch, variant, steps=2) for _ in range(2)) for variant in side.variants}
+        took[variant] = side.seconds(case, batch, variant, steps=2)
     return min(took, key=took.__getitem__)
 
 
 def race(sides: dict[str, Side], case: str, batch: int, variants: dict[str, str], seconds: float) -> dict:
-    """Alternating rounds for about `seconds` a side; at least three."""
+    """Alternating rounds for about `seconds` a side; at least two."""
     first = {name: side.seconds(case, batch, variants[name], steps=1) for name, side in sides.items()}
     longest = max(first.values()) * (STEPS if case.endswith("sample") else 1)
     calls = max(1, int(seconds / 5 / longest))
-    rounds = max(3, min(5, int(seconds / longest / calls)))
+    rounds = max(2, min(5, int(seconds / longest / calls)))
     took: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
@@ -381,7 +383,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each side and line")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each side and line")
     parser.add_argument("--quick", action="store_true", help="batch 16 alone")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--serve", choices=("ours", "theirs"), help=argparse.SUPPRESS)

@@ -236,6 +236,24 @@ def test_a_model_that_does_not_fit_leaves_the_others(monkeypatch, capsys):
     assert "memory ran out" in capsys.readouterr().err
 
 
+def test_the_suite_begins_no_compiler_late(monkeypatch, capsys):
+    """What is measured, by a clock that goes a hundred seconds a measurement."""
+    seen, now = [], [0.0]
+
+    def measured(request):
+        seen.extend((one.name, one.variant) for one in request.asked)
+        now[0] += 100
+        return {"rows": [], "product_flops_per_s": {}}
+
+    monkeypatch.setattr(bench_suite, "bench", measured)
+    monkeypatch.setattr(bench_suite.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    bench_suite.gpu_suite(BenchRequest(asked=()))
+    assert ("cin256-v2", "float32") in seen and len(seen) == 6
+    assert not any(variant == "compiled" for _, variant in seen)
+    assert "lsun_beds256, compiled, is left out" in capsys.readouterr().err
+
+
 def test_the_suite_of_a_gpu_runs_with_tiny_networks(monkeypatch):
     kept = [entry for entry in bench_suite.SUITE if entry[0] in ("cin256-v2", "kl-f8")]
     monkeypatch.setattr(bench_suite, "SUITE", tuple(kept))
