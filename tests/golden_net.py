@@ -142,7 +142,8 @@ MASKS = tuple(
         (r"(?<=recipe )\S+?(\.toml|…)", "<recipe>"),
         (r"\d+:\d\d of training", "<time> of training"),
         (
-            r"(?s)<figcaption><b>(Throughput|Waiting for data|tflops_per_s|Peak memory)</b>.*?</figure>",
+            r"(?s)<figcaption><b>(Throughput|Waiting for data|tflops_per_s|Model FLOPs utilisation|Peak memory)</b>"
+            r".*?</figure>",
             r"<chart \1></figure>",
         ),
         (r"[\w.]+(?=: holds several frames)", "<the first>"),

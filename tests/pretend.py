@@ -14,7 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _MIXING = ("aten::copy_", "aten::_to_copy")  # from one device to the other
-_BY_INDEX = ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_")  # indices may be the CPU's
+_BY_INDEX = (
+    "aten::index",
+    "aten::_unsafe_index",
+    "aten::index_put_",
+    "aten::index_put",
+    "aten::_index_put_impl_",
+)  # indices may be the CPU's
 _GETTERS = {
     getattr(Tensor, name).__get__: kind for name, kind in (("is_cuda", "cuda"), ("is_mps", "mps"), ("is_cpu", "cpu"))
 }
@@ -88,6 +94,9 @@ class _Calls(TorchFunctionMode):
             return self._moved(*args, **kwargs)
         if function is Tensor.cpu:
             return self._moved(args[0], "cpu")
+        if function is Tensor.new_tensor and _labelled(args[0]):
+            _tell(False)
+            return _label(function(*args, **kwargs))
         if self._is_ours(kwargs.get("device")):
             if function in _OF_NUMBERS:
                 _tell(False)

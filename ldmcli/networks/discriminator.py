@@ -56,7 +56,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance of each channel over all processes, and the number of values behind them."""
-    count = x.new_tensor([x.numel() / x.shape[1]])
+    count = x.new_full((1,), x.numel() / x.shape[1])
     sums = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), count]))
     count = sums[-1]
     mean = sums[:-1] / count

@@ -20,16 +20,15 @@ class Quantized:
 
 
 def restart_dead_codes(codebook: Tensor, dead: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
-    """The codebook (n, c) with entries `dead` (int64, k) replaced by random rows of `vectors` (N, c), N >= 1.
+    """The codebook (n, c) with entries where `dead` (bool, n) replaced by random rows of `vectors` (N, c), N >= 1.
 
     Rows are drawn without repetition while there are enough. The result is new; the generator lives on the CPU.
     """
-    if dead.numel() == 0:
-        return codebook.clone()
-    rounds = -(-dead.numel() // len(vectors))
+    rounds = -(-len(codebook) // len(vectors))  # as many as could be needed: the host does not know how many are dead
     order = torch.cat([torch.randperm(len(vectors), generator=generator) for _ in range(rounds)])
-    chosen = order[: dead.numel()].to(vectors.device)
-    return codebook.index_copy(0, dead.to(codebook.device), vectors[chosen].to(codebook))
+    places = (dead.cumsum(0) - 1).clamp(min=0)
+    chosen = order.to(vectors.device, non_blocking=True)[places]
+    return torch.where(dead[:, None], vectors[chosen].to(codebook), codebook)
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:

@@ -47,6 +47,7 @@ GROUPS = (  # title, unit, {key in metrics.jsonl: name in the legend}
     ("Learning-rate factor", "share of the set rate", {"lr_factor": "factor"}),
     ("Throughput", "images/s", {"images_per_s": "images/s"}),
     ("Waiting for data", "share of the time", {"data_wait": "share"}),
+    ("Model FLOPs utilisation", "share of a matrix product", {"mfu": "share"}),
 )
 QUARTERS = ("least noise", "second quarter", "third quarter", "most noise")  # of a classifier's timesteps
 _NOT_DRAWN = {
@@ -55,6 +56,7 @@ _NOT_DRAWN = {
     "trained_seconds",
     "peak_memory_bytes",
     "seconds_per_step",
+    "images_per_s_device",
     "total_loss",
     "rec_loss",
     "nll_loss",

@@ -59,8 +59,8 @@ class AutoencoderObjective:
                 loss = config.loss
                 self.networks["discriminator"] = PatchDiscriminator(3, loss.disc_channels, loss.disc_layers)
         self.latent_shape = self.autoencoder.latent_shape(*self.size)
-        used = torch.zeros(config.autoencoder.codebook_size if self.autoencoder.is_vq else 0, dtype=torch.bool)
-        self.used_codes = used
+        codes = config.autoencoder.codebook_size if self.autoencoder.is_vq else 0
+        self.used_codes = torch.zeros(codes, dtype=torch.bool, device=dist.device)
         self._last_vectors: Tensor | None = None
 
     def describe(self) -> str:
@@ -157,30 +157,32 @@ class AutoencoderObjective:
             adversary=adversary,
             norms=norms,
         )
-        if found.indices is not None:
-            self.used_codes[found.indices.flatten().cpu().unique()] = True
+        if found.indices is not None and self.autoencoder.training:
+            self.used_codes.index_fill_(0, found.indices.flatten(), True)
             self._last_vectors = found.moments.detach()
-            stats |= codebook_stats(found.indices, self.config.autoencoder.codebook_size) if norms else {}
+        if found.indices is not None and norms:
+            stats |= codebook_stats(found.indices, self.config.autoencoder.codebook_size)
         return total, stats
 
-    def after_update(self, step: int) -> dict[str, float]:
+    def after_update(self, step: int) -> dict[str, Tensor]:
         """Codes unused for `revive_codes` steps are set to random vectors of the encoder from this batch."""
         every = self.config.autoencoder.revive_codes
         if not every or (step + 1) % every or self._last_vectors is None:
             return {}
-        used = torch.tensor(self.dist.all_reduce_max(self.used_codes.float().tolist())) > 0
-        dead = torch.nonzero(~used).flatten()
-        vectors = self._last_vectors.permute(0, 2, 3, 1).reshape(-1, self.config.autoencoder.embed_dim).float()
-        vectors = vectors.contiguous()
+        used, vectors = self.used_codes.float(), self._last_vectors
+        vectors = vectors.permute(0, 2, 3, 1).reshape(-1, self.config.autoencoder.embed_dim).float().contiguous()
         if self.dist.world_size > 1:
+            torch.distributed.all_reduce(used, op=torch.distributed.ReduceOp.MAX)
             torch.distributed.broadcast(vectors, src=0)
-        weight = self.autoencoder.quantize.embedding.weight
+        dead = (used == 0) & vectors.isfinite().all()  # a step that was refused may have given NaN
+        weight, random = (
+            self.autoencoder.quantize.embedding.weight,
+            rng.generator(self.config.train.seed, "revive", step),
+        )
         with torch.no_grad():
-            weight.copy_(
-                restart_dead_codes(weight, dead, vectors, rng.generator(self.config.train.seed, "revive", step))
-            )
+            weight.copy_(restart_dead_codes(weight, dead, vectors, random))
         self.used_codes.zero_()
-        return {"revived": float(len(dead))}
+        return {"revived": dead.sum()}
 
     def extra_state(self) -> dict[str, Tensor]:
         """State beside weights and optimisers."""
@@ -189,7 +191,7 @@ class AutoencoderObjective:
     def load_extra_state(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `extra_state`."""
         if len(self.used_codes):
-            self.used_codes = tensors["used_codes"].bool()
+            self.used_codes = tensors["used_codes"].bool().to(self.dist.device)
 
     def _validation_pixels(self, count: int) -> list[np.ndarray]:
         return [

@@ -169,7 +169,7 @@ class ClassifierObjective:
         logits, labels = networks["model"](z_t, t).float(), batch["label"].to(device)
         return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def after_update(self, step: int) -> dict[str, float]:
+    def after_update(self, step: int) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 

@@ -218,7 +218,7 @@ class DiffusionObjective:
         noise, t = batch["noise"].to(device), batch["t"].to(device)
         return diffusion_loss(model, self.schedule, self.config.diffusion, z, noise, t, inputs).mean(), {}
 
-    def after_update(self, step: int) -> dict[str, float]:
+    def after_update(self, step: int) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 

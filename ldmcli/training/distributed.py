@@ -35,7 +35,7 @@ class Distributed(World):
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         # buffers are equal on all processes already; broadcasting them between two forwards breaks the backward
         handlers = [
-            DistributedDataParallelKwargs(broadcast_buffers=False),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(seconds=settings.gradient_timeout)),
         ]
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
@@ -46,6 +46,7 @@ class Distributed(World):
             )
         refuse_foreign(str(self.accelerator.distributed_type).rpartition(".")[2])
         self.device = self.accelerator.device
+        self._copies: torch.cuda.Stream | None = None  # the stream on which batches come
         control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if started > 1 else None
         super().__init__(self.accelerator.process_index, self.accelerator.num_processes, control)
         self.dtype = self.on_rank_0(lambda: autocast_dtype(settings.mixed_precision, self.device))
@@ -66,10 +67,28 @@ class Distributed(World):
             return torch.cuda.get_device_name(self.device)
         return "Apple GPU (MPS)" if self.device.type == "mps" else ""
 
+    def pinned(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch in memory that a GPU reads while the host goes on; elsewhere as it is."""
+        return {k: v.pin_memory() for k, v in batch.items()} if self.device.type == "cuda" else batch
+
     def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A micro-batch on this process's device. float64 stays on the host: Apple GPUs have none, and what is
-        made from it (timesteps) is made there."""
-        return {k: v if v.dtype == torch.float64 else v.to(self.device) for k, v in batch.items()}
+        """A batch, pinned on CUDA, on this process's device. float64 stays on the host: Apple GPUs have none, and what
+        is made from it (timesteps) is made there.
+
+        CUDA copies it beside the work that was begun before, and what is begun after waits for it there.
+        """
+        moved = {k: v for k, v in batch.items() if v.dtype != torch.float64}
+        if self.device.type != "cuda":
+            return batch | {k: v.to(self.device) for k, v in moved.items()}
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._copies):
+            moved = {k: v.to(self.device, non_blocking=True) for k, v in moved.items()}
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._copies)
+        for tensor in moved.values():
+            tensor.record_stream(current)
+        return batch | moved
 
     def autocast(self):
         """Context in which matrix products run in the low precision, if one is in use."""

@@ -1,9 +1,10 @@
 """What a training reports while it runs: lines on the console and in metrics.jsonl, and numbers for trackers."""
 
 import math
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import Config, flat
@@ -11,7 +12,7 @@ from ldmcli.core.durations import format_duration
 from ldmcli.data.batches import rank_slice
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.progress import Progress
-from ldmcli.training.throughput import ThroughputMeter, peak_memory_bytes
+from ldmcli.training.throughput import ThroughputMeter, matmul_flops, peak_memory_bytes
 from ldmcli.training.trackers import Trackers, open_trackers
 
 
@@ -24,10 +25,11 @@ class TrainLogger:
         if self.settings.track and dist.is_rank_0:
             self.trackers = open_trackers(self.settings.track, folder.path, flat(config))
 
-    def log_step(self, meter: ThroughputMeter, progress: Progress, monitored: str, step_flops: float) -> None:
+    def log_step(self, meter: ThroughputMeter, progress: Progress, monitored: str, sample_flops: float) -> None:
         """Means since the last line, over all processes. Collective.
 
-        monitored: name of the statistic whose rise is watched; step_flops: FLOPs of a step on the global batch.
+        monitored: name of the statistic whose rise is watched; sample_flops: FLOPs of a step for one
+        sample.
         """
         s, dist = self.settings, self.dist
         mine = rank_slice(s.batch_size, dist.rank, dist.world_size)
@@ -41,7 +43,9 @@ class TrainLogger:
             images=progress.images,
             **values,
             spikes=progress.course.spikes,
-            tflops_per_s=step_flops * rate / s.batch_size / 1e12,
+            images_per_s_device=rate / dist.world_size,
+            tflops_per_s=sample_flops * rate / 1e12,
+            mfu=sample_flops * rate / dist.world_size / self.peak_flops,
             peak_memory_bytes=peak,
             trained_seconds=progress.trained_seconds,
         )
@@ -54,6 +58,11 @@ class TrainLogger:
             f"step {progress.step:>7,}/{s.steps:,}  loss {losses}  {rate:.1f} images/s  "
             f"data-wait {values['data_wait'] * 100:.0f} %  {files.human_bytes(peak)}  ETA {format_duration(left)}"
         )
+
+    @cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s of a matrix product on this process's device in the precision in use, measured once."""
+        return matmul_flops(self.dist.device, self.dist.dtype or torch.float32)
 
     def _watch_loss(self, loss: float | None, progress: Progress) -> None:
         """Tells the user, the log and run.json when the loss has risen and stays, and when it is down again."""
@@ -94,18 +103,17 @@ class TrainLogger:
                 "scaled down to that (more are counted as `spikes` in metrics.jsonl; train.spike sets the bound)"
             )
 
-    def log_nonfinite(self, progress: Progress, rows: list[str], stats: dict[str, Tensor]) -> None:
+    def log_nonfinite(self, step: int, in_a_row: int, rows: list[str], stats: dict[str, Any]) -> None:
         """A step that was not applied: this process's rows and numbers, into bad-batch.json. Collective."""
         numbers = {k: repr(float(v)) for k, v in stats.items()}
         named = self.dist.gather(rows)
         if not self.dist.is_rank_0:
             return
-        found: dict[str, Any] = {"step": progress.step, "rows": sum(named, []), "values": numbers}
+        found: dict[str, Any] = {"step": step, "rows": sum(named, []), "values": numbers}
         files.write_json(self.folder.path / "bad-batch.json", found)
-        self.folder.log(step=progress.step, event="not applied: NaN or Inf")
+        self.folder.log(step=step, event="not applied: NaN or Inf")
         console.warn(
-            f"step {progress.step}: NaN or Inf, the update was not applied "
-            f"({progress.bad_in_a_row} in a row; rows in bad-batch.json)"
+            f"step {step}: NaN or Inf, the update was not applied ({in_a_row} in a row; rows in bad-batch.json)"
         )
 
     def finish(self, progress: Progress) -> dict[str, Any]:

@@ -5,8 +5,7 @@ weights, optimiser state, averaged weights and progress, and the same command re
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ldmcli.core import console, runs
 from ldmcli.core.config import Resolved
-from ldmcli.core.errors import DivergedError, Interrupted, LdmError, ModelError, ResourceError
+from ldmcli.core.errors import Interrupted, LdmError, ModelError, ResourceError
 from ldmcli.core.settings import AutoencoderConfig, ClassifierConfig
 from ldmcli.core.signals import StopRequest
 from ldmcli.data.batches import Prefetcher, micro_batches
@@ -25,16 +24,18 @@ from ldmcli.training.checkpoints import Checkpointer
 from ldmcli.training.classifier import ClassifierObjective
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.distributed import Distributed
+from ldmcli.training.gradient_guard import GradientGuard
 from ldmcli.training.logger import TrainLogger
 from ldmcli.training.micro_batch import choose_micro_batch, halve_on_out_of_memory
 from ldmcli.training.objective import Objective
+from ldmcli.training.outcomes import Outcomes, Step
 from ldmcli.training.progress import Progress
 from ldmcli.training.run_clock import RunClock
 from ldmcli.training.run_end import StopReason, out_of_resources, record_failure, stop_early
 from ldmcli.training.run_setup import RunOptions, claim_run_folder, log_start, write_run_files
 from ldmcli.training.state import TrainState
 from ldmcli.training.thread_choice import choose_threads
-from ldmcli.training.throughput import ThroughputMeter
+from ldmcli.training.throughput import StepFlops, ThroughputMeter
 
 REPLICA_CHECK_EVERY = 500  # steps between comparisons of the weights of all processes
 HOURS_MARGIN = 0.98  # share of train.max_hours after which a run saves and ends: saving takes time, too
@@ -43,7 +44,7 @@ HOURS_MARGIN = 0.98  # share of train.max_hours after which a run saves and ends
 def train(run_kind: str, resolved: Resolved, out: Path, options: RunOptions) -> dict[str, Any]:
     """Trains (or goes on training) the run in `out`; returns run.json's content.
 
-    Raises Interrupted after a signal (state saved), DivergedError, ResourceError, ModelError, InputError, UsageError.
+    Raises Interrupted after a signal (state saved), ResourceError, ModelError, InputError, UsageError.
     """
     dist = Distributed(resolved.config.train)
     folder = runs.RunFolder(out)
@@ -91,8 +92,11 @@ class Trainer:
         self.state.fix_precision()
         chosen = choose_micro_batch(self.objective, dist, self.settings, self.progress.micro_batch)
         self.progress.micro_batch = chosen
-        self.step_flops = 0.0  # of the global batch; 0 = not counted yet
+        self.guard = GradientGuard(self.progress, self.settings, dist.device, dist.dtype == torch.float16)
+        self.flops = StepFlops(self.objective, self.state)
         self.logger = TrainLogger(folder, self.config, dist)
+        row_name, main = self.objective.rows.name, self.objective.main_network
+        self.outcomes = Outcomes(self.state, self.guard, self.logger, folder, main, row_name)
 
     def _make_objective(self) -> Objective:
         if isinstance(self.config, AutoencoderConfig):
@@ -121,7 +125,11 @@ class Trainer:
         choose_threads(self.objective, self.state, self._forward_backward, resumed=self.resumed)
         data = self.config.data
         self.batches = Prefetcher(
-            self.objective.batch, self.progress.step, depth=3, workers=data.workers, limit=self.settings.steps
+            lambda step: self.dist.pinned(self.objective.batch(step)),
+            self.progress.step,
+            depth=3,
+            workers=data.workers,
+            limit=self.settings.steps,
         )
         self.meter = ThroughputMeter(self.batches)
         try:
@@ -135,51 +143,50 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One batch: an update of each network that the step trains."""
-        begun, step, progress = time.perf_counter(), self.progress.step, self.progress
+        begun, step, progress, guard = time.perf_counter(), self.progress.step, self.progress, self.guard
         # nobody begins a backward pass before the others have their batch
         batch = self.dist.on_all_ranks(lambda: self.batches.get(step))
-        logs = (step + 1) % self.settings.log_every == 0 or step == 0
-        lr_factor, finite = self.clock.lr_factor(), True
+        there = self.dist.on_device(batch)
+        logs, lr_factor = self._logs(step + 1), self.clock.lr_factor()
         stats: dict[str, Any] = {}
+        self.flops.count(there, step)
+        guard.begin()
         for phase in self.objective.phases(step):
-            finite, measured = self._update(phase, batch, step, lr_factor, logs)
-            stats |= measured
-            if not finite:
+            stats |= self._update(phase, there, step, lr_factor, logs)
+            if not guard.late and guard.refused:
                 break
             if self.state.ema and phase == self.objective.main_network:  # also where the other's update is refused
-                self.state.ema.update()
+                self.state.ema.update(guard.keep if guard.late else None)
                 progress.ema_count = self.state.ema.count
-        if finite:
+        if guard.late or not guard.refused:
             stats |= self.objective.after_update(step)
-            progress.bad_in_a_row = 0
-        elif progress.loss_scale <= 1:  # above 1 float16 is looking for its scale
-            self._handle_nonfinite_step(batch, stats)
+        self.outcomes.add(Step(step, batch["row"], dict(stats), guard.report()))
         progress.step = step + 1
         progress.images += self.settings.batch_size
         progress.trained_seconds += time.perf_counter() - begun
         self.meter.add(stats, self.settings.batch_size, lr_factor)
 
+    def _logs(self, step: int) -> bool:
+        """Whether a line is written after so many steps."""
+        return step % self.settings.log_every == 0 or step == 1
+
     def _update(
         self, phase: str, batch: dict[str, Tensor], step: int, lr_factor: float, norms: bool
-    ) -> tuple[bool, dict[str, Tensor]]:
-        """Forward, backward and, where all gradients are finite, an optimiser step; (applied, statistics)."""
-        optimizer, progress, dist = self.state.optimizers[phase], self.progress, self.dist
+    ) -> dict[str, Tensor]:
+        """Forward, backward and, where all gradients are finite, an optimiser step; statistics."""
+        optimizer, guard = self.state.optimizers[phase], self.guard
         self.state.train_only(phase)
         stats = halve_on_out_of_memory(
-            lambda: self._forward_backward(phase, batch, step, norms), progress, len(batch["row"]), dist
+            lambda: self._forward_backward(phase, batch, step, norms), self.progress, len(batch["row"]), self.dist
         )
-        grads = optimizer.gradients()
-        if progress.loss_scale != 1:
-            torch._foreach_div_(grads, progress.loss_scale)
-        norm = self.state.total_norm(grads)
-        finite = dist.all_reduce_max([float(not bool(norm.isfinite()))])[0] == 0
-        if finite:
-            if (scale := self._gradient_scale(phase, float(norm))) < 1:
-                torch._foreach_mul_(grads, scale)
+        # gradients are equal on all processes, or parts whose norm is, and so is what follows from it
+        gradients = optimizer.gradients()
+        stats[f"grad_norm_{phase}"] = guard.check(phase, gradients, self.state.total_norm(gradients))
+        if guard.late:
+            optimizer.step(lr_factor, guard.keep)
+        elif not guard.refused:
             optimizer.step(lr_factor)
-        if dist.dtype == torch.float16:
-            progress.update_loss_scale(finite)
-        return finite, {**stats, f"grad_norm_{phase}": norm}
+        return stats
 
     def _forward_backward(self, phase: str, batch: dict[str, Tensor], step: int, norms: bool) -> dict[str, Tensor]:
         """Gradients summed over this process's micro-batches; means of the statistics."""
@@ -190,14 +197,17 @@ class Trainer:
         counts: dict[str, int] = {}
         for index, part in enumerate(parts):
             size, last = part.stop - part.start, index == len(parts) - 1
-            micro_batch = dist.on_device({k: v[part] for k, v in batch.items()})
-            with self.state.adding_up(phase) if not last else nullcontext():
+            micro_batch = {k: v[part] for k, v in batch.items()}
+            dropout: AbstractContextManager = nullcontext()
+            if self.state.has_dropout:
                 dropout = dist.dropout(self.settings.seed, phase, step, index)
-                with dist.autocast(), self._count_flops(size / batch_size), dropout:
+            with self.state.adding_up(phase) if not last else nullcontext():
+                with dist.autocast(), dropout:
                     # norms are collective, and processes may have different numbers of micro-batches
                     loss, stats = self.objective.loss(phase, self.state.wrapped, micro_batch, step, norms and last)
                 # data-parallel wrapping averages over processes; the shares sum to 1 over all of them
-                (loss.float() * (size / batch_size) * dist.world_size * self.progress.loss_scale).backward()
+                scaled = loss.float() * (size / batch_size) * dist.world_size
+                (scaled * self.guard.loss_scale if self.guard.float16 else scaled).backward()
             for name, value in {f"loss_{phase}": loss, **stats}.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() * size
                 counts[name] = counts.get(name, 0) + size
@@ -210,8 +220,9 @@ class Trainer:
         def due(every: int) -> bool:
             return bool(every) and step % every == 0
 
-        if due(s.log_every) or step == 1:
-            self.logger.log_step(self.meter, self.progress, self.objective.monitored, self.step_flops)
+        if self._logs(step):
+            self.outcomes.settle()
+            self.logger.log_step(self.meter, self.progress, self.objective.monitored, self.flops.a_sample)
         if self.dist.world_size > 1 and step % REPLICA_CHECK_EVERY in (0, 1):
             self.dist.check_equal(self.objective.networks)
         late = s.max_hours and time.monotonic() - self.started > s.max_hours * 3600 * HOURS_MARGIN
@@ -228,7 +239,7 @@ class Trainer:
             if due(s.sample_every):
                 self._preview()
             if due(s.save_every) or save:
-                self.checkpointer.save(wait=bool(save))
+                self._save(wait=bool(save))
             self.checkpointer.make_room()
 
     def _start(self) -> None:
@@ -241,15 +252,19 @@ class Trainer:
             log_start(self.folder, self.settings.steps, dist, objective, step)
 
     def _finish(self) -> dict[str, Any]:
-        self.checkpointer.save()  # before the last evaluation, which may take long and be ended
+        self._save()  # before the last evaluation, which may take long and be ended
         self._evaluate()
         self._stop_if_asked()
         if self.settings.sample_every:
             self._preview()
         return self.logger.finish(self.progress)
 
+    def _save(self, *, wait: bool = True) -> None:
+        self.outcomes.settle()
+        self.checkpointer.save(wait=wait)
+
     def _stop(self, reason: float) -> NoReturn:
-        self.checkpointer.save()
+        self._save()
         stop_early(StopReason(int(reason)), self.folder, self.dist, self.progress.step)
 
     def _stop_if_asked(self) -> None:
@@ -267,6 +282,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         begun = time.perf_counter()
+        self.outcomes.settle()
         metrics = self.state.with_ema_weights(lambda: self.objective.evaluate(lambda: bool(self.request.stop)))
         if metrics is None:  # it is made up for when the run goes on
             self.progress.evaluations = max(self.progress.evaluations - 1, 0)
@@ -284,36 +300,3 @@ class Trainer:
             self.state.with_ema_weights(lambda: self.dist.on_rank_0(lambda: self.objective.preview(path)))
         except ModelError as error:  # NaN or Inf in samples: the loss decides whether a training goes on
             console.warn(f"no preview at step {step}: {error}")
-
-    def _gradient_scale(self, phase: str, norm: float) -> float:
-        """What the gradient is multiplied by: it is cut to train.clip, and to its usual norm where it is a spike."""
-        monitor, s = self.progress.course, self.settings
-        first = monitor.spikes == 0
-        scale = monitor.gradient_scale(phase, norm, s.spike)
-        if first and monitor.spikes:
-            self.logger.log_spike(self.progress.step, norm, norm * scale)
-        return min(scale, s.clip / norm) if s.clip and norm > 0 else scale
-
-    def _handle_nonfinite_step(self, batch: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
-        """Counts and reports a step that was not applied; raises DivergedError after train.max_bad_steps in a row."""
-        progress = self.progress
-        progress.bad_in_a_row += 1
-        self.logger.log_nonfinite(progress, [self.objective.rows.name(int(i)) for i in batch["row"]], stats)
-        if progress.bad_in_a_row >= self.settings.max_bad_steps:
-            raise DivergedError(
-                f"{self.folder.path}: NaN or Inf in {progress.bad_in_a_row} steps in a row up to step "
-                f"{progress.step}; bad-batch.json has the rows and values, the last good checkpoint "
-                "stands; lower --lr or raise train.warmup"
-            )
-
-    @contextmanager
-    def _count_flops(self, share_of_batch: float) -> Iterator[None]:
-        """Counts the first forward pass; a training step is three of them (backward is two)."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        if self.step_flops:  # on all processes: the first use takes seconds, and gradients wait for the last
-            yield
-            return
-        with FlopCounterMode(display=False) as counter:
-            yield
-        self.step_flops = 3 * counter.get_total_flops() / share_of_batch

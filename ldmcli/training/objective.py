@@ -60,8 +60,9 @@ class Objective(Protocol):
         """(mean loss of a micro-batch, statistics). `networks` are wrapped for data-parallel training; with `norms`,
         statistics that cost time or communication are measured, too."""
 
-    def after_update(self, step: int) -> dict[str, float]:
-        """What follows a step whose updates were all applied; statistics. Collective."""
+    def after_update(self, step: int) -> dict[str, Tensor]:
+        """What follows a step whose updates were all applied; statistics. Collective. On CUDA, where the host does not
+        know yet, after every step."""
 
     def extra_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside weights and optimisers."""

@@ -11,6 +11,8 @@ from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import TrainSettings
 from ldmcli.training.lr_schedule import ema_decay_at
 
+EMA_TENSORS = 64  # averaged at a time: their differences from the weights take memory
+
 # first and last layers, tables and position codes: their rows are not what orthogonalisation is for
 _NOT_HIDDEN = (
     "embedding",
@@ -62,36 +64,63 @@ class Muon:
     """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], lr: float, every: int = 1, momentum: float = 0.95):
-        self.named, self.lr, self.every, self.momentum = named, lr, every, momentum
-        self.velocity = {name: torch.zeros_like(p) for name, p in named}
-        self.direction = {name: torch.zeros_like(p) for name, p in named} if every > 1 else {}
+        self.lr, self.every, self.momentum = lr, every, momentum
         self.count = 0
         self.dtype = torch.float32  # of the orthogonalisation
-        shapes: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
+        shapes: dict[tuple[int, int], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named:
             shapes.setdefault((parameter.shape[0], parameter[0].numel()), []).append((name, parameter))
-        self.groups = list(shapes.items())
+        self.groups = [_MatrixGroup(members, shape, every > 1) for shape, members in shapes.items()]
+        self.velocity = {name: view for group in self.groups for name, view in group.named(group.velocity)}
+        self.direction = {
+            name: view for group in self.groups for name, view in group.named(group.direction) if every > 1
+        }
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One update at rate lr * factor from the parameters' gradients, which all must have."""
-        grads = {name: p.grad for name, p in self.named if p.grad is not None}
-        velocities = [self.velocity[name] for name in grads]
-        torch._foreach_lerp_(velocities, list(grads.values()), 1 - self.momentum)
+    def step(self, factor: float, keep: Tensor | None = None) -> None:
+        """One update at rate lr * factor from the parameters' gradients, which all must have. keep: a scalar, 0 where
+        nothing is to change, whatever the gradients hold, else 1."""
         refresh = self.count % self.every == 0
         self.count += 1
-        for (rows, columns), members in self.groups:
-            scale = max(1.0, rows / columns) ** 0.5
-            if refresh:
-                nesterov = [torch.lerp(grads[name], self.velocity[name], self.momentum) for name, _ in members]
-                matrices = torch.stack([matrix.reshape(rows, columns) for matrix in nesterov])
-                directions = orthogonalise(matrices.to(self.dtype)).to(matrices.dtype)
-                if self.every > 1:
-                    for (name, p), direction in zip(members, directions):
-                        self.direction[name].copy_(direction.reshape(p.shape))
-            for i, (name, p) in enumerate(members):
-                update = directions[i].reshape(p.shape) if refresh else self.direction[name]
-                p.add_(update, alpha=-self.lr * factor * scale)
+        for group in self.groups:
+            nesterov = group.accumulate(self.momentum, keep)
+            update = orthogonalise(nesterov.to(self.dtype)).to(nesterov.dtype) if refresh else group.direction
+            if refresh and self.every > 1:
+                group.direction.copy_(update if keep is None else torch.where(keep > 0, update, group.direction))
+            update = update if keep is None else update * keep
+            scale = max(1.0, group.rows / group.columns) ** 0.5
+            torch._foreach_add_(group.parameters, group.shaped(update), alpha=-self.lr * factor * scale)
+
+
+class _MatrixGroup:
+    """Parameters of one shape as matrices, with their momentum in one stack (k, rows, columns)."""
+
+    def __init__(self, members: list[tuple[str, nn.Parameter]], shape: tuple[int, int], keeps_direction: bool):
+        self.names = [name for name, _ in members]
+        self.parameters: list[Tensor] = [p for _, p in members]
+        self.rows, self.columns = shape
+        self.velocity = self.parameters[0].new_zeros((len(members), *shape))
+        self.direction = torch.zeros_like(self.velocity) if keeps_direction else self.velocity[:0]
+
+    def shaped(self, stack: Tensor) -> list[Tensor]:
+        """The matrices of a stack in the shapes of their parameters."""
+        return [matrix.reshape(p.shape) for matrix, p in zip(stack.unbind(), self.parameters)]
+
+    def named(self, stack: Tensor) -> list[tuple[str, Tensor]]:
+        """Views of a stack by name."""
+        return list(zip(self.names, self.shaped(stack)))
+
+    def accumulate(self, momentum: float, keep: Tensor | None) -> Tensor:
+        """The gradients into the momentum; the Nesterov momentum, a new stack."""
+        gradients = torch.stack(
+            [p.grad.reshape(self.rows, self.columns) for p in self.parameters if p.grad is not None]
+        )
+        if keep is not None:  # a gradient equal to the momentum leaves that as it is
+            gradients = torch.where(keep > 0, gradients, self.velocity)
+        # matrix by matrix: a sum's last digit depends on where a tensor begins
+        torch._foreach_lerp_(list(self.velocity.unbind()), list(gradients.unbind()), 1 - momentum)
+        torch._foreach_lerp_(list(gradients.unbind()), list(self.velocity.unbind()), momentum)
+        return gradients
 
 
 @lru_cache
@@ -144,17 +173,20 @@ class PhaseOptimizer:
         for _, parameter in self.named:
             parameter.grad = None
 
-    def step(self, factor: float) -> None:
-        """One update with every rate multiplied by `factor` (warm-up, cooldown)."""
+    def step(self, factor: float, keep: Tensor | None = None) -> None:
+        """One update with every rate multiplied by `factor` (warm-up, cooldown). keep: a scalar on the device, float32,
+        0 where nothing is to change although the gradients may hold NaN, else 1."""
         for _, parameter in self.named:
             if parameter.grad is None:  # a condition that the batch did not use: no gradient is a gradient of 0
                 parameter.grad = torch.zeros_like(parameter)
         if self.adam:
             for group in self.adam.param_groups:
                 group["lr"] = self.base * factor
+            # what the fused kernel asks for
+            self.adam.found_inf = None if keep is None else 1 - keep  # type: ignore[attr-defined]
             self.adam.step()
         if self.muon:
-            self.muon.step(factor)
+            self.muon.step(factor, keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state as flat named tensors."""
@@ -205,11 +237,20 @@ class Ema:
         self.shadow = {name: p.detach().float().clone() for name, p in self.named}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Call once after every applied update."""
+    def update(self, keep: Tensor | None = None) -> None:
+        """Call once after every applied update. keep: a scalar on the device, 0 where there was none, else 1; whoever
+        learns that later corrects `count`."""
         self.count += 1
         rate = 1 - ema_decay_at(self.count, self.decay)
-        torch._foreach_lerp_([self.shadow[n] for n, _ in self.named], [p.detach().float() for _, p in self.named], rate)
+        shadows, weights = [self.shadow[n] for n, _ in self.named], [p.detach().float() for _, p in self.named]
+        if keep is None:
+            torch._foreach_lerp_(shadows, weights, rate)
+            return
+        for start in range(0, len(shadows), EMA_TENSORS):
+            part = slice(start, start + EMA_TENSORS)
+            differences = torch._foreach_sub(weights[part], shadows[part])
+            torch._foreach_mul_(differences, rate * keep)
+            torch._foreach_add_(shadows[part], differences)
 
     @torch.no_grad()
     def swap(self) -> None:

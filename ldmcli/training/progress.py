@@ -11,7 +11,6 @@ from typing import Any
 NORM_WINDOW = 50  # updates over which the usual gradient norm is averaged
 RISE_RATIO = 10.0  # a loss this many times its lowest, in RISE_WINDOWS log windows in a row, has risen for good
 RISE_WINDOWS = 2
-FP16_GROWTH_STEPS = 2000
 
 
 @dataclass
@@ -24,23 +23,6 @@ class StabilityMonitor:
     lowest_step: int = 0
     high: int = 0  # log windows in a row whose loss has risen
     high_since: int = 0  # step of the first of them
-
-    def gradient_scale(self, phase: str, norm: float, ratio: float) -> float:
-        """What a gradient of finite norm `norm` is multiplied by: 1, or usual / norm where it is a spike.
-
-        A spike is more than `ratio` times the geometric mean of the last norms of its phase (0 = there are none);
-        while few norms are known the bound is wider: ratio · (1 + 9 / updates). A spike counts as `ratio` times the
-        usual norm in that mean, so that a landscape which really has become steeper is the usual one after a while.
-        """
-        if not ratio or norm <= 0:
-            return 1.0
-        seen, mean = self.usual.get(phase, (0, 0.0))
-        usual = math.exp(mean)
-        spike = seen > 0 and norm > usual * ratio * (1 + 9 / seen)
-        taken = usual * ratio if spike else norm
-        self.usual[phase] = [seen + 1, mean + (math.log(taken) - mean) / min(seen + 1, NORM_WINDOW)]
-        self.spikes += spike
-        return usual / norm if spike else 1.0
 
     def observe_loss(self, loss: float, step: int) -> None:
         """The mean loss of a log window that ended at `step`. Losses that are not positive say nothing."""
@@ -83,14 +65,6 @@ class Progress:
     precision: str = ""  # of the autocast; "auto" is decided once a run, so that going on is exact
     micro_batch: int = 0  # samples at a time: as set, or chosen by free memory; 0 = not chosen yet
     course: StabilityMonitor = field(default_factory=StabilityMonitor)
-
-    def update_loss_scale(self, finite: bool) -> None:
-        """Of float16: halved after a step whose gradients are not finite, doubled after FP16_GROWTH_STEPS that are."""
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.loss_scale = max(self.loss_scale / 2, 1.0)
-        elif self.good_steps % FP16_GROWTH_STEPS == 0:
-            self.loss_scale *= 2
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Progress":

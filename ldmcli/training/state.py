@@ -34,6 +34,12 @@ class TrainState:
             self.wrapped[name], self.optimizers[name] = self._prepared(module, objective.learning_rate(name))
             set_checkpointing(module, settings.checkpointing)
             self.trainable[name] = [p for p in module.parameters() if p.requires_grad]
+        self.training = ""  # the phase whose network gets gradients
+        self.has_dropout = any(
+            isinstance(part, torch.nn.Dropout) and part.p > 0
+            for module in self.networks.values()
+            for part in module.modules()
+        )
         self.main = self.networks[objective.main_network]
         self._in_ema = {name: p for name, p in self.main.named_parameters() if objective.in_ema(name)}
         self.averaged = [(name, sharding.part_of(p)) for name, p in self._in_ema.items()]
@@ -96,6 +102,9 @@ class TrainState:
 
     def train_only(self, phase: str) -> None:
         """Only the network of `phase` gets gradients."""
+        if phase == self.training:
+            return
+        self.training = phase
         for name, parameters in self.trainable.items():
             for parameter in parameters:
                 parameter.requires_grad_(name == phase)

@@ -1,4 +1,5 @@
-"""Means between two log lines, throughput, time spent waiting for data, peak memory."""
+"""Means between two log lines, throughput and its share of what the device can do, time spent waiting for data, peak
+memory."""
 
 import resource
 import sys
@@ -6,8 +7,11 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldmcli.data.batches import Prefetcher
+from ldmcli.training.objective import Objective
+from ldmcli.training.state import TrainState
 
 
 class ThroughputMeter:
@@ -46,6 +50,56 @@ class ThroughputMeter:
         }
         self._restart()
         return out
+
+
+class StepFlops:
+    """What the phases of a step compute for one sample: `a_sample` FLOPs, backward passes included."""
+
+    def __init__(self, objective: Objective, state: TrainState):
+        self.objective, self.state = objective, state
+        self.a_sample = 0.0
+        self._counted: tuple[str, ...] = ()
+
+    def count(self, batch: dict[str, Tensor], step: int) -> None:
+        """Counts where a step begins that has other phases than those before it: a sample of its batch goes through the
+        networks as they are, neither compiled nor in training mode, and what it leaves is dropped. Collective."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        phases, networks = self.objective.phases(step), self.objective.networks
+        if phases == self._counted:
+            return
+        self._counted, one = phases, {name: tensor[:1] for name, tensor in batch.items()}
+        for module in networks.values():
+            module.eval()
+        with FlopCounterMode(display=False) as counter, self.state.dist.autocast():
+            for phase in phases:
+                self.state.train_only(phase)
+                self.objective.loss(phase, networks, one, step, False)[0].backward()
+                self.state.optimizers[phase].zero_grad()
+        for module in networks.values():
+            module.train()
+        self.a_sample = float(counter.get_total_flops())
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product here and now, the best of a few: what 100 % of a step would be."""
+    side = 8192 if device.type == "cuda" else 512
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        _wait_for(device)
+        begun = time.perf_counter()
+        matrix @ matrix
+        _wait_for(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * side**3 / best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

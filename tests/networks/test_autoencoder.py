@@ -210,7 +210,7 @@ def test_default_fast_autoencoder_has_about_0_9_million_parameters_and_no_norm()
 
 def test_reviving_replaces_dead_codes_only_and_repeats_under_the_same_generator():
     codebook, vectors = torch.zeros(5, 2), torch.arange(6.0).view(3, 2) + 1
-    dead = torch.tensor([1, 3])
+    dead = torch.tensor([False, True, False, True, False])
     new = restart_dead_codes(codebook, dead, vectors, torch.Generator().manual_seed(4))
     again = restart_dead_codes(codebook, dead, vectors, torch.Generator().manual_seed(4))
     rows = {tuple(row) for row in vectors.tolist()}
@@ -220,7 +220,9 @@ def test_reviving_replaces_dead_codes_only_and_repeats_under_the_same_generator(
 
 
 def test_more_dead_codes_than_vectors_are_all_revived():
-    new = restart_dead_codes(torch.zeros(7, 2), torch.arange(7), torch.ones(2, 2), torch.Generator().manual_seed(0))
+    new = restart_dead_codes(
+        torch.zeros(7, 2), torch.ones(7, dtype=torch.bool), torch.ones(2, 2), torch.Generator().manual_seed(0)
+    )
     assert torch.equal(new, torch.ones(7, 2))
 
 

@@ -408,7 +408,7 @@ def losses_of_ae(settings: AutoencoderSettings, device: torch.device, side: int)
     objective.dist, objective.perceptual = SimpleNamespace(device=device), None
     objective.autoencoder = Autoencoder(settings).to(device)
     objective.networks = {"autoencoder": objective.autoencoder, "discriminator": PatchDiscriminator(3, 8, 1).to(device)}
-    objective.used_codes = torch.zeros(settings.codebook_size, dtype=torch.bool)
+    objective.used_codes = torch.zeros(settings.codebook_size, dtype=torch.bool, device=device)
     shape = objective.autoencoder.latent_shape(side, side)
     pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     batch = {"row": torch.arange(2), "pixels": torch.from_numpy(pixels)}

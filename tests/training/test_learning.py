@@ -552,12 +552,12 @@ def test_every_parameter_of_the_trained_model_gets_a_finite_gradient(ae, tmp_pat
     seen: dict[str, float] = {}
     step = PhaseOptimizer.step
 
-    def watched(self, factor):
+    def watched(self, factor, *more):
         for name, parameter in self.named:
             assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all()), name
             found = 0.0 if parameter.grad is None else float(parameter.grad.abs().sum())
             seen[name] = seen.get(name, 0.0) + found
-        step(self, factor)
+        step(self, factor, *more)
 
     monkeypatch.setattr(PhaseOptimizer, "step", watched)
     train_ldm(tmp_path / "run", ae, *ADAM, "--condition", kinds, "--batch-size", 8, steps=6)
@@ -572,11 +572,11 @@ def test_every_parameter_of_an_autoencoder_gets_a_finite_gradient(tmp_path, monk
     seen: dict[str, float] = {}
     step = PhaseOptimizer.step
 
-    def watched(self, factor):
+    def watched(self, factor, *more):
         for name, parameter in self.named:
             assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all()), name
             seen[name] = seen.get(name, 0.0) + (0.0 if parameter.grad is None else float(parameter.grad.abs().sum()))
-        step(self, factor)
+        step(self, factor, *more)
 
     monkeypatch.setattr(PhaseOptimizer, "step", watched)
     train_ae(tmp_path / "run", "--reg", reg, *DISCRIMINATOR, "--set", "loss.disc_start=1", *ADAM, steps=6)

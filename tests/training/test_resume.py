@@ -93,7 +93,16 @@ def reference(arguments, tmp_path_factory):
 
 def learned(folder: Path) -> list[dict]:
     """What the log says of each step but for time and memory."""
-    timed = ("images_per_s", "seconds_per_step", "data_wait", "tflops_per_s", "peak_memory_bytes", "trained_seconds")
+    timed = (
+        "images_per_s",
+        "seconds_per_step",
+        "data_wait",
+        "tflops_per_s",
+        "mfu",
+        "images_per_s_device",
+        "peak_memory_bytes",
+        "trained_seconds",
+    )
     timed = (*timed, "eval_seconds")
     return [{k: v for k, v in line.items() if k not in timed} for line in tiny.log(folder)]
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import ADAM, log, state, train_ae, train_ldm
 
@@ -11,6 +12,7 @@ from ldmcli.reports import demo
 from ldmcli.reports.demo import shortcomings
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
+from ldmcli.training.gradient_guard import GradientGuard, spike_scale
 from ldmcli.training.loop import Trainer
 from ldmcli.training.progress import Progress, StabilityMonitor
 
@@ -34,24 +36,46 @@ SPIKE = 12  # the step whose batch is spoiled
     ],
 )
 def test_a_gradient_is_scaled_to_its_usual_norm_where_it_is_out_of_proportion(norms, expected):
-    monitor = StabilityMonitor()
-    factors = [monitor.gradient_scale("model", norm, 10.0) for norm in norms]
+    factors = factors_of(norms)
     assert factors[:-1] == [1.0] * (len(norms) - 1) and factors[-1] == pytest.approx(expected, rel=1e-9)
-    assert monitor.spikes == (expected < 1)
+
+
+def factors_of(norms, ratio: float = 10.0) -> list[float]:
+    """What gradients of these norms are multiplied by, one after the other."""
+    usual, factors = torch.zeros(2, dtype=torch.float64), []
+    for norm in norms:
+        scale, usual = spike_scale(usual, torch.tensor(norm, dtype=torch.float64), ratio)
+        factors.append(float(scale))
+    return factors
 
 
 def test_a_landscape_that_has_become_steeper_is_the_usual_one_after_a_while():
-    monitor = StabilityMonitor()
-    factors = [monitor.gradient_scale("model", norm, 10.0) for norm in [1.0] * 60 + [1000.0] * 200]
-    assert factors[60] == pytest.approx(1e-3) and factors[-1] == 1.0 and 20 < monitor.spikes < 190
+    factors = factors_of([1.0] * 60 + [1000.0] * 200)
+    assert factors[60] == pytest.approx(1e-3) and factors[-1] == 1.0 and 20 < sum(f < 1 for f in factors) < 190
+
+
+def guarded(guard: GradientGuard, phase: str, norm: float) -> float:
+    """What the guard multiplies a gradient of this norm by, in a step of its own."""
+    gradient = torch.tensor([norm], device=guard.loss_scale.device)
+    guard.begin()
+    guard.check(phase, [gradient], gradient.norm())
+    guard.settle(guard.report())
+    return float(gradient) / norm
 
 
 def test_phases_are_compared_with_themselves_and_a_ratio_of_0_switches_it_off():
-    monitor = StabilityMonitor()
+    guard = GradientGuard(Progress(), TrainSettings(), torch.device("cpu"), False)
     for _ in range(60):
-        assert monitor.gradient_scale("autoencoder", 1.0, 10.0) == 1.0
-        assert monitor.gradient_scale("discriminator", 1e4, 10.0) == 1.0
-    assert monitor.gradient_scale("autoencoder", 1e4, 0.0) == 1.0 and monitor.spikes == 0
+        assert guarded(guard, "autoencoder", 1.0) == guarded(guard, "discriminator", 1e4) == 1.0
+    assert guard.progress.course.spikes == 0
+    assert guarded(guard, "autoencoder", 1e4) == pytest.approx(1e-4) and guard.progress.course.spikes == 1
+    assert set(factors_of([1.0, 1e4], 0)) == {1.0}
+
+
+def test_clipping_limits_what_the_guard_against_spikes_leaves():
+    guard = GradientGuard(Progress(), TrainSettings(clip=2.0), torch.device("cpu"), False)
+    assert [guarded(guard, "model", norm) for norm in (1.0, 4.0)] == [1.0, 0.5]
+    assert guarded(guard, "model", 1e6) == pytest.approx(2e-6) and guard.progress.course.spikes == 1
 
 
 def spoiled(monkeypatch, objective, how):
@@ -172,7 +196,7 @@ def test_a_loss_has_risen_when_it_is_ten_times_its_lowest_and_stays(losses, rise
 def test_a_loss_that_rose_and_stays_is_told_in_log_summary_and_report(ae, tmp_path):
     run = tmp_path / "run"
     train_ldm(run, ae, *ADAM, "--log-every", 2, "--set", "train.cooldown=0", steps=6)
-    ending = train_ldm(run, ae, *ADAM, "--log-every", 2, "--set", "train.cooldown=0", "--lr", 2, "--json", steps=16)
+    ending = train_ldm(run, ae, *ADAM, "--log-every", 2, "--set", "train.cooldown=0", "--lr", 2, "--json", steps=14)
     assert "ten times its lowest" in ending.stderr and ending.json["warnings"]
     assert "ten times its lowest" in state(run)["warnings"][0] and "--lr" in state(run)["warnings"][0]
     assert any("ten times" in line.get("event", "") for line in log(run))

@@ -18,6 +18,7 @@ def fake():
 PLACES = {"fake": fake, "pretended": pretend.device}
 WAITS = {
     "a number": lambda x, d: torch.tensor([1.0, 2.0], device=d),
+    "a number like another": lambda x, d: x.new_tensor(1.0),
     "to the device": lambda x, d: torch.zeros(3).to(d),
     "to the host": lambda x, d: x.cpu(),
     "into a tensor": lambda x, d: x.copy_(torch.zeros(3)),

@@ -183,13 +183,13 @@ def note_gradients() -> None:
 
     step = PhaseOptimizer.step
 
-    def noted(self, factor):
+    def noted(self, factor, *more):
         folder = Path(os.environ["GRADIENTS"])
         rank, first = os.environ.get("RANK", "0"), self.named[0][0]
         path = folder / f"{first}-{len(self.named)}-{rank}.pt"
         if not path.exists():
             torch.save({name: p.grad.clone() for name, p in self.named if p.grad is not None}, path)
-        step(self, factor)
+        step(self, factor, *more)
 
     PhaseOptimizer.step = noted
 
