@@ -198,6 +198,7 @@ SUBJECTS = {
     "pairs": ("--pairs", "images", "changed", "--metrics", "fid,psnr"),
     "autoencoder": ("--autoencoder", "kl", "--data", "shapes", "--size", 20, "-n", 11, "--batch-size", 5),
     "model": ("--model", "text", "--data", "shapes", "-n", 11, "--steps", 1, "--batch-size", 5, "--metrics", "fid,kid"),
+    "novelty": ("--images", "images", "--data", "set", "--metrics", "novelty,fid"),
     "task": ("--model", "sr", "--data", "shapes", "-n", 11, "--steps", 1, "--batch-size", 5, "--metrics", "fid,psnr"),
 }
 
@@ -207,7 +208,10 @@ def test_several_processes_find_what_one_does(subject, count, started, images, t
     npz(tmp_path / "other.npz", pictures(13, 2))
     folder(tmp_path / "changed", pictures(12, 3))
     places = {name: tiny_runs[name] for name in ("kl", "text", "sr") if name in SUBJECTS[subject]}
-    places |= {name: tmp_path / name for name in ("images", "changed", "other.npz")}
+    places |= {name: tmp_path / name for name in ("images", "changed", "other.npz", "set")}
+    if subject == "novelty":
+        folder(tmp_path / "set" / "train", pictures(40, 4))
+        folder(tmp_path / "set" / "validation", pictures(30, 5))
     words = ("eval-fid", *(places.get(word, word) for word in SUBJECTS[subject]), "--json")
     monkeypatch.setattr(passes, "BLOCK", 5)
     one = commands.ldm(*words)
