@@ -409,10 +409,15 @@ def test_sample_hands_its_options_on_as_one_request(sampled):
         "runs/a",
         "--weights",
         "raw",
+        "--mixed-precision",
+        "bf16",
+        "--compile",
     )
     assert ended.code == 0 and ended.stdout == "x\n"
     model, request, out, more = sampled[0]
     assert (model, out) == ("runs/a", Path("x"))
+    machine = more.pop("machine")
+    assert (machine.world.world_size, machine.mixed_precision, machine.compile) == (1, "bf16", True)
     assert more == {"overwrite": False, "fmt": "webp", "metadata": False, "progress": None}
     assert request.prompts == ("a [red] circle", "b") and (request.n, request.steps, request.seed) == (2, 5, 3)
     assert request.size == (32, 48) and request.guidance_interval == (0.1, 0.9)
