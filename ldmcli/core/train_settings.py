@@ -45,6 +45,11 @@ class TrainSettings:
     # blocks of the networks are computed again in the backward pass instead of kept: larger micro-batches fit, and a
     # step takes about a third longer; what is learned is the same
     checkpointing: bool = False
+    # NVIDIA GPUs: float32 products and convolutions in TF32, and the fastest convolution of each shape found by trying
+    tf32: bool = True
+    # operations whose sums come in one order, so that a run on a GPU repeats bit for bit; slower, and an error where
+    # there is no such operation
+    deterministic: bool = False
     # several processes: seconds that a backward pass waits for the others; whatever else they do may take hours
     gradient_timeout: float = 600.0
     max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -189,6 +190,35 @@ def refuse_foreign(kind: str = "NO") -> None:
             "`ldm … --gpus N`, torchrun or `accelerate launch --multi_gpu`, and where one GPU does not hold the "
             "model's weights and optimiser add --set train.shard=true"
         )
+
+
+@contextmanager
+def arithmetic(settings: TrainSettings) -> Iterator[None]:
+    """Context of a training's arithmetic: TF32 and tuned convolutions (train.tf32), one order of sums
+    (train.deterministic). What was set before comes back."""
+    cudnn, convolutions = torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None)
+    # from PyTorch 2.9 on there are names that refuse the older ones
+    name, on, off = ("allow_tf32", True, False) if convolutions is None else ("fp32_precision", "tf32", "ieee")
+    exact = settings.deterministic
+    wanted: list[tuple[Any, str, Any]] = [
+        (convolutions or cudnn, name, on if settings.tf32 else off),
+        (torch.backends.cuda.matmul, name, on if settings.tf32 else off),
+        (cudnn, "benchmark", settings.tf32 and not exact),
+        (cudnn, "deterministic", exact),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    try:
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
+        torch.use_deterministic_algorithms(exact or algorithms)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:

@@ -23,7 +23,7 @@ from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.checkpoints import Checkpointer
 from ldmcli.training.classifier import ClassifierObjective
 from ldmcli.training.diffusion import DiffusionObjective
-from ldmcli.training.distributed import Distributed
+from ldmcli.training.distributed import Distributed, arithmetic
 from ldmcli.training.gradient_guard import GradientGuard
 from ldmcli.training.logger import TrainLogger
 from ldmcli.training.micro_batch import choose_micro_batch, halve_on_out_of_memory
@@ -117,7 +117,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains to the last step, evaluates; returns run.json's content, {} beside rank 0."""
-        with self.checkpointer:
+        with self.checkpointer, arithmetic(self.settings):
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Trainer:
         self.batches = Prefetcher(
             lambda step: self.dist.pinned(self.objective.batch(step)),
             self.progress.step,
-            depth=3,
+            depth=max(3, data.workers + 1),  # each worker has one in hand while the next is waited for
             workers=data.workers,
             limit=self.settings.steps,
         )

@@ -36,6 +36,8 @@ CHANGEABLE_ON_RESUME = (
     "train.compile",
     "train.shard",
     "train.checkpointing",
+    "train.tf32",
+    "train.deterministic",
     "train.gradient_timeout",
     "sample.",
     "data.workers",
