@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldmcli
 from ldmcli.core.errors import UsageError
+from ldmcli.evaluation import subjects
 from ldmcli.evaluation.compare import compare
 from ldmcli.evaluation.image_streams import model_source
 from ldmcli.sampling import memory
@@ -129,6 +130,15 @@ def test_samples_of_two_formats_are_kept_under_two_names(tiny_runs):
     how = {"seed": 0, "batch_size": 2, "size": (20, 20), "settings": {}}
     models = [ldmcli.load(tiny_runs["plain"], mixed_precision=setting) for setting in ("no", "bf16")]
     assert len({model_source(model, None, 4, **how).key for model in models}) == 2
+
+
+def test_reconstructions_of_two_formats_are_kept_under_two_names(tiny_runs, monkeypatch):
+    keys, paired = [], subjects.paired
+    monkeypatch.setattr(subjects, "paired", lambda *args, **how: keys.append(args[2].key) or paired(*args, **how))
+    for setting in ("no", "bf16"):
+        stage = ldmcli.load(tiny_runs["kl"], mixed_precision=setting)
+        ldmcli.evaluate(autoencoder=stage, data="shapes", n=2, metrics=["psnr"])
+    assert len(set(keys)) == 2 and all(keys)
 
 
 def test_a_format_of_images_that_nothing_makes_is_refused(tmp_path):
