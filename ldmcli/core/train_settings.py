@@ -45,6 +45,9 @@ class TrainSettings:
     # blocks of the networks are computed again in the backward pass instead of kept: larger micro-batches fit, and a
     # step takes about a third longer; what is learned is the same
     checkpointing: bool = False
+    # where train-ldm and train-classifier make noise from (seed, position): host, as ever | device, by a counter-based
+    # generator, with other numbers that are the same on every device; it takes the host no time
+    noise: str = "host"
     # NVIDIA GPUs: float32 products and convolutions in TF32, and the fastest convolution of each shape found by trying
     tf32: bool = True
     # operations whose sums come in one order, so that a run on a GPU repeats bit for bit; slower, and an error where
@@ -77,6 +80,7 @@ class TrainSettings:
     def __post_init__(self):
         choice("train", "optimizer", self.optimizer, ("adamw", "muon"))
         choice("train", "mixed_precision", self.mixed_precision, MIXED_PRECISION)
+        choice("train", "noise", self.noise, ("host", "device"))
         choice("train", "schedule", self.schedule, ("constant", "linear", "warmup_cosine"))
         choice("train", "ema_scope", self.ema_scope, ("all", "unet"))
         positive(

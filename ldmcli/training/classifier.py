@@ -156,7 +156,7 @@ class ClassifierObjective:
         return {
             "row": torch.from_numpy(ids.copy()),
             "label": torch.tensor(labels),
-            "noise": rng.normal(seed, at, self.latents.shape, "noise"),
+            "noise": self.latents.noise(train, at, "noise"),
             "t": sample_timesteps(self.config.diffusion, rng.uniform(seed, at, "timestep"), self.schedule),
             **latents,
         }
@@ -165,7 +165,7 @@ class ClassifierObjective:
         """(mean cross-entropy of a micro-batch in nats, statistics)."""
         z_0, device = self.latents.of_batch(batch), self.dist.device
         t = batch["t"].to(device)
-        z_t = q_sample(z_0, batch["noise"].to(device), *alpha_sigma(self.schedule, t))
+        z_t = q_sample(z_0, self.latents.noise_of(batch["noise"]), *alpha_sigma(self.schedule, t))
         logits, labels = networks["model"](z_t, t).float(), batch["label"].to(device)
         return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(1) == labels).float().mean()}
 

@@ -194,7 +194,7 @@ class DiffusionObjective:
         at, seed = where.tolist(), train.seed
         out = {
             "row": torch.from_numpy(ids.copy()),
-            "noise": rng.normal(seed, at, self.latents.shape, "noise"),
+            "noise": self.latents.noise(train, at, "noise"),
             "t": sample_timesteps(self.config.diffusion, rng.uniform(seed, at, "timestep"), self.schedule),
             **self.latents.batch(self.rows, self.config, ids, where),
         }
@@ -215,7 +215,7 @@ class DiffusionObjective:
         inputs = {k.removeprefix("condition."): v.to(device) for k, v in batch.items() if k.startswith("condition.")}
         inputs = self.model.conditions.complete(inputs)
         model = partial(networks["model"], encode=self.encode)
-        noise, t = batch["noise"].to(device), batch["t"].to(device)
+        noise, t = self.latents.noise_of(batch["noise"]), batch["t"].to(device)
         return diffusion_loss(model, self.schedule, self.config.diffusion, z, noise, t, inputs).mean(), {}
 
     def after_update(self, step: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldmcli.core import console
 from ldmcli.core.launch import local_processes
-from ldmcli.core.settings import DataSettings
+from ldmcli.core.settings import DataSettings, TrainSettings
 from ldmcli.data import cache
 from ldmcli.data.augment import cached_crops, cached_views, load_pixels
 from ldmcli.data.cache import LatentCache, cache_key, cache_root, dealt
@@ -20,7 +20,7 @@ from ldmcli.data.readers import memory_bytes
 from ldmcli.data.rows import WORKERS, parallel_map
 from ldmcli.data.sources import bad_maps
 from ldmcli.formats.run_folder import read_scale
-from ldmcli.maths import rng
+from ldmcli.maths import philox, rng
 from ldmcli.maths.pixels import pixels_to_tensor
 from ldmcli.networks.autoencoder import posterior_sample, posterior_second_moments
 from ldmcli.networks.latent_scale import LatentScale
@@ -214,7 +214,7 @@ class LatentStore:
         """What latents of rows `ids` at the positions `where` of a training are sampled from, on the CPU: moments of
         the cache, else pixels, and noise of the posterior. Each number depends on (seed, position) alone."""
         seed, at = config.train.seed, where.tolist()
-        out = {} if self.deterministic else {"posterior": rng.normal(seed, at, self.shape, "posterior")}
+        out = {} if self.deterministic else {"posterior": self.noise(config.train, at, "posterior")}
         if not self.cache:
             return {**out, "pixels": load_pixels(rows, config, ids, where, self.size)}
         views = cached_views(config, where)
@@ -226,7 +226,19 @@ class LatentStore:
         """Normalised latents (B, c, h, w) of what `batch` gave, on the device."""
         device, noise = self.dist.device, batch.get("posterior")
         moments = batch["moments"].to(device) if "moments" in batch else self.moments(batch["pixels"])
-        return self.sample(moments, None if noise is None else noise.to(device))
+        return self.sample(moments, None if noise is None else self.noise_of(noise))
+
+    def noise(self, train: TrainSettings, at: list[int], purpose: str) -> Tensor:
+        """Noise for the positions `at` of a training: (B, c, h, w), or with train.noise = "device" the keys (B,) that
+        `noise_of` makes it of."""
+        if train.noise == "device":
+            return philox.keys(train.seed, at, purpose)
+        return rng.normal(train.seed, at, self.shape, purpose)
+
+    def noise_of(self, given: Tensor) -> Tensor:
+        """Noise (B, c, h, w) on the device, of what `noise` gave."""
+        given = given.to(self.dist.device)
+        return given if given.is_floating_point() else philox.normal(given, self.shape)
 
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Normalised latents (B, c, h, w) sampled from moments with `noise` of that shape; without it their modes."""

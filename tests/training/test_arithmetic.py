@@ -46,3 +46,15 @@ def test_eight_workers_make_eight_batches_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(AutoencoderObjective, "batch", batch)
     tiny.train_ae(tmp_path / "run", "--workers", 8, steps=8)
+
+
+def test_noise_of_the_device_does_not_depend_on_the_batch_and_resumes_exactly(ae, tmp_path):
+    more = (*tiny.ADAM, "--set", "train.noise=device", "--set", "train.cooldown=0", "--log-every", 1)
+    tiny.train_ldm(tmp_path / "whole", ae, *more, steps=4)
+    tiny.train_ldm(tmp_path / "parts", ae, *more, steps=2)
+    tiny.train_ldm(tmp_path / "parts", ae, *more, steps=4)
+    assert tiny.same(tiny.weights(tmp_path / "whole"), tiny.weights(tmp_path / "parts"))
+    tiny.train_ldm(tmp_path / "split", ae, *more, "--micro-batch", 1, steps=1)
+    tiny.train_ldm(tmp_path / "host", ae, *tiny.ADAM, steps=1)
+    first = [tiny.log(tmp_path / name)[0]["loss_model"] for name in ("whole", "split", "host")]
+    assert first[0] == pytest.approx(first[1], rel=1e-5) and first[0] != pytest.approx(first[2], rel=1e-3)

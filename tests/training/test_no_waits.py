@@ -116,7 +116,7 @@ MODELS = {
     "unconditional": (),
     "every condition": ("--condition", "class+text+layout+map"),
     "super-resolution, encoded each step": ("--task", "sr", "--scale", 2, "--no-cache"),
-    "inpainting": ("--task", "inpaint"),
+    "inpainting, noise made there": ("--task", "inpaint", "--set", "train.noise=device"),
     "adamw, min_snr, no average": (*tiny.ADAM, "--set", "diffusion.prediction=v", "--set",
                                    "diffusion.loss_weight=min_snr", "--set", "train.ema=false"),
     "fp16, three micro-batches": ("--mixed-precision", "fp16", "--micro-batch", 2, "--batch-size", 5),
