@@ -25,7 +25,15 @@ from ldmcli.sampling.draw import Draw, draw_images
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.machine import inference_dtype
 from ldmcli.studies.bench_subjects import Asked, Subject, example_inputs, open_subject, opened_training
-from ldmcli.studies.bench_timing import Timing, counted_waits, peak_memory, product_rate, reset_peak_memory, timed
+from ldmcli.studies.bench_timing import (
+    Timing,
+    counted_waits,
+    peak_memory,
+    product_format,
+    product_rate,
+    reset_peak_memory,
+    timed,
+)
 from ldmcli.training import cost
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.run_end import out_of_memory
@@ -195,8 +203,9 @@ class Meter:
     ) -> dict[str, Any]:
         subject, dist = self.subject, self.dist
         precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-        if precision not in self.rates:
-            self.rates[precision] = dist.on_rank_0(lambda: product_rate(dist.device, dtype, self.request.seconds))
+        format = product_format(dist.device, precision)
+        if format not in self.rates:
+            self.rates[format] = dist.on_rank_0(lambda: product_rate(dist.device, dtype, self.request.seconds))
         rate = flops * images / timing.seconds
         return {
             "model": subject.asked.name,
@@ -214,7 +223,7 @@ class Meter:
             "spread": timing.spread,
             "flops_per_image": flops,
             "tflops_per_s": rate / 1e12,
-            "mfu": rate / dist.world_size / self.rates[precision],
+            "mfu": rate / dist.world_size / self.rates[format],
             "peak_memory_bytes": int(max(dist.gather(peak_memory(dist.device)))),
         }
 

@@ -39,7 +39,7 @@ from ldmcli.sampling.load import build_autoencoder, build_diffusion
 from ldmcli.training import checks, cost
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
-from ldmcli.training.distributed import Distributed
+from ldmcli.training.distributed import Distributed, arithmetic
 from ldmcli.training.latents import LatentStore
 from ldmcli.training.loop import Trainer
 from ldmcli.training.run_setup import RunOptions
@@ -241,7 +241,10 @@ class BenchTrainer(Trainer):
         self._given = objective
         super().__init__(resolved, folder, dist, RunOptions(), request)
         self.progress.step = 1  # the first step logs
-        self.batches = Prefetcher(objective.batch, 1, depth=3, workers=max(1, self.config.data.workers))
+        workers = max(1, self.config.data.workers)
+        self.batches = Prefetcher(
+            lambda step: dist.pinned(objective.batch(step)), 1, depth=max(3, workers + 1), workers=workers
+        )
         self.meter = ThroughputMeter(self.batches)
 
     def _make_objective(self):
@@ -286,7 +289,8 @@ def opened_training(subject: Subject, dist: Distributed, batch_size: int, folder
     # without its handlers: Ctrl-C ends a measurement at once, and nothing of it is saved
     trainer = BenchTrainer(objective, resolved, RunFolder(folder), dist, StopRequest())
     try:
-        yield trainer
+        with arithmetic(config.train):
+            yield trainer
     finally:
         trainer.batches.close()
         for network in networks:

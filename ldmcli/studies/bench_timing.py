@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,6 +80,14 @@ def product_rate(device: torch.device, dtype: torch.dtype | None, seconds: float
             synchronize(device)
             best = max(best, 2 * side**3 / (time.perf_counter() - begun))
     return best
+
+
+def product_format(device: torch.device, precision: str) -> str:
+    """What a matrix product of this precision runs in: "TF32" where CUDA takes that for float32."""
+    products: Any = torch.backends.cuda.matmul
+    new = hasattr(torch.backends.cudnn, "conv")  # from PyTorch 2.9 on, with names that refuse the older ones
+    tf32 = device.type == "cuda" and (products.fp32_precision == "tf32" if new else products.allow_tf32)
+    return "TF32" if precision == "float32" and tf32 else precision
 
 
 def reset_peak_memory(device: torch.device) -> None:

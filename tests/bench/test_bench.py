@@ -249,7 +249,7 @@ def test_the_suite_begins_no_compiler_late(monkeypatch, capsys):
     monkeypatch.setattr(bench_suite.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     bench_suite.gpu_suite(BenchRequest(asked=()))
-    assert ("cin256-v2", "float32") in seen and len(seen) == 6
+    assert ("cin256-v2", "TF32") in seen and len(seen) == 7
     assert not any(variant == "compiled" for _, variant in seen)
     assert "lsun_beds256, compiled, is left out" in capsys.readouterr().err
 
