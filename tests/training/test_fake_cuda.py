@@ -45,7 +45,7 @@ GROUPS = {
     "activation": ("silu", "gelu", "relu", "leaky_relu", "leaky_relu_", "_softmax"),
     "product": ("convolution", "mm", "addmm", "bmm", "baddbmm", "linear"),
 }
-GROUP_OF = {f"aten::{name}": group for group, names in GROUPS.items() for name in names}
+GROUP_OF = {"aten::mean": "mean"} | {f"aten::{name}": group for group, names in GROUPS.items() for name in names}
 
 
 def _as_laid_out_by_cuda(name: str, x: Tensor, out):
@@ -222,6 +222,7 @@ def loss_on_the_gpu(model, batch, device, cached: bool) -> Tensor:
     with watched() as seen:
         loss, _ = objective.loss("model", {"model": model.network}, there, 0, False)
     assert_fast(*seen)
+    assert set(seen[0].dtypes["mean"]) == {FP32}
     return loss
 
 
