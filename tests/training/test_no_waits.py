@@ -66,7 +66,6 @@ def gpu():
             "Stream": Stream,
             "stream": lambda stream: contextlib.nullcontext(),
             "current_stream": lambda device=None: Stream(),
-            "synchronize": lambda device=None: None,
             "max_memory_allocated": lambda device=None: 0,
             "mem_get_info": lambda device=None: (1 << 33, 1 << 33),
             "get_device_name": lambda device=None: "pretended",
