@@ -16,6 +16,8 @@ from PIL import Image
 from processes import Command, call, ranks
 
 from ldmcli.core import launch
+from ldmcli.core.world import World
+from ldmcli.sampling.image_folder import ImageFolder
 
 FAST = ("--steps", 2, "--sampler", "ddim")
 
@@ -200,3 +202,12 @@ def test_a_process_that_vanishes_ends_the_others(tiny_runs, tmp_path):
     assert both[0].until(lambda: (out / "000000.png").exists())
     both[1].kill()
     assert both[0].wait() == 6 and "another process of this command ended" in both[0].stderr
+
+
+@pytest.mark.parametrize(
+    "todo, most, count, batch", [(8, 16, 1, 8), (8, 16, 2, 4), (8, 3, 2, 3), (1, 16, 3, 1), (0, 16, 2, 1)]
+)
+def test_batches_leave_no_process_without_work(todo, most, count, batch):
+    folder = object.__new__(ImageFolder)
+    folder.todo, folder.world = list(range(todo)), World(0, count)
+    assert folder.largest_batch(most) == batch and sum(folder.in_batches(most), []) == folder.todo
