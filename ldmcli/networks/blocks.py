@@ -242,8 +242,9 @@ class CrossAttention(nn.Module):
         """(B, L, width); shapes as above."""
         kept = None if context is None or torch.compiler.is_compiling() else _kept.get()
         source = x if context is None else context
+        q = split_heads(self.to_q(x), self.heads)  # first: gradients of x are added up in this order
         k, v = self.keys_and_values(source) if kept is None else kept.of(self, source)
-        return self.to_out(join_heads(attention(split_heads(self.to_q(x), self.heads), k, v)))
+        return self.to_out(join_heads(attention(q, k, v)))
 
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """(B, heads, M, d) each, of tokens (B, M, context_dim)."""

@@ -11,7 +11,7 @@ from typed_lines import SMALL
 
 from ldmcli.core import config
 from ldmcli.core.settings import TrainSettings
-from ldmcli.networks.blocks import CrossAttention, KeptKeys
+from ldmcli.networks.blocks import CrossAttention, KeptKeys, attention, join_heads, split_heads
 from ldmcli.sampling.draw import Draw, draw_latents
 from ldmcli.studies.bench_subjects import Asked, open_subject
 from ldmcli.training.distributed import Distributed
@@ -164,3 +164,17 @@ def test_with_a_guide_no_weight_can_get_a_gradient(tmp_path):
 
     draw_latents(model, Draw(ids=range(2), values={"text": PROMPTS[:2]}, settings={"steps": 2}, guide=guide))
     assert seen == [False, False]
+
+
+def test_gradients_of_training_are_added_up_in_the_order_of_queries_keys_and_values():
+    """A sum in another order is another training, if only in the last bits."""
+    layer = CrossAttention(64, 4, 16)
+    for seed in range(4):
+        x = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        h = x * 1.5
+        layer(h).square().sum().backward()
+        found, x.grad = x.grad, None
+        h = x * 1.5
+        q, k, v = (split_heads(part, 4) for part in (layer.to_q(h), layer.to_k(h), layer.to_v(h)))
+        layer.to_out(join_heads(attention(q, k, v))).square().sum().backward()
+        assert torch.equal(found, x.grad)
