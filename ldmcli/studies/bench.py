@@ -26,17 +26,18 @@ from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.machine import inference_dtype
 from ldmcli.studies.bench_subjects import Asked, Subject, example_inputs, open_subject, opened_training
 from ldmcli.studies.bench_timing import (
+    PRODUCT_SECONDS,
     Timing,
     counted_waits,
     peak_memory,
     product_format,
-    product_rate,
     reset_peak_memory,
     timed,
 )
 from ldmcli.training import cost
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.run_end import out_of_memory
+from ldmcli.training.throughput import product_rate
 
 SCHEMA = "ldm-bench-1"
 WORKS = {"autoencoder": ("train", "encode", "decode"), "diffusion": ("train", "sample")}
@@ -205,7 +206,9 @@ class Meter:
         precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
         format = product_format(dist.device, precision)
         if format not in self.rates:
-            self.rates[format] = dist.on_rank_0(lambda: product_rate(dist.device, dtype, self.request.seconds))
+            sides = (2048, 4096, 8192) if dist.device.type == "cuda" else (512, 1024)
+            seconds = min(self.request.seconds, PRODUCT_SECONDS)
+            self.rates[format] = dist.on_rank_0(lambda: product_rate(dist.device, dtype, sides, seconds))
         rate = flops * images / timing.seconds
         return {
             "model": subject.asked.name,

@@ -63,25 +63,6 @@ def _round(work: Callable[[], object], calls: int, dist: Distributed) -> float:
     return (time.perf_counter() - begun) / calls
 
 
-def product_rate(device: torch.device, dtype: torch.dtype | None, seconds: float = PRODUCT_SECONDS) -> float:
-    """FLOP/s of matrix products of a few sizes in a number format (None: float32), the best of all passes in about
-    `seconds` a size: what the device reaches here and now, not what its maker says."""
-    best = 0.0
-    for side in (2048, 4096, 8192) if device.type == "cuda" else (512, 1024):
-        # random numbers: equal ones take less power, and let a GPU run faster than it does at work
-        matrix = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
-        matrix @ matrix
-        end, passes = time.perf_counter() + min(seconds, PRODUCT_SECONDS), 0
-        while passes < 3 or time.perf_counter() < end:
-            passes += 1
-            synchronize(device)
-            begun = time.perf_counter()
-            matrix @ matrix
-            synchronize(device)
-            best = max(best, 2 * side**3 / (time.perf_counter() - begun))
-    return best
-
-
 def product_format(device: torch.device, precision: str) -> str:
     """What a matrix product of this precision runs in: "TF32" where CUDA takes that for float32."""
     products: Any = torch.backends.cuda.matmul

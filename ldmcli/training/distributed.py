@@ -222,9 +222,10 @@ def arithmetic(settings: TrainSettings) -> Iterator[None]:
 
 
 def autocast_dtype(setting: str, device: torch.device) -> torch.dtype | None:
-    """auto: bfloat16 where it is fast (CUDA from Ampere on, CPUs with bf16 dot products), else full precision."""
+    """auto: bfloat16 where it is fast (CUDA from Ampere on, CPUs with bf16 dot products), float16 on older GPUs of
+    NVIDIA, else full precision."""
     if setting == "auto":
-        return torch.bfloat16 if bf16_is_fast(device) else None
+        return torch.bfloat16 if bf16_is_fast(device) else torch.float16 if device.type == "cuda" else None
     if setting == "fp16" and device.type == "cpu":
         raise UsageError("train.mixed_precision = 'fp16': needs a GPU; use bf16 or no")
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[setting]

@@ -4,15 +4,13 @@ import math
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import Config, flat
 from ldmcli.core.durations import format_duration
 from ldmcli.data.batches import rank_slice
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.progress import Progress
-from ldmcli.training.throughput import ThroughputMeter, matmul_flops, peak_memory_bytes
+from ldmcli.training.throughput import ThroughputMeter, peak_memory_bytes, product_rate
 from ldmcli.training.trackers import Trackers, open_trackers
 
 
@@ -62,7 +60,7 @@ class TrainLogger:
     @cached_property
     def peak_flops(self) -> float:
         """FLOP/s of a matrix product on this process's device in the precision in use, measured once."""
-        return matmul_flops(self.dist.device, self.dist.dtype or torch.float32)
+        return product_rate(self.dist.device, self.dist.dtype)
 
     def _watch_loss(self, loss: float | None, progress: Progress) -> None:
         """Tells the user, the log and run.json when the loss has risen and stays, and when it is down again."""

@@ -29,6 +29,8 @@ def choose_threads(
     batch = {name: rows[: state.progress.micro_batch] for name, rows in objective.batch(step).items()}
     phase = objective.phases(step)[0]
     state.train_only(phase)
+    buffers = [buffer for network in objective.networks.values() for buffer in network.buffers()]
+    kept, extra = [buffer.clone() for buffer in buffers], {k: v.clone() for k, v in objective.extra_state().items()}
 
     def run() -> None:
         forward_backward(phase, batch, step, False)
@@ -50,8 +52,11 @@ def choose_threads(
         if not out_of_memory(error):
             raise
         return  # the first step takes less at a time
-    finally:
-        state.optimizers[phase].zero_grad()  # nobody takes these gradients
+    finally:  # nobody takes these gradients, running means and codes in use
+        state.optimizers[phase].zero_grad()
+        for buffer, before in zip(buffers, kept):
+            buffer.copy_(before)
+        objective.load_extra_state(extra)
     torch.set_num_threads(chosen)
     times = ", ".join(f"{count}: {took:.2g} s" for count, took in measured.items())
     console.say(f"threads: {chosen} of {most} (a pass takes with {times}; OMP_NUM_THREADS sets the number)")

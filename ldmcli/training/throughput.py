@@ -4,6 +4,7 @@ memory."""
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,16 +82,23 @@ class StepFlops:
         self.a_sample = float(counter.get_total_flops())
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product here and now, the best of a few: what 100 % of a step would be."""
-    side = 8192 if device.type == "cuda" else 512
-    matrix = torch.ones(side, side, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        begun = time.perf_counter()
-        float((matrix @ matrix)[0, 0])  # a read waits for the product, on any device
-        best = min(best, time.perf_counter() - begun)
-    return 2 * side**3 / best
+def product_rate(
+    device: torch.device, dtype: torch.dtype | None, sides: Sequence[int] = (), seconds: float = 0.0
+) -> float:
+    """FLOP/s of matrix products in a number format (None: float32), the best of three or more passes in about `seconds`
+    for each side: what the device reaches here and now, not what its maker says. Without `sides` one is taken that
+    fills the device."""
+    best = 0.0
+    for side in sides or ((8192,) if device.type == "cuda" else (512,)):
+        # random numbers: equal ones take less power, and let a GPU run faster than it does at work
+        matrix = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
+        end, passes = time.perf_counter() + seconds, 0
+        while passes < 4 or time.perf_counter() < end:  # the first one chooses kernels
+            passes += 1
+            begun = time.perf_counter()
+            float((matrix @ matrix)[0, 0])  # a read waits for the product, on any device
+            best = max(best, 2 * side**3 / (time.perf_counter() - begun))
+    return best
 
 
 def peak_memory_bytes(device: torch.device) -> int:

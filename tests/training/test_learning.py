@@ -374,6 +374,15 @@ def test_bfloat16_is_taken_where_a_product_takes_less_time(monkeypatch, half, pa
     assert found is (torch.bfloat16 if pays and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None)
 
 
+@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float16)])
+def test_on_nvidia_auto_is_the_short_format_that_its_units_have(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    optimizer.bf16_is_fast.cache_clear()
+    found = autocast_dtype("auto", torch.device("cuda"))
+    optimizer.bf16_is_fast.cache_clear()
+    assert found is expected
+
+
 @pytest.fixture(scope="module")
 def averaged(ae, tmp_path_factory) -> Path:
     """200 updates of 2 images in bfloat16 autocast."""

@@ -58,7 +58,7 @@ def gpu():
             self.device, self.dtype = device, autocast_dtype(settings.mixed_precision, device)
 
         patch.setattr(Distributed, "__init__", on_it)
-        patch.setattr("ldmcli.training.logger.matmul_flops", lambda device, dtype: 1e12)
+        patch.setattr("ldmcli.training.logger.product_rate", lambda device, dtype: 1e12)
         patch.setattr(torch, "Event", Event)
         patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
         patch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)

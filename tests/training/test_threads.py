@@ -60,6 +60,14 @@ class Training:
             optimizers=optimizers,
             train_only=lambda phase: None,
         )
+        self.networks = {"model": torch.nn.BatchNorm1d(3)}
+        self.codes = torch.zeros(2, dtype=torch.uint8)
+
+    def extra_state(self):
+        return {"used_codes": self.codes}
+
+    def load_extra_state(self, tensors):
+        self.codes = tensors["used_codes"]
 
     def batch(self, step):
         return {"row": torch.arange(4)}
@@ -92,6 +100,18 @@ def test_where_memory_runs_out_the_threads_are_those_of_before(nothing_said):
     training = Training()
     thread_choice.choose_threads(training, training.state, fails, resumed=False)
     assert torch.get_num_threads() == 2 and sizes == [2]  # a micro-batch, not all of the step
+
+
+def test_what_passes_leave_behind_is_undone(nothing_said):
+    """Running means and codes in use are part of a training."""
+    training = Training()
+
+    def passes(phase, batch, step, norms):
+        training.networks["model"](torch.ones(2, 3))
+        training.codes[0] = 1
+
+    thread_choice.choose_threads(training, training.state, passes, resumed=False)
+    assert not training.networks["model"].running_mean.any() and not training.codes.any()
 
 
 def test_a_training_measures_before_its_first_step_and_learns_the_same(tmp_path, nothing_said, monkeypatch):
