@@ -187,7 +187,7 @@ class SyntheticDiffusion(DiffusionObjective):
         model, config = subject.diffusion, subject.config
         assert model is not None and isinstance(config, DiffusionConfig)
         self.config, self.dist, self.size, self.specs = config, dist, subject.size, subject.specs or {}
-        self.autoencoder, self.model, self.encode = subject.stage, model.network, subject.stage.encode
+        self.autoencoder, self.model, self.encode = subject.stage, model.network, subject.stage.encode_unchecked
         self.networks = {"model": model.network}
         self.latents = LatentStore(subject.stage, config.data, dist, subject.size)
         self.latents.scale = subject.stage.scale

@@ -1,7 +1,7 @@
 """The objective of diffusion models (Sec. 3.2, 3.3): denoising of latents under conditions, one phase a step."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,16 @@ class DiffusionObjective:
         inputs = self.model.conditions.complete(inputs)
         model = partial(networks["model"], encode=self.encode)
         noise, t = self.latents.noise_of(batch["noise"]), batch["t"].to(device)
-        return diffusion_loss(model, self.schedule, self.config.diffusion, z, noise, t, inputs).mean(), {}
+        return self.step_loss(model, self.schedule, self.config.diffusion, z, noise, t, inputs).mean(), {}
+
+    @cached_property
+    def step_loss(self) -> Callable[..., Tensor]:
+        """`diffusion_loss`; with train.compile one graph with the network in it, of each size of a micro-batch. Of
+        several processes the network alone is compiled: what reduces gradients breaks a graph."""
+        if not self.config.train.compile or self.dist.world_size > 1:
+            return diffusion_loss
+        self.schedule.tables(self.dist.device, torch.float32)
+        return torch.compile(diffusion_loss, dynamic=False)
 
     def after_update(self, step: int) -> dict[str, Tensor]:
         """Nothing."""

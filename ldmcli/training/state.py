@@ -52,7 +52,8 @@ class TrainState:
             dist.check_equal({"": module})
             sharding.shard(module, dist.device, dist.world_size)
             return module, sharding.ShardedOptimizer(module, settings, lr)
-        used = torch.compile(module) if settings.compile else module
+        # each size of a micro-batch its own graph: one for all of them is slower, and comes only with the second size
+        used = torch.compile(module, dynamic=False) if settings.compile else module
         wrapped = dist.accelerator.prepare_model(used) if dist.world_size > 1 else used
         return wrapped, PhaseOptimizer(module.named_parameters(), settings, lr)
 

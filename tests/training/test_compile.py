@@ -1,6 +1,9 @@
 """`torch.compile` takes the whole loss of a diffusion model as one graph, once, whatever the condition and the task."""
 
+from functools import partial
+
 import pytest
+import tiny as commands
 import tiny_models as tiny
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -109,3 +112,33 @@ def test_a_classifier():
     for step in range(STEPS):
         whole(torch.randn(2, 3, 8, 8), torch.tensor([float(step), 3.0]))
     assert counter.frame_count == 1
+
+
+# --- in a training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ldm", "ae"])
+def test_a_compiled_training_has_a_graph_a_size_and_goes_on_exactly(kind, ae, tmp_path, monkeypatch):
+    """Five samples, two at a time: micro-batches of two and of one. The network of a diffusion model is part of the
+    graph of its loss."""
+    real, counters = torch.compile, []
+
+    def counted(function, **options):
+        counters.append(CompileCounterWithBackend("aot_eager"))
+        return real(function, backend=counters[-1], **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    more = ("--compile", "--batch-size", 5, "--micro-batch", 2)
+
+    def train(run, steps):
+        torch._dynamo.reset()
+        counters.clear()
+        command = partial(commands.train_ldm, run, ae) if kind == "ldm" else partial(commands.train_ae, run)
+        command(*more, steps=steps)
+        return sorted(counter.frame_count for counter in counters if counter.frame_count)
+
+    assert train(tmp_path / "whole", 4) == [2]
+    train(tmp_path / "parts", 2)
+    assert train(tmp_path / "parts", 4) == [2]
+    whole, parts = (commands.checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
