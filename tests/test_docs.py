@@ -56,7 +56,7 @@ PARSED = {
 }
 # lines of other programs, and where they are looked at
 OTHERS = {
-    r"^make (\w+)": "a target of the Makefile",
+    r"^make ([\w-]+)": "a target of the Makefile",
     r"^python (\S+\.py)": "a file of this repository",
     r"^python -m ldmcli bench": "needs a GPU; tests/bench runs the suite with tiny networks",
     r"^python -c": "a measurement of this machine",
@@ -252,6 +252,8 @@ def test_a_line_that_is_not_run_is_parsed_or_of_another_program(line):
         assert f"\n{other[1]}:" in (ROOT / "Makefile").read_text()
     elif line.startswith("python -c"):
         compile(shlex.split(line)[2], line, "exec")
+    elif line.startswith("python -m ldmcli"):
+        parse(line.replace("python -m ldmcli", "ldm", 1))
     elif line.startswith("python"):
         assert (ROOT / other[1]).is_file()
 

@@ -176,7 +176,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(as_maps(x))
+        h = self.conv_in(as_maps(x, first_stage=True))
         for level in self.down:
             h = level(h)
             if isinstance(resample := getattr(level, "downsample", None), Downsample):
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, settings.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(as_maps(z)))
+        h = self.mid(self.conv_in(as_maps(z, first_stage=True)))
         for level in reversed(self.up):
             h = level(h)
             if isinstance(resample := getattr(level, "upsample", None), Upsample):

@@ -239,3 +239,24 @@ def test_own_small_models_repeat_the_figures_they_once_gave():
 
 
 OWN_FIGURES = {"paper": 0.17873721, "fast": 0.95484181}
+
+
+@pytest.mark.parametrize(("in_use", "dtype"), [(True, torch.bfloat16), (True, None), (False, torch.bfloat16)])
+def test_maps_are_channels_last_where_that_is_faster_on_a_cpu(in_use, dtype):
+    network = Autoencoder(
+        AutoencoderSettings(family="paper", f=4, channels=32, channel_mult=(1, 2, 2), num_res_blocks=1)
+    )
+    torch.manual_seed(0)
+    z, formats = torch.randn(1, network.settings.z_channels, 8, 8), []
+    for layer in network.decoder.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_pre_hook(
+                lambda _, given: formats.append(given[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    with torch.set_grad_enabled(not in_use), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        found = network.decoder(z)
+    wide = [last for last in formats if last is not None]
+    assert all(wide) if in_use and dtype else not all(wide)
+    with torch.no_grad():
+        expected = network.decoder(z)
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()

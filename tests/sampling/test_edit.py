@@ -597,10 +597,10 @@ def test_guided_samples_are_measured_beside_unguided_ones(request, which, sr, in
 
 def test_samples_too_large_for_memory_are_drawn_in_tiles(plain, tmp_path, monkeypatch):
     """The bound is lowered instead of the picture made large."""
-    from ldmcli.sampling import commands, memory
+    from ldmcli.sampling import memory
 
     asked = []
-    monkeypatch.setattr(commands, "MAX_MEMORY", 0.002)
+    monkeypatch.setattr(memory, "MAX_MEMORY", 0.002)
     decode = memory.decode
     monkeypatch.setattr(
         memory, "decode", lambda ae, z, tile=0, *gib: asked.append((z.shape, tile)) or decode(ae, z, tile, *gib)
