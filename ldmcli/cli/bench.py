@@ -53,7 +53,9 @@ BatchSizes = option(
     panel=TRAINING,
     default="the model's, at most 64; 8 on a CPU",
 )
-Epoch = option(int, "--rows", "N", "Images of a data set, for hours an epoch.", panel=TRAINING, value=0, default="0")
+Epoch = option(
+    int, "--rows", "N", "Images of a data set, for hours an epoch.", panel=TRAINING, value=0, default="0", min=0
+)
 Seconds = option(
     float, "--seconds", "SECONDS", "Time for each number.", panel=TRAINING, value=5.0, default="5", min=0.01
 )
@@ -95,6 +97,8 @@ def bench(given: ParsedOptions) -> None:
         raise UsageError("--fail-below: needs --against, the document to compare with")
     if given.tiny and not given.suite:
         raise UsageError("--tiny: belongs to --suite")
+    if given.suite:
+        _check_suite(given)
     size = config.size_of(given.size)
     code = launch.relaunch_if_needed(given.gpus, given.argv)
     if code is not None:
@@ -112,17 +116,28 @@ def bench(given: ParsedOptions) -> None:
         seconds=given.seconds,
         rows=given.rows,
     )
+    speaks = launch.world()[0] == 0
+    # before anything is measured, which may take minutes
+    old = studies.earlier(given.against) if speaks and given.against is not None else None
     document = gpu_suite(request, tiny=given.tiny) if given.suite else studies.bench(request)
-    if launch.world()[0] != 0:
+    if not speaks:
         return
-    if given.against is not None:
-        studies.compare(document, given.against)
+    if old is not None:
+        studies.compare(document, old, given.against)
     if given.json:
         console.emit_json(document)
     else:
         console.out(bench_text(document))
     if given.fail_below is not None:
         studies.check_ratios(document["rows"], given.fail_below)
+
+
+def _check_suite(given: ParsedOptions) -> None:
+    """UsageError for an option that --suite, whose models and settings are fixed, would not heed."""
+    fixed = {"--preset": given.preset, "--recipe": given.recipe, "--model": given.model, "--set": given.assignments}
+    fixed |= {origin: True for origin, layer in given.layers() if "data.size" not in layer}
+    if heedless := [name for name, value in fixed.items() if value]:
+        raise UsageError(f"--suite: its models and settings are fixed; leave {heedless[0]} out")
 
 
 def _asked(given: ParsedOptions) -> "list[Asked]":

@@ -20,6 +20,9 @@ from ldmcli.core.errors import ExitCode, LdmError, ResourceError, UsageError
 
 _LOST = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL}
 _PORT_TAKEN, _PORT_TRIES = 75, 3  # another program may take the free port between the look and the launch
+# what takes memory in the commands that are no trainings
+_SMALLER = dict.fromkeys(("sample", "eval-fid", "bench"), "--batch-size")
+_SMALLER |= dict.fromkeys(("upscale", "inpaint"), "--max-memory") | {"reconstruct": "--size"}
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -67,7 +70,7 @@ def relaunch_if_needed(gpus: int | None, argv: list[str]) -> int | None:
             status = _run(gpus, argv, folder)
             if status != _PORT_TAKEN:
                 break
-        return _outcome(status, Path(folder), gpus)
+        return _outcome(status, Path(folder), gpus, argv)
 
 
 def _check_devices(gpus: int) -> None:
@@ -180,14 +183,15 @@ def _write(path: Path, record: dict) -> None:
     path.with_suffix(".part").rename(path)
 
 
-def _outcome(status: int, folder: Path, gpus: int) -> int:
+def _outcome(status: int, folder: Path, gpus: int, argv: list[str]) -> int:
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
     lost = records.pop("lost", None)
     if lost:
         name = signal.Signals(lost["signal"]).name
+        smaller = _SMALLER.get(argv[0] if argv else "", "--micro-batch")
         raise ResourceError(
             f"process {lost['rank']} of {gpus} was lost ({name}); if memory ran out, "
-            "lower --micro-batch or start fewer processes"
+            f"lower {smaller} or start fewer processes"
         )
     failures = sorted((record for record in records.values() if record["code"]), key=lambda record: record["time"])
     if failures:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
-from ldmcli.core.errors import InputError, ThresholdError, UsageError
+from ldmcli.core.errors import InputError, ModelError, ThresholdError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import tensor_to_pixels
@@ -274,12 +274,22 @@ class Meter:
 # ---------------------------------------------------------------- two documents
 
 
-def compare(document: dict[str, Any], path: Path) -> None:
-    """Adds to each row "ratio": its images/s over those of the same row in the document in `path`, None where that has
-    none. Raises InputError for a file that is no such document, or shares no row."""
-    old = files.read_json(path) if path.is_file() else None
-    if not isinstance(old, dict) or old.get("schema") != SCHEMA:
+def earlier(path: Path) -> dict[str, Any]:
+    """The document of an earlier measurement. Raises InputError for a file that holds none."""
+    try:
+        old = files.read_json(path)
+        known = old["schema"] == SCHEMA and all(row["images_per_s"] > 0 for row in old["rows"])
+        known = known and {"machine", "versions"} <= set(old)
+    except (ModelError, KeyError, TypeError):
+        known = False
+    if not known:
         raise InputError(f"--against {path}: no document of `ldm bench --json`")
+    return old
+
+
+def compare(document: dict[str, Any], old: dict[str, Any], path: Path) -> None:
+    """Adds to each row "ratio": its images/s over those of the same row of `old`, which came from `path`; None where
+    that has none. Raises InputError where the two share no row."""
     known = {_key(row): row["images_per_s"] for row in old["rows"]}
     for row in document["rows"]:
         before = known.get(_key(row))
@@ -296,9 +306,10 @@ def _key(row: dict[str, Any]) -> tuple:
 
 def check_ratios(rows: Sequence[dict[str, Any]], least: float) -> None:
     """Raises ThresholdError, which names the worst, where a row has become slower than `least` times the old one."""
-    slow = sorted((row["ratio"], row) for row in rows if row.get("ratio") is not None and row["ratio"] < least)
+    slow = [row for row in rows if row.get("ratio") is not None and row["ratio"] < least]
     if slow:
-        ratio, row = slow[0]
+        row = min(slow, key=lambda one: one["ratio"])
+        ratio = row["ratio"]
         raise ThresholdError(
             f"{row['model']} {row['work']}, batch {row['batch']}: {ratio:.3g} times the images/s of before, below "
             f"--fail-below {least:g}" + (f", and {len(slow) - 1} more" if len(slow) > 1 else "")

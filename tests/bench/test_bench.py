@@ -13,8 +13,10 @@ from typed_lines import SMALL, environment
 
 from ldmcli.cli import bench as command
 from ldmcli.core import config
+from ldmcli.core.errors import ThresholdError
 from ldmcli.core.settings import TrainSettings
 from ldmcli.sampling.draw import Draw, draw_images
+from ldmcli.studies import bench as studies
 from ldmcli.studies import bench_suite
 from ldmcli.studies.bench import BenchRequest, Meter, bench
 from ldmcli.studies.bench_subjects import Asked, example_inputs, open_subject, opened_training
@@ -105,7 +107,7 @@ def test_ratios_to_an_older_document_and_code_8_below_the_one_asked_for(tmp_path
         (["--recipe", "cin256-classifier-none"], 2, "no such file or recipe"),
         (["--model", "nowhere"], 4, "nowhere"),
         (["--batch-size", "0"], 2, "at least 1"),
-        (["--suite", "gpu"], 6, "no GPU is here; --tiny tries"),
+        (["--rows", "-1"], 2, "--rows -1: must be at least 0"),
         (["--work", "decode", "--against", "nothing.json"], 3, "no document of `ldm bench --json`"),
     ],
 )
@@ -114,6 +116,40 @@ def test_a_mistake_is_one_line(words, code, said, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ending = ldm("bench", *QUICK, *words)
     assert (ending.code, said in ending.line) == (code, True), ending.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--preset", "small"], ["--recipe", "x"], ["--model", "x"], ["--set", "train.lr=1"], ["--compile"]]
+    + [["--mixed-precision", "no"]],
+)
+def test_the_suite_refuses_what_it_would_not_heed(words):
+    ending = ldm("bench", "--suite", "gpu", "--tiny", *words)
+    assert ending.code == 2 and f"leave {words[0]} out" in ending.line, ending.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"schema": "ldm-bench-1"}',
+        '{"schema": "ldm-bench-1", "machine": {}, "versions": {}, "rows": [1]}',
+    ],
+)
+def test_what_is_no_earlier_document_is_refused_before_anything_is_measured(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "bench", lambda request: pytest.fail("measured"))
+    old = tmp_path / "old.json"
+    old.write_text(text)
+    ending = ldm("bench", *QUICK, "--against", old)
+    assert ending.code == 3 and "no document of `ldm bench --json`" in ending.line
+
+
+def test_the_slowest_row_is_named_where_several_are_as_slow():
+    row = {"model": "a", "work": "train", "batch": 2, "ratio": 0.5}
+    with pytest.raises(ThresholdError, match="a train, batch 2: 0.5 times .* and 1 more"):
+        studies.check_ratios([row, row | {"work": "sample"}], 0.9)
 
 
 def test_runs_are_measured_with_their_own_settings_and_conditions(tiny_runs):
@@ -236,6 +272,12 @@ def test_a_model_that_does_not_fit_leaves_the_others(monkeypatch, capsys):
     assert "memory ran out" in capsys.readouterr().err
 
 
+def test_the_suite_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ending = ldm("bench", "--suite", "gpu")
+    assert ending.code == 6 and "no GPU is here; --tiny tries" in ending.line
+
+
 def test_the_suite_begins_no_compiler_late(monkeypatch, capsys):
     """What is measured, by a clock that goes a hundred seconds a measurement."""
     seen, now = [], [0.0]
@@ -257,7 +299,7 @@ def test_the_suite_begins_no_compiler_late(monkeypatch, capsys):
 def test_the_suite_of_a_gpu_runs_with_tiny_networks(monkeypatch):
     kept = [entry for entry in bench_suite.SUITE if entry[0] in ("cin256-v2", "kl-f8")]
     monkeypatch.setattr(bench_suite, "SUITE", tuple(kept))
-    found = ldm("bench", "--suite", "gpu", "--tiny", "--mixed-precision", "no", "--json").json
+    found = ldm("bench", "--suite", "gpu", "--tiny", "--json").json
     SCHEMA.validate(found)
     assert {row["model"] for row in found["rows"]} == {"cin256-v2", "kl-f8"}
     assert {row["work"] for row in found["rows"]} == {"train", "sample", "encode", "decode"}

@@ -204,7 +204,23 @@ def test_a_thread_count_that_was_set_stays(monkeypatch):
 
 def test_processes_that_end_without_a_word_are_a_lost_resource(tmp_path):
     with pytest.raises(ResourceError, match="2 of 2 processes"):
-        launch._outcome(1, tmp_path, 2)
+        launch._outcome(1, tmp_path, 2, ["train-ae"])
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train-ldm", "--micro-batch"),
+        ("sample", "--batch-size"),
+        ("upscale", "--max-memory"),
+        ("reconstruct", "--size"),
+    ],
+)
+def test_a_lost_process_names_the_option_that_its_command_has(command, option, tmp_path):
+    (tmp_path / "lost.json").write_text('{"rank": 1, "signal": 9}')
+    with pytest.raises(ResourceError, match=f"SIGKILL.*lower {option} or"):
+        launch._outcome(1, tmp_path, 2, [command])
+    assert option in (ROOT / "docs" / "commands" / f"{command}.md").read_text()
 
 
 def test_a_port_that_was_taken_meanwhile_is_replaced(monkeypatch, tmp_path):
