@@ -53,7 +53,14 @@ SHORTER = {
         "--eval-samples": "0",
     },
     "train-ldm": {"--size": "64"},
-    "bench": {"--size": "64", "--steps": "1", "--batch-size": "1", "--seconds": "0.01"},
+    "bench": {
+        "--size": "64",
+        "--steps": "1",
+        "--batch-size": "1",
+        "--seconds": "0.01",
+        "--set": "diffusion.channels=32",
+        "--work": "train",
+    },
 }
 # what cannot be had here: rows, and a download
 LACKING = {

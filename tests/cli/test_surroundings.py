@@ -74,8 +74,9 @@ def test_a_cache_that_is_named_is_used_and_one_that_can_be_made_is_made(tmp_path
 
 def test_a_damaged_entry_of_the_cache_is_computed_again(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    noisy_images(tmp_path / "in", 6)
-    asked = ("eval-fid", "--images", tmp_path / "in", "--data", "shapes", "--limit", 40, "--size", 20, "--json")
+    for name in ("in", "others"):
+        noisy_images(tmp_path / name, 6)
+    asked = ("eval-fid", "--images", tmp_path / "in", "--data", tmp_path / "others", "--split", "all", "--json")
     first = ldm(*asked).json["metrics"]
     (entry,) = (tmp_path / "cache" / "features").glob("*.npz")
     entry.write_bytes(entry.read_bytes()[:200])

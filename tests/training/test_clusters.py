@@ -11,6 +11,7 @@ from processes import ranks
 
 import ldmcli
 from ldmcli.core import files, runs
+from ldmcli.training import latents
 from ldmcli.training.distributed import checksum
 
 
@@ -104,6 +105,7 @@ def on_its_own_machine(folder: Path, caches: bool) -> None:
     os.chdir(own)
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if caches:
+        latents.LATE_SECONDS = 2.0
         os.environ["LDM_CACHE"] = str(own / "cache")
 
 

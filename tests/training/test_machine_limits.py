@@ -342,7 +342,7 @@ def test_four_processes_share_the_memory_of_their_machine_and_the_work_on_its_fi
         line = ("train-ae", *tiny.AE_NETWORK)
     else:
         cache = ("--set", f"data.cache_dir={tmp_path / 'cache'}")
-        line = ("train-ldm", "--autoencoder", "none", *tiny.UNET, *cache)
+        line = ("train-ldm", "--autoencoder", "none", *tiny.UNET, "--set", "diffusion.patch=4", *cache)
     line += (*data, "--steps", 2, *tiny.QUIET_LOOP, "--batch-size", 8, "--set", "data.val_fraction=0.2")
     four = ranks(tmp_path, 4, *line, "--out", tmp_path / "run", before=little)
     assert [command.wait() for command in four] == [0] * 4, four[0].stderr + four[1].stderr
