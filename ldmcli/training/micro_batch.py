@@ -34,10 +34,10 @@ def choose_micro_batch(objective: Objective, dist: Distributed, settings: TrainS
     fitting = min(dist.gather(fitting))
     chosen = min(stored, fitting) if stored else fitting
     if chosen < share and dist.is_rank_0:
-        console.say(
-            f"{chosen} of {share} images go through at a time: free memory holds no more "
-            f"({files.human_bytes(max(room, 0))}; --micro-batch N sets it); the batch stays"
-        )
+        why = f"free memory holds no more ({files.human_bytes(max(room, 0))}; --micro-batch N sets it)"
+        if chosen < fitting:
+            why = "as before the run was resumed (--micro-batch N sets it)"
+        console.say(f"{chosen} of {share} images go through at a time: {why}; the batch stays")
     return chosen
 
 

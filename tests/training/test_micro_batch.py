@@ -71,8 +71,9 @@ def test_a_run_goes_on_with_the_split_that_it_began_with(tmp_path, sizes, crampe
     cramped(ae_kept(), 2)
     tiny.train_ae(tmp_path / "run", *STEADY, steps=1)
     cramped(ae_kept(), 100)
-    tiny.train_ae(tmp_path / "run", *STEADY, steps=2)
+    ending = tiny.train_ae(tmp_path / "run", *STEADY, steps=2)
     assert sizes == [2] * 6
+    assert "2 of 6 images go through at a time: as before the run was resumed" in ending.stderr
     tiny.train_ae(tmp_path / "run", *STEADY, "--micro-batch", 6, steps=3)
     assert sizes[6:] == [6]
 
