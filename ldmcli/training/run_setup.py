@@ -47,6 +47,9 @@ CHANGEABLE_ON_RESUME = (
     "train.ema_decay",
 )
 
+# … and those that begin so, but choose what is learned from
+NOT_CHANGEABLE = ("data.cache_views",)
+
 
 @dataclass
 class RunOptions:
@@ -101,7 +104,8 @@ def _compare_settings(run_kind: str, path: Path, resolved: Resolved, options: Ru
         return
     old = flat(from_toml(run_kind, (path / "config.toml").read_text(encoding="utf-8"), str(path / "config.toml")))
     changed = {k: (old.get(k), v) for k, v in flat(resolved.config).items() if old.get(k) != v}
-    grave = {k: v for k, v in changed.items() if not k.startswith(CHANGEABLE_ON_RESUME) and k not in options.allow}
+    harmless = {k for k in changed if k.startswith(CHANGEABLE_ON_RESUME) and k not in NOT_CHANGEABLE}
+    grave = {k: v for k, v in changed.items() if k not in harmless and k not in options.allow}
     if grave:
         table = "; ".join(f"{k}: {a} -> {b}" for k, (a, b) in grave.items())
         raise ModelError(
