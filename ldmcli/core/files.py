@@ -15,6 +15,7 @@ from ldmcli.core.errors import LdmError, ModelError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _UNUSABLE = (
+    errno.ENOENT,  # of a folder that nothing can be made in, as below /proc
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,

@@ -68,6 +68,10 @@ class DataSettings:
             raise UsageError("data.crop_min: only random crops have a drawn size; add data.crop = random")
         if self.cache_views and self.crop != "random":
             raise UsageError("data.cache_views: only random crops are several; add data.crop = random")
+        if self.cache_views and not (self.cache and not self.streaming):
+            raise UsageError(
+                "data.cache_views: nothing is cached with data.cache = false, or of a stream; leave it out"
+            )
         at_least("data", 0, self, "limit", "workers", "cache_views", "min_objects", "max_objects", "min_side")
         share("data", self, "min_box_area")
         if self.max_objects and self.max_objects < self.min_objects:

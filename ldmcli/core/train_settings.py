@@ -103,7 +103,9 @@ class TrainSettings:
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
         if self.shard and self.optimizer != "adamw":
-            raise UsageError("train.shard: Muon needs whole matrices; add --set train.optimizer=adamw")
+            raise UsageError(
+                "train.shard: Muon needs whole matrices; cut diffusion models with --set train.optimizer=adamw"
+            )
         if self.shard and self.compile:
             raise UsageError("train.shard: networks that are cut are not compiled; leave --compile out")
         self._check_cycles()

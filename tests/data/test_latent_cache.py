@@ -252,6 +252,12 @@ def test_views_are_of_random_crops_alone(ae, folder, tmp_path):
     assert "data.crop = random" in ending.line
 
 
+@pytest.mark.parametrize("without", ["data.cache=false", "data.streaming=true"])
+def test_views_are_of_a_cache(without, ae, folder, tmp_path):
+    ending = train(tmp_path, "run", ae, folder, *crops(2), "--set", without, code=2)
+    assert "data.cache_views: nothing is cached" in ending.line
+
+
 @pytest.mark.parametrize("asked", [(), ("--cache",), ("--set", "data.cache=true")])
 def test_random_crops_turn_the_cache_off_and_say_so(asked, ae, folder, tmp_path, objectives):
     """Reliability 27: a cache would freeze the crops. They win, also over a cache that was asked for by name."""
