@@ -54,7 +54,7 @@ SHORTER = {
     },
     "train-ldm": {"--size": "64"},
     "bench": {
-        "--size": "64",
+        "--size": "32",
         "--steps": "1",
         "--batch-size": "1",
         "--seconds": "0.01",
