@@ -378,7 +378,9 @@ def _copy_of_sources(tmp_path: Path) -> Path:
     for name in ("ldmcli", "recipes"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     (target / "docs").mkdir()
-    for name in ("pyproject.toml", "README.md", "docs/evaluation.schema.json"):
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shared = [name for names in setup["data-files"].values() for name in names]
+    for name in ("pyproject.toml", "README.md", *shared):
         shutil.copy(ROOT / name, target / name)
     (target / "built").mkdir()
     return target
