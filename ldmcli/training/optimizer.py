@@ -43,15 +43,23 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Nearest (semi-)orthogonal matrices of a stack (k, rows, columns): Newton-Schulz, quintic (Jordan et al. 2024).
 
-    Singular values end near 1 (between about 0.7 and 1.2). Runs in the dtype of its input.
+    Singular values end near 1 (between about 0.7 and 1.2). Runs in the dtype of its input. Every iterate of X is a
+    polynomial of G = X Xᵀ times X. So only that polynomial is iterated, on matrices of the shorter side, and X is
+    multiplied twice in all: of a convolution's 160 x 1440 a quarter of the work.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.mT
+    product: Tensor | None = None
+    for left in reversed(range(iterations)):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if left:
+            gram = polynomial @ gram @ polynomial
+    x = x if product is None else product @ x
     return x.mT if tall else x
 
 
