@@ -87,11 +87,16 @@ def demo(given: ParsedOptions) -> None:
         console.emit_json(result)
 
 
-@command({"source": Source}, _OTHER_ROWS, {"out": opt.Out}, opt.TALK)
+_DATA_SETTINGS = {"recipe": opt.Recipe, "assignments": opt.Assignments}
+
+
+@command({"source": Source}, _OTHER_ROWS, _DATA_SETTINGS, {"out": opt.Out}, opt.TALK)
 def data(given: ParsedOptions) -> None:
     """Show what ldm sees in a data set: columns, counts, sizes, bad files by name, and a contact sheet."""
     named = [("D", {"data.source": given.source})] if given.source is not None else []
-    settings = config.resolve("diffusion", [*given.layers("data."), *named]).config.data
+    recipe = _data_layers(given.recipe) if given.recipe else []
+    layers = [*recipe, *given.layers("data."), *named, *config.set_layers(given.assignments or ())]
+    settings = config.resolve("diffusion", layers).config.data
     out = given.out or Path("outputs") / f"{data_name(settings.source)}-data"
     require_folder(out)
     # in the folder that this command names itself the sheet is its own, also as older versions wrote it, without a mark
@@ -103,6 +108,15 @@ def data(given: ParsedOptions) -> None:
         console.emit_json(result)
     else:
         console.out(inspect_text(result, console.width()))
+
+
+def _data_layers(recipe: str) -> list[config.Layer]:
+    """What a recipe of any training says of data."""
+    layers = config.recipe_layers(config.read_recipe(config.recipe_path(recipe)).kind or "diffusion", recipe)
+    return [
+        (origin, {path: value for path, value in values.items() if path.startswith("data.")})
+        for origin, values in layers
+    ]
 
 
 @command({"run": Run, "out": ReportOut}, opt.TALK)

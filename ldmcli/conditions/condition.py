@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ldmcli.core import files
-from ldmcli.core.errors import UsageError
+from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings, DiffusionConfig
 from ldmcli.data.arrays import numeric_rows
+from ldmcli.data.rows import ROLES
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioning import Conditioner
 
@@ -107,6 +108,25 @@ class Condition:
         """Whether values are made of the pictures themselves."""
         return self.column == "image"
 
+    def available(self, rows: Any, data: DataSettings) -> bool:
+        """Whether rows have the column that values are made of."""
+        return not self.column or rows.has(self.column)
+
+    def check_columns(self, rows: Any, data: DataSettings) -> None:
+        """Raises InputError where the data of a training lack what values are made of."""
+        if not self.available(rows, data):
+            article = "an" if self.column[0] in "aeiou" else "a"
+            raise InputError(
+                f"{rows.source}: --condition {self.name} needs {article} {self.column} column, and there is none "
+                f"(found: {', '.join(f'{k} = {v}' for k, v in rows.columns.items() if v)}); "
+                + (f"name it with --{self.column}-column or " if self.column in ROLES else "add it to the data or ")
+                + "train with --condition none"
+            )
+
+    def drawn(self, data: DataSettings) -> bool:
+        """Whether a training row has other values each time that it is seen, though neither crops nor flips matter."""
+        return False
+
     def check_sources(self, config: DiffusionConfig) -> None:
         """Raises InputError for what settings name on this machine and can't be opened."""
 
@@ -132,8 +152,8 @@ class Condition:
         """The model's number of each category of the rows, -1 = it has none; None where there is nothing to align."""
         return None
 
-    def report_unseen(self, rows: Any, inputs: dict[str, Any], conditioner: Any) -> None:
-        """Says what the model will not see of the rows. inputs: of all of them."""
+    def report_unseen(self, dataset: "ConditionDataset", inputs: dict[str, Any] | None, conditioner: Any) -> None:
+        """Says what the model will not see of the rows. inputs: of all of them; None where they are drawn."""
 
     # what is learned of data before the network is built
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,27 +11,18 @@ from torch import Tensor
 
 from ldmcli.conditions import CONDITIONS
 from ldmcli.conditions.condition import View
-from ldmcli.core.errors import InputError
-from ldmcli.core.settings import DiffusionConfig
+from ldmcli.core.settings import DataSettings, DiffusionConfig
 from ldmcli.data.augment import crop_and_flip
 from ldmcli.data.lama_masks import lama_mask
 from ldmcli.data.masks import random_mask
-from ldmcli.data.rows import ROLES
+from ldmcli.data.mixed_captions import MixedCaptions
 from ldmcli.networks.conditioners import Conditions
 
 
-def check_columns(rows, names: Sequence[str]) -> None:
-    """Raises InputError where the data lack what a condition is made of."""
+def check_columns(rows, names: Sequence[str], data: DataSettings) -> None:
+    """Raises InputError where the data of a training lack what a condition is made of."""
     for name in names:
-        column = CONDITIONS[name].column
-        if column and not rows.has(column):
-            article = "an" if column[0] in "aeiou" else "a"
-            raise InputError(
-                f"{rows.source}: --condition {name} needs {article} {column} column, and there is none "
-                f"(found: {', '.join(f'{k} = {v}' for k, v in rows.columns.items() if v)}); "
-                + (f"name it with --{column}-column or " if column in ROLES else "add it to the data or ")
-                + "train with --condition none"
-            )
+        CONDITIONS[name].check_columns(rows, data)
 
 
 class ConditionDataset:
@@ -60,6 +52,11 @@ class ConditionDataset:
     def foreign_values(self, name: str, ids: Sequence[int]) -> list:
         """`values` for a model that was trained on other data: classes by name."""
         return [CONDITIONS[name].from_foreign_row(self, View(int(i), int(i))) for i in ids]
+
+    @cached_property
+    def captions(self) -> MixedCaptions:
+        """Captions by the templates of data.captions."""
+        return MixedCaptions(self.rows, self.config.data)
 
     def pixels(self, view: View) -> np.ndarray:
         """uint8 (H, W, 3), cut and mirrored."""
@@ -106,20 +103,22 @@ class ConditionDataset:
 
 
 class ConditionInputs:
-    """Inputs of training batches: those of static conditions prepared once for all rows, the rest row by row."""
+    """Inputs of training batches: those of static conditions whose values are not drawn prepared once for all rows, the
+    rest row by row."""
 
     def __init__(self, dataset: ConditionDataset, conditions: Conditions):
         self.dataset, self.conditions = dataset, conditions
         self.tables: dict[str, dict[str, Tensor]] = {}
         if not dataset.config.data.streaming:
             everything = range(len(dataset.rows))
-            for name in [name for name in CONDITIONS if name in conditions.kinds and CONDITIONS[name].static]:
+            once = [name for name, one in CONDITIONS.items() if one.static and not one.drawn(dataset.config.data)]
+            for name in [name for name in once if name in conditions.kinds]:
                 self.tables[name] = conditions.conditioners[name].prepare(dataset.values(name, everything, everything))
 
     def report_unseen(self) -> None:
         """Says what the model will not see of the rows."""
-        for name, inputs in self.tables.items():
-            CONDITIONS[name].report_unseen(self.dataset.rows, inputs, self.conditions.entries[name])
+        for name, conditioner in self.conditions.entries.items():
+            CONDITIONS[name].report_unseen(self.dataset, self.tables.get(name), conditioner)
 
     def batch(self, ids: np.ndarray, positions: np.ndarray, pixels: np.ndarray | None) -> dict[str, Tensor]:
         """Inputs of rows `ids` at `positions`, as `Conditions.prepare` gives them. pixels: as `ConditionDataset.values`

@@ -26,6 +26,8 @@ def check_settings(config: DiffusionConfig) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(f"--condition: {twice[0]} is named twice")
+    if config.data.captions and "text" not in names:
+        raise UsageError("data.captions: only --condition text reads captions; add it, or leave data.captions out")
     streamed = [name for name, one in CONDITIONS.items() if name in names and not one.streamable]
     if streamed and config.data.streaming:
         raise UsageError(
@@ -52,7 +54,7 @@ def check_rows(
     """(training rows, validation rows), without those that a condition can't use; `found` by condition. Raises
     InputError where data lack a column, or too much is wrong."""
     for rows in (training, validation):
-        check_columns(rows, config.condition.kinds)
+        check_columns(rows, config.condition.kinds, config.data)
     both = [CheckedRows(training, found={}), CheckedRows(validation, found={})]
     for name in [name for name in CONDITIONS if name in config.condition.kinds]:
         for k, seen in enumerate(both):

@@ -11,9 +11,10 @@ from torch import Tensor
 from ldmcli.conditions.condition import Condition, FitData, Ranks, Spec, View
 from ldmcli.core.console import say, warn_once
 from ldmcli.core.errors import UsageError
-from ldmcli.core.settings import MAX_TEXT_LENGTH, DiffusionConfig
+from ldmcli.core.settings import MAX_TEXT_LENGTH, DataSettings, DiffusionConfig
 from ldmcli.data.arrays import whole_numbers
 from ldmcli.data.decode import sanitise
+from ldmcli.data.mixed_captions import MixedCaptions, check_templates, lacking
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import Conditions, TextConditioner, load_tokenizer, load_vocabulary
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ldmcli.conditions.dataset import ConditionDataset
 
 TOKENIZER = "tokenizer"  # folder of a run
+TRIED = 1000  # rows whose mixed captions are looked at for those that are cut
 
 
 class Text(Condition):
@@ -58,17 +60,48 @@ class Text(Condition):
 
         ranks.on_rank_0(opened)
 
-    def from_row(self, dataset: "ConditionDataset", view: View) -> str:
-        """The caption."""
-        return dataset.rows.caption(view.row)
+    def available(self, rows: Any, data: DataSettings) -> bool:
+        """Whether rows have captions, or all columns of the first of data.captions."""
+        return rows.has(self.column) or bool(data.captions) and not lacking(rows, data.captions[:1])
 
-    def report_unseen(self, rows: Any, inputs: dict[str, Tensor], conditioner: TextConditioner) -> None:
+    def check_columns(self, rows: Any, data: DataSettings) -> None:
+        """Raises InputError where rows have no captions, or not the columns that data.captions names."""
+        if data.captions:
+            check_templates(rows, data.captions)
+        else:
+            super().check_columns(rows, data)
+
+    def drawn(self, data: DataSettings) -> bool:
+        """With data.captions."""
+        return bool(data.captions)
+
+    def from_row(self, dataset: "ConditionDataset", view: View) -> str:
+        """The caption: the row's own, or with data.captions by a template that is drawn in training, else by the
+        first."""
+        if not dataset.config.data.captions:
+            return dataset.rows.caption(view.row)
+        key = dataset.random_key(view)
+        return dataset.captions.drawn(view.row, key) if dataset.training else dataset.captions.first(view.row, key)
+
+    def from_foreign_row(self, dataset: "ConditionDataset", view: View) -> str:
+        """As `from_row`; the caption where the data lack a column of the first template."""
+        if lacking(dataset.rows, dataset.config.data.captions[:1]):
+            return dataset.rows.caption(view.row)
+        return self.from_row(dataset, view)
+
+    def report_unseen(
+        self, dataset: "ConditionDataset", inputs: dict[str, Tensor] | None, conditioner: TextConditioner
+    ) -> None:
         """Says which captions are cut: of those that fill the places that the model has."""
-        full = inputs["mask"].all(1).nonzero()[:, 0].tolist()
-        cut = conditioner.cut([rows.caption(i) for i in full])
-        if cut:
+        if inputs is not None:
+            texts = [dataset.rows.caption(i) for i in inputs["mask"].all(1).nonzero()[:, 0].tolist()]
+        else:
+            some = range(0, len(dataset.rows), -(-len(dataset.rows) // TRIED))
+            texts = list(dataset.captions.all_words(some))
+        total = f"{len(texts)} tried" if inputs is None else f"{len(dataset.rows)}"
+        if cut := conditioner.cut(texts):
             say(
-                f"data: {len(cut)} of {len(rows)} captions have more than the {conditioner.length} tokens that "
+                f"data: {len(cut)} of {total} captions have more than the {conditioner.length} tokens that "
                 f"the model reads, and are cut (condition.text_length): {sanitise(cut[0], 60)}"
             )
 
@@ -78,6 +111,8 @@ class Text(Condition):
         if inherited is not None:
             return inherited
         captions = [data.rows.caption(i) for i in range(len(data.rows))]
+        if data.config.data.captions:
+            captions = list(MixedCaptions(data.rows, data.config.data).all_words(range(len(data.rows))))
         return TextConditioner.learn(data.config.condition, captions, data.rows, data.run / TOKENIZER)
 
     def inherit_vocabulary(self, data: FitData) -> Spec | None:

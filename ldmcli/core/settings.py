@@ -6,6 +6,7 @@ logic beyond checks that span several fields.
 
 from dataclasses import dataclass, field
 
+from ldmcli.core.caption_templates import parse_template
 from ldmcli.core.errors import UsageError
 from ldmcli.core.setting_checks import at_least, choice, positive, share
 from ldmcli.core.train_settings import TrainSettings
@@ -26,6 +27,9 @@ class DataSettings:
     limit: int = 0  # rows, 0 = all
     image_column: str = ""  # "" = found by name and type
     caption_column: str = ""
+    # templates of training captions over columns, as "a {colours} {name}, {keywords:3}"; one is drawn each time that a
+    # row is seen (one that stands here twice twice as often), the first is for validation; () = captions as they are
+    captions: tuple[str, ...] = ()
     label_column: str = ""
     objects_column: str = ""
     map_column: str = ""
@@ -54,6 +58,8 @@ class DataSettings:
         return self.cache and not self.streaming and (self.crop == "center" or self.cache_views > 0)
 
     def __post_init__(self):
+        for text in self.captions:
+            parse_template(text)
         choice("data", "crop", self.crop, ("center", "random"))
         choice("data", "resize", self.resize, ("bicubic", "bilinear", "lanczos", "box"))
         choice("data", "cache_dtype", self.cache_dtype, ("float32", "float16"))

@@ -1,6 +1,6 @@
 """Which column of a table plays which role, and what its cells mean."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ def make_columns(table: Table, settings: DataSettings, label_names: list[str]) -
     chosen = choose_columns(table, settings)
     if "map" in chosen and not settings.map_column and not _is_map(table, chosen["map"], settings):
         del chosen["map"]
-    image = _getter(table, chosen["image"], encoded_bytes)
-    made = Columns(image, table.name, chosen=chosen, notes=list(table.notes), cells=table.columns)
+    image, words = _getter(table, chosen["image"], encoded_bytes), _words_getter(table)
+    made = Columns(image, table.name, chosen=chosen, notes=list(table.notes), cells=table.columns, words=words)
     if "caption" in chosen:
         made.caption = _captions(table, chosen["caption"], made.notes)
     if "label" in chosen:
@@ -157,6 +157,34 @@ def _caption(value) -> str | None:
     if is_missing(value):
         return ""
     return _encodable(str(value)) if isinstance(value, (str, int, float)) else None
+
+
+def _words_getter(table: Table) -> Callable[[str, int], list[str]]:
+    """The texts of a column in a row."""
+    held: dict[str, Sequence] = {}  # cells of a table on disk take longer to find than to read
+
+    def words(column: str, i: int) -> list[str]:
+        if column not in held:
+            small = table.length <= IN_MEMORY and table.column_types[column] not in ("image", "bytes")
+            held[column] = list(table.columns[column]) if small else table.columns[column]
+        return _words(table, column, i, held[column][i])
+
+    return words
+
+
+def _words(table: Table, column: str, i: int, value: Any) -> list[str]:
+    """The texts in a cell that say something: of a class its name. Raises InputError for what is no text."""
+    if table.column_types[column] == "class":
+        names = table.classes.get(column, [])
+        return [names[value]] if isinstance(value, int) and 0 <= value < len(names) else []
+    texts = [_caption(_inner_text(one)) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    known = [text.strip() for text in texts if text is not None]
+    if len(known) < len(texts):
+        raise InputError(
+            f"{sanitise(table.name(i))}: {sanitise(value, 60)} in column {sanitise(column)} is no text; "
+            "leave that column out of data.captions"
+        )
+    return [text for text in known if text]
 
 
 def _encodable(text: str) -> str:

@@ -12,7 +12,7 @@ class JoinedRows:
     """The rows of several splits, one after the other, for the split that is all of a data set."""
 
     _OF_A_ROW = frozenset(
-        "name image shape pixels caption label objects all_objects map cell map_pixels boxes content_hash".split()
+        "name image shape pixels caption label objects all_objects map cell words map_pixels boxes content_hash".split()
     )
 
     def __init__(self, parts: list[Rows]):
@@ -36,6 +36,11 @@ class JoinedRows:
     def boxes_are_shares(self, value: bool) -> None:
         for part in self._parts:
             part.boxes_are_shares = value
+
+    @property
+    def cells(self) -> list[str]:
+        """Names of the columns that every split has."""
+        return [name for name in self._parts[0].cells if self.has(name)]
 
     def has(self, role: str) -> bool:
         """As of `Rows`: whether the rows of every split do."""

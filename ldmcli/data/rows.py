@@ -39,6 +39,7 @@ class Columns:
     chosen: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cells: Mapping[str, Sequence] = field(default_factory=dict)  # of every column, by its own name
+    words: Callable[[str, int], list[str]] | None = None  # texts in a cell
     trouble: str = ""  # why labels cannot be used, said when they are
 
     def known_categories(self) -> list[str]:
@@ -112,6 +113,17 @@ class Rows:
     def cell(self, i: int, column: str) -> Any:
         """What stands in a column of the data, as it is there, for conditions of one's own."""
         return self._columns.cells[column][int(self._ids[i])]
+
+    @property
+    def cells(self) -> list[str]:
+        """Names of all columns."""
+        return list(self._columns.cells)
+
+    def words(self, i: int, column: str) -> list[str]:
+        """Texts in a column, named by its role or its own name: one, those of a list, the name of a class; none for an
+        empty cell. Raises InputError for what is no text."""
+        assert self._columns.words is not None, "`Rows.has` says whether there is such a column"
+        return self._columns.words(self.columns.get(column, column), int(self._ids[i]))
 
     def name(self, i: int) -> str:
         """Path relative to the data folder, or "row 12"."""

@@ -41,6 +41,10 @@ class ShapeRows(Rows):
     def caption(self, i: int) -> str:
         return shapes.caption(self.spec(i))
 
+    def words(self, i: int, column: str) -> list[str]:
+        """The caption, or the name of the shape that is the label."""
+        return [self.caption(i) if column == "caption" else shapes.SHAPES[self.label(i)]]
+
     def label(self, i: int) -> int:
         return self.spec(i).things[0].shape
 

@@ -247,8 +247,8 @@ class NumberedRows:
     def index(self) -> Index:
         """Nothing is read."""
         mark = _digest([self.rows.source, self.rows.split, [self.rows.name(i) for i in range(len(self.rows))]])
-        cells = [name for name in self.rows.columns.values() if name]
-        return Index([len(self.rows)], [0], [0], f"stream-{mark}", self.rows.columns, cells, self.rows.class_names)
+        cells, names = self.rows.cells, self.rows.class_names
+        return Index([len(self.rows)], [0], [0], f"stream-{mark}", self.rows.columns, cells, names)
 
     def table(self, index: Index, part: int) -> Table:
         """None: they are rows already."""

@@ -195,3 +195,13 @@ class StreamedRows:
         """As `Rows.cell`, for position i."""
         rows, row = self.at(i)
         return rows.cell(row, column)
+
+    @property
+    def cells(self) -> list[str]:
+        """Names of all columns."""
+        return self._index.cells
+
+    def words(self, i: int, column: str) -> list[str]:
+        """As `Rows.words`, for position i."""
+        rows, row = self.at(i)
+        return rows.words(row, column)

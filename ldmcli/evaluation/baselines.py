@@ -73,7 +73,7 @@ def task_sources(
     Raises InputError where the data lack what the model is conditioned on.
     """
     task = task_of(model)
-    check_columns(rows, tuple(model.conditions.kinds))
+    check_columns(rows, tuple(model.conditions.kinds), model.config.data)
     dataset = condition_source(model, rows, size, seed)
     if masks in MASKS:
         dataset.config = replace(dataset.config, task=replace(dataset.config.task, masks=str(masks)))
@@ -140,7 +140,7 @@ def guided_sources(
     """
     task = task_of(model)
     _check_guided(model, factor, size)
-    check_columns(rows, tuple(model.conditions.kinds))
+    check_columns(rows, tuple(model.conditions.kinds), model.config.data)
     dataset = condition_source(model, rows, size, seed)
     low = _made_small(rows, size, factor) if task == "generate" else partial(_condition, dataset, task)
 

@@ -232,7 +232,7 @@ def model_source(
     turn, of a model that takes nothing else. A classifier leads them to the same classes."""
     conditions = () if balanced else tuple(model.conditions.kinds)
     told = conditions if classifier is None or balanced else tuple(dict.fromkeys((*conditions, Class.name)))
-    check_columns(rows, told)
+    check_columns(rows, told, model.config.data)
     ids = evenly_spaced(len(rows), n) if told else []
     dataset: Any = condition_source(model, rows, size, seed) if told else None
     classes = len(model.class_names) if balanced else 0
@@ -307,10 +307,11 @@ def batches(blocks: Sequence[range], size: int) -> Iterator[range]:
     return (range(k, min(k + size, block.stop)) for block in blocks for k in range(block.start, block.stop, size))
 
 
-def check_columns(rows, conditions: tuple[str, ...]) -> None:
+def check_columns(rows, conditions: tuple[str, ...], data: DataSettings) -> None:
+    """Raises InputError where rows lack what the conditions of a model are made of. data: settings of its training."""
     for condition in conditions:
         column = CONDITIONS[condition].column
-        if rows is None or not rows.has(column):
+        if rows is None or not CONDITIONS[condition].available(rows, data):
             raise InputError(
                 f"this model is conditioned on {condition}: name a data set with a {column} column (--data)"
             )

@@ -108,7 +108,7 @@ def _snr(schedule: Schedule, t: int) -> float:
 def _batches(model: Any, rows: Any, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Any, Sequence[int]]]:
     """Pixels (B, 3, H, W) in [-1, 1], latents, the conditioning of their rows, and their numbers."""
     names = tuple(model.conditions.kinds)
-    check_columns(rows, names)
+    check_columns(rows, names, model.config.data)
     chosen, size = evenly_spaced(len(rows), n), model.trained_size
     source = condition_source(model, rows, size, seed) if names else None
     for start in range(0, n, BATCH):

@@ -139,6 +139,10 @@ def _data(run: RunView) -> str:
     left_out = f", {len(data['left_out'])} left out as unusable" if data.get("left_out") else ""
     source = f"{_text(last_name(data.get('source')))}, split {_text(data.get('split'))}"
     lines = [f"{source}: {', '.join(counts)}{left_out}."]
+    if captions := data.get("captions"):
+        lines.append(
+            f"Training captions are drawn from the templates {', '.join(f'“{_text(one)}”' for one in captions)}."
+        )
     if data.get("fingerprint"):
         lines.append(f"Fingerprint of the training rows: `{_text(data['fingerprint'])}`.")
     return "## Data\n\n" + " ".join(lines)

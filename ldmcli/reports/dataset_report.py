@@ -14,6 +14,7 @@ from ldmcli.core.errors import InputError
 from ldmcli.core.outputs import CONTACT
 from ldmcli.core.settings import MAX_TEXT_LENGTH, DataSettings
 from ldmcli.data.decode import BadImage, sanitise
+from ldmcli.data.mixed_captions import MixedCaptions, check_templates
 from ldmcli.data.rows import WORKERS, Rows, parallel_map
 from ldmcli.data.shape_rows import is_shapes
 from ldmcli.data.shards import first_rows, open_shards
@@ -24,6 +25,7 @@ SPLITS = ("train", "validation")
 SHEET, SHEET_COLUMNS, CELL = 64, 8, 96
 STREAMED = 256  # rows that are looked at where a data set is only streamed
 EXAMPLES = 5
+MIXED = 6  # rows whose mixed captions are shown, each so often
 
 Row = tuple[Rows, int]
 
@@ -61,6 +63,7 @@ def inspect(settings: DataSettings, out: Path | None = None) -> dict[str, Any]:
         "columns": {role: sanitise(column) for role, column in some.columns.items()},
         "sizes": _sizes(good, settings),
         "captions": _captions(good, notes) if some.has("caption") else None,
+        "mixed_captions": _mixed_captions(good, settings, notes) if settings.captions else None,
         "classes": _classes(good, notes) if some.has("label") else None,
         "objects": _objects(good, notes) if some.has("objects") else None,
         "bad": [{"file": look.name, "split": look.split, "reason": look.reason} for look in found if look.reason],
@@ -196,6 +199,27 @@ def _captions(good: Sequence[Look], notes: list[str]) -> dict[str, Any]:
     }
 
 
+def _mixed_captions(good: Sequence[Look], settings: DataSettings, notes: list[str]) -> list[dict[str, Any]] | None:
+    """Captions by the templates of data.captions, of rows spread over the data: each one of a training at random, and
+    by the first template. None where templates name columns that there are not, which stands in the notes."""
+    picked = [good[round(k * (len(good) - 1) / max(MIXED - 1, 1))].row for k in range(min(MIXED, len(good)))]
+    mixed = {id(rows): MixedCaptions(rows, settings) for rows, _ in picked}
+    try:
+        for rows, _ in picked:
+            check_templates(rows, settings.captions)
+        return [
+            {
+                "file": sanitise(rows.name(i)),
+                "first": sanitise(mixed[id(rows)].first(i, (0, i, "validation"))),
+                "drawn": [sanitise(mixed[id(rows)].drawn(i, (i, k, "training"))) for k in range(MIXED)],
+            }
+            for rows, i in picked
+        ]
+    except InputError as error:
+        notes.append(f"training with data.captions ends: {error}")
+        return None
+
+
 def _classes(good: Sequence[Look], notes: list[str]) -> dict[str, int]:
     """Rows of each class, in the order of the classes; those without a row too."""
     names = good[0].row[0].class_names if good else []
@@ -246,6 +270,7 @@ def inspect_text(report: dict[str, Any], width: int = 80) -> str:
     lines.append(_line("rows", ", ".join(f"{count:,} {split}" for split, count in report["rows"].items())))
     lines.append(_line("columns", ", ".join(f"{role} = {name}" for role, name in report["columns"].items())))
     lines += _size_lines(report["sizes"]) + _caption_lines(report["captions"])
+    lines += [_line("" if k else "mixed", text) for k, text in enumerate(_mixed_texts(report["mixed_captions"]))]
     if report["classes"] is not None:
         named = ", ".join(f"{name} {count:,}" for name, count in list(report["classes"].items())[:20])
         more = f", and {len(report['classes']) - 20} more" if len(report["classes"]) > 20 else ""
@@ -293,6 +318,11 @@ def _caption_lines(captions: dict[str, Any] | None) -> list[str]:
     words = f"{captions['words_median']:g} words (median), at most {captions['words_most']}"
     lines = [_line("captions", f"{captions['with_text']:,}{empty}; {captions['different']:,} different; {words}")]
     return lines + [_line("", f"“{text}”") for text in captions["examples"]]
+
+
+def _mixed_texts(mixed: list[dict[str, Any]] | None) -> list[str]:
+    """What rows may be called in a training, a line a row."""
+    return [f"{one['file']}: {'; '.join(f'“{text}”' for text in dict.fromkeys(one['drawn']))}" for one in mixed or []]
 
 
 def _trouble_lines(report: dict[str, Any]) -> list[str]:

@@ -46,7 +46,7 @@ def _data_values(data: DataSettings) -> dict[str, Any]:
 def plan_for(rows, data: DataSettings, minutes: float) -> dict[str, Any]:
     """Settings chosen for the data and the time: image size, conditions, steps as upper bounds."""
     size = data.size if any(data.size) else (64, 64)
-    found = (name for name, one in CONDITIONS.items() if one.static and one.argument and rows.has(one.column))
+    found = (name for name, one in CONDITIONS.items() if one.static and one.argument and one.available(rows, data))
     kinds = tuple(islice(found, 1))
     return {"size": size, "kinds": kinds, "ae_minutes": minutes * _AE_SHARE, "ldm_minutes": minutes * _LDM_SHARE}
 

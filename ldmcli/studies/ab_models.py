@@ -99,7 +99,7 @@ def _subjects(model, needs_rows, data, split, n, seed, settings, batch_size, ove
     size, rows, count = trained_size(model), None, n or MOST
     if needs_rows:
         rows, _ = open_reference(replace(data or model.config.data, size=size), split)
-        check_columns(rows, tuple(model.conditions.kinds))
+        check_columns(rows, tuple(model.conditions.kinds), model.config.data)
         if n is not None and n > len(rows):
             raise InputError(f"-n {n}: {rows.source} ({rows.split}) has {len(rows)} rows")
         count = min(count, len(rows))

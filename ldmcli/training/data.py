@@ -97,9 +97,10 @@ def _without_unreadable(rows, settings, dist: Distributed, bad: list[BadImage] |
     return dist.on_all_ranks(lambda: drop_unreadable(rows, settings, bad=bad))
 
 
-def data_summary(rows, validation, bad) -> dict[str, Any]:
-    """The entry "data" of run.json."""
+def data_summary(rows, validation, bad, captions: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The entry "data" of run.json. captions: templates that training captions are drawn from."""
     return {
+        **({"captions": list(captions)} if captions else {}),
         "source": rows.source,
         "split": rows.split,
         "rows": len(rows),

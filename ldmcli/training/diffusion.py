@@ -107,7 +107,7 @@ class DiffusionObjective:
             self.config,
             self.dist,
             self.size,
-            look=lambda rows: check_columns(rows, self.config.condition.kinds),
+            look=lambda rows: check_columns(rows, self.config.condition.kinds, self.config.data),
             fill_cache=lambda rows: self.latents.fill_cache(rows, check),
         )
         first, second = check_rows(self.config, rows, validation, self.dist)

@@ -135,7 +135,7 @@ def write_run_files(
         reason="",
         exit_code=None,
         weights="ema" if config.train.ema else "raw",
-        data=data_summary(objective.rows, objective.validation, objective.bad),
+        data=data_summary(objective.rows, objective.validation, objective.bad, config.data.captions),
     )
     folder.begun = True
     files.write_text(folder.path / "config.toml", to_toml(config))
