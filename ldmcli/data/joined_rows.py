@@ -21,6 +21,7 @@ class JoinedRows:
         self.source, self.split, self.columns = first.source, "all", first.columns
         self.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
         self.class_names, self.category_names = first.class_names, first.category_names
+        self.cells = [name for name in first.cells if all(name in part.cells for part in parts)]
         self.room, self.validation_is_train = first.room, False
         self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
 
@@ -36,11 +37,6 @@ class JoinedRows:
     def boxes_are_shares(self, value: bool) -> None:
         for part in self._parts:
             part.boxes_are_shares = value
-
-    @property
-    def cells(self) -> list[str]:
-        """Names of the columns that every split has."""
-        return [name for name in self._parts[0].cells if self.has(name)]
 
     def has(self, role: str) -> bool:
         """As of `Rows`: whether the rows of every split do."""

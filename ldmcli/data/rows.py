@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from typing import Any
 
@@ -71,16 +71,16 @@ class Room:
 
 
 class Rows:
-    """Rows of one split. `columns` says which column was taken for which role; `notes` what was left out;
-    `validation_is_train` is True when the only row had to serve as both. Indices count 0 … len - 1. Getters that meet a
-    picture which cannot be decoded raise BadImage.
+    """Rows of one split. `columns` says which column was taken for which role, `cells` names all; `notes` say what was
+    left out; `validation_is_train` is True when the only row had to serve as both. Indices count 0 … len - 1. Getters
+    that meet a picture which cannot be decoded raise BadImage.
     """
 
     def __init__(self, columns: Columns, ids: np.ndarray, settings: DataSettings, *, source: str, split: str):
         self._columns, self._ids, self._settings = columns, ids, settings
         self.source, self.split = source, split
         self.columns, self.notes = dict(columns.chosen), list(columns.notes)
-        self.class_names = columns.class_names
+        self.class_names, self.cells = columns.class_names, list(columns.cells)
         self.validation_is_train = False
         self.boxes_are_shares = False  # of the whole picture, instead of its pixels
         self._hashes: dict[int, str] = {}
@@ -114,14 +114,8 @@ class Rows:
         """What stands in a column of the data, as it is there, for conditions of one's own."""
         return self._columns.cells[column][int(self._ids[i])]
 
-    @property
-    def cells(self) -> list[str]:
-        """Names of all columns."""
-        return list(self._columns.cells)
-
     def words(self, i: int, column: str) -> list[str]:
-        """Texts in a column, named by its role or its own name: one, those of a list, the name of a class; none for an
-        empty cell. Raises InputError for what is no text."""
+        """Texts in a column, by its role or name: of a list all, of a class its name. Raises InputError for no text."""
         assert self._columns.words is not None, "`Rows.has` says whether there is such a column"
         return self._columns.words(self.columns.get(column, column), int(self._ids[i]))
 
@@ -226,13 +220,7 @@ class Rows:
 
     def hashes_of(self, indices: Sequence[int], workers: int = WORKERS) -> bytes:
         """SHA-256 of those encoded pictures, 32 bytes each; zeros where one cannot be read."""
-        return b"".join(parallel_map(self._hash_or_zeros, indices, workers))
-
-    def _hash_or_zeros(self, i: int) -> bytes:
-        try:
-            return bytes.fromhex(self.content_hash(i))
-        except BadImage:
-            return bytes(32)
+        return b"".join(parallel_map(partial(_hash_or_zeros, self), indices, workers))
 
     def learn_hashes(self, indices: Sequence[int], hashes: bytes) -> None:
         """Takes over what `hashes_of` gave another process for those rows."""
@@ -331,6 +319,13 @@ class Rows:
             return np.asarray(picture)
         whole = scaled_size((picture.height, picture.width), size) if crop == "random" else size
         return to_size(picture, whole, "center", self._settings.resize)
+
+
+def _hash_or_zeros(rows: Rows, i: int) -> bytes:
+    try:
+        return bytes.fromhex(rows.content_hash(i))
+    except BadImage:
+        return bytes(32)
 
 
 def parallel_map(work: Callable, items: Iterable, workers: int, ahead: int = 256) -> Iterator:

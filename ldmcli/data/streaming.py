@@ -127,6 +127,7 @@ class StreamedRows:
         self._replaced: dict[int, int] = {}  # positions of bad pictures: how far from there the row was found
         self.source, self.split = settings.source, "train"
         self.columns, self.class_names, self.fingerprint = dict(index.columns), index.class_names, index.fingerprint
+        self.cells = index.cells
 
     def __len__(self) -> int:
         return HEAD_ROWS
@@ -195,11 +196,6 @@ class StreamedRows:
         """As `Rows.cell`, for position i."""
         rows, row = self.at(i)
         return rows.cell(row, column)
-
-    @property
-    def cells(self) -> list[str]:
-        """Names of all columns."""
-        return self._index.cells
 
     def words(self, i: int, column: str) -> list[str]:
         """As `Rows.words`, for position i."""

@@ -113,6 +113,8 @@ def pictures(tmp_path_factory) -> Path:
             {
                 "file_name": f"{k}.png",
                 "text": f"picture {k}",
+                "name": f"thing {k}",
+                "keywords": ["one", "two", f"word {k}"],
                 "label": k % 2,
                 "map_file_name": f"map{k}.png",
                 "objects": {"bbox": boxes, "category": ["cat", "dog", "cat"]},
