@@ -34,7 +34,7 @@ from ldmcli.training.run_clock import RunClock
 from ldmcli.training.run_end import StopReason, out_of_resources, record_failure, stop_early
 from ldmcli.training.run_setup import RunOptions, claim_run_folder, log_start, write_run_files
 from ldmcli.training.state import TrainState
-from ldmcli.training.thread_choice import choose_threads
+from ldmcli.training.thread_choice import ThreadChoice
 from ldmcli.training.throughput import StepFlops, ThroughputMeter
 
 REPLICA_CHECK_EVERY = 500  # steps between comparisons of the weights of all processes
@@ -87,6 +87,7 @@ class Trainer:
         self.objective = self._make_objective()
         self.state = TrainState(self.objective, dist, self.settings)
         self.clock = RunClock(self.settings, self.state, dist)
+        self.threads = ThreadChoice(self.objective, self.state, self._forward_backward, folder)
         self.checkpointer = Checkpointer(folder, self.config, dist, self.objective, self.state)
         self.resumed = self.checkpointer.resume(options.allow)
         self.state.fix_precision()
@@ -122,7 +123,7 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         self._start()
-        choose_threads(self.objective, self.state, self._forward_backward, resumed=self.resumed)
+        self.threads.choose_at_start(self.resumed)
         data = self.config.data
         self.batches = Prefetcher(
             lambda step: self.dist.pinned(self.objective.batch(step)),
@@ -163,8 +164,12 @@ class Trainer:
         self.outcomes.add(Step(step, batch["row"], dict(stats), guard.report()))
         progress.step = step + 1
         progress.images += self.settings.batch_size
-        progress.trained_seconds += time.perf_counter() - begun
+        took = time.perf_counter() - begun
+        progress.trained_seconds += took
         self.meter.add(stats, self.settings.batch_size, lr_factor)
+        choosing = self.threads.after_step(took)
+        progress.trained_seconds += choosing
+        self.meter.leave_out(choosing)
 
     def _logs(self, step: int) -> bool:
         """Whether a line is written after so many steps."""
