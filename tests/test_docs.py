@@ -52,6 +52,7 @@ PARSED = {
     r"eval_samples|runs/my-measured": "a thousand samples an evaluation; test_sample_quality draws a few",
     r"--metrics novelty": "twenty held-out pictures and more; test_novelty reads samples of small runs",
     r"runs/study|answers\.json": "minutes of training, answers of people; test_study and test_ab have small ones",
+    r"--preset (base|large)": "networks for GPUs; test_presets counts them, test_devices and test_fake_cuda pass them",
     r"\$seed": "one of many seeds",
 }
 # lines of other programs, and where they are looked at

@@ -16,7 +16,8 @@ VALUE = Any
 class Preset:
     """Settings by dotted name, and what is published of the model: shapes, parameter and tensor counts, quality.
 
-    kind: "autoencoder" or "diffusion". summary: one line. extra keys are those of `_first_stage` and `_model`.
+    kind: "autoencoder" or "diffusion". summary: one line. extra keys are those of `_first_stage` and `_model`; of our
+    own models "first_stage" alone, the preset that a plan takes where no autoencoder is named.
     """
 
     kind: str
@@ -341,6 +342,10 @@ MODELS: dict[str, Preset] = {
 }
 # fmt: on
 
+# Sizes for GPUs, where nobody has tried them. Muon steps by orthogonal matrices, whose rate is the same at any width.
+_OWN_TRAINING: dict[str, VALUE] = {"train.optimizer": "muon", "train.cooldown": 0.2}
+_OWN_UNET = _OWN_TRAINING | {"diffusion.num_res_blocks": 2, "diffusion.head_channels": 64, "sample.steps": 20}
+
 OWN: dict[str, Preset] = {
     "paper-ae": Preset(
         kind="autoencoder",
@@ -373,6 +378,23 @@ OWN: dict[str, Preset] = {
             "train.batch_size": 32,
         },
     ),
+    "base-ae": Preset(
+        kind="autoencoder",
+        summary="15 million parameters for 256 px on a GPU: f = 8, 16 channels, L1, L2 and edges, Muon, no GAN",
+        values=_OWN_TRAINING
+        | {
+            "data.size": (256, 256),
+            "autoencoder.f": 8,
+            "autoencoder.embed_dim": 16,
+            "autoencoder.channels": 128,
+            "autoencoder.channel_mult": (1, 2, 3),
+            "autoencoder.num_res_blocks": 3,
+            "train.lr": 0.01,
+            "train.clip": 2.0,
+            "train.batch_size": 64,
+            "train.steps": 50_000,
+        },
+    ),
     "small": Preset(
         kind="diffusion",
         summary="a UNet of 7 million parameters for latents of 16x16 on a CPU: rectified flow, Muon",
@@ -384,6 +406,40 @@ OWN: dict[str, Preset] = {
             "train.batch_size": 32,
             "sample.steps": 15,
         },
+    ),
+    "base": Preset(
+        kind="diffusion",
+        summary="a UNet of 67 million parameters for latents of 16x16 to 32x32 on a GPU: as small, wider",
+        values=_OWN_UNET
+        | {
+            "diffusion.channels": 128,
+            "diffusion.channel_mult": (1.0, 2.0, 3.0),
+            "condition.context_dim": 256,
+            "condition.text_layers": 4,
+            "train.lr": 0.01,
+            "train.adam_lr": 5e-4,
+            "train.warmup": 500,
+            "train.batch_size": 256,
+            "train.steps": 100_000,
+        },
+        extra={"first_stage": "base-ae"},
+    ),
+    "large": Preset(
+        kind="diffusion",
+        summary="a UNet of 312 million parameters, 395 with its text transformer, for latents of 32x32 on GPUs",
+        values=_OWN_UNET
+        | {
+            "diffusion.channels": 224,
+            "diffusion.channel_mult": (1.0, 2.0, 4.0),
+            "condition.context_dim": 768,
+            "condition.text_layers": 12,
+            "train.lr": 0.005,
+            "train.adam_lr": 3e-4,
+            "train.warmup": 1000,
+            "train.batch_size": 512,
+            "train.steps": 300_000,
+        },
+        extra={"first_stage": "base-ae"},
     ),
 }
 

@@ -139,7 +139,7 @@ def _first_stage(
     if autoencoder or init_from:
         config = read_config("autoencoder", path)
     elif preset:
-        notes.append(f"no autoencoder is named: {preset}, with which this model was published, is assumed")
+        notes.append(f"no autoencoder is named: {preset}, with which this model goes, is assumed")
         config = configuration.resolve("autoencoder", [(preset, dict(PRESETS[preset].values))]).config
     else:
         notes.append("no autoencoder is named: that of `ldm train-ae` without options is assumed")

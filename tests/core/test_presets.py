@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +11,14 @@ import pytest
 import torch
 from golden_cases import ClassEmbedder, shared
 
+from ldmcli.conditions.fit import assumed_specs
+from ldmcli.core.config import resolve
 from ldmcli.core.presets import FIRST_STAGES, MODELS, PRESETS, Preset
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DiffusionConfig, DiffusionSettings
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.text_encoder import SpatialRescaler, TextTransformer
 from ldmcli.networks.unet import UNet
+from ldmcli.training import cost
 
 CONFIGS = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
 PUBLISHED = [name for name, preset in FIRST_STAGES.items() if "parameters" in preset.extra]
@@ -218,3 +222,31 @@ def test_every_first_stage_of_the_papers_table_8_is_there():
 def test_reading_presets_loads_neither_torch_nor_numpy():
     code = "import sys, ldmcli.core.presets; sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+OWN_SIZES = {  # (parameters with a text transformer, those of the UNet alone), of the latents of 64 and 256 px
+    "small": (8_944_388, 7_458_180),
+    "base": (73_598_992, 67_145_488),
+    "large": (394_980_464, 311_857_520),
+}
+
+
+@pytest.mark.parametrize("name", OWN_SIZES)
+def test_sizes_of_our_own_recipe_are_counted(name):
+    """And what is small is what `ldm train-ldm` takes without a preset."""
+    preset, texts = PRESETS[name], {"condition.kinds": ("text",)}
+    config = resolve("diffusion", [(name, dict(preset.values)), ("test", texts)]).config
+    first = dict(PRESETS[preset.extra.get("first_stage", "small-ae")].values)
+    stage_config = resolve("autoencoder", [("test", first)]).config
+    stage = cost.meta_autoencoder(stage_config.autoencoder)
+    latent = stage.latent_shape(*(stage_config.data.size if any(stage_config.data.size) else (64, 64)))
+    model = cost.meta_diffusion_model(config, assumed_specs(config, stage, {}), latent)
+    total, conditions = counts(model)[0], counts(model.conditions)[0]
+    assert (total, total - conditions) == OWN_SIZES[name]
+    named = int(re.search(r"UNet of (\d+) million", preset.summary)[1])
+    assert round((total - conditions) / 1e6) == named
+    assert name != "small" or config.diffusion == DiffusionSettings()
+
+
+def test_the_first_stage_of_the_larger_sizes_is_counted():
+    assert counts(first_stage("base-ae"))[0] == 14_902_608
