@@ -1,15 +1,17 @@
-"""`ldm train-ae`, `ldm train-ldm` and `ldm train-classifier`: options to one configuration, then the training loop."""
+"""`ldm train-ae`, `ldm train-ldm`, `ldm distill` and `ldm train-classifier`: options to one configuration, then the
+training loop."""
 
 import os
 import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.parsing import MODEL, ParsedOptions, Text, command, option
+from ldmcli.cli.parsing import MODEL, TRAINING, ParsedOptions, Text, argument, command, option, setting
 from ldmcli.core import config, console, launch
 from ldmcli.core.errors import DivergedError, Interrupted, ModelError, UsageError
 from ldmcli.core.settings import PROCESS, AutoencoderConfig, ClassifierConfig, DiffusionConfig
@@ -22,6 +24,20 @@ GuidedModel = option(
     panel=MODEL,
     default="none",
 )
+Teacher = argument(Path, "RUN", "Diffusion run that knows how; RUN@STEP or RUN@best: one of its checkpoints.")
+Calls = option(int, "--calls", "N", "Network calls an image, usually 1 to 4.", panel=MODEL, value=4, default="4", min=1)
+BakedGuidance = option(
+    Text,
+    "--guidance",
+    "SCALE",
+    "Scale of the teacher's guidance that is baked in.",
+    panel=MODEL,
+    default="the teacher's",
+)
+Minutes = setting(
+    "train.max_minutes", "MINUTES", "Train for this long, whatever --steps says.", names="--minutes", panel=TRAINING
+)
+ENDLESS = 1_000_000  # steps, where minutes end a training
 _AE_MODEL = {
     **opt.CONFIGURATION,
     "f": opt.Factor,
@@ -101,6 +117,35 @@ def train_ldm(given: ParsedOptions) -> None:
 @command(
     _IMAGES,
     {"cache": opt.Cache},
+    {"teacher": Teacher, "calls": Calls, "guidance": BakedGuidance, "assignments": opt.Assignments},
+    {**opt.LOOP, "minutes": Minutes},
+    opt.RUN_OUTPUT,
+    opt.TALK,
+    opt.TRAIN_MACHINE,
+)
+def distill(given: ParsedOptions) -> None:
+    """Make of a diffusion run a model of few network calls an image, its guidance baked in.
+
+    Network, conditions, data and optimiser are the run's.
+    """
+    from ldmcli.training.distillation import student_settings
+
+    scale = opt.guidance_of(given.guidance)
+    if isinstance(scale, dict):
+        raise UsageError("--guidance: one scale, of all conditions together, is baked in; give a number")
+    lowest: list[config.Layer] = [
+        (f"{given.teacher}", student_settings(given.teacher, given.calls, scale)),
+        ("ldm distill", {"train.steps": ENDLESS if given.minutes else 1000, "train.cooldown": 0.4}),
+    ]
+    resolved = resolve("diffusion", given, given.layers(), lowest=lowest)
+    autoencoder = _autoencoder_of(given.teacher, "RUN")
+    what = f"{given.teacher} in {given.calls} network calls an image"
+    _run(given, resolved, what, autoencoder=autoencoder, init_from=str(given.teacher))
+
+
+@command(
+    _IMAGES,
+    {"cache": opt.Cache},
     _CLASSIFIER_MODEL,
     opt.LOOP,
     opt.RUN_OUTPUT,
@@ -134,20 +179,22 @@ def _process_of(run: Path) -> dict[str, object]:
     return {path: stored[path] for path in PROCESS if path in stored}
 
 
-def resolve(kind: str, given: ParsedOptions, named: list[config.Layer]) -> config.Resolved:
-    """The configuration of a training command from all of its sources."""
+def resolve(
+    kind: str, given: ParsedOptions, named: list[config.Layer], *, lowest: Sequence[config.Layer] = ()
+) -> config.Resolved:
+    """The configuration of a training command from all of its sources; `lowest` take the place of defaults."""
     if given.train_batch_size is not None:
         processes = max(launch.world()[1], given.gpus or 1)
         named = [*named, ("--train-batch-size", {"train.batch_size": given.train_batch_size * processes})]
     layers = config.gather(
         kind,
-        preset=given.preset or "",
-        recipe=given.recipe or "",
+        preset=given.values.get("preset") or "",
+        recipe=given.values.get("recipe") or "",
         environ=os.environ,
         named=named,
         assignments=given.assignments or (),
     )
-    return config.resolve(kind, layers)
+    return config.resolve(kind, [*lowest, *layers])
 
 
 def _autoencoder_of(run: Path, named: str = "--init-from") -> str:
@@ -190,6 +237,8 @@ def run_name(resolved: config.Resolved) -> str:
         return f"{data_name(resolved.config.data.source)}-ae"
     task = resolved.config.task.name
     parts = [*resolved.config.condition.kinds, *([task] if task != "generate" else [])]
+    if calls := resolved.config.distill.calls:
+        parts.append(f"{calls}-calls")
     return f"{data_name(resolved.config.data.source)}-{'-'.join(parts) or 'ldm'}"
 
 
@@ -234,7 +283,8 @@ def _show_plan(given: ParsedOptions, resolved: config.Resolved, models: dict[str
     from ldmcli.core.presets import PRESETS
     from ldmcli.reports.cost_estimate import plan, plan_text
 
-    preset = config.read_recipe(config.recipe_path(given.recipe)).preset if given.recipe else given.preset
+    recipe, preset = given.values.get("recipe"), given.values.get("preset")
+    preset = config.read_recipe(config.recipe_path(recipe)).preset if recipe else preset
     stage = str(PRESETS[preset].extra.get("first_stage", "")) if preset in PRESETS else ""
     costs = plan(resolved.kind, resolved, first_stage=stage, processes=given.gpus or 1, **models)
     if given.json:

@@ -306,6 +306,20 @@ class SampleSettings:
         at_least("sample", 0, self, "eta", "temperature", "n")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """What `ldm distill` makes of a model: one of few network calls an image. Of all others `calls` is 0."""
+
+    calls: int = 0  # network calls an image; 0 = an ordinary model, of as many steps as sampling says
+    guidance: float = 1.0  # scale of the teacher's classifier-free guidance, which is baked in: it takes no second call
+    teacher_steps: int = 12  # sampling steps of the teacher from noise to image, rounded up to a multiple of calls
+    teacher: str = ""  # content hash of the teacher's weights
+
+    def __post_init__(self):
+        at_least("distill", 0, self, "calls", "guidance")
+        at_least("distill", 1, self, "teacher_steps")
+
+
 def _autoencoder_training() -> TrainSettings:
     # docs/experiments.md has the figures of other rates
     return TrainSettings(optimizer="muon", lr=0.01, clip=2.0, cooldown=0.4)
@@ -331,7 +345,7 @@ TASK_CONDITIONS = {"sr": "lowres", "inpaint": "masked"}  # the condition that a 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """All that `ldm train-ldm` reads."""
+    """All that `ldm train-ldm` and `ldm distill` read."""
 
     data: DataSettings = field(default_factory=DataSettings)
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
@@ -339,6 +353,7 @@ class DiffusionConfig:
     task: TaskSettings = field(default_factory=TaskSettings)
     train: TrainSettings = field(default_factory=_diffusion_training)
     sample: SampleSettings = field(default_factory=SampleSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ always there, as are the planes of a task.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -127,20 +127,23 @@ def denoiser(
     predict: the network's output (B, c, h, w) for z, timesteps (B,) and a conditioning. Outside `interval` of t / (T −
     1) only the conditioning that was given counts. Conditionings of weight 0 are not computed (scale 1: what was given
     alone, scale 0: the null alone), the others in one call. Keys and values of tokens are made in the first call.
+
+    Samples of one call may stand at levels of their own: t is (B,) then, and α and σ are (B,) or (B, 1, 1, 1).
     """
     last, given = schedule.num_timesteps - 1, path.conditionings[-1]
     weighted = [(weight, one) for weight, one in zip(path.weights(), path.conditionings) if weight != 0]
 
     kept, together = KeptKeys(), cache(lambda: _stacked([one for _, one in weighted]))
 
-    def output(z: Tensor, t: float, n: int, conditioning: Conditioning) -> list[Tensor]:
-        times = torch.full((n * len(z),), t, device=z.device, dtype=torch.float32)
+    def output(z: Tensor, t: float | Tensor, n: int, conditioning: Conditioning) -> list[Tensor]:
+        if isinstance(t, Tensor):
+            times = t.float().repeat(n)
+        else:
+            times = torch.full((n * len(z),), t, device=z.device, dtype=torch.float32)
         with kept:
             return list(predict(torch.cat([z] * n) if n > 1 else z, times, conditioning).float().chunk(n))
 
-    def guided(z: Tensor, t: float) -> Tensor:
-        if not interval[0] <= t / last <= interval[1]:
-            return output(z, t, 1, given)[0]
+    def inside(z: Tensor, t: float | Tensor) -> Tensor:
         outputs = output(z, t, len(weighted), weighted[0][1] if len(weighted) == 1 else together())
         if len(outputs) == 1:
             return outputs[0]
@@ -149,7 +152,15 @@ def denoiser(
             total = total + weight * out
         return total
 
-    def denoise(z: Tensor, t: float, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+    def guided(z: Tensor, t: float | Tensor) -> Tensor:
+        if isinstance(t, Tensor):
+            if interval == (0.0, 1.0):
+                return inside(z, t)
+            within = (t >= interval[0] * last) & (t <= interval[1] * last)
+            return torch.where(within.reshape(-1, 1, 1, 1), inside(z, t), output(z, t, 1, given)[0])
+        return inside(z, t) if interval[0] <= t / last <= interval[1] else output(z, t, 1, given)[0]
+
+    def denoise(z: Tensor, t: Any, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
         return to_x0_eps(schedule.prediction, guided(z, t), z, alpha, sigma)
 
     return denoise

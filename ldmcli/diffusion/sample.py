@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ldmcli.core.errors import ModelError, UsageError
-from ldmcli.core.settings import SampleSettings
+from ldmcli.core.settings import DistillSettings, SampleSettings
+from ldmcli.diffusion.distillation import SAMPLER, SPACING
 from ldmcli.diffusion.guidance import GuidancePath, Predict, denoiser, guidance_path
 from ldmcli.diffusion.samplers import SAMPLERS, Denoise, repaint
 from ldmcli.diffusion.schedule import NoiseLevels, Schedule, q_sample, sampling_levels
@@ -58,11 +59,22 @@ class KeyedNoise:
         return rng.normal(self.seed, self.ids, self.shape, purpose, *step, device=self.device)
 
 
-def check_sampling(settings: SampleSettings, schedule: Schedule) -> None:
-    """Raises UsageError for an unknown sampler or an impossible number of steps."""
+def check_sampling(settings: SampleSettings, schedule: Schedule, distilled: DistillSettings) -> None:
+    """Raises UsageError for an unknown sampler, an impossible number of steps, or for what a distilled model has not
+    learned: it knows its own levels, walked through by DDIM, and the guidance that is baked in."""
     if settings.sampler not in SAMPLERS:
         raise UsageError(f"--sampler {settings.sampler}: choose one of {', '.join(SAMPLERS)}")
     sampling_levels(schedule, settings.steps, settings.spacing)
+    if not distilled.calls:
+        return
+    few = f"this model was distilled to {distilled.calls} calls"
+    scales = settings.guidance.values() if isinstance(settings.guidance, Mapping) else (settings.guidance,)
+    if any(scale != 1 for scale in scales):
+        raise UsageError(f"--guidance: {few}, with guidance {distilled.guidance:g} baked in; leave it out")
+    fixed = {"steps": (distilled.calls,), "sampler": (SAMPLER, "euler"), "spacing": (SPACING,), "eta": (0.0,)}
+    for name, known in fixed.items():
+        if (value := getattr(settings, name)) not in known:
+            raise UsageError(f"--{name} {value}: {few} of {SAMPLER}; leave it out")
 
 
 def with_overrides(settings: SampleSettings, **values) -> SampleSettings:

@@ -140,7 +140,7 @@ def read_scale(stats: Mapping[str, Any], channels: int) -> LatentScale:
 
 def settings_of_weights(config: Config) -> dict[str, Any]:
     """Settings without which weights mean nothing, as JSON values: of network, process and conditions."""
-    of_weights = ("diffusion.", "condition.", "task.", "autoencoder.", "classifier.")
+    of_weights = ("diffusion.", "condition.", "task.", "autoencoder.", "classifier.", "distill.")
     kept = {k: v for k, v in flat(config).items() if k.startswith(of_weights)}
     return json.loads(json.dumps(kept))
 

@@ -142,7 +142,7 @@ def request_draw(loaded: LoadedDiffusion, request: SampleRequest, values: dict[s
     """The draw of all samples of a request, whose values `Draw.of` shares out. Raises for whatever is wrong with it,
     before a folder is made."""
     settings, size = sampling_of(request), loaded.round_up_size(request.size)
-    check_sampling(with_overrides(loaded.config.sample, **settings), loaded.schedule)
+    check_sampling(with_overrides(loaded.config.sample, **settings), loaded.schedule, loaded.config.distill)
     if values:
         loaded.conditions.prepare(values)
     negative_inputs(loaded.conditions, request.negative_prompt, 1)

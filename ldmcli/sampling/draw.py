@@ -91,7 +91,7 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
     settings = with_overrides(model.config.sample, **draw.settings)
     if missing and set(missing) == set(model.conditions.droppable):
         settings = replace(settings, guidance=1.0)  # no values are given, so there is nothing to lead to
-    check_sampling(settings, model.schedule)
+    check_sampling(settings, model.schedule, model.config.distill)
     _warn_of_guidance(model, settings, draw.negative_prompt)
     # with a guide there are gradients, and weights that can get them would be part of its graph
     casts = nullcontext() if model.autoencoder.dtype is None or draw.guides else cast_once(model.network)
@@ -131,7 +131,8 @@ def _inputs(model: TrainedDiffusion, draw: Draw) -> tuple[dict[str, Tensor], lis
 
 def _warn_of_guidance(model: TrainedDiffusion, settings: SampleSettings, negative_prompt: str) -> None:
     if settings.guidance == 1 and negative_prompt:
-        warn_once("negative", "--negative-prompt has no effect at --guidance 1")
+        why = "on a distilled model, whose guidance is baked in" if model.config.distill.calls else "at --guidance 1"
+        warn_once("negative", f"--negative-prompt has no effect {why}")
     if settings.guidance != 1 and model.conditions.droppable and model.config.condition.drop == 0:
         warn_once(
             "no-dropout",

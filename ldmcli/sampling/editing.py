@@ -68,7 +68,7 @@ def check_edit(
     """Raises for what is wrong with an edit that gives images of `size` px, without sampling any."""
     conditions = model.conditions
     model.check_size(size)
-    check_sampling(with_overrides(model.config.sample, **settings), model.schedule)
+    check_sampling(with_overrides(model.config.sample, **settings), model.schedule, model.config.distill)
     if tile:
         tile_side(model, size, settings, tile=tile)
     warn_of_idle_guidance(model, settings.get("guidance"))

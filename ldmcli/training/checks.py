@@ -81,7 +81,7 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
     _check_loop(config.train, config.data, world)
     _check_stage(stage)
     check_sources(config)
-    check_sampling(config.sample, make_schedule(config.diffusion))
+    check_sampling(config.sample, make_schedule(config.diffusion), config.distill)
     check_evaluations(config, size)
     _check_latents(config.diffusion, stage.f, size)
     network = cost.meta_autoencoder(stage)
@@ -155,7 +155,8 @@ def check_evaluations(config: AutoencoderConfig | DiffusionConfig | ClassifierCo
     if train.eval_novelty:
         _check_novelty(config)
     if isinstance(config, DiffusionConfig) and train.eval_steps:
-        check_sampling(replace(config.sample, steps=train.eval_steps), make_schedule(config.diffusion))
+        chosen = replace(config.sample, steps=train.eval_steps)
+        check_sampling(chosen, make_schedule(config.diffusion), config.distill)
     if train.keep_best and not (train.eval_every or train.evaluations):
         raise UsageError(f"train.keep_best = {train.keep_best!r}: needs evaluations; set train.eval_every")
     extractor = None

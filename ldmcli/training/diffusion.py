@@ -26,10 +26,10 @@ from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.load import load_autoencoder
 from ldmcli.sampling.memory import peak_bytes
-from ldmcli.training import checks, cost
+from ldmcli.training import checks, cost, inherit
 from ldmcli.training.data import open_data
+from ldmcli.training.distillation import Distillation
 from ldmcli.training.distributed import Distributed
-from ldmcli.training.inherit import copy_autoencoder, matching_weights
 from ldmcli.training.latents import LatentStore
 from ldmcli.training.validation import DiffusionValidation
 
@@ -40,6 +40,7 @@ class DiffusionObjective:
     kind = "diffusion"
     main_network = "model"
     monitored = "loss_model"
+    distillation: Distillation | None = None  # the run that init_from names is the teacher then
 
     def __init__(
         self,
@@ -58,11 +59,13 @@ class DiffusionObjective:
             lambda: load_autoencoder(self.autoencoder_path, dist.device)
         )
         self.stored_stats: dict[str, Any] = dist.on_rank_0(self._stored_stats)  # of an earlier start
-        self._check_autoencoder()
+        _check_autoencoder(run, self.stored_stats.get("autoencoder"), autoencoder, self.autoencoder.fingerprint)
         own = self.autoencoder.config
         self.size = checks.image_size(config.data, tuple(own.data.size) if own else (0, 0))
         stage = self.autoencoder.network.settings
         dist.on_all_ranks(lambda: checks.check_diffusion(config, stage, self.size, dist.world_size))
+        if config.distill.calls:
+            self.distillation = dist.on_all_ranks(lambda: Distillation(config, self.init_from, dist))
         open_early(config, run, dist)
         self.latents = LatentStore(self.autoencoder, config.data, dist, self.size)
         self._open_data(check)
@@ -89,16 +92,10 @@ class DiffusionObjective:
             self.validation.forget()  # latents stand for them from here on
         self.encode = self.as_model().autoencoder.encode_unchecked
 
-    def _check_autoencoder(self) -> None:
-        wanted, found = self.stored_stats.get("autoencoder"), self.autoencoder.fingerprint
-        if wanted and wanted != found:
-            raise ModelError(
-                f"{self.run}: was started in the latents of another autoencoder (hash {wanted[:12]}) than "
-                f"{self.autoencoder_path} ({found[:12]}); name that one, or begin anew with --fresh"
-            )
-
     def _stored_stats(self) -> dict[str, Any]:
         path = self.run / "stats.json"
+        if self.config.distill.calls and self.init_from and not path.exists():
+            path = inherit.begin_as_student(self.init_from, self.run)
         return files.read_json(path) if path.exists() else {}
 
     def _open_data(self, check: Callable[[], None]) -> None:
@@ -127,7 +124,8 @@ class DiffusionObjective:
     def _prepare_conditions(self) -> None:
         """Where batches take conditions from."""
         self.source = ConditionDataset(self.rows, self.config, self.size, training=True)
-        self.held_out = DiffusionValidation(self.config, self.validation, self.size, self.rows)
+        timesteps = self.distillation.segments.starts if self.distillation else None
+        self.held_out = DiffusionValidation(self.config, self.validation, self.size, self.rows, timesteps)
         for source in (self.source, self.held_out.dataset):
             source.align_categories(self.model.conditions)
         self.inputs = ConditionInputs(self.source, self.model.conditions)
@@ -144,9 +142,10 @@ class DiffusionObjective:
         }.get(task.name, [])
         kinds = " + ".join(names) or "nothing"
         count = sum(p.numel() for p in self.model.parameters())
+        what = f"{self.distillation.describe()}: " if self.distillation else ""
         return (
-            f"diffusion in latents {'x'.join(map(str, self.latents.shape))} of {self.autoencoder_path.name}, told "
-            f"{kinds}; {d.prediction}, {count / 1e6:.2f} M parameters"
+            f"{what}diffusion in latents {'x'.join(map(str, self.latents.shape))} of {self.autoencoder_path.name}, "
+            f"told {kinds}; {d.prediction}, {count / 1e6:.2f} M parameters"
         )
 
     def validation_note(self) -> str:
@@ -158,11 +157,12 @@ class DiffusionObjective:
         if self.init_from is None:
             return {}
         planes = self.latents.shape[0] * self.config.diffusion.patch**2
-        return matching_weights(self.init_from, self.model.state_dict(), planes)
+        return inherit.matching_weights(self.init_from, self.model.state_dict(), planes)
 
     def parents(self) -> list[dict[str, str]]:
-        """The run of the autoencoder."""
-        return [{"path": str(self.autoencoder_path), "sha256": self.autoencoder.fingerprint}]
+        """The run of the autoencoder, and of a distilled model that of the teacher."""
+        teacher = [self.distillation.parent()] if self.distillation else []
+        return [{"path": str(self.autoencoder_path), "sha256": self.autoencoder.fingerprint}, *teacher]
 
     def activation_bytes(self) -> float:
         """Bytes that one image takes in a step, in float32: what is kept for the backward pass, or what the first stage
@@ -195,7 +195,9 @@ class DiffusionObjective:
         out = {
             "row": torch.from_numpy(ids.copy()),
             "noise": self.latents.noise(train, at, "noise"),
-            "t": sample_timesteps(self.config.diffusion, rng.uniform(seed, at, "timestep"), self.schedule),
+            "t": self.distillation.timesteps(at)
+            if self.distillation
+            else sample_timesteps(self.config.diffusion, rng.uniform(seed, at, "timestep"), self.schedule),
             **self.latents.batch(self.rows, self.config, ids, where),
         }
         if self.config.kinds:
@@ -222,6 +224,8 @@ class DiffusionObjective:
     def step_loss(self) -> Callable[..., Tensor]:
         """`diffusion_loss`; with train.compile one graph with the network in it, of each size of a micro-batch. Of
         several processes the network alone is compiled: what reduces gradients breaks a graph."""
+        if self.distillation:
+            return self.distillation.loss
         if not self.config.train.compile or self.dist.world_size > 1:
             return diffusion_loss
         self.schedule.tables(self.dist.device, torch.float32)
@@ -245,7 +249,8 @@ class DiffusionObjective:
     def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Validation loss at fixed timesteps and noise, and metrics of samples (train.eval_samples)."""
         model = partial(self.model, encode=self.encode)
-        loss = partial(diffusion_loss, model, self.schedule, self.config.diffusion)
+        of_samples = self.distillation.loss if self.distillation else diffusion_loss
+        loss = partial(of_samples, model, self.schedule, self.config.diffusion)
         return self.held_out.evaluate(loss, self.as_model(), self.dist, stopped)
 
     def preview_request(self) -> dict[str, Any]:
@@ -274,5 +279,14 @@ class DiffusionObjective:
         files.write_json(self.run / "stats.json", stats)
         own = self.run / "autoencoder"
         if self.autoencoder.fingerprint != "pixels" and not (own / "run.json").exists():
-            copy_autoencoder(self.autoencoder, self.autoencoder_path, own)
+            inherit.copy_autoencoder(self.autoencoder, self.autoencoder_path, own)
         files.save_tensors(self.run / "model.safetensors", weights, metadata)
+
+
+def _check_autoencoder(run: Path, wanted: str | None, path: str, found: str) -> None:
+    """Raises ModelError where a run was started in the latents of another autoencoder than that of hash `found`."""
+    if wanted and wanted != found:
+        raise ModelError(
+            f"{run}: was started in the latents of another autoencoder (hash {wanted[:12]}) than {path} "
+            f"({found[:12]}); name that one, or begin anew with --fresh"
+        )

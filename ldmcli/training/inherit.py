@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldmcli.conditions.text import TOKENIZER
 from ldmcli.core import files, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.formats.bundle import AutoencoderBundle
@@ -28,6 +29,14 @@ def copy_autoencoder(autoencoder: LoadedAutoencoder, source: Path, target: Path)
         if (source / name).exists():
             with files.atomic_path(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
+
+
+def begin_as_student(teacher: Path, run: Path) -> Path:
+    """Copies the vocabulary of a distilled run's teacher; returns its stats.json, with all that it learned of data."""
+    source = runs.locate(teacher)[0]
+    if (source / TOKENIZER).is_dir():
+        shutil.copytree(source / TOKENIZER, run / TOKENIZER, dirs_exist_ok=True)
+    return source / "stats.json"
 
 
 def matching_weights(source: Path, own: dict[str, Tensor], latent_planes: int) -> dict[str, Tensor]:

@@ -38,11 +38,21 @@ Losses = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 class DiffusionValidation:
     """Validation rows as latents and inputs of conditions, both kept in memory, so that every validation is alike.
 
-    training: the rows that are trained on, of which samples may be copies.
+    training: the rows that are trained on, of which samples may be copies. timesteps: those at which the loss is
+    measured, (B,) of shares (B,) in [0, 1) of all there are, by default those of training.
     """
 
-    def __init__(self, config: DiffusionConfig, rows: Any, size: tuple[int, int], training: Any):
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        rows: Any,
+        size: tuple[int, int],
+        training: Any,
+        timesteps: Callable[[Tensor], Tensor] | None = None,
+    ):
         self.config, self.rows, self.size = config, rows, size
+        schedule = make_schedule(config.diffusion)
+        self.timesteps = timesteps or (lambda u: sample_timesteps(config.diffusion, u, schedule))
         image_sized = sum(CONDITIONS[name].image_sized for name in config.kinds)
         fitting = HELD_BYTES // max(1, image_sized * 4 * size[0] * size[1])
         self.usual_count = min(len(rows), VALIDATION_ROWS, max(fitting, MIN_HELD_ROWS))
@@ -89,12 +99,11 @@ class DiffusionValidation:
     @torch.no_grad()
     def mean_loss(self, losses: Losses, dist: Distributed) -> float:
         """Mean over the rows at evenly spread quantiles of the timestep, each process its part. Collective."""
-        count, total, settings = len(self.latents), 0.0, self.config.diffusion
-        schedule = make_schedule(settings)
+        count, total = len(self.latents), 0.0
         mine = rank_slice(count, dist.rank, dist.world_size)
         for start in range(mine.start, mine.stop, 64):
             ids = list(range(start, min(start + 64, mine.stop)))
-            t = sample_timesteps(settings, (torch.tensor(ids, dtype=torch.float64) + 0.5) / count, schedule)
+            t = self.timesteps((torch.tensor(ids, dtype=torch.float64) + 0.5) / count)
             noise = rng.normal(self.config.train.seed, ids, tuple(self.latents.shape[1:]), "validation")
             inputs = {k: v[ids].to(dist.device) for k, v in self.inputs.items()}
             with dist.autocast():

@@ -1,0 +1,143 @@
+"""What `ldm distill` trains with: the teacher, the segments that its student learns to jump over, and the settings that
+a student takes over."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldmcli.core import config as configuration
+from ldmcli.core import files, runs
+from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.core.settings import DiffusionConfig, DiffusionSettings
+from ldmcli.diffusion import samplers
+from ldmcli.diffusion.distillation import SAMPLER, SPACING, SegmentLevels, Segments, distillation_loss
+from ldmcli.diffusion.guidance import denoiser, guidance_path
+from ldmcli.diffusion.schedule import Schedule, make_schedule
+from ldmcli.formats.run_folder import WEIGHTS, fingerprint_of, read_config, read_weights
+from ldmcli.sampling.api import LoadedDiffusion
+from ldmcli.sampling.load import load
+from ldmcli.training.distributed import Distributed
+
+# settings of a teacher that its student must share, and those of its training that a student takes over
+_SHARED = ("diffusion.", "condition.", "task.")
+_OWN = ("diffusion.dropout", "diffusion.loss", "condition.drop")
+_TAKEN_OVER = ("data.", *_SHARED, "sample.n", "sample.prompts", "sample.temperature")
+_TRAIN = (
+    "optimizer lr adam_lr betas weight_decay muon_every batch_size clip ema ema_decay ema_scope noise shard".split()
+)
+
+
+def student_settings(teacher: Path, calls: int, guidance: float | None) -> dict[str, object]:
+    """Settings of the student of a run (also RUN@STEP), {"section.name": value}: network, conditions, task, data and
+    optimiser are the teacher's, and it samples by the steps that it learns.
+
+    guidance: the scale that is baked in, None = the teacher's own. Raises ModelError for what is no diffusion run,
+    UsageError for numbers that do not go with it.
+    """
+    run, checkpoint = runs.locate(teacher)
+    kind = runs.read_run(run).get("kind")
+    if kind != "diffusion":
+        raise ModelError(f"{teacher}: a run of kind {kind}; name a diffusion run, as of `ldm train-ldm`")
+    config: DiffusionConfig = read_config("diffusion", run)
+    known, few = configuration.flat(config), config.distill
+    if few.calls and guidance not in (None, few.guidance):
+        raise UsageError(
+            f"--guidance {guidance:g}: guidance {few.guidance:g} is baked into {teacher}, which was distilled itself; "
+            "leave it out, or distill its teacher"
+        )
+    if few.calls and (calls >= few.calls or few.calls % calls):
+        raise UsageError(f"--calls {calls}: {teacher} has {few.calls} calls; take a smaller number that divides them")
+    scale = few.guidance if few.calls else config.sample.guidance if guidance is None else guidance
+    stored = files.tensors_metadata(run / WEIGHTS) if checkpoint is None and (run / WEIGHTS).is_file() else {}
+    return {
+        **{name: value for name, value in known.items() if name.startswith(_TAKEN_OVER)},
+        **{f"train.{name}": known[f"train.{name}"] for name in _TRAIN},
+        "sample.sampler": SAMPLER,
+        "sample.spacing": SPACING,
+        "sample.steps": calls,
+        "sample.guidance": 1.0,
+        "distill.calls": calls,
+        "distill.guidance": scale if config.condition.kinds else 1.0,
+        "distill.teacher": stored.get("content_sha256") or fingerprint_of(read_weights(teacher, "model")[0]),
+        **({"distill.teacher_steps": few.calls} if few.calls else {}),
+    }
+
+
+class Distillation:
+    """A teacher in use, and what its student learns of it in a step.
+
+    teacher: the run that distill.teacher is the hash of. Raises ModelError where it is another, UsageError where the
+    student's network is not its own.
+    """
+
+    def __init__(self, config: DiffusionConfig, teacher: Path | None, dist: Distributed):
+        if teacher is None:
+            raise UsageError("distill.calls: `ldm distill RUN` sets it; leave it out here")
+        self.teacher, self.path, few = _open(teacher, dist.device), teacher, config.distill
+        found = self.teacher.fingerprint
+        if found != few.teacher:
+            raise ModelError(
+                f"{teacher}: not the teacher that this run was started with (hash {found[:12]}, wanted "
+                f"{few.teacher[:12]}); name that one, or begin anew with --fresh"
+            )
+        theirs, ours = configuration.flat(self.teacher.config), configuration.flat(config)
+        changed = [name for name in theirs if name.startswith(_SHARED) and theirs[name] != ours[name]]
+        if changed := [name for name in changed if name not in _OWN]:
+            raise UsageError(f"{changed[0]} = {ours[changed[0]]}: a student has its teacher's network; leave it out")
+        is_student = bool(self.teacher.config.distill.calls)
+        self.schedule: Schedule = make_schedule(config.diffusion)
+        self.segments = Segments(self.schedule, few.calls, -(-few.teacher_steps // few.calls))
+        self._sample = samplers.euler if is_student else samplers.heun
+        self._guidance = 1.0 if is_student else few.guidance
+        self._student_loss = distillation_loss
+        if config.train.compile and dist.world_size == 1:
+            self._student_loss = torch.compile(distillation_loss, dynamic=False)
+        self._calls = few.calls
+
+    def describe(self) -> str:
+        """What it does, in one line."""
+        steps, scale = self.segments.t.shape[1], self._guidance
+        guided = f", guidance {scale:g} baked in" if scale != 1 else ""
+        return f"{self._calls} calls an image, each as far as {steps} steps of {self.path.name}{guided}"
+
+    def parent(self) -> dict[str, str]:
+        """The teacher, as run.json has it."""
+        return {"path": str(self.path), "sha256": self.teacher.fingerprint}
+
+    def timesteps(self, positions: list[int]) -> Tensor:
+        """Where the segments of samples at these positions of the training begin, (B,): each in its turn, so that any
+        batch holds all of them."""
+        return self.segments.starts((torch.tensor(positions, dtype=torch.float64) % self._calls + 0.5) / self._calls)
+
+    def loss(
+        self,
+        model: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor],
+        schedule: Schedule,
+        settings: DiffusionSettings,
+        z_0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        inputs: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The student's error, (B,); arguments as of `diffusion_loss`, t from `segments.starts`."""
+        levels = self.segments.of(t)
+        z = self.segments.begin(z_0, noise, levels)
+        return self._student_loss(model, schedule, settings, z, self._end(z, levels, inputs), levels, inputs)
+
+    @torch.no_grad()
+    def _end(self, z: Tensor, levels: SegmentLevels, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Where the teacher arrives from z (B, c, h, w) at the end of each sample's segment."""
+        network, interval = self.teacher.network, self.teacher.config.sample.guidance_interval
+        encode = self.teacher.autoencoder.encode_unchecked
+        size = (z.shape[-2], z.shape[-1])
+        path = guidance_path(network, self._guidance, inputs, None, len(z), size, encode)
+        return self._sample(denoiser(network.predict, self.schedule, path, interval), z, levels)
+
+
+def _open(path: Path, device: torch.device) -> LoadedDiffusion:
+    found = load(path, device)
+    if not isinstance(found, LoadedDiffusion):
+        raise ModelError(f"{path}: an autoencoder; name a diffusion run, as of `ldm train-ldm`")
+    return found
