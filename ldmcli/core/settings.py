@@ -306,6 +306,10 @@ class SampleSettings:
         at_least("sample", 0, self, "eta", "temperature", "n")
 
 
+# how a distilled model samples, in as many steps as it has calls: it knows no other levels
+FEW_CALLS = {"sampler": "ddim", "spacing": "uniform", "eta": 0.0}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
     """What `ldm distill` makes of a model: one of few network calls an image. Of all others `calls` is 0."""

@@ -17,11 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmcli.core.settings import DiffusionSettings
+from ldmcli.core.settings import FEW_CALLS, DiffusionSettings
 from ldmcli.diffusion.schedule import Schedule, q_sample, sampling_levels, to_x0_eps
-
-SPACING = "uniform"  # of the calls: equal parts of the time, the last of which ends clean
-SAMPLER = "ddim"
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ class SegmentLevels:
 
 
 class Segments:
-    """`calls` equal parts of the time, each walked through by a teacher in `steps` steps."""
+    """`calls` equal parts of the time, each walked through by a teacher in `steps` steps; the last ends clean."""
 
     def __init__(self, schedule: Schedule, calls: int, steps: int):
-        levels = sampling_levels(schedule, calls * steps, SPACING)
+        levels = sampling_levels(schedule, calls * steps, str(FEW_CALLS["spacing"]))
         starts = range(0, calls * steps, steps)
         self.calls = calls
         self.t = torch.tensor([levels.t[i : i + steps] for i in starts], dtype=torch.float32)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.core.errors import ModelError, UsageError
-from ldmcli.core.settings import DistillSettings, SampleSettings
-from ldmcli.diffusion.distillation import SAMPLER, SPACING
+from ldmcli.core.settings import FEW_CALLS, DistillSettings, SampleSettings
 from ldmcli.diffusion.guidance import GuidancePath, Predict, denoiser, guidance_path
 from ldmcli.diffusion.samplers import SAMPLERS, Denoise, repaint
 from ldmcli.diffusion.schedule import NoiseLevels, Schedule, q_sample, sampling_levels
@@ -71,10 +70,9 @@ def check_sampling(settings: SampleSettings, schedule: Schedule, distilled: Dist
     scales = settings.guidance.values() if isinstance(settings.guidance, Mapping) else (settings.guidance,)
     if any(scale != 1 for scale in scales):
         raise UsageError(f"--guidance: {few}, with guidance {distilled.guidance:g} baked in; leave it out")
-    fixed = {"steps": (distilled.calls,), "sampler": (SAMPLER, "euler"), "spacing": (SPACING,), "eta": (0.0,)}
-    for name, known in fixed.items():
-        if (value := getattr(settings, name)) not in known:
-            raise UsageError(f"--{name} {value}: {few} of {SAMPLER}; leave it out")
+    for name, known in {"steps": distilled.calls, **FEW_CALLS}.items():
+        if (value := getattr(settings, name)) != known:
+            raise UsageError(f"--{name} {value}: {few} of {FEW_CALLS['sampler']}; leave it out")
 
 
 def with_overrides(settings: SampleSettings, **values) -> SampleSettings:

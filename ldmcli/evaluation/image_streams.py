@@ -30,7 +30,7 @@ from ldmcli.sampling.classifier import ClassGuidance, LoadedClassifier, class_gu
 from ldmcli.sampling.draw import Draw, draw_images
 from ldmcli.sampling.load import load
 from ldmcli.sampling.machine import stated_precision
-from ldmcli.sampling.request import SAMPLING
+from ldmcli.sampling.request import SAMPLING, stated_distillation
 
 LOSSY = (".jpg", ".jpeg")
 
@@ -410,4 +410,5 @@ def sampling_protocol(model, draw: dict[str, Any]) -> dict[str, Any]:
     """Sampler and its settings in effect."""
     chosen = {**asdict(model.config.sample), **draw["settings"]}
     named = {key: chosen[key] for key in ("negative_prompt",) if key in chosen}
+    named |= stated_distillation(model.config.distill)
     return {key: chosen[key] for key in SAMPLING} | {"seed": draw["seed"]} | named

@@ -48,6 +48,8 @@ def why_not(bundle: Bundle) -> str:
     if isinstance(bundle, AutoencoderBundle):
         return _why_not_first_stage(bundle.config.autoencoder)
     settings, condition = bundle.config.diffusion, bundle.config.condition
+    if calls := bundle.config.distill.calls:
+        return f"distilled to {calls} network calls, which are other steps than it samples by"
     if bundle.autoencoder is not None and bundle.autoencoder.tensors:
         inner = bundle.autoencoder.config.autoencoder
         uneven = len(set(bundle.scale.std)) > 1 or any(bundle.scale.mean)

@@ -286,6 +286,8 @@ def _write_stage(bundle: AutoencoderBundle, scale: LatentScale, folder: Path, *,
 
 def _single(bundle: DiffusionBundle) -> bool:
     """A network that was read alone and has no pipeline: it goes back alone."""
+    if bundle.config.distill.calls:  # alone it would not say how it samples
+        return False
     plain_class = bundle.config.kinds == ("class",) and not bundle.config.diffusion.vector_mlp
     return bundle.autoencoder is None and (plain_class or bundle.config.kinds == ("tokens",))
 
@@ -315,7 +317,9 @@ def _why_not_stock(bundle: DiffusionBundle) -> str:
     config, kinds, specs = bundle.config, bundle.config.kinds, bundle.specs
     channels, height, width = bundle.latent_shape
     stage = bundle.autoencoder.config.autoencoder if bundle.autoencoder else None
-    reasons = [schedulers.why_not(config.diffusion)]
+    few = config.distill.calls
+    reasons = [f"distilled to {few} network calls, with guidance baked in" if few else ""]
+    reasons.append(schedulers.why_not(config.diffusion))
     if kinds not in ((), ("text",), ("lowres",)):
         reasons.append(f"conditioning on {' + '.join(kinds)}, which no pipeline has")
     if kinds == ("text",) and (config.condition.text_encoder != "joint" or specs["text"]["length"] != TEXT_LENGTH):

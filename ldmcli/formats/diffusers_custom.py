@@ -24,6 +24,7 @@ from ldmcli.core.settings import (
     DataSettings,
     DiffusionConfig,
     DiffusionSettings,
+    DistillSettings,
     SampleSettings,
     TaskSettings,
 )
@@ -38,6 +39,7 @@ SECTIONS: dict[str, type] = {
     "condition": ConditionSettings,
     "task": TaskSettings,
     "sample": SampleSettings,
+    "distill": DistillSettings,
 }
 _LOADER = '''"""{title}. Made by ldm {version}; the sources are those of that package, under Apache-2.0."""
 
@@ -175,7 +177,7 @@ def read_component(folder: Path) -> tuple[DiffusionBundle, dict[str, Any]]:
     path = folder / "model" / "config.json"
     described = read_config(path)
     try:
-        settings, shape = described["settings"], tuple(map(int, described["latent_shape"]))
+        settings, shape = {"distill": {}, **described["settings"]}, tuple(map(int, described["latent_shape"]))
         sections = {name: _made(kind, settings[name], path) for name, kind in SECTIONS.items()}
         stage = _made(AutoencoderSettings, settings["autoencoder"], path)
         specs, kinds = dict(described["facts"]), described["kinds"]

@@ -14,9 +14,15 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ldmcli.core.settings import AutoencoderSettings, ConditionSettings, DiffusionSettings, SampleSettings
+from ldmcli.core.settings import (
+    AutoencoderSettings,
+    ConditionSettings,
+    DiffusionSettings,
+    DistillSettings,
+    SampleSettings,
+)
 from ldmcli.diffusion.guidance import guidance_path
-from ldmcli.diffusion.sample import KeyedNoise, sample_latents, with_overrides
+from ldmcli.diffusion.sample import KeyedNoise, check_sampling, sample_latents, with_overrides
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.networks.autoencoder import Autoencoder, split_moments
 from ldmcli.networks.conditioners import Conditioning, Conditions
@@ -48,6 +54,7 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         diffusion = _made(DiffusionSettings, settings["diffusion"])
         condition = _made(ConditionSettings, settings["condition"])
         self.schedule, self.sampling = make_schedule(diffusion), _made(SampleSettings, settings["sample"])
+        self.distilled = _made(DistillSettings, settings.get("distill", {}))
         self.conditions = Conditions(kinds, condition, facts, None)
         channels, height, width = latent_shape
         self.register_buffer("latent_mean", torch.zeros(channels))
@@ -96,8 +103,9 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         **overrides,
     ) -> Tensor:
         """Final latents (n, c, h, w), the same numbers as of `ldm sample` for a seed. overrides: sampler, steps,
-        guidance, eta, spacing; None takes the model's own."""
+        guidance, eta, spacing; None takes the model's own. Raises UsageError for what the model does not know."""
         settings = with_overrides(self.sampling, **overrides)
+        check_sampling(settings, self.schedule, self.distilled)
         shape, ids = tuple(shape or self.config.latent_shape), range(n)
         size, encode = (shape[-2], shape[-1]), lambda x: self.encode(vqvae, x)
         path = guidance_path(self, settings.guidance, inputs or {}, None, n, size, encode)

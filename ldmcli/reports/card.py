@@ -51,6 +51,7 @@ def _code(value: object) -> str:
 
 def _front_matter(run: RunView) -> str:
     tags = ["latent-diffusion", *([run.kind] if run.kind in run_report.KINDS else []), *_condition_tags(run)]
+    tags += ["distilled"] if run_report.distillation(run) else []
     lines = ["license: other", "library_name: ldm", f"pipeline_tag: {_task(run)}", "tags:", *(f"- {t}" for t in tags)]
     return "\n".join(["---", *lines, "---"])
 
@@ -73,7 +74,9 @@ def _summary(run: RunView) -> str:
     unfinished = f" The training is not finished ({_text(state)})." if state != "finished" else ""
     size = run.stats.get("size")
     pixels = f" It works at {size[0]}×{size[1]} pixels." if size else ""
-    return f"{_text(run_report.headline(run))}.{pixels}{unfinished}"
+    few = run_report.distillation(run)
+    distilled = f"\n\nDistilled: {_text(few)}. `--steps`, `--sampler` and `--guidance` are fixed." if few else ""
+    return f"{_text(run_report.headline(run))}.{pixels}{unfinished}{distilled}"
 
 
 def _picture(run: RunView) -> str:

@@ -30,6 +30,7 @@ from ldmcli.reports.run_view import (
     sample_files,
     validation_count,
 )
+from ldmcli.sampling.request import DISTILLED_BY
 
 PREVIEWS = 6
 KINDS = {"autoencoder": "Autoencoder", "diffusion": "Diffusion model", "classifier": "Classifier of noisy latents"}
@@ -81,6 +82,8 @@ def header(run: RunView) -> str:
 def headline(run: RunView) -> str:
     """Kind, data and how far it is, in one line."""
     what = KINDS.get(run.kind, "A run that has not begun")
+    if calls := run.diffusion.distill.calls if run.diffusion else 0:
+        what += f" of {calls} network call{'s' if calls > 1 else ''} an image, distilled and"
     timed = run.config is not None and run.config.train.max_minutes > 0  # then the steps are only a bound
     steps = run.config.train.steps if run.config and not timed else None
     steps_logged = [step for line in run.log if isinstance(step := line.get("step"), int)]
@@ -107,12 +110,21 @@ def identity(run: RunView) -> list[tuple[str, object]]:
         ("Command", state.get("command")),
         ("Seed", state.get("seed")),
         ("Weights", weights),
+        ("Distilled", distillation(run)),
         *[("Built on", f"{last_name(p.get('path'))}, {str(p.get('sha256', ''))[:16]}") for p in _parents(run)],
         ("Data fingerprint", data.get("fingerprint")),
         ("Machine", ", ".join(str(part) for part in parts if part)),
         ("Version", state.get("version") and f"ldm {state['version']}"),
         ("Last change", str(state.get("updated") or "").replace("T", " ")),
     ]
+
+
+def distillation(run: RunView) -> str:
+    """What a distilled model is, and of what teacher; "" of all others."""
+    if run.diffusion is None or not (few := run.diffusion.distill).calls:
+        return ""
+    baked = f"guidance {few.guidance:g} of the teacher baked in, " if few.guidance != 1 else ""
+    return f"{few.calls} calls, {baked}{DISTILLED_BY}; teacher {few.teacher[:16]}"
 
 
 def _parents(run: RunView) -> list[dict[str, Any]]:
@@ -362,9 +374,12 @@ def protocol_text(run: RunView) -> str:
             "Fréchet distance of so few images compares with itself only."
         )
     else:
+        error = "Mean error of the network's output"
+        if run.diffusion and run.diffusion.distill.calls:
+            error = "Mean squared distance of where one call ends from where its teacher does, as a velocity,"
         what = (
-            f"Mean error of the network's output on {count:,} held-out latents, at fixed noise and timesteps that "
-            "spread evenly over those of training. It compares runs of one autoencoder only."
+            f"{error} on {count:,} held-out latents, at fixed noise and timesteps that spread evenly over those of "
+            "training. It compares runs of one autoencoder only."
         ) + _sample_protocol(run)
     return f"{what} Computed with the {weights}."
 

@@ -30,7 +30,14 @@ from ldmcli.sampling.image_folder import ImageFolder, Images, contents
 from ldmcli.sampling.load import find_model, load
 from ldmcli.sampling.machine import ALONE, Machine, stated_precision
 from ldmcli.sampling.progress import SAMPLES, progress_bytes
-from ldmcli.sampling.request import SampleRequest, document_of, named_files, sampling_of, sampling_used
+from ldmcli.sampling.request import (
+    SampleRequest,
+    document_of,
+    named_files,
+    sampling_of,
+    sampling_used,
+    stated_distillation,
+)
 
 AT_ONCE = (16, 128)  # samples at a time, at most: on a CPU, on a GPU
 Size = tuple[int, int] | None  # (height, width) in pixels; None: as trained
@@ -247,6 +254,7 @@ def _describe(loaded: LoadedDiffusion, path: Path, request: SampleRequest) -> di
         "negative_prompt": request.negative_prompt,
         **({"guide": request.guide.name, **guiding_of(request).document()} if request.guide else {}),
         **used,
+        **stated_distillation(loaded.config.distill),
         **stated_precision(loaded.precision),
     }
 

@@ -32,7 +32,7 @@ from ldmcli.sampling.image_folder import ImageFolder, Images, contents, in_batch
 from ldmcli.sampling.inpainting import inpaint_images
 from ldmcli.sampling.load import load
 from ldmcli.sampling.machine import ALONE, Machine, stated_precision
-from ldmcli.sampling.request import EditRequest, document_of, sampling_of, sampling_used
+from ldmcli.sampling.request import EditRequest, document_of, sampling_of, sampling_used, stated_distillation
 from ldmcli.sampling.super_resolution import check_guided, upscale_images
 
 SHEET_SIDE, SHEET_ROWS, SHEET_RESULTS = 256, 16, 6
@@ -263,6 +263,7 @@ def _to_folder(
         **runs.step_document(path),
         "ldm_version": __version__,
         **_plain(sampling_used(loaded.config.sample, request)),
+        **stated_distillation(loaded.config.distill),
         **(guiding_of(request).document() if request.guide_scale else {}),
         **stated_precision(loaded.precision),
     }

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ldmcli.core.settings import SampleSettings
+from ldmcli.core.settings import DistillSettings, SampleSettings
 
 # of a field that came later: where it says nothing, text and document of a request are as they were without it
 LATER = {"later": True}
 # settings of [sample] that a request can set for itself, and those of them that files beside pictures always name
 SAMPLING = ("sampler", "steps", "guidance", "guidance_interval", "eta", "temperature", "spacing")
+DISTILLED_BY = "progressive distillation of guided steps (arXiv 2202.00512, 2210.03142)"
 NAMED = ("sampler", "steps", "guidance", "eta", "temperature")
 
 
@@ -114,6 +115,14 @@ def document_of(request: SampleRequest | EditRequest) -> dict[str, Any]:
 def sampling_of(request: SampleRequest | EditRequest) -> dict[str, Any]:
     """What a request says about sampling; None where it says nothing."""
     return {name: getattr(request, name) for name in SAMPLING}
+
+
+def stated_distillation(settings: DistillSettings) -> dict[str, Any]:
+    """What files beside pictures say of a distilled model; nothing of an ordinary one."""
+    if not settings.calls:
+        return {}
+    stated = {"calls": settings.calls, "guidance": settings.guidance, "teacher_sha256": settings.teacher}
+    return {"distilled": {**stated, "method": DISTILLED_BY}}
 
 
 def sampling_used(own: SampleSettings, request: SampleRequest | EditRequest) -> dict[str, Any]:

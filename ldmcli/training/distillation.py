@@ -10,9 +10,9 @@ from torch import Tensor
 from ldmcli.core import config as configuration
 from ldmcli.core import files, runs
 from ldmcli.core.errors import ModelError, UsageError
-from ldmcli.core.settings import DiffusionConfig, DiffusionSettings
+from ldmcli.core.settings import FEW_CALLS, DiffusionConfig, DiffusionSettings
 from ldmcli.diffusion import samplers
-from ldmcli.diffusion.distillation import SAMPLER, SPACING, SegmentLevels, Segments, distillation_loss
+from ldmcli.diffusion.distillation import SegmentLevels, Segments, distillation_loss
 from ldmcli.diffusion.guidance import denoiser, guidance_path
 from ldmcli.diffusion.schedule import Schedule, make_schedule
 from ldmcli.formats.run_folder import WEIGHTS, fingerprint_of, read_config, read_weights
@@ -54,8 +54,7 @@ def student_settings(teacher: Path, calls: int, guidance: float | None) -> dict[
     return {
         **{name: value for name, value in known.items() if name.startswith(_TAKEN_OVER)},
         **{f"train.{name}": known[f"train.{name}"] for name in _TRAIN},
-        "sample.sampler": SAMPLER,
-        "sample.spacing": SPACING,
+        **{f"sample.{name}": value for name, value in FEW_CALLS.items()},
         "sample.steps": calls,
         "sample.guidance": 1.0,
         "distill.calls": calls,
