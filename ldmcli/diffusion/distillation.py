@@ -41,6 +41,7 @@ class Segments:
         self.t = torch.tensor([levels.t[i : i + steps] for i in starts], dtype=torch.float32)
         self.alphas = torch.tensor([levels.alphas[i : i + steps + 1] for i in starts], dtype=torch.float32)
         self.sigmas = torch.tensor([levels.sigmas[i : i + steps + 1] for i in starts], dtype=torch.float32)
+        self._tables: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def starts(self, u: Tensor) -> Tensor:
         """The timesteps (B,) float32 at which the segments begin that shares u (B,) in [0, 1) of them all lie in; the
@@ -49,21 +50,25 @@ class Segments:
 
     def of(self, t: Tensor) -> SegmentLevels:
         """The levels of the segments that begin at timesteps t (B,), one of `starts` each. Waits for no device."""
-        which = (t[:, None] == self.t[:, 0].to(t.device)).float().argmax(1)
-
-        def columns(table: Tensor) -> tuple[Tensor, ...]:
-            return table.to(t.device)[which].unbind(1)
+        times, alphas, sigmas = self._on(t.device)
+        which = (t[:, None] == times[:, 0]).float().argmax(1)
 
         def planes(table: Tensor) -> tuple[Tensor, ...]:
-            return tuple(column.reshape(-1, 1, 1, 1) for column in columns(table))
+            return tuple(column.reshape(-1, 1, 1, 1) for column in table[which].unbind(1))
 
-        return SegmentLevels(columns(self.t), planes(self.alphas), planes(self.sigmas))
+        return SegmentLevels(times[which].unbind(1), planes(alphas), planes(sigmas))
 
     def begin(self, z_0: Tensor, noise: Tensor, levels: SegmentLevels) -> Tensor:
         """z (B, c, h, w) at the beginnings of segments: a sample of q(z_t | z_0); of the first segment the noise alone,
         with which sampling begins."""
-        first = levels.sigmas[0] >= self.sigmas[0, 0].to(z_0.device)
+        first = levels.sigmas[0] >= self._on(z_0.device)[2][0, 0]
         return torch.where(first, noise, q_sample(z_0, noise, levels.alphas[0], levels.sigmas[0]))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """t, α and σ, brought to a device once: the copy makes the host wait."""
+        if str(device) not in self._tables:
+            self._tables[str(device)] = (self.t.to(device), self.alphas.to(device), self.sigmas.to(device))
+        return self._tables[str(device)]
 
 
 def distillation_loss(

@@ -26,6 +26,7 @@ from ldmcli.formats.open_model import format_of
 from ldmcli.formats.run_folder import read_config
 from ldmcli.sampling.load import load_autoencoder
 from ldmcli.training import checks, cost
+from ldmcli.training.distillation import teacher_passes
 from ldmcli.training.distributed import autocast_dtype
 
 PROBE_SECONDS = 0.5
@@ -51,6 +52,7 @@ def plan(
     (`training.checks`).
     """
     notes: list[str] = []
+    command = configuration.COMMAND_OF[kind]
     train, world = resolved.config.train, max(launch.world()[1], processes)
     device = default_device()
     dtype = autocast_dtype(train.mixed_precision, device)
@@ -61,12 +63,18 @@ def plan(
         image, latent, costs = _classifier_costs(config, autoencoder, model, world, notes)
     else:
         image, latent, costs = _diffusion_costs(config, autoencoder, init_from, first_stage, world, notes)
+        command = "ldm distill" if config.distill.calls else command
     sharing = world if device.type == "cpu" else 1  # processes that share one device's memory and speed
-    step = cost.step_flops(costs) * train.batch_size
+    a_sample = cost.step_flops(costs)
+    if isinstance(config, DiffusionConfig) and config.distill.calls:
+        passes = teacher_passes(config, read_config("diffusion", Path(init_from)))
+        a_sample += passes * costs["model"].forward_flops
+        notes.append(f"{passes} passes of the teacher a sample are counted in each step, its weights in memory are not")
+    step = a_sample * train.batch_size
     share = -(-train.batch_size // world)
     memory = _memory(costs, resolved.config, share, device, sharing)
     return {
-        "command": configuration.COMMAND_OF[kind],
+        "command": command,
         "image": list(image),
         "latent": list(latent),
         "parameters": {

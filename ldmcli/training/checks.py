@@ -76,6 +76,8 @@ def check_diffusion(config: DiffusionConfig, stage: AutoencoderSettings, size: t
     """Raises UsageError where a diffusion model for images of `size` pixels cannot be trained on `world` processes in
     latents of `stage`."""
     _check_conditions(config, size)
+    if config.distill.calls and not config.distill.teacher:
+        raise UsageError("distill.calls: `ldm distill RUN` sets it; leave it out here")
     if config.train.shard and world == 1:
         raise UsageError("train.shard: one process has nobody to share a model with; add --gpus N, or leave it out")
     _check_loop(config.train, config.data, world)

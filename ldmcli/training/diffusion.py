@@ -28,7 +28,7 @@ from ldmcli.sampling.load import load_autoencoder
 from ldmcli.sampling.memory import peak_bytes
 from ldmcli.training import checks, cost, inherit
 from ldmcli.training.data import open_data
-from ldmcli.training.distillation import Distillation
+from ldmcli.training.distillation import Distillation, open_teacher
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.latents import LatentStore
 from ldmcli.training.validation import DiffusionValidation
@@ -65,7 +65,7 @@ class DiffusionObjective:
         stage = self.autoencoder.network.settings
         dist.on_all_ranks(lambda: checks.check_diffusion(config, stage, self.size, dist.world_size))
         if config.distill.calls:
-            self.distillation = dist.on_all_ranks(lambda: Distillation(config, self.init_from, dist))
+            self.distillation = dist.on_all_ranks(lambda: open_teacher(config, self.init_from, dist))
         open_early(config, run, dist)
         self.latents = LatentStore(self.autoencoder, config.data, dist, self.size)
         self._open_data(check)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.core import config as configuration
-from ldmcli.core import files, runs
+from ldmcli.core import console, files, runs
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import FEW_CALLS, DiffusionConfig, DiffusionSettings
 from ldmcli.diffusion import samplers
@@ -42,6 +42,8 @@ def student_settings(teacher: Path, calls: int, guidance: float | None) -> dict[
         raise ModelError(f"{teacher}: a run of kind {kind}; name a diffusion run, as of `ldm train-ldm`")
     config: DiffusionConfig = read_config("diffusion", run)
     known, few = configuration.flat(config), config.distill
+    if guidance not in (None, 1) and not config.condition.kinds:
+        console.warn("--guidance has no effect: this model takes no prompt, class, layout or map")
     if few.calls and guidance not in (None, few.guidance):
         raise UsageError(
             f"--guidance {guidance:g}: guidance {few.guidance:g} is baked into {teacher}, which was distilled itself; "
@@ -64,35 +66,30 @@ def student_settings(teacher: Path, calls: int, guidance: float | None) -> dict[
     }
 
 
+def teacher_passes(config: DiffusionConfig, teacher: DiffusionConfig) -> int:
+    """How often a teacher's network sees each sample of a step."""
+    steps, few = _steps(config), config.distill
+    if teacher.distill.calls:
+        return steps
+    return (2 * steps - 1) * (2 if few.guidance != 1 else 1)
+
+
+def _steps(config: DiffusionConfig) -> int:
+    """Of the teacher, in each segment."""
+    return -(-config.distill.teacher_steps // config.distill.calls)
+
+
 class Distillation:
-    """A teacher in use, and what its student learns of it in a step.
+    """A teacher in use, and what its student learns of it in a step. compiled: the student's part as one graph."""
 
-    teacher: the run that distill.teacher is the hash of. Raises ModelError where it is another, UsageError where the
-    student's network is not its own.
-    """
-
-    def __init__(self, config: DiffusionConfig, teacher: Path | None, dist: Distributed):
-        if teacher is None:
-            raise UsageError("distill.calls: `ldm distill RUN` sets it; leave it out here")
-        self.teacher, self.path, few = _open(teacher, dist.device), teacher, config.distill
-        found = self.teacher.fingerprint
-        if found != few.teacher:
-            raise ModelError(
-                f"{teacher}: not the teacher that this run was started with (hash {found[:12]}, wanted "
-                f"{few.teacher[:12]}); name that one, or begin anew with --fresh"
-            )
-        theirs, ours = configuration.flat(self.teacher.config), configuration.flat(config)
-        changed = [name for name in theirs if name.startswith(_SHARED) and theirs[name] != ours[name]]
-        if changed := [name for name in changed if name not in _OWN]:
-            raise UsageError(f"{changed[0]} = {ours[changed[0]]}: a student has its teacher's network; leave it out")
-        is_student = bool(self.teacher.config.distill.calls)
+    def __init__(self, config: DiffusionConfig, teacher: LoadedDiffusion, path: Path, compiled: bool = False):
+        self.teacher, self.path, few = teacher, path, config.distill
+        is_student = bool(teacher.config.distill.calls)
         self.schedule: Schedule = make_schedule(config.diffusion)
-        self.segments = Segments(self.schedule, few.calls, -(-few.teacher_steps // few.calls))
+        self.segments = Segments(self.schedule, few.calls, _steps(config))
         self._sample = samplers.euler if is_student else samplers.heun
         self._guidance = 1.0 if is_student else few.guidance
-        self._student_loss = distillation_loss
-        if config.train.compile and dist.world_size == 1:
-            self._student_loss = torch.compile(distillation_loss, dynamic=False)
+        self._student_loss = torch.compile(distillation_loss, dynamic=False) if compiled else distillation_loss
         self._calls = few.calls
 
     def describe(self) -> str:
@@ -135,8 +132,22 @@ class Distillation:
         return self._sample(denoiser(network.predict, self.schedule, path, interval), z, levels)
 
 
-def _open(path: Path, device: torch.device) -> LoadedDiffusion:
-    found = load(path, device)
-    if not isinstance(found, LoadedDiffusion):
+def open_teacher(config: DiffusionConfig, path: Path | None, dist: Distributed) -> Distillation:
+    """What a distilled run trains with. path: the run that distill.teacher is the hash of. Raises ModelError where it
+    is another, UsageError where the student's network is not its own."""
+    if path is None:
+        raise UsageError("distill.calls: `ldm distill RUN` sets it; leave it out here")
+    teacher = load(path, dist.device)
+    if not isinstance(teacher, LoadedDiffusion):
         raise ModelError(f"{path}: an autoencoder; name a diffusion run, as of `ldm train-ldm`")
-    return found
+    found, wanted = teacher.fingerprint, config.distill.teacher
+    if found != wanted:
+        raise ModelError(
+            f"{path}: not the teacher that this run was started with (hash {found[:12]}, wanted {wanted[:12]}); name "
+            "that one, or begin anew with --fresh"
+        )
+    theirs, ours = configuration.flat(teacher.config), configuration.flat(config)
+    changed = [name for name in theirs if name.startswith(_SHARED) and theirs[name] != ours[name]]
+    if changed := [name for name in changed if name not in _OWN]:
+        raise UsageError(f"{changed[0]} = {ours[changed[0]]}: a student has its teacher's network; leave it out")
+    return Distillation(config, teacher, path, config.train.compile and dist.world_size == 1)
