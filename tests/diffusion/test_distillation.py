@@ -82,8 +82,8 @@ def test_samples_of_several_segments_walk_together_as_each_alone(prediction, sam
 @pytest.mark.parametrize("calls", CALLS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_loss_is_zero_where_sampling_ends_where_the_teacher_does(prediction, calls):
-    """A student that gives, at each beginning, what leads DDIM to the teacher's end; the loss of another one is the mean
-    square of how far it ends away, in lengths of the segment."""
+    """A student that gives, at each beginning, what leads DDIM to the teacher's end; the loss of another one is the
+    mean square of how far it ends away, in lengths of the segment."""
     settings, schedule = process(prediction)
     segments = Segments(schedule, calls, 6)
     t = segments.t[:, 0]
