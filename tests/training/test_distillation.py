@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import ldm
 
 import ldmcli
+from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import DistillSettings
 from ldmcli.formats.run_folder import read_config
 from ldmcli.networks.conditioners import load_tokenizer, train_vocabulary
@@ -193,7 +194,19 @@ def test_conversions_keep_what_it_is_or_are_refused(student, tmp_path):
     refused = ldm("convert", student, tmp_path / "model.ckpt", "--to", "compvis")
     assert refused.code == 4 and "distilled to 2 network calls" in refused.line
     assert ldm("convert", student, tmp_path / "run", "--to", "run").code == 0
-    assert ldmcli.load(tmp_path / "run").config.distill == ldmcli.load(student).config.distill
+    ending = ldm("convert", student, tmp_path / "folder", "--to", "diffusers")
+    assert ending.code == 0 and "distilled to 2 network calls" in ending.stderr
+    for copy in ("run", "folder"):
+        model = ldmcli.load(tmp_path / copy)
+        assert model.config.distill == ldmcli.load(student).config.distill and model.config.sample.steps == 2
+        with pytest.raises(UsageError, match="distilled to 2 calls"):
+            model.sample(prompt="a red star", guidance=2.0)
+
+
+def test_an_evaluation_states_it(student):
+    ending = ldm("eval-fid", "--model", student, "--features", "effnet-lite0", "--metrics", "fid", "-n", 4, "--json")
+    if ending.code == 0:  # the network of features may not be here
+        assert ending.json["sampling"]["distilled"]["calls"] == 2
 
 
 def test_what_cannot_be_distilled_is_one_line(student, tiny_runs, ae, tmp_path):
