@@ -35,7 +35,7 @@ train-ae --f 4 --reg kl --size 32 --steps 20 --out runs/shapes-ae
 train-ldm --autoencoder runs/shapes-ae --condition text --steps 20 --out runs/shapes-text
 sample --model runs/shapes-text --prompt "a red circle on a navy background" -n 4 --steps 20 --out outputs/circles
 train-classifier --model runs/shapes-text --steps 20 --out runs/shapes-classifier
-distill runs/shapes-text --calls 4 --steps 10 --out runs/shapes-text-4
+distill runs/shapes-text --calls 4 --steps 20 --out runs/shapes-text-4
 inpaint outputs/circles/000000.png --box 8,8,12,10 --model runs/shapes-text -n 2 --steps 20 --out outputs/repainted
 upscale outputs/circles/000000.png --scale 4 --model runs/shapes-x4 --steps 20 --out outputs/larger
 reconstruct outputs/circles --autoencoder runs/shapes-ae --out outputs/pairs

@@ -106,6 +106,7 @@ def says(*words: str) -> Callable[[tiny.Ending, Path | None], None]:
 PROMISES: dict[str, Callable[[tiny.Ending, Path], None]] = {
     "train-ae": run_folder,
     "train-ldm": run_folder,
+    "distill": run_folder,
     "sample": four_pictures,
     "reconstruct": pairs,
     "inpaint": repainted,
