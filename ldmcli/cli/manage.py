@@ -79,12 +79,15 @@ def demo(given: ParsedOptions) -> None:
     out = given.out or Path("runs") / "demo"
     require_folder(out)
     from ldmcli.reports.demo import demo as run_demo
+    from ldmcli.reports.demo_table import summary_text
 
     result = run_demo(
         settings, minutes=given.minutes, out=out, preset=given.preset or "", fresh=given.fresh, seed=given.seed
     )
     if given.json:
         console.emit_json(result)
+    else:
+        console.out(summary_text(result, out, console.width()))
 
 
 _DATA_SETTINGS = {"recipe": opt.Recipe, "assignments": opt.Assignments}

@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from ldmcli.conditions.dataset import ConditionDataset
 from ldmcli.conditions.parse import arguments_of
 from ldmcli.conditions.text import Text
 from ldmcli.core import config, console, files, runs
+from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import UsageError
 from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import DataSettings
@@ -21,16 +22,31 @@ from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.maths.metrics import frechet_from_features
 from ldmcli.maths.pixels import tensor_to_pixels
+from ldmcli.reports.demo_plan import (
+    AE_BATCH,
+    DIFFUSION,
+    FIRST_STAGE,
+    POOR_PSNR,
+    Plan,
+    Size,
+    Speed,
+    Task,
+    factor,
+    first_stage_extension,
+    plan,
+    second_stage_seconds,
+    shortcomings,
+)
+from ldmcli.reports.demo_speed import diffusion_seconds, first_stage_seconds, picture_seconds
 from ldmcli.reports.report import write_demo_report, write_pages
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
 from ldmcli.sampling.load import load
+from ldmcli.training.distributed import Distributed
 from ldmcli.training.loop import RunOptions, train
 
-# shares of the minutes; the rest is starting, encoding, sampling, measuring (about a minute on two cores)
-_AE_SHARE, _LDM_SHARE = 0.12, 0.72
-HELD_OUT = 128
-POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not discernible any more
-FEW_STEPS = 100  # of the first stage
+HELD_OUT = 128  # samples at most
+WRITTEN = ("samples.png", "prompts.txt", "summary.json", "report.html", "plan.json")
+NEVER = 1_000_000
 
 
 def _resolved(run_kind: str, values: dict[str, Any], preset: str = "") -> config.Resolved:
@@ -41,14 +57,6 @@ def _resolved(run_kind: str, values: dict[str, Any], preset: str = "") -> config
 def _data_values(data: DataSettings) -> dict[str, Any]:
     default = DataSettings()
     return {f"data.{name}": value for name, value in vars(data).items() if value != getattr(default, name)}
-
-
-def plan_for(rows, data: DataSettings, minutes: float) -> dict[str, Any]:
-    """Settings chosen for the data and the time: image size, conditions, steps as upper bounds."""
-    size = data.size if any(data.size) else (64, 64)
-    found = (name for name, one in CONDITIONS.items() if one.static and one.argument and one.available(rows, data))
-    kinds = tuple(islice(found, 1))
-    return {"size": size, "kinds": kinds, "ae_minutes": minutes * _AE_SHARE, "ldm_minutes": minutes * _LDM_SHARE}
 
 
 def demo(
@@ -62,33 +70,32 @@ def demo(
 ) -> dict[str, Any]:
     """Autoencoder, cached latents, diffusion model, samples, numbers, report; returns summary.json's content.
 
-    `minutes` bounds the whole. preset "paper" trains the second stage as the paper does, for comparison.
+    `minutes` bounds the whole: networks, batches and times are chosen for what steps take here, and kept where a demo
+    goes on in its folder. preset "paper" trains the second stage as the paper does, for comparison.
     """
     if minutes < 0.2:
         raise UsageError(f"--minutes {minutes}: at least 0.2")
     if not runs.is_run(out / "autoencoder"):  # what an earlier demo wrote there is replaced
-        refuse_foreign([out / name for name in ("samples.png", "prompts.txt", "summary.json", "report.html")])
+        refuse_foreign([out / name for name in WRITTEN])
     started = time.monotonic()
     rows = open_rows(data, split="train")
-    chosen = plan_for(rows, data, minutes)
-    base = {**_data_values(data), "data.size": chosen["size"], "train.seed": seed}
-    console.say(
-        f"demo: {rows.source}, {chosen['size'][0]}x{chosen['size'][1]} px, told "
-        f"{' + '.join(chosen['kinds']) or 'nothing'}; {minutes:g} minutes in all"
-    )
+    size = data.size if any(data.size) else (64, 64)
+    found = (name for name, one in CONDITIONS.items() if one.static and one.argument and one.available(rows, data))
+    kinds = tuple(islice(found, 1))
+    told = " + ".join(kinds) or "nothing"
+    console.say(f"demo: {rows.source}, {size[0]}x{size[1]} px, told {told}; {minutes:g} minutes in all")
+    base = {**_data_values(data), "data.size": size, "train.seed": seed}
+    values = base | {"condition.kinds": kinds}
     ae, ldm = out / "autoencoder", out / "diffusion"
-    _train("autoencoder", {**base, "train.lr": 0.02}, chosen["ae_minutes"], ae, fresh)
-    # so short a training is misled by more guidance: stars and counts suffer at 2 and 3
-    conditions = {"condition.kinds": chosen["kinds"], "sample.guidance": 1.5}
-    _train("diffusion", {**base, **conditions}, chosen["ldm_minutes"], ldm, fresh, preset, str(ae))
-    summary = {
-        "data": rows.source,
-        "minutes": minutes,
-        "preset": preset or "default",
-        "seed": seed,
-        **_measure(data, chosen, ae, ldm, out, seed),
-    }
-    summary["warnings"] = shortcomings(runs.read_run(ae), runs.read_run(ldm), minutes)
+    made = _plan(Task(minutes=minutes, size=size, preset=preset), rows, values, out, fresh)
+    console.say(made.text())
+    curve = _first_stage(made, base, ae, fresh)
+    spent = max(time.monotonic() - started, curve[-1][0])
+    made = replace(made, second_stage=second_stage_seconds(made, spent))
+    files.write_json(out / "plan.json", made.document())
+    _second_stage(made, values, ldm, fresh, ae)
+    summary = {"data": rows.source, "minutes": minutes, "preset": preset or "default", "seed": seed}
+    summary |= _measure(data, made, kinds, out, seed) | _course(made, curve, ae, ldm)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.write_json(out / "summary.json", summary)
     _report(out, [ae, ldm], summary)
@@ -97,47 +104,88 @@ def demo(
     return summary
 
 
-def shortcomings(ae: dict[str, Any], ldm: dict[str, Any], minutes: float) -> list[str]:
-    """What of the two runs (run.json's contents) is not good enough for what follows, and what would help."""
-    found = [
-        f"{name}: {text}"
-        for name, run in (("autoencoder", ae), ("diffusion model", ldm))
-        for text in run.get("warnings") or []
-    ]
-    psnr, steps = ae["metrics"]["psnr"], ae["step"]
-    if psnr >= POOR_PSNR:
-        return found
-    if steps < FEW_STEPS:
-        remedy = (
-            f"{steps} steps are too few: give more than --minutes {minutes:g}, a smaller --size, or a machine "
-            "that does nothing else"
-        )
+def _course(made: Plan, curve: list[tuple[float, float]], ae: Path, ldm: Path) -> dict[str, Any]:
+    """What was planned, what became of it, and what was not good enough."""
+    states = {"autoencoder": runs.read_run(ae), "diffusion model": runs.read_run(ldm)}
+    found = [f"{name}: {text}" for name, state in states.items() for text in state.get("warnings") or []]
+    steps = {name: state["step"] for name, state in states.items()}
+    seconds = {name: state["trained_seconds"] for name, state in states.items()}
+    poor = shortcomings(made, curve, steps["diffusion model"], seconds["diffusion model"])
+    return {"steps": steps, "trained_seconds": seconds, "plan": made.document(), "warnings": found + poor}
+
+
+def _plan(task: Task, rows, values: dict[str, Any], out: Path, fresh: bool) -> Plan:
+    """The plan for what steps take on this machine; of a demo that goes on, with what it was begun with."""
+    given = _resolved("diffusion", values, task.preset).config
+    dist = Distributed(given.train)
+    count = 0 if given.data.streaming else len(rows)
+    task = replace(task, rows=count, gpu=dist.device.type == "cuda", batch=given.train.batch_size)
+    stage_values = {"train.batch_size": AE_BATCH, "autoencoder.f": factor(task)}
+    stage = _resolved("autoencoder", {**FIRST_STAGE, **stage_values}).config
+
+    def seconds(size: Size) -> float:
+        chosen = {} if task.preset else size.values
+        config = _resolved("diffusion", {**values, **chosen}, size.preset).config
+        return diffusion_seconds(config, stage.autoencoder, task.size, dist)
+
+    begun = _stored(out, fresh)
+    if begun:
+        speed, kept = Speed(**begun["speed"]), Size(**begun["size"])
+        made = plan(task, speed, lambda size: speed.diffusion, kept)
+        if begun["task"]["minutes"] == task.minutes:
+            made = replace(made, second_stage=begun["second_stage"])
     else:
-        remedy = (
-            f"after {steps:,} steps these images want more: a longer first stage (`ldm train-ae`, then `ldm "
-            "train-ldm --autoencoder RUN`), or a larger --minutes"
+        speed = Speed(first_stage=first_stage_seconds(stage, task.size, dist), picture=picture_seconds(rows, task.size))
+        made = plan(task, speed, seconds)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "plan.json", made.document())
+    return made
+
+
+def _stored(out: Path, fresh: bool) -> dict[str, Any]:
+    """The plan of a demo that goes on; {} of a new one."""
+    path = out / "plan.json"
+    return {} if fresh or not path.is_file() or not runs.is_run(out / "autoencoder") else files.read_json(path)
+
+
+def _first_stage(made: Plan, base: dict[str, Any], out: Path, fresh: bool) -> list[tuple[float, float]]:
+    """Trains the first stage, longer than planned where it is not good enough; (seconds, PSNR) of its evaluations."""
+    values = {**base, **made.first_stage_values, "train.evaluations": 3}
+    _train("autoencoder", {**values, "train.max_minutes": made.ae_seconds / 60}, out, fresh)
+    curve = _curve(out)
+    longer = first_stage_extension(made, curve)
+    if longer > curve[-1][0] * 1.2:
+        console.say(
+            f"the first stage reconstructs at {curve[-1][1]:.1f} dB, and {POOR_PSNR:g} is a minimum: it goes on for "
+            f"{duration_with_unit(longer - curve[-1][0])}, which the diffusion model will lack"
         )
-    return [
-        *found,
-        f"the autoencoder reconstructs held-out images at {psnr:.1f} dB only ({POOR_PSNR:g} is a minimum), "
-        f"and no sample can be better than its reconstructions; {remedy}",
-    ]
+        _train("autoencoder", {**values, "train.max_minutes": longer / 60}, out, False)
+        curve = _curve(out)
+    return curve
+
+
+def _second_stage(made: Plan, values: dict[str, Any], out: Path, fresh: bool, ae: Path) -> None:
+    task = made.task
+    chosen = {} if task.preset else made.size.values
+    limit = {"data.limit": made.rows} if made.rows else {}
+    steps = {"train.steps": made.max_steps or NEVER, "train.max_minutes": made.second_stage / 60}
+    _train("diffusion", {**values, **limit, **DIFFUSION, **chosen, **steps}, out, fresh, made.size.preset, str(ae))
+
+
+def _curve(run: Path) -> list[tuple[float, float]]:
+    """(seconds of training, PSNR in dB) of a first stage's evaluations; time is shared out by steps."""
+    state = runs.read_run(run)
+    pairs = [(line["step"], line["val/psnr"]) for line in runs.read_log(run) if "val/psnr" in line]
+    each = state.get("trained_seconds", 0.0) / max(state["step"], 1)
+    return [(step * each, float(psnr)) for step, psnr in pairs if step] or [(0.0, state["metrics"]["psnr"])]
 
 
 def _train(
-    run_kind: str,
-    values: dict[str, Any],
-    minutes: float,
-    out: Path,
-    fresh: bool,
-    preset: str = "",
-    autoencoder: str = "",
+    run_kind: str, values: dict[str, Any], out: Path, fresh: bool, preset: str = "", autoencoder: str = ""
 ) -> None:
-    never = 1_000_000
     schedule = {
-        "train.max_minutes": minutes,
-        "train.steps": never,
-        "train.save_every": never,
+        "train.steps": NEVER,
+        "train.save_every": NEVER,
         "train.sample_every": 250,
         "train.eval_every": 0,
         "train.eval_frechet": False,
@@ -153,15 +201,15 @@ def _report(out: Path, parts: list[Path], summary: dict[str, Any]) -> None:
     console.say(f"report: {write_demo_report(out, parts, summary)}")
 
 
-def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, out: Path, seed: int) -> dict[str, Any]:
+def _measure(data: DataSettings, made: Plan, kinds: tuple[str, ...], out: Path, seed: int) -> dict[str, Any]:
     """Samples of held-out requests beside reconstructions and real images, all scored the same way."""
-    model: Any = load(ldm)
-    held = open_rows(replace(data, size=chosen["size"]), split="validation")
-    picked = _distinct(held, chosen["kinds"])
+    size, model = made.task.size, cast(Any, load(out / "diffusion"))
+    held = open_rows(replace(data, size=size), split="validation")
+    picked = _distinct(held, kinds, min(made.samples, HELD_OUT))
     count = len(picked)
-    real = np.stack([held.pixels(i, chosen["size"], "center", (0.5, 0.5)) for i in picked])
-    source = ConditionDataset(held, model.config, chosen["size"], training=False)
-    values = {name: source.values(name, picked, picked) for name in chosen["kinds"]}
+    real = np.stack([held.pixels(i, size, "center", (0.5, 0.5)) for i in picked])
+    source = ConditionDataset(held, model.config, size, training=False)
+    values = {name: source.values(name, picked, picked) for name in kinds}
     arguments: dict[str, Any] = arguments_of(values) if values else {"n": count}
     started = time.monotonic()
     samples = np.stack([np.asarray(image) for image in model.sample(seed=seed, batch_size=32, **arguments)])
@@ -178,21 +226,21 @@ def _measure(data: DataSettings, chosen: dict[str, Any], ae: Path, ldm: Path, ou
     result: dict[str, Any] = {
         "n": count,
         "sampling_images_per_s": count / seconds,
-        "ae_psnr": runs.read_run(ae)["metrics"]["psnr"],
+        "ae_psnr": runs.read_run(out / "autoencoder")["metrics"]["psnr"],
     }
     if held.source.startswith("shapes"):
         result |= _shape_scores(arguments["prompt"], samples, rebuilt, real)
     return result | _frechet(samples, rebuilt, real, held)
 
 
-def _distinct(held, kinds: tuple[str, ...]) -> list[int]:
-    """Up to 128 validation rows, of each caption only the first; spread over the rows where there are no captions."""
+def _distinct(held, kinds: tuple[str, ...], most: int) -> list[int]:
+    """Up to `most` validation rows, of each caption only the first; without captions spread over all."""
     if Text.name not in kinds:
-        return np.linspace(0, len(held) - 1, min(HELD_OUT, len(held))).round().astype(int).tolist()
+        return np.linspace(0, len(held) - 1, min(most, len(held))).round().astype(int).tolist()
     first: dict[str, int] = {}
     for i in range(len(held)):
         first.setdefault(held.caption(i), i)
-    return list(first.values())[:HELD_OUT]
+    return list(first.values())[:most]
 
 
 def _shape_scores(prompts: list[str], samples, rebuilt, real) -> dict[str, Any]:

@@ -7,9 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ADAM, log, state, train_ae, train_ldm
 
-from ldmcli.core.settings import DataSettings, TrainSettings
-from ldmcli.reports import demo
-from ldmcli.reports.demo import shortcomings
+from ldmcli.core.settings import TrainSettings
 from ldmcli.training.autoencoder import AutoencoderObjective
 from ldmcli.training.diffusion import DiffusionObjective
 from ldmcli.training.gradient_guard import GradientGuard, spike_scale
@@ -225,35 +223,3 @@ def test_a_short_run_says_what_it_leaves_out_and_a_long_one_has_nothing_to_say(a
     long = train_ae(tmp_path / "long", "--set", "train.eval_images=64", "--batch-size", 64, data=data, steps=8)
     assert "short run" not in long.stderr and asked
     assert "validation on 16 of 512 images" in train_ldm(tmp_path / "ldm", ae, data=data).stderr
-
-
-# --- the demo ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "psnr, steps, warnings, words",
-    [
-        (31.9, 220, [], []),
-        (8.0, 7, [], ["8.0 dB", "7 steps are too few", "--minutes 4"]),
-        (15.0, 220, ["the loss has been more than ten times"], ["autoencoder: the loss", "15.0 dB", "longer"]),
-    ],
-)
-def test_the_demo_says_when_its_first_stage_is_too_poor_and_what_would_help(psnr, steps, warnings, words):
-    ae = {"metrics": {"psnr": psnr}, "step": steps, "warnings": warnings}
-    found = shortcomings(ae, {"warnings": []}, 4)
-    assert bool(found) == bool(words) and all(word in " ".join(found) for word in words)
-
-
-def test_a_poor_first_stage_is_told_by_the_demo_in_log_summary_and_report(ae, tmp_path, monkeypatch, capsys):
-    """The demo with trainings of three steps in place of minutes."""
-
-    def short(kind, values, minutes, out, fresh, preset="", autoencoder=""):
-        (train_ae(out) if kind == "autoencoder" else train_ldm(out, autoencoder))
-
-    monkeypatch.setattr(demo, "_train", short)
-    monkeypatch.setattr(demo, "_measure", lambda *given: {"ae_psnr": 9.0})
-    summary = demo.demo(DataSettings(limit=20), minutes=1, out=tmp_path / "demo")
-    said = "no sample can be better than its reconstructions; 3 steps are too few"
-    assert said in summary["warnings"][0] and said in capsys.readouterr().err
-    assert summary == json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert said in (tmp_path / "demo" / "report.html").read_text()
