@@ -14,24 +14,22 @@ from ldmcli.conditions.parse import arguments_of
 from ldmcli.conditions.text import Text
 from ldmcli.core import config, console, files, runs
 from ldmcli.core.durations import duration_with_unit
-from ldmcli.core.errors import UsageError
+from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.outputs import refuse_foreign
-from ldmcli.core.settings import DataSettings
+from ldmcli.core.settings import AutoencoderConfig, DataSettings, DiffusionConfig
 from ldmcli.data.shape_reading import score
 from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.maths.metrics import frechet_from_features
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.reports.demo_plan import (
-    AE_BATCH,
     DIFFUSION,
-    FIRST_STAGE,
     POOR_PSNR,
     Plan,
     Size,
     Speed,
     Task,
-    factor,
+    first_stage,
     first_stage_extension,
     plan,
     second_stage_seconds,
@@ -41,6 +39,7 @@ from ldmcli.reports.demo_speed import diffusion_seconds, first_stage_seconds, pi
 from ldmcli.reports.report import write_demo_report, write_pages
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
 from ldmcli.sampling.load import load
+from ldmcli.training import checks
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.loop import RunOptions, train
 
@@ -79,7 +78,7 @@ def demo(
         refuse_foreign([out / name for name in WRITTEN])
     started = time.monotonic()
     rows = open_rows(data, split="train")
-    size = data.size if any(data.size) else (64, 64)
+    size = checks.image_size(data)
     found = (name for name, one in CONDITIONS.items() if one.static and one.argument and one.available(rows, data))
     kinds = tuple(islice(found, 1))
     told = " + ".join(kinds) or "nothing"
@@ -94,7 +93,7 @@ def demo(
     made = replace(made, second_stage=second_stage_seconds(made, spent))
     files.write_json(out / "plan.json", made.document())
     _second_stage(made, values, ldm, fresh, ae)
-    summary = {"data": rows.source, "minutes": minutes, "preset": preset or "default", "seed": seed}
+    summary: dict[str, Any] = {"data": rows.source, "minutes": minutes, "preset": preset or "default", "seed": seed}
     summary |= _measure(data, made, kinds, out, seed) | _course(made, curve, ae, ldm)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.write_json(out / "summary.json", summary)
@@ -120,37 +119,39 @@ def _plan(task: Task, rows, values: dict[str, Any], out: Path, fresh: bool) -> P
     dist = Distributed(given.train)
     count = 0 if given.data.streaming else len(rows)
     task = replace(task, rows=count, gpu=dist.device.type == "cuda", batch=given.train.batch_size)
-    stage_values = {"train.batch_size": AE_BATCH, "autoencoder.f": factor(task)}
-    stage = _resolved("autoencoder", {**FIRST_STAGE, **stage_values}).config
+    stage = cast(AutoencoderConfig, _resolved("autoencoder", first_stage(task)).config)
 
     def seconds(size: Size) -> float:
         chosen = {} if task.preset else size.values
-        config = _resolved("diffusion", {**values, **chosen}, size.preset).config
+        config = cast(DiffusionConfig, _resolved("diffusion", {**values, **chosen}, size.preset).config)
         return diffusion_seconds(config, stage.autoencoder, task.size, dist)
 
-    begun = _stored(out, fresh)
-    if begun:
-        speed, kept = Speed(**begun["speed"]), Size(**begun["size"])
-        made = plan(task, speed, lambda size: speed.diffusion, kept)
-        if begun["task"]["minutes"] == task.minutes:
-            made = replace(made, second_stage=begun["second_stage"])
+    path = out / "plan.json"
+    if not fresh and path.is_file() and runs.is_run(out / "autoencoder"):
+        made = _plan_again(task, path)
     else:
         speed = Speed(first_stage=first_stage_seconds(stage, task.size, dist), picture=picture_seconds(rows, task.size))
         made = plan(task, speed, seconds)
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "plan.json", made.document())
+    files.write_json(path, made.document())
     return made
 
 
-def _stored(out: Path, fresh: bool) -> dict[str, Any]:
-    """The plan of a demo that goes on; {} of a new one."""
-    path = out / "plan.json"
-    return {} if fresh or not path.is_file() or not runs.is_run(out / "autoencoder") else files.read_json(path)
+def _plan_again(task: Task, path: Path) -> Plan:
+    """The plan of a demo that goes on: what it was begun with, and the time that is asked for now."""
+    begun = files.read_json(path)
+    try:
+        speed, kept = Speed(**begun["speed"]), Size(**begun["size"])
+        before, second_stage = begun["task"]["minutes"], float(begun["second_stage"])
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{path}: not the plan of a demo of this version; begin anew with --fresh") from None
+    made = plan(task, speed, lambda size: speed.diffusion, kept)
+    return replace(made, second_stage=second_stage) if before == task.minutes else made
 
 
 def _first_stage(made: Plan, base: dict[str, Any], out: Path, fresh: bool) -> list[tuple[float, float]]:
     """Trains the first stage, longer than planned where it is not good enough; (seconds, PSNR) of its evaluations."""
-    values = {**base, **made.first_stage_values, "train.evaluations": 3}
+    values = {**base, **made.first_stage_values}
     _train("autoencoder", {**values, "train.max_minutes": made.ae_seconds / 60}, out, fresh)
     curve = _curve(out)
     longer = first_stage_extension(made, curve)

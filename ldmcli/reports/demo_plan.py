@@ -53,6 +53,7 @@ GPU_SIZES = (
 AE_BATCH = 32
 AE_SHARE, AE_MOST = 0.12, 0.4  # of the time: as planned, and where pictures want more
 AE_STEPS = 150  # fewer leave the first stage below POOR_PSNR on photographs and emoji
+EVALUATIONS = 3  # of the first stage: a curve that says how much more time would do
 POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not discernible any more
 MARGIN = 0.04  # of the time is left over
 START_SECONDS = 12.0  # libraries, measuring
@@ -114,13 +115,13 @@ class Plan:
     @property
     def first_stage_values(self) -> dict[str, Any]:
         """Settings of the first stage by dotted name."""
-        wide = {"autoencoder.f": self.f, "autoencoder.embed_dim": 8} if self.f > 4 else {}
         images = 256 if self.ae_steps >= 300 else 64  # measuring is to take little of a slow machine's time
-        return FIRST_STAGE | {"train.batch_size": AE_BATCH, "train.eval_images": images} | wide
+        return first_stage(self.task) | {"train.eval_images": images, "train.evaluations": EVALUATIONS}
 
     def document(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return asdict(self)
+        found = asdict(self)
+        return found | {"task": found["task"] | {"size": list(self.task.size)}}
 
     def text(self) -> str:
         """Lines of at most 80 columns."""
@@ -138,6 +139,12 @@ class Plan:
 def factor(task: Task) -> int:
     """Downsampling of the first stage: 4, and 8 for large pictures that it divides well."""
     return 8 if min(task.size) >= 192 and not any(side % 32 for side in task.size) else 4
+
+
+def first_stage(task: Task) -> dict[str, Any]:
+    """Network and batch of the first stage, by dotted name."""
+    wide = {"autoencoder.f": 8, "autoencoder.embed_dim": 8} if factor(task) > 4 else {}
+    return FIRST_STAGE | {"train.batch_size": AE_BATCH} | wide
 
 
 def sizes(task: Task) -> list[Size]:

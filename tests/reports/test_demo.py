@@ -2,14 +2,16 @@
 reads well."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import typed_lines
-from tiny import ldm, train_ae, train_ldm
+from tiny import ldm
 
+from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import AutoencoderConfig, DataSettings
 from ldmcli.reports import demo, demo_plan, demo_speed
 from ldmcli.reports.demo_plan import POOR_PSNR, Plan, Size, Speed, Task, choose, plan, shortcomings, sizes
@@ -182,16 +184,18 @@ def test_steps_are_measured_of_the_networks_that_are_trained():
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """The demo with trainings of three steps in place of minutes; what it asked of them."""
-    asked = []
+def short(monkeypatch, tiny_runs):
+    """The demo with runs of three steps in the places of minutes, and a first stage that stays poor; what it asked."""
+    asked, curves = [], [[(36, 9.0), (72, 12.0)], [(36, 9.0), (72, 12.0), (240, 19.5)]]
 
     def train(kind, values, out, fresh, preset="", autoencoder=""):
         asked.append((kind, values["train.max_minutes"] * 60, fresh))
-        (train_ae(out) if kind == "autoencoder" else train_ldm(out, autoencoder))
+        if not out.exists():
+            shutil.copytree(tiny_runs["kl" if kind == "autoencoder" else "text"], out)
 
     monkeypatch.setattr(demo, "_train", train)
-    monkeypatch.setattr(demo, "_measure", lambda *given: {"ae_psnr": 9.0, "n": 16})
+    monkeypatch.setattr(demo, "_curve", lambda run: curves[(len(asked) - 1) % 3])
+    monkeypatch.setattr(demo, "_measure", lambda *given: {"ae_psnr": 19.5, "n": 16})
     monkeypatch.setattr(demo, "first_stage_seconds", lambda *given: 0.14)
     monkeypatch.setattr(demo, "diffusion_seconds", lambda *given: 0.38)
     monkeypatch.setattr(demo, "picture_seconds", lambda *given: 0.0)
@@ -200,18 +204,25 @@ def short(monkeypatch):
 
 def test_a_poor_first_stage_goes_on_and_is_told_in_log_summary_and_report(short, tmp_path, capsys):
     """Again in the same folder, the demo keeps its plan, and the second stage its time."""
-    out = tmp_path / "demo"
-    summary = demo.demo(DataSettings(limit=20), minutes=10, out=out)
+    out, data = tmp_path / "demo", DataSettings(limit=200)
+    summary = demo.demo(data, minutes=10, out=out)
     assert [kind for kind, *_ in short] == ["autoencoder", "autoencoder", "diffusion"]
-    assert short[0][1] == pytest.approx(72) and 72 < short[1][1] <= 240 and not short[1][2]
+    assert short[0][1] == pytest.approx(72) and short[1][1:] == (pytest.approx(240), False)
     said = capsys.readouterr().err
-    assert f"dB, and {POOR_PSNR:g} is a minimum: it goes on for" in said
+    assert f"reconstructs at 12.0 dB, and {POOR_PSNR:g} is a minimum: it goes on for 2:48 min" in said
     poor, few = summary["warnings"]
-    assert "no sample can be better than its reconstructions" in poor and "3 steps only" in few
-    assert poor in said and poor in (out / "report.html").read_text().replace("&#x27;", "'")
+    assert "19.5 dB only" in poor and "--minutes 35 would do" in poor and "steps only" in few
+    assert poor in said and "19.5 dB only" in (out / "report.html").read_text()
     assert summary == json.loads((out / "summary.json").read_text())
-    again = demo.demo(DataSettings(limit=20), minutes=10, out=out, fresh=False)
+    again = demo.demo(data, minutes=10, out=out, fresh=False)
     assert short[-1] == (*short[2][:2], False) and again["plan"] == summary["plan"]
+
+
+def test_a_plan_that_is_none_is_refused_in_one_line(short, tmp_path):
+    demo.demo(DataSettings(limit=200), minutes=10, out=tmp_path / "demo")
+    (tmp_path / "demo" / "plan.json").write_text('{"speed": {}}')
+    with pytest.raises(ModelError, match="--fresh"):
+        demo.demo(DataSettings(limit=200), minutes=10, out=tmp_path / "demo", fresh=False)
 
 
 SUMMARY = {
