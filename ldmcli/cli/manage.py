@@ -34,7 +34,7 @@ DemoPreset = option(
     "NAME",
     "Settings of the diffusion model; `paper` trains as the paper does, to compare.",
     panel=MODEL,
-    default="the quickest known",
+    default="chosen for the machine",
 )
 DemoOut = option(
     Path | None, "--out -o", "DIR", "Folder for the runs, images and the report.", panel=OUTPUT, default="runs/demo"
