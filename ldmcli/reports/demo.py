@@ -86,6 +86,8 @@ def demo(
     base = {**_data_values(data), "data.size": size, "train.seed": seed}
     values = base | {"condition.kinds": kinds}
     ae, ldm = out / "autoencoder", out / "diffusion"
+    with files.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     made = _plan(Task(minutes=minutes, size=size, preset=preset), rows, values, out, fresh)
     console.say(made.text())
     curve = _first_stage(made, base, ae, fresh)
@@ -132,7 +134,6 @@ def _plan(task: Task, rows, values: dict[str, Any], out: Path, fresh: bool) -> P
     else:
         speed = Speed(first_stage=first_stage_seconds(stage, task.size, dist), picture=picture_seconds(rows, task.size))
         made = plan(task, speed, seconds)
-    out.mkdir(parents=True, exist_ok=True)
     files.write_json(path, made.document())
     return made
 

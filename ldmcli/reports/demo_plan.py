@@ -57,7 +57,7 @@ EVALUATIONS = 3  # of the first stage: a curve that says how much more time woul
 POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not discernible any more
 MARGIN = 0.04  # of the time is left over
 START_SECONDS = 12.0  # libraries, measuring
-TAIL_SECONDS = 12.0  # features, report
+TAIL_SECONDS = 20.0  # last evaluation and preview, features, report
 SAMPLE_COST = 25  # steps of 32 images take as long as 128 samples, their features and those of real images
 ENCODE_COST = 0.2  # of a training step of the first stage, its pictures once through the encoder
 OVERHEAD_SHARE = 0.3  # of the time at most: encoding, samples and measuring
@@ -197,6 +197,7 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
                 f"{duration_with_unit(task.rows * each)}; --minutes {nice_minutes(wanted)} would take all"
             )
     encode = (rows or task.rows) * each
+    took += 0.0 if task.rows or kept else size.batch * each  # a stream is encoded anew in every step
     left = max(room - START_SECONDS - ae_seconds - encode - tail, LEAST_SHARE * total)
     steps = int(left / took)
     most = _most_steps(rows or task.rows, size.batch)

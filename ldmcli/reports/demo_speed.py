@@ -87,6 +87,8 @@ def _step_seconds(module: nn.Module, loss: Callable[[int], Tensor], train: Train
         optimizer.zero_grad()
         if dist.device.type == "cuda":
             torch.cuda.synchronize(dist.device)
+        elif dist.device.type == "mps":
+            torch.mps.synchronize()
 
     step(1)
     probe = min(PROBE_ROWS, train.batch_size)
