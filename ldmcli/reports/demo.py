@@ -125,7 +125,7 @@ def _plan(task: Task, rows, values: dict[str, Any], out: Path, fresh: bool) -> P
 
     def seconds(size: Size) -> float:
         chosen = {} if task.preset else size.values
-        config = cast(DiffusionConfig, _resolved("diffusion", {**values, **chosen}, size.preset).config)
+        config = cast(DiffusionConfig, _resolved("diffusion", {**values, **DIFFUSION, **chosen}, size.preset).config)
         return diffusion_seconds(config, stage.autoencoder, task.size, dist)
 
     path = out / "plan.json"

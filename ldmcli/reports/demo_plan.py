@@ -4,22 +4,25 @@ Pure functions: who measures is `reports/demo_speed.py`, who trains `reports/dem
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ldmcli.core.durations import duration_with_unit
 
-# ---- what is tuned for minutes: the values of the two trainings beside their presets, and guidance
+# what is tuned for minutes, beside the presets: of the first stage, of any diffusion model, of each size that is chosen
 FIRST_STAGE: dict[str, Any] = {"train.lr": 0.02}
 DIFFUSION: dict[str, Any] = {"sample.guidance": 1.5}  # stars and counts suffer at 2 and 3 after so few steps
+_LARGER = {"train.warmup": 100, "train.cooldown": 0.4}  # these presets are planned for days
+TUNED: dict[str, dict[str, Any]] = {"small": {}, "base": _LARGER, "large": _LARGER}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A diffusion model and its batch. preset: of its settings; channels: width of the first
-    level, 0 = the preset's; patch: positions a side that the UNet takes as one; enough: steps from which it is worth
-    taking before the next of the list."""
+    """A diffusion model and its batch. preset: of its settings; channels: width of the first level, 0 = the preset's;
+    patch: positions a side that the UNet takes as one; enough: steps from which it is worth taking before the next of
+    the list."""
 
     preset: str
     batch: int
@@ -30,8 +33,12 @@ class Size:
     @property
     def values(self) -> dict[str, Any]:
         """Settings by dotted name."""
-        found = {"train.batch_size": self.batch, "diffusion.patch": self.patch, "diffusion.channels": self.channels}
-        return {name: value for name, value in found.items() if value > (name == "diffusion.patch")}
+        return {
+            "train.batch_size": self.batch,
+            "diffusion.patch": self.patch,
+            **({"diffusion.channels": self.channels} if self.channels else {}),
+            **TUNED[self.preset],
+        }
 
     @property
     def title(self) -> str:
@@ -133,7 +140,8 @@ class Plan:
             f"images at {self.speed.diffusion:.2g} s",
             f"      then {self.samples} samples, measured",
         ]
-        return "\n".join([*lines, *(f"note: {text}" for text in self.notes)])
+        notes = [textwrap.fill(f"note: {text}", 80, subsequent_indent="      ") for text in self.notes]
+        return "\n".join(lines + notes)
 
 
 def factor(task: Task) -> int:
