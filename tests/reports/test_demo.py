@@ -73,7 +73,7 @@ SMALL, NARROW = ("small", 0, 1), ("small", 32, 1)
             (1100, 1120),
             ["285 pictures are few for this machine: it stops after 500 epochs"],
         ),
-        ({"rows": 0, "picture": 0.02}, SMALL, 32, (400, 500), []),  # a stream, decoded in every step
+        ({"rows": 0, "picture": 0.02}, SMALL, 32, (350, 450), []),  # a stream, decoded in every step
         ({"gpu": True, "slower": 0.02}, ("base", 0, 1), 128, (2000, 3000), []),
         ({"gpu": True, "slower": 0.02, "rows": 285}, SMALL, 256, (550, 560), ["are few"]),
         ({"gpu": True, "slower": 0.002, "rows": 200_000, "minutes": 60}, ("large", 0, 1), 256, (5000, 99_999), []),
