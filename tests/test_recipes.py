@@ -1,7 +1,6 @@
 """Recipes: each resolves, builds the network that its source counts, says what to expect, and is found and listed."""
 
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,6 +12,7 @@ import pytest
 import torch
 from recipe_networks import RECIPES, command, count, diffusion_model, first_stage, resolved, writer_of
 from tiny import ldm
+from wheels import build_wheel, copy_of_sources
 
 from ldmcli import cli
 from ldmcli.cli.manage import RECIPE_GROUPS, recipe_summary
@@ -350,13 +350,7 @@ def test_the_package_list_names_every_folder_with_code():
 
 def test_a_wheel_carries_recipes_and_schema_and_finds_the_recipes(tmp_path):
     pytest.importorskip("setuptools", "70.1")
-    subprocess.run(
-        [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('built')"],
-        cwd=_copy_of_sources(tmp_path),
-        check=True,
-        capture_output=True,
-    )
-    [wheel] = (tmp_path / "sources" / "built").glob("*.whl")
+    wheel = build_wheel(copy_of_sources(tmp_path))
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
@@ -368,17 +362,3 @@ def test_a_wheel_carries_recipes_and_schema_and_finds_the_recipes(tmp_path):
         run, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, check=True, capture_output=True, text=True
     )
     assert Path(ended.stdout.strip()) == tmp_path / "site" / "ldmcli" / "recipes" / "vq-f4.toml"
-
-
-def _copy_of_sources(tmp_path: Path) -> Path:
-    """Building writes beside the sources, so that it gets a copy."""
-    target = tmp_path / "sources"
-    for name in ("ldmcli", "recipes"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (target / "docs").mkdir()
-    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    shared = [name for names in setup["data-files"].values() for name in names]
-    for name in ("pyproject.toml", "README.md", *shared):
-        shutil.copy(ROOT / name, target / name)
-    (target / "built").mkdir()
-    return target

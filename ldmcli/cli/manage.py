@@ -13,7 +13,7 @@ from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import MODEL, OUTPUT, TRAINING, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.train import data_name, require_folder
 from ldmcli.core import config, console
-from ldmcli.core.errors import ModelError
+from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.outputs import CONTACT, refuse_foreign
 from ldmcli.core.settings import DiffusionConfig
 
@@ -125,15 +125,18 @@ def _data_layers(recipe: str) -> list[config.Layer]:
 @command({"run": Run, "out": ReportOut}, opt.TALK)
 def report(given: ParsedOptions) -> None:
     """Write the report of a run again: one HTML file that opens offline."""
-    from ldmcli.core.runs import is_run
+    from ldmcli.core.runs import folder_for_results, is_run, locate
 
-    if not is_run(given.run):
+    run = locate(given.run)[0]
+    if not is_run(run):
         raise ModelError(f"{given.run}: no run folder (it holds no run.json); `ldm runs` lists runs")
+    if given.out is None and folder_for_results(given.run) is None:
+        raise UsageError(f"{given.run}: comes with ldm, and nothing is written there; say where with --out DIR")
     from ldmcli.reports.report import write_report
 
     if given.out is not None:
         require_folder(given.out)
-    path = write_report(given.run, out=given.out)
+    path = write_report(run, out=given.out)
     if given.json:
         console.emit_json({"report": str(path)})
     else:

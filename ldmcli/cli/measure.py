@@ -13,7 +13,7 @@ from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import DATA, MODEL, OUTPUT, SAMPLING, ParsedOptions, Text, command, flag, option, setting
 from ldmcli.core import config, console, launch
 from ldmcli.core.errors import ThresholdError, UsageError
-from ldmcli.core.runs import is_run, locate
+from ldmcli.core.runs import folder_for_results, locate
 from ldmcli.core.world import joined
 
 METRICS_HELP = (
@@ -322,16 +322,15 @@ def request_of(given: ParsedOptions) -> dict[str, Any]:
         "reference_count": reference_count_of(given.reference_count),
         "save_statistics": given.save_statistics,
         "progress": console.progress,
-        "novelty_folder": run_of(measured) if "novelty" in metrics else None,
+        "novelty_folder": folder_of(measured) if "novelty" in metrics else None,
     }
     return {name: value for name, value in request.items() if value is not None}
 
 
-def run_of(measured: dict[str, Any]) -> Path | None:
+def folder_of(measured: dict[str, Any]) -> Path | None:
     """The run folder of the one model that is measured, where its nearest pairs are kept; None for anything else."""
     name = measured.get("model")
-    run = locate(Path(name))[0] if isinstance(name, str) else None
-    return run if run is not None and is_run(run) else None
+    return folder_for_results(name) if isinstance(name, str) else None
 
 
 def list_protocols(json: bool) -> None:

@@ -173,6 +173,7 @@ def _process_of(run: Path) -> dict[str, object]:
     """The settings of a diffusion run that a classifier must share."""
     from ldmcli.core import runs
 
+    run = runs.locate(run)[0]
     if runs.read_run(run).get("kind") != "diffusion":
         raise ModelError(f"--model {run}: not a diffusion run; name a run of `ldm train-ldm`")
     stored = config.read_recipe(run / "config.toml").values

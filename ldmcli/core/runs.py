@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldmcli.core import files
+from ldmcli.core import box, files
 from ldmcli.core.errors import LdmError, ModelError
 from ldmcli.core.locks import LOCK, OWNER, FolderLock
 from ldmcli.core.outputs import PAGES, page_is_ours
@@ -324,8 +324,11 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     """(run folder, checkpoint) that a name means: RUN, RUN@STEP, RUN@best, or RUN/checkpoints/step-STEP.
 
     The checkpoint is None for RUN, whose weights for use are meant, and for what is no run. What exists under the very
-    name comes first. Raises ModelError where there is no such checkpoint, naming those there are.
+    name comes first; only `box.NAME` means the model that comes with the package whatever lies here. Raises ModelError
+    where there is no such checkpoint, naming those there are, and where the package came without its model.
     """
+    if box.is_meant(path):
+        return box.folder(), None
     place = path.absolute()
     if _STEP_NAME.match(path.name) and place.parent.name == "checkpoints" and is_run(place.parent.parent):
         return place.parent.parent, _checkpoint_at(place.parent.parent, path.name.removeprefix("step-"))
@@ -349,6 +352,15 @@ def _checkpoint_at(run: Path, wanted: str) -> Path:
     if step not in found:
         raise ModelError(f"{run}: no checkpoint of step {step}; {there_are}")
     return found[step]
+
+
+def folder_for_results(name: str | Path) -> Path | None:
+    """The run folder that a name means, where results about a run are kept; None for what is no run, and for the model
+    that comes with the package, in which nothing is written."""
+    if box.is_meant(Path(name)):
+        return None
+    run = locate(Path(name))[0]
+    return run if is_run(run) else None
 
 
 def step_document(path: Path) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ldmcli.core import runs
+from ldmcli.core import box, runs
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.formats import compvis, diffusers, run_folder
 from ldmcli.formats.bundle import CHECKPOINTS, Bundle, Reading, checkpoint_in
@@ -13,13 +13,12 @@ _OURS = ("runs", "outputs", ".", "..")  # first parts of a path that no hub id b
 
 
 def format_of(path: Path) -> str:
-    """ "run", "compvis", "diffusers" or "hub"; a checkpoint of a run (`runs.locate`) is "run", too. Raises ModelError
-    where nothing that can be read is there."""
-    if runs.locate(path)[1] is not None:
+    """ "run", "compvis", "diffusers" or "hub"; what `runs.locate` finds, as a checkpoint of a run, is "run", too.
+    Raises ModelError where nothing that can be read is there."""
+    run, checkpoint = runs.locate(path)
+    if checkpoint is not None or runs.is_run(run):
         return "run"
     if path.is_dir():
-        if (path / "run.json").is_file():
-            return "run"
         if (path / "model_index.json").is_file() or (path / "config.json").is_file():
             return "diffusers"
         if checkpoint_in(path) is not None:
@@ -47,10 +46,19 @@ def read(path: Path, reading: Reading = AS_USUAL) -> Bundle:
             if getattr(reading, name):
                 raise UsageError(f"--{name}: only checkpoints (.ckpt, .safetensors) take one; {path} is none")
     if source_format == "run":
-        return run_folder.read(path, reading.weights)
+        return _read_run(path, reading.weights)
     if source_format == "compvis":
         return compvis.read(path, reading)
     return diffusers.read(path if source_format == "diffusers" else hub_folder(path.as_posix()))
+
+
+def _read_run(path: Path, weights: str) -> Bundle:
+    try:
+        return run_folder.read(path, weights)
+    except ModelError as error:
+        if box.is_meant(path) and weights == "ema":
+            raise ModelError(f"{box.NAME}: this installation of ldm is damaged, install it again ({error})") from error
+        raise
 
 
 def hub_folder(name: str) -> Path:

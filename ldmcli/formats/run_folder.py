@@ -15,6 +15,7 @@ from ldmcli.core.config import Config, config_hash, flat, from_toml, to_toml
 from ldmcli.core.errors import LdmError, ModelError
 from ldmcli.core.settings import ClassifierConfig, DiffusionConfig
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, ClassifierBundle, DiffusionBundle
+from ldmcli.formats.packed_weights import PACKED, pack, unpack
 from ldmcli.networks.latent_scale import LatentScale
 
 WEIGHTS = "model.safetensors"
@@ -62,11 +63,12 @@ def read_weights(path: Path, network: str, weights: str = "ema") -> tuple[dict[s
 
     weights: "ema" (of a run its model.safetensors, of a checkpoint the averages where it has some) or "raw" (of a run
     those of its newest checkpoint). A checkpoint's metadata are the settings of the run's weights, as far as they are
-    there. Raises ModelError.
+    there. Packed weights come as float32, with the hash of what is stored. Raises ModelError.
     """
     run, checkpoint = runs.locate(path)
     if checkpoint is None and weights == "ema":
-        return files.load_tensors(run / WEIGHTS)
+        tensors, metadata = files.load_tensors(run / WEIGHTS)
+        return (unpack(tensors) if metadata.get(PACKED) else tensors), metadata
     checkpoint = checkpoint or _newest_checkpoint(run)
     tensors = runs.checkpoint_tensors(checkpoint, network)
     if weights == "ema" and "ema.safetensors" in files.read_json(checkpoint / "manifest.json")["files"]:
@@ -172,17 +174,18 @@ def _notes(path: Path) -> list[str]:
 # ---------------------------------------------------------------- writing
 
 
-def write(bundle: Bundle, path: Path, source: Mapping[str, Any] | None = None) -> str:
+def write(bundle: Bundle, path: Path, source: Mapping[str, Any] | None = None, packed: str = "") -> str:
     """Writes a bundle as a complete run folder into `path`, which is made; returns the hash of its weights.
 
-    source: where the model comes from, as run.json keeps it ({"file": name, "format": …}); no absolute paths.
+    source: where the model comes from, as run.json keeps it ({"file": name, "format": …}); no absolute paths. packed:
+    how weights are stored, of `packed_weights.KINDS`; "" as they are.
     """
     path.mkdir(parents=True, exist_ok=True)
     files.write_text(path / "config.toml", to_toml(bundle.config))
     if isinstance(bundle, AutoencoderBundle):
-        kind, fingerprint = "autoencoder", _write_autoencoder(bundle, path)
+        kind, fingerprint = "autoencoder", _write_autoencoder(bundle, path, packed)
     else:
-        kind, fingerprint = "diffusion", _write_diffusion(bundle, path)
+        kind, fingerprint = "diffusion", _write_diffusion(bundle, path, packed)
     runs.RunFolder(path).update(
         kind=kind,
         state="finished",
@@ -215,18 +218,18 @@ def _scale_entry(scale: LatentScale, kind: str) -> dict[str, Any]:
     return {"kind": kind, "mean": list(scale.mean), "std": list(scale.std), "images": 0}
 
 
-def _write_autoencoder(bundle: AutoencoderBundle, path: Path) -> str:
+def _write_autoencoder(bundle: AutoencoderBundle, path: Path, packed: str) -> str:
     stats: dict[str, Any] = {"size": list(bundle.config.data.size)}
     metadata = _metadata(bundle)
     if bundle.scale is not None:
         stats["latent_scale"] = _scale_entry(bundle.scale, "converted")
         metadata["latent_scale"] = json.dumps(stats["latent_scale"])
     files.write_json(path / "stats.json", stats)
-    return files.save_tensors(path / WEIGHTS, bundle.tensors, metadata)
+    return _save(path, bundle.tensors, metadata, packed)
 
 
-def _write_diffusion(bundle: DiffusionBundle, path: Path) -> str:
-    own = "pixels" if bundle.autoencoder is None else write(bundle.autoencoder, path / "autoencoder")
+def _write_diffusion(bundle: DiffusionBundle, path: Path, packed: str) -> str:
+    own = "pixels" if bundle.autoencoder is None else write(bundle.autoencoder, path / "autoencoder", packed=packed)
     if bundle.tokenizer is not None:
         shutil.copytree(bundle.tokenizer, path / "tokenizer")
     files.write_json(
@@ -239,7 +242,13 @@ def _write_diffusion(bundle: DiffusionBundle, path: Path) -> str:
             "autoencoder": own,
         },
     )
-    return files.save_tensors(path / WEIGHTS, bundle.tensors, _metadata(bundle))
+    return _save(path, bundle.tensors, _metadata(bundle), packed)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], packed: str) -> str:
+    if packed:
+        tensors, metadata = pack(tensors, packed, str(path / WEIGHTS)), {**metadata, PACKED: packed}
+    return files.save_tensors(path / WEIGHTS, dict(tensors), metadata)
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:

@@ -16,6 +16,7 @@ from ldmcli.reports.evaluation_table import cells
 from ldmcli.reports.run_report import last_name
 from ldmcli.reports.run_view import RunView, read_run
 
+NOTICE = "NOTICE"  # of a run folder: whose data were learned from, under which licences, in its owner's words
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
 
 
@@ -33,6 +34,7 @@ def write_card(run_dir: Path) -> Path:
         _metrics(run),
         _settings(run),
         _limits(run),
+        _licences(run),
     ]
     write_page(run_dir / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     return run_dir / "README.md"
@@ -197,7 +199,8 @@ def _limits(run: RunView) -> str:
     lines = [
         "It knows what its training images show and nothing else; whatever is rare or one-sided in them is so here.",
         _repeats(run),
-        "The licence of the training data decides what may be done with it; `license: other` stands for that.",
+        "The licence of the training data decides what may be done with it; `license: other` stands for that"
+        + (", and the licences are named below." if _notice(run) else "."),
     ]
     if size:
         lines.insert(0, f"Sizes other than {size[0]}×{size[1]} px are outside of what it was trained on.")
@@ -205,6 +208,17 @@ def _limits(run: RunView) -> str:
     if psnr is not None:
         lines.insert(0, f"Reconstructions are not exact ({figure(psnr)} dB on validation): fine texture is lost first.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _notice(run: RunView) -> str:
+    path = run.path / NOTICE
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _licences(run: RunView) -> str:
+    """The notice of a run folder that has one, as it stands there."""
+    text = _notice(run)
+    return f"## Licences\n\n```text\n{_code(text).rstrip()}\n```" if text else ""
 
 
 def _repeats(run: RunView) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ldmcli.core import console, runs
+from ldmcli.core import box, console, runs
 from ldmcli.core.errors import ModelError
 from ldmcli.core.world import default_device
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading, strict_load
@@ -91,7 +91,8 @@ def load(
 ) -> LoadedAutoencoder | LoadedDiffusion:
     """A model, ready for use: a run folder, a checkpoint of CompVis/latent-diffusion, a diffusers folder, a hub id.
 
-    RUN@STEP, RUN@best and RUN/checkpoints/step-STEP are a run as it was at that checkpoint.
+    RUN@STEP, RUN@best and RUN/checkpoints/step-STEP are a run as it was at that checkpoint; "ldm-emoji" is the model
+    that comes with the package.
 
     weights: "ema" or "raw"; config: the YAML of a checkpoint, by default the one beside it; heads: attention heads
     where a checkpoint loads under several readings ("legacy", "config" or a number); tokenizer: a folder, for a text
@@ -117,9 +118,19 @@ def load(
 
 
 def find_model(model: str | None, run_kind: str) -> Path:
-    """The run named, else the newest of its kind, which is then said."""
+    """The run named, else the newest of its kind, else, of diffusion models, the one that comes with the package; which
+    it is, is then said. Raises ModelError where there is none of them."""
     if model:
         return Path(model)
-    path = runs.newest_run(run_kind)
+    try:
+        path = runs.newest_run(run_kind)
+    except ModelError:
+        if run_kind != "diffusion" or not box.is_there():
+            raise
+        console.say(
+            f"model: {box.NAME} ({box.WHAT}, and no {run_kind} run lies below runs/); `ldm demo` trains one in ten "
+            "minutes, `ldm train-ldm --data FOLDER` one of your pictures"
+        )
+        return Path(box.NAME)
     console.say(f"model: {path} (the newest {run_kind} run)")
     return path

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldmcli.conditions import CONDITIONS, outputs
 from ldmcli.conditions.pictures import holed
-from ldmcli.core import console
+from ldmcli.core import box, console
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.runs import is_run
 from ldmcli.core.settings import TASK_CONDITIONS, DataSettings
@@ -34,7 +34,7 @@ CHECKPOINTS = (".ckpt", ".safetensors")
 def is_model(path: Path) -> bool:
     """Whether a model lies at a path, rather than a folder of images: a run (also RUN@STEP), what others wrote."""
     run = Path(str(path).rpartition("@")[0] or path)
-    if is_run(path) or is_run(run) or path.suffix.lower() in CHECKPOINTS:
+    if box.is_meant(path) or is_run(path) or is_run(run) or path.suffix.lower() in CHECKPOINTS:
         return True
     return any((path / name).is_file() for name in MODEL_FILES)
 

@@ -16,7 +16,7 @@ from ldmcli.conditions.pictures import labelled
 from ldmcli.core import console, files
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.outputs import refuse_foreign, refuse_foreign_document
-from ldmcli.core.runs import is_run, locate
+from ldmcli.core.runs import folder_for_results
 from ldmcli.core.settings import DataSettings
 from ldmcli.evaluation.baselines import task_of
 from ldmcli.evaluation.extractors import Extractor, open_extractor
@@ -181,14 +181,13 @@ def _fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def neighbours_to_folder(out: Path | None, default: Path, **request: Any) -> dict[str, Any]:
     """`find_neighbours` as neighbours.png and neighbours.json, and what --json prints. out: None = neighbours/ in the
     model's run, whose report and card are written again, or `default` where there is no run."""
-    run = locate(Path(request["model"]))[0] if request.get("model") else None
-    inside = out is None and run is not None and is_run(run)
-    folder = out or (run / "neighbours" if inside and run is not None else default)
+    run = folder_for_results(request["model"]) if out is None and request.get("model") else None
+    folder = out or (run / "neighbours" if run is not None else default)
     refuse_foreign([folder / SHEET])
     refuse_foreign_document(folder / DOCUMENT, KIND)
     document, sheet = find_neighbours(**request)
     files.write_bytes(folder / SHEET, png_bytes(sheet))
     files.write_json(folder / DOCUMENT, document)
-    if inside and run is not None:
+    if run is not None:
         write_pages(run)
     return {"out": str(folder), "sheet": str(folder / SHEET), **document}

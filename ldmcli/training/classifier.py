@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmcli.conditions.pictures import labelled
-from ldmcli.core import console, files
+from ldmcli.core import console, files, runs
 from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ClassifierConfig
 from ldmcli.data.augment import batch_indices
@@ -85,9 +85,8 @@ class ClassifierObjective:
     def _known_statistics(self) -> dict[str, Any]:
         """stats.json of an earlier start of this run, else of the model that it will guide; {} without either. Raises
         ModelError where the autoencoder is not theirs, UsageError where the settings are another process."""
-        path = next(
-            (one / "stats.json" for one in (self.run, self.model_path) if one and (one / "stats.json").exists()), None
-        )
+        model = runs.locate(self.model_path)[0] if self.model_path else None
+        path = next((one / "stats.json" for one in (self.run, model) if one and (one / "stats.json").exists()), None)
         stored = files.read_json(path) if path else {}
         wanted, found = stored.get("autoencoder"), self.autoencoder.fingerprint
         if path and wanted != found:
@@ -121,7 +120,7 @@ class ClassifierObjective:
     def parents(self) -> list[dict[str, str]]:
         """The run of the autoencoder, and that of the model where one was named."""
         found = [{"path": str(self.autoencoder_path), "sha256": self.autoencoder.fingerprint}]
-        if self.model_path and (weights := self.model_path / "model.safetensors").exists():
+        if self.model_path and (weights := runs.locate(self.model_path)[0] / "model.safetensors").exists():
             found.append({"path": str(self.model_path), "sha256": files.tensors_metadata(weights)["content_sha256"]})
         return found
 
