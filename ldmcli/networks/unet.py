@@ -204,7 +204,7 @@ class LearnedPosition(nn.Module):
 
     def __init__(self, width: int, size: tuple[int, int], std: float):
         super().__init__()
-        self.map = nn.Parameter(std * torch.randn(width, *size))
+        self.map = nn.Parameter(nn.init.normal_(torch.empty(width, *size), std=std))
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """The code at `size` = (h, w): (1, width, h, w)."""

@@ -19,6 +19,7 @@ from ldmcli.diffusion.schedule import Schedule, make_schedule
 from ldmcli.formats.bundle import ClassifierBundle, strict_load
 from ldmcli.formats.run_folder import fingerprint_of, read_classifier
 from ldmcli.networks.latent_scale import LatentScale
+from ldmcli.networks.meta_device import on_meta_device
 from ldmcli.networks.names import hint, place_of
 from ldmcli.networks.noisy_classifier import NoisyClassifier
 from ldmcli.sampling.model import TrainedDiffusion
@@ -33,7 +34,7 @@ class LoadedClassifier:
 
     def __init__(self, bundle: ClassifierBundle, device: torch.device, where: str | Path = ""):
         config = bundle.config
-        with torch.device("meta"):
+        with on_meta_device():
             network = NoisyClassifier(config.diffusion, config.classifier.pool, len(bundle.names), bundle.latent_shape)
         strict_load(network, bundle.tensors, where)
         self.network = network.eval().requires_grad_(False).to(device)

@@ -14,6 +14,7 @@ from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.latent_scale import LatentScale
+from ldmcli.networks.meta_device import on_meta_device
 from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.first_stage import LoadedAutoencoder, pixel_autoencoder
 from ldmcli.sampling.machine import inference_dtype
@@ -21,7 +22,7 @@ from ldmcli.sampling.machine import inference_dtype
 
 def build_autoencoder(bundle: AutoencoderBundle, device: torch.device, where: str | Path = "") -> LoadedAutoencoder:
     """The autoencoder of a bundle in use. `where` names it in errors."""
-    with torch.device("meta"):
+    with on_meta_device():
         network = Autoencoder(bundle.config.autoencoder)
     strict_load(network, bundle.tensors, where)
     network.eval().requires_grad_(False).to(device)
@@ -37,7 +38,7 @@ def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | 
     config = bundle.config
     tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
     # a frozen text encoder brings weights along that the meta device would lose
-    with torch.device("meta" if config.condition.text_encoder == "joint" else "cpu"):
+    with on_meta_device() if config.condition.text_encoder == "joint" else torch.device("cpu"):
         model = DiffusionModel(
             config.diffusion, config.condition, bundle.specs, tokenizer, bundle.latent_shape, config.kinds
         )

@@ -19,6 +19,7 @@ from ldmcli.core.errors import InputError, ModelError, ThresholdError, UsageErro
 from ldmcli.core.settings import AutoencoderConfig, DiffusionConfig
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import tensor_to_pixels
+from ldmcli.networks.meta_device import on_meta_device
 from ldmcli.sampling import memory
 from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.draw import Draw, draw_images
@@ -245,7 +246,7 @@ class Meter:
         config, subject = self.subject.config, self.subject
         assert isinstance(config, DiffusionConfig)
         model = cost.meta_diffusion_model(config, subject.specs or {}, subject.latent)
-        with cost.on_meta_device(), FlopCounterMode(display=False) as counter:
+        with on_meta_device(), FlopCounterMode(display=False) as counter:
             zeros = torch.zeros(1, *subject.latent)
             conditioning = model.embed(
                 model.conditions.example(subject.size),
@@ -263,7 +264,7 @@ class Meter:
         if network.is_identity:
             return 0.0
         found = cost.meta_autoencoder(network.settings)
-        with cost.on_meta_device(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with on_meta_device(), torch.no_grad(), FlopCounterMode(display=False) as counter:
             if way == "encode":
                 found.moments(torch.zeros(1, network.settings.in_channels, *self.subject.size))
             else:

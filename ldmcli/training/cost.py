@@ -3,8 +3,7 @@ FLOPs, and the bytes that the backward pass keeps. `--plan` shows it, and `--mic
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.blocks import set_checkpointing
 from ldmcli.networks.discriminator import PatchDiscriminator
 from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.networks.meta_device import on_meta_device
 from ldmcli.networks.noisy_classifier import NoisyClassifier
 from ldmcli.networks.perceptual import perceptual_shapes
 from ldmcli.training.optimizer import is_hidden_matrix
@@ -46,23 +46,6 @@ class NetworkCost:
 
 
 # ---------------------------------------------------------------- networks
-
-
-class _SkipInit(TorchFunctionMode):
-    """Leaves weights uninitialised: on the meta device a random number loads torch's compiler (docs/experiments.md)."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        given = kwargs or {}
-        if getattr(function, "__module__", "") == nn.init.__name__:
-            return args[0] if args else given["tensor"]
-        return function(*args, **given)
-
-
-@contextmanager
-def on_meta_device() -> Iterator[None]:
-    """Context in which tensors and networks are made on the meta device."""
-    with torch.device("meta"), _SkipInit():
-        yield
 
 
 def meta_autoencoder(settings: AutoencoderSettings) -> Autoencoder:
