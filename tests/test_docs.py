@@ -54,6 +54,7 @@ PARSED = {
     r"runs/study|answers\.json": "minutes of training, answers of people; test_study and test_ab have small ones",
     r"--preset (base|large)": "networks for GPUs; test_presets counts them, test_devices and test_fake_cuda pass them",
     r"\$seed": "one of many seeds",
+    r"ldm-emoji": "the model that comes with releases; test_box draws with a small one",
 }
 # lines of other programs, and where they are looked at
 OTHERS = {

@@ -59,7 +59,8 @@ Images = argument(list[Path], "IMAGES...", "Image files, or folders of them.")
 def sample(given: ParsedOptions) -> None:
     """Draw images with a trained model.
 
-    Image k depends on --seed and k alone: not on the batch size, the device count, or what else is asked for.
+    Image k depends on --seed and k alone: not on the batch size, the device count, or what else is asked for. Where no
+    run is around ldm-emoji draws, a small model of emoji that comes with ldm.
     """
     shared(given, partial(_sample, given))
 

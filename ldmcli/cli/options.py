@@ -138,7 +138,7 @@ Model = option(
     Text,
     "--model",
     "RUN",
-    "Run folder of the model; RUN@STEP or RUN@best: one of its checkpoints.",
+    "Run folder of the model; RUN@STEP or RUN@best: one of its checkpoints; ldm-emoji: the one that comes with ldm.",
     panel=MODEL,
     default="the newest suitable run",
 )
