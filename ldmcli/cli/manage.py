@@ -87,7 +87,7 @@ def demo(given: ParsedOptions) -> None:
     if given.json:
         console.emit_json(result)
     else:
-        console.out(summary_text(result, out, console.width()))
+        console.out(summary_text(result, out))
 
 
 _DATA_SETTINGS = {"recipe": opt.Recipe, "assignments": opt.Assignments}

@@ -153,7 +153,7 @@ def _plan_again(task: Task, path: Path) -> Plan:
 def _first_stage(made: Plan, base: dict[str, Any], out: Path, fresh: bool) -> list[tuple[float, float]]:
     """Trains the first stage, longer than planned where it is not good enough; (seconds, PSNR) of its evaluations."""
     values = {**base, **made.first_stage_values}
-    _train("autoencoder", {**values, "train.max_minutes": made.ae_seconds / 60}, out, fresh)
+    _train("autoencoder", {**values, "train.max_minutes": round(made.ae_seconds / 60, 4)}, out, fresh)
     curve = _curve(out)
     longer = first_stage_extension(made, curve)
     if longer > curve[-1][0] * 1.2:
@@ -161,7 +161,7 @@ def _first_stage(made: Plan, base: dict[str, Any], out: Path, fresh: bool) -> li
             f"the first stage reconstructs at {curve[-1][1]:.1f} dB, and {POOR_PSNR:g} is a minimum: it goes on for "
             f"{duration_with_unit(longer - curve[-1][0])}, which the diffusion model will lack"
         )
-        _train("autoencoder", {**values, "train.max_minutes": longer / 60}, out, False)
+        _train("autoencoder", {**values, "train.max_minutes": round(longer / 60, 4)}, out, False)
         curve = _curve(out)
     return curve
 
@@ -170,7 +170,7 @@ def _second_stage(made: Plan, values: dict[str, Any], out: Path, fresh: bool, ae
     task = made.task
     chosen = {} if task.preset else made.size.values
     limit = {"data.limit": made.rows} if made.rows else {}
-    steps = {"train.steps": made.max_steps or NEVER, "train.max_minutes": made.second_stage / 60}
+    steps = {"train.steps": made.max_steps or NEVER, "train.max_minutes": round(made.second_stage / 60, 4)}
     _train("diffusion", {**values, **limit, **DIFFUSION, **chosen, **steps}, out, fresh, made.size.preset, str(ae))
 
 

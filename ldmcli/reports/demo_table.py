@@ -1,6 +1,5 @@
 """What `ldm demo` says at its end: figures beside those of reconstructions and real images, times, where to look."""
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,16 @@ ROWS = {
 }
 
 
-def summary_text(summary: dict[str, Any], out: Path, width: int = 80) -> str:
-    """summary.json's content for people, in lines of at most `width` columns."""
+def summary_text(summary: dict[str, Any], out: Path) -> str:
+    """summary.json's content for people, in 80 columns but for long paths. Its warnings were said before."""
     columns = [summary, summary.get("reconstructions") or {}, summary.get("real") or {}]
     rows = [[name, *(_share(part.get(key)) for part in columns)] for key, name in ROWS.items() if key in summary]
     if "iou" in summary:
         rows.append(["overlap with the outline", *(_figure(part.get("iou"), 2) for part in columns)])
     if "fd" in summary:
-        network = summary.get("fd_protocol", "").partition(":")[0]
+        name = summary.get("fd_protocol", "FD").partition(":")[0]
         distances = [_figure(summary["fd"], 1), _figure(summary.get("fd_reconstructions"), 1), "0"]
-        rows.append([f"FD ({network})", *distances])
+        rows.append([name, *distances])
     heads = [f"{summary.get('n', '')} samples".strip(), "reconstructions", "real images"]
     widths = [max(len(line[k]) for line in [["", *heads], *rows]) for k in range(4)]
     lines = [
@@ -35,8 +34,6 @@ def summary_text(summary: dict[str, Any], out: Path, width: int = 80) -> str:
         "",
         *(f"{name:<16}{text}" for name, text in _facts(summary, out).items()),
     ]
-    for text in summary.get("warnings") or []:
-        lines += ["", *textwrap.wrap(text, width, initial_indent="but: ", subsequent_indent="     ")]
     return console.clean("\n".join(lines))
 
 
@@ -47,6 +44,7 @@ def _facts(summary: dict[str, Any], out: Path) -> dict[str, str]:
         return f"{steps[name]:,} steps in {duration_with_unit(seconds[name])}" if name in steps else ""
 
     psnr = f"{summary['ae_psnr']:.1f} dB on held-out images" if "ae_psnr" in summary else ""
+    warnings = len(summary.get("warnings") or [])
     facts = {
         "autoencoder": ", ".join(filter(None, (psnr, course("autoencoder")))),
         "diffusion model": course("diffusion model"),
@@ -56,8 +54,9 @@ def _facts(summary: dict[str, Any], out: Path) -> dict[str, str]:
         "pictures": str(out / "samples.png"),
         "report": str(out / "report.html"),
         "more of them": f"ldm sample --model {out / 'diffusion'}",
+        "not good enough": f"as the {warnings} warnings above say" if warnings > 1 else "as the warning above says",
     }
-    return {name: text for name, text in facts.items() if text}
+    return {name: text for name, text in facts.items() if text and (warnings or name != "not good enough")}
 
 
 def _share(value: Any) -> str:
