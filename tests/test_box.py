@@ -85,11 +85,14 @@ def test_a_box_is_the_averaged_weights_of_a_run_in_little_room(made, tiny_runs):
 
 def test_a_box_says_what_it_is_and_nothing_of_the_machine(made, tiny_runs):
     state, before = tiny.state(made), tiny.state(tiny_runs["text"])
-    same = ("step", "seed", "trained_seconds", "machine")
+    same = ("step", "seed", "trained_seconds", "machine", "weights")
     assert {name: state[name] for name in same} == {name: before[name] for name in same}
     assert state["sha256"] == run_folder.read(made).fingerprint
+    stats = [json.loads((folder / "stats.json").read_text()) for folder in (made, tiny_runs["text"])]
+    assert all(stats[0][name] == stats[1][name] for name in ("size", "latent_scale", "preview"))
+    assert tiny.state(made / "autoencoder")["step"] == tiny.state(tiny_runs["kl"])["step"]
     card = (made / "README.md").read_text()
-    for words in ("Drawn by ldm itself.", "12.5", "a red apple", 'ldmcli.load("ldm-emoji")'):
+    for words in ("Drawn by ldm itself.", "12.5", "20×20 pixels", 'ldmcli.load("ldm-emoji")'):
         assert words in card, words
     for path in made.rglob("*"):
         if path.suffix in (".json", ".toml", ".md"):

@@ -37,7 +37,8 @@ from ldmcli.reports.card import NOTICE, write_card
 ROOM = 15.5e6  # bytes of the box, so that the whole wheel stays within 16 MB
 PROMPTS = ("a red apple", "a heart", "a house with garden", "a cat face", "a grinning face", "the flag of Norway")
 SEEDS = range(4)
-KEPT = ("step", "seed", "trained_seconds", "metrics", "machine", "version", "best")  # of the run's run.json
+# of a run's run.json, as it stands there
+KEPT = ("step", "seed", "trained_seconds", "metrics", "machine", "version", "best", "weights")
 MIT = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
 documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
 rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
@@ -116,27 +117,41 @@ def read_model(run: Path, sampling: dict[str, Any]) -> DiffusionBundle:
 
 def make(run: Path, out: Path, kind: str, notice: str, evaluations: list[Path], sampling: dict[str, Any]) -> None:
     """Writes the box whole, or not at all."""
-    bundle, state = read_model(run, sampling), runs.read_run(run)
+    bundle, folder = read_model(run, sampling), runs.locate(run)[0]
     stage = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(stage, ignore_errors=True)
     place = stage / out.name
     fingerprint = run_folder.write(bundle, place, {"name": run.name, "format": "run"}, kind)
-    stats = files.read_json(place / "stats.json")
-    files.write_json(place / "stats.json", stats | {"preview": {"prompt": [PROMPTS[0]]}})
-    data = {**(state.get("data") or {}), "source": bundle.config.data.source}
-    described = {name: state[name] for name in KEPT if name in state}
-    command = without_places(str(state.get("command") or ""))
-    runs.RunFolder(place).update(**described, data=data, command=command, sha256=fingerprint)
+    for path in (Path(), Path("autoencoder")):
+        describe(folder / path, place / path)
+    runs.RunFolder(place).update(sha256=fingerprint, **runs.step_document(run))
     for path in evaluations:
         files.write_json(place / f"eval-{path.stem.removeprefix('eval-')}.json", json.loads(path.read_text()))
     for name in ("novelty.json", "novelty.png"):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, place / name)
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, place / name)
     files.write_text(place / NOTICE, notice.rstrip("\n") + "\n")
     write_card(place)
     shutil.rmtree(out, ignore_errors=True)
     place.rename(out)
     stage.rmdir()
+
+
+def describe(run: Path, place: Path) -> None:
+    """Adds to a folder of the box what the run says of itself: how it was trained, on what, at which size."""
+    state, stats = runs.read_run(run), files.read_json(place / "stats.json")
+    files.write_json(place / "stats.json", stats | {**files.read_json(run / "stats.json"), **hash_of_stage(stats)})
+    data = dict(state.get("data") or {})
+    if "source" in data:
+        data["source"] = Path(data["source"]).name
+    described = {name: state[name] for name in KEPT if name in state}
+    command = without_places(str(state.get("command") or ""))
+    runs.RunFolder(place).update(**described, data=data, command=command)
+
+
+def hash_of_stage(stats: dict[str, Any]) -> dict[str, Any]:
+    """The hash of the first stage as it is stored here; {} in its own folder."""
+    return {name: stats[name] for name in ("autoencoder",) if name in stats}
 
 
 def distance(first: Any, second: Any) -> np.ndarray:
