@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from ldmcli.core.settings import (
 from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
 from ldmcli.maths import rng
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.conditioners import CONDITIONERS
+from ldmcli.networks.conditioners import CONDITIONERS, train_vocabulary
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.latent_scale import LatentScale
 from ldmcli.sampling.api import LoadedDiffusion
@@ -92,11 +93,13 @@ def first_stage(name: str) -> LoadedAutoencoder:
     return LoadedAutoencoder(network, scale, "x", AutoencoderConfig(autoencoder=settings))
 
 
-def tiny_model(stage: str, words=None, kinds=(), task: str = "generate", **diffusion) -> LoadedDiffusion:
+def tiny_model(
+    stage: str, words=None, kinds=(), task: str = "generate", text_encoder: str = "joint", **diffusion
+) -> LoadedDiffusion:
     config = DiffusionConfig(
         diffusion=replace(UNET, **diffusion),
         task=TASKS[task],
-        condition=ConditionSettings(kinds=tuple(kinds), **TOLD),
+        condition=ConditionSettings(kinds=tuple(kinds), text_encoder=text_encoder, **TOLD),
         sample=SampleSettings(steps=2, guidance=2.0, sampler="ddim"),
     )
     ae = first_stage(stage)
@@ -151,6 +154,28 @@ def batch_of(model: LoadedDiffusion) -> dict[str, torch.Tensor]:
     inputs = conditions.prepare({kind: VALUES[kind] for kind in conditions.kinds}) if conditions.kinds else {}
     dropped = {kind: torch.tensor([False, True]) for kind in conditions.droppable}
     return batch | {f"condition.{name}": value for name, value in conditions.drop(inputs, dropped).items()}
+
+
+def frozen_encoder(kind: str, folder: Path) -> str:
+    """A folder with an encoder of text of a few thousand weights, as `transformers` keeps them, and a tokeniser."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    train_vocabulary(["a red star", "two green circles"], 64, folder)
+    size = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    if kind == "t5":
+        settings = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        encoder = transformers.T5Model(settings)
+    else:
+        size |= {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 16}
+        ends = {"bos_token_id": 2, "eos_token_id": 3}
+        encoder = {
+            "clip": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, **ends)),
+            "bert": lambda: transformers.BertModel(transformers.BertConfig(**size)),
+        }[kind]()
+    encoder.save_pretrained(folder)
+    return str(folder)
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ class TextConditioner(Conditioner):
 
     guidance_rank = 3
     gives_tokens = True
-    _frozen: nn.Module
+    _frozen: Any
 
     def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer):
         super().__init__()
@@ -195,7 +195,8 @@ class TextConditioner(Conditioner):
             tokens = self.encoder(inputs["ids"])
         else:
             with torch.no_grad():
-                self._frozen.to(inputs["ids"].device)
+                if self._frozen.device != inputs["ids"].device:
+                    self._frozen.to(inputs["ids"].device)
                 hidden = self._frozen(input_ids=inputs["ids"], attention_mask=inputs["mask"].long()).last_hidden_state
             tokens = self.encoder(hidden.float()) * inputs["mask"][..., None]
         if self.pool is None:
@@ -216,6 +217,8 @@ def _load_frozen(name: str):
         ) from error
     if hasattr(model, "text_model"):
         model = model.text_model
+    if hasattr(model, "decoder"):  # of T5, say: it would ask for tokens of its own
+        model = model.get_encoder()
     return model.eval().requires_grad_(False)
 
 

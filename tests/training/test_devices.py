@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import measured
 import numpy as np
 import pretend
 import pytest
@@ -40,13 +41,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldmcli.conditions.fit import assumed_specs
 from ldmcli.core import config as configuration
 from ldmcli.core.presets import PRESETS
-from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, LossSettings, SampleSettings
+from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, DataSettings, LossSettings, SampleSettings
 from ldmcli.diffusion import gradient_guidance
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.sample import KnownRegion, sample_conditioned
 from ldmcli.diffusion.samplers import SAMPLERS
 from ldmcli.diffusion.schedule import make_schedule, sampling_levels
 from ldmcli.evaluation import extractors, segmenter
+from ldmcli.evaluation.evaluate import evaluate
 from ldmcli.evaluation.metrics import METRICS
 from ldmcli.maths import rng
 from ldmcli.networks.autoencoder import Autoencoder
@@ -490,6 +492,26 @@ def test_a_judge_learns_and_reads_on_a_gpu_what_it_does_on_a_cpu(monkeypatch):
             judge = segmenter.train_segmenter(PIXELS.__getitem__, maps.__getitem__, 2, 2, steps=2)
             found.append(judge.maps(list(PIXELS)))
     assert all((a == b).all() for a, b in zip(*found))
+
+
+def test_an_evaluation_with_intervals_and_copies_has_on_a_gpu_the_numbers_of_a_cpu(tmp_path, monkeypatch):
+    """Distances, their estimates, and the share that copies training pictures; half of the pictures are copies."""
+    known = measured.pictures(70, seed=1)
+    measured.folder(tmp_path / "known", known)
+    measured.folder(tmp_path / "made", np.concatenate([known[:6], measured.pictures(6, seed=2)]))
+    data = DataSettings(source=str(tmp_path / "known"), size=(16, 16), val_fraction=0.4)
+    extractor, found = measured.tiny_extractor(tmp_path / "tiny.safetensors"), []
+    monkeypatch.setattr("ldmcli.evaluation.evaluate.open_extractor", lambda name=None: extractor)
+    for name, place in (("cpu", contextlib.nullcontext), ("gpu", pretended)):
+        monkeypatch.setenv("LDM_CACHE", str(tmp_path / name))
+        with place() as device:
+            extractor.device = device or CPU
+            extractor.net.to(extractor.device)
+            metrics = ("fid", "kid", "pr", "dc", "mind", "novelty")
+            found.append(evaluate(images=tmp_path / "made", data=data, metrics=metrics))
+    assert found[0]["estimates"] and found[0]["metrics"]["copied"] > 0
+    for part in ("metrics", "estimates"):
+        assert found[0][part] == found[1][part]
 
 
 def test_lpips_and_its_identity_on_a_gpu_are_those_of_a_cpu():

@@ -250,6 +250,28 @@ def test_a_loss_waits_for_nothing_with_any_parametrisation(prediction):
             assert loss_on_the_gpu(model, batch, device, cached=True).dtype == FP32
 
 
+@pytest.mark.parametrize("kind", ["clip", "bert", "t5"])
+def test_a_loss_with_a_frozen_encoder_of_text(kind, tmp_path):
+    """Its products and activations are in bfloat16, too; its norms are those of `transformers`, which autocast leaves
+    in float32. Whether it waits is seen in test_no_waits.py: it looks at no mask that is fake."""
+    folder = tiny.frozen_encoder(kind, tmp_path)
+    model = tiny.tiny_model("vq", load_tokenizer(folder), ["text"], text_encoder=folder)
+    batch = tiny.batch_of(model)
+    kept = model.network.state_dict()
+    assert not any("_frozen" in name for name in kept)
+    with tiny.bf16_of_cuda() as device:
+        tiny.moved(model, device)
+        objective = tiny.objective_of(model, device)
+        there = {name: value.to(device) for name, value in batch.items()}
+        with Attention():
+            objective.loss("model", {"model": model.network}, there, 0, False)
+        with watched() as (operations, attention, waits):
+            loss, _ = objective.loss("model", {"model": model.network}, there, 0, False)
+    assert loss.dtype == FP32 and loss.device.type == "cuda"
+    assert waits == [] and attention.refused == []
+    assert set(operations.dtypes["product"]) == set(operations.dtypes["activation"]) == {BF16}
+
+
 @pytest.mark.parametrize("position", ["learned", "sinusoidal"])
 @pytest.mark.parametrize("more", [{}, {"spatial_transformer": True}, {"scale_shift": True, "resblock_updown": True}])
 def test_every_form_of_the_unet(position, more):

@@ -11,6 +11,7 @@ import pretend
 import pytest
 import syncs
 import tiny
+import tiny_models
 import torch
 
 from ldmcli.reports import cost_estimate
@@ -127,6 +128,15 @@ def test_diffusion_models(more, ae, tmp_path):
     with gpu(), watched_steps() as waits:
         tiny.train_ldm(tmp_path / "run", ae, *QUIET, *more, steps=STEPS)
     assert waits == [[]] * (STEPS - 1)
+
+
+def test_a_frozen_encoder_of_text_waits_for_no_more_than_a_look_at_its_mask(ae, tmp_path):
+    """`transformers` reads whether a mask hides anything, once a step, where no compiler follows it."""
+    encoder = f"condition.text_encoder={tiny_models.frozen_encoder('bert', tmp_path / 'encoder')}"
+    with gpu(), watched_steps() as waits:
+        tiny.train_ldm(tmp_path / "run", ae, *QUIET, "--condition", "text", "--set", encoder, steps=STEPS)
+    assert [len(found) for found in waits] == [1] * (STEPS - 1)
+    assert all("(a value is read) at ldmcli/networks/conditioners.py" in line for found in waits for line in found)
 
 
 def test_classifiers(ae, tmp_path):
