@@ -147,7 +147,7 @@ MASKS = tuple(
             r"<chart \1></figure>",
         ),
         (r"[\w.]+(?=: holds several frames)", "<the first>"),
-        (r"data-wait \d+ %", "data-wait <share>"),
+        (r"MFU \d+ %  data-wait \d+ %", "data-wait <share>"),
         (r"(?m)^time  +from .*", "time <time>"),
         (r"<!-- ldm \w{64} -->", "<hash>"),
         (r"((?:Throughput|Training time|Peak memory)</div><div class=\"value\">)[^<]*(<small> \w+)?", r"\1<number>"),

@@ -42,7 +42,7 @@ PARSED = {
     r"/model\.ckpt|sd-v1\.ckpt|runs/(celeba|sd-vae)": "published checkpoints; test_compvis reads small ones",
     r"--to compvis": "the paper's networks; test_convert writes small ones",
     r"--compile|--micro-batch": "a compiler, much memory; test_micro_batch splits batches",
-    r"--gpus|torchrun|accelerate launch": "several processes; test_two_processes and test_launch start them",
+    r"--gpus|torchrun|accelerate launch|^srun": "several processes; test_two_processes and test_launch start them",
     r"^ldm bench": "published sizes, or a file of before; tests/bench measures small ones",
     r"^ldm demo": "test_help_examples runs a demo",
     r"--max-hours|--max-minutes|max_minutes": "hours; test_resume ends a run by --max-hours",
@@ -62,7 +62,7 @@ OTHERS = {
     r"^python (\S+\.py)": "a file of this repository",
     r"^python -m ldmcli bench": "needs a GPU; tests/bench runs the suite with tiny networks",
     r"^python -c": "a measurement of this machine",
-    r"^#SBATCH": "for Slurm",
+    r"^#SBATCH|^export MASTER": "for Slurm",
 }
 PLACEHOLDERS = {"$seed": "0", "$data": "shapes", "SRC": "runs/a", "DST": "runs/b"}
 

@@ -99,7 +99,11 @@ def bench(given: ParsedOptions) -> None:
         raise UsageError("--tiny: belongs to --suite")
     if given.suite:
         _check_suite(given)
-    size = config.size_of(given.size)
+    size, batch_sizes = config.size_of(given.size), numbers("--batch-size", given.batch_size or "")
+    processes = max(given.gpus or 1, launch.world()[1])
+    if batch_sizes and min(batch_sizes) < processes:  # before processes are started for it
+        why = f", one for each of {processes} processes" if processes > 1 else ""
+        raise UsageError(f"--batch-size {min(batch_sizes)}: must be at least {processes}{why}")
     code = launch.relaunch_if_needed(given.gpus, given.argv)
     if code is not None:
         raise typer.Exit(code)
@@ -110,7 +114,7 @@ def bench(given: ParsedOptions) -> None:
     request = studies.BenchRequest(
         asked=tuple(_asked(given)) if not given.suite else (),
         works=tuple(word.strip() for word in (given.work or "").split(",") if word.strip()),
-        batch_sizes=numbers("--batch-size", given.batch_size or ""),
+        batch_sizes=batch_sizes,
         size=size,
         steps=given.steps,
         seconds=given.seconds,

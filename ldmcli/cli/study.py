@@ -188,7 +188,7 @@ def study(given: ParsedOptions) -> None:
 def numbers(name: str, text: str) -> tuple[int, ...]:
     """Whole numbers with commas between."""
     try:
-        return tuple(int(part) for part in re.split(r"[,\s]+", text) if part)
+        return tuple(int(part) for part in re.split(r"\s*,\s*|\s+", text.strip())) if text.strip() else ()
     except ValueError:
         raise UsageError(f"{name} {text}: whole numbers with commas between, as in 1,2,4") from None
 

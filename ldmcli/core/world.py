@@ -4,7 +4,9 @@ Objects and decisions go through a process group on the CPU with a timeout of a 
 long, ends the others; one that dies closes its connections, which does.
 """
 
+import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,16 +24,35 @@ T = TypeVar("T")
 def default_device() -> Any:
     """The torch.device of this process: its own GPU, as the launcher numbers them, else MPS, else the CPU.
 
-    Raises UsageError where a launcher has started more processes on this machine than it has GPUs.
+    A process that sees one GPU alone has that one, whatever its rank: Slurm's --gpus-per-task shows each its own.
+    `World.check_gpus` tells that from several processes on one GPU. Raises UsageError where a launcher has started more
+    processes on this machine than it has GPUs.
     """
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     rank, _, local = launch.world()
-    if local >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if count == 1:
+        local = 0
+    if local >= count:
         raise UsageError(f"process {rank}: no GPU {local} on this machine; start as many processes as there are GPUs")
     return torch.device("cuda", local)
+
+
+def _gpu_name(device: Any) -> tuple[str, ...]:
+    """What tells a process's GPU from those of others: machine, number in the hardware, and, as parts of one GPU share
+    that, what the process is shown. () where it has none of NVIDIA's."""
+    if device.type != "cuda":
+        return ()
+    import torch
+
+    return (
+        socket.gethostname(),
+        str(torch.cuda.get_device_properties(device).uuid),
+        os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+    )
 
 
 class World:
@@ -50,6 +71,18 @@ class World:
     def is_rank_0(self) -> bool:
         """Whether this process writes and reports."""
         return self.rank == 0
+
+    def check_gpus(self) -> None:
+        """Raises UsageError where two processes compute on one GPU. Collective."""
+        found = self.gather(_gpu_name(self.device))
+        for rank, name in enumerate(found):
+            if name and name in found[:rank]:
+                raise self.agreed(
+                    UsageError(
+                        f"process {rank} has the GPU of process {found.index(name)}; start as many processes as there "
+                        "are GPUs, or let the scheduler give each its own (Slurm: --gpus-per-task 1)"
+                    )
+                )
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Those of equally known items that this process takes: every one in `world_size`."""
@@ -129,7 +162,9 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
     try:
-        yield World(rank, size, torch.distributed.group.WORLD)
+        world = World(rank, size, torch.distributed.group.WORLD)
+        world.check_gpus()
+        yield world
     except RuntimeError as error:
         if any(words in str(error).lower() for words in GONE):
             raise ResourceError("another process of this command ended; what it said tells why") from error

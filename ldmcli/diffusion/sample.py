@@ -14,6 +14,7 @@ from ldmcli.diffusion.samplers import SAMPLERS, Denoise, repaint
 from ldmcli.diffusion.schedule import NoiseLevels, Schedule, q_sample, sampling_levels
 from ldmcli.diffusion.tiling import tiled_predict
 from ldmcli.maths import rng
+from ldmcli.maths.number_format import autocast_format, narrow_range_advice
 from ldmcli.networks.conditioning import Encode
 from ldmcli.networks.latent_diffusion import DiffusionModel
 
@@ -213,4 +214,5 @@ def _finite(z: Tensor, seen: list[tuple[float, Tensor]], ids: Sequence[int]) -> 
     raise ModelError(
         f"the model gives NaN or Inf in sample {bad[0]}{more}, {where}; nothing was written of it. Try a "
         "lower --guidance, another --sampler, more --steps, or an earlier checkpoint"
+        f"{narrow_range_advice(autocast_format(z.device))}"
     )

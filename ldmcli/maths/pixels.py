@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.core.errors import ModelError
+from ldmcli.maths.number_format import autocast_format, narrow_range_advice
 
 
 def tensor_to_pixels(x: Tensor, *, finite: bool = True) -> np.ndarray:
@@ -14,7 +15,7 @@ def tensor_to_pixels(x: Tensor, *, finite: bool = True) -> np.ndarray:
         bad = int((~x.isfinite().flatten(1).all(1)).sum())
         raise ModelError(
             f"{bad} of {len(x)} decoded pictures hold NaN or Inf; the autoencoder overflows on these "
-            "latents, so nothing is written of them"
+            f"latents, so nothing is written of them{narrow_range_advice(autocast_format(x.device))}"
         )
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 

@@ -124,7 +124,9 @@ class Meter:
     def __init__(self, subject: Subject, dist: Distributed, batch: int, request: BenchRequest, rates: dict[str, float]):
         self.subject, self.dist, self.batch, self.request, self.rates = subject, dist, batch, request, rates
         if batch < dist.world_size:
-            raise UsageError(f"--batch-size {batch}: {dist.world_size} processes share it")
+            raise UsageError(
+                f"--batch-size {batch}: must be at least {dist.world_size}, one for each of {dist.world_size} processes"
+            )
         self.own = -(-batch // dist.world_size)  # of this process, where each draws for itself
         # of what `ldm sample` and `ldm reconstruct` would take; "auto" may be another than a training's
         subject.stage.dtype = inference_dtype(subject.config.train.mixed_precision, dist.device)

@@ -50,6 +50,7 @@ class Distributed(World):
         self._copies: torch.cuda.Stream | None = None  # the stream on which batches come
         control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if started > 1 else None
         super().__init__(self.accelerator.process_index, self.accelerator.num_processes, control)
+        self.check_gpus()
         self.dtype = self.on_rank_0(lambda: autocast_dtype(settings.mixed_precision, self.device))
 
     @property

@@ -36,6 +36,7 @@ class TrainLogger:
             return
         self._watch_loss(values.get(monitored), progress)
         peak, rate = peak_memory_bytes(dist.device), values["images_per_s"]
+        mfu = sample_flops * rate / dist.world_size / self.peak_flops
         self.folder.log(
             step=progress.step,
             images=progress.images,
@@ -43,7 +44,7 @@ class TrainLogger:
             spikes=progress.course.spikes,
             images_per_s_device=rate / dist.world_size,
             tflops_per_s=sample_flops * rate / 1e12,
-            mfu=sample_flops * rate / dist.world_size / self.peak_flops,
+            mfu=mfu,
             peak_memory_bytes=peak,
             trained_seconds=progress.trained_seconds,
         )
@@ -54,7 +55,8 @@ class TrainLogger:
         losses = "  ".join(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in values.items() if k.startswith("loss_"))
         console.say(
             f"step {progress.step:>7,}/{s.steps:,}  loss {losses}  {rate:.1f} images/s  "
-            f"data-wait {values['data_wait'] * 100:.0f} %  {files.human_bytes(peak)}  ETA {format_duration(left)}"
+            f"MFU {mfu * 100:.0f} %  data-wait {values['data_wait'] * 100:.0f} %  "
+            f"{files.human_bytes(peak)}  ETA {format_duration(left)}"
         )
 
     @cached_property

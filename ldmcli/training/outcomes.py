@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldmcli.core import runs
 from ldmcli.core.errors import DivergedError
+from ldmcli.maths.number_format import narrow_range_advice
 from ldmcli.training.gradient_guard import GradientGuard, Pending
 from ldmcli.training.logger import TrainLogger
 from ldmcli.training.state import TrainState
@@ -79,5 +80,5 @@ class Outcomes:
             raise DivergedError(
                 f"{self.folder.path}: NaN or Inf in {progress.bad_in_a_row} steps in a row up to step "
                 f"{step.number}; bad-batch.json has the rows and values, the last good checkpoint "
-                "stands; lower --lr or raise train.warmup"
+                f"stands; lower --lr or raise train.warmup{narrow_range_advice(self.state.dist.dtype)}"
             )

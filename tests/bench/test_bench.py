@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typed_lines import SMALL, environment
 
 from ldmcli.cli import bench as command
-from ldmcli.core import config
+from ldmcli.core import config, launch
 from ldmcli.core.errors import ThresholdError
 from ldmcli.core.settings import TrainSettings
 from ldmcli.sampling.draw import Draw, draw_images
@@ -107,6 +107,8 @@ def test_ratios_to_an_older_document_and_code_8_below_the_one_asked_for(tmp_path
         (["--recipe", "cin256-classifier-none"], 2, "no such file or recipe"),
         (["--model", "nowhere"], 4, "nowhere"),
         (["--batch-size", "0"], 2, "at least 1"),
+        (["--batch-size", "1,,2"], 2, "--batch-size 1,,2: whole numbers with commas between"),
+        (["--batch-size", "4,1", "--gpus", 2], 2, "--batch-size 1: must be at least 2, one for each of 2 processes"),
         (["--rows", "-1"], 2, "--rows -1: must be at least 0"),
         (["--work", "decode", "--against", "nothing.json"], 3, "no document of `ldm bench --json`"),
     ],
@@ -114,6 +116,7 @@ def test_ratios_to_an_older_document_and_code_8_below_the_one_asked_for(tmp_path
 def test_a_mistake_is_one_line(words, code, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "_run", lambda *given: pytest.fail("processes were started"))
     ending = ldm("bench", *QUICK, *words)
     assert (ending.code, said in ending.line) == (code, True), ending.stderr
 

@@ -1,8 +1,10 @@
 """NaN and Inf are refused by name, wherever they come from; weights are found under other names and among variants."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from tiny import checkpoint, ldm, noisy_images, same, train_ae, train_ldm, weigh
 from tiny import state as state_of
 
 from ldmcli.core import files, runs
-from ldmcli.core.errors import InputError, ModelError
+from ldmcli.core.errors import DivergedError, InputError, ModelError
 from ldmcli.diffusion import sample
 from ldmcli.evaluation.evaluate import evaluate
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.networks.latent_diffusion import DiffusionModel
+from ldmcli.training.outcomes import Outcomes, Step
 
 FAST = ("--steps", 3, "--sampler", "ddim")
 
@@ -194,6 +197,27 @@ def test_a_model_that_overflows_is_told_with_step_and_sample_and_writes_nothing(
     ending = ldm(*asked, "--model", models[model], *FAST, "--guidance", 1, "--out", "out")
     assert ending.code == 4 and "NaN or Inf in sample 1, from call 2 of" in ending.line, ending.stderr
     assert not list(Path("out").glob("*.png"))
+
+
+@pytest.mark.parametrize("dtype, advised", [(torch.float16, True), (torch.bfloat16, False), (None, False)])
+def test_a_wider_format_is_advised_where_float16_was_in_use(dtype, advised):
+    """By the sampler, the decoder and the training, whose format is the run's."""
+    x = torch.full((1, 3, 4, 4), float("inf"))
+    raised = []
+    with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
+        for fails in (lambda: sample._finite(x, [], [0]), lambda: tensor_to_pixels(x)):
+            with pytest.raises(ModelError) as found:
+                fails()
+            raised.append(str(found.value))
+    outcomes = object.__new__(Outcomes)
+    settings, progress = SimpleNamespace(max_bad_steps=1), SimpleNamespace(bad_in_a_row=0)
+    outcomes.state = SimpleNamespace(settings=settings, progress=progress, dist=SimpleNamespace(dtype=dtype))
+    outcomes.logger = SimpleNamespace(log_nonfinite=lambda *given: None)
+    outcomes.folder = SimpleNamespace(path="run")
+    with pytest.raises(DivergedError) as diverged:
+        outcomes._count_bad(Step(1, torch.zeros(0), {}, None))
+    raised.append(str(diverged.value))
+    assert [("--mixed-precision bf16, or no" in text) for text in raised] == [advised] * 3
 
 
 def test_a_measure_of_a_model_that_overflows_is_no_number(models, monkeypatch):
