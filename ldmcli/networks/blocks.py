@@ -125,6 +125,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v. q: (B, heads, L, d); k, v: (B, heads, S, d); returns (B, heads, L, d)."""
     if q.device.type == "cuda":
         return _attention_on_cuda(q, k, v)
+    if q.device.type == "meta":
+        return _attention_of_shapes(q, k, v)
     if _plain_is_faster(q, k):
         return _plain_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
@@ -133,6 +135,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def _attention_of_shapes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As fused kernels keep it, without a matrix of scores: where costs are counted there are none."""
+    if not torch.is_grad_enabled():
+        return q.new_empty(*q.shape[:-1], v.shape[-1])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
 def _attention_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

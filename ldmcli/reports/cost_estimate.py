@@ -72,7 +72,7 @@ def plan(
         notes.append(f"{passes} passes of the teacher a sample are counted in each step, its weights in memory are not")
     step = a_sample * train.batch_size
     share = -(-train.batch_size // world)
-    memory = _memory(costs, resolved.config, share, device, sharing)
+    memory = _memory(costs, resolved.config, share, device, sharing, dtype)
     return {
         "command": command,
         "image": list(image),
@@ -87,7 +87,7 @@ def plan(
         "epochs": train.steps * train.batch_size / rows if rows else None,
         "memory": memory,
         "time": _time(step * sharing / world, train.steps, train.max_minutes, device, dtype),
-        "notes": notes + _memory_notes(memory, share) + _evaluation_notes(config, costs, device),
+        "notes": notes + _memory_notes(memory, share, dtype) + _evaluation_notes(config, costs, device),
         "settings": [list(row) for row in configuration.describe(resolved)],
     }
 
@@ -163,7 +163,12 @@ def _size(size: Sequence[int]) -> tuple[int, int]:
 
 
 def _memory(
-    costs: dict[str, cost.NetworkCost], config, share: int, device: torch.device, sharing: int
+    costs: dict[str, cost.NetworkCost],
+    config,
+    share: int,
+    device: torch.device,
+    sharing: int,
+    dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Bytes of one process, estimated, and what it may take of a device that `sharing` processes share. "per_pass":
     samples of its `share` of the batch that go through at once."""
@@ -173,13 +178,13 @@ def _memory(
     weights = 4 * sum(p.numel() for _, p in named)
     main = 4 * sum(p.numel() for p in trained[0].module.parameters())
     parts: dict[str, Any] = {
-        "weights": weights,
+        "weights": weights + cost.cast_bytes(named, dtype),
         "gradients": weights,
         "optimizer": cost.optimizer_bytes(named, train),
         "ema": main if train.ema else 0,
         "runtime": cost.RUNTIME_BYTES,
     }
-    per_image = sum(network.activation_bytes for network in costs.values())
+    per_image = cost.kept_bytes(costs.values(), dtype)
     available = cost.available_bytes(device) // sharing
     room = cost.MEMORY_SHARE * (available - sum(parts.values()))
     micro = min(train.micro_batch, share) if train.micro_batch else cost.largest_micro_batch(share, per_image, room)
@@ -196,8 +201,9 @@ def _memory(
     }
 
 
-def _memory_notes(memory: dict[str, Any], share: int) -> list[str]:
-    notes = ["memory: an estimate of one process in float32, without data; validation and previews fit beside it"]
+def _memory_notes(memory: dict[str, Any], share: int, dtype: torch.dtype | None) -> list[str]:
+    form = "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')}, its copies of weights included"
+    notes = [f"memory: an estimate of one process in {form}, without data; validation and previews fit beside it"]
     if memory["fits"] and memory["per_pass"] < share:
         notes.append(f"{memory['per_pass']} of {share} images go through at a time (--micro-batch); the batch stays")
     if memory["fits"]:

@@ -7,11 +7,10 @@ were): theirs run operation by operation (`networks.chunked_autoencoder`) and gi
 """
 
 import weakref
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,13 +82,14 @@ def _pieces(side: int, gib: float) -> Pieces:
     return Pieces(side, int(gib * 2**30))
 
 
-class _LiveTensorMeter(TorchDispatchMode):
-    """Counts the bytes of tensors that exist at the same time."""
+class LiveTensorMeter(TorchDispatchMode):
+    """Counts the bytes of tensors that exist at the same time, but for `known` ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self._left_out = [tensor.untyped_storage() for tensor in known]  # held, so that no other has such an address
+        self.known = {storage._cdata for storage in self._left_out}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -111,22 +111,13 @@ class _LiveTensorMeter(TorchDispatchMode):
         self.now -= size
 
 
-class _FusedAttentionShapes(TorchFunctionMode):
-    """Attention as the fused kernels do it, without a matrix of scores; the meta device has none of them."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            return args[0].new_empty(*args[0].shape[:-1], args[2].shape[-1])
-        return function(*args, **(kwargs or {}))
-
-
 def peak_bytes(network: nn.Module, *shapes: tuple[int, ...], **more) -> int:
     """Bytes of activations that a pass over inputs of these shapes needs at its fullest moment, weights left out.
 
     The pass runs on the meta device: shapes only, nothing is computed.
     """
     weights = {name: tensor.to("meta") for name, tensor in network.state_dict().items()}
-    with torch.no_grad(), _FusedAttentionShapes(), _LiveTensorMeter() as live:
+    with torch.no_grad(), LiveTensorMeter() as live:
         inputs = [torch.empty(shape, device="meta") for shape in shapes]
         torch.func.functional_call(network, weights, tuple(inputs), more)
     return int(live.peak * MEMORY_MARGIN)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldmcli import __version__
 from ldmcli.core import console, files, runs
@@ -248,7 +247,7 @@ class Meter:
         config, subject = self.subject.config, self.subject
         assert isinstance(config, DiffusionConfig)
         model = cost.meta_diffusion_model(config, subject.specs or {}, subject.latent)
-        with on_meta_device(), FlopCounterMode(display=False) as counter:
+        with on_meta_device(), cost.flop_counter() as counter:
             zeros = torch.zeros(1, *subject.latent)
             conditioning = model.embed(
                 model.conditions.example(subject.size),
@@ -266,7 +265,7 @@ class Meter:
         if network.is_identity:
             return 0.0
         found = cost.meta_autoencoder(network.settings)
-        with on_meta_device(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with on_meta_device(), cost.flop_counter() as counter:
             if way == "encode":
                 found.moments(torch.zeros(1, network.settings.in_channels, *self.subject.size))
             else:

@@ -200,7 +200,8 @@ class SyntheticDiffusion(DiffusionObjective):
 
     def activation_bytes(self) -> float:
         """Bytes that the backward pass keeps of one image: nothing is encoded."""
-        return cost.diffusion_cost(self.config, self.specs, self.latents.shape, self.size).activation_bytes
+        found = cost.diffusion_cost(self.config, self.specs, self.latents.shape, self.size)
+        return cost.kept_bytes([found], self.dist.dtype)
 
 
 class SyntheticAutoencoder(AutoencoderObjective):

@@ -88,8 +88,8 @@ class AutoencoderObjective:
         return []
 
     def activation_bytes(self) -> float:
-        """Bytes that one image takes in a step: what is kept for the backward passes, in float32."""
-        return sum(network.activation_bytes for network in cost.autoencoder_costs(self.config, self.size).values())
+        """Bytes that one image takes in a step: what is kept for the backward passes."""
+        return cost.kept_bytes(cost.autoencoder_costs(self.config, self.size).values(), self.dist.dtype)
 
     def learning_rate(self, phase: str) -> float | None:
         """A rate of its own for a phase, None for train.lr."""

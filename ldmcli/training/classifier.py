@@ -125,8 +125,9 @@ class ClassifierObjective:
         return found
 
     def activation_bytes(self) -> float:
-        """Bytes that one image takes in a step, in float32 and without weights."""
-        return cost.classifier_cost(self.config, len(self.names), self.latents.shape).activation_bytes
+        """Bytes that one image takes in a step, without weights."""
+        found = cost.classifier_cost(self.config, len(self.names), self.latents.shape)
+        return cost.kept_bytes([found], self.dist.dtype)
 
     def learning_rate(self, phase: str) -> float | None:
         """No phase has a rate of its own."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ldmcli.core.settings import (
     AutoencoderConfig,
@@ -27,6 +27,7 @@ from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.networks.meta_device import on_meta_device
 from ldmcli.networks.noisy_classifier import NoisyClassifier
 from ldmcli.networks.perceptual import perceptual_shapes
+from ldmcli.sampling.memory import LiveTensorMeter
 from ldmcli.training.optimizer import is_hidden_matrix
 
 RUNTIME_BYTES = 600 << 20  # interpreter, torch and the libraries of data (docs/experiments.md)
@@ -42,7 +43,7 @@ class NetworkCost:
     module: nn.Module
     forward_flops: float
     training_flops: float  # forward and backward
-    activation_bytes: float  # saved for the backward pass, in float32
+    activation_bytes: float  # saved for the backward pass, in float32; see `kept_bytes`
 
 
 # ---------------------------------------------------------------- networks
@@ -120,30 +121,31 @@ def without_frozen_encoder(condition: ConditionSettings) -> ConditionSettings:
 # ---------------------------------------------------------------- counting
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as fused kernels do it, which keep no matrix of scores; the meta device would take the plain way."""
+def _fused(q, k, v, *_, out_shape=None, **__) -> int:
+    return sdpa_flop_count(q, k, v)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
-        return function(*args, **(kwargs or {}))
+
+def _fused_backward(gradient, q, k, v, *_, out_shape=None, **__) -> int:
+    return 2 * sdpa_flop_count(q, k, v)  # scores that it computes again are no work of the model's
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts FLOPs, those of a CPU's fused attention included, which torch leaves out."""
+    kernels = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            kernels._scaled_dot_product_flash_attention_for_cpu: _fused,
+            kernels._scaled_dot_product_flash_attention_for_cpu_backward: _fused_backward,
+        },
+    )
 
 
 def saved_activation_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
-    """Bytes that a pass saves for its backward pass, beside the weights. Where blocks are computed again (`train.
-    checkpointing`) they are what is saved outside of them, their inputs, and the most that one of them saves."""
-    blocks = [block for block in module.modules() if getattr(block, "recomputes", False)]
-    if not blocks:
-        return _saved_bytes(module, run, [])[0]
-    kept, _ = _saved_bytes(module, run, blocks)
-    set_checkpointing(module, False)
-    _, largest = _saved_bytes(module, run, blocks)
-    set_checkpointing(module, True)
-    return kept + largest
-
-
-def _saved_bytes(module: nn.Module, run: Callable[[], Tensor], blocks: list[nn.Module]) -> tuple[float, float]:
-    """Bytes that a pass saves beside the weights, the inputs of `blocks` among them, and the most that one adds."""
+    """Bytes that a pass saves for its backward pass, beside the weights; where blocks are computed again (`train.
+    checkpointing`) the bytes that exist at once, at most, until its gradients are made."""
+    if any(getattr(block, "recomputes", False) for block in module.modules()):
+        return _peak_bytes(module, run)
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, Any] = {}  # the storages themselves: a freed one's address would be another one's soon
 
@@ -153,36 +155,28 @@ def _saved_bytes(module: nn.Module, run: Callable[[], Tensor], blocks: list[nn.M
             kept[storage._cdata] = storage
         return tensor
 
-    largest, begun = 0, 0
-
-    def total() -> int:
-        return sum(storage.nbytes() for storage in kept.values())
-
-    def before(block: nn.Module, args: tuple) -> None:
-        nonlocal begun
-        for argument in args:
-            if isinstance(argument, Tensor):
-                keep(argument)
-        begun = total()
-
-    def after(block: nn.Module, args: tuple, out: Tensor) -> None:
-        nonlocal largest
-        largest = max(largest, total() - begun)
-
-    handles = [block.register_forward_pre_hook(before) for block in blocks]
-    handles += [block.register_forward_hook(after) for block in blocks]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
-    for handle in handles:
-        handle.remove()
-    return float(total()), float(largest)
+    return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+def _peak_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
+    """Of a forward and a backward pass, beside weights, buffers and gradients, to which others are added."""
+    weights = list(module.parameters())
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    for weight, gradient in zip(weights, gradients):
+        weight.grad = gradient
+    with LiveTensorMeter([*weights, *module.buffers(), *gradients]) as live:
+        out = run()
+        out.backward(torch.ones_like(out))
+    for weight in weights:
+        weight.grad = None
+    return float(live.peak)
 
 
 def measure_cost(module: nn.Module, run: Callable[[], Tensor]) -> NetworkCost:
     """Counts one pass over one sample on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         result = run()
         forward = counter.get_total_flops()
         result.sum().backward()
@@ -200,6 +194,17 @@ def step_flops(costs: dict[str, NetworkCost]) -> float:
 
 
 # ---------------------------------------------------------------- memory
+
+
+def kept_bytes(costs: Iterable[NetworkCost], dtype: torch.dtype | None) -> float:
+    """Bytes that one sample takes in a step where autocast computes in `dtype` (None: float32), which is what tensors
+    between layers are then kept in. On a CPU in bfloat16, attention keeps its scores besides."""
+    return sum(network.activation_bytes for network in costs) * (1.0 if dtype is None else dtype.itemsize / 4)
+
+
+def cast_bytes(named: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None) -> int:
+    """Bytes of the copies of weights that autocast makes in `dtype` for a step."""
+    return 0 if dtype is None else dtype.itemsize * sum(p.numel() for _, p in named)
 
 
 def optimizer_bytes(named: Iterable[tuple[str, nn.Parameter]], train) -> int:

@@ -165,9 +165,10 @@ class DiffusionObjective:
         return [{"path": str(self.autoencoder_path), "sha256": self.autoencoder.fingerprint}, *teacher]
 
     def activation_bytes(self) -> float:
-        """Bytes that one image takes in a step, in float32: what is kept for the backward pass, or what the first stage
-        takes to encode it, where that is more."""
-        kept = cost.diffusion_cost(self.config, self.specs, self.latents.shape, self.size).activation_bytes
+        """Bytes that one image takes in a step: what is kept for the backward pass, or what the first stage takes to
+        encode it, where that is more."""
+        found = cost.diffusion_cost(self.config, self.specs, self.latents.shape, self.size)
+        kept = cost.kept_bytes([found], self.dist.dtype)
         network = self.autoencoder.network
         encodes = self.latents.cache is None or self.model.conditions.encodes
         if network.is_identity or not encodes:

@@ -26,6 +26,7 @@ def choose_micro_batch(objective: Objective, dist: Distributed, settings: TrainS
         return settings.micro_batch
     named = [pair for module in objective.networks.values() for pair in module.named_parameters()]
     to_allocate = 4 * sum(p.numel() for _, p in named) + cost.optimizer_bytes(named, settings)
+    to_allocate += cost.cast_bytes(named, dist.dtype)
     processes = 1 if dist.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE") or dist.world_size)
     room = cost.MEMORY_SHARE * (cost.available_bytes(dist.device) // processes - to_allocate)
     fitting = share

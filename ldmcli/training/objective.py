@@ -34,7 +34,7 @@ class Objective(Protocol):
         """Runs that this one builds on, as run.json lists them: path and hash of the weights."""
 
     def activation_bytes(self) -> float:
-        """Bytes that one image takes in a step, in float32 and without weights."""
+        """Bytes that one image takes in a step, without weights, in the number format that the run computes in."""
 
     def learning_rate(self, phase: str) -> float | None:
         """A rate of its own for a phase, None for train.lr."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.data.batches import Prefetcher
+from ldmcli.training.cost import flop_counter
 from ldmcli.training.objective import Objective
 from ldmcli.training.state import TrainState
 
@@ -64,15 +65,13 @@ class StepFlops:
     def count(self, batch: dict[str, Tensor], step: int) -> None:
         """Counts where a step begins that has other phases than those before it: a sample of its batch goes through the
         networks as they are, neither compiled nor in training mode, and what it leaves is dropped. Collective."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         phases, networks = self.objective.phases(step), self.objective.networks
         if phases == self._counted:
             return
         self._counted, one = phases, {name: tensor[:1] for name, tensor in batch.items()}
         for module in networks.values():
             module.eval()
-        with FlopCounterMode(display=False) as counter, self.state.dist.autocast():
+        with flop_counter() as counter, self.state.dist.autocast():
             for phase in phases:
                 self.state.train_only(phase)
                 self.objective.loss(phase, networks, one, step, False)[0].backward()

@@ -11,9 +11,10 @@ from ldmcli.core.settings import AutoencoderConfig, LossSettings
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.networks.autoencoder import Autoencoder
-from ldmcli.networks.blocks import set_checkpointing
+from ldmcli.networks.blocks import attention, set_checkpointing
 from ldmcli.networks.text_encoder import TextTransformer
 from ldmcli.networks.unet import UNet
+from ldmcli.sampling.memory import LiveTensorMeter
 from ldmcli.training import cost
 
 CPU = torch.device("cpu")
@@ -95,6 +96,49 @@ def test_a_plan_counts_what_a_first_stage_keeps(stage):
     network, x = Autoencoder(config.autoencoder), torch.rand(4, 3, 32, 32)
     noise = torch.randn(4, *network.latent_shape(32, 32))
     assert 4 * planned == pytest.approx(kept_in_a_step(network, lambda: network(x, noise).reconstruction), rel=0.15)
+
+
+WIDER = replace(tiny.STAGES["paper"], channels=16, groups=8)
+STEPS = {
+    "unet": (lambda: UNet(DEEP, 3, 3, context_dim=None), lambda net, x: net(x, x[:, 0, 0, 0])),
+    "first stage": (lambda: Autoencoder(WIDER), lambda net, x: net(x, None).reconstruction),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("on", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_plan_counts_what_a_step_takes_at_its_fullest(name, on, dtype):
+    """Tensors that exist at once in a real step beside weights and gradients, in both number formats."""
+    make, run = STEPS[name]
+    with cost.on_meta_device():
+        shapes, x = make(), torch.zeros(1, 3, 32, 32)
+    set_checkpointing(shapes, on)
+    found = cost.NetworkCost(shapes, 0, 0, cost.saved_activation_bytes(shapes, lambda: run(shapes, x)))
+    images = 6
+    planned = images * cost.kept_bytes([found], dtype) + cost.cast_bytes(shapes.named_parameters(), dtype)
+    network, x = make(), torch.rand(images, 3, 32, 32)
+    set_checkpointing(network, on)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [x, *network.buffers(), *network.parameters(), *(p.grad for p in network.parameters())]
+    with LiveTensorMeter(known) as live:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            out = run(network, x)
+        out.backward(torch.ones_like(out))
+    assert planned == pytest.approx(live.peak, rel=0.15)
+
+
+def test_attention_without_scores_is_counted_as_it_is_done():
+    """FLOPs of fused attention, forward and backward, are those of its two products."""
+    q, k, v = (torch.zeros(1, 2, length, 8, device="meta", requires_grad=True) for length in (16, 12, 12))
+    with cost.flop_counter() as counter:
+        out = attention(q, k, v)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 2 * 2 * (2 * 16 * 12 * 8) and counter.get_total_flops() == 3 * forward
+    with torch.no_grad():
+        assert attention(q, k, v).shape == out.shape == (1, 2, 16, 8)
 
 
 def test_a_plan_knows_of_checkpointing():
