@@ -184,7 +184,7 @@ def _memory(
         "ema": main if train.ema else 0,
         "runtime": cost.RUNTIME_BYTES,
     }
-    per_image = cost.kept_bytes(costs.values(), dtype)
+    per_image = cost.kept_bytes(costs.values(), dtype, device)
     available = cost.available_bytes(device) // sharing
     room = cost.MEMORY_SHARE * (available - sum(parts.values()))
     micro = min(train.micro_batch, share) if train.micro_batch else cost.largest_micro_batch(share, per_image, room)

@@ -201,7 +201,7 @@ class SyntheticDiffusion(DiffusionObjective):
     def activation_bytes(self) -> float:
         """Bytes that the backward pass keeps of one image: nothing is encoded."""
         found = cost.diffusion_cost(self.config, self.specs, self.latents.shape, self.size)
-        return cost.kept_bytes([found], self.dist.dtype)
+        return cost.kept_bytes([found], self.dist.dtype, self.dist.device)
 
 
 class SyntheticAutoencoder(AutoencoderObjective):

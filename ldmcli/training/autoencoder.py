@@ -89,7 +89,8 @@ class AutoencoderObjective:
 
     def activation_bytes(self) -> float:
         """Bytes that one image takes in a step: what is kept for the backward passes."""
-        return cost.kept_bytes(cost.autoencoder_costs(self.config, self.size).values(), self.dist.dtype)
+        found = cost.autoencoder_costs(self.config, self.size).values()
+        return cost.kept_bytes(found, self.dist.dtype, self.dist.device)
 
     def learning_rate(self, phase: str) -> float | None:
         """A rate of its own for a phase, None for train.lr."""

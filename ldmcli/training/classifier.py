@@ -127,7 +127,7 @@ class ClassifierObjective:
     def activation_bytes(self) -> float:
         """Bytes that one image takes in a step, without weights."""
         found = cost.classifier_cost(self.config, len(self.names), self.latents.shape)
-        return cost.kept_bytes([found], self.dist.dtype)
+        return cost.kept_bytes([found], self.dist.dtype, self.dist.device)
 
     def learning_rate(self, phase: str) -> float | None:
         """No phase has a rate of its own."""

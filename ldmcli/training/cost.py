@@ -145,7 +145,7 @@ def saved_activation_bytes(module: nn.Module, run: Callable[[], Tensor]) -> floa
     """Bytes that a pass saves for its backward pass, beside the weights; where blocks are computed again (`train.
     checkpointing`) the bytes that exist at once, at most, until its gradients are made."""
     if any(getattr(block, "recomputes", False) for block in module.modules()):
-        return _peak_bytes(module, run)
+        return peak_step_bytes(module, run)
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, Any] = {}  # the storages themselves: a freed one's address would be another one's soon
 
@@ -160,7 +160,7 @@ def saved_activation_bytes(module: nn.Module, run: Callable[[], Tensor]) -> floa
     return float(sum(storage.nbytes() for storage in kept.values()))
 
 
-def _peak_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
+def peak_step_bytes(module: nn.Module, run: Callable[[], Tensor]) -> float:
     """Of a forward and a backward pass, beside weights, buffers and gradients, to which others are added."""
     weights = list(module.parameters())
     gradients = [torch.zeros_like(weight) for weight in weights]
@@ -196,10 +196,11 @@ def step_flops(costs: dict[str, NetworkCost]) -> float:
 # ---------------------------------------------------------------- memory
 
 
-def kept_bytes(costs: Iterable[NetworkCost], dtype: torch.dtype | None) -> float:
-    """Bytes that one sample takes in a step where autocast computes in `dtype` (None: float32), which is what tensors
-    between layers are then kept in. On a CPU in bfloat16, attention keeps its scores besides."""
-    return sum(network.activation_bytes for network in costs) * (1.0 if dtype is None else dtype.itemsize / 4)
+def kept_bytes(costs: Iterable[NetworkCost], dtype: torch.dtype | None, device: torch.device) -> float:
+    """Bytes that one sample takes in a step where autocast computes in `dtype` (None: float32), which is what a GPU
+    then keeps between layers. A CPU keeps the scores of attention besides; there it is the count of float32."""
+    share = 1.0 if dtype is None or device.type == "cpu" else dtype.itemsize / 4
+    return share * sum(network.activation_bytes for network in costs)
 
 
 def cast_bytes(named: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None) -> int:

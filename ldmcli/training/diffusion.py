@@ -168,7 +168,7 @@ class DiffusionObjective:
         """Bytes that one image takes in a step: what is kept for the backward pass, or what the first stage takes to
         encode it, where that is more."""
         found = cost.diffusion_cost(self.config, self.specs, self.latents.shape, self.size)
-        kept = cost.kept_bytes([found], self.dist.dtype)
+        kept = cost.kept_bytes([found], self.dist.dtype, self.dist.device)
         network = self.autoencoder.network
         encodes = self.latents.cache is None or self.model.conditions.encodes
         if network.is_identity or not encodes:
