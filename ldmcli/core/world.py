@@ -74,6 +74,8 @@ class World:
 
     def check_gpus(self) -> None:
         """Raises UsageError where two processes compute on one GPU. Collective."""
+        if self.world_size == 1:
+            return
         found = self.gather(_gpu_name(self.device))
         for rank, name in enumerate(found):
             if name and name in found[:rank]:
