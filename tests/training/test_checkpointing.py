@@ -13,6 +13,7 @@ from ldmcli.diffusion.schedule import make_schedule
 from ldmcli.networks import blocks
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.blocks import attention, set_checkpointing
+from ldmcli.networks.meta_device import on_meta_device
 from ldmcli.networks.text_encoder import TextTransformer
 from ldmcli.networks.unet import UNet
 from ldmcli.sampling.memory import LiveTensorMeter
@@ -111,7 +112,7 @@ STEPS = {
 def test_a_plan_counts_what_a_step_takes_at_its_fullest(name, on):
     """Tensors that exist at once in a real step beside weights and gradients."""
     make, run = STEPS[name]
-    with cost.on_meta_device():
+    with on_meta_device():
         shapes, x = make(), torch.zeros(1, 3, 32, 32)
     set_checkpointing(shapes, on)
     planned, images = cost.saved_activation_bytes(shapes, lambda: run(shapes, x)), 6
@@ -130,7 +131,7 @@ def test_a_plan_counts_what_a_step_takes_at_its_fullest(name, on):
 def test_a_plan_counts_what_is_kept_in_bfloat16_on_a_gpu(name, monkeypatch):
     """On fake CUDA tensors: activations of two bytes, and copies of all weights."""
     make, run = STEPS[name]
-    with cost.on_meta_device():
+    with on_meta_device():
         shapes, x = make(), torch.zeros(1, 3, 32, 32)
     found = cost.NetworkCost(shapes, 0, 0, cost.saved_activation_bytes(shapes, lambda: run(shapes, x)))
     images, dtype = 6, torch.bfloat16
