@@ -14,6 +14,7 @@ from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.rows import Columns, Rows
 
 SHAPES_SIZE = (64, 64)
+PARAPHRASE = "paraphrase"  # a column of levels 2 and 3, for data.captions
 
 
 class ShapeRows(Rows):
@@ -42,8 +43,13 @@ class ShapeRows(Rows):
         return shapes.caption(self.spec(i))
 
     def words(self, i: int, column: str) -> list[str]:
-        """The caption, or the name of the shape that is the label."""
+        """The caption, the caption in another order, or the name of the shape that is the label."""
+        if column == PARAPHRASE:
+            return [text] if (text := shapes.paraphrase(self.spec(i))) else []
         return [self.caption(i) if column == "caption" else shapes.SHAPES[self.label(i)]]
+
+    def cell(self, i: int, column: str) -> str:
+        return "".join(self.words(i, column))
 
     def label(self, i: int) -> int:
         return self.spec(i).things[0].shape
@@ -119,6 +125,7 @@ def shape_rows(settings: DataSettings, split: str) -> Rows:
         class_names=list(shapes.SHAPES),
         category_names=list(shapes.SHAPES),
         chosen={role: "drawn" for role in roles},
+        cells={} if has_label else {PARAPHRASE: ()},
     )
     count = (settings.limit or shapes.TRAIN_ROWS) if split == "train" else shapes.VALIDATION_ROWS
     return ShapeRows(columns, np.arange(count), settings, source=settings.source, split=split)

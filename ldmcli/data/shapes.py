@@ -6,7 +6,7 @@ pixels are drawn. `shape_reading` reads pictures back.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -190,9 +190,14 @@ def _several(index: int, seed: int, level: int, split: str) -> Spec:
     while True:
         draws = _KeyedDraws(seed, level, split == "validation", index, attempt)
         content = _content(draws, level)
-        if (_mix(16, level, *content) % 16 == 0) == (split == "validation"):
+        if _is_held_out(level, content) == (split == "validation"):
             return _arrange(draws, level, content)
         attempt += 1
+
+
+def _is_held_out(level: int, content: tuple[int, ...]) -> bool:
+    """Whether what a picture of level 2 or 3 shows, in the order of its words, belongs to validation."""
+    return _mix(16, level, *content) % 16 == 0
 
 
 def _content(draws: _KeyedDraws, level: int) -> tuple[int, ...]:
@@ -233,6 +238,25 @@ def caption(spec: Spec) -> str:
         return f"{words[0]} {where} {background}"
     parts = [f"{RELATION_NAMES[r]} {word}" for r, word in zip(spec.relations, words[1:])]
     return f"{words[0]} {' and '.join(parts)} on {background}"
+
+
+def paraphrase(spec: Spec) -> str:
+    """The picture in the other order: the second object first, with the opposite relation (level 2), or the second
+    relation first (level 3). "" where that is a sentence of the other split, and at level 1, which has one order."""
+    if spec.level == 1:
+        return ""
+    first, *rest = spec.things
+    if spec.level == 2:
+        turned = replace(spec, things=(rest[0], first), relations=(spec.relations[0] ^ 1,))
+    else:
+        turned = replace(spec, things=(first, *rest[::-1]), relations=spec.relations[::-1])
+    held_out = [_is_held_out(one.level, _content_of(one)) for one in (spec, turned)]
+    return caption(turned) if held_out[0] == held_out[1] else ""
+
+
+def _content_of(spec: Spec) -> tuple[int, ...]:
+    """As `_content` draws it."""
+    return (spec.background, *spec.relations, *(t.colour for t in spec.things), *(t.shape for t in spec.things))
 
 
 def _article(noun: str) -> str:

@@ -233,3 +233,13 @@ def test_shapes_have_captions_and_at_level_1_their_label():
     assert text == f"a {rows.class_names[rows.label(0)]}, {rows.caption(0)}"
     with pytest.raises(InputError, match="names label"):
         check_templates(open_rows(replace(settings, source="shapes:2")), settings.captions)
+
+
+def test_two_shapes_can_be_told_in_either_order():
+    settings = DataSettings(source="shapes:2", limit=40, captions=("{caption}", "{paraphrase}"))
+    rows = open_rows(settings)
+    check_templates(rows, settings.captions)
+    mixed = MixedCaptions(rows, settings)
+    texts = {mixed.drawn(0, (0, position, "training")) for position in range(20)}
+    assert texts == {rows.caption(0), *rows.words(0, "paraphrase")} and rows.cell(0, "paraphrase") in texts
+    assert all(mixed.drawn(i, (0, i, "training")) for i in range(len(rows)))

@@ -87,6 +87,18 @@ def test_prompts_of_several_objects_are_parted_between_train_and_validation(leve
     assert len(validation) > 450 and not train & validation
 
 
+@pytest.mark.parametrize("level", [2, 3])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_paraphrase_says_the_same_and_nothing_of_the_other_split(level, split):
+    other = {shapes.caption(one) for one in specs(500, level, "validation" if split == "train" else "train")}
+    rows = [(one, text) for one in specs(2000, level, split) if (text := shapes.paraphrase(one))]
+    assert len(rows) > (1800 if split == "train" else 60)
+    assert not {text for _, text in rows} & other
+    for one, text in rows[:40]:
+        assert text != shapes.caption(one)
+        assert shape_reading.check(shapes.render(one, SIZE), text)["all"]
+
+
 def test_one_training_caption_in_ten_leaves_the_place_out():
     rows = specs(5000)
     assert 0.08 < sum(not one.says_place for one in rows) / len(rows) < 0.12
