@@ -1,7 +1,7 @@
 """Do samples of an emoji model show what their prompts name? A judge reads them that knows the real drawings.
 
-The judge is linear discriminant analysis on features of all real pictures, a class a name (of about 1,900), and says of
-a sample the names that are nearest. "Right" is a name whose head has the prompt's words, as "red apple" and "green
+The judge is linear discriminant analysis on features of all real pictures, a class a name (1,754 in emoji64), and says
+of a sample the names that are nearest. "Right" is a name whose head has the prompt's words, as "red apple" and "green
 apple" for "a red apple": the nearest name (top 1), or one of the five nearest. Beside it stands what the judge makes
 of real pictures that it does not know: each vendor's drawings are read by a judge of all other vendors' drawings.
 Chance is the share of names that are right. A colour in a prompt is looked for among the dominant colours.
@@ -12,6 +12,7 @@ Chance is the share of names that are right. A colour in a prompt is looked for 
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,36 +128,44 @@ def read_by_others(real: Real) -> list[list[str]]:
     return read
 
 
-def judged(prompt: str, images: list[np.ndarray], judge: Judge, extractor: Extractor, real: Real, read) -> dict:
-    """One prompt: samples and unknown real pictures, read by judges; chance; what samples were taken for."""
-    words = wanted_words(prompt)
+def judged_real(prompt: str, real: Real, read: list[list[str]]) -> dict:
+    """What a prompt asks of a sample, of the real pictures that show it, read by judges that do not know them, and of a
+    name that is picked at random."""
+    words, names = wanted_words(prompt), sorted(set(real.names))
+    found: dict = {"prompt": prompt, "chance": sum(is_right(name, words) for name in names) / len(names)}
     colour = next((word for word in COLOUR_WORDS if word in prompt.lower().split()), None)
-    seen = judge.read(extract(images, extractor).features.astype(np.float64))
-    top, five = shares(seen, words)
     theirs = [k for k, name in enumerate(real.names) if is_right(name, words) and read[k]]
-    coloured = [k for k in theirs if colour in real.names[k].lower().split()]
-    found = {"prompt": prompt, "top1": top, "top5": five, "read_as": [names[0] for names in seen]}
-    found["chance"] = sum(is_right(name, words) for name in judge.names) / len(judge.names)
     if theirs:
         found["real_top1"], found["real_top5"] = shares([read[k] for k in theirs], words)
         found["real_pictures"] = len(theirs)
-    if colour:
+    if coloured := [k for k in theirs if colour in real.names[k].lower().split()]:
+        found["real_colour"] = float(np.mean([colour in real.colours[k] for k in coloured]))
+    return found | ({"asked_colour": colour} if colour else {})
+
+
+def judged(images: list[np.ndarray], judge: Judge, extractor: Extractor, asked: dict) -> dict:
+    """The samples of a prompt, beside `judged_real` of it, and the names that they were taken for."""
+    seen = judge.read(extract(images, extractor).features.astype(np.float64))
+    top, five = shares(seen, wanted_words(asked["prompt"]))
+    found = {**asked, "top1": top, "top5": five, "read_as": [names[0] for names in seen]}
+    if colour := asked.get("asked_colour"):
         found["colour"] = float(np.mean([colour in colour_words(image) for image in images]))
-        if coloured:
-            found["real_colour"] = float(np.mean([colour in real.colours[k] for k in coloured]))
     return found
 
 
 def show(found: dict) -> None:
-    """A prompt in two lines."""
-    beside = f"real pictures {found.get('real_top1', float('nan')):.2f}, {found.get('real_top5', float('nan')):.2f} "
-    beside += f"({found.get('real_pictures', 0)} of other vendors), chance {found['chance']:.4f}"
-    colour = f"; colour {found['colour']:.2f}" if "colour" in found else ""
-    colour += f" (real {found['real_colour']:.2f})" if "real_colour" in found else ""
-    print(f"{found['prompt']:28} right {found['top1']:.2f}, among five {found['top5']:.2f}{colour}; {beside}")
-    counts = {name: found["read_as"].count(name) for name in found["read_as"]}
-    common = sorted(counts.items(), key=lambda pair: -pair[1])[:4]
-    print(f"{'':28} read as {', '.join(f'{name} ({count})' for name, count in common)}")
+    """A prompt in two or three lines."""
+    lines = [f"{found['prompt']}: chance {found['chance']:.4f}"]
+    if "real_top1" in found:
+        real = f"right {found['real_top1']:.2f}, among five {found['real_top5']:.2f}"
+        colour = f", the colour {found['real_colour']:.2f}" if "real_colour" in found else ""
+        lines.append(f"  {found['real_pictures']} real pictures of unknown vendors: {real}{colour}")
+    if "top1" in found:
+        colour = f", the colour {found['colour']:.2f}" if "colour" in found else ""
+        lines.append(f"  samples: right {found['top1']:.2f}, among five {found['top5']:.2f}{colour}")
+        common = Counter(found["read_as"]).most_common(4)
+        lines.append(f"  read as {', '.join(f'{name} ({count})' for name, count in common)}")
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":
@@ -168,7 +177,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, help="of the sampler; as the run says")
     parser.add_argument("--guidance", type=float, help="as the run says")
     parser.add_argument("--features", default="effnet-lite0")
-    parser.add_argument("--pixels", type=int, default=128, help="side of what the network sees")
+    parser.add_argument("--pixels", type=int, default=96, help="side of what the network sees")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/emoji-reading"), help="where features are kept")
@@ -187,13 +196,16 @@ if __name__ == "__main__":
         f"judge of {count} names, on {len(known)} real pictures of vendors that it does not know: the name is the "
         f"nearest of {first:.3f}, among the nearest {TOP} of {five:.3f} (chance {1 / count:.4f}, {TOP / count:.4f})"
     )
-    if given.run:
-        judge, model, table = trained(real.features, real.names), ldmcli.load(given.run), []
-        options = {name: getattr(given, name) for name in ("steps", "guidance") if getattr(given, name) is not None}
-        for prompt in given.prompts:
+    judge, table = trained(real.features, real.names), []
+    model = ldmcli.load(given.run) if given.run else None
+    options = {name: getattr(given, name) for name in ("steps", "guidance") if getattr(given, name) is not None}
+    for prompt in given.prompts:
+        table.append(judged_real(prompt, real, read))
+        if model is not None:
             samples = [np.asarray(image) for image in model.sample(prompt, n=given.n, seed=given.seed, **options)]
-            table.append(judged(prompt, samples, judge, extractor, real, read))
-            show(table[-1])
+            table[-1] = judged(samples, judge, extractor, table[-1])
+        show(table[-1])
+    if model is not None:
         mean = {key: float(np.mean([row[key] for row in table])) for key in ("top1", "top5", "chance")}
         print(f"mean of {len(table)} prompts: right {mean['top1']:.3f}, among five {mean['top5']:.3f}")
         (given.out / "reading.json").write_text(json.dumps({"run": given.run, "prompts": table}, indent=1))
