@@ -58,7 +58,8 @@ class TrainSettings:
     max_bad_steps: int = 10  # NaN or Inf updates in a row before training ends with code 5
     save_every: int = 1000
     keep: int = 2  # newest checkpoints that stay
-    # metric by which the checkpoint of the best evaluation stays, too: val_loss, fid, kid_mean, psnr …; "" = none does
+    # metric by which the checkpoint of the best evaluation stays, too: val_loss, fid, kid_mean, psnr …; none = none
+    # does; "" = none, but fid of fewer than 5,000 pictures with eval_samples
     keep_best: str = ""
     sample_every: int = 1000
     eval_every: int = 1000

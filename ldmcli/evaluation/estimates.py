@@ -60,6 +60,16 @@ def add_of_sets(result: EvaluationResult, name: str, metric: Metric, sets: Featu
             result.add(f"{key}_extrapolated", label, found.value)
 
 
+def frechet_interval(metric: Metric, sets: FeatureSets, value: float) -> tuple[float, float] | None:
+    """The 95 % interval of a Fréchet distance by its influence function alone; None where it has no finite ends.
+
+    metric: that of the table; value: its distance of these sets.
+    """
+    error = metric.errors and metric.errors(sets, {"fd": value})["fd"]
+    ends = _stated(value, error, metric.bounds)["interval"] if error else None
+    return None if ends is None else (ends[0], ends[1])
+
+
 def _stated(value: float, error: Error, bounds: tuple[float, float]) -> dict[str, Any]:
     ends = list(interval(value, error, bounds))
     if not all(map(math.isfinite, ends)):

@@ -291,6 +291,10 @@ METRICS: dict[str, Metric] = {
         beside={
             "fid_extrapolated": "FID, of infinitely many images",
             "fd_extrapolated": "FD ({net}), of infinitely many images",
+            "fid_low": "FID, low end of 95 %",
+            "fid_high": "FID, high end of 95 %",
+            "fd_low": "FD ({net}), low end of 95 %",
+            "fd_high": "FD ({net}), high end of 95 %",
         },
         bounds=(0, math.inf),
         errors=_fid_errors,

@@ -1,5 +1,7 @@
-"""What a run's page says of copies: when they begin in a training, which checkpoint to use, and the nearest pairs."""
+"""What a run's page says of copies: the window of a training between good and memorised, which checkpoint to use, and
+the nearest pairs."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +14,10 @@ from ldmcli.reports import html
 from ldmcli.reports.charts import Series, figure, line_chart
 from ldmcli.reports.html import safe
 from ldmcli.reports.run_view import RunView, metric_label, read_dict
-from ldmcli.training.best import find_metric
+from ldmcli.training.best import SMALL_SET, find_metric
 
 CURVE = ("val/copied", "val/copied_low", "val/copied_high", "val/copied_held_out")  # keys in metrics.jsonl
+FEW_EVALUATIONS = 4  # below which a window is said to be a coarse one
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,47 @@ def best_of(found: list[Evaluation], key: str) -> Evaluation | None:
     known = [one for one in found if key in one.metrics]
     sign = -1 if higher_is_better(key) else 1
     return min(known, key=lambda one: sign * one.metrics[key], default=None)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the evaluations of a training say of good and memorised; None where there is no such evaluation.
+
+    good: the first from which on, up to the best, the Fréchet distance lies within the 95 % interval of the best. best:
+    by that distance, of those before copying that show no copies. copies: the first from which on all show copies.
+    key: of the distance; "" where it was not measured with its interval.
+    """
+
+    good: Evaluation | None
+    best: Evaluation | None
+    copies: Evaluation | None
+    key: str
+
+
+def window(found: list[Evaluation]) -> Window:
+    """The window of evaluations in order of steps."""
+    first = beginning(found)
+    copies = found[first] if first < len(found) else None
+    clean = [one for one in found[:first] if not shows_copies(one.metrics)]
+    key = _distance_key(clean)
+    best = best_of(clean, key) if key else None
+    if best is None:
+        return Window(None, None, copies, "")
+    good = best
+    for one in reversed(found[: found.index(best)]):
+        if one.metrics.get(key, math.inf) > best.metrics[f"{key}_high"]:
+            break
+        good = one
+    return Window(good, best, copies, key)
+
+
+def _distance_key(found: list[Evaluation]) -> str:
+    """The key of the Fréchet distance, where every evaluation has the high end of its interval, too; else ""."""
+    try:
+        key = find_metric(found[0].metrics, "fid")[0] if found else ""
+    except UsageError:
+        return ""
+    return key if all({key, f"{key}_high"} <= one.metrics.keys() for one in found) else ""
 
 
 # --- sentences -------------------------------------------------------------------------------------------------
@@ -113,7 +157,30 @@ def curve_text(run: RunView) -> str:
             f"held-out pictures are, of which {share(after[0].metrics['copied_held_out'])} are read as copies. "
             + (f"It lasts to the end, where it is {share(last.metrics['copied'])}. " if len(after) > 1 else "")
         ).rstrip()
-    return f"{text} {_advice(run, before, after, key)}"
+    return " ".join(filter(None, (text, _window_text(run, found), _advice(run, before, after, key), _few(found))))
+
+
+def _window_text(run: RunView, found: list[Evaluation]) -> str:
+    """From which step on samples are good, and where that ends; "" where no interval says what is good."""
+    seen = window(found)
+    if seen.good is None or seen.best is None:
+        return ""
+    low, high = (figure(seen.best.metrics.get(f"{seen.key}_{end}", math.nan)) for end in ("low", "high"))
+    since = (
+        f"Good from {_where(run, seen.good)} on: {metric_label(seen.key)[0]} {figure(seen.good.metrics[seen.key])}, "
+        f"within the 95 % interval of the best, {low} to {high} at step {seen.best.step:,}."
+    )
+    if seen.copies is None:
+        return f"{since} The window between good and memorised is open at the end."
+    return f"{since} The window between good and memorised is steps {seen.good.step:,} to {seen.copies.step:,}."
+
+
+def _few(found: list[Evaluation]) -> str:
+    """That the evaluations are far apart; "" where they are not."""
+    if len(found) >= FEW_EVALUATIONS:
+        return ""
+    count = f"{len(found)} evaluation{'s' * (len(found) > 1)}"
+    return f"This is read from {count} only: train.evaluations = 10 says it finer."
 
 
 def _advice(run: RunView, before: list[Evaluation], after: list[Evaluation], key: str) -> str:
@@ -133,6 +200,22 @@ def _advice(run: RunView, before: list[Evaluation], after: list[Evaluation], key
             f"{share(later.metrics['copied'])} of the samples are copies, which such a number rewards."
         )
     return text
+
+
+def unwatched_text(run: RunView) -> str:
+    """That nobody looked for copies where few pictures were trained on, and what looks; "" elsewhere."""
+    rows, config = (run.state.get("data") or {}).get("rows"), run.diffusion
+    if config is None or config.task.name != "generate" or not isinstance(rows, int) or not 0 < rows < SMALL_SET:
+        return ""
+    if evaluations(run) or kept(run):
+        return ""
+    epochs = [line["images"] / rows for line in run.log if isinstance(line.get("images"), int)]
+    seen = f", each seen {epochs[-1]:.3g} times" if epochs else ""
+    return (
+        f"Trained on {rows:,} pictures{seen}: so few are repeated after a while, and nobody has looked for copies. "
+        f"`ldm eval-fid --model {run.name} --metrics novelty` looks once; train.eval_samples and train.eval_novelty "
+        "look while it trains, and keep the best checkpoint from before."
+    )
 
 
 def kept(run: RunView) -> dict[str, Any]:
@@ -176,6 +259,7 @@ def section(run: RunView) -> str:
     note = "the band is the 95 % interval"
     chart = line_chart("Share that copies training pictures", lines, unit="share", from_zero=True, note=note)
     said = curve_text(run)
+    said = said or unwatched_text(run)
     body = (f"<p>{safe(said)}</p>" if said else "") + (f'<div class="charts">{chart}</div>' if chart else "")
     if text:
         sheet = html.read_picture(run.path / SHEET)

@@ -6,19 +6,25 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ldmcli.conditions import CONDITIONS
 from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.outputs import CONTACT
 from ldmcli.core.settings import MAX_TEXT_LENGTH, DataSettings
 from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.mixed_captions import MixedCaptions, check_templates
+from ldmcli.data.near_copies import COMPARED, near_pairs, signature
 from ldmcli.data.rows import WORKERS, Rows, parallel_map
 from ldmcli.data.shape_rows import is_shapes
 from ldmcli.data.shards import first_rows, open_shards
-from ldmcli.data.sources import open_rows, split_sizes
+from ldmcli.data.sources import open_rows, split_sizes, validation_split
+from ldmcli.reports.dataset_advice import Seen, advice_sentences, advise, command_lines
 from ldmcli.sampling.contact_sheets import in_rows, save_grid
 
 SPLITS = ("train", "validation")
@@ -26,13 +32,15 @@ SHEET, SHEET_COLUMNS, CELL = 64, 8, 96
 STREAMED = 256  # rows that are looked at where a data set is only streamed
 EXAMPLES = 5
 MIXED = 6  # rows whose mixed captions are shown, each so often
+LISTED = 100  # pairs of near copies
 
 Row = tuple[Rows, int]
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one row turned out to be. `shape` is (height, width) in pixels; `reason` says why it cannot be used."""
+    """What one row turned out to be. `shape` is (height, width) in pixels; `reason` says why it cannot be used;
+    `signature` is by what near copies are found, None of what is drawn."""
 
     row: Row
     name: str
@@ -40,23 +48,27 @@ class Look:
     shape: tuple[int, int] | None
     content: str
     reason: str = ""
+    signature: np.ndarray | None = None
 
 
 def inspect(settings: DataSettings, out: Path | None = None) -> dict[str, Any]:
-    """Columns, counts, sizes, captions, classes, bad files and duplicates of a data set, and out/contact.png.
+    """Columns, counts, sizes, captions, classes, bad files and duplicates of a data set, what to train on it with, and
+    out/contact.png.
 
     Every picture is decoded once (data.limit bounds that; of a stream the first 256 rows are looked at). Nothing is
     left out: what --skip-bad would leave out is listed, and what training would refuse stands in the notes. Raises
     InputError where there is no data set to be seen.
     """
     source = settings.source
-    splits, notes = _opened(replace(settings, skip_bad=True))
+    splits, notes, by_share = _opened(replace(settings, skip_bad=True))
     total = sum(map(len, splits.values()))
     with console.progress(total, "looking") as bar:
         found = [look for split, rows in splits.items() for look in _looks(rows, split, bar.advance)]
     good = [look for look in found if not look.reason]
     some = next(rows for rows in splits.values() if rows)[0][0]
     notes += _notes(splits, settings)
+    pairs = _near_pairs(good, notes)
+    near = _near_duplicates(good, pairs)
     result = {
         "source": sanitise(source),
         "rows": {split: len(rows) for split, rows in splits.items()},
@@ -68,9 +80,13 @@ def inspect(settings: DataSettings, out: Path | None = None) -> dict[str, Any]:
         "objects": _objects(good, notes) if some.has("objects") else None,
         "bad": [{"file": look.name, "split": look.split, "reason": look.reason} for look in found if look.reason],
         "duplicates": _duplicates(good),
+        "near_duplicates": near,
+        "training": None,
         "notes": list(dict.fromkeys(map(sanitise, notes))),
         "contact_sheet": None,
     }
+    if good and not (settings.streaming and not is_shapes(source)):
+        result["training"] = advise(_seen(good, pairs, result, settings, by_share))
     if good:
         result["contact_sheet"] = str(_contact_sheet(good, settings, out or _default_out(source)))
     return result
@@ -81,13 +97,14 @@ def _default_out(source: str) -> Path:
     return Path("outputs") / f"data-{name or 'data'}"
 
 
-def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
-    """Rows by split, and notes on splits: without a train split, all that there are."""
+def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str], bool]:
+    """(rows by split, notes on splits, whether data.val_fraction says what is held out): without a train split, all
+    that there are."""
     if settings.streaming and not is_shapes(settings.source):
         shards, divided = open_shards(settings, "train")
         rows = first_rows(shards, shards.index(), divided, "train", min(settings.limit or STREAMED, STREAMED))
-        return {"train": [(rows, i) for i in range(len(rows))]}, ["a stream: only its first rows were looked at"]
-    sizes = split_sizes(settings)
+        return {"train": [(rows, i) for i in range(len(rows))]}, ["a stream: only its first rows were looked at"], True
+    sizes, by_share = split_sizes(settings), False
     if settings.split == "train" and sizes and "train" not in sizes:
         opened = {
             split: open_rows(replace(settings, split=split, val_split=split), split="validation") for split in sizes
@@ -96,6 +113,7 @@ def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
     else:
         opened = {split: open_rows(settings, split=split) for split in SPLITS}
         notes = []
+        by_share = bool(sizes) and not validation_split(settings, list(sizes), settings.split)
         if opened["validation"].validation_is_train:
             del opened["validation"]
             notes.append("nothing is held out for validation")
@@ -105,7 +123,7 @@ def _opened(settings: DataSettings) -> tuple[dict[str, list[Row]], list[str]]:
             for split, count in sizes.items()
             if split not in used
         ]
-    return {split: [(rows, i) for i in range(len(rows))] for split, rows in opened.items()}, notes
+    return {split: [(rows, i) for i in range(len(rows))] for split, rows in opened.items()}, notes, by_share
 
 
 def _notes(splits: dict[str, list[Row]], settings: DataSettings) -> list[str]:
@@ -125,14 +143,14 @@ def _looks(rows: Sequence[Row], split: str, advance: Callable[[], None]) -> Iter
 def _look(row: Row, split: str) -> Look:
     rows, i = row
     try:
-        if is_shapes(rows.source):
-            shape = rows.shape(i)  # made on the fly, so never damaged
-        else:
-            image = rows.image(i)
-            shape = (image.height, image.width)
-            if rows.has("map"):
-                rows.map(i)
-        return Look(row, sanitise(rows.name(i)), split, shape, rows.content_hash(i))
+        name = sanitise(rows.name(i))
+        if is_shapes(rows.source):  # drawn on the fly, so never damaged
+            return Look(row, name, split, rows.shape(i), rows.content_hash(i))
+        image = rows.image(i)
+        if rows.has("map"):
+            rows.map(i)
+        shape = (image.height, image.width)
+        return Look(row, name, split, shape, rows.content_hash(i), signature=signature(image))
     except BadImage as error:
         return Look(row, error.name, split, None, "", error.reason)
 
@@ -251,6 +269,77 @@ def _duplicates(good: Sequence[Look]) -> dict[str, Any]:
     }
 
 
+def _near_pairs(good: Sequence[Look], notes: list[str]) -> list[tuple[Look, Look, str]]:
+    """(look, look, how they differ) of different files that show nearly the same."""
+    known = {look.content: look for look in good if look.signature is not None}
+    looks = list(known.values())
+    if len(looks) > COMPARED:
+        notes.append(f"near copies were looked for among the first {COMPARED:,} pictures only")
+        looks = looks[:COMPARED]
+    if len(looks) < 2:
+        return []
+
+    @lru_cache(maxsize=64)
+    def picture(k: int) -> Any:
+        rows, i = looks[k].row
+        return rows.image(i)
+
+    found = near_pairs(np.stack([look.signature for look in looks if look.signature is not None]), picture)
+    return [(looks[pair.first], looks[pair.second], pair.how) for pair in found]
+
+
+def _near_duplicates(good: Sequence[Look], pairs: Sequence[tuple[Look, Look, str]]) -> dict[str, Any] | None:
+    """Pairs of near copies; None where pictures are drawn."""
+    if all(look.signature is None for look in good):
+        return None
+    return {
+        "count": len(pairs),
+        "in_both_splits": sum(a.split != b.split for a, b, _ in pairs),
+        "pairs": [{"files": [a.name, b.name], "how": how} for a, b, how in pairs[:LISTED]],
+    }
+
+
+def _seen(
+    good: Sequence[Look],
+    pairs: Sequence[tuple[Look, Look, str]],
+    report: dict[str, Any],
+    data: DataSettings,
+    share: bool,
+) -> Seen:
+    """What advice follows from. share: whether data.val_fraction says what is held out."""
+    rows, training = good[0].row[0], [look for look in good if look.split == "train"]
+    kinds = [name for name, one in CONDITIONS.items() if one.user_given and rows.has(one.column)]
+    texts = [rows.caption(i) for rows, i in (look.row for look in good)] if report["captions"] else []
+    captions, classes = [text for text in texts if text.strip()], report["classes"] or {}
+    useless = {name for name, there in (("text", captions), ("class", len(classes) > 1)) if not there}
+    return Seen(
+        settings=data,
+        different=_groups({look.content for look in training}, [(a.content, b.content) for a, b, _ in pairs]),
+        rows=sum(report["rows"].values()),
+        held_out=report["rows"].get("validation", 0),
+        by_share=share,
+        short_side=int(statistics.median(min(look.shape) for look in training or good if look.shape)),
+        kind=next((name for name in kinds if name not in useless), ""),
+        texts=captions or list(classes),
+        bad=bool(report["bad"]),
+    )
+
+
+def _groups(contents: set[str], pairs: Sequence[tuple[str, str]]) -> int:
+    """How many groups `contents` fall into when those of a pair belong together."""
+    leader = {content: content for content in contents}
+
+    def of(content: str) -> str:
+        while leader[content] != content:
+            content = leader[content]
+        return content
+
+    for a, b in pairs:
+        if a in leader and b in leader:
+            leader[of(a)] = of(b)
+    return sum(content == own for content, own in leader.items())
+
+
 def _contact_sheet(good: Sequence[Look], settings: DataSettings, out: Path) -> Path:
     """Rows spread evenly over the data as training sees them, in out/contact.png."""
     count = min(SHEET, len(good))
@@ -289,7 +378,11 @@ def inspect_text(report: dict[str, Any], width: int = 80) -> str:
     if report["contact_sheet"]:
         lines.append(_line("pictures", report["contact_sheet"]))
     wrap = textwrap.TextWrapper(width, subsequent_indent=" " * 12, break_on_hyphens=False, drop_whitespace=True)
-    return "\n".join("\n".join(wrap.wrap(line)) for line in lines)
+    advice, commands = report["training"], []
+    if advice is not None:
+        lines += [_line(label, text) for label, text in advice_sentences(advice)]
+        commands = ["", *command_lines(advice, width)]
+    return "\n".join([*("\n".join(wrap.wrap(line)) for line in lines), *commands])
 
 
 def _line(label: str, text: str) -> str:
@@ -333,4 +426,15 @@ def _trouble_lines(report: dict[str, Any]) -> list[str]:
         both = f", {copies['in_both_splits']} of them in both splits" if copies["in_both_splits"] else ""
         lines.append(_line("duplicates", f"{copies['groups']} pictures stored more than once{both}"))
         lines += [_line("", " = ".join(group)) for group in copies["examples"]]
+    if near := report["near_duplicates"]:
+        lines += _near_lines(near)
     return lines
+
+
+def _near_lines(near: dict[str, Any]) -> list[str]:
+    if not near["count"]:
+        return []
+    both = f", {near['in_both_splits']} of them across the splits" if near["in_both_splits"] else ""
+    lines = [_line("near copies", f"{near['count']:,} pairs{both}")]
+    lines += [_line("", f"{' ~ '.join(pair['files'])} ({pair['how']})") for pair in near["pairs"][:EXAMPLES]]
+    return lines + [_line("", f"and {near['count'] - EXAMPLES:,} more")] * (near["count"] > EXAMPLES)

@@ -14,6 +14,7 @@ from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import LdmError
 from ldmcli.data import shape_reading
 from ldmcli.data.sources import is_shapes
+from ldmcli.evaluation.compare import read_key
 from ldmcli.reports import html
 from ldmcli.reports.charts import Series, figure, finite, line_chart
 from ldmcli.reports.copying import CURVE
@@ -204,12 +205,13 @@ def _validation_remark(run: RunView, metric: str) -> str:
 def curves(run: RunView) -> str:
     """Charts of metrics.jsonl; those without a place of their own are folded away."""
     values = logged_values(run.log)
-    used: set[str] = set(CURVE)  # they have a section of their own
+    # copies have a section of their own, ends of intervals are bands
+    used = {*CURVE, *(key for key in values if key.startswith("val/") and read_key(key[4:])[1])}
 
     def chart(title: str, unit: str, names: dict[str, str], note: str = "") -> str:
         found = {key: name for key, name in names.items() if key in values}
         used.update(found)
-        lines = [Series(name, values[key]) for key, name in found.items()]
+        lines = [Series(name, values[key], _band(values, key)) for key, name in found.items()]
         return line_chart(title, lines, unit=unit, from_zero=bool(FROM_ZERO & found.keys()), note=note)
 
     charts = [
@@ -225,6 +227,12 @@ def curves(run: RunView) -> str:
     main = f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
     more = html.folded("More curves", f'<div class="charts">{"".join(rest)}</div>' if any(rest) else "")
     return html.section("How it went", main + more)
+
+
+def _band(values: dict[str, list[tuple[float, float]]], key: str) -> list[tuple[float, float, float]]:
+    """(step, low, high) of the 95 % interval of a curve; [] where the log has none."""
+    low, high = dict(values.get(f"{key}_low", [])), dict(values.get(f"{key}_high", []))
+    return [(step, low[step], high[step]) for step in low if step in high]
 
 
 # ---------------------------------------------------------------- pictures

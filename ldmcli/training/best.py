@@ -6,9 +6,38 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldmcli.core import runs
+from ldmcli.core.config import Config
 from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import DiffusionConfig
 from ldmcli.evaluation.compare import higher_is_better, lookup
 from ldmcli.evaluation.novelty import shows_copies
+
+SMALL_SET = 5_000  # pictures: a model of fewer repeats them before its distance stops falling
+
+
+def metric_to_keep(config: Config, rows: int) -> str:
+    """The metric by which the best checkpoint of a training on so many rows stays: as train.keep_best says; where it
+    says nothing, the Fréchet distance of a small set whose samples are measured; "" = none stays."""
+    train = config.train
+    if train.keep_best:
+        return "" if train.keep_best == "none" else train.keep_best
+    measured = isinstance(config, DiffusionConfig) and train.eval_samples and (train.eval_every or train.evaluations)
+    return "fid" if measured and not config.data.streaming and rows < SMALL_SET else ""
+
+
+def small_set_note(config: DiffusionConfig, rows: int) -> str:
+    """What a training on few pictures should be told that would show when it begins to repeat them; "" = nothing."""
+    train = config.train
+    if config.task.name != "generate" or config.data.streaming or not rows < SMALL_SET:
+        return ""
+    if train.eval_samples and train.eval_novelty and (train.eval_every or train.evaluations):
+        return ""
+    missing = "" if train.eval_samples else " --set train.eval_samples=256 --set train.evaluations=10"
+    missing += "" if train.eval_novelty else " --set train.eval_novelty=true"
+    return (
+        f"few pictures ({rows:,}): a model repeats them after a while; to see when, and to keep the best checkpoint "
+        f"from before, add{missing}"
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ldmcli.core.errors import DivergedError, LdmError, ModelError
 from ldmcli.formats.run_folder import settings_of_weights
 from ldmcli.training import sharding
 from ldmcli.training.background import Background, Groups, HostCopy, bytes_of
-from ldmcli.training.best import BestCheckpoint
+from ldmcli.training.best import BestCheckpoint, metric_to_keep
 from ldmcli.training.cost import available_bytes
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.objective import Objective
@@ -33,7 +33,7 @@ class Checkpointer:
         self, folder: runs.RunFolder, config: Config, dist: Distributed, objective: Objective, state: TrainState
     ):
         self.folder, self.config, self.dist, self.objective, self.state = folder, config, dist, objective, state
-        self.best = BestCheckpoint(folder, config.train.keep_best)
+        self.best = BestCheckpoint(folder, metric_to_keep(config, len(objective.rows)))
         self._saved = -1  # the step that was saved last
         self._made_room = False
         self._copy, self._writer = HostCopy(pinned=dist.device.type == "cuda"), Background()

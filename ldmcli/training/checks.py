@@ -147,6 +147,7 @@ def check_evaluations(config: AutoencoderConfig | DiffusionConfig | ClassifierCo
     """Raises UsageError where evaluations would not be what settings of [train] ask for: too few samples, more steps
     than there are, or no such metric; InputError where the network of their features isn't there."""
     train = config.train
+    keeps = "" if train.keep_best == "none" else train.keep_best
     if 0 < train.eval_samples < LEAST:
         raise UsageError(
             f"train.eval_samples = {train.eval_samples}: at least {LEAST} are needed, for the Inception Score, and for "
@@ -159,13 +160,13 @@ def check_evaluations(config: AutoencoderConfig | DiffusionConfig | ClassifierCo
     if isinstance(config, DiffusionConfig) and train.eval_steps:
         chosen = replace(config.sample, steps=train.eval_steps)
         check_sampling(chosen, make_schedule(config.diffusion), config.distill)
-    if train.keep_best and not (train.eval_every or train.evaluations):
+    if keeps and not (train.eval_every or train.evaluations):
         raise UsageError(f"train.keep_best = {train.keep_best!r}: needs evaluations; set train.eval_every")
     extractor = None
-    if train.eval_samples or train.eval_features or (train.keep_best and isinstance(config, AutoencoderConfig)):
+    if train.eval_samples or train.eval_features or (keeps and isinstance(config, AutoencoderConfig)):
         extractor = open_features(train)
-    if train.keep_best:
-        find_metric(dict.fromkeys(_measured(config, size, extractor), 0.0), train.keep_best)
+    if keeps:
+        find_metric(dict.fromkeys(_measured(config, size, extractor), 0.0), keeps)
 
 
 def _check_novelty(config: AutoencoderConfig | DiffusionConfig | ClassifierConfig) -> None:

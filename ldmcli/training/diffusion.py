@@ -27,6 +27,7 @@ from ldmcli.sampling.first_stage import LoadedAutoencoder
 from ldmcli.sampling.load import load_autoencoder
 from ldmcli.sampling.memory import peak_bytes
 from ldmcli.training import checks, cost, inherit
+from ldmcli.training.best import small_set_note
 from ldmcli.training.data import open_data
 from ldmcli.training.distillation import Distillation, open_teacher
 from ldmcli.training.distributed import Distributed
@@ -149,8 +150,9 @@ class DiffusionObjective:
         )
 
     def validation_note(self) -> str:
-        """What a validation of this run leaves out because the run is short, and how samples are measured."""
-        return self.held_out.note()
+        """What a validation of this run leaves out because the run is short, how samples are measured, and that so few
+        pictures may be repeated."""
+        return "; ".join(filter(None, (self.held_out.note(), small_set_note(self.config, len(self.rows)))))
 
     def init_weights(self) -> dict[str, Tensor]:
         """Weights of the run that --init-from names, as far as they fit. Raises ModelError when most do not."""

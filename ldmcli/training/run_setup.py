@@ -8,6 +8,7 @@ from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import Config, Resolved, flat, from_toml, to_toml
 from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.training.best import metric_to_keep
 from ldmcli.training.data import data_summary
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.objective import Objective
@@ -120,8 +121,9 @@ def write_run_files(
     folder: runs.RunFolder, config: Config, options: RunOptions, dist: Distributed, objective: Objective, step: int
 ) -> None:
     """Writes run.json, config.toml and, as far as known, stats.json. Raises ResourceError where the disk is full."""
+    keeps_best = bool(metric_to_keep(config, len(objective.rows)))
     weights_bytes = sum(p.numel() * 4 for network in objective.networks.values() for p in network.parameters())
-    files.require_space(folder.path, weights_bytes * 4 * (config.train.keep + 1 + bool(config.train.keep_best)))
+    files.require_space(folder.path, weights_bytes * 4 * (config.train.keep + 1 + keeps_best))
     # first of all: without run.json the folder would be taken for somebody else's after a kill
     folder.update(
         kind=objective.kind,

@@ -18,12 +18,13 @@ from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig, TrainSettings
 from ldmcli.evaluation.baselines import answer_for_rows
 from ldmcli.evaluation.compare import read_key
+from ldmcli.evaluation.estimates import frechet_interval
 from ldmcli.evaluation.extractors import Extractor, check_features, open_extractor
 from ldmcli.evaluation.features import FeatureSet, concatenated, extract
 from ldmcli.evaluation.image_streams import condition_source, evenly_spaced, rows_source, sample_for_rows
 from ldmcli.evaluation.judges import judges_among, trained_against
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments, set_metrics
-from ldmcli.evaluation.metrics import IS_SPLITS, METRICS, finite_mean, image_values
+from ldmcli.evaluation.metrics import IS_SPLITS, METRICS, FeatureSets, finite_mean, image_values
 from ldmcli.evaluation.novelty import CopyMeter, need_held_out
 from ldmcli.evaluation.reference_statistics import reference_features
 from ldmcli.evaluation.request import BATCH, no_progress
@@ -35,6 +36,7 @@ from ldmcli.training.distributed import Distributed
 
 OF_SETS = ("fid", "kid", "mind", "is", "pr")  # of `METRICS`
 OF_PAIRS = ("psnr", "ssim")  # beside them, for super-resolution and inpainting
+ENDS = ("low", "high")  # of the 95 % interval of the Fréchet distance, which has its key before them
 COPIES = ("copied", "copied_low", "copied_high", "copied_held_out")  # with train.eval_novelty
 NOVELTY_ROWS = 10_000  # training rows that are looked through for copies
 LEAST = IS_SPLITS  # samples; the other metrics need fewer
@@ -66,7 +68,8 @@ def metric_keys(config: DiffusionConfig, size: tuple[int, int], extractor: Extra
             values = {extractor.metric_key.partition("_")[0]: 0.0}
         result.add_scores(Scores(values), METRICS[name].labels(name), (extractor.suffix, extractor.title))
     copies = COPIES if config.train.eval_novelty else ()
-    return [*result.values, *copies, *(_paired_metrics(size) if config.task.name != "generate" else ())]
+    ends = [f"{extractor.metric_key}_{end}" for end in ENDS]
+    return [*result.values, *ends, *copies, *(_paired_metrics(size) if config.task.name != "generate" else ())]
 
 
 def _paired_metrics(size: tuple[int, int]) -> list[str]:
@@ -154,7 +157,16 @@ class SampleQuality:
         for name in blocks[0].pairs:
             result.add(name, name, finite_mean([value for block in blocks for value in block.pairs[name]], math.inf))
         found = {key: value for key, value in result.values.items() if value is not None and not read_key(key)[1]}
+        found |= self._ends(features, found)
         return found | self._copied([image for block in blocks for image in block.images])
+
+    def _ends(self, features: FeatureSet, found: dict[str, float]) -> dict[str, float]:
+        """{key: end} of the interval of the Fréchet distance in `found`; {} where it has none."""
+        key = self.extractor.metric_key
+        if key not in found or self.reference is None:
+            return {}
+        ends = frechet_interval(METRICS["fid"], FeatureSets(features, self.reference, self.extractor), found[key])
+        return {} if ends is None else {f"{key}_{end}": value for end, value in zip(ENDS, ends)}
 
     def _copied(self, images: list[np.ndarray]) -> dict[str, float]:
         """{key: share} of copies of training pictures among samples, {} where nobody looks or controls fail."""

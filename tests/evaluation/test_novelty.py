@@ -14,12 +14,14 @@ from tiny import ldm
 
 from ldmcli.core import runs
 from ldmcli.core.errors import InputError
-from ldmcli.core.settings import DataSettings
+from ldmcli.core.settings import AutoencoderConfig, DataSettings, DiffusionConfig, TaskSettings, TrainSettings
 from ldmcli.evaluation import extractors, novelty
 from ldmcli.evaluation.image_streams import evenly_spaced
 from ldmcli.evaluation.novelty import LEAST_HELD_OUT, Controls, CopyMeter, Reading, controls, planted, read
 from ldmcli.evaluation.reference_statistics import open_reference
 from ldmcli.reports import copying, run_view
+from ldmcli.training import best
+from ldmcli.training.best import SMALL_SET
 
 SIZE = (32, 32)
 
@@ -260,12 +262,15 @@ def test_a_training_that_can_not_look_says_so_at_once(ae, folders, tmp_path, mor
 
 
 def run_with(tmp_path: Path, copied: list[tuple[float, float]], distances: list[float], **state) -> run_view.RunView:
-    """A run of 300 pictures whose evaluations every 100 steps read these shares and low ends."""
+    """A run of 300 pictures whose evaluations every 100 steps read these shares and low ends, and distances whose 95 %
+    intervals reach 10 to each side."""
     lines = [
         {
             "step": 100 * k,
             "images": 3200 * k,
             "val/fd_x": distance,
+            "val/fd_x_low": distance - 10,
+            "val/fd_x_high": distance + 10,
             "val/copied": share,
             "val/copied_low": low,
             "val/copied_high": share + 0.05,
@@ -275,6 +280,80 @@ def run_with(tmp_path: Path, copied: list[tuple[float, float]], distances: list[
     ]
     state = {"kind": "diffusion", "data": {"rows": 300}, **state}
     return run_view.RunView(tmp_path / "emoji", state, lines, {}, None)
+
+
+N, C = (0, 0), (0.6, 0.5)  # an evaluation that shows no copies, one that does
+
+
+@pytest.mark.parametrize(
+    "copied, distances, good, best, copies",
+    [
+        pytest.param([N, N, N, N, C, C], [90, 70, 60, 55, 40, 20], 300, 400, 500, id="falls, then copies"),
+        pytest.param([N, N, N, N], [90, 70, 50, 30], 400, 400, None, id="falls to the end"),
+        pytest.param([N, N, N, N], [55, 52, 50, 51], 100, 300, None, id="good at once, never copies"),
+        pytest.param([N, N, N, N, N], [90, 55, 75, 56, 50], 400, 500, None, id="noisy: one lucky early"),
+        pytest.param([N, C, N, N, C], [90, 20, 58, 50, 10], 200, 400, 500, id="noisy: one reading of copies"),
+        pytest.param([C, C, C], [50, 30, 10], None, None, 100, id="copies at once"),
+        pytest.param([N, N, N, N], [50, 60, 80, 90], 100, 100, None, id="only gets worse"),
+        pytest.param([N, C], [50, 30], 100, 100, 200, id="two evaluations"),
+        pytest.param([N], [50], 100, 100, None, id="one evaluation"),
+        pytest.param([], [], None, None, None, id="none"),
+    ],
+)
+def test_the_window_lies_between_good_and_memorised(tmp_path, copied, distances, good, best, copies):
+    run = run_with(tmp_path, copied, distances)
+    seen = copying.window(copying.evaluations(run))
+    assert [one and one.step for one in (seen.good, seen.best, seen.copies)] == [good, best, copies]
+    text = copying.curve_text(run)
+    assert (f"Good from step {good} " in text) == (good is not None)
+    assert (f"is steps {good} to {copies}." in text) == (None not in (good, copies))
+    assert ("open at the end" in text) == (good is not None and copies is None)
+    assert ("Copying begins" in text) == (copies is not None)
+    assert ("evaluation" in text and "only: train.evaluations" in text) == (0 < len(copied) < 4)
+    assert (f"Use the checkpoint of step {best} " in text) == (best is not None)
+
+
+def test_distances_without_intervals_have_no_window(tmp_path):
+    run = run_with(tmp_path, [N, N], [90, 80])
+    for line in run.log:
+        del line["val/fd_x_high"]
+    assert copying.window(copying.evaluations(run)).good is None
+    assert "Good from" not in copying.curve_text(run) and "Use the checkpoint of step 200" in copying.curve_text(run)
+
+
+def test_a_run_on_few_pictures_that_nobody_looked_through_says_so(tmp_path):
+    view = replace(run_with(tmp_path, [N], [50]), config=DiffusionConfig())
+    text = copying.unwatched_text(replace(view, log=[{"step": 100, "images": 3200}]))
+    assert "Trained on 300 pictures, each seen 10.7 times" in text and "emoji --metrics novelty" in text
+    many = replace(view, log=[], state=view.state | {"data": {"rows": SMALL_SET}})
+    enlarging = replace(view, log=[], config=DiffusionConfig(task=TaskSettings(name="sr")))
+    assert [copying.unwatched_text(one) for one in (view, many, enlarging)] == ["", "", ""]
+
+
+TRAINS = {"eval_samples": 10, "eval_every": 5}
+
+
+@pytest.mark.parametrize(
+    "rows, train, data, metric, adds",
+    [
+        (300, {}, {}, "", "--set train.eval_samples=256 --set train.evaluations=10 --set train.eval_novelty=true"),
+        (300, TRAINS, {}, "fid", "add --set train.eval_novelty=true"),
+        (300, {**TRAINS, "eval_novelty": True}, {}, "fid", ""),
+        (300, {**TRAINS, "keep_best": "val_loss"}, {}, "val_loss", "add --set train.eval_novelty=true"),
+        (300, {**TRAINS, "keep_best": "none"}, {}, "", "add --set train.eval_novelty=true"),
+        (300, {"eval_samples": 10, "eval_every": 0}, {}, "", "add"),
+        (SMALL_SET, TRAINS, {}, "", ""),
+        (300, TRAINS, {"streaming": True}, "", ""),
+    ],
+)
+def test_small_sets_keep_their_best_checkpoint_or_are_told_how(rows, train, data, metric, adds):
+    config = DiffusionConfig(train=TrainSettings(**train), data=DataSettings(**data))
+    assert best.metric_to_keep(config, rows) == metric
+    note = best.small_set_note(config, rows)
+    assert adds in note if adds else not note
+    assert best.metric_to_keep(AutoencoderConfig(train=TrainSettings(**train)), rows) == train.get(
+        "keep_best", ""
+    ).replace("none", "")
 
 
 def test_the_report_says_when_copying_begins_and_which_checkpoint_to_use(tmp_path):

@@ -26,6 +26,8 @@ MEASURED = ("--eval-every", 2, "--log-every", 1, "--set", "train.eval_samples=12
 KEYS = {
     "val_loss",
     "fd_eight8",
+    "fd_eight8_low",
+    "fd_eight8_high",
     "kid_eight8_mean",
     "mind_eight8",
     "is_eight8_mean",
@@ -115,7 +117,9 @@ def test_metrics_are_those_of_the_averaged_weights_at_that_step(whole, monkeypat
     monkeypatch.setattr(module, "open_extractor", sample_quality.open_extractor)
     result = ldmcli.evaluate(model=f"{whole}@4", n=12, steps=2, metrics=("fid", "kid", "mind", "is", "pr"))
     assert result["step"] == 4
-    assert {key: result["metrics"][key] for key in KEYS - {"val_loss"}} == {
+    low, high = result["estimates"]["fd_eight8"]["interval"]
+    known = result["metrics"] | {"fd_eight8_low": low, "fd_eight8_high": high}
+    assert {key: known[key] for key in KEYS - {"val_loss"}} == {
         key: value for key, value in evaluations(whole)[4].items() if key != "val_loss"
     }
 
