@@ -1,5 +1,5 @@
-"""What `ldm data` advises: how many pictures there are to learn from, how long a training takes here and when it begins
-to copy, and the commands that train on this data set."""
+"""What `ldm data` advises: how many pictures there are to learn from, how long a training takes here and what few
+pictures mean for it, and the commands that train on this data set."""
 
 import re
 import shlex
@@ -17,7 +17,9 @@ from ldmcli.evaluation.novelty import LEAST_HELD_OUT
 from ldmcli.reports.cost_estimate import plan
 from ldmcli.training.best import SMALL_SET
 
-COPIES_FROM_EPOCH, GOOD_FROM_STEP = 100, 400  # of the default network (docs/experiments.md)
+EPOCHS = 100  # for which few pictures are trained on, while samples are looked through for copies
+LEAST_STEPS = 1_000  # below which samples are not good, however few the pictures
+CLEAN_EPOCHS = 24  # through which no copies were seen (docs/experiments.md)
 FIRST_STAGE_STEPS = 1_500  # after which first stages of small pictures were good (docs/train-on-my-images.md)
 SLOWER = 3  # times the least time, that narrow networks take at most
 HELD_OUT = 64  # pictures held out, for which a distance and copies say something
@@ -54,9 +56,8 @@ def advise(seen: Seen) -> dict[str, Any]:
     """The advice as JSON; times are null where they can't be estimated."""
     size, flip = _size(seen), flip_is_safe(seen.texts)
     batch = max(1, min(TrainSettings().batch_size, 2 ** (seen.different.bit_length() - 1)))
-    copies_from = round(COPIES_FROM_EPOCH * seen.different / batch)
-    few = seen.different < SMALL_SET
-    steps = min(TrainSettings().steps, _rounded(copies_from)) if few else TrainSettings().steps
+    few, most = seen.different < SMALL_SET, TrainSettings().steps
+    steps = min(max(_rounded(EPOCHS * seen.different // batch), LEAST_STEPS), most) if few else most
     kinds = (seen.kind,) if seen.kind else ()
     watched = few and not seen.settings.streaming
     share = _share_to_hold_out(seen) if watched else None
@@ -70,9 +71,7 @@ def advise(seen: Seen) -> dict[str, Any]:
         "batch_size": batch,
         "steps": steps,
         "epochs": steps * batch / max(seen.different, 1),
-        "good_from_step": GOOD_FROM_STEP,
-        "copies_from_step": copies_from,
-        "copies_from_epoch": COPIES_FROM_EPOCH,
+        "no_copies_seen_until_step": round(CLEAN_EPOCHS * seen.different / batch),
         "flip": {"safe": flip, "why": _why(seen.texts)},
         "seconds": {
             "first_stage": _seconds("autoencoder", size, TrainSettings().batch_size, (), FIRST_STAGE_STEPS),
@@ -179,16 +178,16 @@ def _text(value: object) -> str:
 def advice_sentences(advice: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, text) of the advice, without the commands."""
     pictures = f"{advice['different']:,} different pictures, and {advice['held_out']:,} held out"
-    steps, copies, epoch = advice["steps"], advice["copies_from_step"], advice["copies_from_epoch"]
-    trained = f"{steps:,} steps of {advice['batch_size']} see each picture {advice['epochs']:.3g} times"
+    trained = f"{advice['steps']:,} steps of {advice['batch_size']} see each picture {advice['epochs']:.3g} times"
     lines = [("learn from", pictures), ("training", f"{trained}; {_time(advice['seconds'])}")]
     if advice["few"]:
+        clean = advice["no_copies_seen_until_step"]
         window = (
-            f"samples are good from about step {advice['good_from_step']:,} on, whatever the number of pictures, and "
-            f"copies begin about epoch {epoch}, step {copies:,}: that grows with the pictures (Bonnaire et al. 2025)"
+            f"so few are copied in the end. None of 200 emoji were by epoch {CLEAN_EPOCHS}, here step {clean:,}. Steps "
+            "until copies grow with the pictures, steps until samples are good do not (Bonnaire et al. 2025)"
         )
-        if copies <= advice["good_from_step"]:
-            window += "; so few are copied before samples are good: find more, or begin with a model (--init-from)"
+        if clean < LEAST_STEPS:
+            window += f"; good ones take {LEAST_STEPS:,} or more, so look for copies, or find more pictures"
         lines.append(("window", window))
         if not advice["watched"]:
             lines.append(("", f"too few are held out to look for copies: at least {LEAST_HELD_OUT} are needed"))

@@ -308,10 +308,10 @@ def _seen(
 ) -> Seen:
     """What advice follows from. share: whether data.val_fraction says what is held out."""
     rows, training = good[0].row[0], [look for look in good if look.split == "train"]
-    kinds = [name for name, one in CONDITIONS.items() if one.user_given and rows.has(one.column)]
-    texts = [rows.caption(i) for rows, i in (look.row for look in good)] if report["captions"] else []
+    texts = _usable(good, lambda rows, i: rows.caption(i), "captions", []) if report["captions"] else []
     captions, classes = [text for text in texts if text.strip()], report["classes"] or {}
-    useless = {name for name, there in (("text", captions), ("class", len(classes) > 1)) if not there}
+    useless = {"caption": not captions, "label": len(classes) < 2}  # by column
+    there = (name for name, one in CONDITIONS.items() if one.user_given and rows.has(one.column))
     return Seen(
         settings=data,
         different=_groups({look.content for look in training}, [(a.content, b.content) for a, b, _ in pairs]),
@@ -319,7 +319,7 @@ def _seen(
         held_out=report["rows"].get("validation", 0),
         by_share=share,
         short_side=int(statistics.median(min(look.shape) for look in training or good if look.shape)),
-        kind=next((name for name in kinds if name not in useless), ""),
+        kind=next((name for name in there if not useless.get(CONDITIONS[name].column)), ""),
         texts=captions or list(classes),
         bad=bool(report["bad"]),
     )
@@ -435,6 +435,6 @@ def _near_lines(near: dict[str, Any]) -> list[str]:
     if not near["count"]:
         return []
     both = f", {near['in_both_splits']} of them across the splits" if near["in_both_splits"] else ""
-    lines = [_line("near copies", f"{near['count']:,} pairs{both}")]
+    lines = [_line("near copies", f"{near['count']:,} pair{'s' * (near['count'] > 1)}{both}")]
     lines += [_line("", f"{' ~ '.join(pair['files'])} ({pair['how']})") for pair in near["pairs"][:EXAMPLES]]
     return lines + [_line("", f"and {near['count'] - EXAMPLES:,} more")] * (near["count"] > EXAMPLES)

@@ -1,16 +1,36 @@
 """`ldm data` shows what is in a data set, and names what is wrong with it."""
 
 import csv
+import shlex
 
 import numpy as np
 import pytest
 from golden_cases import shared
 from PIL import Image
+from scipy import ndimage
 
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
+from ldmcli.data import near_copies
 from ldmcli.data.decode import EXTENSIONS
+from ldmcli.reports import dataset_advice
+from ldmcli.reports.dataset_advice import (
+    EPOCHS,
+    FIRST_STAGE_STEPS,
+    LEAST_STEPS,
+    Seen,
+    advise,
+    command_lines,
+    flip_is_safe,
+)
 from ldmcli.reports.dataset_report import inspect, inspect_text
+from ldmcli.training.best import SMALL_SET
+
+
+@pytest.fixture(autouse=True)
+def known_speed(monkeypatch):
+    """A step takes a second, however fast this machine is."""
+    monkeypatch.setattr(dataset_advice, "_seconds_per_step", lambda *given: 1.0)
 
 
 def picture(path, value=0, size=(8, 8)):
@@ -138,3 +158,166 @@ def test_data_that_are_not_there_are_refused(tmp_path):
 def test_text_fits_eighty_columns(tmp_path):
     folder = captioned(tmp_path / "data", ["word " * 60, "b", "c"])
     assert max(map(len, inspect_text(look(folder, tmp_path / "out")).splitlines())) <= 80
+
+
+# --- near copies -----------------------------------------------------------------------------------------------
+
+
+def drawing(seed: int, side: int = 64) -> np.ndarray:
+    """A picture unlike that of any other seed."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(side, side, 3)), (side / 12,) * 2 + (0,))
+    return np.clip(128 + 60 * noise / noise.std(), 0, 255).astype(np.uint8)
+
+
+def stored(folder, name, pixels, size=None, **how):
+    folder.mkdir(exist_ok=True)
+    image = Image.fromarray(pixels)
+    (image.resize(size) if size else image).save(folder / name, **how)
+
+
+def moved(pixels):
+    return np.roll(pixels, 1, axis=1)
+
+
+@pytest.mark.parametrize(
+    "name, change, saved, how",
+    [
+        ("z.jpg", lambda one: one, {"quality": 75}, "alike"),
+        ("z.png", lambda one: one[:, ::-1], {}, "mirrored"),
+        ("z.png", moved, {}, "shifted"),
+        ("z.jpg", lambda one: one[:, ::-1], {"quality": 75}, "mirrored"),
+        ("z.png", lambda one: one, {"size": (96, 96)}, "alike"),
+        ("z.png", lambda one: 255 - one, {}, None),
+        ("z.png", lambda one: drawing(99), {}, None),
+        ("z.png", lambda one: np.full_like(one, 128), {}, None),
+    ],
+)
+def test_near_copies_are_found_in_whatever_form_and_nothing_else(tmp_path, name, change, saved, how):
+    for k in range(12):
+        stored(tmp_path / "data", f"{k:02d}.png", drawing(k))
+    stored(tmp_path / "data", name, np.ascontiguousarray(change(drawing(4))), **saved)
+    found = look(tmp_path / "data", tmp_path / "out")
+    near, training = found["near_duplicates"], found["training"]
+    assert [(set(pair["files"]), pair["how"]) for pair in near["pairs"]] == [({"04.png", name}, how)] * bool(how)
+    assert near["count"] == len(near["pairs"]) and not found["duplicates"]["groups"]
+    across = near["in_both_splits"]
+    assert training["different"] == found["rows"]["train"] - (near["count"] - across)
+    text = inspect_text(found)
+    assert ("near copies 1 pair" in text) == bool(how) and (f"({how})" in text) == bool(how)
+
+
+def test_equal_files_are_duplicates_and_no_near_copies(tmp_path):
+    for k, seed in enumerate((1, 2, 3, 3)):
+        stored(tmp_path / "data", f"{k}.png", drawing(seed))
+    found = look(tmp_path / "data", tmp_path / "out")
+    assert found["duplicates"]["groups"] == 1 and found["near_duplicates"]["count"] == 0
+    assert found["training"]["different"] + found["rows"]["validation"] == 3
+
+
+def test_many_near_copies_are_counted_and_a_few_named(tmp_path):
+    for k in range(8):
+        for quality in (60, 95):
+            stored(tmp_path / "data", f"{k}-{quality}.jpg", drawing(k), quality=quality)
+    found = look(tmp_path / "data", tmp_path / "out")
+    assert found["near_duplicates"]["count"] == 8 and "and 3 more" in inspect_text(found)
+
+
+def test_pairs_that_are_looked_at_are_the_likest(monkeypatch):
+    monkeypatch.setattr(near_copies, "LOOKED_AT", 1)
+    monkeypatch.setattr(near_copies, "BLOCK", 2)
+    images = [Image.fromarray(one) for one in (drawing(0), drawing(1), drawing(2), moved(drawing(1)), drawing(2))]
+    signatures = np.stack([near_copies.signature(one) for one in images])
+    found = near_copies.near_pairs(signatures, images.__getitem__)
+    assert [(pair.first, pair.second, pair.distance) for pair in found] == [(2, 4, 0.0)]
+
+
+def test_drawn_and_streamed_data_have_no_near_copies(tmp_path):
+    assert look("shapes", tmp_path, limit=40)["near_duplicates"] is None
+    for k in range(3):
+        stored(tmp_path / "data", f"{k}.png", drawing(k))
+    assert look(tmp_path / "data", tmp_path / "out", streaming=True)["training"] is None
+
+
+# --- advice ----------------------------------------------------------------------------------------------------
+
+
+def seen(different=300, **facts):
+    given = {
+        "settings": DataSettings(source="my pictures"),
+        "rows": different,
+        "held_out": 64,
+        "by_share": True,
+        "short_side": 512,
+        "kind": "text",
+        "texts": ["a red bicycle"],
+        "bad": False,
+    }
+    return Seen(different=different, **(given | facts))
+
+
+LOOKS = ("--set train.eval_novelty=true", "--set train.eval_samples=256")
+
+
+@pytest.mark.parametrize(
+    "facts, command, there, absent",
+    [
+        ({}, 1, ("--data my pictures", "--size 64", "--condition text", "--flip", *LOOKS), ("--skip-bad", "limit")),
+        ({}, 0, ("train-ae", "--flip", "--out runs/my-pictures-ae"), ("--condition", *LOOKS)),
+        ({"kind": "", "texts": ()}, 1, ("--condition none",), ("--flip",)),
+        ({"texts": ["a cup", "the left hand"]}, 1, (), ("--flip",)),
+        ({"kind": "class", "texts": ["0", "1"]}, 1, ("--condition class",), ("--flip",)),
+        ({"bad": True}, 0, ("--skip-bad",), ()),
+        ({"short_side": 28}, 1, ("--size 32",), ()),
+        ({"settings": DataSettings(source="x", size=(64, 96), limit=9, flip=True)}, 1, ("--size 64x96",), ("--flip",)),
+        ({"settings": DataSettings(source="x", limit=9)}, 0, ("--set data.limit=9",), ()),
+        ({"held_out": 15}, 0, ("--val-fraction 0.22",), ()),
+        ({"held_out": 15, "by_share": False}, 1, (), ("--val-fraction", *LOOKS)),
+        ({"different": 30, "held_out": 2}, 1, ("--batch-size 16",), ("--val-fraction", *LOOKS)),
+        ({"different": SMALL_SET}, 1, ("--steps 10000",), LOOKS),
+        ({"different": 1, "rows": 1, "held_out": 1}, 1, ("--batch-size 1",), LOOKS),
+    ],
+)
+def test_commands_fit_the_data(facts, command, there, absent):
+    lines = command_lines(advise(seen(**facts)), 80)
+    first = [k for k, line in enumerate(lines) if line.startswith("ldm ")][command]
+    whole = " ".join(line.removesuffix("\\").strip() for line in lines[first:]).split(" ldm ")[0]
+    words = " ".join(shlex.split(whole))
+    assert [part for part in there if part not in words] == [part for part in absent if part in words] == [], words
+
+
+def test_steps_grow_with_the_pictures_and_are_never_too_few():
+    few, more = advise(seen(300)), advise(seen(3000, rows=3000))
+    assert more["no_copies_seen_until_step"] == pytest.approx(10 * few["no_copies_seen_until_step"], abs=10)
+    assert few["steps"] == LEAST_STEPS and LEAST_STEPS < more["steps"] and more["epochs"] <= EPOCHS
+    assert few["seconds"] == {"first_stage": FIRST_STAGE_STEPS, "diffusion": LEAST_STEPS}
+    assert advise(seen(10, rows=10))["steps"] == LEAST_STEPS
+    assert not advise(seen(SMALL_SET))["few"]
+
+
+@pytest.mark.parametrize(
+    "texts, safe",
+    [
+        (["a bicycle", "two dogs"], True),
+        (["cat", "dog"], True),
+        (["a bicycle", "the Flag of Norway"], False),
+        (["a ten o’clock"], False),
+        (["7"], False),
+        (["a"], False),
+        (["copyright"], True),
+        ([], False),
+    ],
+)
+def test_mirroring_is_safe_where_captions_say_nothing_of_sides(texts, safe):
+    assert flip_is_safe(texts) == safe
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_advice_is_read_and_copied_at_the_width(tmp_path, width):
+    folder = captioned(tmp_path / "data", [f"picture of kind {k}" for k in range(30)])
+    found = look(folder, tmp_path / "out")
+    found["training"]["commands"][0][3] = "a folder"
+    text = inspect_text(found, width)
+    assert max(map(len, text.splitlines())) <= max(width, 12 + len(str(folder)) + len("ldm train-ldm --data "))
+    commands = text[text.index("ldm train-ae") :].replace("\\\n", " ")
+    assert [shlex.split(line) for line in commands.splitlines() if line] == found["training"]["commands"]
+    assert "learn from" in text and "too few are held out" in text
