@@ -1,6 +1,7 @@
 """What `ldm data` advises: how many pictures there are to learn from, how long a training takes here and what few
 pictures mean for it, and the commands that train on this data set."""
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -169,6 +170,8 @@ def _given(settings: DataSettings) -> dict[str, str]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return json.dumps(value, ensure_ascii=False)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -310,8 +310,8 @@ def _seen(
     rows, training = good[0].row[0], [look for look in good if look.split == "train"]
     texts = _usable(good, lambda rows, i: rows.caption(i), "captions", []) if report["captions"] else []
     captions, classes = [text for text in texts if text.strip()], report["classes"] or {}
-    useless = {"caption": not captions, "label": len(classes) < 2}  # by column
-    there = (name for name, one in CONDITIONS.items() if one.user_given and rows.has(one.column))
+    useless = {"caption": not (captions or data.captions), "label": len(classes) < 2}  # by column
+    there = (name for name, one in CONDITIONS.items() if one.user_given and one.column and one.available(rows, data))
     return Seen(
         settings=data,
         different=_groups({look.content for look in training}, [(a.content, b.content) for a, b, _ in pairs]),

@@ -294,9 +294,9 @@ class Trainer:
             self._stop_if_asked()
             return
         seconds = time.perf_counter() - begun
-        self.meter.leave_out(seconds)
         self.logger.log_validation(metrics, seconds, self.progress)
         self.checkpointer.save_best(metrics)
+        self.meter.leave_out(time.perf_counter() - begun)
 
     def _preview(self) -> None:
         step = self.progress.step

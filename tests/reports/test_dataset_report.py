@@ -270,6 +270,12 @@ LOOKS = ("--set train.eval_novelty=true", "--set train.eval_samples=256")
         ({"short_side": 28}, 1, ("--size 32",), ()),
         ({"settings": DataSettings(source="x", size=(64, 96), limit=9, flip=True)}, 1, ("--size 64x96",), ("--flip",)),
         ({"settings": DataSettings(source="x", limit=9)}, 0, ("--set data.limit=9",), ()),
+        (
+            {"settings": DataSettings(source="x", captions=("a {name}", "{name}, {style}"))},
+            1,
+            ('--set data.captions=["a {name}", "{name}, {style}"]',),
+            (),
+        ),
         ({"held_out": 15}, 0, ("--val-fraction 0.22",), ()),
         ({"held_out": 15, "by_share": False}, 1, (), ("--val-fraction", *LOOKS)),
         ({"different": 30, "held_out": 2}, 1, ("--batch-size 16",), ("--val-fraction", *LOOKS)),
