@@ -18,9 +18,9 @@ from ldmcli.evaluation.novelty import LEAST_HELD_OUT
 from ldmcli.reports.cost_estimate import plan
 from ldmcli.training.best import SMALL_SET
 
-EPOCHS = 100  # for which few pictures are trained on, while samples are looked through for copies
-LEAST_STEPS = 1_000  # below which samples are not good, however few the pictures
-CLEAN_EPOCHS = 24  # through which no copies were seen (docs/experiments.md)
+# how often few pictures are seen, and the least steps however few they are: a choice, since the training itself looks
+# for copies and keeps the best checkpoint from before
+EPOCHS, LEAST_STEPS = 100, 1_000
 FIRST_STAGE_STEPS = 1_500  # after which first stages of small pictures were good (docs/train-on-my-images.md)
 SLOWER = 3  # times the least time, that narrow networks take at most
 HELD_OUT = 64  # pictures held out, for which a distance and copies say something
@@ -72,7 +72,6 @@ def advise(seen: Seen) -> dict[str, Any]:
         "batch_size": batch,
         "steps": steps,
         "epochs": steps * batch / max(seen.different, 1),
-        "no_copies_seen_until_step": round(CLEAN_EPOCHS * seen.different / batch),
         "flip": {"safe": flip, "why": _why(seen.texts)},
         "seconds": {
             "first_stage": _seconds("autoencoder", size, TrainSettings().batch_size, (), FIRST_STAGE_STEPS),
@@ -184,13 +183,15 @@ def advice_sentences(advice: dict[str, Any]) -> list[tuple[str, str]]:
     trained = f"{advice['steps']:,} steps of {advice['batch_size']} see each picture {advice['epochs']:.3g} times"
     lines = [("learn from", pictures), ("training", f"{trained}; {_time(advice['seconds'])}")]
     if advice["few"]:
-        clean = advice["no_copies_seen_until_step"]
         window = (
-            f"so few are copied in the end. None of 200 emoji were by epoch {CLEAN_EPOCHS}, here step {clean:,}. Steps "
-            "until copies grow with the pictures, steps until samples are good do not (Bonnaire et al. 2025)"
+            "so few are copied in the end. The steps until then grow with the pictures, the steps until samples are "
+            "good do not (Bonnaire et al. 2025)"
         )
-        if clean < LEAST_STEPS:
-            window += f"; good ones take {LEAST_STEPS:,} or more, so look for copies, or find more pictures"
+        if advice["epochs"] > EPOCHS:
+            window += ": these may be copied first, so find more, or begin with a model of others (--init-from)"
+        if advice["watched"]:
+            looks = EVALUATIONS["train.evaluations"]
+            window += f"; {looks} evaluations look for copies, and the best checkpoint from before stays (RUN@best)"
         lines.append(("window", window))
         if not advice["watched"]:
             lines.append(("", f"too few are held out to look for copies: at least {LEAST_HELD_OUT} are needed"))

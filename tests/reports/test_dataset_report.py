@@ -19,6 +19,7 @@ from ldmcli.reports.dataset_advice import (
     FIRST_STAGE_STEPS,
     LEAST_STEPS,
     Seen,
+    advice_sentences,
     advise,
     command_lines,
     flip_is_safe,
@@ -293,10 +294,11 @@ def test_commands_fit_the_data(facts, command, there, absent):
 
 def test_steps_grow_with_the_pictures_and_are_never_too_few():
     few, more = advise(seen(300)), advise(seen(3000, rows=3000))
-    assert more["no_copies_seen_until_step"] == pytest.approx(10 * few["no_copies_seen_until_step"], abs=10)
     assert few["steps"] == LEAST_STEPS and LEAST_STEPS < more["steps"] and more["epochs"] <= EPOCHS
     assert few["seconds"] == {"first_stage": FIRST_STAGE_STEPS, "diffusion": LEAST_STEPS}
     assert advise(seen(10, rows=10))["steps"] == LEAST_STEPS
+    said = [dict(advice_sentences(one))["window"] for one in (few, more)]
+    assert ["may be copied first" in text for text in said] == [True, False] and all("RUN@best" in one for one in said)
     assert not advise(seen(SMALL_SET))["few"]
 
 
