@@ -316,7 +316,7 @@ class DistillSettings:
 
     calls: int = 0  # network calls an image; 0 = an ordinary model, of as many steps as sampling says
     guidance: float = 1.0  # scale of the teacher's classifier-free guidance, which is baked in: it takes no second call
-    teacher_steps: int = 12  # sampling steps of the teacher from noise to image, rounded up to a multiple of calls
+    teacher_steps: int = 8  # second-order steps of the teacher from noise to image, rounded up to a multiple of calls
     teacher: str = ""  # content hash of the teacher's weights
 
     def __post_init__(self):

@@ -24,9 +24,10 @@ from ldmcli.training.distributed import Distributed
 _SHARED = ("diffusion.", "condition.", "task.")
 _OWN = ("diffusion.dropout", "diffusion.loss", "condition.drop")
 _TAKEN_OVER = ("data.", *_SHARED, "sample.n", "sample.prompts", "sample.temperature")
-_TRAIN = (
-    "optimizer lr adam_lr betas weight_decay muon_every batch_size clip ema ema_decay ema_scope noise shard".split()
-)
+_TRAIN = "optimizer betas weight_decay muon_every batch_size clip ema ema_decay ema_scope noise shard".split()
+# rates of a student, as a share of its teacher's: it begins near its end, and at whole ones its loss rises at first
+# (docs/experiments.md)
+RATE = 0.2
 
 
 def student_settings(teacher: Path, calls: int, guidance: float | None) -> dict[str, object]:
@@ -56,6 +57,7 @@ def student_settings(teacher: Path, calls: int, guidance: float | None) -> dict[
     return {
         **{name: value for name, value in known.items() if name.startswith(_TAKEN_OVER)},
         **{f"train.{name}": known[f"train.{name}"] for name in _TRAIN},
+        **{name: RATE * float(str(known[name])) for name in ("train.lr", "train.adam_lr")},
         **{f"sample.{name}": value for name, value in FEW_CALLS.items()},
         "sample.steps": calls,
         "sample.guidance": 1.0,
