@@ -78,14 +78,14 @@ def test_positions_take_the_calls_in_turn_and_scales_change_what_is_learned(word
 def test_a_student_comes_closer_to_its_teacher(words):
     objective, batch = pair(words, "class", "generate", "kl", "flow")
     network = objective.model
-    optimizer, losses = torch.optim.Adam(network.parameters(), 1e-2), []
-    for _ in range(10):
+    optimizer, losses = torch.optim.Adam(network.parameters(), 3e-3), []
+    for _ in range(24):
         optimizer.zero_grad()
         loss = objective.loss("model", {"model": network}, dict(batch), 0, False)[0]
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 # --- through the command line -----------------------------------------------------------------------------------------
