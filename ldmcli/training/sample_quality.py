@@ -26,6 +26,7 @@ from ldmcli.evaluation.judges import judges_among, trained_against
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments, set_metrics
 from ldmcli.evaluation.metrics import IS_SPLITS, METRICS, FeatureSets, finite_mean, image_values
 from ldmcli.evaluation.novelty import CopyMeter, need_held_out
+from ldmcli.evaluation.passes import in_order_of_content
 from ldmcli.evaluation.reference_statistics import reference_features
 from ldmcli.evaluation.request import BATCH, no_progress
 from ldmcli.evaluation.result import EvaluationResult, Scores
@@ -165,7 +166,8 @@ class SampleQuality:
         key = self.extractor.metric_key
         if key not in found or self.reference is None:
             return {}
-        ends = frechet_interval(METRICS["fid"], FeatureSets(features, self.reference, self.extractor), found[key])
+        sets = FeatureSets(in_order_of_content(features), in_order_of_content(self.reference), self.extractor)
+        ends = frechet_interval(METRICS["fid"], sets, found[key])
         return {} if ends is None else {f"{key}_{end}": value for end, value in zip(ENDS, ends)}
 
     def _copied(self, images: list[np.ndarray]) -> dict[str, float]:

@@ -156,6 +156,8 @@ def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, ma
     found = ending.json["metrics"]
     assert all(value is None or np.isfinite(value) for value in found.values())
     logged = {key.removeprefix("val/"): value for key, value in tiny.log(run)[-1].items() if key.startswith("val/")}
+    ends = ending.json["estimates"]["fd_eight8"]["interval"]
+    found |= dict(zip(("fd_eight8_low", "fd_eight8_high"), ends)) if ends else {}
     assert {key: logged[key] for key in logged if key != "val_loss"} == {
         key: found[key] for key in logged if key in found
     }
