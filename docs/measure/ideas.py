@@ -25,7 +25,7 @@ from ldmcli.data.sources import open_rows
 
 HELD_OUT = 128  # prompts
 NEVER = 1_000_000
-RESPECTS = ("all", "relation", "place", "shape", "colour", "background")
+RESPECTS = ("all", "position", "shape", "colour", "background", "count")
 
 
 def train(arguments: argparse.Namespace, settings: list[str], seed: int, out: Path) -> None:
