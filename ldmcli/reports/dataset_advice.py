@@ -180,7 +180,8 @@ def _text(value: object) -> str:
 def advice_sentences(advice: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, text) of the advice, without the commands."""
     pictures = f"{advice['different']:,} different pictures, and {advice['held_out']:,} held out"
-    trained = f"{advice['steps']:,} steps of {advice['batch_size']} see each picture {advice['epochs']:.3g} times"
+    epochs = f"{advice['epochs']:,.0f}" if advice["epochs"] >= 10 else f"{advice['epochs']:.2g}"
+    trained = f"{advice['steps']:,} steps of {advice['batch_size']} see each picture {epochs} times"
     lines = [("learn from", pictures), ("training", f"{trained}; {_time(advice['seconds'])}")]
     if advice["few"]:
         window = (

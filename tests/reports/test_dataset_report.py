@@ -2,6 +2,7 @@
 
 import csv
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,9 +157,12 @@ def test_data_that_are_not_there_are_refused(tmp_path):
         look(tmp_path / "absent", tmp_path / "out")
 
 
-def test_text_fits_eighty_columns(tmp_path):
-    folder = captioned(tmp_path / "data", ["word " * 60, "b", "c"])
-    assert max(map(len, inspect_text(look(folder, tmp_path / "out")).splitlines())) <= 80
+def test_text_fits_eighty_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a path in a command to copy is not broken
+    folder = captioned(Path("data"), ["word " * 60, "b", "c"])
+    text = inspect_text(look(folder, tmp_path / "out"))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "1,000 steps of 2 see each picture 1,000 times" in " ".join(text.split())
 
 
 # --- near copies -----------------------------------------------------------------------------------------------
