@@ -125,12 +125,11 @@ def test_raw_weights_that_are_gone_are_refused(text_model, tmp_path):
 # --- reliability 23 and 24: pictures ------------------------------------------------------------------------------
 
 
-# prints the memory that a command took at its peak, in kB: before it (with torch, where it trains), and after it
+# prints the memory that a command took at its peak, in kB: before it (with torch), and after it
 MEASURED = """
 import re, sys
 from ldmcli.cli import main
-if sys.argv[1] == "train-ae":
-    import torch
+import torch
 def peak(): print("peak", re.search("VmHWM:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1])
 peak()
 code = main(sys.argv[1:])
@@ -143,8 +142,8 @@ sys.exit(code)
 def test_pictures_of_hundreds_of_megapixels_are_refused_without_their_memory(command, code, tmp_path):
     """Reliability 23: by their headers, whatever else is in the folder; the limit is a number in the line.
 
-    The pictures cost `ldm data`, which needs no torch, less than 500 MB in all; torch alone takes more than that, so a
-    training is held to what it takes on top.
+    torch alone takes more than they would, so a command is held to what it takes on top. `ldm data` counts what a
+    training costs, for which it brings torch's shapes without content.
     """
     folder = tmp_path / "data"
     tiny.noisy_images(folder, 4)
@@ -163,7 +162,7 @@ def test_pictures_of_hundreds_of_megapixels_are_refused_without_their_memory(com
     for side in (10_000, 15_000):
         assert f"{side}.png: {side}x{side} pixels, over the limit of 89,478,485" in said
     before, after = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak "))
-    assert after < 500_000 if command == "data" else after - before < 150_000, (before, after)
+    assert after - before < (300_000 if command == "data" else 150_000), (before, after)
 
 
 def test_a_colour_profile_changes_no_pixel(tmp_path):

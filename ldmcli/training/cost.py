@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ldmcli.core.settings import (
     AutoencoderConfig,
@@ -120,22 +119,23 @@ def without_frozen_encoder(condition: ConditionSettings) -> ConditionSettings:
 # ---------------------------------------------------------------- counting
 
 
-def _fused(q, k, v, *_, out_shape=None, **__) -> int:
-    return sdpa_flop_count(q, k, v)
+def flop_counter() -> Any:
+    """A context that counts FLOPs (`get_total_flops()`), those of a CPU's fused attention included, which torch leaves
+    out."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # brings triton: 80 MB of every command
 
+    def fused(q, k, v, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(q, k, v)
 
-def _fused_backward(gradient, q, k, v, *_, out_shape=None, **__) -> int:
-    return 2 * sdpa_flop_count(q, k, v)  # scores that it computes again are no work of the model's
+    def fused_backward(gradient, q, k, v, *_, out_shape=None, **__) -> int:
+        return 2 * sdpa_flop_count(q, k, v)  # scores that it computes again are no work of the model's
 
-
-def flop_counter() -> FlopCounterMode:
-    """A context that counts FLOPs, those of a CPU's fused attention included, which torch leaves out."""
     kernels = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
-            kernels._scaled_dot_product_flash_attention_for_cpu: _fused,
-            kernels._scaled_dot_product_flash_attention_for_cpu_backward: _fused_backward,
+            kernels._scaled_dot_product_flash_attention_for_cpu: fused,
+            kernels._scaled_dot_product_flash_attention_for_cpu_backward: fused_backward,
         },
     )
 
