@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldmcli.core.settings import DiffusionSettings
+from ldmcli.core.settings import DiffusionConfig, DiffusionSettings
 from ldmcli.diffusion.schedule import make_schedule, prediction_target
 from ldmcli.evaluation.rate_distortion import LAST_SNR, coder_timesteps, prior_kl, rate_distortion, step_kl
 
@@ -38,6 +38,7 @@ def _model(settings: DiffusionSettings) -> SimpleNamespace:
         return prediction_target(settings.prediction, z_0, (z_t - alpha * z_0) / sigma, alpha, sigma)
 
     return SimpleNamespace(
+        config=DiffusionConfig(diffusion=settings),
         schedule=schedule,
         trained_size=(16, 16),
         device=torch.device("cpu"),

@@ -204,8 +204,9 @@ def test_a_spike_is_scaled_down_and_told(ae, tmp_path, monkeypatch):
         assert ending.stderr.count("is usual; scaled down") == 1 and "step 12: a gradient norm of" in ending.stderr
         assert tiny.state(tmp_path / name)["spikes"] == 1
     ours, theirs = tiny.weights(tmp_path / "gpu"), tiny.weights(tmp_path / "cpu")
-    for name, tensor in theirs.items():
-        assert float((ours[name] - tensor).norm()) <= 0.01 * float(tensor.norm()), name
+    # of all together: AdamW makes whole steps of gradients that are rounding alone, as some biases have them
+    apart = sum(float((ours[name] - tensor).square().sum()) for name, tensor in theirs.items()) ** 0.5
+    assert apart <= 0.01 * sum(float(tensor.square().sum()) for tensor in theirs.values()) ** 0.5
 
 
 def test_the_scale_of_float16_is_halved_where_it_is_too_large_and_doubled_after_a_while(ae, tmp_path, monkeypatch):
