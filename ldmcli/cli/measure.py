@@ -229,9 +229,11 @@ def eval_fid(given: ParsedOptions) -> None:
     with errors_in(report):
         from ldmcli.evaluation.evaluate import evaluate
         from ldmcli.evaluation.limits import misses
+        from ldmcli.sampling.machine import leave_taken_cores
 
         request = request_of(given)
         with joined() as world:
+            leave_taken_cores(world)
             result = evaluate(**request, **({"world": world} if world.world_size > 1 else {}))
         if not world.is_rank_0:
             return

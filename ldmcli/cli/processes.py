@@ -18,7 +18,8 @@ def shared(given: ParsedOptions, work: Callable[["Machine"], None]) -> None:
     code = launch.relaunch_if_needed(given.gpus, given.argv)
     if code is not None:
         raise typer.Exit(code)
-    from ldmcli.sampling.machine import Machine
+    from ldmcli.sampling.machine import Machine, leave_taken_cores
 
     with joined() as world:
+        leave_taken_cores(world)
         work(Machine(world, given.mixed_precision or "auto", bool(given.compile)))

@@ -20,6 +20,7 @@ WINDOW = 5  # steps whose median is the speed of now
 SLOWER = 2.0  # times the fastest such median: worth measuring again …
 AGAIN_AFTER = 30.0  # … at most every so many seconds, longer where it changed nothing,
 COST_SHARE = 0.05  # and so seldom that it takes no more than this share of the time
+WAITING = 1.3  # times as long with all threads as with one: they wait for each other, and for who else computes
 
 
 def are_given(environ: Mapping[str, str] = os.environ) -> bool:
@@ -33,6 +34,14 @@ def fewest_fast(seconds: Callable[[int], float], most: int) -> tuple[int, dict[i
     candidates = sorted({most, *(2**k for k in range(most.bit_length()) if 2**k <= most)})
     measured = {n: seconds(n) for n in candidates}
     return next(n for n in candidates if measured[n] <= EARNED * min(measured.values())), measured
+
+
+def without_waiting(seconds: Callable[[int], float], most: int) -> int:
+    """`most` threads, or where another program takes their cores as many as `fewest_fast` says. An idle machine always
+    gives `most`, and so the same bits. seconds(n): what a piece of the work takes with n threads."""
+    if most < 2 or seconds(most) <= WAITING * seconds(1):
+        return most
+    return fewest_fast(seconds, most)[0]
 
 
 def best_seconds(work: Callable[[], object]) -> float:

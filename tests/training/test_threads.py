@@ -1,5 +1,5 @@
-"""Threads of a training on a CPU: measured, kept in the checkpoint, never against what the user says; measured again
-only where a run is bounded by minutes."""
+"""Threads on a CPU. Of a training: measured, kept in the checkpoint, never against what the user says; measured again
+only where a run is bounded by minutes. Of commands that sample: fewer where other programs hold the cores."""
 
 import json
 from types import SimpleNamespace
@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from ldmcli.core import threads
 from ldmcli.core.runs import RunFolder
 from ldmcli.core.settings import TrainSettings
+from ldmcli.core.world import World
+from ldmcli.sampling import machine
 from ldmcli.training import thread_choice
 from ldmcli.training.distributed import Distributed
 from ldmcli.training.progress import Progress
@@ -282,3 +284,30 @@ def test_a_training_measures_before_its_first_step_and_learns_the_same(tmp_path,
     torch.set_num_threads(2)
     ending = tiny.train_ae(measured, data=DATA, steps=4)
     assert "threads" not in ending.stderr and torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("takes", "chosen"),
+    [
+        ({1: 1.0, 2: 0.6, 4: 0.4}, 4),
+        ({1: 1.0, 2: 0.98, 4: 1.25}, 4),  # an idle machine keeps its number, whatever a small probe says
+        ({1: 1.0, 2: 0.8, 4: 9.0}, 2),
+        ({1: 1.0, 2: 7.0, 4: 40.0}, 1),
+    ],
+)
+def test_commands_that_sample_take_fewer_threads_only_where_those_wait(takes, chosen):
+    assert threads.without_waiting(takes.__getitem__, 4) == chosen
+
+
+def test_a_busy_machine_is_said_and_the_users_number_stays(nothing_said, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "_probe_seconds", lambda count: float(count))
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        machine.leave_taken_cores(World())
+        assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        machine.leave_taken_cores(World())
+        assert torch.get_num_threads() == 1
+        assert "threads: 1 of 2, since other programs compute here" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(2)
