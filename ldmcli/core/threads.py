@@ -20,7 +20,7 @@ WINDOW = 5  # steps whose median is the speed of now
 SLOWER = 2.0  # times the fastest such median: worth measuring again …
 AGAIN_AFTER = 30.0  # … at most every so many seconds, longer where it changed nothing,
 COST_SHARE = 0.05  # and so seldom that it takes no more than this share of the time
-WAITING = 1.3  # times as long with all threads as with one: they wait for each other, and for who else computes
+WAITING = 3.0  # times as long with all threads as with one: they wait for each other, and for who else computes
 
 
 def are_given(environ: Mapping[str, str] = os.environ) -> bool:
