@@ -38,7 +38,7 @@ ROOM = 15.5e6  # bytes of the box, so that the whole wheel stays within 16 MB
 PROMPTS = ("a red apple", "a heart", "a house with garden", "a cat face", "a grinning face", "the flag of Norway")
 SEEDS = range(4)
 # of a run's run.json, as it stands there
-KEPT = ("step", "seed", "trained_seconds", "metrics", "machine", "version", "best", "weights")
+KEPT = ("step", "seed", "trained_seconds", "begun_from", "metrics", "machine", "version", "best", "weights")
 MIT = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
 documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
 rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit

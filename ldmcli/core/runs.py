@@ -339,6 +339,23 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     return run, _checkpoint_at(run, wanted)
 
 
+def origin(source: Path) -> dict[str, Any]:
+    """What run.json says of the run that another one began with the weights of: its name, and the updates and seconds
+    that are in those weights, with all runs before it. Seconds are None where a run on the way does not tell them."""
+    run, checkpoint = locate(source)
+    state = read_run(run) if is_run(run) else {}
+    before = state.get("begun_from") or {"steps": 0, "seconds": 0.0}
+    last = int(state.get("step") or 0)
+    step = _step_of(checkpoint) if checkpoint is not None else last
+    seconds, earlier = state.get("trained_seconds"), before.get("seconds")
+    known = seconds is not None and earlier is not None and last > 0
+    return {
+        "name": run.name,
+        "steps": step + int(before["steps"]),
+        "seconds": seconds * step / last + earlier if known else None,
+    }
+
+
 def _checkpoint_at(run: Path, wanted: str) -> Path:
     found = dict(_named(run / "checkpoints"))
     steps = ", ".join(map(str, checkpoint_steps(run)))

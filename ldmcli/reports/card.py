@@ -187,6 +187,7 @@ def _settings(run: RunView) -> str:
     lines = [f"{path} = {value}" for path, value in run_report.changed_settings(run).items()]
     seconds = run.state.get("trained_seconds")
     took = f" Training took {duration_with_unit(seconds)}." if isinstance(seconds, int | float) else ""
+    took += f" It began with the weights of {origin}." if (origin := run_report.begun_from(run)) else ""
     command = run.state.get("command")
     shown = f"\n\n```sh\n{_code(command)}\n```" if command else ""
     toml = _code("\n".join(lines))

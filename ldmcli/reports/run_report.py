@@ -112,12 +112,23 @@ def identity(run: RunView) -> list[tuple[str, object]]:
         ("Seed", state.get("seed")),
         ("Weights", weights),
         ("Distilled", distillation(run)),
+        ("Begun from", begun_from(run)),
         *[("Built on", f"{last_name(p.get('path'))}, {str(p.get('sha256', ''))[:16]}") for p in _parents(run)],
         ("Data fingerprint", data.get("fingerprint")),
         ("Machine", ", ".join(str(part) for part in parts if part)),
         ("Version", state.get("version") and f"ldm {state['version']}"),
         ("Last change", str(state.get("updated") or "").replace("T", " ")),
     ]
+
+
+def begun_from(run: RunView) -> str:
+    """The run whose weights this one began with, and what is in them; "" of one that began anew."""
+    origin = run.state.get("begun_from")
+    if not isinstance(origin, dict):
+        return ""
+    seconds = origin.get("seconds")
+    took = f", {duration_with_unit(seconds)}" if isinstance(seconds, int | float) else ""
+    return f"{last_name(origin.get('name'))} ({_count(origin.get('steps'))} steps{took} before)"
 
 
 def distillation(run: RunView) -> str:

@@ -124,6 +124,7 @@ def write_run_files(
     keeps_best = bool(metric_to_keep(config, len(objective.rows)))
     weights_bytes = sum(p.numel() * 4 for network in objective.networks.values() for p in network.parameters())
     files.require_space(folder.path, weights_bytes * 4 * (config.train.keep + 1 + keeps_best))
+    begun_from = {"begun_from": runs.origin(Path(options.init_from))} if options.init_from and not step else {}
     # first of all: without run.json the folder would be taken for somebody else's after a kill
     folder.update(
         kind=objective.kind,
@@ -133,6 +134,7 @@ def write_run_files(
         command=console.redact(" ".join(options.command_line)),
         seed=config.train.seed,
         parents=objective.parents(),
+        **begun_from,
         machine=runs.machine(dist.gpu_name, dist.world_size),
         reason="",
         exit_code=None,

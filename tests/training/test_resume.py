@@ -332,6 +332,21 @@ def test_no_command_uses_damaged_weights(damage, tmp_path, arguments, reference)
         assert ending.code == 4 and "damaged" in ending.line, (line[0], ending.stderr)
 
 
+def test_a_run_tells_what_it_began_with(tmp_path, arguments, reference):
+    """The weights of another run bring that run's steps and seconds with them, and those of all runs before it."""
+    parts = []
+    for name, source in (("a", reference["train-ldm"]), ("b", tmp_path / "a"), ("c", tmp_path / "b@1")):
+        assert tiny.ldm(*arguments("train-ldm", tmp_path / name, "--init-from", source, steps=1)).code == 0
+        parts.append(tiny.state(tmp_path / name)["begun_from"])
+    first, first_of_all = tiny.state(reference["train-ldm"]), tiny.state(tmp_path / "a")
+    assert "begun_from" not in first
+    assert parts[0] == {"name": "train-ldm", "steps": first["step"], "seconds": first["trained_seconds"]}
+    assert [part["name"] for part in parts[1:]] == ["a", "b"]
+    assert [part["steps"] for part in parts[1:]] == [first["step"] + 1, first["step"] + 2]
+    assert parts[1]["seconds"] == pytest.approx(first["trained_seconds"] + first_of_all["trained_seconds"])
+    assert f"It began with the weights of a ({first['step'] + 1} steps" in (tmp_path / "b" / "README.md").read_text()
+
+
 # --- reliability 5: stopped and gone on ------------------------------------------------------------------------
 
 
