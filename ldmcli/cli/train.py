@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.parsing import MODEL, TRAINING, ParsedOptions, Text, argument, command, option, setting
+from ldmcli.cli.parsing import DATA, MODEL, TRAINING, ParsedOptions, Text, argument, command, option, setting
 from ldmcli.core import config, console, launch
 from ldmcli.core.errors import DivergedError, Interrupted, ModelError, UsageError
 from ldmcli.core.settings import PROCESS, AutoencoderConfig, ClassifierConfig, DiffusionConfig
@@ -34,9 +34,35 @@ BakedGuidance = option(
     panel=MODEL,
     default="the teacher's",
 )
-Minutes = setting(
-    "train.max_minutes", "MINUTES", "Train for this long, whatever --steps says.", names="--minutes", panel=TRAINING
+DISTILL_STEPS = 1000
+_TeachersData = setting(
+    "data.source",
+    "D",
+    "Hub id, folder of images, parquet or webdataset files, save_to_disk folder, or shapes (embedded).",
+    names="--data",
+    panel=DATA,
+    default="the teacher's",
 )
+_STUDENT_LOOP = {
+    **opt.LOOP,
+    "minutes": setting(
+        "train.max_minutes",
+        "MINUTES",
+        "Train for this long, whatever --steps says.",
+        names="--minutes",
+        panel=TRAINING,
+        default="0, no limit",
+    ),
+    "steps": setting("train.steps", "N", "Optimiser updates.", panel=TRAINING, default=str(DISTILL_STEPS)),
+    "batch_size": setting(
+        "train.batch_size",
+        "N",
+        "Images a step, over all processes and accumulation.",
+        panel=TRAINING,
+        default="the teacher's",
+    ),
+    "lr": setting("train.lr", "RATE", "Learning rate.", panel=TRAINING, default="a fifth of the teacher's"),
+}
 ENDLESS = 1_000_000  # steps, where minutes end a training
 _AE_MODEL = {
     **opt.CONFIGURATION,
@@ -115,10 +141,10 @@ def train_ldm(given: ParsedOptions) -> None:
 
 
 @command(
-    _IMAGES,
+    {**_IMAGES, "data": _TeachersData},
     {"cache": opt.Cache},
     {"teacher": Teacher, "calls": Calls, "guidance": BakedGuidance, "assignments": opt.Assignments},
-    {**opt.LOOP, "minutes": Minutes},
+    _STUDENT_LOOP,
     opt.RUN_OUTPUT,
     opt.TALK,
     opt.TRAIN_MACHINE,
@@ -135,7 +161,7 @@ def distill(given: ParsedOptions) -> None:
         raise UsageError("--guidance: one scale, of all conditions together, is baked in; give a number")
     lowest: list[config.Layer] = [
         (f"{given.teacher}", student_settings(given.teacher, given.calls, scale)),
-        ("ldm distill", {"train.steps": ENDLESS if given.minutes else 1000, "train.cooldown": 0.4}),
+        ("ldm distill", {"train.steps": ENDLESS if given.minutes else DISTILL_STEPS, "train.cooldown": 0.4}),
     ]
     resolved = resolve("diffusion", given, given.layers(), lowest=lowest)
     autoencoder = _autoencoder_of(given.teacher, "RUN")
