@@ -45,6 +45,7 @@ PARSED = {
     r"--gpus|torchrun|accelerate launch|^srun": "several processes; test_two_processes and test_launch start them",
     r"^ldm bench": "published sizes, or a file of before; tests/bench measures small ones",
     r"^ldm demo": "test_help_examples runs a demo",
+    r"^ldm distill runs/(demo|few)": "ten minutes of training before it; test_distilled_training has tiny ones",
     r"--max-hours|--max-minutes|max_minutes": "hours; test_resume ends a run by --max-hours",
     r"reference\.npz": "one line reads what the other writes; test_reference does both",
     r"runs/imagenet-ldm4": "50,000 samples; test_protocols measures by a small protocol",
