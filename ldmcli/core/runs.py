@@ -347,13 +347,9 @@ def origin(source: Path) -> dict[str, Any]:
     before = state.get("begun_from") or {"steps": 0, "seconds": 0.0}
     last = int(state.get("step") or 0)
     step = _step_of(checkpoint) if checkpoint is not None else last
-    seconds, earlier = state.get("trained_seconds"), before.get("seconds")
-    known = seconds is not None and earlier is not None and last > 0
-    return {
-        "name": run.name,
-        "steps": step + int(before["steps"]),
-        "seconds": seconds * step / last + earlier if known else None,
-    }
+    seconds, earlier = state.get("trained_seconds"), before["seconds"]
+    total = None if seconds is None or earlier is None else seconds * step / max(last, 1) + earlier
+    return {"name": run.name, "steps": step + int(before["steps"]), "seconds": total}
 
 
 def _checkpoint_at(run: Path, wanted: str) -> Path:
