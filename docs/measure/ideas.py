@@ -59,18 +59,7 @@ def distances(arguments: argparse.Namespace, run: Path, steps: int, guidance: fl
     command = [sys.executable, "-m", "ldmcli", "eval-fid", "--model", str(run), "--features", arguments.features]
     command += ["-n", str(arguments.n), "--steps", str(steps), "--guidance", str(guidance), "--metrics", "fid,mind"]
     answer = json.loads(subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return flat(answer, "fid") | flat(answer, "mind")
-
-
-def flat(answer: dict, metric: str) -> dict[str, float]:
-    """Every number of a metric in eval-fid's document, by the network that stands in its key or above it."""
-    found = {}
-    for key, value in answer.items():
-        if isinstance(value, dict):
-            found |= {f"{key} {name}": number for name, number in flat(value, metric).items()}
-        elif key == metric or re.fullmatch(rf"{metric}\W.*", key):
-            found[key] = value
-    return found
+    return {name: value for name, value in answer["metrics"].items() if re.match("(fd|mind)_", name)}
 
 
 def measured(arguments: argparse.Namespace, run: Path) -> dict[str, float]:

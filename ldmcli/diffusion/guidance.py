@@ -85,14 +85,16 @@ def guidance_path(
     """The path of `inputs` (prepared, n rows on the model's device) for latents of `size` (h, w).
 
     negative: inputs that take the place of the null, or of a part of it (a negative prompt). encode: the first stage's
-    encoder, for conditions that are images.
+    encoder, for conditions that are images. At scale 1 there is no null, which a model need not have then.
     """
     given, steps = model.embed(inputs, size, encode), guidance_steps(model.conditions.kinds, scale)
-    if not any(names for names, _ in steps):
-        return GuidancePath((given,))
-    null = {**model.conditions.null(n, inputs), **(negative or {})}
     switched_on = {name for names, _ in steps for name in names}
-    current = {name: null[name].to(x.device) if _condition(name) in switched_on else x for name, x in inputs.items()}
+    if scale == 1 or not switched_on:
+        return GuidancePath((given,))
+    null, changed = dict(negative or {}), [name for name in inputs if _condition(name) in switched_on]
+    if not null.keys() >= set(changed):
+        null = {**model.conditions.null(n, inputs), **null}
+    current = {**inputs, **{name: null[name].to(inputs[name].device) for name in changed}}
     path = []
     for names, _ in steps:
         path.append(model.embed(current, size, encode))

@@ -93,6 +93,7 @@ class Distillation:
         self._guidance = 1.0 if is_student else few.guidance
         self._student_loss = torch.compile(distillation_loss, dynamic=False) if compiled else distillation_loss
         self._calls = few.calls
+        self._nulls: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
 
     def describe(self) -> str:
         """What it does, in one line."""
@@ -130,8 +131,20 @@ class Distillation:
         network, interval = self.teacher.network, self.teacher.config.sample.guidance_interval
         encode = self.teacher.autoencoder.encode_unchecked
         size = (z.shape[-2], z.shape[-1])
-        path = guidance_path(network, self._guidance, inputs, None, len(z), size, encode)
+        null = self._null(inputs, len(z)) if self._guidance != 1 else None
+        path = guidance_path(network, self._guidance, inputs, null, len(z), size, encode)
         return self._sample(denoiser(network.predict, self.schedule, path, interval), z, levels)
+
+    def _null(self, inputs: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        """What stands for no condition in place of `inputs`, on their device; made once for each shape, as the copy
+        makes the host wait."""
+        shapes = tuple(x.shape for x in inputs.values())
+        if shapes not in self._nulls:
+            conditions = self.teacher.network.conditions
+            made = conditions.null(n, inputs) if conditions.droppable else {}
+            able = [name for name in inputs if name.partition(".")[0] in conditions.droppable]
+            self._nulls[shapes] = {name: made[name].to(inputs[name].device) for name in able}
+        return self._nulls[shapes]
 
 
 def open_teacher(config: DiffusionConfig, path: Path | None, dist: Distributed) -> Distillation:

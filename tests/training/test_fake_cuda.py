@@ -8,7 +8,9 @@ take a fused kernel or products in bfloat16; and a loss of what lies on the GPU 
 import collections
 import contextlib
 import itertools
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import syncs
@@ -24,7 +26,7 @@ from ldmcli import diffusion
 from ldmcli.conditions.fit import assumed_specs
 from ldmcli.core import config as configuration
 from ldmcli.core.presets import PRESETS
-from ldmcli.core.settings import DiffusionSettings, LossSettings, SampleSettings
+from ldmcli.core.settings import DiffusionSettings, DistillSettings, LossSettings, SampleSettings
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.sample import sample_conditioned
 from ldmcli.diffusion.samplers import SAMPLERS
@@ -38,6 +40,7 @@ from ldmcli.networks.losses import Adversary, discriminator_loss, generator_loss
 from ldmcli.networks.noisy_classifier import NoisyClassifier
 from ldmcli.networks.perceptual import perceptual_shapes
 from ldmcli.training import cost
+from ldmcli.training.distillation import Distillation
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GROUPS = {
@@ -213,8 +216,9 @@ def test_a_published_first_stage_with_its_loss(name):
 # --- every condition, task and parametrisation ---------------------------------------------------------------------
 
 
-def loss_on_the_gpu(model, batch, device, cached: bool) -> Tensor:
+def loss_on_the_gpu(model, batch, device, cached: bool, distillation: Distillation | None = None) -> Tensor:
     objective = tiny.objective_of(model, device)
+    objective.distillation = distillation
     if cached and "posterior" in batch:
         del batch["pixels"]
         batch["moments"] = torch.cat([batch["posterior"]] * 2, 1)
@@ -248,6 +252,23 @@ def test_a_loss_waits_for_nothing_with_any_parametrisation(prediction):
         with tiny.bf16_of_cuda() as device:
             tiny.moved(model, device)
             assert loss_on_the_gpu(model, batch, device, cached=True).dtype == FP32
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_a_students_loss_waits_for_nothing(task, prediction, words):
+    """`ldm distill`: its teacher walks on the same device, guided."""
+    for combined in tiny.COMBINED if task == "generate" else tiny.COMBINED[-1:]:
+        kinds = [kind for kind in combined.split("+") if kind]
+        teacher, student = (tiny.tiny_model("kl", words, kinds, task, prediction=prediction) for _ in range(2))
+        few = DistillSettings(calls=2, guidance=2.0, teacher_steps=4, teacher="x")
+        student.config = replace(student.config, distill=few)
+        distillation = Distillation(student.config, teacher, Path("teacher"))
+        batch = tiny.batch_of(student) | {"t": distillation.timesteps([0, 1])}
+        with tiny.bf16_of_cuda() as device:
+            tiny.moved(teacher, device), tiny.moved(student, device)
+            loss = loss_on_the_gpu(student, batch, device, cached=True, distillation=distillation)
+            assert loss.device.type == "cuda" and loss.dtype == FP32, combined
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert", "t5"])

@@ -177,6 +177,16 @@ def test_processes_with_unequal_numbers_of_micro_batches_agree(tmp_path, argumen
 # --- gradients -------------------------------------------------------------------------------------------------
 
 
+def test_a_student_of_two_processes_learns_what_that_of_one_does(tmp_path, tiny_runs):
+    """Each walks its teacher's steps for its own share of a batch of 3: positions take the calls in turn over both."""
+    line = ["distill", tiny_runs["text"], "--calls", 2, "--guidance", 2, "--batch-size", 3, "--steps", 5]
+    line += ["--log-every", 1, "--sample-every", 0, "--eval-every", 0, "--mixed-precision", "no", "-q", "--out"]
+    assert tiny.ldm(*line, tmp_path / "whole").code == 0
+    run_on_two(tmp_path, *[str(part) for part in (*line, tmp_path / "run")])
+    assert len(losses(tmp_path / "whole")) == 5
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
+
+
 def note_gradients() -> None:
     """Writes the gradients of the first update of each network beside the run."""
     from ldmcli.training.optimizer import PhaseOptimizer
