@@ -14,10 +14,9 @@ from ldmcli.core.durations import duration_with_unit
 # what is tuned for minutes, beside the presets: of the first stage, of any diffusion model, of each size that is chosen
 FIRST_STAGE: dict[str, Any] = {"train.lr": 0.02}
 DIFFUSION: dict[str, Any] = {"sample.guidance": 1.5}  # stars and counts suffer at 2 and 3 after so few steps
-# 6 steps are as good as 20 after so few minutes, and less noise is better (docs/experiments.md, "Few calls", "Other
-# latents")
-_SMALL = {"sample.steps": 6, "sample.temperature": 0.8}
-_LARGER = {**_SMALL, "train.warmup": 100, "train.cooldown": 0.4}  # these presets are planned for days
+_STEPS = {"sample.steps": 6}  # as good as 20 after so few minutes (docs/experiments.md, "Few calls")
+_SMALL = {**_STEPS, "sample.temperature": 0.8}  # (…, "Other latents"); not tried with the larger ones
+_LARGER = {**_STEPS, "train.warmup": 100, "train.cooldown": 0.4}  # these presets are planned for days
 TUNED: dict[str, dict[str, Any]] = {"small": _SMALL, "base": _LARGER, "large": _LARGER}
 
 
