@@ -36,6 +36,7 @@ from ldmcli.reports.card import NOTICE, write_card
 
 ROOM = 15.5e6  # bytes of the box, so that the whole wheel stays within 16 MB
 PROMPTS = ("a red apple", "a heart", "a house with garden", "a cat face", "a grinning face", "the flag of Norway")
+SAMPLING = ("steps", "guidance", "temperature")  # what may be given
 SEEDS = range(4)
 # of a run's run.json, as it stands there
 KEPT = ("step", "seed", "trained_seconds", "begun_from", "metrics", "machine", "version", "best", "weights")
@@ -154,9 +155,9 @@ def hash_of_stage(stats: dict[str, Any]) -> dict[str, Any]:
     return {name: stats[name] for name in ("autoencoder",) if name in stats}
 
 
-def distance(first: Any, second: Any) -> np.ndarray:
+def distance(first: Any, second: Any, sampling: dict[str, Any]) -> np.ndarray:
     """|difference| in grey levels of the pictures of two models, (n, H, W, 3)."""
-    drawn = [[model.sample(prompt=list(PROMPTS), seed=seed) for seed in SEEDS] for model in (first, second)]
+    drawn = [[model.sample(prompt=list(PROMPTS), seed=seed, **sampling) for seed in SEEDS] for model in (first, second)]
     a, b = (np.array([np.asarray(one, np.int16) for images in each for one in images]) for each in drawn)
     return np.abs(a - b)
 
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, action="append", default=[], help="a document of eval-fid --json")
     parser.add_argument("--steps", type=int, help="of sampling, as the box does it by default")
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--temperature", type=float)
     parser.add_argument("--overwrite", action="store_true")
     given = parser.parse_args()
     if given.out.exists() and not (given.overwrite and runs.is_run(given.out)):
@@ -182,13 +184,13 @@ def main() -> None:
         notice = notice_of(trained_on(run, given.data))
     else:
         sys.exit("name the pictures of the run with --data, or their licences with --notice FILE")
-    sampling = {name: value for name in ("steps", "guidance") if (value := getattr(given, name)) is not None}
+    sampling = {name: value for name in SAMPLING if (value := getattr(given, name)) is not None}
     make(given.run, given.out, given.packed, notice, given.evaluation, sampling)
     found = {path.relative_to(given.out): path.stat().st_size for path in files.files_below(given.out)}
     for name, size in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{size / 1e6:8.3f} MB  {name}")
     print(f"{sum(found.values()) / 1e6:8.3f} MB  in all")
-    apart = distance(load(given.run), load(given.out))
+    apart = distance(load(given.run), load(given.out), sampling)
     print(
         f"{len(PROMPTS) * len(SEEDS)} pictures of run and box: mean difference {apart.mean():.3f} grey levels, "
         f"99.9 % below {np.quantile(apart, 0.999):.0f}, most {apart.max()}"
