@@ -15,7 +15,7 @@ from ldmcli.core.durations import duration_with_unit
 FIRST_STAGE: dict[str, Any] = {"train.lr": 0.02}
 DIFFUSION: dict[str, Any] = {"sample.guidance": 1.5}  # stars and counts suffer at 2 and 3 after so few steps
 _STEPS = {"sample.steps": 6}  # as good as 20 after so few minutes (docs/experiments.md, "Few calls")
-_SMALL = {**_STEPS, "sample.temperature": 0.8}  # (…, "Other latents"); not tried with the larger ones
+_SMALL = {**_STEPS, "sample.temperature": 0.8}  # (…, "Less noise to begin with"); not tried with the larger ones
 _LARGER = {**_STEPS, "train.warmup": 100, "train.cooldown": 0.4}  # these presets are planned for days
 TUNED: dict[str, dict[str, Any]] = {"small": _SMALL, "base": _LARGER, "large": _LARGER}
 
