@@ -44,14 +44,16 @@ def train(arguments: argparse.Namespace, settings: list[str], seed: int, out: Pa
     subprocess.run([*command, "--quiet"], check=True)
 
 
-def obedience(run: Path, steps: int, guidance: float) -> dict[str, float]:
-    """Shares of HELD_OUT different held-out prompts that come out right, by respect."""
+def obedience(run: Path, steps: int, guidance: float, draws: int) -> dict[str, float]:
+    """Shares of HELD_OUT different held-out prompts that come out right, by respect; means of so many draws."""
     model = ldmcli.load(run)
     held = open_rows(model.config.data, split="validation")
     prompts = list(dict.fromkeys(held.caption(i) for i in range(len(held))))[:HELD_OUT]
-    drawn = model.sample(prompt=prompts, seed=0, steps=steps, guidance=guidance, batch_size=64)
-    found = score(np.stack([np.asarray(image) for image in drawn]), prompts)
-    return {name: found[name] for name in RESPECTS if isinstance(found.get(name), float)}
+    found = []
+    for seed in range(draws):
+        drawn = model.sample(prompt=prompts, seed=seed, steps=steps, guidance=guidance, batch_size=64)
+        found.append(score(np.stack([np.asarray(image) for image in drawn]), prompts))
+    return {name: float(np.mean([one[name] for one in found])) for name in RESPECTS}
 
 
 def distances(arguments: argparse.Namespace, run: Path, steps: int, guidance: float) -> dict[str, float]:
@@ -73,8 +75,9 @@ def measured(arguments: argparse.Namespace, run: Path) -> dict[str, float]:
             continue
         steps, guidance = spec.split("x")
         shapes = arguments.data.partition(":")[0] == "shapes"
-        run_it = obedience if shapes else lambda *a: distances(arguments, *a)
-        known |= {f"{spec} {name}": value for name, value in run_it(run, int(steps), float(guidance)).items()}
+        at = (run, int(steps), float(guidance))
+        found = obedience(*at, arguments.draws) if shapes else distances(arguments, *at)
+        known |= {f"{spec} {name}": value for name, value in found.items()}
         known[f"{spec} done"] = 1
         path.write_text(json.dumps(known, indent=1))
     return {name: value for name, value in known.items() if not name.endswith(" done")}
@@ -98,6 +101,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--set", action="append", default=[], help="a setting of all variants")
     parser.add_argument("--sampling", nargs="+", default=["4x1", "12x1.5"], help="STEPSxGUIDANCE")
+    parser.add_argument("--draws", type=int, default=1, help="of shapes: times that the held-out prompts are sampled")
     parser.add_argument("--features", default="effnet-lite0,effnet-lite2")
     parser.add_argument("-n", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("runs/ideas"))
