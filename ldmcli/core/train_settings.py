@@ -14,6 +14,7 @@ class TrainSettings:
 
     steps: int = 10_000
     batch_size: int = 32
+    half_batch_steps: int = 0  # steps at the start that take half of batch_size: their noise costs little then
     micro_batch: int = 0  # samples that a process takes at a time; 0 = auto: its whole share, or as many as fit
     lr: float = 1e-3
     optimizer: str = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW at `adam_lr`)
@@ -96,11 +97,13 @@ class TrainSettings:
                 "gradient_timeout": self.gradient_timeout,
             },
         )
-        names = "micro_batch clip weight_decay warmup sample_every eval_every evaluations eval_images eval_samples"
-        at_least("train", 0, self, *names.split(), "eval_steps", "max_hours", "max_minutes")
+        names = "micro_batch half_batch_steps clip weight_decay warmup sample_every eval_every evaluations eval_images"
+        at_least("train", 0, self, *names.split(), "eval_samples", "eval_steps", "max_hours", "max_minutes")
         at_least("train", 1, self, "muon_every")
         positive("train", {"adam_lr": self.adam_lr})
         share("train", self, "ema_decay")
+        if self.half_batch_steps and self.batch_size < 2:
+            raise UsageError("train.half_batch_steps: a batch_size of 1 has no half; leave it at 0")
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
         if self.shard and self.optimizer != "adamw":
@@ -132,9 +135,16 @@ class TrainSettings:
                 f"({', '.join(map(str, cycles))} steps)"
             )
 
+    def batch_at(self, step: int) -> tuple[int, int]:
+        """(position of its first sample in the training, samples) of a step, over all processes."""
+        half = self.batch_size // 2
+        if step < self.half_batch_steps:
+            return step * half, half
+        return step * self.batch_size - self.half_batch_steps * (self.batch_size - half), self.batch_size
+
     def measured_images(self, most: int) -> int:
         """How many images a validation looks at: `most`, but an eighth of what the run trains on, and at least 16.
 
         So that measuring takes a small part of a run of a few steps. The same at every validation of a run.
         """
-        return min(most, max(16, self.steps * self.batch_size // 8))
+        return min(most, max(16, self.batch_at(self.steps)[0] // 8))

@@ -21,15 +21,15 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return order
 
 
-def epoch_positions(step: int, batch_size: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row ids and global positions of a step, int64 (B,) each.
+def epoch_positions(start: int, count: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row ids and global positions start … start + count − 1 of a training, int64 (count,) each.
 
-    Position p = step·B + j of an endless sequence of permutations: epoch p // n, place p % n in it. Every row comes
-    once an epoch whatever B is, also when n < B. `n` must be at least 1.
+    Position p is one of an endless sequence of permutations: epoch p // n, place p % n in it. Every row comes once an
+    epoch however positions are shared out to steps. `n` must be at least 1.
     """
     if n < 1:
-        raise InputError(f"no rows to train on: {n} rows cannot fill a batch of {batch_size}")
-    where = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+        raise InputError(f"no rows to train on: {n} rows cannot fill a batch of {count}")
+    where = np.arange(start, start + count, dtype=np.int64)
     epochs, places = where // n, where % n
     ids = np.empty_like(where)
     for epoch in np.unique(epochs):

@@ -70,7 +70,7 @@ def plan(
         passes = teacher_passes(config, read_config("diffusion", Path(init_from)))
         a_sample += passes * costs["model"].forward_flops
         notes.append(f"{passes} passes of the teacher a sample are counted in each step, its weights in memory are not")
-    step = a_sample * train.batch_size
+    step, seen = a_sample * train.batch_size, train.batch_at(train.steps)[0]
     share = -(-train.batch_size // world)
     memory = _memory(costs, resolved.config, share, device, sharing, dtype)
     return {
@@ -84,9 +84,9 @@ def plan(
         },
         "flops": {"forward_per_image": costs[next(iter(costs))].forward_flops, "per_step": step},
         "batch": {"global": train.batch_size, "per_pass": memory["per_pass"], "processes": world},
-        "epochs": train.steps * train.batch_size / rows if rows else None,
+        "epochs": seen / rows if rows else None,
         "memory": memory,
-        "time": _time(step * sharing / world, train.steps, train.max_minutes, device, dtype),
+        "time": _time(step * sharing / world, seen / train.batch_size, train.max_minutes, device, dtype),
         "notes": notes + _memory_notes(memory, share, dtype) + _evaluation_notes(config, costs, device),
         "settings": [list(row) for row in configuration.describe(resolved)],
     }
@@ -214,8 +214,9 @@ def _memory_notes(memory: dict[str, Any], share: int, dtype: torch.dtype | None)
     return [*notes, f"it does not fit: {how} (the global batch stays)"]
 
 
-def _time(flops: float, steps: int, max_minutes: float, device: torch.device, dtype) -> dict[str, Any] | str:
-    """Seconds at the rate that a convolution reaches on this machine; a bound, not a promise."""
+def _time(flops: float, steps: float, max_minutes: float, device: torch.device, dtype) -> dict[str, Any] | str:
+    """Seconds at the rate that a convolution reaches on this machine; a bound, not a promise. steps: of whole
+    batches."""
     rate = probe_flops_per_s(device, dtype)
     if not rate or not flops:
         return "unknown"

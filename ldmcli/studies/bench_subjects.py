@@ -262,6 +262,7 @@ def training_settings(config: Config, batch_size: int) -> Config:
     train = replace(
         config.train,
         batch_size=batch_size,
+        half_batch_steps=0,
         steps=NO_END,
         log_every=NO_END,
         save_every=NO_END,

@@ -116,7 +116,7 @@ class AutoencoderObjective:
     def batch(self, step: int) -> dict[str, Tensor]:
         """This process's share of the rows of a step, on the CPU."""
         train, dist = self.config.train, self.dist
-        mine = rank_slice(train.batch_size, dist.rank, dist.world_size)
+        mine = rank_slice(train.batch_at(step)[1], dist.rank, dist.world_size)
         ids, where = batch_indices(self.rows, self.config, step, mine)
         out = {
             "pixels": load_pixels(self.rows, self.config, ids, where, self.size),
@@ -242,7 +242,7 @@ class AutoencoderObjective:
     @torch.no_grad()
     def run_statistics(self) -> dict[str, Any]:
         """stats.json: mean and spread of the latents over up to 2,048 training images, for whoever uses the run."""
-        planned = self.config.train.steps * self.config.train.batch_size
+        planned = self.config.train.batch_at(self.config.train.steps)[0]
         count = min(SCALE_IMAGES, len(self.rows), max(256, planned))
 
         def encode(ids: list[int]) -> Tensor:

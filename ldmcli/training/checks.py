@@ -60,11 +60,12 @@ def check_autoencoder(config: AutoencoderConfig, world: int) -> None:
 
 def _check_discriminator(config: AutoencoderConfig, size: tuple[int, int], world: int) -> None:
     train, layers = config.train, config.loss.disc_layers
-    if world > 1 and train.batch_size % (world * max(train.micro_batch, 1)):
-        raise UsageError(
-            f"train.batch_size = {train.batch_size}: with a discriminator it must be a multiple of "
-            f"processes x micro-batch ({world} x {max(train.micro_batch, 1)})"
-        )
+    for name, batch in _batches(train):
+        if world > 1 and batch % (world * max(train.micro_batch, 1)):
+            raise UsageError(
+                f"{name} = {batch}: with a discriminator it must be a multiple of "
+                f"processes x micro-batch ({world} x {max(train.micro_batch, 1)})"
+            )
     if layers < 1 or min(size) < 3 * 2**layers:
         raise UsageError(
             f"loss.disc_layers = {layers}: images of {min(size)} px are smaller than its patch "
@@ -135,9 +136,16 @@ def _check_conditions(config: DiffusionConfig, size: tuple[int, int]) -> None:
         raise UsageError(f"--size {size[0]}x{size[1]} with --scale {scale}: both sides must be multiples of {scale}")
 
 
+def _batches(train: TrainSettings) -> list[tuple[str, int]]:
+    """(name, samples over all processes) of the batches that a run takes."""
+    half = [("half of train.batch_size", train.batch_at(0)[1])] if train.half_batch_steps else []
+    return [("train.batch_size", train.batch_size), *half]
+
+
 def _check_loop(train: TrainSettings, data: DataSettings, world: int) -> None:
-    if world > train.batch_size:
-        raise UsageError(f"train.batch_size = {train.batch_size}: fewer samples than processes ({world})")
+    for name, batch in _batches(train):
+        if world > batch:
+            raise UsageError(f"{name} = {batch}: fewer samples than processes ({world})")
     check_trackers(train.track)
     check_source(data.source)
     colour(data.background)

@@ -148,7 +148,7 @@ class ClassifierObjective:
     def batch(self, step: int) -> dict[str, Tensor]:
         """This process's share of a step, on the CPU; every number in it depends on (seed, position) alone."""
         train, dist = self.config.train, self.dist
-        mine = rank_slice(train.batch_size, dist.rank, dist.world_size)
+        mine = rank_slice(train.batch_at(step)[1], dist.rank, dist.world_size)
         ids, where = batch_indices(self.rows, self.config, step, mine)
         at, seed = where.tolist(), train.seed
         latents = self.latents.batch(self.rows, self.config, ids, where)  # first: a stream passes over bad pictures

@@ -30,7 +30,7 @@ class TrainLogger:
         sample.
         """
         s, dist = self.settings, self.dist
-        mine = rank_slice(s.batch_size, dist.rank, dist.world_size)
+        mine = rank_slice(s.batch_at(progress.step - 1)[1], dist.rank, dist.world_size)
         values = dist.mean(meter.close(), mine.stop - mine.start)
         if not dist.is_rank_0:
             return
@@ -49,7 +49,7 @@ class TrainLogger:
             trained_seconds=progress.trained_seconds,
         )
         self._track(values, progress.step)
-        left = (s.steps - progress.step) * s.batch_size / max(rate, 1e-9)
+        left = (s.batch_at(s.steps)[0] - s.batch_at(progress.step)[0]) / max(rate, 1e-9)
         if s.max_minutes:
             left = min(left, s.max_minutes * 60 - progress.trained_seconds)
         losses = "  ".join(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in values.items() if k.startswith("loss_"))

@@ -163,11 +163,12 @@ class Trainer:
             stats |= self.objective.after_update(step)
         self.outcomes.add(Step(step, batch["row"], dict(stats), guard.report()))
         progress.step = step + 1
-        progress.images += self.settings.batch_size
+        images = self.settings.batch_at(step)[1]
+        progress.images += images
         took = time.perf_counter() - begun
         progress.trained_seconds += took
-        self.meter.add(stats, self.settings.batch_size, lr_factor)
-        choosing = self.threads.after_step(took)
+        self.meter.add(stats, images, lr_factor)
+        choosing = self.threads.after_step(took * self.settings.batch_size / images)
         progress.trained_seconds += choosing
         self.meter.leave_out(choosing)
 
@@ -195,7 +196,7 @@ class Trainer:
 
     def _forward_backward(self, phase: str, batch: dict[str, Tensor], step: int, norms: bool) -> dict[str, Tensor]:
         """Gradients summed over this process's micro-batches; means of the statistics."""
-        dist, batch_size = self.dist, self.settings.batch_size
+        dist, batch_size = self.dist, self.settings.batch_at(step)[1]
         self.state.optimizers[phase].zero_grad()
         parts = micro_batches(len(batch["row"]), self.progress.micro_batch)
         sums: dict[str, Tensor] = {}

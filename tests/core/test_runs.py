@@ -304,11 +304,18 @@ def test_one_row_on_four_processes_trains(tmp_path):
     assert tiny.state(out)["step"] == 2
 
 
-def test_fewer_samples_than_processes_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "batch, said",
+    [
+        (("--batch-size", 3), "train.batch_size = 3: fewer"),
+        (("--batch-size", 6, "--set", "train.half_batch_steps=1"), "half of train.batch_size = 3: fewer"),
+    ],
+)
+def test_fewer_samples_than_processes_are_refused(batch, said, tmp_path):
     """Reliability 28: all processes end before step 1, with the numbers."""
-    four = ranks(tmp_path, 4, *arguments(tmp_path / "run", "--batch-size", 3))
+    four = ranks(tmp_path, 4, *arguments(tmp_path / "run", *batch))
     assert [command.wait() for command in four] == [2, 2, 2, 2]
-    assert "fewer samples than processes (4)" in four[0].stderr
+    assert f"{said} samples than processes (4)" in four[0].stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

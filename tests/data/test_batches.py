@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ldmcli.core.errors import InputError
+from ldmcli.core.train_settings import TrainSettings
 from ldmcli.data import batches as batches_module
 from ldmcli.data.batches import Prefetcher, epoch_positions, micro_batches, rank_slice
 
@@ -14,27 +15,35 @@ from ldmcli.data.batches import Prefetcher, epoch_positions, micro_batches, rank
 @pytest.mark.parametrize("n, batch", [(7, 2), (7, 3), (3, 4), (1, 4), (10, 5)])
 def test_every_row_comes_once_an_epoch(n, batch):
     steps = n  # batch epochs exactly
-    ids = np.concatenate([epoch_positions(step, batch, n, seed=3)[0] for step in range(steps)])
+    ids = np.concatenate([epoch_positions(step * batch, batch, n, seed=3)[0] for step in range(steps)])
     epochs = ids.reshape(batch, n)
     assert (np.sort(epochs, axis=1) == np.arange(n)).all()
 
 
 def test_positions_count_on_without_gaps_and_epochs_differ_in_order():
-    ids, where = zip(*(epoch_positions(step, 4, 20, seed=0) for step in range(10)))
+    ids, where = zip(*(epoch_positions(4 * step, 4, 20, seed=0) for step in range(10)))
     assert np.concatenate(where).tolist() == list(range(40))
     first, second = np.concatenate(ids).reshape(2, 20)
     assert first.tolist() != second.tolist() and first.tolist() != list(range(20))
 
 
 def test_a_step_is_a_function_of_seed_and_step():
-    assert (epoch_positions(11, 5, 7, seed=2)[0] == epoch_positions(11, 5, 7, seed=2)[0]).all()
-    assert (epoch_positions(11, 5, 70, seed=2)[0] != epoch_positions(11, 5, 70, seed=3)[0]).any()
+    assert (epoch_positions(55, 5, 7, seed=2)[0] == epoch_positions(55, 5, 7, seed=2)[0]).all()
+    assert (epoch_positions(55, 5, 70, seed=2)[0] != epoch_positions(55, 5, 70, seed=3)[0]).any()
 
 
 def test_the_order_of_rows_does_not_depend_on_the_batch_size():
-    by_two = np.concatenate([epoch_positions(step, 2, 9, seed=1)[0] for step in range(15)])
-    by_six = np.concatenate([epoch_positions(step, 6, 9, seed=1)[0] for step in range(5)])
+    by_two = np.concatenate([epoch_positions(2 * step, 2, 9, seed=1)[0] for step in range(15)])
+    by_six = np.concatenate([epoch_positions(6 * step, 6, 9, seed=1)[0] for step in range(5)])
     assert (by_two == by_six).all()
+
+
+@pytest.mark.parametrize("batch, steps", [(8, 3), (5, 2), (2, 1), (8, 0), (8, 100)])
+def test_half_batches_at_the_start_leave_no_gap_and_take_nothing_twice(batch, steps):
+    train = TrainSettings(batch_size=batch, half_batch_steps=steps)
+    starts, counts = zip(*(train.batch_at(step) for step in range(12)))
+    assert list(starts) == [sum(counts[:step]) for step in range(12)]
+    assert list(counts) == [batch // 2 if step < steps else batch for step in range(12)]
 
 
 def test_no_rows_is_an_input_error():

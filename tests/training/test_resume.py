@@ -17,7 +17,8 @@ from processes import Command
 from ldmcli.core import runs
 
 ROOT = Path(__file__).resolve().parents[2]
-# ten rows in batches of three, two at a time: epochs end inside a batch, and accumulation is in use
+# ten rows in batches of one, from the fifth step on of three, two at a time: epochs end inside a batch, and
+# accumulation is in use
 DATA = ("--data", "shapes", "--limit", 10, "--size", "16x16", "--flip")
 LOOP = (
     "--batch-size",
@@ -36,6 +37,8 @@ LOOP = (
     "train.warmup=3",
     "--set",
     "train.cooldown=0.4",
+    "--set",
+    "train.half_batch_steps=4",
     "-q",
 )
 GAN = (

@@ -117,6 +117,21 @@ def test_a_run_goes_on_with_2_processes_and_1_again_at_the_same_losses(trainer, 
     assert_same_losses(changed, whole)
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_that_begins_with_half_batches_begins_as_one_of_such_batches(trainer, tmp_path, arguments):
+    """Four steps of 3 samples, then of 6, on one process and on two."""
+    half = ("--set", "train.half_batch_steps=4")
+    assert tiny.ldm(*arguments(trainer, tmp_path / "three", steps=4)).code == 0
+    assert tiny.ldm(*arguments(trainer, tmp_path / "both", *half, steps=8, batch=6)).code == 0
+    run_on_two(tmp_path, *arguments(trainer, tmp_path / "two", *half, steps=8, batch=6))
+    begun, whole = losses(tmp_path / "three"), losses(tmp_path / "both")
+    assert begun == {step: values for step, values in whole.items() if step <= 4}
+    assert_same_losses(tmp_path / "two", tmp_path / "both")
+    assert [line["images"] for line in tiny.log(tmp_path / "two") if "lr_factor" in line] == [
+        3, 6, 9, 12, 18, 24, 30, 36,
+    ]  # fmt: skip
+
+
 def test_two_processes_share_a_stream_at_the_losses_of_one(tmp_path, arguments):
     """Each reads what it takes of a batch; which rows a batch has depends on neither."""
     (tmp_path / "data").mkdir()
