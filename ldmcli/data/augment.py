@@ -10,7 +10,8 @@ from ldmcli.maths import rng
 
 def batch_indices(rows, config, step: int, mine: slice) -> tuple[np.ndarray, np.ndarray]:
     """(row ids, global positions) of one process's share of a step. A stream's rows are its positions."""
-    ids, where = epoch_positions(*config.train.batch_at(step), len(rows), config.train.seed)
+    start, count = config.train.batch_at(step)
+    ids, where = epoch_positions(start, count, len(rows), config.train.seed)
     return (where if config.data.streaming else ids)[mine], where[mine]
 
 

@@ -15,7 +15,11 @@ from ldmcli.core.durations import duration_with_unit
 FIRST_STAGE: dict[str, Any] = {"train.lr": 0.02}
 DIFFUSION: dict[str, Any] = {"sample.guidance": 1.5}  # stars and counts suffer at 2 and 3 after so few steps
 _STEPS = {"sample.steps": 6}  # as good as 20 after so few minutes (docs/experiments.md, "Few calls")
-_SMALL = {**_STEPS, "sample.temperature": 0.8}  # (…, "Less noise to begin with"); not tried with the larger ones
+_SMALL = {  # not tried with the larger ones
+    **_STEPS,
+    "sample.temperature": 0.8,  # (…, "Less noise to begin with")
+    "train.adam_lr": 3e-3,  # the preset's 0.001 is slow at first (…, "The first steps")
+}
 _LARGER = {**_STEPS, "train.warmup": 100, "train.cooldown": 0.4}  # these presets are planned for days
 TUNED: dict[str, dict[str, Any]] = {"small": _SMALL, "base": _LARGER, "large": _LARGER}
 
@@ -24,19 +28,21 @@ TUNED: dict[str, dict[str, Any]] = {"small": _SMALL, "base": _LARGER, "large": _
 class Size:
     """A diffusion model and its batch. preset: of its settings; channels: width of the first level, 0 = the preset's;
     patch: positions a side that the UNet takes as one; enough: steps from which it is worth taking before the next of
-    the list."""
+    the list; half_steps: of half a batch, at the start."""
 
     preset: str
     batch: int
     patch: int = 1
     channels: int = 0
     enough: int = 0
+    half_steps: int = 0
 
     @property
     def values(self) -> dict[str, Any]:
         """Settings by dotted name."""
         return {
             "train.batch_size": self.batch,
+            "train.half_batch_steps": self.half_steps,
             "diffusion.patch": self.patch,
             **({"diffusion.channels": self.channels} if self.channels else {}),
             **TUNED[self.preset],
@@ -52,6 +58,8 @@ class Size:
 FEW_STEPS = 250  # of the diffusion model: fewer leave blobs of the right colour
 PLENTY_STEPS = 6000  # a machine that has time for so many takes larger batches
 MOST_BATCH = 256
+HALF_SHARE = 0.2  # of a small model's steps take half a batch, at the start …
+HALF_COST = 0.6  # … and so much of the time of a whole one (docs/experiments.md, "The first steps")
 SMALL = Size(preset="small", batch=32, enough=FEW_STEPS)  # batches of 16 lost in the same minutes: 81 against 91 %
 SMALLER = (replace(SMALL, batch=16), Size(preset="small", batch=16, channels=32))
 GPU_SIZES = (
@@ -72,6 +80,7 @@ ENCODE_COST = 0.2  # of a training step of the first stage, its pictures once th
 OVERHEAD_SHARE = 0.3  # of the time at most: encoding, samples and measuring
 SAMPLES = (128, 64, 32, 16)
 LEAST_SHARE = 0.3  # of the time for the diffusion model, also where a minute is too short for all
+NO_BOUND = 1_000_000  # of steps
 MOST_EPOCHS = 500  # a bound against learning a few hundred pictures by heart on a fast machine; not tuned
 DB_PER_DOUBLING = (1.0, 3.0, 4.0)  # PSNR gained with twice the steps: least, usual, most that is believed
 
@@ -134,13 +143,15 @@ class Plan:
 
     def text(self) -> str:
         """Lines of at most 80 columns."""
+        half = self.size.half_steps
+        fewer = f"({self.size.batch // 2} in the first {half:,}), " if half else ""
         lines = [
             f"plan: first stage f = {self.f}, {duration_with_unit(self.ae_seconds)}, about "
             f"{_counted(self.ae_steps)} of {AE_BATCH} images",
             f"      diffusion model {self.size.title}:",
             f"      {duration_with_unit(self.ldm_seconds)}, about {_counted(self.ldm_steps)} of {self.size.batch} "
             f"images at {self.speed.diffusion:.2g} s",
-            f"      then {self.samples} samples, measured",
+            f"      {fewer}then {self.samples} samples, measured",
         ]
         notes = [textwrap.fill(f"note: {text}", 80, subsequent_indent="      ") for text in self.notes]
         return "\n".join(lines + notes)
@@ -216,6 +227,9 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
         left, steps = most * took, most
     enough = min(FEW_STEPS, most or FEW_STEPS)
     is_short = steps < 0.9 * enough and not task.preset
+    if size.preset == "small" and not (kept or task.preset or task.gpu):
+        size = replace(size, half_steps=int(HALF_SHARE * steps))
+    steps = min(steps + int((1 - HALF_COST) * size.half_steps), most or NO_BOUND)
     made = Plan(
         task=task,
         speed=replace(speed, diffusion=took),
