@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from scipy import special
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.evaluation.baselines import PLAIN_METHODS, UNGUIDED
@@ -191,7 +191,7 @@ def _chance(change: float, error: float, freedom: int) -> float:
     """Of a change so large, either way, by chance alone."""
     if abs(change) <= NOISE * error or change == 0:
         return 1.0
-    return float(2 * stats.t.sf(abs(change) / error, freedom)) if error > 0 else 0.0
+    return float(2 * special.stdtr(freedom, -abs(change) / error)) if error > 0 else 0.0
 
 
 def _of_pairs(key: str, result: dict[str, Any], old: dict[str, Any]) -> dict[str, Any] | None:

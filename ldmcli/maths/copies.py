@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 WORKING_SIDE = 128  # px; larger pictures are compared reduced
 THUMBNAIL = 32  # px, of the first alignment
@@ -194,9 +194,9 @@ def copied_share(distances: np.ndarray, limit: Threshold) -> tuple[float, tuple[
     below, n = int((distances < limit.value).sum()), len(distances)
     value = (below / n - limit.false_share) / (1 - limit.false_share)
     points = (np.arange(QUANTILES) + 0.5) / QUANTILES
-    phi = beta.ppf(points, limit.rank, limit.n + 1 - limit.rank)[:, None]
-    low = beta.ppf(points, below, n - below + 1) if below else np.zeros(QUANTILES)
-    high = beta.ppf(points, below + 1, n - below) if below < n else np.ones(QUANTILES)
+    phi = betaincinv(limit.rank, limit.n + 1 - limit.rank, points)[:, None]
+    low = betaincinv(below, n - below + 1, points) if below else np.zeros(QUANTILES)
+    high = betaincinv(below + 1, n - below, points) if below < n else np.ones(QUANTILES)
     tail = (1 - LEVEL) / 2
     bounds = [np.quantile((one[None] - phi) / (1 - phi), share) for one, share in ((low, tail), (high, 1 - tail))]
     return min(max(value, 0.0), 1.0), (min(max(float(bounds[0]), 0.0), 1.0), min(max(float(bounds[1]), 0.0), 1.0))

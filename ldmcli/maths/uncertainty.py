@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from ldmcli.maths.feature_rows import Array
 
@@ -56,7 +56,7 @@ def interval(value: float, error: Error, bounds: tuple[float, float] = (-math.in
 
 def quantile(freedom: float) -> float:
     """How many standard errors a 95 % interval reaches to each side."""
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) if math.isfinite(freedom) else 1.959963985
+    return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) if math.isfinite(freedom) else 1.959963985
 
 
 def mean_error(values: Sequence[float]) -> Error | None:
