@@ -128,8 +128,9 @@ def few_files():
 
 def test_a_cache_may_have_more_shards_than_a_process_open_files(tmp_path, few_files):
     keys = shards_of(tmp_path / "latents", 1200)
-    before = len(os.listdir("/proc/self/fd"))  # those of other tests, too
-    few_files(256)
+    before = len(os.listdir("/proc/self/fd"))  # those of other tests, too, which may be hundreds
+    limit = 2 * before + 200
+    few_files(limit)
     cache = LatentCache(tmp_path / "latents", keys, (1, 1, 2), "float32", 2)
     cache.refresh()
     assert not cache.missing().any()
@@ -140,7 +141,7 @@ def test_a_cache_may_have_more_shards_than_a_process_open_files(tmp_path, few_fi
     wanted = np.concatenate([order[i::8] for i in range(8)])
     assert (found[:, 0, 0, 0] == wanted * 4).all()
     assert (cache.moments([7], [True]) == [[[[30, 31]]]]).all()
-    assert len(os.listdir("/proc/self/fd")) - before <= 128
+    assert len(os.listdir("/proc/self/fd")) - before <= limit // 4 + 8
 
 
 def test_no_file_left_is_not_taken_for_damage(tmp_path, few_files):
