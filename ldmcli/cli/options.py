@@ -97,7 +97,7 @@ Autoencoder = option(
     Text,
     "--autoencoder",
     "RUN|none",
-    "Autoencoder whose latents are used (RUN@STEP: of a checkpoint); none = pixels.",
+    "Autoencoder whose latents are used (RUN@STEP: of a checkpoint), or a diffusion run with one; none = pixels.",
     panel=MODEL,
     default="the newest run",
 )

@@ -77,6 +77,19 @@ def read_weights(path: Path, network: str, weights: str = "ema") -> tuple[dict[s
     return tensors, {name: text for name, text in written.items() if name in ("settings", TEACHERS)}
 
 
+def first_stage_run(path: Path) -> Path:
+    """Of a diffusion run, or of a checkpoint of one, its autoencoder/; `path` itself for anything else. Raises
+    ModelError for a model of pixels, which has none."""
+    run = runs.locate(path)[0]
+    if not runs.is_run(run) or runs.read_run(run).get("kind") != "diffusion":
+        return path
+    if files.read_json(run / "stats.json").get("autoencoder") == "pixels":
+        raise ModelError(
+            f"{path}: a diffusion model of pixels, without an autoencoder; its own is `--autoencoder none`"
+        )
+    return run / "autoencoder"
+
+
 def read_autoencoder(path: Path) -> AutoencoderBundle:
     """The autoencoder of a run folder (or of a diffusion run's autoencoder/), or of a checkpoint of one, whose latents
     nobody has measured. Raises ModelError."""

@@ -23,7 +23,7 @@ from ldmcli.core.presets import PRESETS
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings, ClassifierConfig, DiffusionConfig
 from ldmcli.core.world import default_device
 from ldmcli.formats.open_model import format_of
-from ldmcli.formats.run_folder import read_config
+from ldmcli.formats.run_folder import first_stage_run, read_config
 from ldmcli.sampling.load import load_autoencoder
 from ldmcli.training import checks, cost
 from ldmcli.training.distillation import teacher_passes
@@ -145,7 +145,7 @@ def _first_stage(
         found = load_autoencoder(path, torch.device("cpu"))
         return found.network.settings, _size(found.config.data.size) if found.config else (0, 0)
     if autoencoder or init_from:
-        config = read_config("autoencoder", path)
+        config = read_config("autoencoder", first_stage_run(path))
     elif preset:
         notes.append(f"no autoencoder is named: {preset}, with which this model goes, is assumed")
         config = configuration.resolve("autoencoder", [(preset, dict(PRESETS[preset].values))]).config

@@ -9,7 +9,7 @@ from ldmcli.core.errors import ModelError
 from ldmcli.core.world import default_device
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading, strict_load
 from ldmcli.formats.open_model import format_of, read
-from ldmcli.formats.run_folder import fingerprint_of, read_autoencoder
+from ldmcli.formats.run_folder import fingerprint_of, first_stage_run, read_autoencoder
 from ldmcli.networks.autoencoder import Autoencoder
 from ldmcli.networks.conditioners import load_tokenizer
 from ldmcli.networks.latent_diffusion import DiffusionModel
@@ -56,8 +56,8 @@ def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | 
 
 
 def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAutoencoder:
-    """A first stage: a run of `ldm train-ae` (also RUN@STEP), a checkpoint or diffusers folder with one, or "none" for
-    pixels.
+    """A first stage: a run of `ldm train-ae` (also RUN@STEP), a diffusion run, a checkpoint or diffusers folder
+    with one, or "none" for pixels.
 
     Of a checkpoint or pipeline of others that holds a whole diffusion model, its first stage is taken, at that model's
     scale. Raises ModelError.
@@ -66,7 +66,7 @@ def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAu
     if str(path) == "none":
         return pixel_autoencoder(device)
     if format_of(path) == "run":
-        return build_autoencoder(read_autoencoder(path), device, path)
+        return build_autoencoder(read_autoencoder(first_stage_run(path)), device, path)
     return build_autoencoder(first_stage_of(read(path, Reading(part="first-stage")), path), device, path)
 
 

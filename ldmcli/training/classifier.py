@@ -17,7 +17,7 @@ from ldmcli.core.settings import ClassifierConfig
 from ldmcli.data.augment import batch_indices
 from ldmcli.data.batches import rank_slice
 from ldmcli.diffusion.schedule import alpha_sigma, make_schedule, q_sample, sample_timesteps
-from ldmcli.formats.run_folder import read_config
+from ldmcli.formats.run_folder import first_stage_run, read_config
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.networks.noisy_classifier import NoisyClassifier
@@ -53,7 +53,8 @@ class ClassifierObjective:
         check: Callable[[], None] = lambda: None,
     ):
         self.config, self.run, self.dist = config, run, dist
-        self.autoencoder_path, self.model_path = Path(autoencoder), Path(model) if model else None
+        self.autoencoder_path = dist.on_all_ranks(lambda: first_stage_run(Path(autoencoder)))
+        self.model_path = Path(model) if model else None
         self.autoencoder: LoadedAutoencoder = dist.on_all_ranks(
             lambda: load_autoencoder(self.autoencoder_path, dist.device)
         )

@@ -20,6 +20,7 @@ from ldmcli.data.augment import batch_indices
 from ldmcli.data.batches import rank_slice
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
+from ldmcli.formats.run_folder import first_stage_run
 from ldmcli.maths import rng
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.sampling.api import LoadedDiffusion
@@ -55,7 +56,7 @@ class DiffusionObjective:
     ):
         self.config, self.run, self.dist = config, run, dist
         self.init_from = Path(init_from) if init_from else None
-        self.autoencoder_path = Path(autoencoder)
+        self.autoencoder_path = dist.on_all_ranks(lambda: first_stage_run(Path(autoencoder)))
         self.autoencoder: LoadedAutoencoder = dist.on_all_ranks(
             lambda: load_autoencoder(self.autoencoder_path, dist.device)
         )
