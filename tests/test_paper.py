@@ -40,7 +40,7 @@ SHORTER = {
     "sample": {"--steps": "2", "-n": "2"},
     "upscale": {"--steps": "2"},
     "inpaint": {"--steps": "2"},
-    "eval-fid": {"--steps": "1", "-n": "10", "--features": "effnet-lite0"},
+    "eval-fid": {"--steps": "1", "-n": "4", "--features": "effnet-lite0"},
     "neighbours": {"-n": "2", "-k": "3", "--features": "effnet-lite0"},
     "study": {
         "--data": "imagenet",
