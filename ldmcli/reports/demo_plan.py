@@ -3,6 +3,7 @@
 Pure functions: who measures is `reports/demo_speed.py`, who trains `reports/demo.py`.
 """
 
+import json
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -26,14 +27,16 @@ TUNED: dict[str, dict[str, Any]] = {"small": _SMALL, "base": _LARGER, "large": _
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A diffusion model and its batch. preset: of its settings; channels: width of the first level, 0 = the preset's;
-    patch: positions a side that the UNet takes as one; enough: steps from which it is worth taking before the next of
-    the list; half_steps: of half a batch, at the start."""
+    """A diffusion model and its batch. preset: of its settings; channels: width of the first level, and channel_mult:
+    those of all levels as multiples of it (0 and () = the preset's); patch: positions a side that the UNet takes as
+    one; enough: steps from which it is worth taking before the next of the list; half_steps: of half a batch, at the
+    start."""
 
     preset: str
     batch: int
     patch: int = 1
     channels: int = 0
+    channel_mult: tuple[float, ...] = ()
     enough: int = 0
     half_steps: int = 0
 
@@ -45,6 +48,7 @@ class Size:
             "train.half_batch_steps": self.half_steps,
             "diffusion.patch": self.patch,
             **({"diffusion.channels": self.channels} if self.channels else {}),
+            **({"diffusion.channel_mult": tuple(self.channel_mult)} if self.channel_mult else {}),
             **TUNED[self.preset],
         }
 
@@ -60,7 +64,9 @@ PLENTY_STEPS = 6000  # a machine that has time for so many takes larger batches
 MOST_BATCH = 256
 HALF_SHARE = 0.2  # of a small model's steps take half a batch, at the start …
 HALF_COST = 0.6  # … and so much of the time of a whole one (docs/experiments.md, "The first steps")
-SMALL = Size(preset="small", batch=32, enough=FEW_STEPS)  # batches of 16 lost in the same minutes: 81 against 91 %
+# a first level that is wider than the preset's pays in minutes (docs/experiments.md, "Wider first levels"); batches of
+# 16 lost in the same minutes: 81 against 91 %
+SMALL = Size(preset="small", batch=32, channels=80, channel_mult=(1, 1.2, 2), enough=FEW_STEPS)
 SMALLER = (replace(SMALL, batch=16), Size(preset="small", batch=16, channels=32))
 GPU_SIZES = (
     (50_000, Size(preset="large", batch=256, enough=3000)),
@@ -138,8 +144,8 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """As JSON holds it."""
-        found = asdict(self)
-        return found | {"task": found["task"] | {"size": list(self.task.size)}}
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return document
 
     def text(self) -> str:
         """Lines of at most 80 columns."""
@@ -226,10 +232,10 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
         notes.append(f"{rows or task.rows:,} pictures are few for this machine: it stops after {MOST_EPOCHS} epochs")
         left, steps = most * took, most
     enough = min(FEW_STEPS, most or FEW_STEPS)
-    is_short = steps < 0.9 * enough and not task.preset
     if size.preset == "small" and not (kept or task.preset or task.gpu):
         size = replace(size, half_steps=int(HALF_SHARE * steps))
     steps = min(steps + int((1 - HALF_COST) * size.half_steps), most or NO_BOUND)
+    is_short = steps < 0.9 * enough and not task.preset
     made = Plan(
         task=task,
         speed=replace(speed, diffusion=took),
