@@ -85,7 +85,7 @@ def first_stage_run(path: Path) -> Path:
         return path
     if files.read_json(run / "stats.json").get("autoencoder") == "pixels":
         raise ModelError(
-            f"{path}: a diffusion model of pixels, without an autoencoder; its own is `--autoencoder none`"
+            f"{path}: a diffusion model of pixels, without an autoencoder; pixels are `--autoencoder none`"
         )
     return run / "autoencoder"
 
