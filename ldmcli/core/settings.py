@@ -24,7 +24,7 @@ class DataSettings:
     val_split: str = ""  # "" = validation/val/test where there is one, else a held-out fraction
     val_fraction: float = 0.05  # held out by a hash of the row's content where no validation split exists
     streaming: bool = False
-    limit: int = 0  # rows, 0 = all
+    limit: int = 0  # training rows, spread evenly over all (of a stream the first); 0 = all
     image_column: str = ""  # "" = found by name and type
     caption_column: str = ""
     # templates of training captions over columns, as "a {colours} {name}, {keywords:3}"; one is drawn each time that a

@@ -61,8 +61,14 @@ def divided(rows: Rows, settings: DataSettings, split: str, held: set[int] | Non
         rows.split = split
     rows = large_enough(with_boxes(rows, settings), settings)
     if split == "train" and settings.limit and not is_shapes(settings.source):
-        rows = rows.select(range(min(settings.limit, len(rows))))
+        rows = rows.select(spread(len(rows), settings.limit))
     return rows
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """`count` of `rows` row numbers at equal distances, all where there are fewer: in folders a class follows the
+    other, so that the first rows would be of some classes only."""
+    return [i * rows // count for i in range(count)] if count < rows else list(range(rows))
 
 
 def large_enough(rows: Rows, settings: DataSettings) -> Rows:

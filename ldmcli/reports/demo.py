@@ -18,7 +18,7 @@ from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import AutoencoderConfig, DataSettings, DiffusionConfig
 from ldmcli.data.shape_reading import score
-from ldmcli.data.sources import open_rows
+from ldmcli.data.sources import open_rows, spread
 from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.maths.metrics import frechet_from_features
 from ldmcli.maths.pixels import tensor_to_pixels
@@ -144,9 +144,12 @@ def _plan_again(task: Task, path: Path) -> Plan:
     try:
         speed, kept = Speed(**begun["speed"]), Size(**begun["size"])
         before, second_stage = begun["task"]["minutes"], float(begun["second_stage"])
+        rows = int(begun["rows"])
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{path}: not the plan of a demo of this version; begin anew with --fresh") from None
     made = plan(task, speed, lambda size: speed.diffusion, kept)
+    if second_stage:  # which was begun with these
+        made = replace(made, rows=rows)
     return replace(made, second_stage=second_stage) if before == task.minutes else made
 
 
@@ -238,13 +241,14 @@ def _measure(data: DataSettings, made: Plan, kinds: tuple[str, ...], out: Path, 
 
 
 def _distinct(held, kinds: tuple[str, ...], most: int) -> list[int]:
-    """Up to `most` validation rows, of each caption only the first; without captions spread over all."""
+    """Up to `most` validation rows, spread over all; of each caption only the first."""
     if Text.name not in kinds:
-        return np.linspace(0, len(held) - 1, min(most, len(held))).round().astype(int).tolist()
+        return spread(len(held), most)
     first: dict[str, int] = {}
     for i in range(len(held)):
         first.setdefault(held.caption(i), i)
-    return list(first.values())[:most]
+    rows = list(first.values())
+    return [rows[k] for k in spread(len(rows), most)]
 
 
 def _shape_scores(prompts: list[str], samples, rebuilt, real) -> dict[str, Any]:

@@ -81,7 +81,8 @@ POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not disc
 MARGIN = 0.03  # of the time is left over
 START_SECONDS = 12.0  # libraries, measuring
 TAIL_SECONDS = 14.0  # last evaluation and preview, features, report
-SAMPLE_COST = 25  # steps of 32 images take as long as 128 samples, their features and those of real images
+SEEN_MARGIN = 1.2  # rows for so many times as many samples as the diffusion model is planned to see
+SAMPLE_COST = 16  # steps of 32 images take as long as 128 samples, their features and those of real images
 ENCODE_COST = 0.2  # of a training step of the first stage, its pictures once through the encoder
 OVERHEAD_SHARE = 0.3  # of the time at most: encoding, samples and measuring
 SAMPLES = (128, 64, 32, 16)
@@ -213,23 +214,15 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
     samples = _samples(total, took * AE_BATCH / size.batch)
     tail = min(TAIL_SECONDS + SAMPLE_COST * took * AE_BATCH / size.batch * samples / SAMPLES[0], 0.5 * total)
     each = ENCODE_COST * speed.first_stage / AE_BATCH + speed.picture
-    rows = 0
-    if task.rows * each > OVERHEAD_SHARE / 2 * total:
-        rows = max(int(OVERHEAD_SHARE / 2 * total / each), 2 * AE_BATCH)
-        rows = rows if rows < task.rows else 0
-        if rows:
-            wanted = math.ceil(task.rows * each / (OVERHEAD_SHARE / 2) / 60)
-            notes.append(
-                f"of {task.rows:,} pictures the first {rows:,} are used: reading all takes "
-                f"{duration_with_unit(task.rows * each)}; --minutes {nice_minutes(wanted)} would take all"
-            )
-    encode = (rows or task.rows) * each
     took += 0.0 if task.rows or kept else size.batch * each  # a stream is encoded anew in every step
-    left = max(room - START_SECONDS - ae_seconds - encode - tail, LEAST_SHARE * total)
+    left = room - START_SECONDS - ae_seconds - tail
+    rows = _rows_used(task, each, SEEN_MARGIN * size.batch / took, left, notes)
+    encode = rows * each
+    left = max(left - encode, LEAST_SHARE * total)
     steps = int(left / took)
-    most = _most_steps(rows or task.rows, size.batch)
+    most = _most_steps(rows, size.batch)
     if most and steps > most:
-        notes.append(f"{rows or task.rows:,} pictures are few for this machine: it stops after {MOST_EPOCHS} epochs")
+        notes.append(f"{rows:,} pictures are few for this machine: it stops after {MOST_EPOCHS} epochs")
         left, steps = most * took, most
     enough = min(FEW_STEPS, most or FEW_STEPS)
     if size.preset == "small" and not (kept or task.preset or task.gpu):
@@ -248,7 +241,7 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
         ldm_seconds=left,
         ldm_steps=max(steps, 1),
         samples=samples,
-        rows=rows,
+        rows=rows if rows < task.rows else 0,
         max_steps=most,
         notes=notes,
     )
@@ -256,6 +249,22 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
         minutes = nice_minutes(minutes_for_steps(made, enough, took))
         notes.append(f"{_counted(steps)}, where {enough} begin to show more than colours: --minutes {minutes} would do")
     return made
+
+
+def _rows_used(task: Task, each: float, seen: float, seconds: float, notes: list[str]) -> int:
+    """How many training pictures are used: no more than the diffusion model comes to see, and than take a part of the
+    time to read. each: seconds to encode one; seen: pictures in a second of training; seconds: for both."""
+    wanted = min(task.rows, max(int(seen * seconds / (1 + seen * each)), 2 * AE_BATCH))
+    room = OVERHEAD_SHARE / 2 * task.minutes * 60
+    rows = min(wanted, max(int(room / each), 2 * AE_BATCH))
+    if rows < wanted:
+        reading = task.rows * each
+        minutes = math.ceil(reading / (OVERHEAD_SHARE / 2) / 60)
+        notes.append(
+            f"of {task.rows:,} pictures {rows:,} are used: reading all takes {duration_with_unit(reading)}; "
+            f"--minutes {nice_minutes(minutes)} would take all"
+        )
+    return rows
 
 
 def _counted(steps: int) -> str:

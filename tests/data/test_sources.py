@@ -505,9 +505,17 @@ def test_the_limit_takes_training_rows_after_the_split(tmp_path):
     many(tmp_path, 50)
     whole = open_rows(settings(tmp_path, val_fraction=0.2))
     few = open_rows(settings(tmp_path, val_fraction=0.2, limit=7))
-    assert [few.name(i) for i in range(len(few))] == [whole.name(i) for i in range(7)]
+    spread = [i * len(whole) // 7 for i in range(7)]
+    assert [few.name(i) for i in range(len(few))] == [whole.name(i) for i in spread]
+    assert len(open_rows(settings(tmp_path, val_fraction=0.2, limit=60))) == len(whole)
     assert len(open_rows(settings(tmp_path, val_fraction=0.2, limit=7), split="validation")) == 50 - len(whole)
     assert len(open_rows(settings("shapes", limit=7))) == 7
+
+
+def test_limited_rows_are_of_all_classes_of_a_folder(tmp_path):
+    pictures(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog", "owl") for i in range(20)))
+    few = open_rows(settings(tmp_path, limit=9, val_fraction=0.2))
+    assert {few.class_names[few.label(i)] for i in range(9)} == {"cat", "dog", "owl"}
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
