@@ -22,6 +22,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
     weight_decay: float = 0.0  # decoupled
     muon_every: int = 1  # orthogonalise the update every N steps; in between, the momentum accumulates
+    muon_momentum: float = 0.95  # share of the past gradients in Muon's direction; lower is quicker in short runs
     # constant: warm-up, then the rate stays until it cools down; linear | warmup_cosine: the schedulers of the
     # original, whose multiplier of the rate warms up and falls in each cycle
     schedule: str = "constant"
@@ -101,7 +102,7 @@ class TrainSettings:
         at_least("train", 0, self, *names.split(), "eval_samples", "eval_steps", "max_hours", "max_minutes")
         at_least("train", 1, self, "muon_every")
         positive("train", {"adam_lr": self.adam_lr})
-        share("train", self, "ema_decay")
+        share("train", self, "ema_decay", "muon_momentum")
         if self.half_batch_steps and self.batch_size < 2:
             raise UsageError("train.half_batch_steps: a batch_size of 1 has no half; leave it at 0")
         if not 0 <= self.cooldown <= 1:

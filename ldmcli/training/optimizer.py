@@ -71,7 +71,7 @@ class Muon:
     and applied again in between.
     """
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], lr: float, every: int = 1, momentum: float = 0.95):
+    def __init__(self, named: list[tuple[str, nn.Parameter]], lr: float, every: int, momentum: float):
         self.lr, self.every, self.momentum = lr, every, momentum
         self.count = 0
         self.dtype = torch.float32  # of the orthogonalisation
@@ -170,7 +170,7 @@ class PhaseOptimizer:
             if rest
             else None
         )
-        self.muon = Muon(hidden, lr, settings.muon_every) if hidden else None
+        self.muon = Muon(hidden, lr, settings.muon_every, settings.muon_momentum) if hidden else None
 
     def gradients(self) -> list[Tensor]:
         """Gradients of all parameters that have one."""

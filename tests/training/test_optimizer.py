@@ -1,9 +1,11 @@
-"""The direction of Muon's steps."""
+"""The direction of Muon's steps, and its momentum."""
 
 import pytest
 import torch
 
-from ldmcli.training.optimizer import orthogonalise
+from ldmcli.core.errors import UsageError
+from ldmcli.core.settings import TrainSettings
+from ldmcli.training.optimizer import PhaseOptimizer, orthogonalise
 
 SHAPES = [(1, 8, 8), (3, 16, 144), (2, 144, 16), (4, 12, 20), (1, 1, 9)]
 
@@ -36,3 +38,27 @@ def test_singular_values_end_near_one(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     values = torch.linalg.svdvals(orthogonalise(x))
     assert values.min() > 0.5 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8, 0.95])
+@pytest.mark.parametrize("shape", [(6, 4), (3, 2, 3, 3)])
+def test_muon_follows_nesterov_momentum_of_its_setting(shape, momentum):
+    settings = TrainSettings(optimizer="muon", lr=0.1, muon_momentum=momentum)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(shape))
+    optimizer = PhaseOptimizer([("hidden.weight", weight)], settings)
+    wanted, velocity = weight.detach().flatten(1), torch.zeros(shape).flatten(1)
+    scale = max(1.0, wanted.shape[0] / wanted.shape[1]) ** 0.5
+    for _ in range(3):
+        weight.grad = torch.randn(shape)
+        gradient = weight.grad.flatten(1)
+        velocity = momentum * velocity + (1 - momentum) * gradient
+        direction = momentum * velocity + (1 - momentum) * gradient
+        wanted = wanted - 0.1 * scale * orthogonalise(direction[None])[0]
+        optimizer.step(1.0)
+    torch.testing.assert_close(weight.detach().flatten(1), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_is_a_share_below_one():
+    with pytest.raises(UsageError, match=r"muon_momentum = 1.0: must be at least 0 and below 1"):
+        TrainSettings(optimizer="muon", muon_momentum=1.0)
