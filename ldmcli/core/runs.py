@@ -58,17 +58,27 @@ class RunFolder:
         self.path = path
         self.begun = False  # whether run.json says of this process that it is training
         self._lock = FolderLock(path)
+        self._made = False  # by this process
         self._updating = threading.Lock()  # of run.json: a checkpoint's writer changes it beside the loop
 
     def acquire(self) -> None:
         """Creates the folder and becomes its only writer. Raises UsageError when another process is."""
         with files.writing(self.path):
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
 
     def release(self) -> None:
-        """Lets another writer in."""
-        self._lock.release()
+        """Lets another writer in. A folder that was made here, and in which nothing was written, goes."""
+        try:
+            empty = self._made and {path.name for path in self.path.iterdir()} <= {LOCK, OWNER}
+            if empty:
+                (self.path / LOCK).unlink(missing_ok=True)
+            self._lock.release()
+            if empty:
+                self.path.rmdir()
+        except OSError:
+            self._lock.release()  # the folder is gone, or another process has begun in it
 
     def clear(self) -> None:
         """Removes an earlier run's files (for --fresh); files that are not a run's stay, wherever they lie in it."""

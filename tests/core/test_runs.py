@@ -333,3 +333,50 @@ def test_no_steps_are_refused(tmp_path):
     """Reliability 28: --steps 0 is a slip, not a success."""
     ending = tiny.ldm(*arguments(tmp_path / "run", steps=0))
     assert ending.code == 2 and "steps" in ending.line
+
+
+REFUSED = {
+    "no rows": (3, ("train-ae", "--data", "{empty}", "--size", 16, *tiny.AE_NETWORK)),
+    "no autoencoder": (4, ("train-ldm", *tiny.SHAPES, "--autoencoder", "{missing}")),
+    "no captions": (3, ("train-ldm", "--data", "{plain}", "--autoencoder", "none", "--condition", "text", *tiny.UNET)),
+    "no model": (4, ("train-classifier", *tiny.SHAPES, "--model", "{missing}")),
+    "no teacher": (4, ("distill", "{missing}", "--calls", 4)),
+    "a size that does not divide": (2, ("train-ldm", *tiny.SHAPES, "--size", "18x18", "--autoencoder", "none")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "folder that was there"])
+def test_what_is_refused_before_step_1_leaves_no_folder(case, there, tmp_path):
+    (tmp_path / "empty").mkdir()
+    tiny.noisy_images(tmp_path / "plain", 3)
+    places = {name: str(tmp_path / name) for name in ("empty", "missing", "plain")}
+    code, line = REFUSED[case]
+    out = tmp_path / "run"
+    if there:
+        out.mkdir()
+    ending = tiny.ldm(*(str(part).format(**places) for part in line), *LOOP, "--steps", 1, "--out", out)
+    assert ending.code == code, ending.stderr
+    assert out.is_dir() == there and (not there or not contents(out))
+
+
+def test_a_folder_goes_only_if_nothing_was_written_in_it(tmp_path):
+    for name in ("", "notes.txt"):
+        run = runs.RunFolder(tmp_path / "run")
+        run.acquire()
+        if name:
+            (run.path / name).write_text("mine")
+        run.release()
+        assert run.path.exists() == bool(name)
+    other = runs.RunFolder(tmp_path / "run")
+    other.acquire()  # what is left can be locked again
+    other.release()
+    assert (tmp_path / "run" / "notes.txt").exists()
+
+
+def test_a_folder_that_vanished_meanwhile_is_let_go(tmp_path):
+    run = runs.RunFolder(tmp_path / "run")
+    run.acquire()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run.release()
+    assert not (tmp_path / "run").exists()
