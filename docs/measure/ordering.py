@@ -18,10 +18,10 @@ from PIL import Image, ImageFilter
 
 from ldmcli.core.allocator import keep_freed_memory
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.evaluation.features import extract
-from ldmcli.evaluation.image_streams import evenly_spaced
 from ldmcli.maths.metrics import metrics_from_features
 
 METRICS = {"fid": "FD", "mind": "MIND", "kid_mean": "KID"}

@@ -44,7 +44,9 @@ Split = _data("data.split", "NAME", "Rows to take.")
 ValSplit = _data("data.val_split", "NAME", "Rows to validate on.", default="found by name")
 ValFraction = _data("data.val_fraction", "SHARE", "Share of rows (0 to 1) held out where there is no validation split.")
 Streaming = switch("data.streaming", "Read rows as they come instead of downloading all first.", panel=DATA)
-Limit = _data("data.limit", "ROWS", "Take so many training rows, evenly spread (of a stream the first).", default="0, all")
+Limit = _data(
+    "data.limit", "ROWS", "Take so many training rows, evenly spread (of a stream the first).", default="0, all"
+)
 ImageColumn = _data("data.image_column", "NAME", "Column of images.", default="found")
 CaptionColumn = _data("data.caption_column", "NAME", "Column of captions.", default="found")
 LabelColumn = _data("data.label_column", "NAME", "Column of classes.", default="found")

@@ -24,6 +24,11 @@ WORKERS = 4
 ROLES = ("image", "caption", "label", "objects", "map")  # of columns
 
 
+def evenly_spaced(count: int, n: int) -> list[int]:
+    """n row numbers, evenly over `count` rows: classes keep their shares in sorted data. Above `count` they repeat."""
+    return [k % count for k in range(n)] if n > count else [k * count // n for k in range(n)]
+
+
 @dataclass
 class Columns:
     """What rows are made of: a function of the row's number for each role; None where there is no such column."""

@@ -17,7 +17,7 @@ from ldmcli.data.decode import BadImage, sanitise
 from ldmcli.data.folder import split_of
 from ldmcli.data.pictures import first_few
 from ldmcli.data.readers import open_tables
-from ldmcli.data.rows import WORKERS, Rows, parallel_map
+from ldmcli.data.rows import WORKERS, Rows, evenly_spaced, parallel_map
 from ldmcli.data.shape_rows import SHAPES_SIZE, is_shapes, shape_rows
 from ldmcli.data.table import Table
 
@@ -61,14 +61,9 @@ def divided(rows: Rows, settings: DataSettings, split: str, held: set[int] | Non
         rows.split = split
     rows = large_enough(with_boxes(rows, settings), settings)
     if split == "train" and settings.limit and not is_shapes(settings.source):
-        rows = rows.select(spread(len(rows), settings.limit))
+        # in folders a class follows the other: the first rows would be of some classes only
+        rows = rows.select(evenly_spaced(len(rows), min(settings.limit, len(rows))))
     return rows
-
-
-def spread(rows: int, count: int) -> list[int]:
-    """`count` of `rows` row numbers at equal distances, all where there are fewer: in folders a class follows the
-    other, so that the first rows would be of some classes only."""
-    return [i * rows // count for i in range(count)] if count < rows else list(range(rows))
 
 
 def large_enough(rows: Rows, settings: DataSettings) -> Rows:

@@ -24,6 +24,7 @@ from ldmcli.data import pictures
 from ldmcli.data.cache import cache_key
 from ldmcli.data.decode import decode
 from ldmcli.data.pictures import by_pair_name, pair_name
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.diffusion.sample import Guide
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.sampling.classifier import ClassGuidance, LoadedClassifier, class_guidance
@@ -187,11 +188,6 @@ def paired_sources(first: Path, second: Path, n: int | None = None) -> tuple[Ima
 
 
 # --- rows of a data set and models -----------------------------------------------------------------------------
-
-
-def evenly_spaced(count: int, n: int) -> list[int]:
-    """n row numbers, evenly over `count` rows: classes keep their shares in sorted data. Above `count` they repeat."""
-    return [k % count for k in range(n)] if n > count else [k * count // n for k in range(n)]
 
 
 def rows_source(rows, settings: DataSettings, ids: list[int]) -> ImageStream:

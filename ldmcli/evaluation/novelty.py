@@ -17,9 +17,10 @@ from PIL import Image
 
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation.extractors import Extractor
 from ldmcli.evaluation.features import FeatureSet, content_hash, in_blocks
-from ldmcli.evaluation.image_streams import evenly_spaced, rows_source
+from ldmcli.evaluation.image_streams import rows_source
 from ldmcli.evaluation.reference_statistics import KEPT, reference_features
 from ldmcli.evaluation.result import Scores
 from ldmcli.maths.copies import (

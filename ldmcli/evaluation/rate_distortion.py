@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.diffusion.schedule import Schedule, alpha_sigma, q_sample, to_x0_eps
-from ldmcli.evaluation.image_streams import check_columns, condition_source, evenly_spaced
+from ldmcli.evaluation.image_streams import check_columns, condition_source
 from ldmcli.maths import rng
 from ldmcli.maths.pixels import pixels_to_tensor
 

@@ -18,10 +18,11 @@ from ldmcli.core.settings import DataSettings
 from ldmcli.core.world import World
 from ldmcli.data.cache import cache_key, cache_root
 from ldmcli.data.joined_rows import JoinedRows
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.data.sources import divided, held_out, open_rows, split_sizes, whole_rows
 from ldmcli.evaluation.extractors import Extractor
 from ldmcli.evaluation.features import FeatureSet, concatenated
-from ldmcli.evaluation.image_streams import ImageStream, evenly_spaced, npz_source
+from ldmcli.evaluation.image_streams import ImageStream, npz_source
 from ldmcli.evaluation.passes import SAME, Pass, Tally, parts_in_order, run_pass, same_numbers
 from ldmcli.maths.metrics import Gaussian
 

@@ -7,7 +7,8 @@ from typing import Any
 from ldmcli.core import console
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
-from ldmcli.evaluation.image_streams import ImageStream, evenly_spaced, open_images, rows_source
+from ldmcli.data.rows import evenly_spaced
+from ldmcli.evaluation.image_streams import ImageStream, open_images, rows_source
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments
 from ldmcli.evaluation.metrics import FEATURES, OF_SETS, needing
 from ldmcli.evaluation.reference_statistics import (

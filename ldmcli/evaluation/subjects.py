@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.core import console
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation.baselines import guided_sources, task_sources
 from ldmcli.evaluation.condition_fidelity import ConditionedSamples
 from ldmcli.evaluation.features import FeatureSet
@@ -17,7 +18,6 @@ from ldmcli.evaluation.image_streams import (
     CodeCounts,
     ImageStream,
     check_count,
-    evenly_spaced,
     first_size,
     model_source,
     open_images,

@@ -17,8 +17,9 @@ from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import AutoencoderConfig, DataSettings, DiffusionConfig
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.data.shape_reading import score
-from ldmcli.data.sources import open_rows, spread
+from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.maths.metrics import frechet_from_features
 from ldmcli.maths.pixels import tensor_to_pixels
@@ -243,12 +244,12 @@ def _measure(data: DataSettings, made: Plan, kinds: tuple[str, ...], out: Path, 
 def _distinct(held, kinds: tuple[str, ...], most: int) -> list[int]:
     """Up to `most` validation rows, spread over all; of each caption only the first."""
     if Text.name not in kinds:
-        return spread(len(held), most)
+        return evenly_spaced(len(held), min(most, len(held)))
     first: dict[str, int] = {}
     for i in range(len(held)):
         first.setdefault(held.caption(i), i)
     rows = list(first.values())
-    return [rows[k] for k in spread(len(rows), most)]
+    return [rows[k] for k in evenly_spaced(len(rows), min(most, len(rows)))]
 
 
 def _shape_scores(prompts: list[str], samples, rebuilt, real) -> dict[str, Any]:

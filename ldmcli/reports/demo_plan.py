@@ -20,6 +20,7 @@ _SMALL = {  # not tried with the larger ones
     **_STEPS,
     "sample.temperature": 0.8,  # (…, "Less noise to begin with")
     "train.adam_lr": 3e-3,  # the preset's 0.001 is slow at first (…, "The first steps")
+    "train.muon_momentum": 0.9,  # (…, "Shorter momentum")
 }
 _LARGER = {**_STEPS, "train.warmup": 100, "train.cooldown": 0.4}  # these presets are planned for days
 TUNED: dict[str, dict[str, Any]] = {"small": _SMALL, "base": _LARGER, "large": _LARGER}

@@ -14,8 +14,9 @@ from ldmcli.core import box, console
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.runs import is_run
 from ldmcli.core.settings import TASK_CONDITIONS, DataSettings
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation.baselines import task_of
-from ldmcli.evaluation.image_streams import check_columns, condition_source, evenly_spaced, loaded, trained_size
+from ldmcli.evaluation.image_streams import check_columns, condition_source, loaded, trained_size
 from ldmcli.evaluation.reference_statistics import open_reference
 from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.contact_sheets import in_rows

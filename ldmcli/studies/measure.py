@@ -17,10 +17,11 @@ import numpy as np
 from ldmcli.core import console, files
 from ldmcli.core.errors import InputError, LdmError
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation.evaluate import evaluate
 from ldmcli.evaluation.extractors import Extractor, open_extractor
 from ldmcli.evaluation.features import FeatureSet, extract
-from ldmcli.evaluation.image_streams import check_count, evenly_spaced, model_source, rows_source, trained_size
+from ldmcli.evaluation.image_streams import check_count, model_source, rows_source, trained_size
 from ldmcli.evaluation.measure import REFERENCE_LIMIT
 from ldmcli.evaluation.metrics import METRICS, FeatureSets
 from ldmcli.evaluation.rate_distortion import rate_distortion

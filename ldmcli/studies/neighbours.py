@@ -18,12 +18,12 @@ from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.outputs import refuse_foreign, refuse_foreign_document
 from ldmcli.core.runs import folder_for_results
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation.baselines import task_of
 from ldmcli.evaluation.extractors import Extractor, open_extractor
 from ldmcli.evaluation.features import content_hash, in_blocks
 from ldmcli.evaluation.image_streams import (
     ImageStream,
-    evenly_spaced,
     first_size,
     loaded,
     model_source,

@@ -13,6 +13,7 @@ from ldmcli.core import console, files
 from ldmcli.core.settings import AutoencoderConfig
 from ldmcli.data.augment import batch_indices, load_pixels
 from ldmcli.data.batches import rank_slice
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.evaluation.judges import Teacher, judges_among
 from ldmcli.evaluation.metrics import reconstruction_metrics
@@ -195,9 +196,8 @@ class AutoencoderObjective:
             self.used_codes = tensors["used_codes"].bool().to(self.dist.device)
 
     def _validation_pixels(self, count: int) -> list[np.ndarray]:
-        return [
-            self.validation.pixels(i, self.size, "center", (0.5, 0.5)) for i in range(min(count, len(self.validation)))
-        ]
+        ids = evenly_spaced(len(self.validation), min(count, len(self.validation)))
+        return [self.validation.pixels(i, self.size, "center", (0.5, 0.5)) for i in ids]
 
     @torch.no_grad()
     def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float]:

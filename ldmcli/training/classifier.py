@@ -16,6 +16,7 @@ from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.settings import ClassifierConfig
 from ldmcli.data.augment import batch_indices
 from ldmcli.data.batches import rank_slice
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.diffusion.schedule import alpha_sigma, make_schedule, q_sample, sample_timesteps
 from ldmcli.formats.run_folder import first_stage_run, read_config
 from ldmcli.maths import rng
@@ -80,8 +81,9 @@ class ClassifierObjective:
         self.latents.open_cache(self.rows)
         self.latents.fit_scale(self.rows, config.diffusion.latent_scale, stored)
         self.count = config.train.measured_images(min(len(self.validation), VALIDATION_ROWS))
-        self.held_out = self.latents.modes(self.validation, self.count)
-        self.held_out_labels = torch.tensor([self.validation.label(i) for i in range(self.count)])
+        held = self.validation.select(evenly_spaced(len(self.validation), self.count))
+        self.held_out = self.latents.modes(held)
+        self.held_out_labels = torch.tensor([held.label(i) for i in range(self.count)])
 
     def _known_statistics(self) -> dict[str, Any]:
         """stats.json of an earlier start of this run, else of the model that it will guide; {} without either. Raises

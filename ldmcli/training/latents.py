@@ -244,10 +244,10 @@ class LatentStore:
         """Normalised latents (B, c, h, w) sampled from moments with `noise` of that shape; without it their modes."""
         return self.scale.normalise(moments if self.deterministic else posterior_sample(moments, noise))
 
-    def modes(self, rows: Any, count: int) -> Tensor:
-        """Normalised latents (count, c, h, w) of the first rows, without noise, on the CPU. Each is encoded by a
-        process that has its picture in memory, where one has. Collective."""
-        world = self.dist.world_size
+    def modes(self, rows: Any) -> Tensor:
+        """Normalised latents (B, c, h, w) of rows, without noise, on the CPU. Each is encoded by a process that has its
+        picture in memory, where one has. Collective."""
+        count, world = len(rows), self.dist.world_size
         held = np.array(self.dist.gather([rows.holds(i) for i in range(count)]))
         owner = np.where(held.any(0), held.argmax(0), np.arange(count) % world)
         shares = [np.flatnonzero(owner == rank) for rank in range(world)]

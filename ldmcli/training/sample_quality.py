@@ -16,12 +16,13 @@ import numpy as np
 from ldmcli.core import console
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import DiffusionConfig, TrainSettings
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation.baselines import answer_for_rows
 from ldmcli.evaluation.compare import read_key
 from ldmcli.evaluation.estimates import frechet_interval
 from ldmcli.evaluation.extractors import Extractor, check_features, open_extractor
 from ldmcli.evaluation.features import FeatureSet, concatenated, extract
-from ldmcli.evaluation.image_streams import condition_source, evenly_spaced, rows_source, sample_for_rows
+from ldmcli.evaluation.image_streams import condition_source, rows_source, sample_for_rows
 from ldmcli.evaluation.judges import judges_among, trained_against
 from ldmcli.evaluation.measure import REFERENCE_LIMIT, Instruments, set_metrics
 from ldmcli.evaluation.metrics import IS_SPLITS, METRICS, FeatureSets, finite_mean, image_values

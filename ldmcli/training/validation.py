@@ -18,6 +18,7 @@ from ldmcli.core import console
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import DiffusionConfig
 from ldmcli.data.batches import rank_slice
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
 from ldmcli.maths import rng
 from ldmcli.networks.conditioners import Conditions
@@ -57,8 +58,8 @@ class DiffusionValidation:
         fitting = HELD_BYTES // max(1, image_sized * 4 * size[0] * size[1])
         self.usual_count = min(len(rows), VALIDATION_ROWS, max(fitting, MIN_HELD_ROWS))
         self.count = config.train.measured_images(self.usual_count)  # fewer in a short run
-        held = rows if config.data.streaming else rows.select(range(self.count))
-        self.dataset = ConditionDataset(held, config, size, training=False)
+        self.held = rows.select(evenly_spaced(len(rows), self.count))
+        self.dataset = ConditionDataset(self.held, config, size, training=False)
         self.inputs: dict[str, Tensor] = {}
         self.latents = torch.empty(0)
         self.quality: SampleQuality | None = None
@@ -79,7 +80,7 @@ class DiffusionValidation:
 
     def encode(self, store: LatentStore) -> None:
         """Makes the latents: modes of the posterior."""
-        self.latents = store.modes(self.rows, self.count)
+        self.latents = store.modes(self.held)
 
     def evaluate(
         self, losses: Losses, model: LoadedDiffusion, dist: Distributed, stopped: Callable[[], bool]
@@ -145,7 +146,7 @@ class DiffusionValidation:
             for name in self._spatial():
                 sheet.append([picture(name, values[name][k], large, model.conditions) for k in columns])
             sheet.append([enlarged(samples[k], large) for k in columns])
-            sheet.append([enlarged(self.rows.pixels(ids[k], self.size), large) for k in columns])
+            sheet.append([enlarged(self.held.pixels(ids[k], self.size), large) for k in columns])
         return sheet
 
     def _spatial(self) -> list[str]:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from ldmcli.core.errors import InputError, UsageError
 from ldmcli.core.settings import DataSettings
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation import evaluate as module
 from ldmcli.evaluation import extractors, features
 from ldmcli.evaluation.compare import compare, lookup
 from ldmcli.evaluation.evaluate import evaluate
-from ldmcli.evaluation.image_streams import evenly_spaced
 from ldmcli.evaluation.metrics import reconstruction_metrics
 from ldmcli.evaluation.reference_statistics import gaussian, write_statistics
 from ldmcli.maths.metrics import frechet_from_features

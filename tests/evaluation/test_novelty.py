@@ -15,8 +15,8 @@ from tiny import ldm
 from ldmcli.core import runs
 from ldmcli.core.errors import InputError
 from ldmcli.core.settings import AutoencoderConfig, DataSettings, DiffusionConfig, TaskSettings, TrainSettings
+from ldmcli.data.rows import evenly_spaced
 from ldmcli.evaluation import extractors, novelty
-from ldmcli.evaluation.image_streams import evenly_spaced
 from ldmcli.evaluation.novelty import LEAST_HELD_OUT, Controls, CopyMeter, Reading, controls, planted, read
 from ldmcli.evaluation.reference_statistics import open_reference
 from ldmcli.reports import copying, run_view
