@@ -91,7 +91,11 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     made = _plan(Task(minutes=minutes, size=size, preset=preset), rows, values, out, fresh)
     console.say(made.text())
+    before = _steps(ae)
     curve = _first_stage(made, base, ae, fresh)
+    if not fresh and _steps(ldm) and 0 < before < _steps(ae):
+        console.say("the diffusion model begins anew, in the latents of the first stage as it is now")
+        fresh = True
     spent = max(time.monotonic() - started, curve[-1][0])
     made = replace(made, second_stage=second_stage_seconds(made, spent))
     files.write_json(out / "plan.json", made.document())
@@ -140,7 +144,8 @@ def _plan(task: Task, rows, values: dict[str, Any], out: Path, fresh: bool) -> P
 
 
 def _plan_again(task: Task, path: Path) -> Plan:
-    """The plan of a demo that goes on: what it was begun with, and the time that is asked for now."""
+    """The plan of a demo that goes on: what it was begun with, and the time that is asked for now. More minutes are for
+    the diffusion model, once that was begun on a first stage that is good enough."""
     begun = files.read_json(path)
     try:
         speed, kept = Speed(**begun["speed"]), Size(**begun["size"])
@@ -149,9 +154,10 @@ def _plan_again(task: Task, path: Path) -> Plan:
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{path}: not the plan of a demo of this version; begin anew with --fresh") from None
     made = plan(task, speed, lambda size: speed.diffusion, kept)
-    if second_stage:  # which was begun with these
-        made = replace(made, rows=rows)
-    return replace(made, second_stage=second_stage) if before == task.minutes else made
+    more = max(task.minutes - before, 0) * 60
+    if not second_stage or more and runs.read_run(path.parent / "autoencoder")["metrics"]["psnr"] < POOR_PSNR:
+        return made  # the first stage goes on
+    return replace(made, rows=rows, second_stage=second_stage + more)
 
 
 def _first_stage(made: Plan, base: dict[str, Any], out: Path, fresh: bool) -> list[tuple[float, float]]:
@@ -178,6 +184,10 @@ def _second_stage(made: Plan, values: dict[str, Any], out: Path, fresh: bool, ae
     limit = {"data.limit": made.rows} if made.rows else {}
     steps = {"train.steps": made.max_steps or NEVER, "train.max_minutes": round(made.second_stage / 60, 4)}
     _train("diffusion", {**values, **limit, **DIFFUSION, **chosen, **steps}, out, fresh, made.size.preset, str(ae))
+
+
+def _steps(run: Path) -> int:
+    return runs.read_run(run)["step"] if runs.is_run(run) else 0
 
 
 def _curve(run: Path) -> list[tuple[float, float]]:

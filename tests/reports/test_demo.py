@@ -11,6 +11,7 @@ import torch
 import typed_lines
 from tiny import ldm
 
+from ldmcli.core import runs
 from ldmcli.core.errors import ModelError
 from ldmcli.core.settings import AutoencoderConfig, DataSettings
 from ldmcli.reports import demo, demo_plan, demo_speed
@@ -233,6 +234,36 @@ def test_a_poor_first_stage_goes_on_and_is_told_in_log_summary_and_report(short,
     assert summary == json.loads((out / "summary.json").read_text())
     again = demo.demo(data, minutes=10, out=out, fresh=False)
     assert short[3:] == [(*short[2][:2], False)] and again["plan"] == summary["plan"]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "psnr", "asked", "more"),
+    [
+        (20, 31.0, [("diffusion", False)], 600),  # a good first stage stays: all the time is the diffusion model's
+        (20, 12.0, [*2 * [("autoencoder", False)], ("diffusion", True)], None),
+        (5, 31.0, [("diffusion", False)], 0),  # nothing is taken back
+    ],
+)
+def test_more_minutes_go_where_they_are_needed(minutes, psnr, asked, more, short, tmp_path, monkeypatch, capsys):
+    """As the end of a demo advises: `--minutes N` in the same folder."""
+    out, data = tmp_path / "demo", DataSettings(limit=200)
+    demo.demo(data, minutes=10, out=out)
+    before, begun = list(short), short[-1][1]
+    runs.RunFolder(out / "autoencoder").update(state="finished", metrics={"psnr": psnr})
+    train = demo._train
+
+    def on(kind, values, folder, *rest):
+        train(kind, values, folder, *rest)
+        state = runs.read_run(folder)
+        runs.RunFolder(folder).update(step=state["step"] + 1)
+
+    monkeypatch.setattr(demo, "_train", on)
+    capsys.readouterr()
+    demo.demo(data, minutes=minutes, out=out, fresh=False)
+    now = short[len(before) :]
+    assert [(kind, fresh) for kind, _, fresh in now] == asked
+    assert more is None or now[-1][1] == pytest.approx(begun + more)
+    assert ("begins anew" in capsys.readouterr().err) == now[-1][2]
 
 
 def test_a_plan_that_is_none_is_refused_in_one_line(short, tmp_path):
