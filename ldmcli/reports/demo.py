@@ -1,6 +1,7 @@
 """`ldm demo`: the whole chain within minutes, on the embedded shapes or on anybody's images, measured at the end."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -91,9 +92,8 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     made = _plan(Task(minutes=minutes, size=size, preset=preset), rows, values, out, fresh)
     console.say(made.text())
-    before = _steps(ae)
     curve = _first_stage(made, base, ae, fresh)
-    if not fresh and _steps(ldm) and 0 < before < _steps(ae):
+    if not (fresh or made.second_stage) and runs.is_run(ldm):
         console.say("the diffusion model begins anew, in the latents of the first stage as it is now")
         fresh = True
     spent = max(time.monotonic() - started, curve[-1][0])
@@ -135,7 +135,7 @@ def _plan(task: Task, rows, values: dict[str, Any], out: Path, fresh: bool) -> P
 
     path = out / "plan.json"
     if not fresh and path.is_file() and runs.is_run(out / "autoencoder"):
-        made = _plan_again(task, path)
+        made = _plan_again(task, path, seconds)
     else:
         speed = Speed(first_stage=first_stage_seconds(stage, task.size, dist), picture=picture_seconds(rows, task.size))
         made = plan(task, speed, seconds)
@@ -143,21 +143,20 @@ def _plan(task: Task, rows, values: dict[str, Any], out: Path, fresh: bool) -> P
     return made
 
 
-def _plan_again(task: Task, path: Path) -> Plan:
+def _plan_again(task: Task, path: Path, seconds: Callable[[Size], float]) -> Plan:
     """The plan of a demo that goes on: what it was begun with, and the time that is asked for now. More minutes are for
-    the diffusion model, once that was begun on a first stage that is good enough."""
+    the diffusion model, once that was begun on a first stage that is good enough; else for both, as of a new demo."""
     begun = files.read_json(path)
     try:
-        speed, kept = Speed(**begun["speed"]), Size(**begun["size"])
+        speed, kept, rows = Speed(**begun["speed"]), Size(**begun["size"]), int(begun["rows"])
         before, second_stage = begun["task"]["minutes"], float(begun["second_stage"])
-        rows = int(begun["rows"])
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{path}: not the plan of a demo of this version; begin anew with --fresh") from None
-    made = plan(task, speed, lambda size: speed.diffusion, kept)
     more = max(task.minutes - before, 0) * 60
-    if not second_stage or more and runs.read_run(path.parent / "autoencoder")["metrics"]["psnr"] < POOR_PSNR:
-        return made  # the first stage goes on
-    return replace(made, rows=rows, second_stage=second_stage + more)
+    if second_stage and more and runs.read_run(path.parent / "autoencoder")["metrics"]["psnr"] < POOR_PSNR:
+        return plan(task, speed, seconds)
+    made = plan(task, speed, lambda size: speed.diffusion, kept)
+    return replace(made, rows=rows, second_stage=second_stage + more) if second_stage else made
 
 
 def _first_stage(made: Plan, base: dict[str, Any], out: Path, fresh: bool) -> list[tuple[float, float]]:
@@ -184,10 +183,6 @@ def _second_stage(made: Plan, values: dict[str, Any], out: Path, fresh: bool, ae
     limit = {"data.limit": made.rows} if made.rows else {}
     steps = {"train.steps": made.max_steps or NEVER, "train.max_minutes": round(made.second_stage / 60, 4)}
     _train("diffusion", {**values, **limit, **DIFFUSION, **chosen, **steps}, out, fresh, made.size.preset, str(ae))
-
-
-def _steps(run: Path) -> int:
-    return runs.read_run(run)["step"] if runs.is_run(run) else 0
 
 
 def _curve(run: Path) -> list[tuple[float, float]]:
