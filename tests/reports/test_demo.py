@@ -51,6 +51,7 @@ SMALL, NARROW = ("small", 80, 1), ("small", 32, 1)
         ({"minutes": 5}, SMALL, 32, (450, 650), []),
         ({"minutes": 0.2}, NARROW, 16, (1, 60), ["where 250 begin to show more"]),
         ({"slower": 10}, NARROW, 16, (200, 400), []),
+        ({"slower": 4}, SMALL, 32, (225, 260), []),  # 16 would lose
         ({"slower": 10, "minutes": 100}, SMALL, 32, (1000, 1400), []),
         ({"slower": 100}, NARROW, 16, (5, 60), ["where 250 begin to show more than colours: --minutes 70 would do"]),
         ({"slower": 0.1}, SMALL, 64, (5500, 6500), []),
