@@ -22,6 +22,8 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
     weight_decay: float = 0.0  # decoupled
     muon_every: int = 1  # orthogonalise the update every N steps; in between, the momentum accumulates
+    # Newton-Schulz iterations that orthogonalise; 3 take 0.6 of the time, and small singular values stay smaller
+    muon_iterations: int = 5
     muon_momentum: float = 0.95  # share of the past gradients in Muon's direction; lower is quicker in short runs
     # constant: warm-up, then the rate stays until it cools down; linear | warmup_cosine: the schedulers of the
     # original, whose multiplier of the rate warms up and falls in each cycle
@@ -100,7 +102,7 @@ class TrainSettings:
         )
         names = "micro_batch half_batch_steps clip weight_decay warmup sample_every eval_every evaluations eval_images"
         at_least("train", 0, self, *names.split(), "eval_samples", "eval_steps", "max_hours", "max_minutes")
-        at_least("train", 1, self, "muon_every")
+        at_least("train", 1, self, "muon_every", "muon_iterations")
         positive("train", {"adam_lr": self.adam_lr})
         share("train", self, "ema_decay", "muon_momentum")
         if self.half_batch_steps and self.batch_size < 2:

@@ -25,7 +25,8 @@ _SHARED = ("diffusion.", "condition.", "task.")
 _OWN = ("diffusion.dropout", "diffusion.loss", "condition.drop")
 _TAKEN_OVER = ("data.", *_SHARED, "sample.n", "sample.prompts", "sample.temperature")
 _TRAIN = (
-    "optimizer betas weight_decay muon_every muon_momentum batch_size clip ema ema_decay ema_scope noise shard".split()
+    "optimizer betas weight_decay muon_every muon_iterations muon_momentum batch_size clip ema ema_decay ema_scope "
+    "noise shard".split()
 )
 # rates of a student, as a share of its teacher's: it begins near its end, and at whole ones its loss rises at first
 # (docs/experiments.md)

@@ -40,10 +40,18 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     )
 
 
+def stacked_maps(name: str, named: dict[str, nn.Parameter]) -> int:
+    """How many linear maps a matrix holds one below the other: a residual block's embedding gives the scale and the
+    shift of its norm, or the shift alone. Each map is orthogonalised by itself."""
+    norm = named.get(name.replace("emb_layers.1", "out_layers.0")) if "emb_layers.1" in name else None
+    return 1 if norm is None else named[name].shape[0] // norm.shape[0]
+
+
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Nearest (semi-)orthogonal matrices of a stack (k, rows, columns): Newton-Schulz, quintic (Jordan et al. 2024).
 
-    Singular values end near 1 (between about 0.7 and 1.2). Runs in the dtype of its input. Every iterate of X is a
+    X is divided by its Frobenius norm; an iteration multiplies small singular values by 3.4, until they come to stay
+    near 1 (between about 0.7 and 1.2). Runs in the dtype of its input. Every iterate of X is a
     polynomial of G = X Xᵀ times X. So only that polynomial is iterated, on matrices of the shorter side, and X is
     multiplied twice in all: of a convolution's 160 x 1440 a quarter of the work.
     """
@@ -71,17 +79,19 @@ class Muon:
     and applied again in between.
     """
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], lr: float, every: int, momentum: float):
-        self.lr, self.every, self.momentum = lr, every, momentum
+    def __init__(self, named: list[tuple[str, nn.Parameter]], maps: dict[str, int], lr: float, settings: TrainSettings):
+        """maps: `stacked_maps` of each name."""
+        self.lr, self.every = lr, settings.muon_every
+        self.momentum, self.iterations = settings.muon_momentum, settings.muon_iterations
         self.count = 0
         self.dtype = torch.float32  # of the orthogonalisation
-        shapes: dict[tuple[int, int], list[tuple[str, nn.Parameter]]] = {}
+        shapes: dict[tuple[int, int, int], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named:
-            shapes.setdefault((parameter.shape[0], parameter[0].numel()), []).append((name, parameter))
-        self.groups = [_MatrixGroup(members, shape, every > 1) for shape, members in shapes.items()]
+            shapes.setdefault((maps[name], parameter.shape[0], parameter[0].numel()), []).append((name, parameter))
+        self.groups = [_MatrixGroup(members, *shape, self.every > 1) for shape, members in shapes.items()]
         self.velocity = {name: view for group in self.groups for name, view in group.named(group.velocity)}
         self.direction = {
-            name: view for group in self.groups for name, view in group.named(group.direction) if every > 1
+            name: view for group in self.groups for name, view in group.named(group.direction) if self.every > 1
         }
 
     @torch.no_grad()
@@ -92,22 +102,30 @@ class Muon:
         self.count += 1
         for group in self.groups:
             nesterov = group.accumulate(self.momentum, keep)
-            update = orthogonalise(nesterov.to(self.dtype)).to(nesterov.dtype) if refresh else group.direction
+            update = self._orthogonalised(group, nesterov) if refresh else group.direction
             if refresh and self.every > 1:
                 group.direction.copy_(update if keep is None else torch.where(keep > 0, update, group.direction))
             update = update if keep is None else update * keep
-            scale = max(1.0, group.rows / group.columns) ** 0.5
+            scale = max(1.0, group.rows / group.maps / group.columns) ** 0.5
             torch._foreach_add_(group.parameters, group.shaped(update), alpha=-self.lr * factor * scale)
+
+    def _orthogonalised(self, group: "_MatrixGroup", stack: Tensor) -> Tensor:
+        """Each map of each matrix."""
+        maps = stack.to(self.dtype).view(-1, group.rows // group.maps, group.columns)
+        return orthogonalise(maps, self.iterations).reshape(stack.shape).to(stack.dtype)
 
 
 class _MatrixGroup:
-    """Parameters of one shape as matrices, with their momentum in one stack (k, rows, columns)."""
+    """Parameters of one shape as matrices, with their momentum in one stack (k, rows, columns). maps: linear maps that
+    each holds, one below the other."""
 
-    def __init__(self, members: list[tuple[str, nn.Parameter]], shape: tuple[int, int], keeps_direction: bool):
+    def __init__(
+        self, members: list[tuple[str, nn.Parameter]], maps: int, rows: int, columns: int, keeps_direction: bool
+    ):
         self.names = [name for name, _ in members]
         self.parameters: list[Tensor] = [p for _, p in members]
-        self.rows, self.columns = shape
-        self.velocity = self.parameters[0].new_zeros((len(members), *shape))
+        self.maps, self.rows, self.columns = maps, rows, columns
+        self.velocity = self.parameters[0].new_zeros((len(members), rows, columns))
         self.direction = torch.zeros_like(self.velocity) if keeps_direction else self.velocity[:0]
 
     def shaped(self, stack: Tensor) -> list[Tensor]:
@@ -170,7 +188,8 @@ class PhaseOptimizer:
             if rest
             else None
         )
-        self.muon = Muon(hidden, lr, settings.muon_every, settings.muon_momentum) if hidden else None
+        maps = {name: stacked_maps(name, dict(self.named)) for name in taken}
+        self.muon = Muon(hidden, maps, lr, settings) if hidden else None
 
     def gradients(self) -> list[Tensor]:
         """Gradients of all parameters that have one."""
