@@ -84,7 +84,7 @@ POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not disc
 MARGIN = 0.03  # of the time is left over
 START_SECONDS = 12.0  # libraries, measuring
 TAIL_SECONDS = 14.0  # last evaluation and preview, features, report
-SEEN_MARGIN = 1.2  # rows for so many times as many samples as the diffusion model is planned to see
+EPOCHS = 3.0  # that the diffusion model is planned to take, each of other noise: to encode more rows takes it steps
 SAMPLE_COST = 20  # steps of 32 images take as long as 128 samples, their features and those of real images
 ENCODE_COST = 0.2  # of a training step of the first stage, its pictures once through the encoder
 OVERHEAD_SHARE = 0.3  # of the time at most: encoding, samples and measuring
@@ -163,6 +163,8 @@ class Plan:
             f"images at {self.speed.diffusion:.2g} s",
             f"      {fewer}then {self.samples} samples, measured",
         ]
+        if self.rows:
+            lines.insert(1, f"      {self.rows:,} of {self.task.rows:,} pictures as latents")
         notes = [textwrap.fill(f"note: {text}", 80, subsequent_indent="      ") for text in self.notes]
         return "\n".join(lines + notes)
 
@@ -219,7 +221,7 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
     each = ENCODE_COST * speed.first_stage / AE_BATCH + speed.picture
     took += 0.0 if task.rows or kept else size.batch * each  # a stream is encoded anew in every step
     left = room - START_SECONDS - ae_seconds - tail
-    rows = _rows_used(task, each, SEEN_MARGIN * size.batch / took, left, notes)
+    rows = _rows_used(task, each, size.batch / took / EPOCHS, left, notes)
     encode = rows * each
     left = max(left - encode, LEAST_SHARE * total)
     steps = int(left / took)
@@ -254,13 +256,13 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
     return made
 
 
-def _rows_used(task: Task, each: float, seen: float, seconds: float, notes: list[str]) -> int:
-    """How many training pictures are used: no more than the diffusion model comes to see, and than take a part of the
-    time to read. each: seconds to encode one; seen: pictures in a second of training; seconds: for both."""
-    wanted = min(task.rows, max(int(seen * seconds / (1 + seen * each)), 2 * AE_BATCH))
+def _rows_used(task: Task, each: float, wanted: float, seconds: float, notes: list[str]) -> int:
+    """How many training pictures are used: as many as give EPOCHS, and no more than take a part of the time to read.
+    each: seconds to encode one; wanted: pictures in a second of training; seconds: for both."""
+    enough = min(task.rows, max(int(wanted * seconds / (1 + wanted * each)), 2 * AE_BATCH))
     room = OVERHEAD_SHARE / 2 * task.minutes * 60
-    rows = min(wanted, max(int(room / each), 2 * AE_BATCH))
-    if rows < wanted:
+    rows = min(enough, max(int(room / each), 2 * AE_BATCH))
+    if rows < enough:
         reading = task.rows * each
         minutes = math.ceil(reading / (OVERHEAD_SHARE / 2) / 60)
         notes.append(
