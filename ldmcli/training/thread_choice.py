@@ -1,5 +1,6 @@
 """Threads of a training on a CPU, chosen by what a pass takes: before its first step and, in a run whose end is a time,
-again when it has become slow. Elsewhere the number stays, since other threads add up in another order."""
+again when it has become slow, and now and then while some are idle. Elsewhere the number stays, since other threads add
+up in another order."""
 
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class ThreadChoice:
         is_alone_on_cpu = state.dist.device.type == "cpu" and state.dist.world_size == 1
         self.is_free = is_alone_on_cpu and self.most > 1 and not (state.settings.compile or threads.are_given())
         self.watch = threads.SlowdownWatch()
+        self.retry = threads.AGAIN_AFTER  # seconds from one measurement to the next while threads are idle
 
     def choose_at_start(self, resumed: bool) -> None:
         """Before the first step; a run that is resumed keeps its number."""
@@ -40,23 +42,28 @@ class ThreadChoice:
     def after_step(self, seconds: float) -> float:
         """Takes the time of a step; seconds that choosing anew has taken: 0 where it was not due.
 
-        It is due in a run bounded by train.max_minutes when steps take twice as long as they did, unless what is left
-        is no longer than the time between two choices.
+        It is due in a run bounded by train.max_minutes when steps take twice as long as they did, and while not all
+        threads are in use, since what disturbed them may be over. When little time is left nothing is gained by it.
         """
         progress, settings = self.state.progress, self.state.settings
         left = settings.max_minutes * 60 - progress.trained_seconds
         if not self.is_free or left < threads.AGAIN_AFTER or progress.step >= settings.steps:
             return 0.0
         begun = time.perf_counter()
-        if not self.watch.is_slow(seconds, begun):
+        slow, before, why = self.watch.is_slow(seconds, begun), torch.get_num_threads(), ", measured again"
+        if slow:
+            why = f", since a step takes {self.watch.speed_now:.2g} s instead of {self.watch.fastest:.2g} s"
+        elif before == self.most or begun - self.watch.measured_at < self.retry:
             return 0.0
-        before, slow = torch.get_num_threads(), self.watch.speed_now
-        self._choose(why=f", since a step takes {slow:.2g} s instead of {self.watch.fastest:.2g} s")
+        self._choose(why=why, say_same=slow)
         ended = time.perf_counter()
-        self.watch.measured(ended - begun, ended, torch.get_num_threads() != before)
-        return ended - begun
+        took, changed = ended - begun, torch.get_num_threads() != before
+        self.watch.measured(took, ended, changed)
+        self.retry = threads.AGAIN_AFTER if changed else max(2 * self.retry, took / threads.COST_SHARE)
+        return took
 
-    def _choose(self, warm_up: bool = False, why: str = "") -> None:
+    def _choose(self, warm_up: bool = False, why: str = "", say_same: bool = True) -> None:
+        """say_same: also where the number stays."""
         before, step = torch.get_num_threads(), self.state.progress.step
         try:
             chosen, measured = self._measure(warm_up)
@@ -66,6 +73,8 @@ class ThreadChoice:
                 raise
             return  # the next step takes less at a time
         torch.set_num_threads(chosen)
+        if chosen == before and not say_same:
+            return
         times = ", ".join(f"{count}: {took:.2g} s" for count, took in measured.items())
         text = f"threads: {chosen} of {self.most}{why} (a pass takes with {times}; OMP_NUM_THREADS sets the number)"
         console.say(f"step {step:>7,}  {text}" if why else text)
