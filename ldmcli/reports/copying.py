@@ -17,6 +17,7 @@ from ldmcli.reports.run_view import RunView, metric_label, read_dict
 from ldmcli.training.best import SMALL_SET, find_metric
 
 CURVE = ("val/copied", "val/copied_low", "val/copied_high", "val/copied_held_out")  # keys in metrics.jsonl
+LEAST_EPOCHS = 10  # a choice: that often few pictures are seen before anybody is told to look for copies
 FEW_EVALUATIONS = 4  # below which a window is said to be a coarse one
 
 
@@ -203,13 +204,15 @@ def _advice(run: RunView, before: list[Evaluation], after: list[Evaluation], key
 
 
 def unwatched_text(run: RunView) -> str:
-    """That nobody looked for copies where few pictures were trained on, and what looks; "" elsewhere."""
+    """That nobody looked for copies where few pictures were trained on for long, and what looks; "" elsewhere."""
     rows, config = (run.state.get("data") or {}).get("rows"), run.diffusion
     if config is None or config.task.name != "generate" or not isinstance(rows, int) or not 0 < rows < SMALL_SET:
         return ""
     if evaluations(run) or kept(run):
         return ""
     epochs = [line["images"] / rows for line in run.log if isinstance(line.get("images"), int)]
+    if epochs and epochs[-1] < LEAST_EPOCHS:
+        return ""
     seen = f", each seen {epochs[-1]:.3g} times" if epochs else ""
     return (
         f"Trained on {rows:,} pictures{seen}: so few are repeated after a while, and nobody has looked for copies. "

@@ -26,9 +26,10 @@ def metric_to_keep(config: Config, rows: int) -> str:
 
 
 def small_set_note(config: DiffusionConfig, rows: int) -> str:
-    """What a training on few pictures should be told that would show when it begins to repeat them; "" = nothing."""
+    """What a training on few pictures should be told that would show when it begins to repeat them; "" = nothing, also
+    where data.limit makes them few: who asks for a part of a set tries something."""
     train = config.train
-    if config.task.name != "generate" or config.data.streaming or not rows < SMALL_SET:
+    if config.task.name != "generate" or config.data.streaming or config.data.limit or not rows < SMALL_SET:
         return ""
     if train.eval_samples and train.eval_novelty and (train.eval_every or train.evaluations):
         return ""

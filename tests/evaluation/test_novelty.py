@@ -325,6 +325,7 @@ def test_a_run_on_few_pictures_that_nobody_looked_through_says_so(tmp_path):
     view = replace(run_with(tmp_path, [N], [50]), config=DiffusionConfig())
     text = copying.unwatched_text(replace(view, log=[{"step": 100, "images": 3200}]))
     assert "Trained on 300 pictures, each seen 10.7 times" in text and "emoji --metrics novelty" in text
+    assert copying.unwatched_text(replace(view, log=[{"step": 90, "images": 2880}])) == "", "seen less than ten times"
     many = replace(view, log=[], state=view.state | {"data": {"rows": SMALL_SET}})
     enlarging = replace(view, log=[], config=DiffusionConfig(task=TaskSettings(name="sr")))
     assert [copying.unwatched_text(one) for one in (view, many, enlarging)] == ["", "", ""]
@@ -343,6 +344,7 @@ TRAINS = {"eval_samples": 10, "eval_every": 5}
         (300, {**TRAINS, "keep_best": "none"}, {}, "", "add --set train.eval_novelty=true"),
         (300, {"eval_samples": 10, "eval_every": 0}, {}, "", "add"),
         (SMALL_SET, TRAINS, {}, "", ""),
+        (300, {}, {"limit": 300}, "", ""),
         (300, TRAINS, {"streaming": True}, "", ""),
     ],
 )
