@@ -86,6 +86,8 @@ START_SECONDS = 12.0  # libraries, measuring
 TAIL_SECONDS = 14.0  # last evaluation and preview, features, report
 EPOCHS = 3.0  # that the diffusion model is planned to take, each of other noise: to encode more rows takes it steps
 SAMPLE_COST = 20  # steps of 32 images take as long as 128 samples, their features and those of real images
+OPENING_SECONDS = 4.0  # before the diffusion model's first step: data and tokenizer opened, …
+CHOOSING = 3  # … threads chosen by passes that take as long as so many steps
 ENCODE_COST = 0.2  # of a training step of the first stage, its pictures once through the encoder
 OVERHEAD_SHARE = 0.3  # of the time at most: encoding, samples and measuring
 SAMPLES = (128, 64, 32, 16)
@@ -120,9 +122,9 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The course of a demo. Times in seconds; rows: training pictures that are used, 0 = all; max_steps: of the
-    diffusion model, 0 = as many as fit; second_stage: what it was given when it began, 0 before; notes: what people
-    should know."""
+    """The course of a demo. Times in seconds, encode_seconds until the diffusion model's first step; rows: training
+    pictures that are used, 0 = all; max_steps: of the diffusion model, 0 = as many as fit; second_stage: what it was
+    given when it began, 0 before; notes: what people should know."""
 
     task: Task
     speed: Speed
@@ -222,7 +224,7 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
     took += 0.0 if task.rows or kept else size.batch * each  # a stream is encoded anew in every step
     left = room - START_SECONDS - ae_seconds - tail
     rows = _rows_used(task, each, size.batch / took / EPOCHS, left, notes)
-    encode = rows * each
+    encode = rows * each + OPENING_SECONDS + min(CHOOSING * took, MARGIN * total)
     left = max(left - encode, LEAST_SHARE * total)
     steps = int(left / took)
     most = _most_steps(rows, size.batch)
