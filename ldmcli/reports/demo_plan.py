@@ -21,8 +21,8 @@ _SMALL = {  # not tried with the larger ones
     "sample.temperature": 0.8,  # (…, "Less noise to begin with")
     "train.adam_lr": 3e-3,  # the preset's 0.001 is slow at first (…, "The first steps")
     "train.muon_momentum": 0.9,  # (…, "Shorter momentum")
-    "train.muon_every": 1,  # three iterations at each step take as long as five at every other one, and learn more …
-    "train.muon_iterations": 3,  # … (…, "Muon at every step")
+    "train.muon_every": 1,  # three iterations at each step take as long as five at every other one, and …
+    "train.muon_iterations": 3,  # … learn sooner (…, "Muon at every step")
 }
 _LARGER = {**_STEPS, "train.warmup": 100, "train.cooldown": 0.4}  # these presets are planned for days
 TUNED: dict[str, dict[str, Any]] = {"small": _SMALL, "base": _LARGER, "large": _LARGER}

@@ -51,9 +51,9 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Nearest (semi-)orthogonal matrices of a stack (k, rows, columns): Newton-Schulz, quintic (Jordan et al. 2024).
 
     X is divided by its Frobenius norm; an iteration multiplies small singular values by 3.4, until they come to stay
-    near 1 (between about 0.7 and 1.2). Runs in the dtype of its input. Every iterate of X is a
-    polynomial of G = X Xᵀ times X. So only that polynomial is iterated, on matrices of the shorter side, and X is
-    multiplied twice in all: of a convolution's 160 x 1440 a quarter of the work.
+    near 1 (between about 0.7 and 1.2). Runs in the dtype of its input. Every iterate of X is a polynomial of G = X Xᵀ
+    times X. So only that polynomial is iterated, on matrices of the shorter side, and X is multiplied twice in all: of
+    a convolution's 160 x 1440 a quarter of the work.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
@@ -188,7 +188,8 @@ class PhaseOptimizer:
             if rest
             else None
         )
-        maps = {name: stacked_maps(name, dict(self.named)) for name in taken}
+        by_name = dict(self.named)
+        maps = {name: stacked_maps(name, by_name) for name in taken}
         self.muon = Muon(hidden, maps, lr, settings) if hidden else None
 
     def gradients(self) -> list[Tensor]:

@@ -163,7 +163,7 @@ def spoiled(monkeypatch, steps) -> None:
     monkeypatch.setattr(DiffusionObjective, "batch", batch)
 
 
-OPTIMIZERS = {"adamw": tiny.ADAM, "muon every 2": ("--set", "train.muon_every=2")}
+OPTIMIZERS = {"adamw": tiny.ADAM, "muon every 2": ("--set", "train.muon_every=2", "--set", "train.muon_iterations=3")}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
