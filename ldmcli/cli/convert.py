@@ -103,8 +103,9 @@ def convert(given: ParsedOptions) -> None:
     if given.json:
         console.emit_json(result)
         return
-    conditions = " + ".join(result["conditions"]) or "nothing"
-    what = f"a diffusion model told {conditions}" if result["kind"] == "diffusion" else "an autoencoder"
+    kinds = " + ".join(result["conditions"])
+    model = f"a diffusion model conditioned on {kinds}" if kinds else "an unconditional diffusion model"
+    what = model if result["kind"] == "diffusion" else "an autoencoder"
     counts = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
     console.say(f"read {given.source}: {what}, parameters: {counts}")
     for note in result["notes"]:

@@ -191,22 +191,27 @@ def recipes(given: ParsedOptions) -> None:
         console.out(_recipe_list(found))
 
 
+def _listed(title: str, rows: list[dict]) -> str:
+    """Names and summaries below a title, as wide as the terminal."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [
+        textwrap.fill(
+            row["summary"],
+            console.width(),
+            initial_indent=f"  {row['name']:<{width}}  ",
+            subsequent_indent=" " * (width + 4),
+            break_long_words=False,
+        )
+        for row in rows
+    ]
+    return "\n".join([title, *lines])
+
+
 def _recipe_list(found: list[dict]) -> str:
     blocks = []
     for title in [title for title in RECIPE_GROUPS.values() if any(row["group"] == title for row in found)]:
         rows = [row for row in found if row["group"] == title]
-        width = max(len(row["name"]) for row in rows)
-        lines = [
-            textwrap.fill(
-                row["summary"],
-                console.width(),
-                initial_indent=f"  {row['name']:<{width}}  ",
-                subsequent_indent=" " * (width + 4),
-                break_long_words=False,
-            )
-            for row in rows
-        ]
-        blocks.append("\n".join([f"{title} ({rows[0]['command']})", *lines]))
+        blocks.append(_listed(f"{title} ({rows[0]['command']})", rows))
     example = "`ldm recipes NAME` shows one: command, needs, what to expect, settings."
     return console.clean("\n\n".join([*blocks, example]))
 
@@ -218,7 +223,13 @@ def presets(given: ParsedOptions) -> None:
         {"name": name, "command": config.COMMAND_OF[preset.kind], "summary": preset.summary}
         for name, preset in config.presets().items()
     ]
-    _show_list(given, "presets", found)
+    if given.json:
+        console.emit_json({"presets": found})
+        return
+    commands = dict.fromkeys(row["command"] for row in found)
+    rows = [{**row, "summary": row["summary"].removeprefix(f"{row['name']}: ")} for row in found]
+    blocks = [_listed(command, [row for row in rows if row["command"] == command]) for command in commands]
+    console.out(console.clean("\n\n".join(blocks)))
 
 
 def recipe_summary(path: Path) -> dict[str, object]:
@@ -256,17 +267,6 @@ def _recipe_group(kind: str, path: Path) -> str:
 def _by_number(path: Path) -> list[object]:
     """Sorts ldm2 before ldm16."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
-
-
-def _show_list(given: ParsedOptions, name: str, found: list[dict[str, str]]) -> None:
-    if given.json:
-        console.emit_json({name: found})
-    elif not found:
-        console.say(f"no {name} here")
-    else:
-        console.out(
-            console.table([[row["name"], row["command"], row["summary"]] for row in found], ["name", "for", "what"])
-        )
 
 
 @command(opt.TALK)

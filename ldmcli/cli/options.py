@@ -266,7 +266,7 @@ Strength = _sampling(
     float | None,
     "--strength",
     "SHARE",
-    "How far the first image is turned into noise: 0 keeps it, 1 forgets it.",
+    "How far the first image is turned into noise: near 0 keeps it, 1 forgets it.",
     min=0,
     max=1,
     default="0.8",

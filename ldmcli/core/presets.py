@@ -404,7 +404,6 @@ OWN: dict[str, Preset] = {
             "train.muon_every": 2,
             "train.cooldown": 0.4,
             "train.batch_size": 32,
-            "sample.steps": 15,
         },
     ),
     "base": Preset(

@@ -20,7 +20,7 @@ class TrainSettings:
     optimizer: str = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW at `adam_lr`)
     adam_lr: float = 1e-3  # muon only: rate of the part that AdamW trains
     betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
-    weight_decay: float = 0.0  # decoupled
+    weight_decay: float = 0.0  # decoupled: times the rate of AdamW or Muon, whichever trains a weight
     muon_every: int = 1  # orthogonalise the update every N steps; in between, the momentum accumulates
     # Newton-Schulz iterations that orthogonalise; 3 take 0.6 of the time, and small singular values stay smaller
     muon_iterations: int = 5

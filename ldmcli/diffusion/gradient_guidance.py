@@ -50,7 +50,7 @@ def image_guide(
     rule "paper" is Eq. 16 and 17: the change of ε is scale · σ ∇ distance, whose right scale depends on the picture's
     size, the autoencoder and the noise. With "ours" x0 moves along −∇ by the step after which the distance would, to
     first order, be gone (a step of Polyak's), times `scale`: 1 takes the whole step, whatever the units, and a sample
-    that fits is left alone. No move is larger than `MAX_X0_SHIFT`. Raises ValueError for another rule.
+    that fits is left alone. No move is larger than `scale` times `MAX_X0_SHIFT`. Raises ValueError for another rule.
     """
     if rule not in GUIDE_RULES:
         raise ValueError(f"no rule {rule!r} of guiding; there are {', '.join(GUIDE_RULES)}")

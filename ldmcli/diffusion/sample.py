@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from ldmcli.core.console import warn_once
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import FEW_CALLS, DistillSettings, SampleSettings
 from ldmcli.diffusion.guidance import GuidancePath, Predict, denoiser, guidance_path
-from ldmcli.diffusion.samplers import SAMPLERS, Denoise, repaint
+from ldmcli.diffusion.samplers import SAMPLERS, Denoise, repaint, takes_eta
 from ldmcli.diffusion.schedule import NoiseLevels, Schedule, q_sample, sampling_levels
 from ldmcli.diffusion.tiling import tiled_predict
 from ldmcli.maths import rng
@@ -77,11 +78,18 @@ def check_sampling(settings: SampleSettings, schedule: Schedule, distilled: Dist
 
 
 def with_overrides(settings: SampleSettings, **values) -> SampleSettings:
-    """`settings` with those of `values` that are not None. Raises UsageError for a setting that there is not."""
+    """`settings` with those of `values` that are not None; eta is 0, and says so where it was asked for, with a sampler
+    that does not take it. Raises UsageError for a setting that there is not."""
     known = [one.name for one in fields(settings)]
     if unknown := sorted(values.keys() - set(known)):
         raise UsageError(f"{unknown[0]}: no such setting of sampling; there are {', '.join(known)}")
-    return replace(settings, **{name: value for name, value in values.items() if value is not None})
+    chosen = replace(settings, **{name: value for name, value in values.items() if value is not None})
+    if chosen.eta == 0 or takes_eta(chosen.sampler):
+        return chosen
+    if values.get("eta"):
+        takes = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.takes_eta)
+        warn_once("eta", f"--eta {chosen.eta:g} has no effect with --sampler {chosen.sampler}; {takes} takes it")
+    return replace(chosen, eta=0.0)
 
 
 def sample_conditioned(
@@ -153,7 +161,12 @@ def sample_latents(
     if known is None:
         z = sample(denoise, z, levels, eta=settings.eta, noise=step_noise, before_step=before_step, callback=callback)
         return _finite(z, seen, ids)
-    keep = replace_known_region(known, levels, lambda *step: noise("known", *step))
+    replaced = replace_known_region(known, levels, lambda *step: noise("known", *step))
+
+    def keep(*where) -> Tensor:
+        *step, z = where
+        return replaced(*step, before_step(step[0], z) if before_step else z)
+
     if known.resample > 1:
         z = repaint(
             sample,
@@ -165,9 +178,10 @@ def sample_latents(
             renoise=lambda *step: noise("again", *step),
             eta=settings.eta,
             before_step=keep,
+            callback=callback,
         )
     else:
-        z = sample(denoise, z, levels, eta=settings.eta, noise=step_noise, before_step=keep)
+        z = sample(denoise, z, levels, eta=settings.eta, noise=step_noise, before_step=keep, callback=callback)
     return _finite(known.composite(z, known.z_0), seen, ids)
 
 

@@ -223,12 +223,13 @@ def repaint(
     renoise,
     eta: float = 0.0,
     before_step=None,
+    callback=None,
 ):
     """Every step `times` times, with new noise back up to where it began in between (RePaint, Lugmayr et al. 2022).
 
     A known region put in by `before_step(i, round, z)` and what the network makes of the rest come to agree this way.
-    noise(i, round) is a step's own noise, renoise(i, round) that of the way back. Steps stand alone, so multistep
-    samplers go first order; jumps are one step long.
+    noise(i, round) is a step's own noise, renoise(i, round) that of the way back; callback(i, z, x0) is called after a
+    step's last round. Steps stand alone, so multistep samplers go first order; jumps are one step long.
     """
     for i in range(len(levels.t)):
         step = _SingleStep(levels.t[i : i + 1], levels.alphas[i : i + 2], levels.sigmas[i : i + 2])
@@ -245,19 +246,27 @@ def repaint(
                 eta=eta,
                 noise=lambda _, i=i, k=k: noise(i, k),
                 before_step=None if before_step is None else lambda _, z, i=i, k=k: before_step(i, k, z),
+                callback=None if callback is None or k + 1 < times else lambda _, z, x0, i=i: callback(i, z, x0),
             )
     return z
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler and what to say about it: order of convergence, fresh noise or not, network evaluations of N steps."""
+    """A sampler and what to say about it: order of convergence, fresh noise or not, network evaluations of N steps;
+    takes_eta: whether `eta` changes anything."""
 
     function: Callable[..., Any]
     order: int
     stochastic: bool
     evaluations: Callable[[int], int]
     description: str
+    takes_eta: bool = False
+
+
+def takes_eta(name: str) -> bool:
+    """Whether the sampler of this name reads `eta`; one that there is not is left to who draws with it."""
+    return name not in SAMPLERS or SAMPLERS[name].takes_eta
 
 
 def _one_a_step(steps: int) -> int:
@@ -273,7 +282,9 @@ def _two_a_step(steps: int) -> int:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(ddim, 1, True, _one_a_step, "DDIM, the paper's; --eta 0 deterministic … 1 ancestral"),
+    "ddim": Sampler(
+        ddim, 1, True, _one_a_step, "DDIM, the paper's; --eta 0 deterministic, 1 ancestral", takes_eta=True
+    ),
     "ddpm": Sampler(ddpm, 1, True, _one_a_step, "ancestral sampling; wants many steps"),
     "plms": Sampler(plms, 2, False, _one_more, "multistep on the noise, as the original code has it"),
     "euler": Sampler(euler, 1, False, _one_a_step, "Euler on the probability flow; DDIM without noise"),

@@ -26,6 +26,7 @@ from ldmcli.data.decode import decode
 from ldmcli.data.pictures import by_pair_name, pair_name
 from ldmcli.data.rows import evenly_spaced
 from ldmcli.diffusion.sample import Guide
+from ldmcli.diffusion.samplers import takes_eta
 from ldmcli.maths.pixels import tensor_to_pixels
 from ldmcli.sampling.classifier import ClassGuidance, LoadedClassifier, class_guidance
 from ldmcli.sampling.draw import Draw, draw_images
@@ -407,4 +408,6 @@ def sampling_protocol(model, draw: dict[str, Any]) -> dict[str, Any]:
     chosen = {**asdict(model.config.sample), **draw["settings"]}
     named = {key: chosen[key] for key in ("negative_prompt",) if key in chosen}
     named |= stated_distillation(model.config.distill)
+    if not takes_eta(chosen["sampler"]):
+        chosen["eta"] = 0.0
     return {key: chosen[key] for key in SAMPLING} | {"seed": draw["seed"]} | named

@@ -2,7 +2,7 @@
 
 A protocol is a set of arguments of `evaluate`, by its table and row. Its name stands in a result only where each of
 them was in force; otherwise the result says what differs, and no published number beside its own. Sources: Tab. 1 to 4,
-6 to 11 and App. E.3 of Rombach et al. 2022, in the numbering of the second version on arXiv.
+6 to 11 and App. E.3 of Rombach et al. 2022, in the numbering of `docs/paper.md`.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def _unconditional(
 ) -> Protocol:
     sets = {**SAMPLED, **TRAINING_SET, "steps": steps, "eta": eta, "metrics": FULL}
     published = {"fid": fid, "precision": precision, "recall": recall}
-    unpublished = ("eta: as in the captions of samples (App. F)", OF_PR)
+    unpublished = ("eta: as in the captions of samples (App. H)", OF_PR)
     return Protocol(
         table=f"Tab. 1, {row}", subject="model", sets=sets, published=published, rows=rows, unpublished=unpublished
     )

@@ -15,7 +15,6 @@ from ldmcli.formats import compvis_write, diffusers, run_folder
 from ldmcli.formats.bundle import AutoencoderBundle, Bundle, Reading
 from ldmcli.formats.open_model import format_of, read
 
-TARGETS = ("run", "compvis", "diffusers")
 # files of models of diffusers and transformers, and of the tokenizers beside them
 _OF_MODELS = re.compile(
     r"(model_index|config|scheduler_config|generation_config|preprocessor_config|tokenizer|tokenizer_config|vocab|"
@@ -39,6 +38,8 @@ def convert(
     to = to or "run"
     _check_target(run, target, to, overwrite)
     bundle = read(source, reading or Reading())
+    if to == "compvis" and (reason := compvis_write.why_not(bundle)):
+        raise ModelError(f"{source}: not a model that the code of latent-diffusion can build: {reason}")
     with _staged(target) as place:
         notes = _write(bundle, place, to, source, source_format)
     return _description(bundle) | {

@@ -192,11 +192,11 @@ def _heads(config: Config, class_name: str, widths: list[int], attends: list[boo
     used = [width for width, on in zip(widths, [*attends[:-1], True]) if on]
     given = config["attention_head_dim"]
     if class_name == PLAIN and config["num_heads"] is not None:
-        return _head_counts(config, "num_heads", widths, used, attends)
+        return _head_counts(config, "num_heads", widths, attends)
     if class_name == CROSS:
         if config["num_attention_heads"] is not None:
             raise config.refuse("num_attention_heads", "diffusers refuses it, too; attention_head_dim is their number")
-        return _head_counts(config, "attention_head_dim", widths, used, attends)
+        return _head_counts(config, "attention_head_dim", widths, attends)
     if given is None:
         return {"num_heads": 1}
     width = config.integer("attention_head_dim")
@@ -206,7 +206,7 @@ def _heads(config: Config, class_name: str, widths: list[int], attends: list[boo
     return {"num_heads": 0, "head_channels": width}
 
 
-def _head_counts(config: Config, key: str, widths: list[int], used: list[int], attends: list[bool]) -> dict[str, Any]:
+def _head_counts(config: Config, key: str, widths: list[int], attends: list[bool]) -> dict[str, Any]:
     counts = config.integers(key) if isinstance(config[key], list) else [config.integer(key)] * len(widths)
     if len(counts) != len(widths):
         raise config.refuse(key, f"one number or {len(widths)} are expected")

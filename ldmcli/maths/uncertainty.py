@@ -77,12 +77,6 @@ def share_interval(share: float, variance: float, n: int, freedom: float = math.
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def pooled_freedom(variances: Sequence[float], degrees: Sequence[float]) -> float:
-    """Degrees of freedom of a sum of estimated variances (Welch and Satterthwaite)."""
-    parts = sum(v * v / f for v, f in zip(variances, degrees))
-    return sum(variances) ** 2 / parts if parts > 0 else math.inf
-
-
 # --- any metric ------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ the quantiser; `discriminator_loss` is the second.
 
 Two styles, one balance. "paper" sums the loss of a KL model over the C·H·W values of an image, as the original
 does; "mean" is exactly that divided by C·H·W, so every weight, `kl_weight` included, keeps its meaning: the KL of
-a posterior, in nats summed over its latent, counts `kl_weight / (C·H·W)` beside the mean error of a pixel value.
+a posterior, in nats summed over its latent, counts `kl_weight / (C·H·W)` beside the mean error of a pixel value. So
+does `disc_weight` where it is adaptive; a fixed one (`adaptive_weight` = false) is divided in neither style.
 VQ models are averaged in both styles.
 """
 

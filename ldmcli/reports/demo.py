@@ -83,8 +83,8 @@ def demo(
     size = checks.image_size(data)
     found = (name for name, one in CONDITIONS.items() if one.static and one.argument and one.available(rows, data))
     kinds = tuple(islice(found, 1))
-    told = " + ".join(kinds) or "nothing"
-    console.say(f"demo: {rows.source}, {size[0]}x{size[1]} px, told {told}; {minutes:g} minutes in all")
+    conditioned = f"conditioned on {' + '.join(kinds)}" if kinds else "unconditional"
+    console.say(f"demo: {rows.source}, {size[0]}x{size[1]} px, {conditioned}; {minutes:g} minutes in all")
     base = {**_data_values(data), "data.size": size, "train.seed": seed}
     values = base | {"condition.kinds": kinds}
     ae, ldm = out / "autoencoder", out / "diffusion"

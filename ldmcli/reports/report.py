@@ -70,7 +70,7 @@ def write_demo_report(out: Path, runs: list[Path], summary: dict[str, Any]) -> P
     body = (
         _demo_header(opened, summary)
         + html.tiles(_demo_figures(summary), "big")
-        + _samples(out, opened, summary)
+        + _samples(out, opened)
         + _comparison(summary)
         + "".join(_part(run) for run in opened)
         + _rest(summary)
@@ -122,7 +122,7 @@ def _share(value: float) -> str:
     return f"{100 * value:.3g} %" if value < 1 else "100 %"
 
 
-def _samples(out: Path, runs: Sequence[RunView], summary: dict[str, Any]) -> str:
+def _samples(out: Path, runs: Sequence[RunView]) -> str:
     """All samples, the first ones with their prompts."""
     sheet = html.read_picture(out / "samples.png")
     if sheet is None:

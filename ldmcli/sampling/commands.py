@@ -79,7 +79,7 @@ def sample_to_folder(
         folder.in_batches(request.batch_size or memory.batch_that_fits(loaded, draw.size, *AT_ONCE)),
         _making(loaded, draw, request, values),
         (lambda k: _metadata(k, values, request, describe) | _led_class(k, led)) if metadata else None,
-        lambda: _sheet(folder.names, n, groups, values, loaded),
+        lambda: _sheet(folder.names, groups, values, loaded),
         action="sampling",
         more=lambda: {
             name: progress_bytes(progress or "", loaded, draw.of(range(min(SAMPLES, n * groups))), request.size)
@@ -163,14 +163,16 @@ def request_draw(loaded: LoadedDiffusion, request: SampleRequest, values: dict[s
         settings=settings,
         negative_prompt=request.negative_prompt,
         size=size,
-        init=_init_latents(loaded, request, size, tile),
+        init=_init_latents(loaded, request, size, tile, budget),
         guide=_guide(loaded, request, size),
         tile=tile,
         max_memory=budget,
     )
 
 
-def _init_latents(loaded: LoadedDiffusion, request: SampleRequest, size: Size, tile: int) -> InitLatents | None:
+def _init_latents(
+    loaded: LoadedDiffusion, request: SampleRequest, size: Size, tile: int, max_memory: float
+) -> InitLatents | None:
     """Where an image-to-image run begins (--init-image)."""
     if request.init_image is None:
         return None
@@ -178,7 +180,7 @@ def _init_latents(loaded: LoadedDiffusion, request: SampleRequest, size: Size, t
         raise UsageError(f"--strength {request.strength}: must be above 0 and at most 1")
     inside = request.size or loaded.trained_size
     pixels = pad_edge(to_size(decode(Path(request.init_image), name=str(request.init_image)), inside), size or inside)
-    return InitLatents(memory.encode(loaded.autoencoder, pixels[None], tile), request.strength)
+    return InitLatents(memory.encode(loaded.autoencoder, pixels[None], tile, max_memory), request.strength)
 
 
 def _guide(loaded: LoadedDiffusion, request: SampleRequest, size: Size) -> Guide | None:
@@ -263,9 +265,7 @@ def _metadata(k: int, values: dict[str, list], request: SampleRequest, describe:
     return {**outputs.metadata(values, k), "seed": request.seed, "sample": k, **describe}
 
 
-def _sheet(
-    names: list[Path], n: int, groups: int, values: dict[str, list], loaded: LoadedDiffusion
-) -> list[list[np.ndarray]]:
+def _sheet(names: list[Path], groups: int, values: dict[str, list], loaded: LoadedDiffusion) -> list[list[np.ndarray]]:
     """Rows of a sheet of all samples, at most 256: a prompt a column where there are several, a class's name above, or
     a layout or map before its samples."""
     from PIL import Image

@@ -1,6 +1,6 @@
 """Networks on pictures larger than memory or training allow: overlapping tiles, blended without a seam (Sec. 4.3.2).
 
-The UNet sees tiles of z_t and of the planes beside it at each evaluation (`sampling.tiled_predict`); noise and sampler
+The UNet sees tiles of z_t and of the planes beside it at each evaluation (`diffusion.tiling`); noise and sampler
 know the whole latent. Autoencoders of family "fast", convolutions alone, encode and decode tiles likewise. Those of
 family "paper" average over the whole map and attend to all of it, which tiles would lose (1 to 9 of 255 grey levels
 were): theirs run operation by operation (`networks.chunked_autoencoder`) and give the untiled picture but for rounding.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.core.settings import DistillSettings, SampleSettings
+from ldmcli.diffusion.samplers import takes_eta
 
 # of a field that came later: where it says nothing, text and document of a request are as they were without it
 LATER = {"later": True}
@@ -128,4 +129,5 @@ def stated_distillation(settings: DistillSettings) -> dict[str, Any]:
 def sampling_used(own: SampleSettings, request: SampleRequest | EditRequest) -> dict[str, Any]:
     """Sampling as it is done: what the request says, else the model's own."""
     given = {name: value for name, value in sampling_of(request).items() if value is not None}
-    return {**{name: getattr(own, name) for name in NAMED}, **given}
+    used = {**{name: getattr(own, name) for name in NAMED}, **given}
+    return used if takes_eta(used["sampler"]) else used | {"eta": 0.0}

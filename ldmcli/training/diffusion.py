@@ -142,12 +142,12 @@ class DiffusionObjective:
             "sr": [f"images {task.scale} times smaller ({task.degradation})"],
             "inpaint": ["images with holes"],
         }.get(task.name, [])
-        kinds = " + ".join(names) or "nothing"
+        conditioned = f"conditioned on {' + '.join(names)}" if names else "unconditional"
         count = sum(p.numel() for p in self.model.parameters())
         what = f"{self.distillation.describe()}: " if self.distillation else ""
         return (
             f"{what}diffusion in latents {'x'.join(map(str, self.latents.shape))} of {self.autoencoder_path.name}, "
-            f"told {kinds}; {d.prediction}, {count / 1e6:.2f} M parameters"
+            f"{conditioned}; {d.prediction}, {count / 1e6:.2f} M parameters"
         )
 
     def validation_note(self) -> str:

@@ -73,7 +73,7 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 class Muon:
     """Nesterov momentum, orthogonalised, times sqrt(max(1, rows / columns)) (Jordan et al. 2024). Convolutions are
-    flattened to matrices of (out channels, the rest).
+    flattened to matrices of (out channels, the rest). Weight decay is decoupled, as AdamW's: 1 - rate · decay a step.
 
     Matrices of one shape are orthogonalised together. With `every` > 1 the direction is computed every so many steps
     and applied again in between.
@@ -83,6 +83,7 @@ class Muon:
         """maps: `stacked_maps` of each name."""
         self.lr, self.every = lr, settings.muon_every
         self.momentum, self.iterations = settings.muon_momentum, settings.muon_iterations
+        self.weight_decay = settings.weight_decay
         self.count = 0
         self.dtype = torch.float32  # of the orthogonalisation
         shapes: dict[tuple[int, int, int], list[tuple[str, nn.Parameter]]] = {}
@@ -107,6 +108,9 @@ class Muon:
                 group.direction.copy_(update if keep is None else torch.where(keep > 0, update, group.direction))
             update = update if keep is None else update * keep
             scale = max(1.0, group.rows / group.maps / group.columns) ** 0.5
+            if self.weight_decay:
+                shrink = self.lr * factor * self.weight_decay
+                torch._foreach_mul_(group.parameters, 1 - (shrink if keep is None else shrink * keep))
             torch._foreach_add_(group.parameters, group.shaped(update), alpha=-self.lr * factor * scale)
 
     def _orthogonalised(self, group: "_MatrixGroup", stack: Tensor) -> Tensor:

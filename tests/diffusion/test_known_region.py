@@ -9,8 +9,8 @@ from recorded import recorded_unet
 
 from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings, SampleSettings
-from ldmcli.diffusion.guidance import GuidancePath, denoiser, guidance_steps
-from ldmcli.diffusion.sample import KnownRegion, replace_known_region, sample_conditioned
+from ldmcli.diffusion.guidance import GuidancePath, denoiser, guidance_path, guidance_steps
+from ldmcli.diffusion.sample import KeyedNoise, KnownRegion, replace_known_region, sample_conditioned, sample_latents
 from ldmcli.diffusion.samplers import SAMPLERS, ddim, repaint
 from ldmcli.diffusion.schedule import make_schedule, sampling_levels, to_x0_eps
 from ldmcli.networks.latent_diffusion import DiffusionModel
@@ -176,6 +176,32 @@ def test_the_known_region_comes_back_and_the_rest_is_drawn(model, inputs, sample
     assert torch.isfinite(z).all() and (z[..., 3:] - z0[..., 3:]).abs().min() > 0
     other = drawn(model, inputs, sampler=sampler, known=KnownRegion(z0 + 1, keep, resample))
     assert (other[..., 3:] - z[..., 3:]).abs().max() > 1e-4  # what is known shapes what is drawn
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("resample", [1, 3])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_step_with_a_known_region_is_called_back_once_and_begins_with_what_was_put_before_it(
+    model, inputs, sampler, resample
+):
+    z0, keep, steps, begun = torch.zeros(2, 4, 6, 6), torch.zeros(1, 1, 6, 6), [], []
+    keep[..., :3] = 1
+    settings = SampleSettings(steps=4, sampler=sampler)
+    path = guidance_path(model, 1.0, inputs, None, 2, (6, 6), None)
+    noise = KeyedNoise(0, [0, 1], (4, 6, 6), torch.device("cpu"))
+
+    def before(i, z):
+        begun.append(i)
+        return z + 1
+
+    def run(**more):
+        known = KnownRegion(z0, keep, resample)
+        return sample_latents(model.predict, SCHEDULE, settings, path, noise, ids=[0, 1], known=known, **more)
+
+    z = run(callback=lambda i, z, x0: steps.append((i, z.shape, x0.shape)), before_step=before)
+    assert steps == [(i, z.shape, z.shape) for i in range(4)]
+    assert begun == [i for i in range(4) for _ in range(resample)]
+    assert (z - run())[..., 3:].abs().max() > 1e-3
 
 
 @torch.no_grad()

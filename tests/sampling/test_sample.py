@@ -265,6 +265,21 @@ def test_each_picture_says_its_seed_and_number(text_model, tmp_path):
         assert (each["steps"], each["weights"]) == (3, "ema")
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_eta_is_used_and_recorded_where_the_sampler_takes_it_and_else_named_as_idle(
+    v_model, tmp_path, sampler
+):
+    asked = ("--sampler", sampler, "--steps", 4, "--seed", 3, "-n", 1)
+    with_eta = sample(v_model, tmp_path / "eta", *asked, "--eta", 0.5, "--json")
+    sample(v_model, tmp_path / "none", *asked)
+    takes = sampler == "ddim"
+    stored = json.loads(Image.open(tmp_path / "eta" / "000000.png").text["ldm"])
+    assert (stored["eta"], with_eta.json["eta"]) == ((0.5, 0.5) if takes else (0.0, 0.0))
+    assert (f"--eta 0.5 has no effect with --sampler {sampler}" in with_eta.stderr) == (not takes)
+    same = np.array_equal(pictures(tmp_path / "eta"), pictures(tmp_path / "none"))
+    assert same == (not takes)
+
+
 def test_python_and_the_command_draw_the_same_pictures(text_model, tmp_path):
     """The contract's `model.sample` is `ldm sample`."""
     asked = ("--prompt", "a red circle", "-n", 3, "--seed", 2, "--steps", 3, "--guidance", 2)

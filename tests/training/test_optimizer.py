@@ -85,6 +85,27 @@ def test_muon_follows_nesterov_momentum_of_its_setting(shape, momentum):
     torch.testing.assert_close(weight.detach().flatten(1), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [None, 1.0, 0.0])
+@pytest.mark.parametrize("every", [1, 2])
+def test_weight_decay_reaches_what_either_optimiser_trains_at_its_rate(every, keep):
+    def trained(weight_decay: float) -> list[torch.Tensor]:
+        settings = TrainSettings(optimizer="muon", lr=0.1, adam_lr=0.01, weight_decay=weight_decay, muon_every=every)
+        torch.manual_seed(0)
+        named = [("hidden.weight", torch.nn.Parameter(torch.randn(6, 4))), ("bias", torch.nn.Parameter(torch.randn(6)))]
+        optimizer = PhaseOptimizer(named, settings)
+        for _, parameter in named:
+            parameter.grad = torch.randn_like(parameter)
+        before = [parameter.detach().clone() for _, parameter in named]
+        optimizer.step(0.5, None if keep is None else torch.tensor(keep))
+        return [parameter.detach() - then for (_, parameter), then in zip(named, before)] + before
+
+    hidden, bias, *_ = trained(0.0)
+    decayed_hidden, decayed_bias, old_hidden, old_bias = trained(0.2)
+    on = 1.0 if keep is None else keep
+    torch.testing.assert_close(decayed_hidden - hidden, -on * 0.1 * 0.5 * 0.2 * old_hidden, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(decayed_bias - bias, -on * 0.01 * 0.5 * 0.2 * old_bias, rtol=1e-3, atol=1e-6)
+
+
 def test_momentum_is_a_share_below_one_and_iterations_are_counted():
     with pytest.raises(UsageError, match=r"muon_momentum = 1.0: must be at least 0 and below 1"):
         TrainSettings(optimizer="muon", muon_momentum=1.0)
