@@ -77,8 +77,8 @@ GPU_SIZES = (
 )
 
 AE_BATCH, GPU_AE_BATCH = 16, 32  # small ones learn more in as many pictures (…, "Small batches of a first stage")
-AE_SHARE, AE_MOST = 0.07, 0.4  # of the time: as planned, and where pictures want more
-AE_STEPS = 200  # fewer leave the first stage below POOR_PSNR on photographs and emoji
+AE_SHARE, AE_MOST = 0.08, 0.4  # of the time: as planned, and where pictures want more
+AE_STEPS = 250  # fewer leave shapes below 30 dB, and photographs and emoji near POOR_PSNR
 COUNTED = 32  # images of a diffusion model's step, in which times of other work are counted
 EVALUATIONS = 3  # of the first stage: a curve that says how much more time would do
 POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not discernible any more

@@ -228,7 +228,7 @@ def test_a_poor_first_stage_goes_on_and_is_told_in_log_summary_and_report(short,
     out, data = tmp_path / "demo", DataSettings(limit=20)
     summary = demo.demo(data, minutes=10, out=out)
     assert [kind for kind, *_ in short] == ["autoencoder", "autoencoder", "diffusion"]
-    assert short[0][1] == pytest.approx(42) and short[1][1:] == (pytest.approx(240), False)
+    assert short[0][1] == pytest.approx(48) and short[1][1:] == (pytest.approx(240), False)
     said = capsys.readouterr().err
     assert f"reconstructs at 12.0 dB, and {POOR_PSNR:g} is a minimum: it goes on for 2:48 min" in said
     poor, few = summary["warnings"]
