@@ -266,9 +266,7 @@ def test_each_picture_says_its_seed_and_number(text_model, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_eta_is_used_and_recorded_where_the_sampler_takes_it_and_else_named_as_idle(
-    v_model, tmp_path, sampler
-):
+def test_eta_is_used_and_recorded_where_the_sampler_takes_it_and_else_named_as_idle(v_model, tmp_path, sampler):
     asked = ("--sampler", sampler, "--steps", 4, "--seed", 3, "-n", 1)
     with_eta = sample(v_model, tmp_path / "eta", *asked, "--eta", 0.5, "--json")
     sample(v_model, tmp_path / "none", *asked)
