@@ -13,7 +13,7 @@ from ldmcli.cli import options as opt
 from ldmcli.cli.parsing import MODEL, OUTPUT, TRAINING, ParsedOptions, Text, argument, command, option
 from ldmcli.cli.train import data_name, require_folder
 from ldmcli.core import config, console
-from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.core.errors import InputError, ModelError, UsageError
 from ldmcli.core.outputs import CONTACT, refuse_foreign
 from ldmcli.core.settings import DiffusionConfig
 
@@ -25,7 +25,7 @@ Minutes = option(
     panel=TRAINING,
     value=10.0,
     default="10",
-    min=0.1,
+    min=0.2,
 )
 DemoSeed = option(int, "--seed", "N", "Decides every random draw.", panel=TRAINING, value=0, default="0", min=0)
 DemoPreset = option(
@@ -148,6 +148,8 @@ def runs(given: ParsedOptions) -> None:
     """List runs with kind, state, step, data and latest metric, newest last."""
     from ldmcli.core.runs import list_runs
 
+    if given.root and not given.root.is_dir():
+        raise InputError(f"{given.root}: no such folder")
     rows = list_runs(given.root or Path("runs"))
     if given.json:
         console.emit_json({"runs": rows})

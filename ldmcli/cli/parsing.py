@@ -12,7 +12,8 @@ import sys
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -164,6 +165,22 @@ class ParsedOptions:
                 hint = config.did_you_mean(difflib.get_close_matches(value, choices, n=1))
                 raise UsageError(f"{long_name(info_of(alias))}: {value!r} is not one of {', '.join(choices)}{hint}")
 
+    def check_folders(self) -> None:
+        """UsageError where an option that names a file, a folder or a data set was given an empty text, as by a shell's
+        variable that is not set: it would stand for the current folder."""
+        named = {
+            name
+            for alias in self.options.values()
+            if Path in (alias.__origin__, *get_args(alias.__origin__)) or info_of(alias).path == "data.source"
+            for name in (info_of(alias).default, *(info_of(alias).param_decls or ()))
+            if isinstance(name, str)
+        }
+        for before, token in zip(["", *self.argv], self.argv):
+            flag, sign, value = token.partition("=")
+            empty = before if token == "" else flag if sign and not value else ""
+            if empty.startswith("-") and {empty, f"--{plain_name(empty.lstrip('-'))}"} & named:
+                raise UsageError(f"{empty}: needs a value; it was given an empty text")
+
 
 def _in_help(value: object) -> str:
     if isinstance(value, bool):
@@ -195,6 +212,7 @@ def command(*groups: dict[str, Any], kind: str = "diffusion") -> Callable:
             apply_global_options(values)
             given = ParsedOptions(values, options, ctx.info_name or "", list((ctx.obj or {}).get("argv", ())))
             given.check_choices()
+            given.check_folders()
             return function(given)
 
         seen: Any = run  # Typer reads options from the signature

@@ -103,6 +103,7 @@ class TrainSettings:
         names = "micro_batch half_batch_steps clip weight_decay warmup sample_every eval_every evaluations eval_images"
         at_least("train", 0, self, *names.split(), "eval_samples", "eval_steps", "max_hours", "max_minutes")
         at_least("train", 1, self, "muon_every", "muon_iterations")
+        at_least("train", 0, self, "seed")
         positive("train", {"adam_lr": self.adam_lr})
         share("train", self, "ema_decay", "muon_momentum")
         if self.half_batch_steps and self.batch_size < 2:

@@ -1,7 +1,10 @@
 """`ldm demo`: the whole chain within minutes, on the embedded shapes or on anybody's images, measured at the end."""
 
+import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,11 +18,12 @@ from ldmcli.conditions.parse import arguments_of
 from ldmcli.conditions.text import Text
 from ldmcli.core import config, console, files, runs
 from ldmcli.core.durations import duration_with_unit
-from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.core.errors import LdmError, ModelError, UsageError
 from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import AutoencoderConfig, DataSettings, DiffusionConfig
 from ldmcli.data.rows import evenly_spaced
 from ldmcli.data.shape_reading import score
+from ldmcli.data.shape_rows import is_shapes
 from ldmcli.data.sources import open_rows
 from ldmcli.evaluation.extractors import open_extractor
 from ldmcli.maths.metrics import frechet_from_features
@@ -48,6 +52,11 @@ from ldmcli.training.loop import RunOptions, train
 HELD_OUT = 128  # samples at most
 WRITTEN = ("samples.png", "prompts.txt", "summary.json", "report.html", "plan.json")
 NEVER = 1_000_000
+OTHER_VERSION = "not the plan of a demo of this version; begin anew with --fresh"
+TOO_FEW = (
+    "one held-out picture is too few for a distance (of equal captions only the first counts); more pictures, or a "
+    "larger --val-fraction, would do"
+)
 
 
 def _resolved(run_kind: str, values: dict[str, Any], preset: str = "") -> config.Resolved:
@@ -72,10 +81,11 @@ def demo(
     """Autoencoder, cached latents, diffusion model, samples, numbers, report; returns summary.json's content.
 
     `minutes` bounds the whole: networks, batches and times are chosen for what steps take here, and kept where a demo
-    goes on in its folder. preset "paper" trains the second stage as the paper does, for comparison.
+    goes on in its folder. preset "paper" trains the second stage as the paper does, for comparison. Raises UsageError
+    where another process writes in `out`, ModelError where a demo of other data, size, seed or preset lies there.
     """
-    if minutes < 0.2:
-        raise UsageError(f"--minutes {minutes}: at least 0.2")
+    if not 0.2 <= minutes < math.inf:
+        raise UsageError(f"--minutes {minutes}: a number of minutes is needed, at least 0.2")
     if not runs.is_run(out / "autoencoder"):  # what an earlier demo wrote there is replaced
         refuse_foreign([out / name for name in WRITTEN])
     started = time.monotonic()
@@ -86,11 +96,69 @@ def demo(
     conditioned = f"conditioned on {' + '.join(kinds)}" if kinds else "unconditional"
     console.say(f"demo: {rows.source}, {size[0]}x{size[1]} px, {conditioned}; {minutes:g} minutes in all")
     base = {**_data_values(data), "data.size": size, "train.seed": seed}
-    values = base | {"condition.kinds": kinds}
+    asked = {"data.source": data.source, **base, "condition.kinds": kinds, "preset": preset}
+    asked = json.loads(json.dumps(asked, default=str))
+    task, folder = Task(minutes=minutes, size=size, preset=preset, asked=asked), runs.RunFolder(out)
+    if console.is_rank_0():
+        folder.acquire()
+    try:
+        if not fresh:
+            _check_same(task, out)
+        with _plan_of_refused(out):
+            summary = _chain(data, rows, task, base, kinds, out, fresh, started)
+    finally:
+        folder.release()
+    for text in summary["warnings"]:
+        console.warn(text)
+    return summary
+
+
+def _check_same(task: Task, out: Path) -> None:
+    """Raises ModelError where a demo of another task was begun in `out`; its minutes may be others."""
+    if not (out / "plan.json").is_file() or not runs.is_run(out / "autoencoder"):
+        return
+    try:
+        begun = dict(files.read_json(out / "plan.json")["task"]["asked"])
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{out / 'plan.json'}: {OTHER_VERSION}") from None
+    names = [name for name in {**begun, **task.asked} if begun.get(name) != task.asked.get(name)]
+    if names:
+        table = "; ".join(f"{name}: {begun.get(name)} -> {task.asked.get(name)}" for name in names)
+        raise ModelError(
+            f"{out}: was started with other settings ({table}); choose another --out, or begin anew with --fresh"
+        )
+
+
+@contextmanager
+def _plan_of_refused(out: Path) -> Iterator[None]:
+    """Leaves plan.json as it was where what is done inside is refused or fails."""
+    path = out / "plan.json"
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        yield
+    except LdmError:
+        if before is not None:
+            files.write_text(path, before)
+        elif not runs.is_run(out / "autoencoder"):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _chain(
+    data: DataSettings,
+    rows: Any,
+    task: Task,
+    base: dict[str, Any],
+    kinds: tuple[str, ...],
+    out: Path,
+    fresh: bool,
+    started: float,
+) -> dict[str, Any]:
+    """Both trainings, samples, numbers and report. base: settings of both by dotted name; started: seconds of
+    `time.monotonic`."""
+    values, seed = base | {"condition.kinds": kinds}, base["train.seed"]
     ae, ldm = out / "autoencoder", out / "diffusion"
-    with files.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    made = _plan(Task(minutes=minutes, size=size, preset=preset), rows, values, out, fresh)
+    made = _plan(task, rows, values, out, fresh)
     console.say(made.text())
     curve = _first_stage(made, base, ae, fresh)
     if not (fresh or made.second_stage) and runs.is_run(ldm):
@@ -100,13 +168,13 @@ def demo(
     made = replace(made, second_stage=second_stage_seconds(made, spent))
     files.write_json(out / "plan.json", made.document())
     _second_stage(made, values, ldm, fresh, ae)
-    summary: dict[str, Any] = {"data": rows.source, "minutes": minutes, "preset": preset or "default", "seed": seed}
-    summary |= _measure(data, made, kinds, out, seed) | _course(made, curve, ae, ldm)
+    about = {"data": rows.source, "minutes": task.minutes, "preset": task.preset or "default", "seed": seed}
+    summary: dict[str, Any] = about | _measure(data, made, kinds, out, seed) | _course(made, curve, ae, ldm)
+    if summary["n"] < 2:
+        summary["warnings"].append(TOO_FEW)
     summary["seconds"] = round(time.monotonic() - started, 1)
     files.write_json(out / "summary.json", summary)
     _report(out, [ae, ldm], summary)
-    for text in summary["warnings"]:
-        console.warn(text)
     return summary
 
 
@@ -151,7 +219,7 @@ def _plan_again(task: Task, path: Path, seconds: Callable[[Size], float]) -> Pla
         speed, kept, rows = Speed(**begun["speed"]), Size(**begun["size"]), int(begun["rows"])
         before, second_stage = begun["task"]["minutes"], float(begun["second_stage"])
     except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{path}: not the plan of a demo of this version; begin anew with --fresh") from None
+        raise ModelError(f"{path}: {OTHER_VERSION}") from None
     more = max(task.minutes - before, 0) * 60
     if second_stage and more and runs.read_run(path.parent / "autoencoder")["metrics"]["psnr"] < POOR_PSNR:
         return plan(task, speed, seconds)
@@ -241,7 +309,7 @@ def _measure(data: DataSettings, made: Plan, kinds: tuple[str, ...], out: Path, 
         "sampling_images_per_s": count / seconds,
         "ae_psnr": runs.read_run(out / "autoencoder")["metrics"]["psnr"],
     }
-    if held.source.startswith("shapes"):
+    if is_shapes(data.source):
         result |= _shape_scores(arguments["prompt"], samples, rebuilt, real)
     return result | _frechet(samples, rebuilt, real, held)
 
@@ -263,6 +331,9 @@ def _shape_scores(prompts: list[str], samples, rebuilt, real) -> dict[str, Any]:
 
 
 def _frechet(samples, rebuilt, real, held) -> dict[str, Any]:
+    """Fréchet distances to the real images; nothing of a single image, which has no covariance."""
+    if len(samples) < 2:
+        return {}
     extractor = open_extractor()
     features = {
         name: np.asarray(extractor.features(images), np.float64)

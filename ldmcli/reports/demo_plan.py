@@ -101,7 +101,8 @@ DB_PER_DOUBLING = (1.0, 3.0, 4.0)  # PSNR gained with twice the steps: least, us
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What is given. size: (height, width) px; rows: training pictures, 0 = a stream of unknown length; preset: the
-    user's choice of a diffusion model, which fixes its network and its `batch`."""
+    user's choice of a diffusion model, which fixes its network and its `batch`; asked: settings by dotted name that the
+    demo keeps when it goes on."""
 
     minutes: float
     size: tuple[int, int]
@@ -109,6 +110,7 @@ class Task:
     gpu: bool = False
     preset: str = ""
     batch: int = 32
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

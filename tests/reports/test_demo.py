@@ -12,7 +12,8 @@ import typed_lines
 from tiny import ldm
 
 from ldmcli.core import runs
-from ldmcli.core.errors import ModelError
+from ldmcli.core.errors import InputError, ModelError, UsageError
+from ldmcli.core.locks import FolderLock
 from ldmcli.core.settings import AutoencoderConfig, DataSettings
 from ldmcli.reports import demo, demo_plan, demo_speed
 from ldmcli.reports.demo_plan import POOR_PSNR, Plan, Size, Speed, Task, choose, plan, shortcomings, sizes
@@ -152,17 +153,17 @@ def test_every_size_of_the_plan_divides_the_pictures(side, f):
 @pytest.mark.parametrize(
     ("curve", "seconds"),
     [
-        ([(24, 25.0), (72, 31.0)], 72),  # good enough: as planned
-        ([(72, 18.0)], 72 * 2 ** (4 / 3) * 1.1),  # of one evaluation: 3 dB for twice the time
-        ([(36, 17.0), (72, 19.0)], 72 * 2 ** (3 / 2) * 1.1),  # as its own curve says
-        ([(36, 9.0), (72, 19.0)], 72 * 2 ** (3 / 4) * 1.1),  # … but no steeper than is ever seen,
-        ([(36, 15.0), (72, 15.0)], 240),  # … and not flatter; within two fifths of the whole
-        ([(36, 5.0), (72, 8.0)], 240),
+        ([(16, 25.0), (48, 31.0)], 48),  # good enough: as planned
+        ([(48, 18.0)], 48 * 2 ** (4 / 3) * 1.1),  # of one evaluation: 3 dB for twice the time
+        ([(24, 17.0), (48, 19.0)], 48 * 2 ** (3 / 2) * 1.1),  # as its own curve says
+        ([(24, 9.0), (48, 19.0)], 48 * 2 ** (3 / 4) * 1.1),  # … but no steeper than is ever seen,
+        ([(24, 15.0), (48, 15.0)], 240),  # … and not flatter; within two fifths of the whole
+        ([(24, 5.0), (48, 8.0)], 240),
     ],
 )
 def test_a_first_stage_below_the_minimum_gets_more_time_within_the_whole(curve, seconds):
     made = planned()
-    assert made.ae_seconds == pytest.approx(72)
+    assert made.ae_seconds == pytest.approx(48)
     assert demo_plan.first_stage_extension(made, curve) == pytest.approx(seconds)
 
 
@@ -266,6 +267,88 @@ def test_a_plan_that_is_none_is_refused_in_one_line(short, tmp_path):
     (tmp_path / "demo" / "plan.json").write_text('{"speed": {}}')
     with pytest.raises(ModelError, match="--fresh"):
         demo.demo(DataSettings(limit=200), minutes=10, out=tmp_path / "demo", fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "named"),
+    [
+        ({"source": "shapes:2"}, {}, "data.source: shapes -> shapes:2"),
+        ({"size": (32, 32)}, {}, "data.size"),
+        ({"crop": "random"}, {}, "data.crop: None -> random"),
+        ({}, {"seed": 1}, "train.seed: 0 -> 1"),
+        ({}, {"preset": "paper"}, "preset:  -> paper"),
+    ],
+)
+@pytest.mark.parametrize("begun", ["autoencoder", "both"])
+def test_a_demo_goes_on_as_it_was_begun_and_one_that_is_refused_changes_nothing(
+    data, more, named, begun, short, tmp_path
+):
+    """The first stage is not taken for other pictures, and the plan keeps its times."""
+    out, limit = tmp_path / "demo", {"limit": 20}
+    demo.demo(DataSettings(**limit), minutes=10, out=out)
+    if begun == "autoencoder":
+        shutil.rmtree(out / "diffusion")
+    before, files = len(short), {path: path.read_bytes() for path in sorted(out.rglob("*.json"))}
+    with pytest.raises(ModelError, match="was started with other settings") as refused:
+        demo.demo(DataSettings(**limit, **data), minutes=30, out=out, fresh=False, **more)
+    assert named in str(refused.value) and "--allow" not in str(refused.value)
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*.json"))} == files
+    demo.demo(DataSettings(**limit), minutes=10, out=out, fresh=False)
+    assert not any(kind == "autoencoder" or fresh for kind, _, fresh in short[before:] if begun == "both")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_training_that_refuses_leaves_the_plan_as_it_was(begun, short, tmp_path, monkeypatch):
+    out, data = tmp_path / "demo", DataSettings(limit=20)
+    if begun:
+        demo.demo(data, minutes=10, out=out)
+    before = (out / "plan.json").read_text() if begun else ""
+
+    def refuse(*given):
+        raise InputError("a picture cannot be read")
+
+    monkeypatch.setattr(demo, "_train", refuse)
+    with pytest.raises(InputError):
+        demo.demo(data, minutes=30, out=out, fresh=False)
+    assert (out / "plan.json").read_text() == before if begun else not out.exists()
+
+
+def test_one_demo_writes_in_a_folder_at_a_time(short, tmp_path):
+    out, lock = tmp_path / "demo", FolderLock(tmp_path / "demo")
+    demo.demo(DataSettings(limit=20), minutes=10, out=out)
+    plan_of_it, before = (out / "plan.json").read_text(), len(short)
+    lock.acquire()
+    with pytest.raises(UsageError, match="is writing here"):
+        demo.demo(DataSettings(limit=20), minutes=30, out=out, fresh=False)
+    lock.release()
+    assert (out / "plan.json").read_text() == plan_of_it and len(short) == before
+
+
+@pytest.mark.parametrize("minutes", [float("inf"), float("nan"), -1.0, 0.1])
+def test_minutes_are_a_number_that_is_large_enough(minutes, tmp_path):
+    with pytest.raises(UsageError, match="--minutes"):
+        demo.demo(DataSettings(), minutes=minutes, out=tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("name", ["shapes-mine", "own"])
+@pytest.mark.parametrize("count", [1, 8])
+def test_few_pictures_in_a_folder_of_any_name_are_measured_as_far_as_they_go(
+    name, count, tiny_runs, tmp_path, monkeypatch
+):
+    """A single held-out picture has no covariance; only the embedded shapes have a checker."""
+    from PIL import Image
+
+    folder, out = tmp_path / name, tmp_path / "demo"
+    folder.mkdir()
+    for k in range(count):
+        Image.new("RGB", (24, 24), (40 * k, 90, 20)).save(folder / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_runs["kl"], out / "autoencoder")
+    shutil.copytree(tiny_runs["plain"], out / "diffusion")
+    made = replace(planned(), task=Task(minutes=1, size=(20, 20)), samples=16)
+    found = demo._measure(DataSettings(source=name, val_fraction=0.5), made, (), out, 0)
+    assert ("fd" in found) == (found["n"] > 1) == (count > 1) and "all" not in found
 
 
 SUMMARY = {
