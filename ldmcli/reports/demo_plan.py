@@ -76,10 +76,9 @@ GPU_SIZES = (
     (2000, Size(preset="base", batch=128, enough=2000)),
 )
 
-AE_BATCH, GPU_AE_BATCH = 16, 32  # small ones learn more in as many pictures (…, "Small batches of a first stage")
-AE_SHARE, AE_MOST = 0.08, 0.4  # of the time: as planned, and where pictures want more
-AE_STEPS = 250  # fewer leave shapes below 30 dB, and photographs and emoji near POOR_PSNR
-COUNTED = 32  # images of a diffusion model's step, in which times of other work are counted
+AE_BATCH = 32
+AE_SHARE, AE_MOST = 0.12, 0.4  # of the time: as planned, and where pictures want more
+AE_STEPS = 150  # fewer leave the first stage below POOR_PSNR on photographs and emoji
 EVALUATIONS = 3  # of the first stage: a curve that says how much more time would do
 POOR_PSNR = 22.0  # dB; below it shapes and colours of small images are not discernible any more
 MARGIN = 0.03  # of the time is left over
@@ -115,8 +114,8 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds measured on this machine. first_stage: a training step on pictures that lie there decoded; picture: to
-    open and cut one; diffusion: a training step of the size that was chosen."""
+    """Seconds measured on this machine. first_stage: a training step of 32 pictures that lie there decoded; picture:
+    to open and cut one; diffusion: a training step of the size that was chosen."""
 
     first_stage: float
     picture: float
@@ -162,7 +161,7 @@ class Plan:
         fewer = f"({self.size.batch // 2} in the first {half:,}), " if half else ""
         lines = [
             f"plan: first stage f = {self.f}, {duration_with_unit(self.ae_seconds)}, about "
-            f"{_counted(self.ae_steps)} of {first_stage_batch(self.task)} images",
+            f"{_counted(self.ae_steps)} of {AE_BATCH} images",
             f"      diffusion model {self.size.title}:",
             f"      {duration_with_unit(self.ldm_seconds)}, about {_counted(self.ldm_steps)} of {self.size.batch} "
             f"images at {self.speed.diffusion:.2g} s",
@@ -179,15 +178,10 @@ def factor(task: Task) -> int:
     return 8 if min(task.size) >= 192 and not any(side % 32 for side in task.size) else 4
 
 
-def first_stage_batch(task: Task) -> int:
-    """Pictures of a step of the first stage: more on a GPU, where a few take as long."""
-    return GPU_AE_BATCH if task.gpu else AE_BATCH
-
-
 def first_stage(task: Task) -> dict[str, Any]:
     """Network and batch of the first stage, by dotted name."""
     wide = {"autoencoder.f": 8, "autoencoder.embed_dim": 8} if factor(task) > 4 else {}
-    return FIRST_STAGE | {"train.batch_size": first_stage_batch(task)} | wide
+    return FIRST_STAGE | {"train.batch_size": AE_BATCH} | wide
 
 
 def sizes(task: Task) -> list[Size]:
@@ -219,17 +213,16 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
     that goes on, which stays."""
     total = task.minutes * 60
     room = total * (1 - MARGIN)
-    batch = first_stage_batch(task)
-    needed = AE_STEPS * speed.first_stage + min(AE_STEPS * batch, task.rows or math.inf) * speed.picture
+    needed = AE_STEPS * speed.first_stage + min(AE_STEPS * AE_BATCH, task.rows or math.inf) * speed.picture
     ae_seconds = min(max(AE_SHARE * total, needed), AE_MOST / 2 * total)
     f = factor(task)
     rough = max(room - ae_seconds - START_SECONDS - TAIL_SECONDS, 0.2 * total)
     size, took = (kept, seconds(kept)) if kept else choose(sizes(task), seconds, rough)
     notes: list[str] = []
 
-    samples = _samples(total, took * COUNTED / size.batch)
-    tail = min(TAIL_SECONDS + SAMPLE_COST * took * COUNTED / size.batch * samples / SAMPLES[0], 0.5 * total)
-    each = ENCODE_COST * speed.first_stage / batch + speed.picture
+    samples = _samples(total, took * AE_BATCH / size.batch)
+    tail = min(TAIL_SECONDS + SAMPLE_COST * took * AE_BATCH / size.batch * samples / SAMPLES[0], 0.5 * total)
+    each = ENCODE_COST * speed.first_stage / AE_BATCH + speed.picture
     took += 0.0 if task.rows or kept else size.batch * each  # a stream is encoded anew in every step
     left = room - START_SECONDS - ae_seconds - tail
     rows = _rows_used(task, each, size.batch / took / EPOCHS, left, notes)
@@ -251,7 +244,7 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
         size=size,
         f=f,
         ae_seconds=ae_seconds,
-        ae_steps=_first_stage_steps(ae_seconds, task, speed),
+        ae_steps=_first_stage_steps(ae_seconds, task.rows or math.inf, speed),
         encode_seconds=encode,
         tail_seconds=tail,
         ldm_seconds=left,
@@ -270,9 +263,9 @@ def plan(task: Task, speed: Speed, seconds: Callable[[Size], float], kept: Size 
 def _rows_used(task: Task, each: float, wanted: float, seconds: float, notes: list[str]) -> int:
     """How many training pictures are used: as many as give EPOCHS, and no more than take a part of the time to read.
     each: seconds to encode one; wanted: pictures in a second of training; seconds: for both."""
-    enough = min(task.rows, max(int(wanted * seconds / (1 + wanted * each)), 2 * COUNTED))
+    enough = min(task.rows, max(int(wanted * seconds / (1 + wanted * each)), 2 * AE_BATCH))
     room = OVERHEAD_SHARE / 2 * task.minutes * 60
-    rows = min(enough, max(int(room / each), 2 * COUNTED))
+    rows = min(enough, max(int(room / each), 2 * AE_BATCH))
     if rows < enough:
         reading = task.rows * each
         minutes = math.ceil(reading / (OVERHEAD_SHARE / 2) / 60)
@@ -287,11 +280,10 @@ def _counted(steps: int) -> str:
     return f"{steps:,} step{'s' * (steps != 1)}"
 
 
-def _first_stage_steps(seconds: float, task: Task, speed: Speed) -> int:
+def _first_stage_steps(seconds: float, rows: float, speed: Speed) -> int:
     """In so many seconds, where each picture is opened once and kept."""
-    rows, batch = task.rows or math.inf, first_stage_batch(task)
-    while_opening = speed.first_stage + batch * speed.picture
-    if seconds < rows / batch * while_opening:
+    while_opening = speed.first_stage + AE_BATCH * speed.picture
+    if seconds < rows / AE_BATCH * while_opening:
         return max(int(seconds / while_opening), 1)
     return int((seconds - rows * speed.picture) / speed.first_stage)
 
