@@ -673,7 +673,9 @@ def test_recipes_are_listed_with_command_and_first_line(monkeypatch, tmp_path):
 
 
 def test_presets_are_listed_with_their_command():
-    assert re.search(r"^kl-f8 +ldm train-ae +\S", ldm("presets").stdout, re.MULTILINE)
+    first, second = ldm("presets").stdout.split("\n\n")
+    assert first.startswith("ldm train-ae\n") and re.search(r"^  kl-f8 +f = 8", first, re.MULTILINE)
+    assert second.startswith("ldm train-ldm\n") and re.search(r"^  cin256 +\S", second, re.MULTILINE)
 
 
 def test_doctor_says_what_the_machine_has():
