@@ -8,6 +8,7 @@ import copy
 import difflib
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Collection
@@ -166,12 +167,12 @@ class ParsedOptions:
                 raise UsageError(f"{long_name(info_of(alias))}: {value!r} is not one of {', '.join(choices)}{hint}")
 
     def check_folders(self) -> None:
-        """UsageError where an option that names a file, a folder or a data set was given an empty text, as by a shell's
-        variable that is not set: it would stand for the current folder."""
+        """UsageError where an option that names a file, a folder, a run or a data set was given an empty text, as by a
+        shell's variable that is not set: it would stand for the current folder, or for what is chosen unasked."""
         named = {
             name
             for alias in self.options.values()
-            if Path in (alias.__origin__, *get_args(alias.__origin__)) or info_of(alias).path == "data.source"
+            if _names_a_place(alias)
             for name in (info_of(alias).default, *(info_of(alias).param_decls or ()))
             if isinstance(name, str)
         }
@@ -180,6 +181,12 @@ class ParsedOptions:
             empty = before if token == "" else flag if sign and not value else ""
             if empty.startswith("-") and {empty, f"--{plain_name(empty.lstrip('-'))}"} & named:
                 raise UsageError(f"{empty}: needs a value; it was given an empty text")
+
+
+def _names_a_place(alias: Any) -> bool:
+    words = set(re.findall("[A-Z]+", info_of(alias).metavar or ""))
+    kinds = (alias.__origin__, *get_args(alias.__origin__))
+    return Path in kinds or bool(words & {"RUN", "DIR", "FILE", "FOLDER"}) or info_of(alias).path == "data.source"
 
 
 def _in_help(value: object) -> str:

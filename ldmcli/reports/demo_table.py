@@ -28,12 +28,12 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
         rows.append([name, *distances])
     heads = [f"{summary.get('n', '')} samples".strip(), "reconstructions", "real images"]
     widths = [max(len(line[k]) for line in [["", *heads], *rows]) for k in range(4)]
-    lines = [
+    table = [
         (" " * widths[0] + "  " + "  ".join(head.rjust(size) for head, size in zip(heads, widths[1:]))),
         *(row[0].ljust(widths[0]) + "  " + "  ".join(c.rjust(w) for c, w in zip(row[1:], widths[1:])) for row in rows),
         "",
-        *(f"{name:<16}{text}" for name, text in _facts(summary, out).items()),
     ]
+    lines = (table if rows else []) + [f"{name:<16}{text}" for name, text in _facts(summary, out).items()]
     return console.clean("\n".join(lines))
 
 

@@ -700,11 +700,23 @@ def test_doctor_says_what_the_machine_has():
         ),
         (["train-ae", "--gpus", "0"], "ldm: --gpus 0: must be at least 1\n"),
         (["runs", "-q", "-v"], "ldm: --quiet and --verbose exclude each other\n"),
+        # of a shell's variable that is not set: it would stand for the current folder, or for the newest run
+        (["train-ae", "--data", ""], "ldm: --data: needs a value; it was given an empty text\n"),
+        (["train-ldm", "--autoencoder="], "ldm: --autoencoder: needs a value; it was given an empty text\n"),
+        (["eval-fid", "--model", ""], "ldm: --model: needs a value; it was given an empty text\n"),
+        (["demo", "-o", ""], "ldm: -o: needs a value; it was given an empty text\n"),
+        (["train-ae", "--output_dir", ""], "ldm: --output_dir: needs a value; it was given an empty text\n"),
+        (["train-ae", "--seed", "-1"], "ldm: train.seed = -1: must not be negative (from --seed)\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(trained, args, line):
     ended = ldm(*args)
     assert (ended.code, ended.stdout, ended.stderr) == (2, "", line)
+
+
+def test_a_folder_of_runs_that_is_not_there_is_named(tmp_path):
+    ended = ldm("runs", tmp_path / "none")
+    assert (ended.code, ended.stdout, ended.stderr) == (3, "", f"ldm: {tmp_path / 'none'}: no such folder\n")
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,12 @@ def test_the_end_of_a_demo_reads_well():
     assert summary_text(SUMMARY, Path("runs/demo")) == SHOWN
 
 
+def test_the_end_of_a_demo_that_measured_nothing_has_no_table():
+    """Of one held-out picture of one's own."""
+    own = {name: SUMMARY[name] for name in ("data", "minutes", "ae_psnr", "seconds")}
+    assert summary_text({**own, "n": 1}, Path("runs/demo")).startswith("autoencoder     33.8 dB")
+
+
 @pytest.mark.parametrize(
     ("warnings", "said"), [(["poor"], "as the warning above says"), (["poor", "few"], "the 2 warn")]
 )

@@ -163,7 +163,8 @@ def spoiled(monkeypatch, steps) -> None:
     monkeypatch.setattr(DiffusionObjective, "batch", batch)
 
 
-OPTIMIZERS = {"adamw": tiny.ADAM, "muon every 2": ("--set", "train.muon_every=2", "--set", "train.muon_iterations=3")}
+MUON = [word for one in ("muon_every=2", "muon_iterations=3", "weight_decay=0.1") for word in ("--set", f"train.{one}")]
+OPTIMIZERS = {"adamw": tiny.ADAM, "muon every 2": MUON}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
