@@ -19,6 +19,7 @@ from ldmcli.conditions.text import Text
 from ldmcli.core import config, console, files, runs
 from ldmcli.core.durations import duration_with_unit
 from ldmcli.core.errors import LdmError, ModelError, UsageError
+from ldmcli.core.launch import world
 from ldmcli.core.outputs import refuse_foreign
 from ldmcli.core.settings import AutoencoderConfig, DataSettings, DiffusionConfig
 from ldmcli.data.rows import evenly_spaced
@@ -86,6 +87,8 @@ def demo(
     """
     if not 0.2 <= minutes < math.inf:
         raise UsageError(f"--minutes {minutes}: a number of minutes is needed, at least 0.2")
+    if (processes := world()[1]) > 1:
+        raise UsageError(f"ldm demo: runs in one process, not in {processes}; `ldm train-ldm` takes several")
     if not runs.is_run(out / "autoencoder"):  # what an earlier demo wrote there is replaced
         refuse_foreign([out / name for name in WRITTEN])
     started = time.monotonic()
@@ -99,8 +102,7 @@ def demo(
     asked = {"data.source": data.source, **base, "condition.kinds": kinds, "preset": preset}
     asked = json.loads(json.dumps(asked, default=str))
     task, folder = Task(minutes=minutes, size=size, preset=preset, asked=asked), runs.RunFolder(out)
-    if console.is_rank_0():
-        folder.acquire()
+    folder.acquire()
     try:
         if not fresh:
             _check_same(task, out)

@@ -331,6 +331,13 @@ def test_minutes_are_a_number_that_is_large_enough(minutes, tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
+def test_several_processes_are_refused_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="runs in one process, not in 2"):
+        demo.demo(DataSettings(), out=tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize("name", ["shapes-mine", "own"])
 @pytest.mark.parametrize("count", [1, 8])
 def test_few_pictures_in_a_folder_of_any_name_are_measured_as_far_as_they_go(
