@@ -417,5 +417,5 @@ def check_name(option: str, name: str) -> None:
     words = first_words()
     if name.split("_")[0] not in ("", *METRICS, *words):
         proper = [*METRICS, *(word for word, metric in words.items() if metric not in words)]
-        hint = config.did_you_mean(difflib.get_close_matches(name, proper, n=1))
+        hint = config.did_you_mean(difflib.get_close_matches(name, proper, n=1)) or f"; there are {', '.join(proper)}"
         raise UsageError(f"{option} {name}: no such metric{hint}")

@@ -392,11 +392,14 @@ def step_document(path: Path) -> dict[str, int]:
     return {} if checkpoint is None else {"step": _step_of(checkpoint)}
 
 
-def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
-    """Runs below `root`, newest last: path, kind, state, step, data, newest and best evaluation, last change."""
+def list_runs(root: Path = Path("runs"), copies: bool = False) -> list[dict[str, Any]]:
+    """Runs below `root`, newest last: path, kind, state, step, data, newest and best evaluation, last change.
+
+    copies: instead the autoencoders inside other runs, which were trained elsewhere."""
     rows = []
     markers = [path for path in files.files_below(root) if path.name == "run.json" and path.is_file()]
-    for marker in sorted(markers, key=lambda path: path.stat().st_mtime):
+    listed = [path for path in markers if _is_copy(path.parent) == copies]
+    for marker in sorted(listed, key=lambda path: path.stat().st_mtime):
         try:
             state = files.read_json(marker)
         except ModelError:
@@ -416,9 +419,15 @@ def list_runs(root: Path = Path("runs")) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_copy(run: Path) -> bool:
+    """Whether a run is the autoencoder of the run around it: no training logged anything in it."""
+    return run.name == "autoencoder" and is_run(run.parent) and not (run / "metrics.jsonl").exists()
+
+
 def newest_run(run_kind: str, root: Path = Path("runs")) -> Path:
-    """The run of `kind` with weights that changed last. Raises ModelError when there is none."""
-    for row in reversed(list_runs(root)):
+    """The run of `kind` with weights that changed last; where there is none the newest copy inside another run. Raises
+    ModelError when there is neither."""
+    for row in [*reversed(list_runs(root)), *reversed(list_runs(root, copies=True))]:
         if row["kind"] == run_kind and (Path(row["path"]) / "model.safetensors").exists():
             return Path(row["path"])
     command = {"autoencoder": "ldm train-ae", "classifier": "ldm train-classifier"}.get(run_kind, "ldm train-ldm")

@@ -74,6 +74,11 @@ def spread(place: int, rows: int, batch: int) -> int:
     return full * steps + (column - full) * (steps - 1) + step
 
 
+def rows_in_an_epoch(rows: "Rows | StreamedRows") -> int:
+    """How many different training rows there are, which `len` does not say of a stream."""
+    return rows.in_an_epoch() if isinstance(rows, StreamedRows) else len(rows)
+
+
 class _Parts:
     """The parts that were read last, each read once however many threads ask."""
 
@@ -131,6 +136,10 @@ class StreamedRows:
 
     def __len__(self) -> int:
         return HEAD_ROWS
+
+    def in_an_epoch(self) -> int:
+        """Rows of the stream; where rows of validation are left out of it, about so many."""
+        return round(self._rows * (1 - self._settings.val_fraction)) if self._divided else self._rows
 
     def _candidates(self, position: int) -> Iterator[tuple[int, Rows, int]]:
         """(how far from its place, rows of a part, number in them) of what may stand at a position, best first."""

@@ -25,6 +25,7 @@ from ldmcli.core.signals import StopRequest
 from ldmcli.core.world import World
 from ldmcli.sampling.contact_sheets import grid, png_bytes
 
+MOST = 1_000_000  # images of a folder: their names have six digits
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 Images = Iterable[tuple[Image.Image, dict[str, np.ndarray]]]
 
@@ -158,9 +159,12 @@ class ImageFolder:
 
 
 def numbered(out: Path, total: int, fmt: str) -> list[Path]:
-    """Paths of the images of a request, in a folder that is made for them. Raises UsageError for another format."""
+    """Paths of the images of a request, in a folder that is made for them. Raises UsageError for another format, and
+    for more images than `MOST`."""
     if fmt not in FORMATS:
         raise UsageError(f"--format {fmt}: choose one of {', '.join(FORMATS)}")
+    if total > MOST:
+        raise UsageError(f"{total:,} images: a folder holds {MOST:,} at most, since names have six digits")
     with files.writing(out):
         out.mkdir(parents=True, exist_ok=True)
     return [out / f"{k:06d}.{fmt}" for k in range(total)]

@@ -36,8 +36,8 @@ def small_set_note(config: DiffusionConfig, rows: int) -> str:
     missing = "" if train.eval_samples else " --set train.eval_samples=256 --set train.evaluations=10"
     missing += "" if train.eval_novelty else " --set train.eval_novelty=true"
     return (
-        f"few pictures ({rows:,}): a model repeats them after a while; to see when, and to keep the best checkpoint "
-        f"from before, add{missing}"
+        f"few pictures ({rows:,}): a model repeats them after a while; `ldm train-ldm` with{missing} shows when, and "
+        "keeps the best checkpoint from before"
     )
 
 

@@ -9,7 +9,7 @@ from ldmcli.data.decode import BadImage
 from ldmcli.data.rows import Room
 from ldmcli.data.shards import first_rows, open_shards
 from ldmcli.data.sources import decode_all, divided, drop_unreadable, held_out, is_shapes, whole_rows
-from ldmcli.data.streaming import StreamedRows
+from ldmcli.data.streaming import StreamedRows, rows_in_an_epoch
 from ldmcli.training.distributed import Distributed
 
 STREAMED_VALIDATION = 512  # rows of validation that a stream gives
@@ -103,7 +103,7 @@ def data_summary(rows, validation, bad, captions: tuple[str, ...] = ()) -> dict[
         **({"captions": list(captions)} if captions else {}),
         "source": rows.source,
         "split": rows.split,
-        "rows": len(rows),
+        "rows": rows_in_an_epoch(rows),
         "validation_rows": len(validation),
         "fingerprint": rows.fingerprint,
         "columns": rows.columns,

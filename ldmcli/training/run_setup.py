@@ -8,6 +8,7 @@ from ldmcli import __version__
 from ldmcli.core import console, files, runs
 from ldmcli.core.config import Config, Resolved, flat, from_toml, to_toml
 from ldmcli.core.errors import ModelError, UsageError
+from ldmcli.data.streaming import rows_in_an_epoch
 from ldmcli.training.best import metric_to_keep
 from ldmcli.training.data import data_summary
 from ldmcli.training.distributed import Distributed
@@ -152,7 +153,7 @@ def log_start(folder: runs.RunFolder, steps: int, dist: Distributed, objective: 
     """Says what is trained, on which data and machine, and from which step of how many."""
     console.say(objective.describe())
     console.say(
-        f"{len(objective.rows):,} rows to train on, {len(objective.validation):,} to validate; "
+        f"{rows_in_an_epoch(objective.rows):,} rows to train on, {len(objective.validation):,} to validate; "
         f"{dist.device.type}, {dist.world_size} process(es), "
         f"{dist.precision}; "
         f"step {step:,} of {steps:,} -> {folder.path}"

@@ -516,6 +516,8 @@ def test_a_missed_limit_ends_with_code_8(measured, limits, code, said):
 def test_a_limit_on_an_unknown_metric_is_refused_before_anything_is_measured(measured):
     ended = ldm("eval-fid", "--model", "runs/a", "--fail-above", "fdi=3")
     assert ended.code == 2 and "--fail-above fdi: no such metric; did you mean fid?" in ended.stderr
+    ended = ldm("eval-fid", "--model", "runs/a", "--fail-above", "sharpness=3")
+    assert ended.code == 2 and "--fail-above sharpness: no such metric; there are fid, " in ended.stderr
     assert measured == []
 
 

@@ -380,3 +380,25 @@ def test_a_folder_that_vanished_meanwhile_is_let_go(tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     run.release()
     assert not (tmp_path / "run").exists()
+
+
+def made_run(path: Path, kind: str, at: int, trained: bool = True) -> None:
+    path.mkdir(parents=True)
+    (path / "model.safetensors").touch()
+    files.write_json(path / "run.json", {"kind": kind, "state": "finished"})
+    if trained:
+        (path / "metrics.jsonl").touch()
+    os.utime(path / "run.json", (at, at))
+
+
+def test_the_autoencoder_inside_a_run_is_no_run_of_its_own(tmp_path):
+    """Else the newest autoencoder would be that of the newest model, though another one was trained meanwhile."""
+    made_run(tmp_path / "model", "diffusion", 4)
+    made_run(tmp_path / "model" / "autoencoder", "autoencoder", 5, trained=False)
+    copy = runs.newest_run("autoencoder", tmp_path)
+    assert copy == tmp_path / "model" / "autoencoder"  # better than none
+    made_run(tmp_path / "demo" / "autoencoder", "autoencoder", 2)
+    made_run(tmp_path / "demo" / "diffusion", "diffusion", 3)
+    listed = [Path(row["path"]).relative_to(tmp_path).as_posix() for row in runs.list_runs(tmp_path)]
+    assert listed == ["demo/autoencoder", "demo/diffusion", "model"]
+    assert runs.newest_run("autoencoder", tmp_path) == tmp_path / "demo" / "autoencoder"

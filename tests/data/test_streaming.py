@@ -14,7 +14,7 @@ from ldmcli.data import readers, rows, shards, streaming
 from ldmcli.data.batches import rank_slice
 from ldmcli.data.shards import HubShards, ParquetShards, first_rows, open_shards
 from ldmcli.data.sources import open_rows
-from ldmcli.data.streaming import StreamedRows, spread, windows_of
+from ldmcli.data.streaming import StreamedRows, rows_in_an_epoch, spread, windows_of
 
 SIZE = (4, 4)
 GROUPS, PER_GROUP = 4, 10  # of a Parquet file
@@ -137,6 +137,7 @@ def test_an_epoch_has_every_row_once_in_a_new_order(data, kind, batch):
     found = [[rows.name(i) for rows, i in map(stream.at, range(e * n, e * n + n))] for e in range(2)]
     assert len(set(found[0])) == len(set(found[1])) == n and set(found[0]) == set(found[1])
     assert found[0] != found[1] != sorted(found[1])
+    assert rows_in_an_epoch(stream) == n  # what a run, its log and its card say of the data
 
 
 @pytest.mark.parametrize("kind", ["held-out", "tar", "loose"])
@@ -147,6 +148,7 @@ def test_rows_of_validation_are_those_of_open_rows_and_never_trained_on(data, ki
     stream = opened(chosen)
     seen = values(stream, range(240))
     assert set(seen) == set(values(train, range(len(train)))) and max(map(seen.count, seen)) <= 6
+    assert rows_in_an_epoch(stream) == 240 * 0.8 == pytest.approx(rows_in_an_epoch(train), rel=0.1)
     found = first_rows(*with_index(chosen), "validation", 512)
     assert values(found, range(len(found))) == values(held_out, range(len(held_out)))
     assert len(first_rows(*with_index(chosen), "validation", 5)) == 5

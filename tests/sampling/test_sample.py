@@ -77,6 +77,12 @@ def test_a_contradicting_objective_or_schedule_is_code_2(v_model, tmp_path, flag
     assert ending.line.startswith("ldm: no such option") and flag[0] in ending.line
 
 
+def test_more_images_than_a_folder_has_names_for_are_refused_at_once(v_model, tmp_path):
+    ending = sample(v_model, tmp_path / "out", "-n", 99_999_999_999, code=2)
+    assert "99,999,999,999 images: a folder holds 1,000,000 at most" in ending.line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 7, 20])
 def test_any_number_of_steps_up_to_all_timesteps_draws(v_model, tmp_path, sampler, steps):
