@@ -194,12 +194,6 @@ def to_x0_eps(prediction: str, output: Tensor, z_t: Tensor, alpha: Scale, sigma:
     raise ValueError(f"no parametrisation {prediction!r}")
 
 
-def convert_prediction(source: str, to: str, output: Tensor, z_t: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
-    """The output that a network of parametrisation `to` would give where one of `source` gives `output`."""
-    x0, eps = to_x0_eps(source, output, z_t, alpha, sigma)
-    return prediction_target(to, x0, eps, alpha, sigma)
-
-
 def loss_weight(name: str, prediction: str, alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
     """Factor of a sample's loss, shape of alpha: 1, or min-SNR-γ (Hang et al. 2023).
 

@@ -201,7 +201,7 @@ def test_outputs_convert_into_each_other(source, to):
     alpha, sigma = alpha_sigma(s, torch.tensor([100.0, 800.0], dtype=torch.float64))
     z_t = alpha[:, None] * x0 + sigma[:, None] * eps
     given, wanted = (schedule.prediction_target(name, x0, eps, alpha, sigma) for name in (source, to))
-    converted = schedule.convert_prediction(source, to, given, z_t, alpha, sigma)
+    converted = schedule.prediction_target(to, *schedule.to_x0_eps(source, given, z_t, alpha, sigma), alpha, sigma)
     torch.testing.assert_close(converted, wanted, rtol=1e-9, atol=1e-10)
 
 
