@@ -1,7 +1,13 @@
 """Tokens made by an encoder that is not part of the model."""
 
-from ldmcli.conditions.condition import Condition
+from typing import TYPE_CHECKING, NoReturn
+
+from ldmcli.conditions.condition import Condition, View
+from ldmcli.core.errors import UsageError
 from ldmcli.networks.conditioners import PrecomputedTokens
+
+if TYPE_CHECKING:
+    from ldmcli.conditions.dataset import ConditionDataset
 
 
 class Tokens(Condition):
@@ -11,3 +17,7 @@ class Tokens(Condition):
     option = "context"
     user_given = False
     missing = "this model reads tokens of an encoder that it does not carry; use sample_latents(context=…)"
+
+    def from_row(self, dataset: "ConditionDataset", view: View) -> NoReturn:
+        """Nothing of a row stands for them."""
+        raise UsageError(f"{self.missing} from Python, and measure its pictures with --images")

@@ -286,10 +286,15 @@ class PrecomputedTokens(Conditioner):
 
     def __init__(self, settings: ConditionSettings, spec: dict[str, Any], tokenizer=None):
         super().__init__()
+        self.width = settings.context_dim
 
     def prepare(self, tokens: list[Tensor]) -> dict[str, Tensor]:
         """Tokens of one length -> {"tokens": (n, M, d)}."""
         return {"tokens": torch.stack(tokens)}
+
+    def example(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """As many tokens as of the longest caption: the encoder's own number is not known."""
+        return {"tokens": torch.zeros(1, MAX_TEXT_LENGTH, self.width)}
 
     def forward(self, inputs: dict[str, Tensor]) -> Conditioning:
         return Conditioning(context=inputs["tokens"])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmcli.core.errors import UsageError
+from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import AutoencoderConfig, AutoencoderSettings
 from ldmcli.data.arrays import latents, to_pixels
 from ldmcli.networks.autoencoder import Autoencoder, posterior_sample, split_moments
@@ -69,11 +69,22 @@ class LoadedAutoencoder:
     def _is_kl(self) -> bool:
         return not self.network.is_vq and not self.network.is_identity
 
+    def check_channels(self) -> None:
+        """Raises ModelError where the latents are those of a diffusion model that came without its first stage: pixels
+        have other channels."""
+        channels = len(self.scale.std)
+        if channels != self.network.latent_channels:
+            raise ModelError(
+                f"this network denoises {channels} channels and came without the first stage that makes pictures of "
+                "them; load it from a folder that has both (unet/ and vae/ or vqvae/)"
+            )
+
     @torch.no_grad()
     def encode(self, x: Any, sample: bool | torch.Generator = False) -> Tensor:
         """Images (as `arrays.to_pixels` takes them) -> normalised latents (B, c, h, w): the mode, or with `sample`
         (True or a generator) a draw. Raises InputError for what is no picture, UsageError for sides that f does not
-        divide."""
+        divide, ModelError as `check_channels`."""
+        self.check_channels()
         moments = self.network.moments(self._pixels(x)).float()
         return self.scale.normalise(self._draw(moments, sample))
 
@@ -96,7 +107,8 @@ class LoadedAutoencoder:
     @torch.no_grad()
     def decode(self, z: Any) -> Tensor:
         """Normalised latents (B, c, h, w) -> pixels (B, 3, H, W), about [-1, 1], not clamped. Raises UsageError for
-        another shape, InputError for NaN."""
+        another shape, InputError for NaN, ModelError as `check_channels`."""
+        self.check_channels()
         return self.network.decode(self.scale.restore(self._latents(z))).float()
 
     @torch.no_grad()

@@ -175,7 +175,9 @@ class TrainedDiffusion:
         return whole
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
-        """(c, h, w) for an image size in pixels (None: as trained). Raises UsageError, naming the nearest sizes."""
+        """(c, h, w) for an image size in pixels (None: as trained). Raises UsageError, naming the nearest sizes, and
+        ModelError where the first stage is missing (`LoadedAutoencoder.check_channels`)."""
+        self.autoencoder.check_channels()
         if size is None:
             return self.network.latent_shape
         factor = self.size_multiple
