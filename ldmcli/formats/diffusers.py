@@ -13,6 +13,7 @@ from torch import Tensor
 from ldmcli.core import files
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import (
+    AutoencoderSettings,
     ConditionSettings,
     DataSettings,
     DiffusionConfig,
@@ -289,7 +290,8 @@ def _single(bundle: DiffusionBundle) -> bool:
     if bundle.config.distill.calls:  # alone it would not say how it samples
         return False
     plain_class = bundle.config.kinds == ("class",) and not bundle.config.diffusion.vector_mlp
-    return bundle.autoencoder is None and (plain_class or bundle.config.kinds == ("tokens",))
+    of_latents = not bundle.config.kinds and bundle.latent_shape[0] != AutoencoderSettings().in_channels
+    return bundle.autoencoder is None and (plain_class or of_latents or bundle.config.kinds == ("tokens",))
 
 
 def _context_dim(bundle: DiffusionBundle) -> int | None:

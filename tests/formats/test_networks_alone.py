@@ -68,3 +68,12 @@ def test_the_cost_of_tokens_is_that_of_the_longest_caption(networks):
     assert example["tokens.tokens"].shape == (1, 77, model.conditions.context_dim)
     with pytest.raises(ModelError, match=NO_STAGE):
         model.autoencoder.decode(example["tokens.tokens"].new_zeros(1, 4, 16, 16))
+
+
+@pytest.mark.parametrize("name", ["latents", "tokens"])
+def test_such_a_network_goes_back_alone(networks, tmp_path, name):
+    """A pipeline would ask it for pictures."""
+    assert ldm("convert", networks[name], tmp_path / "out", "--to", "diffusers").code == 0
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "model_index.json").exists()
+    one, other = ldmcli.load(networks[name]), ldmcli.load(tmp_path / "out")
+    assert one.fingerprint == other.fingerprint
