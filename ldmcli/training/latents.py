@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ldmcli.core import console
-from ldmcli.core.errors import ModelError
 from ldmcli.core.launch import local_processes
 from ldmcli.core.settings import DataSettings, TrainSettings
 from ldmcli.data import cache
@@ -174,15 +173,11 @@ class LatentStore:
         self.cache = store
 
     def fit_scale(self, rows: Any, kind: str, stored: dict[str, Any]) -> None:
-        """Takes the scale from `stored`, stats.json of an earlier start of this run, or measures it on `rows`."""
+        """Takes the scale from `stored`, stats.json of an earlier start of this run, or measures it on `rows`. Raises
+        ModelError for that of a model whose first stage is missing."""
         if stored:
-            channels = len(stored["latent_scale"]["mean"])
-            if channels != self.shape[0]:
-                raise ModelError(
-                    f"--autoencoder: gives latents of {self.shape[0]} channels, and the model has {channels}; name the "
-                    "first stage that the model was trained with"
-                )
             self.scale, self.scale_images = read_scale(stored, self.shape[0]), stored["latent_scale"].get("images")
+            self.autoencoder_in_use.check_channels()
             return
         count = self.scale_images = min(len(rows), CACHED_SCALE_ROWS if self.cache else SCALE_ROWS)
 

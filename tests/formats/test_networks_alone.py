@@ -49,10 +49,7 @@ COMMANDS = {
 def test_a_network_of_latents_makes_no_pictures_without_its_first_stage(networks, tmp_path, command, photo):
     more = () if command in ("eval-fid", "bench") else ("--out", tmp_path / "out")
     ending = ldm(*COMMANDS[command](networks["latents"], photo), *more)
-    told = (
-        "gives latents of 3 channels, and the model has 4" if command in ("train-classifier", "distill") else NO_STAGE
-    )
-    assert ending.code == 4 and told in ending.line, ending.stderr
+    assert ending.code == 4 and NO_STAGE in ending.line, ending.stderr
 
 
 @pytest.mark.parametrize("command", ["sample", "inpaint", "eval-fid"])
