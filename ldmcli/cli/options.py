@@ -17,11 +17,12 @@ from ldmcli.cli.parsing import (
     ParsedOptions,
     Text,
     flag,
+    guidance_of,
+    interval_of,
     option,
     setting,
     switch,
 )
-from ldmcli.core.errors import UsageError
 from ldmcli.core.settings import GUIDE_METRICS, GUIDE_RULES
 from ldmcli.core.train_settings import MIXED_PRECISION
 from ldmcli.diffusion.samplers import SAMPLERS
@@ -225,6 +226,14 @@ GuidanceInterval = _sampling(
 Sampler = _sampling(
     Text, "--sampler", SAMPLERS, "How to go from noise to image.", default="the run's setting, else dpm++"
 )
+Autoguidance = _sampling(
+    float | None,
+    "--autoguidance",
+    "SCALE",
+    "How far from the guiding model that a run with train.guide_at keeps; 1 = not at all.",
+    min=0,
+    default="the run's setting, else 1",
+)
 Eta = _sampling(
     float | None,
     "--eta",
@@ -405,6 +414,7 @@ DRAWING = {
     "steps": SampleSteps,
     "guidance": Guidance,
     "guidance_interval": GuidanceInterval,
+    "autoguidance": Autoguidance,
     "sampler": Sampler,
     "eta": Eta,
     "temperature": Temperature,
@@ -416,35 +426,6 @@ DRAWING = {
 
 def sampling_of(given: ParsedOptions) -> dict[str, Any]:
     """What the options of `DRAWING` say of sampling, by the names of `SampleSettings`; None where they say nothing."""
-    plain = {name: getattr(given, name) for name in ("steps", "sampler", "eta", "temperature", "spacing")}
+    names = ("steps", "autoguidance", "sampler", "eta", "temperature", "spacing")
+    plain = {name: getattr(given, name) for name in names}
     return {**plain, "guidance": guidance_of(given.guidance), "guidance_interval": interval_of(given.guidance_interval)}
-
-
-def guidance_of(text: str | None) -> float | dict[str, float] | None:
-    """One scale, or a scale a condition: "3" or "text=3,map=1.5". Raises UsageError."""
-    if text is None:
-        return None
-    try:
-        if "=" not in text:
-            scales = {"": float(text)}
-        else:
-            pairs = [part.partition("=") for part in text.split(",")]
-            scales = {name.strip(): float(scale) for name, _, scale in pairs}
-    except ValueError:
-        scales = {"": -1.0}
-    if not all(0 <= scale < float("inf") for scale in scales.values()):
-        raise UsageError(f"--guidance: {text!r} is no scale from 0 on, nor scales by condition as text=3,map=1.5")
-    return scales.get("", scales)
-
-
-def interval_of(text: str | None) -> tuple[float, float] | None:
-    """Two rising shares, "0.2,0.8". Raises UsageError."""
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not 0 <= low < high <= 1:
-        raise UsageError(f"--guidance-interval: {text!r} is not two shares, as 0.2,0.8")
-    return low, high

@@ -243,3 +243,33 @@ def _signature(options: dict[str, Any]) -> inspect.Signature:
             ),
         ]
     )
+
+
+def guidance_of(text: str | None) -> float | dict[str, float] | None:
+    """One scale, or a scale a condition: "3" or "text=3,map=1.5". Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            scales = {"": float(text)}
+        else:
+            pairs = [part.partition("=") for part in text.split(",")]
+            scales = {name.strip(): float(scale) for name, _, scale in pairs}
+    except ValueError:
+        scales = {"": -1.0}
+    if not all(0 <= scale < float("inf") for scale in scales.values()):
+        raise UsageError(f"--guidance: {text!r} is no scale from 0 on, nor scales by condition as text=3,map=1.5")
+    return scales.get("", scales)
+
+
+def interval_of(text: str | None) -> tuple[float, float] | None:
+    """Two rising shares, "0.2,0.8". Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise UsageError(f"--guidance-interval: {text!r} is not two shares, as 0.2,0.8")
+    return low, high

@@ -11,7 +11,18 @@ from typing import Any
 import typer
 
 from ldmcli.cli import options as opt
-from ldmcli.cli.parsing import DATA, MODEL, TRAINING, ParsedOptions, Text, argument, command, option, setting
+from ldmcli.cli.parsing import (
+    DATA,
+    MODEL,
+    TRAINING,
+    ParsedOptions,
+    Text,
+    argument,
+    command,
+    guidance_of,
+    option,
+    setting,
+)
 from ldmcli.core import config, console, launch
 from ldmcli.core.errors import DivergedError, Interrupted, ModelError, UsageError
 from ldmcli.core.settings import PROCESS, AutoencoderConfig, ClassifierConfig, DiffusionConfig
@@ -156,7 +167,7 @@ def distill(given: ParsedOptions) -> None:
     """
     from ldmcli.training.distillation import student_settings
 
-    scale = opt.guidance_of(given.guidance)
+    scale = guidance_of(given.guidance)
     if isinstance(scale, dict):
         raise UsageError("--guidance: one scale, of all conditions together, is baked in; give a number")
     lowest: list[config.Layer] = [

@@ -29,6 +29,7 @@ _WRITTEN = re.compile(
         [
             _PART,
             rf"autoencoder/{_PART}",
+            r"guiding\.safetensors",
             r"metrics\.jsonl",
             r"bad-batch\.json",
             r"\.lock(-owner)?",

@@ -296,6 +296,9 @@ class SampleSettings:
     steps: int = 20  # sampling steps
     guidance: float = 2.0  # scale of classifier-free guidance, 1 = off (docs/experiments.md)
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the noise range (0 = clean) in which guidance acts
+    # scale by which samples, but for those of train.eval_samples, are led away from the run's guiding model
+    # (train.guide_at); 1 = off
+    autoguidance: float = 1.0
     eta: float = 0.0  # ddim: fresh noise a step, 0 (none) … 1 (ancestral)
     temperature: float = 1.0  # factor of all noise; below 1 samples are calmer and less diverse
     spacing: str = ""  # "" = linspace for eps/v/x0, uniform for flow; "original" = the subset of the original DDIM code
@@ -303,7 +306,7 @@ class SampleSettings:
     prompts: tuple[str, ...] = ()  # of the preview grid; () = captions of validation rows
 
     def __post_init__(self):
-        at_least("sample", 0, self, "eta", "temperature", "n")
+        at_least("sample", 0, self, "autoguidance", "eta", "temperature", "n")
 
 
 # how a distilled model samples, in as many steps as it has calls: it knows no other levels
@@ -316,11 +319,12 @@ class DistillSettings:
 
     calls: int = 0  # network calls an image; 0 = an ordinary model, of as many steps as sampling says
     guidance: float = 1.0  # scale of the teacher's classifier-free guidance, which is baked in: it takes no second call
+    autoguidance: float = 1.0  # … of the teacher's guidance by its guiding model, baked in likewise
     teacher_steps: int = 8  # second-order steps of the teacher from noise to image, rounded up to a multiple of calls
     teacher: str = ""  # content hash of the teacher's weights
 
     def __post_init__(self):
-        at_least("distill", 0, self, "calls", "guidance")
+        at_least("distill", 0, self, "calls", "guidance", "autoguidance")
         at_least("distill", 1, self, "teacher_steps")
 
 

@@ -41,6 +41,9 @@ class TrainSettings:
     ema: bool = True  # keep an average of the weights, for use
     ema_decay: float = 0.9999  # the rate in effect is min(ema_decay, (1 + n) / (10 + n))
     ema_scope: str = "all"  # all | unet (the original averages the UNet only)
+    # train-ldm: share of the run's steps or minutes after which the weights for use, as they are then, are kept as the
+    # guiding model of sample.autoguidance; 0 = none
+    guide_at: float = 0.0
     seed: int = 0
     mixed_precision: str = "auto"  # auto | no | bf16 | fp16
     compile: bool = False
@@ -108,6 +111,8 @@ class TrainSettings:
         share("train", self, "ema_decay", "muon_momentum")
         if self.half_batch_steps and self.batch_size < 2:
             raise UsageError("train.half_batch_steps: a batch_size of 1 has no half; leave it at 0")
+        if not 0 <= self.guide_at < 1:
+            raise UsageError(f"train.guide_at = {self.guide_at:g}: a share from 0 on, below 1")
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"train.cooldown = {self.cooldown}: a share between 0 and 1")
         if self.shard and self.optimizer != "adamw":

@@ -11,6 +11,13 @@ It follows from p(z, y₁, y₂) = p(z) p(y₁|z) p(y₂|z, y₁) with each like
 factor is the difference of two neighbours on that path. With equal scales it is the first line; with two conditions,
 planes before words, it is the rule of InstructPix2Pix (Brooks et al. 2023). Conditions without a scale of their own are
 always there, as are the planes of a task.
+
+Autoguidance (Karras et al. 2024) leads away from a guiding model, a worse version of the model with the same
+conditions, as it was early in its training:
+
+    ε̂ = ε₀(y) + w (ε(y) − ε₀(y)).
+
+Where classifier-free guidance acts, too, its ε̂ stands in place of ε(y).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -132,7 +139,7 @@ def denoiser(
 
     Samples of one call may stand at levels of their own: t is (B,) then, and α and σ are (B,) or (B, 1, 1, 1).
     """
-    last, given = schedule.num_timesteps - 1, path.conditionings[-1]
+    given, acts = path.conditionings[-1], _acts(schedule, interval)
     weighted = [(weight, one) for weight, one in zip(path.weights(), path.conditionings) if weight != 0]
 
     kept, together = KeptKeys(), cache(lambda: _stacked([one for _, one in weighted]))
@@ -158,11 +165,42 @@ def denoiser(
         if isinstance(t, Tensor):
             if interval == (0.0, 1.0):
                 return inside(z, t)
-            within = (t >= interval[0] * last) & (t <= interval[1] * last)
-            return torch.where(within.reshape(-1, 1, 1, 1), inside(z, t), output(z, t, 1, given)[0])
-        return inside(z, t) if interval[0] <= t / last <= interval[1] else output(z, t, 1, given)[0]
+            return torch.where(acts(t).reshape(-1, 1, 1, 1), inside(z, t), output(z, t, 1, given)[0])
+        return inside(z, t) if acts(t) else output(z, t, 1, given)[0]
 
     def denoise(z: Tensor, t: Any, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
         return to_x0_eps(schedule.prediction, guided(z, t), z, alpha, sigma)
 
     return denoise
+
+
+def autoguided(
+    denoise: Denoise, guiding: Denoise, schedule: Schedule, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+) -> Denoise:
+    """`denoise` led away from `guiding` by `scale` (1 = not at all), both (z, t, α, σ) -> (x0, ε) as `denoiser` makes
+    them. Outside `interval` of t / (T − 1) it is `denoise` alone."""
+    acts = _acts(schedule, interval)
+
+    def led(z: Tensor, t: Any, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
+        found = denoise(z, t, alpha, sigma)
+        if not isinstance(t, Tensor) and not acts(t):
+            return found
+        more: Any = scale - 1
+        if isinstance(t, Tensor):
+            more = more * acts(t).reshape(-1, 1, 1, 1).to(z.dtype)
+        x0, eps = (own + more * (own - other) for own, other in zip(found, guiding(z, t, alpha, sigma)))
+        return x0, eps
+
+    return led
+
+
+def _acts(schedule: Schedule, interval: tuple[float, float]) -> Callable[[Any], Any]:
+    """t -> whether guidance acts there, of a number or of (B,) of them."""
+    last = schedule.num_timesteps - 1
+
+    def acts(t: Any) -> Any:
+        if isinstance(t, Tensor):
+            return (t >= interval[0] * last) & (t <= interval[1] * last)
+        return interval[0] <= t / last <= interval[1]
+
+    return acts

@@ -10,7 +10,7 @@ from torch import Tensor
 from ldmcli.core.console import warn_once
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import FEW_CALLS, DistillSettings, SampleSettings
-from ldmcli.diffusion.guidance import GuidancePath, Predict, denoiser, guidance_path
+from ldmcli.diffusion.guidance import GuidancePath, Predict, autoguided, denoiser, guidance_path
 from ldmcli.diffusion.samplers import SAMPLERS, Denoise, repaint, takes_eta
 from ldmcli.diffusion.schedule import NoiseLevels, Schedule, q_sample, sampling_levels
 from ldmcli.diffusion.tiling import tiled_predict
@@ -72,7 +72,7 @@ def check_sampling(settings: SampleSettings, schedule: Schedule, distilled: Dist
     scales = settings.guidance.values() if isinstance(settings.guidance, Mapping) else (settings.guidance,)
     if any(scale != 1 for scale in scales):
         raise UsageError(f"--guidance: {few}, with guidance {distilled.guidance:g} baked in; leave it out")
-    for name, known in {"steps": distilled.calls, **FEW_CALLS}.items():
+    for name, known in {"steps": distilled.calls, "autoguidance": 1.0, **FEW_CALLS}.items():
         if (value := getattr(settings, name)) != known:
             raise UsageError(f"--{name} {value}: {few} of {FEW_CALLS['sampler']}; leave it out")
 
@@ -106,6 +106,7 @@ def sample_conditioned(
     init: InitLatents | None = None,
     known: KnownRegion | None = None,
     guide: Guide | None = None,
+    guiding: DiffusionModel | None = None,
     tile: int = 0,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -113,16 +114,37 @@ def sample_conditioned(
 
     inputs: prepared conditions, a row a sample; negative: what takes the place of their null, or of a part of it.
     encode: the first stage's encoder, for conditions that are images. shape: (c, h, w), None = as trained. guide: a
-    denoiser to a denoiser (`gradient_guidance`). tile: latent positions a side above which the network sees overlapping
-    tiles; 0 = all at once. callback(i, z, x0): after each step. Raises ModelError where the model gives NaN or Inf.
+    denoiser to a denoiser (`gradient_guidance`); guiding: the worse model of settings.autoguidance. tile: latent
+    positions a side above which the networks see overlapping tiles; 0 = all at once. callback(i, z, x0): after each
+    step. Raises ModelError where the model gives NaN or Inf.
     """
     device, shape = next(model.parameters()).device, shape or model.latent_shape
     inputs = {name: tensor.to(device) for name, tensor in (inputs or {}).items()}
     path = guidance_path(model, settings.guidance, inputs, negative, len(ids), shape[1:], encode)
-    predict = tiled_predict(model.predict, tile, model.unet.size_factor) if tile else model.predict
-    noise = KeyedNoise(seed, ids, shape, device)
+
+    def predict_of(network: DiffusionModel) -> Predict:
+        return tiled_predict(network.predict, tile, network.unet.size_factor) if tile else network.predict
+
+    led = guide
+    if settings.autoguidance != 1 and guiding is not None:
+        given = guidance_path(guiding, 1.0, inputs, None, len(ids), shape[1:], encode)
+        worse = denoiser(predict_of(guiding), schedule, given)
+
+        def led(denoise: Denoise) -> Denoise:
+            better = autoguided(denoise, worse, schedule, settings.autoguidance, settings.guidance_interval)
+            return guide(better) if guide else better
+
     return sample_latents(
-        predict, schedule, settings, path, noise, ids=ids, init=init, known=known, guide=guide, callback=callback
+        predict_of(model),
+        schedule,
+        settings,
+        path,
+        KeyedNoise(seed, ids, shape, device),
+        ids=ids,
+        init=init,
+        known=known,
+        guide=led,
+        callback=callback,
     )
 
 

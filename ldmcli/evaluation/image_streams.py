@@ -410,4 +410,5 @@ def sampling_protocol(model, draw: dict[str, Any]) -> dict[str, Any]:
     named |= stated_distillation(model.config.distill)
     if not takes_eta(chosen["sampler"]):
         chosen["eta"] = 0.0
-    return {key: chosen[key] for key in SAMPLING} | {"seed": draw["seed"]} | named
+    used = {key: chosen[key] for key in SAMPLING if (key, chosen[key]) != ("autoguidance", 1.0)}
+    return used | {"seed": draw["seed"]} | named

@@ -77,6 +77,7 @@ class EvaluationRequest:
     steps: int | None = None
     guidance: float | Mapping[str, float] | None = None  # one scale, or one a condition
     guidance_interval: tuple[float, float] | None = None
+    autoguidance: float | None = None  # scale against the guiding model
     sampler: str | None = None
     eta: float | None = None
     temperature: float | None = None

@@ -37,7 +37,8 @@ class DiffusionBundle:
     `conditions.entries.KIND.…`).
 
     autoencoder: None for pixel space; latent_shape: (c, h, w) at the training size; specs: of each condition as
-    stats.json keeps them; tokenizer: a folder, None where the model takes no text or its vocabulary is not at hand.
+    stats.json keeps them; tokenizer: a folder, None where the model takes no text or its vocabulary is not at hand;
+    guiding: the file with the weights of a guiding model, for autoguidance.
     """
 
     config: DiffusionConfig
@@ -50,6 +51,7 @@ class DiffusionBundle:
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
     trained_against: list[dict[str, str]] | None = None
+    guiding: Path | None = None
 
 
 @dataclass

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ldmcli.core import files, runs
 from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.outputs import card_is_models, marked
 from ldmcli.formats import compvis_write, diffusers, run_folder
-from ldmcli.formats.bundle import AutoencoderBundle, Bundle, Reading
+from ldmcli.formats.bundle import AutoencoderBundle, Bundle, DiffusionBundle, Reading
 from ldmcli.formats.open_model import format_of, read
 
 # files of models of diffusers and transformers, and of the tokenizers beside them
@@ -40,8 +41,9 @@ def convert(
     bundle = read(source, reading or Reading())
     if to == "compvis" and (reason := compvis_write.why_not(bundle)):
         raise ModelError(f"{source}: not a model that the code of latent-diffusion can build: {reason}")
+    bundle, left_out = (bundle, []) if to == "run" else _without_guiding(bundle)
     with _staged(target) as place:
-        notes = _write(bundle, place, to, source, source_format)
+        notes = left_out + _write(bundle, place, to, source, source_format)
     return _description(bundle) | {
         "source": str(source),
         "format": source_format,
@@ -49,6 +51,15 @@ def convert(
         "to": to,
         "notes": [*bundle.notes, *notes],
     }
+
+
+def _without_guiding(bundle: Bundle) -> tuple[Bundle, list[str]]:
+    """The bundle as other formats hold it, and what has to be said of that."""
+    if not isinstance(bundle, DiffusionBundle) or bundle.guiding is None:
+        return bundle, []
+    config = bundle.config
+    bundle = replace(bundle, guiding=None, config=replace(config, sample=replace(config.sample, autoguidance=1.0)))
+    return bundle, ["its guiding model is left out, so that pictures there are drawn without autoguidance"]
 
 
 def _write(bundle: Bundle, place: Path, to: str, source: Path, source_format: str) -> list[str]:

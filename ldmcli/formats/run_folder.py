@@ -19,6 +19,7 @@ from ldmcli.formats.packed_weights import PACKED, pack, unpack
 from ldmcli.networks.latent_scale import LatentScale
 
 WEIGHTS = "model.safetensors"
+GUIDING = "guiding.safetensors"  # the weights for use as they were early in the training, for autoguidance
 TEACHERS = "trained_against"  # in the metadata of weights
 
 
@@ -55,7 +56,19 @@ def read(path: Path, weights: str = "ema") -> Bundle:
         _notes(path),
         metadata.get("content_sha256", ""),
         _teachers(metadata),
+        guiding_weights(path),
     )
+
+
+def guiding_weights(run: Path) -> Path | None:
+    """The file of a run's guiding model (train.guide_at); None where it has none."""
+    return run / GUIDING if (run / GUIDING).is_file() else None
+
+
+def read_guiding(path: Path) -> dict[str, Tensor]:
+    """The weights in the file of a guiding model, packed ones as float32. Raises ModelError."""
+    tensors, metadata = files.load_tensors(path)
+    return unpack(tensors) if metadata.get(PACKED) else tensors
 
 
 def read_weights(path: Path, network: str, weights: str = "ema") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -255,13 +268,15 @@ def _write_diffusion(bundle: DiffusionBundle, path: Path, packed: str) -> str:
             "autoencoder": own,
         },
     )
+    if bundle.guiding is not None:
+        _save(path, read_guiding(bundle.guiding), {}, packed, GUIDING)
     return _save(path, bundle.tensors, _metadata(bundle), packed)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], packed: str) -> str:
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], packed: str, name: str = WEIGHTS) -> str:
     if packed:
-        tensors, metadata = pack(tensors, packed, str(path / WEIGHTS)), {**metadata, PACKED: packed}
-    return files.save_tensors(path / WEIGHTS, dict(tensors), metadata)
+        tensors, metadata = pack(tensors, packed, str(path / name)), {**metadata, PACKED: packed}
+    return files.save_tensors(path / name, dict(tensors), metadata)
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:

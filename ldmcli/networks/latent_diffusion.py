@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ldmcli.core.settings import ConditionSettings, DiffusionSettings
 from ldmcli.networks.conditioners import Conditioning, Conditions
 from ldmcli.networks.conditioning import Encode
+from ldmcli.networks.meta_device import on_meta_device
 from ldmcli.networks.unet import UNet
 
 
@@ -40,6 +41,7 @@ class DiffusionModel(nn.Module):
         kinds: Sequence[str] | None = None,
     ):
         super().__init__()
+        self._made_of = (settings, condition, specs, tokenizer, latent_shape, kinds)
         self.settings, self.latent_shape = settings, latent_shape
         self.conditions = Conditions(condition.kinds if kinds is None else kinds, condition, specs, tokenizer)
         channels, height, width = latent_shape
@@ -51,6 +53,12 @@ class DiffusionModel(nn.Module):
             vector_dim=self.conditions.vector_dim,
             sample_size=(height, width),
         )
+
+    def another(self) -> "DiffusionModel":
+        """A network of the same make, whose weights are still to be loaded (`strict_load`)."""
+        # a frozen text encoder brings weights along that the meta device would lose
+        with on_meta_device() if self._made_of[1].text_encoder == "joint" else torch.device("cpu"):
+            return DiffusionModel(*self._made_of)
 
     def embed(
         self, inputs: Mapping[str, Tensor] | None, size: tuple[int, int] | None = None, encode: Encode | None = None

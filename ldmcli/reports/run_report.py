@@ -135,7 +135,9 @@ def distillation(run: RunView) -> str:
     """What a distilled model is, and of what teacher; "" of all others."""
     if run.diffusion is None or not (few := run.diffusion.distill).calls:
         return ""
-    baked = f"guidance {few.guidance:g} of the teacher baked in, " if few.guidance != 1 else ""
+    scales = {"guidance": few.guidance, "autoguidance": few.autoguidance}
+    named = " and ".join(f"{name} {scale:g}" for name, scale in scales.items() if scale != 1)
+    baked = f"{named} of the teacher baked in, " if named else ""
     return f"{few.calls} calls, {baked}{DISTILLED_BY}; teacher {few.teacher[:16]}"
 
 

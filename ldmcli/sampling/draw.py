@@ -1,7 +1,7 @@
 """One draw, for samples, edits, previews and evaluation alike: from conditions and noise to images."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -93,9 +93,13 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
         settings = replace(settings, guidance=1.0)  # no values are given, so there is nothing to lead to
     check_sampling(settings, model.schedule, model.config.distill)
     _warn_of_guidance(model, settings, draw.negative_prompt)
-    # with a guide there are gradients, and weights that can get them would be part of its graph
-    casts = nullcontext() if model.autoencoder.dtype is None or draw.guides else cast_once(model.network)
-    with model.autoencoder.autocast(), casts:
+    guiding = model.guiding if settings.autoguidance != 1 else None
+    with ExitStack() as casts:
+        casts.enter_context(model.autoencoder.autocast())
+        # with a guide there are gradients, and weights that can get them would be part of its graph
+        if model.autoencoder.dtype is not None and not draw.guides:
+            for network in (model.network, guiding):
+                casts.enter_context(cast_once(network) if network is not None else nullcontext())
         return sample_conditioned(
             model.network,
             model.schedule,
@@ -109,6 +113,7 @@ def draw_latents(model: TrainedDiffusion, draw: Draw) -> Tensor:
             init=draw.init,
             known=draw.known,
             guide=draw.guides,
+            guiding=guiding,
             tile=draw.tile,
             callback=draw.callback,
         )

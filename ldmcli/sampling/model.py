@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from ldmcli.data.arrays import batch_of, floats, latents
 from ldmcli.diffusion.guidance import GuidancePath
 from ldmcli.diffusion.sample import KeyedNoise, sample_latents, with_overrides
 from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.formats.bundle import strict_load
+from ldmcli.formats.run_folder import read_guiding
 from ldmcli.maths import rng
 from ldmcli.networks.conditioners import Conditioning, Conditions
 from ldmcli.networks.latent_diffusion import DiffusionModel
@@ -36,6 +40,8 @@ class TrainedDiffusion:
     ):
         self.network, self.autoencoder, self.config, self.fingerprint = network, autoencoder, config, fingerprint
         self.schedule = make_schedule(config.diffusion)
+        self._guiding: Path | None = None
+        self._compiled = False
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +57,29 @@ class TrainedDiffusion:
         """Compiles UNet and first stage when they are first used at a size."""
         self.network.unet.compile(dynamic=False)
         self.autoencoder.compile()
+        self._compiled = True
+
+    def lead_by(self, guiding: Path | None) -> None:
+        """Takes the weights of its guiding model from this file; without one samples have no autoguidance."""
+        self._guiding = guiding
+        if guiding is None:
+            self.config = replace(self.config, sample=replace(self.config.sample, autoguidance=1.0))
+
+    @cached_property
+    def guiding(self) -> DiffusionModel:
+        """The model that autoguidance leads away from: this one, as it was early in its training. It is read when it is
+        first used. Raises ModelError where the file is damaged, UsageError where there is none."""
+        if self._guiding is None:
+            raise UsageError(
+                "--autoguidance: this model has no guiding model to be led away from; a training keeps one with "
+                "--set train.guide_at=0.25"
+            )
+        network = self.network.another()
+        strict_load(network, read_guiding(self._guiding), self._guiding)
+        network.eval().requires_grad_(False).to(self.device)
+        if self._compiled:
+            network.unet.compile(dynamic=False)
+        return network
 
     @property
     def conditions(self) -> Conditions:
@@ -212,6 +241,8 @@ class TrainedDiffusion:
         noise(i): what step i adds where it adds some, instead of numbers from `seed`; before_step(i, z): what step i
         starts from (`diffusion.sample.replace_known_region` makes one that keeps a region).
         """
+        if settings.get("autoguidance") not in (None, 1):
+            raise UsageError("autoguidance: `sample` takes it; what is given here is of this model's conditions alone")
         chosen = with_overrides(self.config.sample, **settings)
         if context is None and uncond is None and "guidance" not in settings:
             chosen = replace(chosen, guidance=1.0)

@@ -11,7 +11,7 @@ from ldmcli.diffusion.samplers import takes_eta
 # of a field that came later: where it says nothing, text and document of a request are as they were without it
 LATER = {"later": True}
 # settings of [sample] that a request can set for itself, and those of them that files beside pictures always name
-SAMPLING = ("sampler", "steps", "guidance", "guidance_interval", "eta", "temperature", "spacing")
+SAMPLING = ("sampler", "steps", "guidance", "guidance_interval", "autoguidance", "eta", "temperature", "spacing")
 DISTILLED_BY = "progressive distillation of guided steps (arXiv 2202.00512, 2210.03142)"
 NAMED = ("sampler", "steps", "guidance", "eta", "temperature")
 
@@ -47,6 +47,7 @@ class SampleRequest:
     spacing: str | None = None
     classifier: Path | None = field(default=None, repr=False, metadata=LATER)  # a run that leads to classes, and …
     classifier_scale: float = field(default=1.0, repr=False, metadata=LATER)  # … how far
+    autoguidance: float | None = field(default=None, repr=False, metadata=LATER)  # scale against the guiding model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class EditRequest:
     spacing: str | None = None
     batch_size: int | None = None
     weights: str = "ema"  # ema | raw
+    autoguidance: float | None = field(default=None, repr=False, metadata=LATER)
 
 
 def named_files(request: SampleRequest | EditRequest) -> list[Path]:
@@ -123,11 +125,13 @@ def stated_distillation(settings: DistillSettings) -> dict[str, Any]:
     if not settings.calls:
         return {}
     stated = {"calls": settings.calls, "guidance": settings.guidance, "teacher_sha256": settings.teacher}
+    stated |= {"autoguidance": settings.autoguidance} if settings.autoguidance != 1 else {}
     return {"distilled": {**stated, "method": DISTILLED_BY}}
 
 
 def sampling_used(own: SampleSettings, request: SampleRequest | EditRequest) -> dict[str, Any]:
     """Sampling as it is done: what the request says, else the model's own."""
     given = {name: value for name, value in sampling_of(request).items() if value is not None}
-    used = {**{name: getattr(own, name) for name in NAMED}, **given}
+    led = {"autoguidance": own.autoguidance} if own.autoguidance != 1 else {}
+    used = {**{name: getattr(own, name) for name in NAMED}, **led, **given}
     return used if takes_eta(used["sampler"]) else used | {"eta": 0.0}

@@ -13,7 +13,7 @@ from ldmcli import __version__
 from ldmcli.core import console, files, runs, threads
 from ldmcli.core.config import Config, config_hash
 from ldmcli.core.errors import DivergedError, LdmError, ModelError
-from ldmcli.formats.run_folder import settings_of_weights
+from ldmcli.formats.run_folder import GUIDING, settings_of_weights
 from ldmcli.training import sharding
 from ldmcli.training.background import Background, Groups, HostCopy, bytes_of
 from ldmcli.training.best import BestCheckpoint, metric_to_keep
@@ -122,6 +122,21 @@ class Checkpointer:
         if is_cut := self.config.train.shard:
             groups = self._whole(groups)
         self.dist.on_rank_0(lambda: self._save(groups, wait, copied=is_cut))
+
+    def keep_guiding(self) -> None:
+        """Writes the weights for use, as they are now, as the run's guiding model. Raises DivergedError where one holds
+        NaN or Inf. Collective."""
+        self.state.progress.guide_step = self.state.progress.step
+        main = self.objective.main_network
+        groups = {"guiding": self.state.networks[main].state_dict() | self.state.averages()}
+        if self.config.train.shard:
+            groups = self._whole(groups)
+        self.dist.on_rank_0(lambda: self._write_guiding(groups))
+
+    def _write_guiding(self, groups: Groups) -> None:
+        self._require_finite(groups)
+        metadata = {"step": str(self.state.progress.step), "ldm_version": __version__}
+        files.save_tensors(self.folder.path / GUIDING, groups["guiding"], metadata)
 
     @property
     def failed(self) -> bool:

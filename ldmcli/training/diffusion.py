@@ -20,7 +20,7 @@ from ldmcli.data.augment import batch_indices
 from ldmcli.data.batches import rank_slice
 from ldmcli.diffusion.loss import diffusion_loss
 from ldmcli.diffusion.schedule import make_schedule, sample_timesteps
-from ldmcli.formats.run_folder import first_stage_run
+from ldmcli.formats.run_folder import first_stage_run, guiding_weights
 from ldmcli.maths import rng
 from ldmcli.networks.latent_diffusion import DiffusionModel
 from ldmcli.sampling.api import LoadedDiffusion
@@ -246,9 +246,11 @@ class DiffusionObjective:
     def load_extra_state(self, tensors: dict[str, Tensor]) -> None:
         """Nothing."""
 
-    def as_model(self) -> LoadedDiffusion:
-        """The model as users load it."""
-        return LoadedDiffusion(self.model, self.latents.autoencoder_in_use, self.config, "")
+    def as_model(self, guiding: Path | None = None) -> LoadedDiffusion:
+        """The model as users load it; guiding: the weights of its guiding model."""
+        found = LoadedDiffusion(self.model, self.latents.autoencoder_in_use, self.config, "")
+        found.lead_by(guiding)
+        return found
 
     def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Validation loss at fixed timesteps and noise, and metrics of samples (train.eval_samples)."""
@@ -262,8 +264,8 @@ class DiffusionObjective:
         return self.held_out.preview_request(self.specs)
 
     def preview(self, path: Path) -> None:
-        """A sheet of samples from the run's seed."""
-        self.held_out.preview(self.as_model(), self.preview_request(), path)
+        """A sheet of samples from the run's seed, on rank 0, whose machine has the guiding model where there is one."""
+        self.held_out.preview(self.as_model(guiding_weights(self.run)), self.preview_request(), path)
 
     def run_statistics(self) -> dict[str, Any]:
         """stats.json: scale and shape of the latents, what conditions learned, hash of the autoencoder, preview."""

@@ -13,9 +13,9 @@ from ldmcli.core.errors import ModelError, UsageError
 from ldmcli.core.settings import FEW_CALLS, DiffusionConfig, DiffusionSettings
 from ldmcli.diffusion import samplers
 from ldmcli.diffusion.distillation import SegmentLevels, Segments, distillation_loss
-from ldmcli.diffusion.guidance import denoiser, guidance_path
+from ldmcli.diffusion.guidance import autoguided, denoiser, guidance_path
 from ldmcli.diffusion.schedule import Schedule, make_schedule
-from ldmcli.formats.run_folder import WEIGHTS, fingerprint_of, read_config, read_weights
+from ldmcli.formats.run_folder import WEIGHTS, fingerprint_of, guiding_weights, read_config, read_weights
 from ldmcli.sampling.api import LoadedDiffusion
 from ldmcli.sampling.load import load
 from ldmcli.training.distributed import Distributed
@@ -57,6 +57,7 @@ def student_settings(teacher: Path, calls: int, guidance: float | None) -> dict[
         raise UsageError(f"--calls {calls}: {teacher} has {few.calls} calls; take a smaller number that divides them")
     scale = few.guidance if few.calls else config.sample.guidance if guidance is None else guidance
     stored = files.tensors_metadata(run / WEIGHTS) if checkpoint is None and (run / WEIGHTS).is_file() else {}
+    led = config.sample.autoguidance if guiding_weights(run) else 1.0
     return {
         **{name: value for name, value in known.items() if name.startswith(_TAKEN_OVER)},
         **{f"train.{name}": known[f"train.{name}"] for name in _TRAIN},
@@ -66,6 +67,7 @@ def student_settings(teacher: Path, calls: int, guidance: float | None) -> dict[
         "sample.guidance": 1.0,
         "distill.calls": calls,
         "distill.guidance": scale if config.condition.kinds else 1.0,
+        "distill.autoguidance": few.autoguidance if few.calls else led,
         "distill.teacher": stored.get("content_sha256") or fingerprint_of(read_weights(teacher, "model")[0]),
         **({"distill.teacher_steps": few.calls} if few.calls else {}),
     }
@@ -76,7 +78,7 @@ def teacher_passes(config: DiffusionConfig, teacher: DiffusionConfig) -> int:
     steps, few = _steps(config), config.distill
     if teacher.distill.calls:
         return steps
-    return (2 * steps - 1) * (2 if few.guidance != 1 else 1)
+    return (2 * steps - 1) * (1 + (few.guidance != 1) + (few.autoguidance != 1))
 
 
 def _steps(config: DiffusionConfig) -> int:
@@ -93,7 +95,7 @@ class Distillation:
         self.schedule: Schedule = make_schedule(config.diffusion)
         self.segments = Segments(self.schedule, few.calls, _steps(config))
         self._sample = samplers.euler if is_student else samplers.heun
-        self._guidance = 1.0 if is_student else few.guidance
+        self._guidance, self._autoguidance = (1.0, 1.0) if is_student else (few.guidance, few.autoguidance)
         self._student_loss = torch.compile(distillation_loss, dynamic=False) if compiled else distillation_loss
         self._calls = few.calls
         self._nulls: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
@@ -101,7 +103,9 @@ class Distillation:
     def describe(self) -> str:
         """What it does, in one line."""
         steps, scale = self.segments.t.shape[1], self._guidance
-        guided = f", guidance {scale:g} baked in" if scale != 1 else ""
+        named = {"guidance": scale, "autoguidance": self._autoguidance}
+        baked = [f"{name} {value:g}" for name, value in named.items() if value != 1]
+        guided = f", {' and '.join(baked)} baked in" if baked else ""
         return f"{self._calls} calls an image, each as far as {steps} steps of {self.path.name}{guided}"
 
     def parent(self) -> dict[str, str]:
@@ -136,7 +140,13 @@ class Distillation:
         size = (z.shape[-2], z.shape[-1])
         null = self._null(inputs, len(z)) if self._guidance != 1 else None
         path = guidance_path(network, self._guidance, inputs, null, len(z), size, encode)
-        return self._sample(denoiser(network.predict, self.schedule, path, interval), z, levels)
+        denoise = denoiser(network.predict, self.schedule, path, interval)
+        if self._autoguidance != 1:
+            guiding = self.teacher.guiding
+            given = guidance_path(guiding, 1.0, inputs, None, len(z), size, encode)
+            worse = denoiser(guiding.predict, self.schedule, given)
+            denoise = autoguided(denoise, worse, self.schedule, self._autoguidance, interval)
+        return self._sample(denoise, z, levels)
 
     def _null(self, inputs: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
         """What stands for no condition in place of `inputs`, on their device; made once for each shape, as the copy

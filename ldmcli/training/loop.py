@@ -233,6 +233,9 @@ class Trainer:
             self.dist.check_equal(self.objective.networks)
         late = s.max_hours and time.monotonic() - self.started > s.max_hours * 3600 * HOURS_MARGIN
         own = self.request.stop or (StopReason.TIME_LIMIT if late else StopReason.NONE)
+        if self.clock.guide_is_due():
+            self.outcomes.settle()
+            self.checkpointer.keep_guiding()
         flags = [float(own), float(self.request.save_requested), float(self.checkpointer.failed)]
         reason, save, failed = self.dist.all_reduce_max(flags)
         if failed:

@@ -59,6 +59,7 @@ class Progress:
     ema_count: int = 0
     trained_seconds: float = 0.0
     evaluations: int = 0  # of train.evaluations that have come
+    guide_step: int = 0  # whose weights are kept as the guiding model; 0 = none yet
     bad_in_a_row: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0

@@ -28,6 +28,11 @@ class RunClock:
             done = self.dist.all_reduce_max([done])[0]
         return done
 
+    def guide_is_due(self) -> bool:
+        """Whether the weights after this step are kept as the guiding model: the first at or beyond train.guide_at."""
+        at = self.settings.guide_at
+        return bool(at) and not self.state.progress.guide_step and self.share_done() >= at
+
     def lr_factor(self) -> float:
         """Multiplier of every rate at this step."""
         return lr_factor(self.settings, self.state.progress.step, self.share_done())
