@@ -153,8 +153,7 @@ def test_commands_and_python_draw_the_same_and_say_the_scale(run, unguided, tmp_
 def test_an_evaluation_measures_and_states_it(run, unguided):
     options = ("-n", 16, "--steps", 2, "--metrics", "fid", "--json")
     led, off, none = (
-        tiny.ldm("eval-fid", "--model", *words, *options)
-        for words in ((run,), (run, "--autoguidance", 1), (unguided,))
+        tiny.ldm("eval-fid", "--model", *words, *options) for words in ((run,), (run, "--autoguidance", 1), (unguided,))
     )
     assert led.json["sampling"]["autoguidance"] == 3 and "autoguidance" not in off.json["sampling"]
     assert led.json["metrics"] != off.json["metrics"] == none.json["metrics"]
