@@ -82,7 +82,7 @@ NeighboursOut = option(
     Path | None, "--out -o", "DIR", "Folder for sheet and numbers.", panel=OUTPUT, default="neighbours/ in the run"
 )
 _TRAINING = {name: alias for name, alias in opt.ROWS.items() if name not in ("split", "size", "data")}
-_DRAWN = ("steps", "guidance", "sampler", "temperature")
+_DRAWN = ("steps", "guidance", "guidance_interval", "autoguidance", "sampler", "eta", "temperature", "spacing")
 
 
 @command(_PAGE, {**opt.ROWS, "data": Reference, "split": ReferenceSplit}, opt.DRAWING, opt.TALK)
@@ -138,7 +138,7 @@ def neighbours(given: ParsedOptions) -> None:
         k=given.k,
         features=given.features,
         seed=given.seed,
-        settings={name: value for name in _DRAWN if (value := getattr(given, name)) is not None},
+        settings={name: value for name, value in opt.sampling_of(given).items() if value is not None},
         batch_size=given.batch_size,
         weights=given.weights,
     )
@@ -196,7 +196,7 @@ def _page(given: ParsedOptions, a: Path, b: Path) -> dict:
             split=given.split or "validation",
             n=given.count,
             seed=given.seed,
-            settings={k: v for k in _DRAWN if (v := getattr(given, k)) is not None},
+            settings={k: v for k, v in opt.sampling_of(given).items() if v is not None},
             batch_size=given.batch_size,
             overwrite=given.overwrite,
         )

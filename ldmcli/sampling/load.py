@@ -52,8 +52,7 @@ def build_diffusion(bundle: DiffusionBundle, device: torch.device, where: str | 
     autoencoder.scale = bundle.scale
     found = LoadedDiffusion(model, autoencoder, config, bundle.fingerprint or fingerprint_of(bundle.tensors))
     found.trained_against = bundle.trained_against
-    found.lead_by(bundle.guiding)
-    return found
+    return found.led_by(bundle.guiding)
 
 
 def load_autoencoder(path: Path, device: torch.device | None = None) -> LoadedAutoencoder:

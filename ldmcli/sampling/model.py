@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,11 +59,13 @@ class TrainedDiffusion:
         self.autoencoder.compile()
         self._compiled = True
 
-    def lead_by(self, guiding: Path | None) -> None:
-        """Takes the weights of its guiding model from this file; without one samples have no autoguidance."""
+    def led_by(self, guiding: Path | None) -> Self:
+        """This model, which takes the weights of its guiding model from this file; without one its own settings have no
+        autoguidance."""
         self._guiding = guiding
         if guiding is None:
             self.config = replace(self.config, sample=replace(self.config.sample, autoguidance=1.0))
+        return self
 
     @cached_property
     def guiding(self) -> DiffusionModel:

@@ -248,9 +248,7 @@ class DiffusionObjective:
 
     def as_model(self, guiding: Path | None = None) -> LoadedDiffusion:
         """The model as users load it; guiding: the weights of its guiding model."""
-        found = LoadedDiffusion(self.model, self.latents.autoencoder_in_use, self.config, "")
-        found.lead_by(guiding)
-        return found
+        return LoadedDiffusion(self.model, self.latents.autoencoder_in_use, self.config, "").led_by(guiding)
 
     def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Validation loss at fixed timesteps and noise, and metrics of samples (train.eval_samples)."""

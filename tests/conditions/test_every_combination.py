@@ -25,9 +25,9 @@ TASKS = {
     "inpaint": ("--task", "inpaint", "--set", "task.fill=black"),
 }
 STAGES = {"kl": ("--f", 4), "vq": ("--f", 4, "--reg", "vq", "--codebook-size", 16), "pixels": None}
-FAST = ("--set", "sample.n=2", "--no-cache", "--set", "diffusion.timesteps=50")
+FAST = ("--set", "sample.n=2", "--no-cache", "--set", "diffusion.timesteps=50", "--set", "train.guide_at=0.5")
 MEASURED = ("--set", "train.eval_samples=10", "--set", "train.eval_steps=1")  # as DRAW draws
-DRAW = {"steps": 1, "guidance": 2.0}
+DRAW = {"steps": 1, "guidance": 2.0, "autoguidance": 1.5}
 LAYOUT = {"objects": [{"bbox": [0.1, 0.2, 0.5, 0.6], "category": "star"}]}
 
 

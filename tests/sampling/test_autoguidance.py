@@ -19,6 +19,7 @@ from ldmcli.core.settings import SampleSettings
 from ldmcli.diffusion.guidance import autoguided, denoiser, guidance_path
 from ldmcli.diffusion.sample import sample_conditioned
 from ldmcli.diffusion.schedule import make_schedule
+from ldmcli.studies import ab_models, neighbours
 from ldmcli.training.distillation import open_teacher, student_settings
 
 GUIDED = ("--set", "train.guide_at=0.5", "--set", "sample.autoguidance=3")
@@ -223,3 +224,47 @@ def test_other_formats_leave_it_out_and_say_so(to, run, tmp_path):
         return
     assert ending.code == 0 and "guiding model is left out" in ending.stdout + ending.stderr
     assert sampled(ldmcli.load(target)).any()
+
+
+SAMPLING = {
+    "steps": ("--steps", 3, 3),
+    "guidance": ("--guidance", 3, 3.0),
+    "guidance_interval": ("--guidance-interval", "0.2,0.8", (0.2, 0.8)),
+    "autoguidance": ("--autoguidance", 2, 2.0),
+    "sampler": ("--sampler", "ddim", "ddim"),
+    "eta": ("--eta", 0.5, 0.5),
+    "temperature": ("--temperature", 0.7, 0.7),
+    "spacing": ("--spacing", "uniform", "uniform"),
+}
+
+
+@pytest.mark.parametrize("command", ["neighbours", "ab"])
+def test_every_option_of_sampling_reaches_the_studies_that_draw(command, run, tmp_path, monkeypatch):
+    seen = {}
+
+    class Seen(Exception):
+        pass
+
+    def stop(*_, settings, **more):
+        seen.update(settings)
+        raise Seen
+
+    module, name = {"neighbours": (neighbours, "neighbours_to_folder"), "ab": (ab_models, "items_of_models")}[command]
+    monkeypatch.setattr(module, name, stop)
+    options = [word for option, value, _ in SAMPLING.values() for word in (option, value)]
+    subjects = ("--model", run) if command == "neighbours" else (run, run)
+    tiny.ldm(command, *subjects, *options, "--out", tmp_path / "page.html")
+    assert seen == {name: value for name, (_, _, value) in SAMPLING.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--mixed-precision", "bf16"), ("--compile",), ("--size", "40x20"), ("--sampler", "heun", "--batch-size", 1)],
+    ids=" ".join,
+)
+def test_it_goes_with_what_else_changes_a_pass(options, run, tmp_path):
+    led, off = (
+        drawn(tiny.ldm("sample", "--model", run, *OPTIONS, *options, *more, "--json", "--out", tmp_path / f"{k}"))
+        for k, more in enumerate([(), ("--autoguidance", 1)])
+    )
+    assert all((a != b).any() for a, b in zip(led, off))

@@ -323,6 +323,7 @@ WAITLESS = {
     "a scale each": ({"class": 2.0, "map": 3.0}, {}),
     "an interval": (2.0, {"guidance_interval": (0.2, 0.8)}),
     "a temperature": (2.0, {"temperature": 0.5}),
+    "a guiding model": (1.0, {"autoguidance": 2.0}),
 }
 
 
@@ -344,7 +345,7 @@ def test_no_step_of_a_sampler_waits_for_a_gpu(sampler, monkeypatch):
                 settings = SampleSettings(sampler=sampler, steps=steps, guidance=scale, eta=eta, **more)
                 with syncs.counted() as waits:
                     arguments = (model.network, model.schedule, settings)
-                    sample_conditioned(*arguments, ids=[0, 1], seed=0, inputs=told, **how)
+                    sample_conditioned(*arguments, ids=[0, 1], seed=0, inputs=told, guiding=model.network, **how)
                 found.append(waits)
             assert len(found[1]) == len(found[2]), (scale, more, steering, found[2])
 
