@@ -151,7 +151,8 @@ def test_what_can_be_trained_can_be_used_and_measured(stage, task, condition, ma
     assert (np.asarray(use(**arguments, **DRAW)[0]) == drawn).all()
 
     metrics, count = ("fid,kid,mind,is", 10) if task == "generate" else ("fid,kid,mind,psnr,ssim", 2)
-    ending = tiny.ldm("eval-fid", "--model", run, "--metrics", metrics, "-n", count, *settings, "--json")
+    as_trained = ("--autoguidance", 1)  # an evaluation within a training has none
+    ending = tiny.ldm("eval-fid", "--model", run, "--metrics", metrics, "-n", count, *settings, *as_trained, "--json")
     assert ending.code == 0, ending.stderr
     found = ending.json["metrics"]
     assert all(value is None or np.isfinite(value) for value in found.values())

@@ -260,7 +260,7 @@ def test_every_option_of_sampling_reaches_the_studies_that_draw(command, run, tm
 @pytest.mark.parametrize(
     "options",
     [("--mixed-precision", "bf16"), ("--compile",), ("--size", "40x20"), ("--sampler", "heun", "--batch-size", 1)],
-    ids=" ".join,
+    ids=lambda options: " ".join(map(str, options)),
 )
 def test_it_goes_with_what_else_changes_a_pass(options, run, tmp_path):
     led, off = (
