@@ -74,7 +74,7 @@ class TrainedDiffusion:
         if self._guiding is None:
             raise UsageError(
                 "--autoguidance: this model has no guiding model to be led away from; a training keeps one with "
-                "--set train.guide_at=0.25"
+                "--set train.guide_at=0.3"
             )
         network = self.network.another()
         strict_load(network, read_guiding(self._guiding), self._guiding)
